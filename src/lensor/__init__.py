@@ -1,0 +1,59 @@
+"""Lensor: convolutions and everything derived from them as tensor networks.
+
+Importing the package loads no array framework but NumPy; torch is loaded when `lensor.nn` is first used or a tensor
+is passed.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from lensor import functional, ops
+from lensor.cache import clear_caches
+from lensor.errors import LensorError, NetworkError, SubscriptsError
+from lensor.execute import einsum
+from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Sum
+from lensor.notation import contraction, parse
+from lensor.passes import simplify
+from lensor.pattern import IndexPattern
+from lensor.plan import Plan
+from lensor.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from lensor import nn
+
+try:
+    __version__ = version("lensor")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("lensor.nn")
+    raise AttributeError(f"module 'lensor' has no attribute {name!r}")
+
+
+__all__ = [
+    "ConvSpec",
+    "Delta",
+    "IndexPattern",
+    "LensorError",
+    "Network",
+    "NetworkError",
+    "Ones",
+    "Operand",
+    "Pattern",
+    "Plan",
+    "Scale",
+    "SubscriptsError",
+    "Sum",
+    "clear_caches",
+    "contraction",
+    "einsum",
+    "functional",
+    "nn",
+    "ops",
+    "parse",
+    "simplify",
+]

@@ -1,0 +1,301 @@
+"""Evaluation: a network and arrays become a cached plan, and the plan a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import index as as_int
+from typing import Any
+
+import numpy as np
+from opt_einsum import contract
+
+from lensor import plan as p
+from lensor.cache import Cache
+from lensor.errors import SubscriptsError
+from lensor.kernels import Backend, backend_of, load
+from lensor.lower import lower
+from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, verb
+from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
+from lensor.pattern import IndexPattern
+
+_plans = Cache(maxsize=1024)
+_contractions = Cache(maxsize=1024)
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+def compile(net: AnyNetwork, shapes: Mapping[str, Sequence[int]], sizes: Mapping[str, int] | None = None) -> p.Plan:
+    """The plan of a network for operands of given shapes, simplified, lowered and cached.
+
+    Args:
+        net: the network.
+        shapes: the shape of every operand.
+        sizes: sizes of indices that no operand tells.
+
+    Raises:
+        TypeError: if an operand is missing or unknown.
+        ValueError: if shapes or sizes do not fit the network.
+    """
+    if sizes:
+        net = net.bind(sizes)
+    key = (net, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
+    return _plans.get_or_make(key, lambda: lower(_bound(net, shapes).simplify(), run))
+
+
+def _bound(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
+    """The network with every size known, from the shapes of the operands."""
+    _require_names(net.operand_names, shapes)
+    # A name means one index throughout a sum: a term that no operand tells a size learns it from the others.
+    sizes: dict[str, int | None] = dict(net.sizes)
+    for term in net.terms:
+        held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
+        sizes.update((index, size) for index, size in infer_sizes(held, term.sizes).items() if size is not None)
+    terms = []
+    for term in net.terms:
+        held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
+        known = {index: sizes[index] if size is None else size for index, size in term.sizes.items()}
+        found = spread_over_deltas(term.nodes, infer_sizes(held, known))
+        missing = sorted(index for index, size in found.items() if size is None)
+        if missing:
+            raise ValueError(
+                f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=..., "
+                f"or by net.bind({missing[0]}=...)"
+            )
+        terms.append(term.bind({index: size for index, size in found.items() if size is not None}))
+    return terms[0] if len(terms) == 1 else type(net)(tuple(terms))  # type: ignore[call-arg]
+
+
+def _occurrences(term: Network) -> list[tuple[str, tuple]]:
+    return [(node.name, node.legs) for node in term.nodes if isinstance(node, Operand)]
+
+
+def _require_names(expected: Sequence[str], found: Mapping[str, Any]) -> None:
+    for name in expected:
+        if name not in found:
+            raise TypeError(f"operand {name!r} is missing; expected {list(expected)}, found {sorted(found)}")
+    for name in found:
+        if name not in expected:
+            raise TypeError(f"unknown operand {name!r}; expected {list(expected)}")
+
+
+@verb
+def plan(net: AnyNetwork, *, effort: str | None = None, **operands: Any) -> p.Plan:
+    """The plan for operands given as arrays or as their shapes; int keywords give sizes of indices.
+
+    Args:
+        net: the network.
+        effort: `"estimate"` (the default) chooses among candidates by their estimated cost.
+        operands: an array or a shape for every operand; an int for an index whose size no operand tells.
+
+    Example:
+        >>> import lensor
+        >>> plan = lensor.ops.weight_vjp(lensor.ConvSpec(2, 4, (5,), 1)).plan(X=(3, 2, 5), V=(3, 4, 5))
+        >>> plan.flops, plan.shape
+        (240, (4, 2, 1))
+
+    Raises:
+        TypeError: if an operand is missing or unknown.
+        ValueError: if shapes do not fit the network, or for an unknown effort.
+    """
+    if effort not in (None, "estimate"):
+        raise ValueError(f"effort must be 'estimate', found {effort!r}")
+    arrays, sizes = _split_sizes(net, operands)
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in arrays.items()}
+    return compile(net, shapes, sizes)
+
+
+def _split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    arrays, sizes = {}, {}
+    names = net.operand_names
+    for name, value in given.items():
+        if name not in names and name in net.sizes:
+            sizes[name] = as_int(value)
+        else:
+            arrays[name] = value
+    return arrays, sizes
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> Any:
+    """The value of a network on arrays of one framework.
+
+    Raises:
+        TypeError: for operands that are missing, unknown, of two frameworks, two dtypes, or of integer dtype.
+        ValueError: if shapes or sizes do not fit the network.
+    """
+    _require_names(net.operand_names, operands)
+    backend_of(*operands.values())
+    return run(compile(net, {name: array.shape for name, array in operands.items()}, sizes), operands)
+
+
+@verb
+def __call__(net: AnyNetwork, **operands: Any) -> Any:
+    """Evaluate the network on arrays of one framework; int keywords give sizes of indices that no array tells.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> net = lensor.contraction("n i, n i -> n", "X", "X")
+        >>> net(X=np.array([[3.0, 4.0]]))
+        array([25.])
+    """
+    arrays, sizes = _split_sizes(net, operands)
+    return evaluate(net, arrays, sizes)
+
+
+def run(plan: p.Plan, operands: Mapping[str, Any]) -> Any:
+    """Run a plan on arrays of one framework."""
+    backend = backend_of(*operands.values())
+    program = plan.compiled.get(backend.name)
+    if program is None:
+        program = plan.compiled[backend.name] = _Runnable(plan, backend)
+    return program(operands)
+
+
+class _Runnable:
+    """A plan with the functions of one backend."""
+
+    def __init__(self, plan: p.Plan, backend: Backend) -> None:
+        self.plan, self.backend = plan, backend
+        self.inputs = [(at, step.operand, step.size) for at, step in enumerate(plan.steps) if isinstance(step, p.Input)]
+        last = plan.last_uses()
+        self.instructions: list[tuple[Callable[..., Any], tuple[int, ...], int, list[int]]] = []
+        for place, step in enumerate(plan.steps):
+            if not isinstance(step, p.Input):
+                dead = [at for at, until in enumerate(last) if until == place and at != place]
+                self.instructions.append((backend.steps[type(step)](step), step.takes, place, dead))
+        self.shares = self._shares(plan, plan.result)
+
+    @staticmethod
+    def _shares(plan: p.Plan, place: int) -> bool:
+        """Whether the result may be a view of an operand or of a constant, or have repeated entries."""
+        step = plan.steps[place]
+        while step.is_view and step.takes:
+            if isinstance(step, p.Expand):
+                return True
+            step = plan.steps[step.takes[0]]
+        return step.is_view
+
+    def __call__(self, operands: Mapping[str, Any]) -> Any:
+        names = [name for _, name, _ in self.inputs]
+        if len(operands) != len(names) or any(name not in operands for name in names):
+            _require_names(names, operands)
+        arrays = [operands[name] for name in names]
+        values: list[Any] = [None] * len(self.plan.steps)
+        for (place, name, shape), array in zip(self.inputs, arrays, strict=True):
+            if tuple(array.shape) != shape:
+                raise ValueError(f"operand {name!r} has shape {tuple(array.shape)}, expected {shape}")
+            values[place] = array
+        like = self.backend.reference(arrays, names)
+        for function, takes, place, dead in self.instructions:
+            values[place] = function(*(values[at] for at in takes)) if takes else function(like)
+            for at in dead:
+                values[at] = None
+        result = values[self.plan.result]
+        return self.backend.copy(result) if self.shares else result
+
+
+# ---------------------------------------------------------------------------------------------------------- the oracle
+def evaluate_dense(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> np.ndarray:
+    """The value of a network by definition: every pattern materialized, one einsum, float64 or complex128 NumPy.
+
+    This is the oracle of the passes and the planner; it shares nothing with them.
+    """
+    arrays = {name: np.asarray(array) for name, array in operands.items()}
+    bound = _bound(net.bind(sizes) if sizes else net, {name: array.shape for name, array in arrays.items()})
+    return sum((_dense_term(term, arrays) for term in bound.terms[1:]), _dense_term(bound.terms[0], arrays))
+
+
+def _dense_term(term: Network, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    number = {index: at for at, index in enumerate(term.sizes)}
+    arguments: list[Any] = []
+    for node in term.nodes:
+        match node:
+            case Operand(name):
+                array = arrays[name].astype(np.result_type(arrays[name].dtype, np.float64))
+            case Pattern(pattern):
+                array = pattern.materialize().astype(np.float64)
+            case Delta(indices):
+                size = term.sizes[indices[0]] or 0
+                array = np.zeros([size] * len(indices))
+                np.einsum(array, [0] * len(indices), [0])[...] = 1.0
+            case Ones(index):
+                array = np.ones(term.sizes[index] or 0)
+        indices = [index for leg in node.legs for index in leg]
+        arguments += [array.reshape([term.sizes[index] or 0 for index in indices]), [number[i] for i in indices]]
+    if not arguments:
+        arguments = [np.ones(()), []]
+    result = contract(*arguments, [number[index] for index in term.output_indices])
+    shape = [size or 0 for size in term.output_shape]
+    return np.asarray(result).reshape(shape) * float(term.scale.factor)
+
+
+# -------------------------------------------------------------------------------------------------------------- einsum
+def einsum(subscripts: str, *operands: Any, **sizes: int) -> Any:
+    """Evaluate subscripts over arrays of one framework and index patterns together.
+
+    Legs are separated by spaces, `(g c)` is an axis that holds two indices, `1` an axis of length 1, an index repeated
+    within one operand its diagonal, `...` axes that operands share. Indices that are not in the output are summed.
+
+    Args:
+        subscripts: e.g. `"n (g ci) i, i o k, (g co) ci k -> n (g co) o"`; `->` and the output are required.
+        operands: arrays and IndexPatterns, one for each part of the subscripts.
+        sizes: sizes of indices that neither arrays nor patterns tell.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> x, pi, w = np.arange(5.0), lensor.IndexPattern(5, 3), np.ones(3)
+        >>> lensor.einsum("i, i o k, k -> o", x, pi, w)
+        array([3., 6., 9.])
+
+    Raises:
+        SubscriptsError: if the subscripts do not parse; the message has a caret under the place.
+        ValueError: if an index has two sizes or a size is unknown.
+        TypeError: for operands that are no arrays, or arrays of two frameworks.
+    """
+    arrays = {f"x{at}": operand for at, operand in enumerate(operands) if not isinstance(operand, IndexPattern)}
+    backend = backend_of(*arrays.values()) if arrays else load("numpy")
+    key = (
+        subscripts,
+        tuple(
+            operand if isinstance(operand, IndexPattern) else tuple(operand.shape) for operand in operands
+        ),
+        tuple(sorted(sizes.items())),
+    )
+    net = _contractions.get_or_make(key, lambda: _contraction_of(subscripts, operands, sizes))
+    if arrays:
+        return evaluate(net, arrays)
+    return _Runnable(compile(net, {}), backend)({})
+
+
+def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str, int]) -> Network:
+    parsed = parse_subscripts(subscripts)
+    if len(parsed.operands) != len(operands):
+        raise ValueError(
+            f"subscripts have {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}"
+        )
+    shapes = [
+        (operand.input_size, operand.output_size, operand.kernel_size)
+        if isinstance(operand, IndexPattern)
+        else tuple(operand.shape)
+        for operand in operands
+    ]
+    parsed = expand_ellipsis(parsed, [len(shape) for shape in shapes])
+    held = []
+    for at, (legs, shape, start) in enumerate(zip(parsed.operands, shapes, parsed.starts, strict=True)):
+        if len(legs) != len(shape):
+            raise SubscriptsError(
+                f"operand {at} has {len(shape)} axes (shape {shape}), the subscripts have {len(legs)} for it",
+                subscripts,
+                start,
+            )
+        held.append((f"operand {at}", legs, shape))
+    found = infer_sizes(held, {name: as_int(size) for name, size in sizes.items()})
+    missing = sorted(index for index, size in found.items() if size is None)
+    if missing:
+        raise ValueError(f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=...")
+    unknown = sorted(set(sizes) - {index for legs in parsed.operands for leg in legs for index in leg})
+    if unknown:
+        raise ValueError(f"a size is given for {unknown[0]!r}, which is no index of {subscripts!r}")
+    text = f"{', '.join(format_legs(legs) for legs in parsed.operands)} -> {format_legs(parsed.output)}"
+    names = [operand if isinstance(operand, IndexPattern) else f"x{at}" for at, operand in enumerate(operands)]
+    known = {index: size for index, size in found.items() if size is not None}
+    return contraction(text, *names, **known)

@@ -1,0 +1,52 @@
+"""Kernels: the array frameworks that carry out the steps of a plan, each loaded when first used."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from lensor.kernels.protocol import Backend
+
+_LOADED: dict[str, Backend] = {}
+
+
+def load(name: str) -> Backend:
+    """The backend of that name, `"numpy"` or `"torch"`."""
+    backend = _LOADED.get(name)
+    if backend is None:
+        if name not in ("numpy", "torch"):
+            raise ValueError(f"unknown backend {name!r}, expected 'numpy' or 'torch'")
+        backend = import_module(f"lensor.kernels.{name}").BACKEND
+        _LOADED[name] = backend
+    return backend
+
+
+def name_of(array: Any) -> str:
+    """The name of the framework an array belongs to.
+
+    Raises:
+        TypeError: if it is no array of NumPy or torch.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch"
+    numpy = sys.modules["numpy"]
+    if isinstance(array, (numpy.ndarray, numpy.generic)):
+        return "numpy"
+    raise TypeError(f"expected an array of NumPy or torch, found {type(array).__module__}.{type(array).__qualname__}")
+
+
+def backend_of(*arrays: Any) -> Backend:
+    """The backend of all the arrays.
+
+    Raises:
+        TypeError: if they belong to two frameworks, or to none that is supported.
+    """
+    names = dict.fromkeys(name_of(array) for array in arrays)
+    if len(names) > 1:
+        raise TypeError(f"operands must belong to one framework, found {' and '.join(names)}")
+    return load(next(iter(names), "numpy"))
+
+
+__all__ = ["Backend", "backend_of", "load", "name_of"]

@@ -1,0 +1,46 @@
+"""What a backend offers: checks of its arrays, and a function for every kind of step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lensor.plan import Step
+
+
+class Backend(Protocol):
+    """An array framework."""
+
+    name: str
+    steps: Mapping[type[Step], Callable[[Any], Callable[..., Any]]]
+    """For each kind of step, what makes of a step the function that carries it out; `Input`, `Constant`, `Fill` and
+    `Identity` steps make functions of a reference array, which tells dtype and device."""
+
+    def kind(self, array: Any) -> tuple:
+        """What plans depend on beside shapes: dtype and device."""
+        ...
+
+    def reference(self, arrays: Sequence[Any], names: Sequence[str]) -> Any:
+        """One of the arrays, after a check that all have one floating or complex dtype and one device.
+
+        Raises:
+            TypeError: for integer dtypes, or two dtypes.
+            ValueError: for two devices.
+        """
+        ...
+
+    def default_reference(self) -> Any:
+        """The reference of a network without operands: double precision."""
+        ...
+
+    def is_complex(self, array: Any) -> bool:
+        """Whether the array is complex."""
+        ...
+
+    def conj(self, array: Any) -> Any:
+        """The complex conjugate."""
+        ...
+
+    def copy(self, array: Any) -> Any:
+        """The array as one of its own, in row-major order."""
+        ...

@@ -1,0 +1,429 @@
+"""From a simplified network to a plan: selections become slices and pads, the rest pairwise contractions.
+
+Two candidates are lowered for every network and the one with the lower estimated cost is kept: "windows" reads
+patches as strided views and adds overlapping patches up, "dense" materializes the patterns; both leave the order of
+the contractions to opt_einsum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opt_einsum import paths
+
+from lensor import plan as p
+from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, indices_of
+from lensor.notation import to_text
+from lensor.pattern import IndexPattern
+
+_ENTRY_COST = 8
+"""Estimated cost of writing one entry, in flops."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A value of the program with the index of each of its axes."""
+
+    value: int
+    indices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scatter:
+    """A selection into the output that is carried out after all contractions."""
+
+    pattern: IndexPattern
+    positions: Group
+    into: Group
+
+
+class _Lowering:
+    """Lowers one term into a program."""
+
+    def __init__(self, program: p.Program, term: Network, windows: bool) -> None:
+        self.program, self.term, self.windows = program, term, windows
+        self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
+        self.tensors: list[_Tensor] = []
+        self.patterns: list[Pattern] = []
+        self.scatters: list[_Scatter] = []
+        self.expanded: list[str] = []
+        self.open: list[str] = list(term.output_indices)
+
+    # ------------------------------------------------------------------ small tools
+    def shape(self, indices: Iterable[str]) -> tuple[int, ...]:
+        return tuple(self.sizes[index] for index in indices)
+
+    def merged(self, tensor: _Tensor, group: Group) -> tuple[int, int, tuple[str, ...]]:
+        """The tensor with the axes of a group side by side as one axis: (value, that axis, the other indices)."""
+        rest = [index for index in tensor.indices if index not in group]
+        at = sum(index not in group for index in tensor.indices[: tensor.indices.index(group[0])])
+        order = [*rest[:at], *group, *rest[at:]]
+        value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])
+        flat = (*self.shape(rest[:at]), math.prod(self.shape(group)), *self.shape(rest[at:]))
+        return self.program.reshape(value, flat), at, tuple(rest)
+
+    def ungrouped(self, value: int, before: Sequence[str], group: Group, behind: Sequence[str]) -> _Tensor:
+        indices = (*before, *group, *behind)
+        return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    def shifted(self, value: int, axis: int, start: int, length: int) -> int:
+        """Positions start to start + length − 1 of an axis, zeros where it has none."""
+        size = self.program.shapes[value][axis]
+        low, high = max(start, 0), min(start + length, size)
+        if (low, high) != (0, size):
+            value = self.program.add(p.Slice((value,), axis, low, 1, high - low))
+        if (low - start, start + length - high) != (0, 0):
+            value = self.program.add(p.Pad((value,), axis, low - start, start + length - high))
+        return value
+
+    def used_elsewhere(self, group: Group, node: Pattern) -> bool:
+        """Whether an index of the group stands in the output or in anything but this pattern."""
+        if any(index in self.open for index in group):
+            return True
+        if any(set(group) & set(tensor.indices) for tensor in self.tensors):
+            return True
+        return any(other is not node and set(group) & set(indices_of(other)) for other in self.patterns)
+
+    # ------------------------------------------------------------------ the stages
+    def run(self) -> int:
+        for node in self.term.nodes:
+            self.take(node)
+        self.apply_selections()
+        if self.windows:
+            self.apply_windows()
+        result = self.contract()
+        for scatter in reversed(self.scatters):
+            result = self.scatter(result, scatter)
+        return self.finish(result)
+
+    def take(self, node: Operand | Pattern | Delta | Ones) -> None:
+        match node:
+            case Operand(name, legs):
+                shape = tuple(math.prod(self.shape(leg)) for leg in legs)
+                value = self.program.add(p.Input((), name, shape))
+                indices = [index for leg in legs for index in leg]
+                self.tensors.append(self.without_repeats(self.program.reshape(value, self.shape(indices)), indices))
+            case Pattern():
+                self.patterns.append(node)
+            case Delta(indices):
+                for other in indices[1:]:
+                    value = self.program.add(p.Identity((), self.sizes[other]))
+                    self.tensors.append(_Tensor(value, (indices[0], other)))
+            case Ones(index):
+                if index in self.open:
+                    self.expanded.append(index)
+                else:
+                    self.tensors.append(_Tensor(self.program.add(p.Fill((), self.shape([index]), 1)), (index,)))
+
+    def without_repeats(self, value: int, indices: list[str]) -> _Tensor:
+        while len(set(indices)) < len(indices):
+            index = next(index for index in indices if indices.count(index) > 1)
+            first = indices.index(index)
+            second = indices.index(index, first + 1)
+            value = self.program.add(p.Diagonal((value,), first, second))
+            indices = [i for at, i in enumerate(indices) if at not in (first, second)] + [index]
+        return _Tensor(value, tuple(indices))
+
+    def apply_selections(self) -> None:
+        progress = True
+        while progress:
+            progress = False
+            for node in list(self.patterns):
+                if node.pattern.is_selection and not node.legs[2] and (self.gather(node) or self.put_off(node)):
+                    self.patterns.remove(node)
+                    progress = True
+
+    def carriers(self, node: Pattern) -> list[_Tensor] | None:
+        """The tensors that hold the input leg of a pattern if it can be read from them alone."""
+        i, o, k = node.legs
+        legs = (*i, *o, *k)
+        if not i or len(set(legs)) < len(legs) or any(index in self.open for index in i):
+            return None
+        if any(other is not node and set(i) & set(indices_of(other)) for other in self.patterns):
+            return None
+        holders = [tensor for tensor in self.tensors if set(i) & set(tensor.indices)]
+        fits = all(set(i) <= set(tensor.indices) and not set((*o, *k)) & set(tensor.indices) for tensor in holders)
+        return holders if holders and fits else None
+
+    def gather(self, node: Pattern) -> bool:
+        """Read a selection from the tensors that hold its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
+        pattern, (i, o, _) = node.pattern, node.legs
+        holders = self.carriers(node)
+        if holders is None or pattern.is_zero:
+            return False
+        for tensor in holders:
+            value, axis, rest = self.merged(tensor, i)
+            value = self.read(value, axis, pattern)
+            new = self.ungrouped(value, rest[:axis], o, rest[axis:])
+            self.tensors[self.tensors.index(tensor)] = new
+        return True
+
+    def read(self, value: int, axis: int, pattern: IndexPattern) -> int:
+        if pattern.padding_mode != "zeros":
+            return self.program.add(p.Gather((value,), axis, pattern))
+        low, count = self.valid_positions(pattern)
+        start = low * pattern.stride - pattern.padding[0]
+        if (start, pattern.stride, count) != (0, 1, pattern.input_size):
+            value = self.program.add(p.Slice((value,), axis, start, pattern.stride, count))
+        right = pattern.output_size - low - count
+        return self.program.add(p.Pad((value,), axis, low, right)) if low or right else value
+
+    @staticmethod
+    def valid_positions(pattern: IndexPattern) -> tuple[int, int]:
+        """The first output position of a selection that reads something, and how many do."""
+        valid = (pattern.reads()[:, 0] >= 0).nonzero()[0]
+        return int(valid[0]), len(valid)
+
+    def put_off(self, node: Pattern) -> bool:
+        """Put a selection into the output off until everything is contracted."""
+        pattern, (i, o, _) = node.pattern, node.legs
+        if pattern.padding_mode != "zeros" or pattern.is_zero or not i or not o:
+            return False
+        others = [other for other in self.patterns if other is not node]
+        inside = any(set(i) & set(tensor.indices) for tensor in self.tensors)
+        inside = inside or any(set(i) & set(indices_of(other)) for other in others)
+        if inside or not set(i) <= set(self.open) or set(o) & set(self.open) or set(i) & set(o):
+            return False
+        if not any(set(o) & set(tensor.indices) for tensor in self.tensors) and not any(
+            set(o) & set(indices_of(other)) for other in others
+        ):
+            return False
+        for index in o:
+            held = any(index in tensor.indices for tensor in self.tensors)
+            if not held and not any(index in indices_of(other) for other in others):
+                value = self.program.add(p.Fill((), self.shape([index]), 1))
+                self.tensors.append(_Tensor(value, (index,)))
+        at = self.open.index(i[0])
+        rest = [index for index in self.open if index not in i]
+        at -= sum(index in i for index in self.open[:at])
+        self.open = [*rest[:at], *o, *rest[at:]]
+        self.scatters.append(_Scatter(pattern, o, i))
+        return True
+
+    def scatter(self, tensor: _Tensor, scatter: _Scatter) -> _Tensor:
+        pattern = scatter.pattern
+        value, axis, rest = self.merged(tensor, scatter.positions)
+        low, count = self.valid_positions(pattern)
+        if count != pattern.output_size:
+            value = self.program.add(p.Slice((value,), axis, low, 1, count))
+        if pattern.stride > 1 and count > 1:
+            value = self.program.add(p.Stuff((value,), axis, pattern.stride))
+        left = low * pattern.stride - pattern.padding[0]
+        right = pattern.input_size - left - self.program.shapes[value][axis]
+        if left or right:
+            value = self.program.add(p.Pad((value,), axis, left, right))
+        return self.ungrouped(value, rest[:axis], scatter.into, rest[axis:])
+
+    def apply_windows(self) -> None:
+        """Read patches as strided views wherever a pattern's input leg is summed and its other legs are used."""
+        for node in list(self.patterns):
+            pattern, (i, o, k) = node.pattern, node.legs
+            holders = self.carriers(node)
+            if holders is None or pattern.padding_mode != "zeros" or not o or not k:
+                continue
+            if not self.used_elsewhere(o, node) or not self.used_elsewhere(k, node):
+                continue
+            length = (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
+            low, high = -pattern.padding[0], length - pattern.padding[0]
+            if low >= pattern.input_size or high <= 0:
+                continue
+            for tensor in holders:
+                value, axis, rest = self.merged(tensor, i)
+                value = self.shifted(value, axis, low, length)
+                step = p.Window(
+                    (value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation
+                )
+                indices = (*rest[:axis], *o, *rest[axis:], *k)
+                value = self.program.reshape(self.program.add(step), self.shape(indices))
+                self.tensors[self.tensors.index(tensor)] = _Tensor(value, indices)
+            self.patterns.remove(node)
+
+    # ------------------------------------------------------------------ contractions
+    def contract(self) -> _Tensor:
+        items: list[_Tensor | Pattern] = [*self.tensors, *self.patterns]
+        wanted = [index for index in self.open if index not in self.expanded]
+        if not items:
+            return _Tensor(self.program.add(p.Fill((), (), 1)), ())
+        inputs = [frozenset(self.kept_indices(item)) for item in items]
+        path = self.path(inputs, frozenset(wanted))
+        for pair in path:
+            taken = [items[at] for at in pair]
+            items = [item for at, item in enumerate(items) if at not in pair]
+            needed = set(wanted).union(*(self.kept_indices(item) for item in items))
+            merged = taken[0]
+            for step, item in enumerate(taken[1:], start=2):
+                later = needed.union(*(self.kept_indices(other) for other in taken[step:]))
+                merged = self.pair(merged, item, later)
+            items.append(merged)
+        last = self.summed(self.as_tensor(items[0]), set(wanted))
+        order = [last.indices.index(index) for index in wanted]
+        return _Tensor(self.program.transpose(last.value, order), tuple(wanted))
+
+    def path(self, inputs: list[frozenset[str]], output: frozenset[str]) -> list[tuple[int, ...]]:
+        if len(inputs) == 1:
+            return []
+        sizes = {index: max(size, 1) for index, size in self.sizes.items()}
+        found = paths.auto(list(inputs), output, sizes)
+        return [tuple(pair) for pair in found]
+
+    def kept_indices(self, item: _Tensor | Pattern) -> tuple[str, ...]:
+        if isinstance(item, _Tensor):
+            return item.indices
+        return tuple(dict.fromkeys(index for leg in item.legs for index in leg))
+
+    def as_tensor(self, item: _Tensor | Pattern, loose: Sequence[int] = ()) -> _Tensor:
+        """A pattern materialized, summed over the legs `loose`."""
+        if isinstance(item, _Tensor):
+            return item
+        value = self.program.add(p.Constant((), item.pattern, tuple(loose)))
+        indices = [index for leg, group in enumerate(item.legs) if leg not in loose for index in group]
+        return self.without_repeats(self.program.reshape(value, self.shape(indices)), indices)
+
+    def pair(self, one: _Tensor | Pattern, two: _Tensor | Pattern, needed: set[str]) -> _Tensor:
+        """Contract two items; indices in `needed` are kept."""
+        for tensor, pattern in ((one, two), (two, one)):
+            if self.windows and isinstance(tensor, _Tensor) and isinstance(pattern, Pattern):
+                added = self.overlap_add(tensor, pattern, needed)
+                if added is not None:
+                    return added
+        a = self.materialized_for(one, two, needed)
+        b = self.materialized_for(two, one, needed)
+        a = self.summed(a, needed.union(b.indices))
+        b = self.summed(b, needed.union(a.indices))
+        return self.multiply(a, b, needed)
+
+    def materialized_for(self, item: _Tensor | Pattern, other: _Tensor | Pattern, needed: set[str]) -> _Tensor:
+        if isinstance(item, _Tensor):
+            return item
+        used = needed.union(self.kept_indices(other))
+        flat = self.kept_indices(item)
+        repeated = len(flat) < sum(len(leg) for leg in item.legs)
+        loose = [leg for leg, group in enumerate(item.legs) if group and not used & set(group)]
+        return self.as_tensor(item, () if repeated or len(loose) == 3 else loose)
+
+    def overlap_add(self, tensor: _Tensor, node: Pattern, needed: set[str]) -> _Tensor | None:
+        """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices."""
+        pattern, (i, o, k) = node.pattern, node.legs
+        summed = set(o) | set(k)
+        if pattern.padding_mode != "zeros" or not i or not o or not k or summed & needed or set(i) & set(tensor.indices):
+            return None
+        if not summed <= set(tensor.indices) or len({*i, *o, *k}) < len((*i, *o, *k)):
+            return None
+        low, size = -pattern.padding[0], pattern.input_size
+        length = (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
+        if low >= size or low + length <= 0:
+            return None
+        kernel_last = [*(index for index in tensor.indices if index not in k), *k]
+        value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in kernel_last])
+        front = kernel_last[: len(kernel_last) - len(k)]
+        value = self.program.reshape(value, (*self.shape(front), pattern.kernel_size))
+        unit = "the kernel"  # no identifier, so no index has this name
+        self.sizes[unit] = pattern.kernel_size
+        value, axis, rest = self.merged(_Tensor(value, (*front, unit)), o)
+        value = self.program.add(p.OverlapAdd((value,), axis, length, pattern.stride, pattern.dilation))
+        value = self.shifted(value, axis, -low, size)
+        rest = rest[:-1]
+        return self.summed(self.ungrouped(value, rest[:axis], i, rest[axis:]), needed | set(i))
+
+    def summed(self, tensor: _Tensor, needed: set[str]) -> _Tensor:
+        axes = tuple(axis for axis, index in enumerate(tensor.indices) if index not in needed)
+        if not axes:
+            return tensor
+        value = self.program.add(p.SumAxes((tensor.value,), axes))
+        return _Tensor(value, tuple(index for index in tensor.indices if index in needed))
+
+    def multiply(self, a: _Tensor, b: _Tensor, needed: set[str]) -> _Tensor:
+        shared = [index for index in a.indices if index in b.indices]
+        batch = [index for index in shared if index in needed]
+        contracted = [index for index in shared if index not in needed]
+        free_a = [index for index in a.indices if index not in shared]
+        free_b = [index for index in b.indices if index not in shared]
+        indices = (*batch, *free_a, *free_b)
+        if not contracted:
+            left = self.matrix(a, [*batch, *free_a], (*self.shape(batch), *self.shape(free_a), *[1] * len(free_b)))
+            right = self.matrix(b, [*batch, *free_b], (*self.shape(batch), *[1] * len(free_a), *self.shape(free_b)))
+            return _Tensor(self.program.add(p.Multiply((left, right))), indices)
+        left = self.operand(a, batch, free_a, contracted)
+        right = self.operand(b, batch, free_b, contracted)
+        axes = len(self.program.shapes[right])
+        right = self.program.transpose(right, [*range(axes - 2), axes - 1, axes - 2])
+        value = self.program.add(p.MatMul((left, right)))
+        return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    def matrix(self, tensor: _Tensor, order: list[str], shape: tuple[int, ...]) -> int:
+        value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])
+        return self.program.reshape(value, shape)
+
+    def operand(self, tensor: _Tensor, batch: list[str], free: list[str], contracted: list[str]) -> int:
+        """The tensor as [batch, free, contracted]; where its axes stand the other way round, as a transposed view.
+
+        Both factors of a product are brought into this one form, so that the two copies in a Gram matrix share it.
+        """
+        sizes = [math.prod(self.shape(group)) for group in (batch, free, contracted)]
+        front = [sizes[0]] if batch else []
+        if list(tensor.indices) == [*batch, *contracted, *free] and contracted and free:
+            value = self.matrix(tensor, [*batch, *contracted, *free], (*front, sizes[2], sizes[1]))
+            axes = len(front) + 2
+            return self.program.transpose(value, [*range(axes - 2), axes - 1, axes - 2])
+        return self.matrix(tensor, [*batch, *free, *contracted], (*front, sizes[1], sizes[2]))
+
+    # ------------------------------------------------------------------ the end
+    def finish(self, tensor: _Tensor) -> int:
+        value = tensor.value
+        order = [index for index in self.term.output_indices if index in tensor.indices]
+        value = self.program.transpose(value, [tensor.indices.index(index) for index in order])
+        if self.term.scale.factor != 1:
+            value = self.program.add(p.Multiple((value,), self.term.scale.factor))
+        if self.expanded:
+            every = self.term.output_indices
+            value = self.program.reshape(value, tuple(1 if i in self.expanded else self.sizes[i] for i in every))
+            value = self.program.add(p.Expand((value,), self.shape(every)))
+        return self.program.reshape(value, tuple(math.prod(self.shape(leg)) for leg in self.term.output))
+
+
+def lower(net: AnyNetwork, runner: Callable[[p.Plan, dict[str, Any]], Any]) -> p.Plan:
+    """The cheaper of the candidate plans of a simplified network all of whose sizes are known.
+
+    Args:
+        net: the network.
+        runner: what runs the plan on arrays.
+    """
+    candidates = [(name, _candidate(net, name == "windows")) for name in ("windows", "dense")]
+    candidates.sort(key=lambda candidate: _estimate(candidate[1][0]))
+    considered = tuple((name, plan.flops) for name, (plan, _) in candidates)
+    best, _ = candidates[0][1]
+    return p.Plan(best.subscripts, best.steps, best.shapes, best.result, considered, runner)
+
+
+def _estimate(plan: p.Plan) -> int:
+    return plan.flops + _ENTRY_COST * plan.written
+
+
+def _candidate(net: AnyNetwork, windows: bool) -> tuple[p.Plan, p.Program]:
+    program = p.Program()
+    values = [_Lowering(program, term, windows).run() for term in net.terms]
+    result = values[0]
+    for value in values[1:]:
+        result = program.add(p.Add((result, value)))
+    return _pruned(to_text(net), program, result), program
+
+
+def _pruned(text: str, program: p.Program, result: int) -> p.Plan:
+    """A plan of the steps that the result needs."""
+    needed, todo = set(), [result]
+    while todo:
+        place = todo.pop()
+        if place not in needed:
+            needed.add(place)
+            todo += program.steps[place].takes
+    kept = sorted(needed)
+    new = {place: at for at, place in enumerate(kept)}
+    steps = tuple(_moved(program.steps[place], new) for place in kept)
+    return p.Plan(text, steps, tuple(program.shapes[place] for place in kept), new[result])
+
+
+def _moved(step: p.Step, new: dict[int, int]) -> p.Step:
+    return replace(step, takes=tuple(new[at] for at in step.takes))

@@ -1,0 +1,541 @@
+"""Tensor networks: nodes with grouped legs, output legs, index sizes and an exact scale.
+
+A network is a sum over all indices that are not in its output of the product of its nodes, times its scale. All of
+it is symbolic, immutable and free of any array framework. Index names are labels: two networks that differ only by
+names or by the order of their nodes are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from lensor.canonical import canonical_form
+from lensor.errors import NetworkError
+from lensor.pattern import IndexPattern
+
+if TYPE_CHECKING:
+    from lensor.plan import Plan
+
+Group: TypeAlias = tuple[str, ...]
+"""The indices of one leg, slowest first, as in einops; the empty group is an axis of length 1."""
+
+
+# ---------------------------------------------------------------------------------------------------- the node kinds
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An array the user supplies by name: one leg for each of its axes."""
+
+    name: str
+    legs: tuple[Group, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """An index pattern Π with its legs (i, o, k): 1 where i = k·dilation + o·stride − padding, else 0."""
+
+    pattern: IndexPattern
+    legs: tuple[Group, Group, Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A Kronecker delta: 1 where all its indices are equal, else 0."""
+
+    indices: tuple[str, ...]
+
+    @property
+    def legs(self) -> tuple[Group, ...]:
+        """One leg for each index."""
+        return tuple((index,) for index in self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Ones:
+    """A vector of ones."""
+
+    index: str
+
+    @property
+    def legs(self) -> tuple[Group, ...]:
+        """The only leg."""
+        return ((self.index,),)
+
+
+Node: TypeAlias = Operand | Pattern | Delta | Ones
+
+
+def indices_of(node: Node) -> Iterator[str]:
+    """All indices of a node, leg by leg, with repetitions."""
+    for leg in node.legs:
+        yield from leg
+
+
+def _relabel_group(group: Group, mapping: Mapping[str, Group]) -> Group:
+    return tuple(new for index in group for new in mapping.get(index, (index,)))
+
+
+def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
+    """The node with each index replaced by a group of indices; a delta or ones may fall into several or vanish."""
+    match node:
+        case Operand():
+            return (replace(node, legs=tuple(_relabel_group(leg, mapping) for leg in node.legs)),)
+        case Pattern():
+            i, o, k = (_relabel_group(leg, mapping) for leg in node.legs)
+            return (replace(node, legs=(i, o, k)),)
+        case Delta():
+            groups = [mapping.get(index, (index,)) for index in node.indices]
+            if len({len(group) for group in groups}) != 1:
+                raise NetworkError(f"the indices of a delta must be split alike, got {node.indices} -> {groups}")
+            deltas = (tuple(dict.fromkeys(indices)) for indices in zip(*groups, strict=True))
+            return tuple(Delta(indices) if len(indices) > 1 else Ones(indices[0]) for indices in deltas)
+        case Ones():
+            return tuple(Ones(index) for index in mapping.get(node.index, (node.index,)))
+
+
+# ---------------------------------------------------------------------------------------------------------- the scale
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A rational number times integer powers of index sizes, e.g. 1/(N·O²) while the batch size N is unknown.
+
+    A power belongs to the size an index has in this network. Transforms that shorten an index turn its power into a
+    number first.
+    """
+
+    factor: Fraction = Fraction(1)
+    powers: tuple[tuple[str, int], ...] = ()
+
+    def __mul__(self, other: Scale) -> Scale:
+        powers = Counter(dict(self.powers))
+        for index, power in other.powers:
+            powers[index] += power
+        return Scale(self.factor * other.factor, tuple(sorted((i, p) for i, p in powers.items() if p)))
+
+    def relabel(self, mapping: Mapping[str, Group]) -> Scale:
+        """The scale after each index was replaced by a group whose sizes multiply to its size."""
+        scale = Scale(self.factor)
+        for index, power in self.powers:
+            for new in mapping.get(index, (index,)):
+                scale = scale * Scale(powers=((new, power),))
+        return scale
+
+    def bind(self, sizes: Mapping[str, int | None]) -> Scale:
+        """Turn the powers of indices of known size into numbers."""
+        factor, powers = self.factor, []
+        for index, power in self.powers:
+            size = sizes.get(index)
+            if size is None:
+                powers.append((index, power))
+            elif size == 0 and power < 0:
+                raise ValueError(f"the average over index {index!r} is not defined: its size is 0, expected at least 1")
+            else:
+                factor *= Fraction(size) ** power
+        return Scale(factor, tuple(powers))
+
+
+# ------------------------------------------------------------------------------------------- verbs that come from above
+class Verbs:
+    """What networks and sums of networks can do; each verb is a function of a layer above, attached by `verb`.
+
+    The layers above (transforms, passes, the planner, evaluation) import this module, never the other way round.
+    """
+
+    if TYPE_CHECKING:
+        subscripts: str
+        # transforms
+        def jacobian(self, operand: str) -> Any: ...
+        def vjp(self, operand: str, cotangent: str = "V") -> Any: ...
+        def jvp(self, operand: str, tangent: str = "T") -> Any: ...
+        def batch(self, index: str, operands: Sequence[str], size: int | None = None) -> Any: ...
+        def keep(self, index: str, position: int = 0) -> Any: ...
+        def diagonal(self, first: str, second: str) -> Any: ...
+        def block_diagonal(self, first: str, second: str, block_size: int) -> Any: ...
+        def narrow(self, index: str, start: int, length: int) -> Any: ...
+        def select(self, index: str, position: int) -> Any: ...
+        def slice(self, index: str, start: int, stop: int, step: int = 1) -> Any: ...
+        def substitute(self, operand: str, network: Any) -> Any: ...
+        def merge(self, other: Any, share: Sequence[str] = (), output: str | None = None) -> Any: ...
+        def rename(self, mapping: Mapping[str, str] | None = None, /, **names: str) -> Any: ...
+        def rename_operands(self, mapping: Mapping[str, str] | None = None, /, **names: str) -> Any: ...
+        def regroup(self, output: str) -> Any: ...
+        def group(self, *indices: str) -> Any: ...
+        def ungroup(self, index: str) -> Any: ...
+        def split(self, index: str, sizes: Mapping[str, int | None]) -> Any: ...
+        def bind(self, sizes: Mapping[str, int] | None = None, /, **named: int) -> Any: ...
+        def scaled(self, factor: Any, powers: Mapping[str, int] | None = None) -> Any: ...
+        def components(self) -> tuple[Network, ...]: ...
+        # passes
+        def simplify(self) -> Any: ...
+        # the planner and evaluation
+        def plan(self, *, effort: str | None = None, **operands: Any) -> Plan: ...
+        def __call__(self, **operands: Any) -> Any: ...
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def verb(function: _F) -> _F:
+    """Make `function(network, ...)` a method of networks and of sums, under its own name."""
+    setattr(Verbs, function.__name__, function)
+    return function
+
+
+# -------------------------------------------------------------------------------------------------------- the networks
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """One entry of a trace: which rule fired, and the network before and after it as text."""
+
+    rule: str
+    number: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.rule} (rule {self.number}):\n    {self.before}\n  → {self.after}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Network(Verbs):
+    """A tensor network: the product of its nodes, summed over every index that is not in the output.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(4, 8, input_size=(9,), kernel_size=3, groups=2))
+        >>> print(net)
+        X[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_out) o1
+        >>> net.sizes["o1"], net.sizes["n"]
+        (7, None)
+
+    Args:
+        nodes: operands, index patterns, deltas and ones.
+        output: one group of indices for each axis of the result; every index at most once.
+        dimensions: (index, size) pairs, sorted; a size that is None is bound when the network is planned.
+        scale: factor in front of the sum.
+        trace: which simplifications led here; not part of the network's identity.
+
+    Raises:
+        NetworkError: if the parts do not fit together (see `check`).
+    """
+
+    nodes: tuple[Node, ...]
+    output: tuple[Group, ...]
+    dimensions: tuple[tuple[str, int | None], ...]
+    scale: Scale = Scale()
+    trace: tuple[Firing, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @staticmethod
+    def make(
+        nodes: Iterable[Node],
+        output: Iterable[Group],
+        sizes: Mapping[str, int | None],
+        scale: Scale = Scale(),
+        trace: tuple[Firing, ...] = (),
+    ) -> Network:
+        """A network from its parts; `sizes` may hold more indices than the network has."""
+        nodes, output = tuple(nodes), tuple(output)
+        used = {index for node in nodes for index in indices_of(node)}
+        used.update(index for leg in output for index in leg)
+        used.update(index for index, _ in scale.powers)
+        missing = used - set(sizes)
+        if missing:
+            raise NetworkError(f"no size given for index {sorted(missing)[0]!r}; sizes are known for {sorted(sizes)}")
+        return Network(nodes, output, tuple(sorted((index, sizes[index]) for index in used)), scale, trace)
+
+    # ------------------------------------------------------------------ reading it
+    @cached_property
+    def sizes(self) -> dict[str, int | None]:
+        """The size of every index, None where it is bound when planning."""
+        return dict(self.dimensions)
+
+    @cached_property
+    def operand_legs(self) -> dict[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand."""
+        legs: dict[str, tuple[Group, ...]] = {}
+        for node in self.nodes:
+            if isinstance(node, Operand):
+                legs.setdefault(node.name, node.legs)
+        return legs
+
+    @property
+    def operands(self) -> tuple[str | IndexPattern, ...]:
+        """Operand names and index patterns in the order of `subscripts`; a delta is "δ", ones are "1"."""
+        names = {Delta: "δ", Ones: "1"}
+        return tuple(
+            node.name if isinstance(node, Operand) else node.pattern if isinstance(node, Pattern) else names[type(node)]
+            for node in self.nodes
+        )
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The names of the arrays the network needs, each once, in order of appearance."""
+        return tuple(self.operand_legs)
+
+    @property
+    def output_indices(self) -> tuple[str, ...]:
+        """All indices of the output, leg by leg."""
+        return tuple(index for leg in self.output for index in leg)
+
+    @property
+    def inner_indices(self) -> tuple[str, ...]:
+        """The indices that are summed, in order of appearance."""
+        open_ = set(self.output_indices)
+        return tuple(dict.fromkeys(i for node in self.nodes for i in indices_of(node) if i not in open_))
+
+    def group_size(self, group: Group) -> int | None:
+        """The product of the sizes of a group, None if one is unknown."""
+        sizes = [self.sizes[index] for index in group]
+        return None if None in sizes else math.prod(size for size in sizes if size is not None)
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The size of each output leg, None where it is not yet known."""
+        return tuple(self.group_size(leg) for leg in self.output)
+
+    def count_uses(self) -> Counter[str]:
+        """How many nodes and output legs hold each index, repetitions within one counted."""
+        uses = Counter(index for node in self.nodes for index in indices_of(node))
+        uses.update(self.output_indices)
+        return uses
+
+    # ------------------------------------------------------------------ making others
+    def replace(self, **parts: Any) -> Network:
+        """A network with some of its parts replaced; sizes may be given as the mapping `sizes`."""
+        sizes = {**self.sizes, **parts.pop("sizes", {})}
+        parts = {"nodes": self.nodes, "output": self.output, "scale": self.scale, "trace": self.trace} | parts
+        return Network.make(sizes=sizes, **parts)
+
+    def relabel(self, mapping: Mapping[str, Group], sizes: Mapping[str, int | None] | None = None) -> Network:
+        """The network with each index in `mapping` replaced by a group of indices everywhere."""
+        nodes = (new for node in self.nodes for new in relabel_node(node, mapping))
+        output = (_relabel_group(leg, mapping) for leg in self.output)
+        return self.replace(nodes=nodes, output=output, scale=self.scale.relabel(mapping), sizes=sizes or {})
+
+    def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
+        """A name for a new index: `base`, with as many `_` behind it as make it new."""
+        used = {*self.sizes, *taken}
+        while base in used:
+            base += "_"
+        return base
+
+    # ------------------------------------------------------------------ the grammar
+    def check(self) -> None:
+        """Raise NetworkError unless the parts fit together.
+
+        The grammar: every index has a size, known sizes are not negative; an output index occurs once in the output
+        and at least once in a node; the legs of a pattern have its sizes; a delta joins two or more different indices
+        of one size; all occurrences of an operand have the same number of axes, and of one size where known.
+        """
+        sizes = self.sizes
+        held = {index for node in self.nodes for index in indices_of(node)}
+        named = Counter(self.output_indices)
+        for index in held | set(named):
+            if index not in sizes:
+                raise NetworkError(f"index {index!r} has no size; sizes are known for {sorted(sizes)}")
+        for index, size in sizes.items():
+            if size is not None and size < 0:
+                raise NetworkError(f"index {index!r} has size {size}, expected a size of at least 0")
+        for index, times in named.items():
+            if times > 1:
+                raise NetworkError(f"output index {index!r} occurs {times} times in the output, expected once")
+            if index not in held:
+                raise NetworkError(f"output index {index!r} occurs in no node; indices of nodes: {sorted(held)}")
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for node in self.nodes:
+            match node:
+                case Pattern(pattern, legs):
+                    found = tuple(self.group_size(leg) for leg in legs)
+                    if found != (pattern.input_size, pattern.output_size, pattern.kernel_size):
+                        raise NetworkError(f"the legs {legs} of {pattern!r} have sizes {found}")
+                case Delta(indices):
+                    if len(set(indices)) != len(indices) or len(indices) < 2:
+                        raise NetworkError(f"a delta joins two or more different indices, got {indices}")
+                    if len({sizes[index] for index in indices}) != 1:
+                        raise NetworkError(
+                            f"a delta joins indices of one size, got {[(i, sizes[i]) for i in indices]}"
+                        )
+                case Operand(name, legs):
+                    shape = tuple(self.group_size(leg) for leg in legs)
+                    first = shapes.setdefault(name, shape)
+                    same = len(first) == len(shape) and all(
+                        a is None or b is None or a == b for a, b in zip(first, shape, strict=True)
+                    )
+                    if not same:
+                        raise NetworkError(f"operand {name!r} occurs with shapes {first} and {shape}")
+                case Ones():
+                    pass
+
+    # ------------------------------------------------------------------ identity
+    @cached_property
+    def canonical(self) -> tuple:
+        """A key that is the same for all networks that are equal up to names and order."""
+        return canonical_form(self)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.canonical)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Network) and self.canonical == other.canonical
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def exact(self) -> tuple:
+        """A key for this very network, names and order included."""
+        return (self.nodes, self.output, self.dimensions, self.scale)
+
+    @property
+    def terms(self) -> tuple[Network, ...]:
+        """The network as a sum of one term."""
+        return (self,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("nodes", "output", "dimensions", "scale", "trace")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    def __add__(self, other: Network | Sum) -> Network | Sum:
+        return sum_of((*self.terms, *other.terms))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Verbs):
+    """A sum of networks with the same output; a convolution with bias is one, so is a derivative by the product rule.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(1, 1, input_size=5, kernel_size=2, bias=True)))
+        X[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] + b[(g c_out)] 1[n] 1[o1] -> n (g c_out) o1
+    """
+
+    terms: tuple[Network, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.terms) < 2:
+            raise NetworkError(f"a sum has two or more terms, got {len(self.terms)}")
+        shapes = [term.output_shape for term in self.terms]
+        for shape in shapes[1:]:
+            fits = len(shape) == len(shapes[0]) and all(
+                a is None or b is None or a == b for a, b in zip(shape, shapes[0], strict=True)
+            )
+            if not fits:
+                raise NetworkError(f"the terms of a sum have one output shape, got {shapes[0]} and {shape}")
+
+    @property
+    def output(self) -> tuple[Group, ...]:
+        """The output of the first term."""
+        return self.terms[0].output
+
+    @property
+    def output_indices(self) -> tuple[str, ...]:
+        """All indices of the output, leg by leg."""
+        return self.terms[0].output_indices
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The size of each output leg, None where it is not yet known."""
+        return self.terms[0].output_shape
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes of all indices of all terms; a size known in one term is known."""
+        sizes: dict[str, int | None] = {}
+        for term in self.terms:
+            for index, size in term.dimensions:
+                if sizes.get(index) is None:
+                    sizes[index] = size
+        return sizes
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The names of the arrays the sum needs, each once, in order of appearance."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.operand_names))
+
+    @property
+    def operand_legs(self) -> dict[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand."""
+        legs: dict[str, tuple[Group, ...]] = {}
+        for term in self.terms:
+            for name, found in term.operand_legs.items():
+                legs.setdefault(name, found)
+        return legs
+
+    @property
+    def operands(self) -> tuple[tuple[str | IndexPattern, ...], ...]:
+        """The operands of each term, in the order of its subscripts."""
+        return tuple(term.operands for term in self.terms)
+
+    @property
+    def trace(self) -> tuple[Firing, ...]:
+        """The traces of all terms, one after another."""
+        return tuple(firing for term in self.terms for firing in term.trace)
+
+    def check(self) -> None:
+        """Raise NetworkError unless every term is well formed and the outputs agree."""
+        for term in self.terms:
+            term.check()
+        self.__post_init__()
+
+    @cached_property
+    def canonical(self) -> tuple:
+        """A key that is the same for all sums that are equal up to names and order."""
+        return ("sum", *sorted((term.canonical for term in self.terms), key=repr))
+
+    @property
+    def exact(self) -> tuple:
+        """A key for this very sum, names and order included."""
+        return tuple(term.exact for term in self.terms)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Sum) and self.canonical == other.canonical)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.canonical)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"terms": self.terms}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "terms", state["terms"])
+
+    def __add__(self, other: Network | Sum) -> Network | Sum:
+        return sum_of((*self.terms, *other.terms))
+
+
+AnyNetwork: TypeAlias = Network | Sum
+
+
+def sum_of(terms: Sequence[Network]) -> AnyNetwork:
+    """The sum of networks, their output indices named as in the first; one term is itself."""
+    if len(terms) == 1:
+        return terms[0]
+    first = terms[0]
+    aligned = [first]
+    for term in terms[1:]:
+        if [len(leg) for leg in term.output] == [len(leg) for leg in first.output]:
+            renames = dict(zip(term.output_indices, first.output_indices, strict=True))
+            clash = {index: term.fresh(index, first.sizes) for index in term.inner_indices if index in renames.values()}
+            clash = {index: new for index, new in clash.items() if index not in renames}
+            term = term.relabel(
+                {old: (new,) for old, new in (clash | renames).items()},
+                {new: term.sizes[old] for old, new in (clash | renames).items()},
+            )
+        aligned.append(term)
+    return Sum(tuple(aligned))

@@ -1,0 +1,243 @@
+"""Curvature: Kronecker factors, GGN diagonals, blocks and Gram matrices, Hessian backpropagation (§3.3 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Pattern, sum_of
+from lensor.notation import format_legs
+from lensor.ops._legs import Legs
+from lensor.ops.convolution import convolution_matrix, unfold
+from lensor.ops.derivatives import weight_jacobian, weight_vjp
+from lensor.pattern import IndexPattern
+from lensor.spec import ConvSpec
+
+
+def _require_approx(approx: str) -> None:
+    if approx not in ("expand", "reduce"):
+        raise ValueError(f"approx must be 'expand' or 'reduce', found {approx!r}")
+
+
+def _copies(indices: Sequence[str]) -> list[str]:
+    return [f"{index}_" for index in indices]
+
+
+def _patches(spec: ConvSpec, bias: bool) -> tuple[AnyNetwork, list[str]]:
+    """Patches by group, `n g (c k) o`, and the indices of a patch; with bias `n g d o` with a constant 1 at the end."""
+    legs = Legs(spec)
+    channel, positions = legs.channels[0], legs.positions[1]
+    patches = unfold(spec).split(channel, {"g": spec.groups, channel: None})
+    rows = [channel, *legs.kernel]
+    patches = patches.regroup(f"n g ({' '.join(rows)}) {' '.join(positions)}")
+    if not bias:
+        return patches, rows
+    size = prod(patches.sizes[index] or 0 for index in rows)
+    # Row d of the joint factor: patches are embedded in rows 0 to d − 1, the constant 1 is put into row d.
+    embed = IndexPattern(size + 1, 1, padding=(0, -1), output_size=size)
+    last = IndexPattern(size + 1, 1, padding=(-size, 0), output_size=1)
+    output = (("n",), ("g",), ("d",), *((index,) for index in positions))
+    sizes = {**patches.sizes, "d": size + 1}
+    weight = patches.replace(nodes=(*patches.nodes, Pattern(embed, (("d",), tuple(rows), ()))), output=output, sizes=sizes)
+    ones = [Ones(index) for index in ("n", "g", *positions)]
+    constant = Network.make([Pattern(last, (("d",), (), ())), *ones], output, sizes)
+    return sum_of([weight, constant]), ["d"]
+
+
+def kfac_input_factor(spec: ConvSpec, approx: str = "expand", *, bias: bool = False) -> AnyNetwork:
+    """The input-based Kronecker factor: X -> [groups, d, d], d = c_in/groups·ΠK (+ 1 with bias).
+
+    expand (KFC, Ω = 1/N Σ [X][X]ᵀ): `n (g c_in) i, i o k, n (g c_in_) i_, i_ o k_ -> g (c_in k) (c_in_ k_)` ×1/N;
+    reduce (patches averaged over positions first): `o_` in the second copy, ×1/(N·O²). Figure 5 of the paper.
+
+    Args:
+        spec: the convolution; for a transposed one the patches of its input at each of its output positions.
+        approx: `"expand"` or `"reduce"`.
+        bias: a last row and column for the bias: the factor of weight and bias together.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.kfac_input_factor(lensor.ConvSpec(4, 8, (9,), 3)))  # doctest: +NORMALIZE_WHITESPACE
+        n^-1 X[n (g c_in) i1] Π1[i1 o1 k1] X[n (g c_in_) i1_] Π1[i1_ o1 k1_]
+         -> g (c_in k1) (c_in_ k1_)
+
+    Raises:
+        ValueError: for another approx.
+    """
+    _require_approx(approx)
+    patches, rows = _patches(spec, bias)
+    positions = Legs(spec).positions[1]
+    share = ["n", "g", *(positions if approx == "expand" else [])]
+    gram = patches.merge(patches, share=share, output=f"g ({' '.join(rows)}) ({' '.join(_copies(rows))})")
+    averaged = {index: -2 for index in positions} if approx == "reduce" else {}
+    return gram.scaled(1, {"n": -1, **averaged})
+
+
+def kfac_input_root(spec: ConvSpec) -> Network:
+    """Patches averaged over positions, X -> [groups, n, d]: Gram matrix of rows over n is N times the reduce factor.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.kfac_input_root(lensor.ConvSpec(4, 8, (9,), 3)))
+        1/7 X[n (g c_in) i1] Π1[i1 o1 k1] -> g n (c_in k1)
+    """
+    patches, rows = _patches(spec, bias=False)
+    positions = Legs(spec).positions[1]
+    root = patches.replace(output=(("g",), ("n",), tuple(rows)))
+    return root.scaled(1, {index: -1 for index in positions})
+
+
+def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
+    """The output-based Kronecker factor: V [v, n, c_out, *output_size] -> [groups, c_out/groups, c_out/groups].
+
+    expand: `v n (g c_out) o, v n (g c_out_) o -> g c_out c_out_` ×1/O; reduce: `o_` in the second copy, ×1.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.kfac_output_factor(lensor.ConvSpec(4, 8, (9,), 3), "reduce"))
+        V[v n (g c_out) o1] V[v n (g c_out_) o1_] -> g c_out c_out_
+
+    Raises:
+        ValueError: for another approx.
+    """
+    _require_approx(approx)
+    legs = Legs(spec)
+    positions, channel = legs.positions[1], legs.channels[1]
+    operand = Operand("V", (("v",), *legs.output))
+    vectors = Network.make([operand], operand.legs, {**legs.sizes, "v": None})
+    share = ["v", "n", "g", *(positions if approx == "expand" else [])]
+    gram = vectors.merge(vectors, share=share, output=f"g {channel} {channel}_")
+    return gram.scaled(1, {index: -1 for index in positions}) if approx == "expand" else gram
+
+
+def _per_example_roots(spec: ConvSpec) -> Network:
+    """Jᵀ S for every example and column of S: `v n (g c_out) c_in k`."""
+    return weight_vjp(spec).keep("n").rename_operands(V="S").batch("v", ["S"])
+
+
+def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
+    """The diagonal of the weight's GGN: X, S [v, n, c_out, *output_size] -> weight shape, per example [n, *weight shape].
+
+    `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: entries of
+    Jᵀ S squared and summed over v and n.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.ggn_diagonal(lensor.ConvSpec(4, 8, (9,), 3)).operands[:3]
+        ('X', IndexPattern(9, 3), 'S')
+    """
+    roots = _per_example_roots(spec)
+    weight = roots.output[2:]
+    legs = weight if not per_example else (("n",), *weight)
+    share = ["v", "n", *(index for leg in weight for index in leg)]
+    return roots.merge(roots, share=share, output=format_legs(legs))
+
+
+def ggn_gram(spec: ConvSpec) -> Network:
+    """The Gram matrix of the weight's GGN, a layer's empirical NTK: X, S -> [(v n), (w m)].
+
+    `ggn_diagonal`'s operands, the second copy with w and m, summed over the weight's indices.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.ggn_gram(lensor.ConvSpec(4, 8, (9,), 3)).output
+        (('v', 'n'), ('w', 'm'))
+    """
+    roots = _per_example_roots(spec)
+    share = [index for leg in roots.output[2:] for index in leg]
+    return roots.merge(roots.rename(v="w", n="m"), share=share, output="(v n) (w m)")
+
+
+def ggn_mini_block(spec: ConvSpec, block: str = "filter") -> Network:
+    """Diagonal blocks of the weight's GGN: X, S -> blocks.
+
+    Args:
+        spec: the convolution.
+        block: `"filter"`: one block for each first channel of the weight, `(g c_out) (c_in k) (c_in_ k_)`; `"kernel"`:
+            one for each pair of channels, `(g c_out) c_in k k_`; `"position"`: one for each kernel position,
+            `g k (c_out c_in) (c_out_ c_in_)`.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.ggn_mini_block(lensor.ConvSpec(4, 8, (9,), 3), "kernel").output
+        (('g', 'c_out'), ('c_in',), ('k1',), ('k1_',))
+
+    Raises:
+        ValueError: for another block.
+    """
+    roots = _per_example_roots(spec)
+    kernel = Legs(spec).kernel
+    within = {"filter": ["c_in", *kernel], "kernel": kernel, "position": ["c_out", "c_in"]}
+    if block not in within:
+        raise ValueError(f"block must be one of {sorted(within)}, found {block!r}")
+    rows, k, copies = within[block], " ".join(kernel), " ".join(_copies(within[block]))
+    outputs = {
+        "filter": f"(g c_out) ({' '.join(rows)}) ({copies})",
+        "kernel": f"(g c_out) c_in {k} {copies}",
+        "position": f"g {k} ({' '.join(rows)}) ({copies})",
+    }
+    every = ["v", "n", "g", "c_out", "c_in", *kernel]
+    return roots.merge(roots, share=[index for index in every if index not in rows], output=outputs[block])
+
+
+def hessian_backprop(spec: ConvSpec) -> AnyNetwork:
+    """Hessian backpropagation through a convolution (KFRA): W, H [c_out, *O, c_out, *O] -> [c_in, *I, c_in, *I].
+
+    A(W)ᵀ H A(W): `(g c_out) c_in k, i o k, (g c_out) o (g_ c_out_) o_, (g_ c_out_) c_in_ k_, i_ o_ k_ ->
+    (g c_in) i (g_ c_in_) i_`, for one example.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.hessian_backprop(lensor.ConvSpec(2, 2, (5,), 3)).operand_names
+        ('W', 'H')
+    """
+    matrix = convolution_matrix(spec)
+    rows, columns = matrix.output[: spec.ndim + 1], matrix.output[spec.ndim + 1 :]
+    copies = {index: f"{index}_" for index in matrix.sizes}
+    second = matrix.rename(copies)
+    both = (*rows, *second.output[: spec.ndim + 1])
+    hessian = Network.make([Operand("H", both)], both, {**matrix.sizes, **second.sizes})
+    one_side = matrix.merge(hessian, share=_flat(rows), output=format_legs((*columns, *both[spec.ndim + 1 :])))
+    shared = [copies[index] for index in _flat(rows)]
+    return one_side.merge(second, share=shared, output=format_legs((*columns, *second.output[spec.ndim + 1 :])))
+
+
+def _flat(legs: Sequence[Group]) -> list[str]:
+    return [index for leg in legs for index in leg]
+
+
+def _squared_jacobian_against(jacobian: Network, rows: Sequence[Group], result: Sequence[Group], spec: ConvSpec) -> Network:
+    """Σ_rows J² V: a Jacobian squared entry by entry, its rows contracted with an operand V in output space."""
+    squared = jacobian.merge(jacobian, share=jacobian.output_indices, output=format_legs(jacobian.output))
+    legs = Legs(spec).output
+    vector = Network.make([Operand("V", legs)], legs, {**Legs(spec).sizes})
+    return squared.merge(vector, share=_flat(rows), output=format_legs(result))
+
+
+def hessian_diagonal_input(spec: ConvSpec) -> Network:
+    """The Hessian diagonal backpropagated to the input (BL89, HesScale): W, V [n, c_out, *O] -> [n, c_in, *I].
+
+    The input VJP with every entry of the Jacobian squared. With zeros padding A(W)² = A(W²); in other modes two
+    kernel positions may read one input, so both patterns are kept (they share i and o).
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.hessian_diagonal_input(lensor.ConvSpec(2, 2, (5,), 3)).simplify())
+        Π1[i1 o1 k1] W[c_out c_in k1] W[c_out c_in k1] V[n c_out o1] -> n c_in i1
+    """
+    matrix = convolution_matrix(spec)
+    rows, columns = matrix.output[: spec.ndim + 1], matrix.output[spec.ndim + 1 :]
+    return _squared_jacobian_against(matrix, rows, (("n",), *columns), spec)
+
+
+def hessian_diagonal_weight(spec: ConvSpec) -> Network:
+    """The Hessian diagonal of the weight (BL89, HesScale): X, V [n, c_out, *O] -> weight shape; exact as [X]² = [X²].
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.hessian_diagonal_weight(lensor.ConvSpec(2, 2, (5,), 3)).simplify())
+        X[n c_in i1] Π1[i1 o1 k1] X[n c_in i1] V[n c_out_ o1] -> c_out_ c_in k1
+    """
+    jacobian = weight_jacobian(spec)
+    rows, columns = jacobian.output[: spec.ndim + 2], jacobian.output[spec.ndim + 2 :]
+    return _squared_jacobian_against(jacobian, rows, columns, spec)

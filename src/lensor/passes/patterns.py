@@ -1,0 +1,329 @@
+"""Rules of the index-pattern algebra that simplify, each with its algebra beside it.
+
+Notation: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P]. A selection is a pattern of kernel size 1, [i = o·S − P]: a
+slice, crop, pad or embedding, which costs no arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from lensor.network import Group, Network, Node, Ones, Pattern, Scale, indices_of
+from lensor.passes.rule import RuleList, rule
+from lensor.pattern import IndexPattern
+from lensor.transforms.indices import contract_deltas, equate
+
+
+def _patterns(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
+    for at, node in enumerate(net.nodes):
+        if isinstance(node, Pattern):
+            yield at, node.pattern, node.legs
+
+
+def _swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: object) -> Network:
+    """Replace some nodes by others, in the place of the first."""
+    nodes = [node for at, node in enumerate(net.nodes) if at not in drop]
+    place = min(drop)
+    return net.replace(nodes=(*nodes[:place], *put, *nodes[place:]), **parts)
+
+
+def _only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
+    """Whether no index of the group stands in the output, in the scale, or in a node that is not listed."""
+    if set(group) & set(net.output_indices):
+        return False
+    others = (node for at, node in enumerate(net.nodes) if at not in nodes)
+    return not any(set(group) & set(indices_of(node)) for node in others)
+
+
+def _apart(legs: Sequence[Group]) -> bool:
+    flat = [index for leg in legs for index in leg]
+    return len(flat) == len(set(flat))
+
+
+def _fresh_beside(net: Network, group: Group, what: str) -> str:
+    """A name for a new index that says where it comes from; copies keep their `_` at the end."""
+    base = group[0].rstrip("_") if group else ""
+    return net.fresh(f"{base}_{what}{'_' * (len(group[0]) - len(base))}" if group else what)
+
+
+# ------------------------------------------------------------------------------------------------------ normal forms
+@rule("irrelevant parameters normalised", "7, 8")
+def normalise(net: Network) -> Network | None:
+    """K=1: D is irrelevant; O=1: S is; the padding on the right follows from O; a mode that is never used is zeros."""
+    for at, pattern, legs in _patterns(net):
+        normal = pattern.normalize()
+        if normal != pattern:
+            return _swap_nodes(net, [at], [Pattern(normal, legs)])
+    return None
+
+
+@rule("one output position: kernel and output swapped", "4, 7")
+def swap_single_output(net: Network) -> Network | None:
+    """Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o]: with O=1 the swapped pattern is a selection."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if pattern.output_size == 1 and pattern.kernel_size > 1:
+            return _swap_nodes(net, [at], [Pattern(pattern.swap().normalize(), (i, k, o))])
+    return None
+
+
+@rule("identity pattern contracted", "1, 7")
+def identity(net: Network) -> Network | None:
+    """K=1, S=1, P=0, O=I: Π[i,o] = δ[i,o]. K=I, P=0, O=1 comes here after the swap."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if not pattern.is_identity or k:
+            continue
+        rest = _swap_nodes(net, [at], [Ones(index) for index in dict.fromkeys((*i, *o))])
+        after = equate(rest, i, o)
+        if after is not None:
+            return contract_deltas(after)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- contractions
+def _fit(reads: np.ndarray, input_size: int) -> IndexPattern | None:
+    """The zeros-mode pattern with these reads [O, K], or None; exact, whatever the reads come from."""
+    outputs, kernels = reads.shape
+    valid = np.argwhere(reads >= 0)
+    if not len(valid):
+        return None
+    o0, k0 = valid[0]
+    base = int(reads[o0, k0])
+
+    def slope(axis: int) -> int | None:
+        """The step along an axis, from two valid reads in one line along it (1 where there are none)."""
+        for line in reads if axis == 1 else reads.T:
+            places = np.flatnonzero(line >= 0)
+            if len(places) > 1:
+                step, rest = divmod(int(line[places[1]] - line[places[0]]), int(places[1] - places[0]))
+                return step if rest == 0 and step > 0 else None
+        return input_size  # large enough that no second position of this line reads anything
+
+    stride, dilation = slope(0) if outputs > 1 else 1, slope(1) if kernels > 1 else 1
+    if stride is None or dilation is None:
+        return None
+    padding = int(k0) * dilation + int(o0) * stride - base
+    fitted = IndexPattern(
+        input_size, kernels, stride=stride, padding=(padding, 0), dilation=dilation, output_size=outputs
+    )
+    return fitted.normalize() if np.array_equal(fitted.reads(), reads) else None
+
+
+@rule("selection of positions composed with a pattern", "23")
+def compose_selection(net: Network) -> Network | None:
+    """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] where Π2 reads only inside; the same for k.
+
+    Whether the composition is one pattern is decided by comparing all reads.
+    """
+    for two, selection, (j, o, unit) in _patterns(net):
+        if not selection.is_selection or unit or not j:
+            continue
+        for one, pattern, (i, positions, kernel) in _patterns(net):
+            if one == two or not _only_in(net, j, [one, two]) or not _apart((i, positions, kernel, o)):
+                continue
+            picked = selection.reads()[:, 0]
+            reads = pattern.reads()
+            if positions == j:
+                new = np.where(picked[:, None] >= 0, reads[picked], -1)
+                legs = (i, o, kernel)
+            elif kernel == j:
+                new = np.where(picked[None, :] >= 0, reads[:, picked], -1)
+                legs = (i, positions, o)
+            elif kernel == () and len(j) == 1 and positions[:1] == j and len(positions) > 1:
+                # The pattern's positions were split into (j, within) by the block rule; put it together again.
+                blocks = reads.reshape(selection.input_size, -1)
+                new = np.where(picked[:, None] >= 0, blocks[picked], -1)
+                legs = (i, o, positions[1:])
+            else:
+                continue
+            fitted = _fit(new, pattern.input_size)
+            if fitted is not None:
+                return _swap_nodes(net, [one, two], [Pattern(fitted, legs)])
+    return None
+
+
+@rule("padding or cropping composed with a pattern", "8, 23")
+def compose_shift(net: Network) -> Network | None:
+    """Σ_j Π1[i,j] Π2[j,o,k] = Π(I, K, S2, P1+P2, D2)[i,o,k] for a Π1 of stride 1 (padding is a shift).
+
+    Larger strides of Π1 stay apart: that is the form the gcd rule makes.
+    """
+    for one, shift, (i, j, unit) in _patterns(net):
+        if not shift.is_selection or unit or shift.stride != 1 or not j:
+            continue
+        for two, pattern, (inputs, o, k) in _patterns(net):
+            if one == two or inputs != j or not _only_in(net, j, [one, two]) or not _apart((i, o, k)):
+                continue
+            if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_selection:
+                continue  # the split of a padding mode from its pattern stays split
+            reads = pattern.reads()
+            new = np.where(reads >= 0, shift.reads()[:, 0][reads], -1)
+            fitted = _fit(new, shift.input_size)
+            if fitted is not None:
+                return _swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
+    return None
+
+
+@rule("crop of the input taken into the pattern", "8")
+def crop_input(net: Network) -> Network | None:
+    """Σ_i C[i,j] Π(I,K,S,P,D)[i,o,k] = Π(J,K,S,P+a,D)[j,o,k] for the crop C[i,j] = [i = j + a]."""
+    for one, crop, (i, j, unit) in _patterns(net):
+        inside = crop.is_selection and not unit and crop.stride == 1 and (crop.reads() >= 0).all()
+        if not inside or crop.padding_mode != "zeros" or not i:
+            continue
+        for two, pattern, (inputs, o, k) in _patterns(net):
+            if one == two or inputs != i or not _only_in(net, i, [one, two]) or pattern.padding_mode != "zeros":
+                continue
+            if not _apart((j, o, k)) or (pattern.is_selection and pattern.stride == 1 and not k):
+                continue
+            shorter = IndexPattern(
+                crop.output_size,
+                pattern.kernel_size,
+                stride=pattern.stride,
+                padding=(pattern.padding[0] + crop.padding[0], 0),
+                dilation=pattern.dilation,
+                output_size=pattern.output_size,
+            )
+            return _swap_nodes(net, [one, two], [Pattern(shorter.normalize(), (j, o, k))])
+    return None
+
+
+@rule("two patterns that share two legs", "19")
+def two_shared_legs(net: Network) -> Network | None:
+    """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'], for any two shared legs; in other padding modes only for (o,k)."""
+    found = list(_patterns(net))
+    for a, (one, pattern, legs) in enumerate(found):
+        for two, other, others in found[a + 1 :]:
+            if pattern.normalize() != other.normalize():
+                continue
+            differ = [place for place in range(3) if legs[place] != others[place]]
+            if len(differ) > 1 or (pattern.padding_mode != "zeros" and differ not in ([], [0])):
+                continue
+            spare = [Ones(index) for index in dict.fromkeys(index for leg in others for index in leg)]
+            rest = _swap_nodes(net, [two], spare)
+            after = rest if not differ else equate(rest, legs[differ[0]], others[differ[0]])
+            if after is not None:
+                return contract_deltas(after)
+    return None
+
+
+@rule("leg sum that is constant", "16, 17")
+def constant_leg_sum(net: Network) -> Network | None:
+    """Where a pattern summed over the legs that nothing else holds is constant, it is a number times ones.
+
+    E.g. Σ_i Π = [0 ≤ kD + oS − P < I] is 1 throughout where nothing is padded, so that the pattern disappears.
+    """
+    for at, pattern, legs in _patterns(net):
+        loose = [place for place in range(3) if legs[place] and _only_in(net, legs[place], [at])]
+        if not loose or not _apart(legs):
+            continue
+        total = _summed(pattern, loose)
+        value = int(total.flat[0])
+        if value == 0 or not (total == value).all():
+            continue
+        summed = {index for place in loose for index in legs[place]}
+        kept = dict.fromkeys(index for leg in legs for index in leg if index not in summed)
+        scale = net.scale * Scale(Fraction(value))
+        return _swap_nodes(net, [at], [Ones(index) for index in kept], scale=scale)
+    return None
+
+
+def _summed(pattern: IndexPattern, loose: Sequence[int]) -> np.ndarray:
+    """The pattern summed over the legs in `loose`."""
+    if 0 in loose:
+        matrix = (pattern.reads() >= 0).astype(np.int64)  # [o, k]
+        return matrix.sum(axis=tuple(place - 1 for place in loose if place > 0))
+    if loose == [1, 2]:
+        reads = pattern.reads()
+        return np.bincount(reads[reads >= 0], minlength=pattern.input_size)
+    return pattern.leg_sum("o" if loose == [1] else "k")
+
+
+# ------------------------------------------------------------------------------------------------------ decompositions
+@rule("padding mode split from its pattern", "modes")
+def split_mode(net: Network) -> Network | None:
+    """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], R the padding of the input by its mode."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if pattern.padding_mode == "zeros" or pattern.is_selection:
+            continue
+        padding, inner = pattern.split_padding()
+        if padding is None:
+            continue
+        j = _fresh_beside(net, i, "pad")
+        put = [Pattern(padding.normalize(), (i, (j,), ())), Pattern(inner.normalize(), ((j,), o, k))]
+        return _swap_nodes(net, [at], put, sizes={j: inner.input_size})
+    return None
+
+
+@rule("common divisor of stride and dilation taken out", "11")
+def common_divisor(net: Network) -> Network | None:
+    """g = gcd(S,D) > 1: only i = a + g·j is read, a = (−P) mod g, where Π = Π(·,K,S/g,(P+a)/g,D/g)[j,o,k]."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if pattern.padding_mode != "zeros":
+            continue
+        parts = pattern.gcd_split()
+        if parts is None:
+            continue
+        every, inner = parts
+        j = _fresh_beside(net, i, "every")
+        put = [Pattern(every.normalize(), (i, (j,), ())), Pattern(inner.normalize(), ((j,), o, k))]
+        return _swap_nodes(net, [at], put, sizes={j: inner.input_size})
+    return None
+
+
+@rule("dense or block pattern into regrouping", "6")
+def block(net: Network) -> Network | None:
+    """K ≤ S, D=1: pad P on the left, pad or crop to O·S, view as (O, S), keep k < K; rules 1 to 3 are special cases."""
+    for at, pattern, legs in _patterns(net):
+        if _blocks(pattern):
+            return _into_blocks(net, at, pattern, legs)
+    return None
+
+
+@rule("dense or block pattern after the swap into regrouping", "4, 6")
+def swapped_block(net: Network) -> Network | None:
+    """O ≤ D, S=1: the block rule for the pattern with kernel and output swapped."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if pattern.padding_mode == "zeros" and not _blocks(pattern) and _blocks(pattern.swap()):
+            return _into_blocks(net, at, pattern.swap(), (i, k, o))
+    return None
+
+
+def _blocks(pattern: IndexPattern) -> bool:
+    return (
+        pattern.padding_mode == "zeros"
+        and pattern.kernel_size > 1
+        and pattern.output_size > 1
+        and pattern.dilation == 1
+        and pattern.kernel_size <= pattern.stride
+        and not pattern.is_zero
+    )
+
+
+def _into_blocks(net: Network, at: int, pattern: IndexPattern, legs: tuple[Group, Group, Group]) -> Network:
+    i, o, k = legs
+    stride, positions = pattern.stride, pattern.output_size
+    length = positions * stride
+    left = pattern.padding[0]
+    view = IndexPattern(pattern.input_size, 1, padding=(left, length - pattern.input_size - left), output_size=length)
+    if pattern.kernel_size == stride:
+        return _swap_nodes(net, [at], [Pattern(view.normalize(), (i, (*o, *k), ()))])
+    s = _fresh_beside(net, k, "stride")
+    first = IndexPattern(stride, 1, padding=(0, pattern.kernel_size - stride), output_size=pattern.kernel_size)
+    put = [Pattern(view.normalize(), (i, (*o, s), ())), Pattern(first.normalize(), ((s,), k, ()))]
+    return _swap_nodes(net, [at], put, sizes={s: stride})
+
+
+PATTERN_RULES: RuleList = (
+    normalise,
+    swap_single_output,
+    identity,
+    compose_selection,
+    compose_shift,
+    crop_input,
+    two_shared_legs,
+    constant_leg_sum,
+)
+DECOMPOSITION_RULES: RuleList = (split_mode, common_divisor, block, swapped_block)

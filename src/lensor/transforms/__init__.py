@@ -1,0 +1,34 @@
+"""Networks from networks: derivatives, batching, sub-tensors, composition. One file a family."""
+
+from lensor.transforms.access import block_diagonal, diagonal, keep, narrow, select, slice
+from lensor.transforms.composition import batch, components, merge, substitute
+from lensor.transforms.derivatives import jacobian, jvp, vjp
+from lensor.transforms.indices import contract_deltas, equate, refine
+from lensor.transforms.names import bind, group, regroup, rename, rename_operands, scaled, split, ungroup
+
+__all__ = [
+    "batch",
+    "bind",
+    "block_diagonal",
+    "components",
+    "contract_deltas",
+    "diagonal",
+    "equate",
+    "group",
+    "jacobian",
+    "jvp",
+    "keep",
+    "merge",
+    "narrow",
+    "refine",
+    "regroup",
+    "rename",
+    "rename_operands",
+    "scaled",
+    "select",
+    "slice",
+    "split",
+    "substitute",
+    "ungroup",
+    "vjp",
+]

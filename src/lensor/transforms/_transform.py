@@ -1,0 +1,56 @@
+"""What all transforms share: they distribute over sums, become methods, and check their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+from lensor.errors import NetworkError
+from lensor.network import AnyNetwork, Network, sum_of, verb
+
+P = ParamSpec("P")
+
+
+def transform(
+    function: Callable[Concatenate[Network, P], AnyNetwork | None],
+) -> Callable[Concatenate[AnyNetwork, P], Any]:
+    """Let a transform of a network work on sums term by term, and make it a method.
+
+    The transform returns None for a term that is zero; a result without terms raises NetworkError.
+    """
+
+    @wraps(function)
+    def apply(net: AnyNetwork, *args: P.args, **kwargs: P.kwargs) -> AnyNetwork:
+        results = [function(term, *args, **kwargs) for term in net.terms]
+        terms = [term for result in results if result is not None for term in result.terms]
+        if not terms:
+            arguments = ", ".join([*(repr(value) for value in args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+            raise NetworkError(
+                f"{function.__name__}({arguments}) is zero or not defined on {net}: operands are "
+                f"{list(net.operand_names)}, indices are {sorted(net.sizes)}"
+            )
+        return sum_of(terms)
+
+    return verb(apply)
+
+
+def require_operand(net: AnyNetwork, name: str) -> None:
+    """Raise NetworkError unless `name` is an operand of `net`."""
+    if name not in net.operand_names:
+        raise NetworkError(f"unknown operand {name!r}, expected one of {list(net.operand_names)}")
+
+
+def require_index(net: AnyNetwork, index: str, where: Iterable[str] | None = None, kind: str = "index") -> None:
+    """Raise NetworkError unless `index` is among `where` (by default all indices of `net`)."""
+    among = list(net.sizes if where is None else where)
+    if index not in among:
+        raise NetworkError(f"unknown {kind} {index!r}, expected one of {among}")
+
+
+def require_size(net: AnyNetwork, index: str) -> int:
+    """The size of an index; NetworkError if it is not yet known."""
+    size = net.sizes[index]
+    if size is None:
+        raise NetworkError(f"index {index!r} has no size yet; give it one first: net.bind({index}=...)")
+    return size

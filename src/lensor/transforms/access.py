@@ -1,0 +1,177 @@
+"""Sub-tensors: diagonals, narrowing, selecting, slicing, keeping a summed index open."""
+
+from __future__ import annotations
+
+import math
+from operator import index as as_int
+
+from lensor.errors import NetworkError
+from lensor.network import AnyNetwork, Group, Network, Pattern, sum_of, verb
+from lensor.pattern import IndexPattern
+from lensor.transforms._transform import require_index, require_size, transform
+from lensor.transforms.indices import contract_deltas, refine
+
+
+def _without(output: tuple[Group, ...], index: str) -> tuple[Group, ...]:
+    """The output without an index; a leg that held nothing else goes with it."""
+    return tuple(tuple(i for i in leg if i != index) for leg in output if leg != (index,))
+
+
+@transform
+def diagonal(net: Network, first: str, second: str) -> Network:
+    """The diagonal over two output indices of one size: `second` becomes `first` and leaves the output.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i, n j -> i j", "X", "X").bind(i=3, j=3).diagonal("i", "j"))
+        X[n i] X[n i] -> i
+
+    Raises:
+        NetworkError: if one is no output index, or their sizes differ.
+    """
+    for index in (first, second):
+        require_index(net, index, net.output_indices, "output index")
+    if first == second:
+        raise NetworkError(f"a diagonal needs two different output indices, got {first!r} twice")
+    sizes = net.sizes[first], net.sizes[second]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise NetworkError(f"a diagonal needs indices of one size, {first!r} has {sizes[0]}, {second!r} has {sizes[1]}")
+    size = sizes[0] if sizes[0] is not None else sizes[1]
+    both = {first: size, second: size}
+    inner = net.replace(output=_without(net.output, second), sizes=both)
+    return contract_deltas(inner.relabel({second: (first,)}, both))
+
+
+@transform
+def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Network:
+    """The blocks of `block_size` on the diagonal of two output indices: `first` becomes (block, within).
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i, n j -> i j", "X", "X").bind(i=6, j=6).block_diagonal("i", "j", 2))
+        X[n (i_block i)] X[n (i_block j)] -> i_block i j
+
+    Raises:
+        NetworkError: if one is no output index, their sizes differ, or the block size does not divide them.
+    """
+    for index in (first, second):
+        require_index(net, index, net.output_indices, "output index")
+    sizes = require_size(net, first), require_size(net, second)
+    block = as_int(block_size)
+    if sizes[0] != sizes[1] or block < 1 or sizes[0] % block:
+        raise NetworkError(f"block_size must divide the sizes of {first!r} and {second!r}, got {block} for {sizes}")
+    outer = net.fresh(f"{first}_block")
+    copy = net.fresh(f"{second}_block", [outer])
+    within, within_copy = net.fresh(first, net.sizes), net.fresh(second, net.sizes)
+    split = refine(
+        net,
+        {
+            first: {outer: sizes[0] // block, within: block},
+            second: {copy: sizes[0] // block, within_copy: block},
+        },
+    )
+    legs: list[Group] = []
+    for leg in split.output:
+        legs += [(outer,), (within,)] if leg == (outer, within) else [leg]
+    result = split.replace(output=tuple(legs)).diagonal(outer, copy)
+    return result.relabel(
+        {within: (first,), within_copy: (second,)}, {first: result.sizes[within], second: result.sizes[within_copy]}
+    )
+
+
+def _pick(net: Network, index: str, start: int, step: int, count: int) -> Network:
+    """Keep positions start, start + step, ... of an index: a pattern of kernel size 1 in front of it."""
+    size = require_size(net, index)
+    selection = IndexPattern(
+        size, 1, stride=step, padding=(-start, start + (count - 1) * step + 1 - size), output_size=count
+    )
+    full = net.fresh(f"{index}_full")
+    inner = net.replace(output=(), scale=net.scale.bind({index: size})).relabel({index: (full,)}, {full: size})
+    return contract_deltas(
+        inner.replace(
+            nodes=(*inner.nodes, Pattern(selection, ((full,), (index,), ()))),
+            output=net.output,
+            sizes={**net.sizes, index: count},
+        )
+    )
+
+
+@verb
+def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> AnyNetwork:
+    """Positions start, start + step, ... below stop of an index; of a summed index, the sum over these.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(1, 1, 9, 3)).slice("o1", 1, 7, 2)
+        >>> net.sizes["o1"], str(net.simplify())
+        (3, 'X[n () i1] Π1[i1 o1 k1] W[() () k1] -> n () o1')
+
+    Raises:
+        NetworkError: for an unknown index or one without size, or if the positions are empty or outside it.
+    """
+    require_index(net, index)
+    size = require_size(net, index)
+    start, stop, step = as_int(start), as_int(stop), as_int(step)
+    if step < 1 or not 0 <= start < stop <= size:
+        raise NetworkError(
+            f"index {index!r} has positions 0 to {size - 1}: expected 0 <= start < stop <= {size} and step >= 1, "
+            f"got start {start}, stop {stop}, step {step}"
+        )
+    count = math.ceil((stop - start) / step)
+    return sum_of([_pick(term, index, start, step, count) if index in term.sizes else term for term in net.terms])
+
+
+@verb
+def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
+    """Positions start to start + length − 1 of an index, as torch.narrow; of a summed index, the sum over these.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.conv(lensor.ConvSpec(1, 1, 9, 3)).narrow("o1", 2, 4).sizes["o1"]
+        4
+
+    Raises:
+        NetworkError: for an unknown index or one without size, or if the positions are empty or outside it.
+    """
+    return net.slice(index, start, as_int(start) + as_int(length))
+
+
+@verb
+def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
+    """One position of an index, which leaves the output; negative positions count from its end.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i -> i n", "X").bind(i=3).select("i", -1).simplify())
+        2·X[n i] -> n
+
+    Raises:
+        NetworkError: for an unknown index or one without size, or a position outside it.
+    """
+    require_index(net, index)
+    size = require_size(net, index)
+    at = as_int(position)
+    if not -size <= at < size:
+        raise NetworkError(f"index {index!r} has size {size}: expected {-size} <= position < {size}, got {at}")
+    at %= size
+    picked = net.slice(index, at, at + 1)
+    return sum_of([term.replace(output=_without(term.output, index)) for term in picked.terms])
+
+
+@transform
+def keep(net: Network, index: str, position: int = 0) -> Network:
+    """Keep a summed index open: it becomes an output leg at `position`, and the result is not summed over it.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(1, 1, 9, 3)).vjp("W").keep("n"))
+        X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> n (g c_out) c_in k1
+
+    Raises:
+        NetworkError: if there is no such summed index.
+    """
+    require_index(net, index, net.inner_indices, "summed index")
+    legs = list(net.output)
+    legs.insert(position, (index,))
+    return net.replace(output=tuple(legs))
+

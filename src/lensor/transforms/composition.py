@@ -1,0 +1,202 @@
+"""Networks put together: batching, substitution, products of networks, and their connected parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+from lensor.errors import NetworkError
+from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Scale, indices_of, sum_of, verb
+from lensor.notation import parse_subscripts
+from lensor.transforms._transform import require_index, require_operand
+from lensor.transforms.indices import contract_deltas, equate
+
+
+@verb
+def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None = None) -> AnyNetwork:
+    """A new leading index on some operands and on the output, as vmap: one result for each of its positions.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(1, 1, 9, 3)).vjp("W").batch("v", ["V"]))
+        X[n (g c_in) i1] Π1[i1 o1 k1] V[v n (g c_out) o1] -> v (g c_out) c_in k1
+
+    Raises:
+        NetworkError: if the index is already there, or an operand is not.
+    """
+    if isinstance(operands, str):
+        raise TypeError(f"operands must be a sequence of names, found the str {operands!r}")
+    if index in net.sizes:
+        raise NetworkError(f"index {index!r} is already there; indices are {sorted(net.sizes)}")
+    for name in operands:
+        require_operand(net, name)
+    terms = []
+    for term in net.terms:
+        nodes = [
+            Operand(node.name, ((index,), *node.legs)) if isinstance(node, Operand) and node.name in operands else node
+            for node in term.nodes
+        ]
+        if not any(index in indices_of(node) for node in nodes):
+            nodes.append(Ones(index))
+        terms.append(term.replace(nodes=nodes, output=((index,), *term.output), sizes={index: size}))
+    return sum_of(terms)
+
+
+def _apart(net: Network, other: Network, keep: Sequence[str] = ()) -> Network:
+    """`other` with its indices renamed (by `_`) where `net` has them too, except those in `keep`."""
+    names: dict[str, str] = {}
+    for index in other.sizes:
+        if index not in keep and index in net.sizes:
+            names[index] = net.fresh(index + "_", [*other.sizes, *names.values()])
+    return other.relabel({old: (new,) for old, new in names.items()}, {new: other.sizes[old] for old, new in names.items()})
+
+
+@verb
+def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork:
+    """Put a network in the place of an operand, e.g. a CP, Tucker or tensor-train kernel in the place of W.
+
+    The network's output legs meet the operand's legs one by one; indices are split where their groups differ. An
+    operand of the network that has the name of one that is there is the same array.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(4, 6, 9, 3))
+        >>> cp = lensor.contraction("o r, i r, k r -> o i k", "A", "B", "C", o=6, i=4, k=3, r=2)
+        >>> print(net.substitute("W", cp).simplify())
+        X[n c_in i1] Π1[i1 o1 k1] A[c_out r] B[c_in r] C[k1 r] -> n c_out o1
+
+    Raises:
+        NetworkError: if there is no such operand, or the legs do not fit.
+    """
+    require_operand(net, operand)
+    terms: list[Network] = []
+    for term in net.terms:
+        times = sum(isinstance(node, Operand) and node.name == operand for node in term.nodes)
+        for choice in product(network.terms, repeat=times):
+            terms.append(_substitute_term(term, operand, choice))
+    return sum_of(terms)
+
+
+def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> Network:
+    marks = []
+    nodes = list(term.nodes)
+    for at, node in enumerate(nodes):
+        if isinstance(node, Operand) and node.name == operand:
+            marks.append(f"{operand} ({len(marks)})")  # no identifier, so it cannot clash
+            nodes[at] = Operand(marks[-1], node.legs)
+    net = term.replace(nodes=nodes)
+    for mark, inner in zip(marks, choice, strict=True):
+        at = next(at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and node.name == mark)
+        legs = net.nodes[at].legs
+        if len(legs) != len(inner.output):
+            raise NetworkError(f"operand {operand!r} has {len(legs)} legs, the network has {len(inner.output)}")
+        inner = _apart(net, inner)
+        joined = net.replace(
+            nodes=(*net.nodes[: at + 1], *inner.nodes, *net.nodes[at + 1 :]),
+            scale=net.scale * inner.scale,
+            sizes=inner.sizes,
+        )
+        # The network's legs are tied to the operand by a second copy of it, which is dropped in the end.
+        twin = Operand(mark, inner.output)
+        joined = joined.replace(nodes=(*joined.nodes, twin))
+        for place in range(len(legs)):
+            copies = [node for node in joined.nodes if isinstance(node, Operand) and node.name == mark]
+            left, right = copies[0].legs[place], copies[1].legs[place]
+            sizes = joined.group_size(left), joined.group_size(right)
+            tied = None if None not in sizes and sizes[0] != sizes[1] else equate(joined, left, right)
+            if tied is None:
+                raise NetworkError(
+                    f"leg {place} of operand {operand!r} has indices {left} of size {sizes[0]}, "
+                    f"the network's {right} of size {sizes[1]} does not fit"
+                )
+            joined = tied
+        rest = [node for node in joined.nodes if not (isinstance(node, Operand) and node.name == mark)]
+        held = {index for node in rest for index in indices_of(node)}
+        gone = {index for node in joined.nodes for index in indices_of(node)} - held
+        rest += [Ones(index) for index in sorted(gone)]
+        net = contract_deltas(joined.replace(nodes=rest))
+    return net
+
+
+@verb
+def merge(
+    net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None
+) -> AnyNetwork:
+    """The product of two networks that share some indices; every other index of `other` gets a `_`.
+
+    Args:
+        net: the first factor.
+        other: the second factor. Operands of one name are one array.
+        share: indices of both that are one in the product; a shared index that is not in `output` is summed.
+        output: output legs of the product, as subscripts spell them; by default those of `net`, then those of
+            `other` without the shared indices.
+
+    Example:
+        >>> import lensor
+        >>> patches = lensor.ops.unfold(lensor.ConvSpec(2, 1, 9, 3))
+        >>> print(patches.merge(patches, share=["n", "o1"], output="(c_in k1) (c_in_ k1_)"))
+        X[n c_in i1] Π1[i1 o1 k1] X[n c_in_ i1_] Π1[i1_ o1 k1_] -> (c_in k1) (c_in_ k1_)
+
+    Raises:
+        NetworkError: if a shared index is not in both, has two sizes, or the output names an unknown index.
+    """
+    return sum_of([_merge_terms(one, two, share, output) for one, two in product(net.terms, other.terms)])
+
+
+def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str | None) -> Network:
+    for index in share:
+        require_index(one, index)
+        require_index(two, index)
+        sizes = one.sizes[index], two.sizes[index]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise NetworkError(f"shared index {index!r} has size {sizes[0]} in one network and {sizes[1]} in the other")
+    two = _apart(one, two, share)
+    sizes = {index: one.sizes.get(index) if one.sizes.get(index) is not None else two.sizes.get(index) for index in share}
+    if output is None:
+        behind = [tuple(index for index in leg if index not in share) for leg in two.output]
+        legs: tuple[Group, ...] = (*one.output, *(leg for leg in behind if leg))
+    else:
+        text = f"{' '.join(dict.fromkeys([*one.sizes, *two.sizes]))} -> {output}"
+        legs = parse_subscripts(text).output
+    nodes = (*one.nodes, *two.nodes)
+    return contract_deltas(Network.make(nodes, legs, {**one.sizes, **two.sizes, **sizes}, one.scale * two.scale))
+
+
+@verb
+def components(net: AnyNetwork) -> tuple[Network, ...]:
+    """The connected parts of a network, whose (outer) product it is; the scale stays with the first.
+
+    Example:
+        >>> import lensor
+        >>> for part in lensor.ops.weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).simplify().components():
+        ...     print(part)
+        X[n c_in i1] Π1[i1 o1 k1] -> n o1 c_in k1
+        δ[c_out c_out_] -> c_out c_out_
+
+    Raises:
+        NetworkError: for a sum of networks.
+    """
+    if not isinstance(net, Network):
+        raise NetworkError("a sum has no connected parts; ask its terms")
+    parts: list[tuple[set[str], list]] = []
+    for node in net.nodes:
+        indices, nodes = set(indices_of(node)), [node]
+        rest = []
+        for known, others in parts:
+            if known & indices:
+                indices, nodes = indices | known, others + nodes
+            else:
+                rest.append((known, others))
+        parts = [*rest, (indices, nodes)]
+    order = {id(node): at for at, node in enumerate(net.nodes)}
+    parts.sort(key=lambda part: min(order[id(node)] for node in part[1]))
+    return tuple(
+        Network.make(
+            nodes,
+            [(index,) for index in net.output_indices if index in indices],
+            net.sizes,
+            net.scale if at == 0 else Scale(),
+        )
+        for at, (indices, nodes) in enumerate(parts)
+    )
+

@@ -1,0 +1,93 @@
+"""Derivatives: the argument is cut out of the network, its legs become output legs (equation 7 of the paper)."""
+
+from __future__ import annotations
+
+from lensor.network import AnyNetwork, Delta, Group, Network, Node, Ones, Operand, indices_of, sum_of
+from lensor.transforms._transform import require_operand, transform
+from lensor.transforms.indices import contract_deltas
+
+
+def _occurrences(net: Network, name: str) -> list[int]:
+    return [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and node.name == name]
+
+
+def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...] = ()) -> Network:
+    """Cut the operand at node `at` out; its legs follow `output`, whose indices stay apart from them by deltas.
+
+    Equation 7 of the paper: ∂/∂[A]_S' replaces A by the delta between S and a copy S'. A leg whose index is not in
+    the output needs no copy: summing the delta replaces one by the other.
+    """
+    operand = net.nodes[at]
+    taken = {index for leg in output for index in leg}
+    nodes: list[Node] = [*net.nodes[:at], *net.nodes[at + 1 :], *extra]
+    sizes = dict(net.sizes)
+    legs: list[Group] = []
+    for leg in operand.legs:
+        group = []
+        for index in leg:
+            name = index
+            if index in taken:
+                name = net.fresh(index + "_", [*sizes, *taken])
+                sizes[name] = sizes[index]
+                nodes.append(Delta((index, name)))
+            taken.add(name)
+            group.append(name)
+        legs.append(tuple(group))
+    held = {index for node in nodes for index in indices_of(node)}
+    nodes += [Ones(index) for leg in (*output, *legs) for index in leg if index not in held]
+    return contract_deltas(Network.make(nodes, (*output, *legs), sizes, net.scale))
+
+
+@transform
+def jacobian(net: Network, operand: str) -> AnyNetwork | None:
+    """The Jacobian with respect to an operand: output legs, then the operand's legs.
+
+    Where the operand occurs more than once the product rule gives a sum of networks, one for each occurrence.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(2, 2, 5, 3)).jacobian("W"))
+        X[n (g c_in) i1] Π1[i1 o1 k1] δ[g g_] δ[c_out c_out_] -> n (g c_out) o1 (g_ c_out_) c_in k1
+
+    Raises:
+        NetworkError: if there is no such operand.
+    """
+    terms = [term for at in _occurrences(net, operand) for term in cut(net, at, net.output).terms]
+    return sum_of(terms) if terms else None
+
+
+@transform
+def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
+    """The vector-Jacobian product: the Jacobian contracted with an operand `cotangent` in output space.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(2, 2, 5, 3)).vjp("W"))
+        X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> (g c_out) c_in k1
+
+    Raises:
+        NetworkError: if there is no such operand.
+    """
+    vector = Operand(cotangent, net.output)
+    terms = [term for at in _occurrences(net, operand) for term in cut(net, at, (), (vector,)).terms]
+    return sum_of(terms) if terms else None
+
+
+@transform
+def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
+    """The Jacobian-vector product: the operand replaced by an operand `tangent`, one occurrence at a time.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(2, 2, 5, 3)).jvp("X"))
+        T[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_out) o1
+
+    Raises:
+        NetworkError: if there is no such operand.
+    """
+    terms = []
+    for at in _occurrences(net, operand):
+        nodes = (*net.nodes[:at], Operand(tangent, net.nodes[at].legs), *net.nodes[at + 1 :])
+        terms.append(net.replace(nodes=nodes))
+    return sum_of(terms) if terms else None
+

@@ -1,0 +1,143 @@
+"""Identifying, splitting and contracting indices: what the other transforms and the passes are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lensor.network import Delta, Group, Network, Ones, indices_of
+
+
+def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Network:
+    """Split indices: each key becomes the group of its parts everywhere; partners in a delta are split alike.
+
+    Args:
+        net: the network.
+        parts: for each index its parts, slowest first, with their sizes (whose product must be its size).
+    """
+    mapping: dict[str, Group] = {index: tuple(new) for index, new in parts.items()}
+    sizes = {name: size for new in parts.values() for name, size in new.items()}
+    todo = list(parts)
+    while todo:
+        index = todo.pop()
+        for node in net.nodes:
+            if isinstance(node, Delta) and index in node.indices:
+                for partner in node.indices:
+                    if partner not in mapping:
+                        names = []
+                        for part in mapping[index]:
+                            names.append(net.fresh(part + "_", sizes))
+                            sizes[names[-1]] = sizes[part]
+                        mapping[partner] = tuple(names)
+                        todo.append(partner)
+    return net.relabel(mapping, sizes)
+
+
+def equate(net: Network, left: Group, right: Group) -> Network | None:
+    """Identify two groups of equal size, splitting indices where their boundaries differ.
+
+    Two output indices that are identified are joined by a delta. Returns None where the boundaries of the groups
+    have no common refinement (sizes 4·6 against 8·3 have one, 2·3 against 3·2 have not).
+    """
+    while True:
+        a, b = list(left), list(right)
+        pairs: list[tuple[str, str]] = []
+        split: dict[str, dict[str, int | None]] | None = None
+        # Slowest index last, so that boundaries are compared from the fastest end.
+        while a and b:
+            if a[-1] == b[-1]:
+                a.pop(), b.pop()
+                continue
+            p, q = net.sizes[a[-1]], net.sizes[b[-1]]
+            if p == q or ((p is None or q is None) and len(a) == len(b) == 1):
+                pairs.append((a.pop(), b.pop()))
+                continue
+            if p is None or q is None:
+                return None
+            big, big_size, small_size = (a[-1], p, q) if p > q else (b[-1], q, p)
+            if small_size == 0 or big_size % small_size:
+                return None
+            outer = net.fresh(big + "a")
+            inner = net.fresh(big + "b", [outer])
+            split = {big: {outer: big_size // small_size, inner: small_size}}
+            break
+        if split is not None:
+            big, parts = next(iter(split.items()))
+            before = net
+            net = refine(net, split)
+            swap = {big: tuple(parts)}
+            # A delta partner of the split index may stand in the groups as well.
+            if len(net.sizes) > len(before.sizes) + 1:
+                return _equate_after_split(before, net, left, right, swap)
+            left = tuple(new for index in left for new in swap.get(index, (index,)))
+            right = tuple(new for index in right for new in swap.get(index, (index,)))
+            continue
+        if any(net.sizes[index] != 1 for index in (*a, *b)):
+            return None
+        for one, other in pairs:
+            net = _identify(net, one, other)
+        return net
+
+
+def _equate_after_split(
+    before: Network, after: Network, left: Group, right: Group, swap: Mapping[str, Group]
+) -> Network | None:
+    gone = (set(left) | set(right)) - set(after.sizes) - set(swap)
+    if gone:
+        return None  # a delta partner inside the groups themselves: left as it is
+    return equate(
+        after,
+        tuple(new for index in left for new in swap.get(index, (index,))),
+        tuple(new for index in right for new in swap.get(index, (index,))),
+    )
+
+
+def _identify(net: Network, one: str, other: str) -> Network:
+    if one == other:
+        return net
+    size = net.sizes[one] if net.sizes[one] is not None else net.sizes[other]
+    sizes = {one: size, other: size}
+    open_ = set(net.output_indices)
+    if one in open_ and other in open_:
+        return net.replace(nodes=(*net.nodes, Delta((one, other))), sizes=sizes)
+    if other in open_:
+        one, other = other, one
+    return net.relabel({other: (one,)}, sizes)
+
+
+def contract_deltas(net: Network) -> Network:
+    """Contract every delta as far as it goes.
+
+    Σ_b δ[a,b] f(b) = f(a): all indices that deltas join become one, the first of them in the output; a delta is left
+    only between two or more output indices, and no other node holds any of them but the first.
+    """
+    deltas = [node for node in net.nodes if isinstance(node, Delta)]
+    if not deltas:
+        return net
+    classes: list[list[str]] = []
+    for delta in deltas:
+        joined = list(delta.indices)
+        rest = []
+        for known in classes:
+            if set(known) & set(joined):
+                joined = known + [index for index in joined if index not in known]
+            else:
+                rest.append(known)
+        classes = [*rest, joined]
+    nodes = [node for node in net.nodes if not isinstance(node, Delta)]
+    kept: list[Delta | Ones] = []
+    mapping: dict[str, Group] = {}
+    sizes: dict[str, int | None] = {}
+    for joined in classes:
+        open_ = [index for index in net.output_indices if index in joined]
+        first = open_[0] if open_ else joined[0]
+        size = next((net.sizes[index] for index in joined if net.sizes[index] is not None), None)
+        sizes.update(dict.fromkeys(joined, size))
+        mapping.update({index: (first,) for index in joined if index != first})
+        if len(open_) > 1:
+            kept.append(Delta(tuple(open_)))
+        else:
+            kept.append(Ones(first))
+    inner = Network.make(nodes, (), {**net.sizes, **sizes}, net.scale).relabel(mapping, sizes)
+    held = {index for node in inner.nodes for index in indices_of(node)}
+    kept = [node for node in kept if isinstance(node, Delta) or node.index not in held]
+    return net.replace(nodes=(*inner.nodes, *kept), scale=inner.scale, sizes=sizes)

@@ -1,0 +1,215 @@
+"""Names, groups, sizes and the scale: transforms that change how a network is read, not what it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from operator import index as as_int
+
+from lensor.errors import NetworkError
+from lensor.network import AnyNetwork, Group, Network, Operand, Scale, sum_of, verb
+from lensor.notation import format_legs, parse_subscripts, spread_over_deltas
+from lensor.transforms._transform import require_index, require_operand, require_size, transform
+from lensor.transforms.indices import refine
+
+
+@verb
+def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
+    """Rename indices, given as a mapping or as keywords old=new.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i -> i", "X").rename(i="pixel"))
+        X[n pixel] -> pixel
+
+    Raises:
+        NetworkError: for an unknown index, or if two indices would get one name.
+    """
+    names = {**(mapping or {}), **names}
+    for old in names:
+        require_index(net, old)
+    after = [names.get(index, index) for index in net.sizes]
+    for new in after:
+        if not isinstance(new, str) or not new.isidentifier():
+            raise NetworkError(f"an index name must be an identifier, found {new!r}")
+        if after.count(new) > 1:
+            raise NetworkError(f"two indices would be named {new!r}; to identify indices use diagonal")
+    return sum_of(
+        [
+            term.relabel(
+                {old: (new,) for old, new in names.items() if old in term.sizes},
+                {new: term.sizes[old] for old, new in names.items() if old in term.sizes},
+            )
+            for term in net.terms
+        ]
+    )
+
+
+@verb
+def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
+    """Rename operands, given as a mapping or as keywords old=new.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i -> i", "X").rename_operands(X="pictures"))
+        pictures[n i] -> i
+
+    Raises:
+        NetworkError: for an unknown operand, or if two operands would get one name.
+    """
+    names = {**(mapping or {}), **names}
+    for old in names:
+        require_operand(net, old)
+    after = [names.get(name, name) for name in net.operand_names]
+    for new in after:
+        if not new.isidentifier() or after.count(new) > 1:
+            raise NetworkError(f"operand names must be different identifiers, found {after}")
+    return sum_of(
+        [
+            term.replace(
+                nodes=[
+                    Operand(names.get(node.name, node.name), node.legs) if isinstance(node, Operand) else node
+                    for node in term.nodes
+                ]
+            )
+            for term in net.terms
+        ]
+    )
+
+
+@transform
+def regroup(net: Network, output: str) -> Network:
+    """Permute and group the output legs: the same indices, as the text `output` spells them.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.unfold(lensor.ConvSpec(2, 1, 9, 3)).regroup("n o1 (c_in k1)"))
+        X[n c_in i1] Π1[i1 o1 k1] -> n o1 (c_in k1)
+
+    Raises:
+        SubscriptsError: if the text does not parse or names an index that is no output index.
+        NetworkError: if an output index is missing.
+    """
+    legs = parse_subscripts(f"{format_legs(net.output)} -> {output}").output
+    missing = set(net.output_indices) - {index for leg in legs for index in leg}
+    if missing:
+        raise NetworkError(f"output index {sorted(missing)[0]!r} is missing in {output!r}")
+    return net.replace(output=legs)
+
+
+@transform
+def group(net: Network, *indices: str) -> Network:
+    """Put output indices into one leg, slowest first, at the place of the first.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i, n j -> i n j", "X", "Y").group("i", "j"))
+        X[n i] Y[n j] -> (i j) n
+
+    Raises:
+        NetworkError: for an unknown output index.
+    """
+    for index in indices:
+        require_index(net, index, net.output_indices, "output index")
+    legs: list[Group] = []
+    for leg in net.output:
+        rest = tuple(index for index in leg if index not in indices)
+        if indices[0] in leg:
+            legs.append(tuple(indices))
+        if rest or not leg:
+            legs.append(rest)
+    return net.replace(output=tuple(legs))
+
+
+@transform
+def ungroup(net: Network, index: str) -> Network:
+    """Split the output leg that holds `index` into one leg for each of its indices.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i, n j -> (i j)", "X", "Y").ungroup("i"))
+        X[n i] Y[n j] -> i j
+
+    Raises:
+        NetworkError: for an unknown output index.
+    """
+    require_index(net, index, net.output_indices, "output index")
+    legs: list[Group] = []
+    for leg in net.output:
+        legs += [(part,) for part in leg] if index in leg else [leg]
+    return net.replace(output=tuple(legs))
+
+
+@transform
+def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
+    """Split an index into a group of new ones, slowest first; one size may be None and is worked out.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n c -> c n", "X").bind(c=6).split("c", {"g": 2, "c": None}))
+        X[n (g c)] -> (g c) n
+
+    Raises:
+        NetworkError: for an unknown index or one without size, names that are taken, or sizes that do not multiply
+            to its size.
+    """
+    require_index(net, index)
+    size = require_size(net, index)
+    known = [as_int(part) for part in sizes.values() if part is not None]
+    holes = len(sizes) - len(known)
+    product = math.prod(known)
+    if holes > 1 or (holes and (product == 0 or size % product)) or (not holes and product != size):
+        raise NetworkError(f"index {index!r} has size {size}, which {dict(sizes)} does not multiply to")
+    for name in sizes:
+        if name in net.sizes and name != index:
+            raise NetworkError(f"index {name!r} is already there; indices are {sorted(net.sizes)}")
+    full = {name: size // product if part is None else as_int(part) for name, part in sizes.items()}
+    parts = {(net.fresh(name, full) if name == index else name): part for name, part in full.items()}
+    result = refine(net, {index: parts})
+    back = {new: (name,) for new, name in zip(parts, full, strict=True) if new != name}
+    return result.relabel(back, full) if back else result
+
+
+@verb
+def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: int) -> AnyNetwork:
+    """Give sizes to indices that have none, given as a mapping or as keywords.
+
+    Example:
+        >>> import lensor
+        >>> lensor.contraction("n i -> i", "X").bind(n=3, i=2).sizes
+        {'i': 2, 'n': 3}
+
+    Raises:
+        NetworkError: for an unknown index, or one that has another size.
+    """
+    given = {index: as_int(size) for index, size in {**(sizes or {}), **named}.items()}
+    for index, size in given.items():
+        require_index(net, index)
+        known = net.sizes[index]
+        if size < 0 or (known is not None and known != size):
+            raise NetworkError(f"index {index!r} has size {known if known is not None else 'unknown'}, got {size}")
+    terms = []
+    for term in net.terms:
+        mine = {index: size for index, size in given.items() if index in term.sizes}
+        mine = spread_over_deltas(term.nodes, {**term.sizes, **mine})
+        terms.append(term.replace(sizes=mine, scale=term.scale.bind(mine)))
+    return sum_of(terms)
+
+
+@transform
+def scaled(net: Network, factor: Fraction | int | float | str = 1, powers: Mapping[str, int] | None = None) -> Network:
+    """The network times a rational number and integer powers of index sizes.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.contraction("n i -> i", "X").scaled("1/2", {"n": -1}))
+        1/2 n^-1 X[n i] -> i
+
+    Raises:
+        NetworkError: for the power of an unknown index.
+    """
+    for index in powers or {}:
+        require_index(net, index)
+    more = Scale(Fraction(factor), tuple(sorted((powers or {}).items())))
+    return net.replace(scale=(net.scale * more).bind(net.sizes))

@@ -29,6 +29,10 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
         return (kind, node.name, legs)
     if kind == "Pattern":
         p = node.pattern
+        if p.kernel_size == p.stride == 1 and p.padding_mode == "zeros" and not legs[2]:
+            # A shift [i = o − P] reads the same from both ends.
+            ends = ((p.input_size, p.padding[0], legs[0]), (p.output_size, -p.padding[0], legs[1]))
+            return ("Shift", *sorted(ends))
         # Padding on the right is irrelevant once the output size is given.
         return (kind, p.input_size, p.output_size, p.kernel_size, p.stride, p.padding[0], p.dilation, p.padding_mode, legs)
     return (kind, legs)

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lensor.network import Group, Network, Node, Ones, Pattern, Scale, indices_of
+from lensor.network import Group, Network, Node, Ones, Operand, Pattern, Scale, indices_of
 from lensor.passes.rule import RuleList, rule
 from lensor.pattern import IndexPattern
 from lensor.transforms.indices import contract_deltas, equate
@@ -55,6 +55,8 @@ def normalise(net: Network) -> Network | None:
     """K=1: D is irrelevant; O=1: S is; the padding on the right follows from O; a mode that is never used is zeros."""
     for at, pattern, legs in _patterns(net):
         normal = pattern.normalize()
+        if normal.padding_mode == "zeros":
+            normal = _fit(pattern.reads(), pattern.input_size) or normal
         if normal != pattern:
             return _swap_nodes(net, [at], [Pattern(normal, legs)])
     return None
@@ -67,6 +69,62 @@ def swap_single_output(net: Network) -> Network | None:
         if pattern.output_size == 1 and pattern.kernel_size > 1:
             return _swap_nodes(net, [at], [Pattern(pattern.swap().normalize(), (i, k, o))])
     return None
+
+
+@rule("one input position: read the other way round", "7")
+def swap_single_input(net: Network) -> Network | None:
+    """I=1 and K=1: [0 = o·S − P] is 1 for one o only, and so is the selection of that position of o."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if pattern.input_size == 1 and pattern.is_selection and pattern.output_size > 1 and not k:
+            places = np.flatnonzero(pattern.reads()[:, 0] >= 0)
+            if len(places) == 1:
+                size, place = pattern.output_size, int(places[0])
+                one_hot = IndexPattern(size, 1, padding=(-place, place + 1 - size), output_size=1)
+                return _swap_nodes(net, [at], [Pattern(one_hot.normalize(), (o, i, k))])
+    return None
+
+
+@rule("one position of a group: one position of each of its indices", "7")
+def split_one_hot(net: Network) -> Network | None:
+    """[(a b) = p] = [a = p div B] [b = p mod B]."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if len(i) < 2 or o or k or pattern.is_zero:
+            continue
+        place = int(pattern.reads()[0, 0])
+        put = []
+        for index in reversed(i):
+            size = net.sizes[index] or 0
+            place, mine = divmod(place, size)
+            one_hot = IndexPattern(size, 1, padding=(-mine, mine + 1 - size), output_size=1)
+            put.insert(0, Pattern(one_hot.normalize(), ((index,), (), ())))
+        return _swap_nodes(net, [at], put)
+    return None
+
+
+@rule("pattern that reads nothing: the network is zero", "8")
+def zero(net: Network) -> Network | None:
+    """A pattern whose reads all fall into the padding is 0, and so is the product."""
+    if net.scale.factor == 0 or not any(pattern.is_zero for _, pattern, _ in _patterns(net)):
+        return None
+    nodes: list[Node] = []
+    sizes: dict[str, int | None] = {}
+
+    def loose(leg: Group) -> Group:
+        """One new index for a leg of known size; only the size matters."""
+        size = net.group_size(leg)
+        if size is None or not leg:
+            return leg
+        name = net.fresh(leg[0], sizes)
+        sizes[name] = size
+        return (name,)
+
+    for node in net.nodes:
+        if isinstance(node, Operand):
+            nodes.append(Operand(node.name, tuple(loose(leg) for leg in node.legs)))
+    output = tuple(loose(leg) for leg in net.output)
+    held = {index for node in nodes for index in indices_of(node)}
+    nodes += [Ones(index) for leg in output for index in leg if index not in held]
+    return net.replace(nodes=nodes, output=output, sizes=sizes, scale=Scale(Fraction(0)))
 
 
 @rule("identity pattern contracted", "1, 7")
@@ -84,31 +142,37 @@ def identity(net: Network) -> Network | None:
 
 # -------------------------------------------------------------------------------------------------------- contractions
 def _fit(reads: np.ndarray, input_size: int) -> IndexPattern | None:
-    """The zeros-mode pattern with these reads [O, K], or None; exact, whatever the reads come from."""
+    """The zeros-mode pattern with these reads [O, K], or None; exact, whatever the reads come from.
+
+    A step that the reads leave open (never two of them in one line) is chosen so large that no line can have two.
+    """
     outputs, kernels = reads.shape
     valid = np.argwhere(reads >= 0)
     if not len(valid):
         return None
-    o0, k0 = valid[0]
-    base = int(reads[o0, k0])
-
-    def slope(axis: int) -> int | None:
-        """The step along an axis, from two valid reads in one line along it (1 where there are none)."""
-        for line in reads if axis == 1 else reads.T:
-            places = np.flatnonzero(line >= 0)
-            if len(places) > 1:
-                step, rest = divmod(int(line[places[1]] - line[places[0]]), int(places[1] - places[0]))
-                return step if rest == 0 and step > 0 else None
-        return input_size  # large enough that no second position of this line reads anything
-
-    stride, dilation = slope(0) if outputs > 1 else 1, slope(1) if kernels > 1 else 1
-    if stride is None or dilation is None:
+    o0, k0 = (int(at) for at in valid[0])
+    stride, dilation = _step(reads.T), _step(reads)
+    if stride == 0 or dilation == 0:
         return None
-    padding = int(k0) * dilation + int(o0) * stride - base
-    fitted = IndexPattern(
-        input_size, kernels, stride=stride, padding=(padding, 0), dilation=dilation, output_size=outputs
-    )
+    if dilation is None:
+        dilation = 1 if kernels == 1 else input_size + (stride or 0) * (outputs - 1)
+    if stride is None:
+        stride = 1 if outputs == 1 else input_size + dilation * (kernels - 1)
+    left = k0 * dilation + o0 * stride - int(reads[o0, k0])
+    fitted = IndexPattern(input_size, kernels, stride, (left, 0), dilation, output_size=outputs)
     return fitted.normalize() if np.array_equal(fitted.reads(), reads) else None
+
+
+def _step(lines: np.ndarray) -> int | None:
+    """The step between neighbours along lines: None if no line has two valid reads, 0 if there is no whole one."""
+    rows, places = np.nonzero(lines >= 0)
+    pairs = np.flatnonzero(rows[1:] == rows[:-1])
+    if not len(pairs):
+        return None
+    at = pairs[0]
+    values = lines[rows[at], places[at : at + 2]]
+    step, rest = divmod(int(values[1] - values[0]), int(places[at + 1] - places[at]))
+    return step if rest == 0 and step > 0 else 0
 
 
 @rule("selection of positions composed with a pattern", "23")
@@ -176,13 +240,16 @@ def crop_input(net: Network) -> Network | None:
         for two, pattern, (inputs, o, k) in _patterns(net):
             if one == two or inputs != i or not _only_in(net, i, [one, two]) or pattern.padding_mode != "zeros":
                 continue
-            if not _apart((j, o, k)) or (pattern.is_selection and pattern.stride == 1 and not k):
+            if not _apart((j, o, k)):
                 continue
+            if pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size:
+                if (pattern.reads() >= 0).all():
+                    continue  # both are crops: the shorter is taken into the longer
             shorter = IndexPattern(
                 crop.output_size,
                 pattern.kernel_size,
                 stride=pattern.stride,
-                padding=(pattern.padding[0] + crop.padding[0], 0),
+                padding=(pattern.padding[0] - crop.padding[0], 0),
                 dilation=pattern.dilation,
                 output_size=pattern.output_size,
             )
@@ -199,6 +266,8 @@ def two_shared_legs(net: Network) -> Network | None:
             if pattern.normalize() != other.normalize():
                 continue
             differ = [place for place in range(3) if legs[place] != others[place]]
+            if differ and not any(legs[place] for place in range(3) if place not in differ):
+                continue  # vectors that share no index
             if len(differ) > 1 or (pattern.padding_mode != "zeros" and differ not in ([], [0])):
                 continue
             spare = [Ones(index) for index in dict.fromkeys(index for leg in others for index in leg)]
@@ -216,7 +285,7 @@ def constant_leg_sum(net: Network) -> Network | None:
     E.g. Σ_i Π = [0 ≤ kD + oS − P < I] is 1 throughout where nothing is padded, so that the pattern disappears.
     """
     for at, pattern, legs in _patterns(net):
-        loose = [place for place in range(3) if legs[place] and _only_in(net, legs[place], [at])]
+        loose = [place for place in range(3) if _only_in(net, legs[place], [at])]
         if not loose or not _apart(legs):
             continue
         total = _summed(pattern, loose)
@@ -319,6 +388,9 @@ def _into_blocks(net: Network, at: int, pattern: IndexPattern, legs: tuple[Group
 PATTERN_RULES: RuleList = (
     normalise,
     swap_single_output,
+    swap_single_input,
+    split_one_hot,
+    zero,
     identity,
     compose_selection,
     compose_shift,

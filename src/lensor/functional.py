@@ -1,0 +1,1140 @@
+"""Convolutions, their derivatives and their curvature as functions of arrays.
+
+Arguments are named and ordered as in `torch.nn.functional` and `torch.nn.grad`. All arrays of a call are of one
+framework, NumPy or torch, and so is the result. The number N of spatial dimensions is read from the weight's shape,
+else from the length of `kernel_size`, else from the input's shape, which then has a batch axis. `padding` is an int,
+"same", "valid", one int per dimension, or one (left, right) pair per dimension.
+
+Each function builds the network of its operation from shapes and hyper-parameters alone and evaluates it; the plan of
+a call is remembered, so that a later call with the same shapes and hyper-parameters only runs it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
+
+from lensor import execute, kernels, ops
+from lensor.cache import Cache
+from lensor.network import AnyNetwork
+from lensor.plan import Plan
+from lensor.spec import ConvSpec
+
+__all__ = [
+    "conv",
+    "conv_input_vjp",
+    "conv_transpose",
+    "conv_weight_vjp",
+    "conv_weight_vjp_per_example",
+    "fold",
+    "ggn_diagonal",
+    "ggn_gram",
+    "kfac_input_factor",
+    "kfac_output_factor",
+    "unfold",
+    "unfold_transpose",
+]
+
+Array: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
+Size: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
+
+
+# ------------------------------------------------------------------------------------------------ from call to plan
+class _Request(NamedTuple):
+    """What a call asks for, from its shapes and hyper-parameters."""
+
+    network: AnyNetwork
+    shapes: Mapping[str, Shape]  # of the network's operands, in the order of the call's arrays
+    unbatched: bool = False  # drop the result's batch axis
+    conjugate: tuple[str, ...] = ()  # operands that a derivative conjugates
+
+
+class _Call(NamedTuple):
+    """A request made ready to run."""
+
+    plan: Plan
+    names: tuple[str, ...]
+    adapt: tuple[Callable[[Array], Array] | None, ...] | None
+    unbatched: bool
+
+    def run(self, arrays: Sequence[Array]) -> Array:
+        if self.adapt is not None:
+            arrays = [array if f is None else f(array) for f, array in zip(self.adapt, arrays, strict=True)]
+        result = self.plan(**dict(zip(self.names, arrays, strict=True)))
+        return result[0] if self.unbatched else result
+
+
+_calls = Cache(maxsize=4096)
+
+
+class _Operation:
+    """A public function's recipe: `build` turns the shapes of its arrays and its other arguments into a request."""
+
+    def __init__(self, arguments: Sequence[str], build: Callable[..., _Request], real: bool) -> None:
+        self.arguments = arguments
+        self.build = build
+        self.real = real  # defined for real numbers only
+
+    def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
+        key = [self, options]
+        try:
+            for array in arrays:
+                key += (type(array), array.shape, array.dtype, _device(array))
+            call = _calls.get(tuple(key))
+        except (AttributeError, TypeError):  # no arrays, lists among the options, or sizes that are being traced
+            call = None
+        return (call or self.remembered(arrays, tuple(map(_frozen, options)))).run(arrays)
+
+    def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
+        """The call for these arrays and options, made and kept if it is new."""
+        kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
+        parts = itertools.chain.from_iterable((type(a), _shape(a), a.dtype, _device(a)) for a in arrays)
+        key = (self, options, *parts)
+        try:
+            call = _calls.get(key)
+        except TypeError:  # options that cannot be right: the checks will say so
+            return self.prepare(arrays, options)
+        if call is None:
+            call = self.prepare(arrays, options)
+            _calls.put(key, call)
+        return call
+
+    def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
+        """Check the arguments and compile their network."""
+        named = dict(zip(self.arguments, arrays, strict=False))
+        is_complex = _check_arrays(named, self.real)
+        shapes = [_shape(array) for array in arrays]
+        missing = [None] * (len(self.arguments) - len(arrays))
+        request = self.build(*shapes, *missing, *options)
+        adapt = tuple(
+            _adapter(found, shape, is_complex and name in request.conjugate)
+            for found, (name, shape) in zip(shapes, request.shapes.items(), strict=True)
+        )
+        plan = execute.compile(request.network, request.shapes)
+        return _Call(plan, tuple(request.shapes), adapt if any(adapt) else None, request.unbatched)
+
+
+def _operation(*arguments: str, real: bool = False) -> Callable[[Callable[..., _Request]], _Operation]:
+    """Make an operation of a function from shapes (named by `arguments`) and options to a request."""
+    return lambda build: _Operation(arguments, build, real)
+
+
+def _adapter(found: Shape, wanted: Shape, conjugate: bool) -> Callable[[Array], Array] | None:
+    if conjugate:
+        return lambda array: array.conj().reshape(wanted)
+    return None if found == wanted else lambda array: array.reshape(wanted)
+
+
+def _shape(array: Array) -> Shape:
+    return tuple(operator.index(size) for size in array.shape)
+
+
+def _device(array: Array) -> Any:
+    return getattr(array, "device", None)
+
+
+def _frozen(option: Any) -> Any:
+    """Lists as tuples, so that they can be part of a key."""
+    if isinstance(option, Sequence) and not isinstance(option, str):
+        return tuple(_frozen(part) for part in option)
+    return option
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+def _dtype_name(array: Array) -> str:
+    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
+
+
+def _check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
+    """Raise TypeError or ValueError unless the arrays fit together; return whether they are complex."""
+    (first, *others), names = arrays.items(), {name: _dtype_name(array) for name, array in arrays.items()}
+    for name, dtype in names.items():
+        if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):
+            raise TypeError(f"{name} has dtype {dtype}, expected a floating-point dtype")
+        if real and dtype.startswith(("complex", "clongdouble")):
+            raise TypeError(f"{name} has complex dtype {dtype}, expected a real dtype: curvature is not defined for it")
+    for name, array in others:
+        if array.dtype != first[1].dtype:
+            raise TypeError(
+                f"{first[0]} has dtype {names[first[0]]} and {name} has dtype {names[name]}, expected one dtype"
+            )
+        if _device(array) != _device(first[1]):
+            raise ValueError(
+                f"{first[0]} is on device {_device(first[1])} and {name} on device {_device(array)}, expected one"
+            )
+    return names[first[0]].startswith(("complex", "clongdouble"))
+
+
+def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None:
+    if found != expected:
+        raise ValueError(f"{name} has shape {found}, expected {expected}: {meaning}")
+
+
+def _check_choice(name: str, found: str, choices: Sequence[str]) -> None:
+    if found not in choices:
+        raise ValueError(f"{name} is {found!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _sizes(name: str, sizes: Any) -> Shape:
+    """A full shape given as an argument."""
+    try:
+        return tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise TypeError(f"{name} is {sizes!r}, expected a full shape, a sequence of ints") from None
+
+
+def _count(name: str, value: Any) -> int:
+    """A positive integer."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a positive integer") from None
+    if count < 1:
+        raise ValueError(f"{name} is {count}, expected a positive integer")
+    return count
+
+
+def _check_divides(groups: int, name: str, found: Shape, channels: int) -> None:
+    if channels % groups:
+        raise ValueError(f"{name} has shape {found} with {channels} channels, expected a multiple of groups={groups}")
+
+
+def _is_unbatched(name: str, shape: Shape, dims: int, layout: str = "c_in, *input_size") -> bool:
+    """Whether a shape lacks the batch axis; raise ValueError unless it has N+1 or N+2 axes."""
+    if len(shape) not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"{name} has shape {shape} with {len(shape)} axes, expected {dims + 2} axes [batch, {layout}] or"
+            f" {dims + 1} axes [{layout}] for {dims} spatial dimension{'s' * (dims > 1)}"
+        )
+    return len(shape) == dims + 1
+
+
+def _check_batched(name: str, shape: Shape, dims: int) -> None:
+    if dims < 1 or len(shape) != dims + 2:
+        raise ValueError(
+            f"{name} has shape {shape} with {len(shape)} axes, expected [batch, c_in, *input_size]"
+            + (f" with {dims} spatial dimension{'s' * (dims > 1)}" if dims > 0 else "")
+        )
+
+
+def _spec(input_name: str, input_size: Shape, in_channels: int, out_channels: int, **hyper: Any) -> ConvSpec:
+    """A spec whose input and output have at least one position."""
+    if 0 in input_size:
+        raise ValueError(f"{input_name} has spatial size {input_size}, expected at least 1 in every dimension")
+    spec = ConvSpec(in_channels=in_channels, out_channels=out_channels, input_size=input_size, **hyper)
+    if any(size < 1 for size in spec.output_size):
+        raise ValueError(
+            f"{input_name} has spatial size {input_size}, which with kernel_size={spec.kernel_size} gives the output"
+            f" size {tuple(spec.output_size)}; expected at least 1 in every dimension"
+        )
+    return spec
+
+
+def _check_not_empty(input: Shape) -> None:
+    if input[0] == 0:
+        raise ValueError(f"input has shape {input} with an empty batch, expected at least one example to average over")
+
+
+class _Layer(NamedTuple):
+    """A convolution with the shapes of its input and output, batch axis included."""
+
+    spec: ConvSpec
+    input: Shape
+    output: Shape
+    unbatched: bool
+
+    def check_cotangent(self, name: str, found: Shape) -> None:
+        """Raise ValueError unless `found` is the shape of the output, without the batch axis if the input lacks it."""
+        layout = "[c_out, *output_size]" if self.unbatched else "[batch, c_out, *output_size]"
+        _check_shape(name, found, self.output[self.unbatched :], layout)
+
+    def check_stack(self, name: str, found: Shape) -> Shape:
+        """Raise ValueError unless `found` is the shape of a stack of cotangents; return it."""
+        if len(found) != len(self.output) + 1 or found[1:] != self.output:
+            expected = f"(v, {', '.join(map(str, self.output))})"
+            raise ValueError(f"{name} has shape {found}, expected {expected}: [v, batch, c_out, *output_size]")
+        return found
+
+
+def _layer(
+    input: Shape,
+    weight: Shape,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    groups: int,
+    padding_mode: str,
+    *,
+    names: tuple[str, str] = ("input", "weight"),
+    batched: bool = False,
+    bias: bool = False,
+) -> _Layer:
+    """The convolution of an input with a weight of these shapes; errors name them by `names`."""
+    input_name, weight_name = names
+    if len(weight) < 3:
+        raise ValueError(
+            f"{weight_name} has shape {weight} with {len(weight)} axes, expected at least 3 axes"
+            " [c_out, c_in/groups, *kernel_size]"
+        )
+    dims = len(weight) - 2
+    if batched:
+        _check_batched(input_name, input, dims)
+    unbatched = _is_unbatched(input_name, input, dims)
+    groups = _count("groups", groups)
+    in_channels, out_channels = input[-dims - 1], weight[0]
+    if in_channels != weight[1] * groups:
+        raise ValueError(
+            f"{input_name} has shape {input} with {in_channels} channels, expected {weight[1] * groups} for"
+            f" {weight_name} of shape {weight} and groups={groups}"
+        )
+    _check_divides(groups, weight_name, weight, out_channels)
+    spec = _spec(
+        input_name,
+        input[-dims:],
+        in_channels,
+        out_channels,
+        kernel_size=weight[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        bias=bias,
+    )
+    full = (1, *input) if unbatched else input
+    return _Layer(spec, full, (full[0], out_channels, *spec.output_size), unbatched)
+
+
+def _dims_of(kernel_size: Size, input: Shape) -> int:
+    """N from the kernel size's length, else from the input's shape with a batch axis."""
+    return len(kernel_size) if isinstance(kernel_size, Sequence) else len(input) - 2
+
+
+def _patches(
+    input: Shape, kernel_size: Size, groups: int = 1, *, batched: bool = False, **hyper: Any
+) -> tuple[ConvSpec, Shape, bool]:
+    """The spec of an operation without a weight, the input's shape with the batch axis, and whether it lacked one."""
+    dims = _dims_of(kernel_size, input)
+    if batched or dims < 1:
+        _check_batched("input", input, dims)
+    unbatched = _is_unbatched("input", input, dims)
+    groups = _count("groups", groups)
+    channels = input[-dims - 1]
+    _check_divides(groups, "input", input, channels)
+    # How many output channels there are does not matter here.
+    spec = _spec("input", input[-dims:], channels, groups, kernel_size=kernel_size, groups=groups, **hyper)
+    return spec, (1, *input) if unbatched else input, unbatched
+
+
+def _check_transposed_padding(padding: Padding) -> None:
+    if isinstance(padding, str):
+        raise ValueError(f"padding is {padding!r}, expected ints for a transposed convolution")
+
+
+def _join_positions(net: AnyNetwork) -> AnyNetwork:
+    """The network with its spatial output legs joined to one, as in torch's unfold."""
+    first, second, *positions = net.output
+    legs = (first, second, tuple(itertools.chain(*positions)))
+    return net.regroup(" ".join(f"({' '.join(leg)})" if len(leg) != 1 else leg[0] for leg in legs))
+
+
+# --------------------------------------------------------------------------------------------------- the operations
+@_operation("input", "weight", "bias")
+def _conv(input: Shape, weight: Shape, bias: Shape | None, *options: Any) -> _Request:
+    layer = _layer(input, weight, *options, bias=bias is not None)
+    shapes = {"X": layer.input, "W": weight}
+    if bias is not None:
+        _check_shape("bias", bias, weight[:1], "[c_out]")
+        shapes["b"] = bias
+    return _Request(ops.conv(layer.spec), shapes, layer.unbatched)
+
+
+def conv(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Convolution in N dimensions.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x, w = numpy.ones((2, 4, 9)), numpy.ones((6, 2, 3))
+        >>> lensor.functional.conv(x, w, stride=2, padding=1, groups=2).shape
+        (2, 6, 5)
+
+    Args:
+        input: [batch, c_in, *input_size] or [c_in, *input_size].
+        weight: [c_out, c_in/groups, *kernel_size].
+        bias: [c_out].
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        [batch, c_out, *output_size], without the batch axis if the input has none.
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `n (g c_in) i, i o k, (g c_out) c_in k -> n (g c_out) o`, plus the bias (Hayashi et al., 2019; table 1 of the
+        paper).
+    """
+    arrays = (input, weight) if bias is None else (input, weight, bias)
+    return _conv(arrays, stride, padding, dilation, groups, padding_mode)
+
+
+@_operation("input", "weight", "bias")
+def _conv_transpose(
+    input: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    stride: Size,
+    padding: Padding,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+) -> _Request:
+    if len(weight) < 3:
+        raise ValueError(
+            f"weight has shape {weight} with {len(weight)} axes, expected at least 3 axes"
+            " [c_in, c_out/groups, *kernel_size]"
+        )
+    _check_transposed_padding(padding)
+    dims = len(weight) - 2
+    unbatched = _is_unbatched("input", input, dims)
+    groups = _count("groups", groups)
+    in_channels = input[-dims - 1]
+    if in_channels != weight[0]:
+        raise ValueError(
+            f"input has shape {input} with {in_channels} channels, expected {weight[0]} for weight of shape {weight}"
+        )
+    _check_divides(groups, "weight", weight, in_channels)
+    spec = _spec(
+        "input",
+        input[-dims:],
+        in_channels,
+        weight[1] * groups,
+        kernel_size=weight[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        transposed=True,
+        output_padding=output_padding,
+        bias=bias is not None,
+    )
+    shapes = {"X": (1, *input) if unbatched else input, "W": weight}
+    if bias is not None:
+        _check_shape("bias", bias, (weight[1] * groups,), "[c_out]")
+        shapes["b"] = bias
+    return _Request(ops.conv_transpose(spec), shapes, unbatched)
+
+
+def conv_transpose(
+    input: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> Array:
+    """Transposed convolution in N dimensions, zero padding only.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x, w = numpy.ones((2, 4, 5)), numpy.ones((4, 3, 3))
+        >>> lensor.functional.conv_transpose(x, w, stride=2, padding=1, output_padding=1, groups=2).shape
+        (2, 6, 10)
+
+    Args:
+        input: [batch, c_in, *input_size] or [c_in, *input_size].
+        weight: [c_in, c_out/groups, *kernel_size].
+        bias: [c_out].
+        stride: one int, or one per dimension.
+        padding: an int, one int or one (left, right) pair per dimension.
+        output_padding: one int, or one per dimension, less than the stride or the dilation.
+        groups: number of groups of channels.
+        dilation: one int, or one per dimension.
+
+    Returns:
+        [batch, c_out, *output_size], without the batch axis if the input has none.
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `(g c_in) c_out k, i o k, n (g c_in) o -> n (g c_out) i`: the input VJP of a convolution (table 1 of the
+        paper).
+    """
+    arrays = (input, weight) if bias is None else (input, weight, bias)
+    return _conv_transpose(arrays, stride, padding, output_padding, groups, dilation)
+
+
+@_operation("input")
+def _unfold(
+    input: Shape, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: str
+) -> _Request:
+    spec, shape, unbatched = _patches(
+        input, kernel_size, dilation=dilation, padding=padding, stride=stride, padding_mode=padding_mode
+    )
+    return _Request(_join_positions(ops.unfold(spec)), {"X": shape}, unbatched)
+
+
+def unfold(
+    input: Array,
+    kernel_size: Size,
+    dilation: Size = 1,
+    padding: Padding = 0,
+    stride: Size = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """The patches of an input (im2col).
+
+    Example:
+        >>> import numpy, lensor
+        >>> lensor.functional.unfold(numpy.arange(5.0).reshape(1, 1, 5), kernel_size=2)
+        array([[[0., 1., 2., 3.],
+                [1., 2., 3., 4.]]])
+
+    Args:
+        input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` has one int per dimension.
+        kernel_size: one int, or one per dimension.
+        dilation: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        stride: one int, or one per dimension.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        [batch, c_in·ΠK, ΠO], without the batch axis if the input has none.
+
+    Raises:
+        TypeError: if the dtype is not floating-point.
+        ValueError: if the shape or hyper-parameters do not fit together.
+
+    Equation:
+        `n c_in i, i o k -> n (c_in k) o` (table 1 of the paper).
+    """
+    return _unfold((input,), kernel_size, dilation, padding, stride, padding_mode)
+
+
+def _fold_dims(output_size: Size, kernel_size: Size, count: Callable[[int], Sequence[int]], positions: int) -> int:
+    """N from the lengths given, else the N that gives the right number of positions (2, as in torch, if several do)."""
+    for size in (output_size, kernel_size):
+        if isinstance(size, Sequence):
+            return len(size)
+    return next((dims for dims in (2, 1, *range(3, 13)) if math.prod(count(dims)) == positions), 2)
+
+
+@_operation("input")
+def _fold(
+    input: Shape,
+    output_size: Size,
+    kernel_size: Size,
+    dilation: Size,
+    padding: Padding,
+    stride: Size,
+    padding_mode: str,
+) -> _Request:
+    if len(input) not in (2, 3):
+        raise ValueError(
+            f"input has shape {input} with {len(input)} axes, expected 3 axes [batch, c·ΠK, ΠO] or 2 axes [c·ΠK, ΠO]"
+        )
+    unbatched = len(input) == 2
+    batch, rows, positions = (1, *input) if unbatched else input
+
+    def spec_for(dims: int, channels: int) -> ConvSpec:
+        size = output_size if isinstance(output_size, Sequence) else (output_size,) * dims
+        return _spec(
+            "output_size",
+            _sizes("output_size", size),
+            channels,
+            1,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            padding=padding,
+            stride=stride,
+            padding_mode=padding_mode,
+        )
+
+    dims = _fold_dims(output_size, kernel_size, lambda dims: spec_for(dims, 1).output_size, positions)
+    spec = spec_for(dims, 1)
+    if positions != math.prod(spec.output_size):
+        raise ValueError(
+            f"input has shape {input} with {positions} positions, expected {math.prod(spec.output_size)}: the product"
+            f" of {tuple(spec.output_size)}, the number of patches in each dimension"
+        )
+    patch = math.prod(spec.kernel_size)
+    if rows == 0 or rows % patch:
+        raise ValueError(
+            f"input has shape {input} with {rows} rows, expected a multiple of {patch}: the product of"
+            f" kernel_size={tuple(spec.kernel_size)}"
+        )
+    spec = spec_for(dims, rows // patch)
+    return _Request(ops.fold(spec), {"V": (batch, rows, *spec.output_size)}, unbatched)
+
+
+def fold(
+    input: Array,
+    output_size: Size,
+    kernel_size: Size,
+    dilation: Size = 1,
+    padding: Padding = 0,
+    stride: Size = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """The sum of patches at their places (col2im): the adjoint of `unfold` in every padding mode.
+
+    Example:
+        >>> import numpy, lensor
+        >>> lensor.functional.fold(numpy.ones((1, 2, 4)), output_size=(5,), kernel_size=2)
+        array([[[1., 2., 2., 2., 1.]]])
+
+    Args:
+        input: [batch, c·ΠK, ΠO] or [c·ΠK, ΠO].
+        output_size: the spatial size of the result, one int or one per dimension.
+        kernel_size: one int, or one per dimension.
+        dilation: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        stride: one int, or one per dimension.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        [batch, c, *output_size], without the batch axis if the input has none.
+
+    Raises:
+        TypeError: if the dtype is not floating-point.
+        ValueError: if the shape or hyper-parameters do not fit together.
+
+    Equation:
+        `n (c k) o, i o k -> n c i`.
+    """
+    return _fold((input,), output_size, kernel_size, dilation, padding, stride, padding_mode)
+
+
+@_operation("input")
+def _unfold_transpose(
+    input: Shape, kernel_size: Size, stride: Size, padding: Padding, output_padding: Size, dilation: Size
+) -> _Request:
+    _check_transposed_padding(padding)
+    spec, shape, unbatched = _patches(
+        input,
+        kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        transposed=True,
+        output_padding=output_padding,
+    )
+    return _Request(_join_positions(ops.unfold_transpose(spec)), {"X": shape}, unbatched)
+
+
+def unfold_transpose(
+    input: Array,
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    output_padding: Size = 0,
+    dilation: Size = 1,
+) -> Array:
+    """The patches that a transposed convolution multiplies with its kernel, zero padding only.
+
+    Example:
+        >>> import numpy, lensor
+        >>> lensor.functional.unfold_transpose(numpy.array([[[1.0, 2.0]]]), kernel_size=2, stride=2)
+        array([[[1., 0., 2., 0.],
+                [0., 1., 0., 2.]]])
+
+    Args:
+        input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` has one int per dimension.
+        kernel_size: one int, or one per dimension.
+        stride: one int, or one per dimension.
+        padding: an int, one int or one (left, right) pair per dimension.
+        output_padding: one int, or one per dimension, less than the stride or the dilation.
+        dilation: one int, or one per dimension.
+
+    Returns:
+        [batch, c_in·ΠK, ΠI] with I the output size of the transposed convolution; without the batch axis if the input
+        has none.
+
+    Raises:
+        TypeError: if the dtype is not floating-point.
+        ValueError: if the shape or hyper-parameters do not fit together.
+
+    Equation:
+        `n c_in o, i o k -> n (c_in k) i`.
+    """
+    return _unfold_transpose((input,), kernel_size, stride, padding, output_padding, dilation)
+
+
+# -------------------------------------------------------------------------------------------------- first derivatives
+@_operation("weight", "grad_output")
+def _conv_input_vjp(weight: Shape, grad_output: Shape, input_size: Any, *options: Any) -> _Request:
+    layer = _layer(_sizes("input_size", input_size), weight, *options, names=("input_size", "weight"))
+    layer.check_cotangent("grad_output", grad_output)
+    return _Request(ops.input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",))
+
+
+def conv_input_vjp(
+    input_size: Sequence[int],
+    weight: Array,
+    grad_output: Array,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Gradient of a convolution with respect to its input.
+
+    Example:
+        >>> import numpy, lensor
+        >>> w, v = numpy.ones((1, 1, 2)), numpy.ones((1, 1, 4))
+        >>> lensor.functional.conv_input_vjp((1, 1, 5), w, v)
+        array([[[1., 2., 2., 2., 1.]]])
+
+    Args:
+        input_size: the full shape of the input, [batch, c_in, *input_size] or [c_in, *input_size].
+        weight: [c_out, c_in/groups, *kernel_size].
+        grad_output: [batch, c_out, *output_size], without the batch axis if the input has none.
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        An array of shape `input_size`; complex weights are conjugated, as by torch.
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `(g c_out) c_in k, i o k, n (g c_out) o -> n (g c_in) i` (table 1 of the paper).
+    """
+    return _conv_input_vjp((weight, grad_output), input_size, stride, padding, dilation, groups, padding_mode)
+
+
+@_operation("input", "grad_output")
+def _conv_weight_vjp(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> _Request:
+    layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"))
+    layer.check_cotangent("grad_output", grad_output)
+    return _Request(ops.weight_vjp(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
+
+
+def conv_weight_vjp(
+    input: Array,
+    weight_size: Sequence[int],
+    grad_output: Array,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Gradient of a convolution with respect to its weight.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x, v = numpy.arange(5.0).reshape(1, 1, 5), numpy.ones((1, 1, 4))
+        >>> lensor.functional.conv_weight_vjp(x, (1, 1, 2), v)
+        array([[[ 6., 10.]]])
+
+    Args:
+        input: [batch, c_in, *input_size] or [c_in, *input_size].
+        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
+        grad_output: [batch, c_out, *output_size], without the batch axis if the input has none.
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        An array of shape `weight_size`; a complex input is conjugated, as by torch.
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k` (table 1 of the paper).
+    """
+    return _conv_weight_vjp((input, grad_output), weight_size, stride, padding, dilation, groups, padding_mode)
+
+
+@_operation("input", "grad_output")
+def _conv_weight_vjp_per_example(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> _Request:
+    layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
+    layer.check_cotangent("grad_output", grad_output)
+    return _Request(ops.per_example_weight_vjp(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
+
+
+def conv_weight_vjp_per_example(
+    input: Array,
+    weight_size: Sequence[int],
+    grad_output: Array,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Gradient of a convolution with respect to its weight, for each example of a batch.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x, v = numpy.arange(10.0).reshape(2, 1, 5), numpy.ones((2, 1, 4))
+        >>> lensor.functional.conv_weight_vjp_per_example(x, (1, 1, 2), v)
+        array([[[[ 6., 10.]]],
+        <BLANKLINE>
+               [[[26., 30.]]]])
+
+    Args:
+        input: [batch, c_in, *input_size].
+        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
+        grad_output: [batch, c_out, *output_size].
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        [batch, *weight_size]; a complex input is conjugated, as by torch.
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`: the weight VJP that keeps `n`.
+    """
+    options = (weight_size, stride, padding, dilation, groups, padding_mode)
+    return _conv_weight_vjp_per_example((input, grad_output), *options)
+
+
+# --------------------------------------------------------------------------------------------------------- curvature
+class _Convention(NamedTuple):
+    """How a library normalises the factors: for each `approx`, the powers of (batch size, number of positions) that
+    the paper's factor is multiplied by. `grouped`: whether its factors are one per group."""
+
+    input: Mapping[str, tuple[int, int]]
+    output: Mapping[str, tuple[int, int]]
+    grouped: bool = False
+
+
+# The paper's factors: A = 1/N Σ p pᵀ (expand), 1/(N·O²) Σ (Σ p)(Σ p)ᵀ (reduce); B = 1/O Σ g gᵀ (expand),
+# Σ (Σ g)(Σ g)ᵀ (reduce). What a library does not define is left out.
+_CONVENTIONS: Mapping[str, _Convention] = {
+    "paper": _Convention({"expand": (0, 0), "reduce": (0, 0)}, {"expand": (0, 0), "reduce": (0, 0)}, grouped=True),
+    # A = Σ p pᵀ/(N·O), B = Σ g gᵀ.
+    "curvlinops": _Convention({"expand": (0, -1), "reduce": (0, 0)}, {"expand": (0, 1), "reduce": (0, 0)}),
+    # A from x/√(N·O) and from the averaged patches/√N; B depends on how the loss was averaged.
+    "singd": _Convention({"expand": (0, -1), "reduce": (0, 0)}, {}),
+    # A = Σ p pᵀ/N, B sums over positions first.
+    "backpack": _Convention({"expand": (0, 0)}, {"reduce": (0, 0)}),
+    # A = Σ p pᵀ/(N·O³), B = Σ g gᵀ/(N·O³).
+    "kfac-pytorch": _Convention({"expand": (0, -3)}, {"expand": (-1, -2)}),
+}
+
+
+def _convert(
+    net: AnyNetwork, side: str, approx: str, convention: str, groups: int, positions: int
+) -> tuple[AnyNetwork, bool]:
+    """The paper's factor in a convention, and whether that changed it."""
+    _check_choice("convention", convention, tuple(_CONVENTIONS))
+    known = _CONVENTIONS[convention]
+    powers = getattr(known, side).get(approx)
+    if powers is None:
+        raise ValueError(f"convention={convention!r} has no {side} factor with approx={approx!r}, expected 'paper'")
+    if groups > 1 and not known.grouped:
+        raise ValueError(f"convention={convention!r} has no factors per group, expected 'paper' for groups={groups}")
+    if not any(powers):
+        return net, False
+    batch_power, position_power = powers
+    return net.scaled(Fraction(positions) ** position_power, {"n": batch_power} if batch_power else {}), True
+
+
+@_operation("input", real=True)
+def _kfac_input_factor(
+    input: Shape,
+    kernel_size: Size,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    groups: int,
+    approx: str,
+    transposed: bool,
+    output_padding: Size,
+    convention: str,
+    form: str,
+    padding_mode: str,
+) -> _Request:
+    _check_choice("approx", approx, ("expand", "reduce"))
+    _check_choice("form", form, ("factor", "root"))
+    if form == "root" and approx != "reduce":
+        raise ValueError(
+            f"form='root' with approx={approx!r}, expected approx='reduce': only that factor has this root"
+        )
+    if transposed:
+        _check_transposed_padding(padding)
+    spec, shape, _ = _patches(
+        input,
+        kernel_size,
+        groups,
+        batched=True,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        transposed=transposed,
+        output_padding=output_padding,
+        padding_mode=padding_mode,
+    )
+    _check_not_empty(shape)
+    net, scaled = _convert(
+        ops.kfac_input_factor(spec, approx), "input", approx, convention, spec.groups, math.prod(spec.output_size)
+    )
+    if form == "root":
+        if scaled:
+            raise ValueError(f"form='root' with convention={convention!r}, expected convention='paper'")
+        # The scale of a network is rational; this is the double nearest to 1/√batch.
+        net = ops.kfac_input_root(spec).scaled(Fraction(shape[0] ** -0.5))
+    return _Request(net, {"X": shape})
+
+
+def kfac_input_factor(
+    input: Array,
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    approx: str = "expand",
+    transposed: bool = False,
+    output_padding: Size = 0,
+    convention: str = "paper",
+    form: str = "factor",
+    padding_mode: str = "zeros",
+) -> Array:
+    """Input-based Kronecker factor of KFAC for a convolution, one for each group.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x = numpy.ones((2, 4, 9, 9))
+        >>> lensor.functional.kfac_input_factor(x, 3, stride=2, groups=2, approx="reduce").shape
+        (2, 18, 18)
+        >>> root = lensor.functional.kfac_input_factor(x, 3, stride=2, groups=2, approx="reduce", form="root")
+        >>> root.shape
+        (2, 2, 18)
+
+    Args:
+        input: [batch, c_in, *input_size].
+        kernel_size: one int, or one per dimension.
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        approx: "expand" (KFC) sums the outer products of all patches; "reduce" those of each example's mean patch.
+        transposed: whether the convolution is a transposed one (zero padding only).
+        output_padding: of a transposed convolution.
+        convention: whose normalisation; "paper" divides by the batch size only. Others are "curvlinops", "singd",
+            "backpack" and "kfac-pytorch", for one group and without a bias, the data being this batch.
+        form: "factor", or, for "reduce", "root": the mean patches over √batch, so that `root.mT @ root` is the factor.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        [groups, d, d] with d = c_in/groups·ΠK, or the root [groups, batch, d].
+
+    Raises:
+        TypeError: if the dtype is not real floating-point.
+        ValueError: if shapes, hyper-parameters or choices do not fit together, or if the batch is empty.
+
+    Equation:
+        `n (g c) i, i o k, n (g c_) i_, i_ o k_ -> g (c k) (c_ k_)`/N; for "reduce" the second copy has `o_`, and the
+        scale is 1/(N·O²) (table 1 of the paper; Grosse & Martens, 2016; Eschenhagen et al., 2023).
+    """
+    options = (kernel_size, stride, padding, dilation, groups, approx, transposed, output_padding)
+    return _kfac_input_factor((input,), *options, convention, form, padding_mode)
+
+
+@_operation("grad_output", real=True)
+def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention: str, padding_mode: str) -> _Request:
+    _check_choice("approx", approx, ("expand", "reduce"))
+    if len(grad_output) < 4:
+        raise ValueError(
+            f"grad_output has shape {grad_output} with {len(grad_output)} axes, expected at least 4 axes"
+            " [v, batch, c_out, *output_size]"
+        )
+    channels, positions = grad_output[2], grad_output[3:]
+    groups = _count("groups", groups)
+    _check_divides(groups, "grad_output", grad_output, channels)
+    # Only the output matters, so a convolution with a kernel of size 1 stands for any.
+    spec = _spec("grad_output", positions, groups, channels, kernel_size=1, groups=groups, padding_mode=padding_mode)
+    net = ops.kfac_output_factor(spec, approx)
+    net, _ = _convert(net, "output", approx, convention, groups, math.prod(positions))
+    return _Request(net, {"V": grad_output})
+
+
+def kfac_output_factor(
+    grad_output: Array,
+    groups: int = 1,
+    *,
+    approx: str = "expand",
+    convention: str = "paper",
+    padding_mode: str = "zeros",
+) -> Array:
+    """Gradient-based Kronecker factor of KFAC for a convolution, one for each group.
+
+    Example:
+        >>> import numpy, lensor
+        >>> lensor.functional.kfac_output_factor(numpy.ones((10, 2, 6, 4, 4)), groups=2, approx="expand").shape
+        (2, 3, 3)
+
+    Args:
+        grad_output: [v, batch, c_out, *output_size]: a square root of the loss Hessian, or gradients, propagated to
+            the layer's output; it carries the loss's own reduction.
+        groups: number of groups of channels.
+        approx: "expand" averages over positions the outer products of all vectors; "reduce" sums the vectors of an
+            example over positions first.
+        convention: as in `kfac_input_factor`; "paper", "curvlinops", "backpack" and "kfac-pytorch" define this one.
+        padding_mode: has no influence on this factor; here so that the same arguments do for both.
+
+    Returns:
+        [groups, c_out/groups, c_out/groups].
+
+    Raises:
+        TypeError: if the dtype is not real floating-point.
+        ValueError: if shapes or choices do not fit together.
+
+    Equation:
+        `v n (g c) o, v n (g c_) o -> g c c_`/O; for "reduce" the second copy has `o_`, without the 1/O
+        (Eschenhagen et al., 2023).
+    """
+    return _kfac_output_factor((grad_output,), groups, approx, convention, padding_mode)
+
+
+@_operation("input", "sqrt_ggn", real=True)
+def _ggn_diagonal(input: Shape, sqrt_ggn: Shape, weight_size: Any, per_example: bool, *options: Any) -> _Request:
+    layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
+    shapes = {"X": layer.input, "S": layer.check_stack("sqrt_ggn", sqrt_ggn)}
+    return _Request(ops.ggn_diagonal(layer.spec, per_example=per_example), shapes)
+
+
+def ggn_diagonal(
+    input: Array,
+    weight_size: Sequence[int],
+    sqrt_ggn: Array,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    per_example: bool = False,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Diagonal of the generalised Gauss-Newton matrix of a convolution's weight.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x, s = numpy.ones((2, 4, 9)), numpy.ones((10, 2, 6, 7))
+        >>> lensor.functional.ggn_diagonal(x, (6, 4, 3), s).shape
+        (6, 4, 3)
+
+    Args:
+        input: [batch, c_in, *input_size].
+        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
+        sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian propagated to the layer's output.
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        per_example: whether to keep the batch axis instead of summing over it.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        An array of shape `weight_size`, or [batch, *weight_size].
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a real floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: the sum
+        over `v` and `n` of the squared per-example weight VJPs.
+    """
+    options = (bool(per_example), stride, padding, dilation, groups, padding_mode)
+    return _ggn_diagonal((input, sqrt_ggn), weight_size, *options)
+
+
+@_operation("input", "sqrt_ggn", real=True)
+def _ggn_gram(input: Shape, sqrt_ggn: Shape, weight_size: Any, *options: Any) -> _Request:
+    layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
+    return _Request(ops.ggn_gram(layer.spec), {"X": layer.input, "S": layer.check_stack("sqrt_ggn", sqrt_ggn)})
+
+
+def ggn_gram(
+    input: Array,
+    weight_size: Sequence[int],
+    sqrt_ggn: Array,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Gram matrix of the generalised Gauss-Newton matrix of a convolution's weight; a layer's empirical NTK.
+
+    Example:
+        >>> import numpy, lensor
+        >>> x, s = numpy.ones((2, 4, 9)), numpy.ones((10, 2, 6, 7))
+        >>> lensor.functional.ggn_gram(x, (6, 4, 3), s).shape
+        (20, 20)
+
+    Args:
+        input: [batch, c_in, *input_size].
+        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
+        sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian propagated to the layer's output.
+        stride: one int, or one per dimension.
+        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
+        dilation: one int, or one per dimension.
+        groups: number of groups of channels.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
+
+    Returns:
+        [v·batch, v·batch]: the inner products of the per-example weight VJPs of all vectors.
+
+    Raises:
+        TypeError: if the arrays are of several frameworks or dtypes, or not of a real floating-point dtype.
+        ValueError: if shapes or hyper-parameters do not fit together.
+
+    Equation:
+        `n (g c_in) i, i o k, v n (g c_out) o, m (g c_in) i_, i_ o_ k, w m (g c_out) o_ -> (v n) (w m)`.
+    """
+    return _ggn_gram((input, sqrt_ggn), weight_size, stride, padding, dilation, groups, padding_mode)

@@ -34,7 +34,17 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
             ends = ((p.input_size, p.padding[0], legs[0]), (p.output_size, -p.padding[0], legs[1]))
             return ("Shift", *sorted(ends))
         # Padding on the right is irrelevant once the output size is given.
-        return (kind, p.input_size, p.output_size, p.kernel_size, p.stride, p.padding[0], p.dilation, p.padding_mode, legs)
+        return (
+            kind,
+            p.input_size,
+            p.output_size,
+            p.kernel_size,
+            p.stride,
+            p.padding[0],
+            p.dilation,
+            p.padding_mode,
+            legs,
+        )
     return (kind, legs)
 
 
@@ -52,9 +62,7 @@ class _Search:
     def start(self) -> dict[str, int]:
         places = {index: (leg, at) for leg, group in enumerate(self.net.output) for at, index in enumerate(group)}
         powers = dict(self.net.scale.powers)
-        return _ranked(
-            {index: (size, places.get(index), powers.get(index, 0)) for index, size in self.net.dimensions}
-        )
+        return _ranked({index: (size, places.get(index), powers.get(index, 0)) for index, size in self.net.dimensions})
 
     def refine(self, colour: dict[str, int]) -> dict[str, int]:
         classes = len(set(colour.values()))

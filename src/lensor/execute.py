@@ -214,9 +214,9 @@ def _dense_term(term: Network, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
             case Pattern(pattern):
                 array = pattern.materialize().astype(np.float64)
             case Delta(indices):
-                size = term.sizes[indices[0]] or 0
-                array = np.zeros([size] * len(indices))
-                np.einsum(array, [0] * len(indices), [0])[...] = 1.0
+                places = np.arange(term.sizes[indices[0]] or 0)
+                array = np.zeros([len(places)] * len(indices))
+                array[(places,) * len(indices)] = 1.0
             case Ones(index):
                 array = np.ones(term.sizes[index] or 0)
         indices = [index for leg in node.legs for index in leg]
@@ -255,9 +255,7 @@ def einsum(subscripts: str, *operands: Any, **sizes: int) -> Any:
     backend = backend_of(*arrays.values()) if arrays else load("numpy")
     key = (
         subscripts,
-        tuple(
-            operand if isinstance(operand, IndexPattern) else tuple(operand.shape) for operand in operands
-        ),
+        tuple(operand if isinstance(operand, IndexPattern) else tuple(operand.shape) for operand in operands),
         tuple(sorted(sizes.items())),
     )
     net = _contractions.get_or_make(key, lambda: _contraction_of(subscripts, operands, sizes))
@@ -269,9 +267,7 @@ def einsum(subscripts: str, *operands: Any, **sizes: int) -> Any:
 def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str, int]) -> Network:
     parsed = parse_subscripts(subscripts)
     if len(parsed.operands) != len(operands):
-        raise ValueError(
-            f"subscripts have {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}"
-        )
+        raise ValueError(f"subscripts have {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}")
     shapes = [
         (operand.input_size, operand.output_size, operand.kernel_size)
         if isinstance(operand, IndexPattern)

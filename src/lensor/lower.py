@@ -308,7 +308,14 @@ class _Lowering:
         """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices."""
         pattern, (i, o, k) = node.pattern, node.legs
         summed = set(o) | set(k)
-        if pattern.padding_mode != "zeros" or not i or not o or not k or summed & needed or set(i) & set(tensor.indices):
+        if (
+            pattern.padding_mode != "zeros"
+            or not i
+            or not o
+            or not k
+            or summed & needed
+            or set(i) & set(tensor.indices)
+        ):
             return None
         if not summed <= set(tensor.indices) or len({*i, *o, *k}) < len((*i, *o, *k)):
             return None

@@ -92,8 +92,8 @@ def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
             groups = [mapping.get(index, (index,)) for index in node.indices]
             if len({len(group) for group in groups}) != 1:
                 raise NetworkError(f"the indices of a delta must be split alike, got {node.indices} -> {groups}")
-            deltas = (tuple(dict.fromkeys(indices)) for indices in zip(*groups, strict=True))
-            return tuple(Delta(indices) if len(indices) > 1 else Ones(indices[0]) for indices in deltas)
+            joined = [list(dict.fromkeys(indices)) for indices in zip(*groups, strict=True)]
+            return tuple(Delta(tuple(part)) if len(part) > 1 else Ones(part[0]) for part in joined)
         case Ones():
             return tuple(Ones(index) for index in mapping.get(node.index, (node.index,)))
 
@@ -147,6 +147,7 @@ class Verbs:
 
     if TYPE_CHECKING:
         subscripts: str
+
         # transforms
         def jacobian(self, operand: str) -> Any: ...
         def vjp(self, operand: str, cotangent: str = "V") -> Any: ...
@@ -358,9 +359,7 @@ class Network(Verbs):
                     if len(set(indices)) != len(indices) or len(indices) < 2:
                         raise NetworkError(f"a delta joins two or more different indices, got {indices}")
                     if len({sizes[index] for index in indices}) != 1:
-                        raise NetworkError(
-                            f"a delta joins indices of one size, got {[(i, sizes[i]) for i in indices]}"
-                        )
+                        raise NetworkError(f"a delta joins indices of one size, got {[(i, sizes[i]) for i in indices]}")
                 case Operand(name, legs):
                     shape = tuple(self.group_size(leg) for leg in legs)
                     first = shapes.setdefault(name, shape)

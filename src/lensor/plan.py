@@ -411,9 +411,7 @@ class Plan:
     @property
     def written(self) -> int:
         """Entries written by all steps that are not views."""
-        return sum(
-            math.prod(shape) for step, shape in zip(self.steps, self.shapes, strict=True) if not step.is_view
-        )
+        return sum(math.prod(shape) for step, shape in zip(self.steps, self.shapes, strict=True) if not step.is_view)
 
     def last_uses(self) -> list[int]:
         """For each value the place of the last step that takes it."""
@@ -474,5 +472,3 @@ class Plan:
                 f"{step.settings()}".rstrip()
             )
         return "\n".join(rows)
-
-

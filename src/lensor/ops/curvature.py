@@ -23,22 +23,28 @@ def _copies(indices: Sequence[str]) -> list[str]:
     return [f"{index}_" for index in indices]
 
 
-def _patches(spec: ConvSpec, bias: bool) -> tuple[AnyNetwork, list[str]]:
-    """Patches by group, `n g (c k) o`, and the indices of a patch; with bias `n g d o` with a constant 1 at the end."""
+def _patches(spec: ConvSpec) -> tuple[Network, list[str]]:
+    """Patches by group, `n g (c k) o`, and the indices of a patch."""
     legs = Legs(spec)
     channel, positions = legs.channels[0], legs.positions[1]
-    patches = unfold(spec).split(channel, {"g": spec.groups, channel: None})
+    patches: Network = unfold(spec).split(channel, {"g": spec.groups, channel: None})
     rows = [channel, *legs.kernel]
-    patches = patches.regroup(f"n g ({' '.join(rows)}) {' '.join(positions)}")
-    if not bias:
-        return patches, rows
+    return patches.regroup(f"n g ({' '.join(rows)}) {' '.join(positions)}"), rows
+
+
+def _patches_with_one(spec: ConvSpec) -> tuple[AnyNetwork, list[str]]:
+    """Patches with a constant 1 at the end, `n g d o`, and the index of a patch."""
+    patches, rows = _patches(spec)
+    positions = Legs(spec).positions[1]
     size = prod(patches.sizes[index] or 0 for index in rows)
     # Row d of the joint factor: patches are embedded in rows 0 to d − 1, the constant 1 is put into row d.
     embed = IndexPattern(size + 1, 1, padding=(0, -1), output_size=size)
     last = IndexPattern(size + 1, 1, padding=(-size, 0), output_size=1)
     output = (("n",), ("g",), ("d",), *((index,) for index in positions))
     sizes = {**patches.sizes, "d": size + 1}
-    weight = patches.replace(nodes=(*patches.nodes, Pattern(embed, (("d",), tuple(rows), ()))), output=output, sizes=sizes)
+    weight = patches.replace(
+        nodes=(*patches.nodes, Pattern(embed, (("d",), tuple(rows), ()))), output=output, sizes=sizes
+    )
     ones = [Ones(index) for index in ("n", "g", *positions)]
     constant = Network.make([Pattern(last, (("d",), (), ())), *ones], output, sizes)
     return sum_of([weight, constant]), ["d"]
@@ -65,7 +71,7 @@ def kfac_input_factor(spec: ConvSpec, approx: str = "expand", *, bias: bool = Fa
         ValueError: for another approx.
     """
     _require_approx(approx)
-    patches, rows = _patches(spec, bias)
+    patches, rows = _patches_with_one(spec) if bias else _patches(spec)
     positions = Legs(spec).positions[1]
     share = ["n", "g", *(positions if approx == "expand" else [])]
     gram = patches.merge(patches, share=share, output=f"g ({' '.join(rows)}) ({' '.join(_copies(rows))})")
@@ -81,7 +87,7 @@ def kfac_input_root(spec: ConvSpec) -> Network:
         >>> print(lensor.ops.kfac_input_root(lensor.ConvSpec(4, 8, (9,), 3)))
         1/7 X[n (g c_in) i1] Π1[i1 o1 k1] -> g n (c_in k1)
     """
-    patches, rows = _patches(spec, bias=False)
+    patches, rows = _patches(spec)
     positions = Legs(spec).positions[1]
     root = patches.replace(output=(("g",), ("n",), tuple(rows)))
     return root.scaled(1, {index: -1 for index in positions})
@@ -206,7 +212,9 @@ def _flat(legs: Sequence[Group]) -> list[str]:
     return [index for leg in legs for index in leg]
 
 
-def _squared_jacobian_against(jacobian: Network, rows: Sequence[Group], result: Sequence[Group], spec: ConvSpec) -> Network:
+def _squared_jacobian_against(
+    jacobian: Network, rows: Sequence[Group], result: Sequence[Group], spec: ConvSpec
+) -> Network:
     """Σ_rows J² V: a Jacobian squared entry by entry, its rows contracted with an operand V in output space."""
     squared = jacobian.merge(jacobian, share=jacobian.output_indices, output=format_legs(jacobian.output))
     legs = Legs(spec).output

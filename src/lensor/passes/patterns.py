@@ -134,7 +134,7 @@ def identity(net: Network) -> Network | None:
         if not pattern.is_identity or k:
             continue
         rest = _swap_nodes(net, [at], [Ones(index) for index in dict.fromkeys((*i, *o))])
-        after = equate(rest, i, o)
+        after = equate(rest, o, i)  # names of the output and kernel side stay
         if after is not None:
             return contract_deltas(after)
     return None

@@ -143,7 +143,7 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
     Example:
         >>> import lensor
         >>> print(lensor.contraction("n i -> i n", "X").bind(i=3).select("i", -1).simplify())
-        2·X[n i] -> n
+        X[n i_full] Π1[i_full () ()] -> n
 
     Raises:
         NetworkError: for an unknown index or one without size, or a position outside it.
@@ -174,4 +174,3 @@ def keep(net: Network, index: str, position: int = 0) -> Network:
     legs = list(net.output)
     legs.insert(position, (index,))
     return net.replace(output=tuple(legs))
-

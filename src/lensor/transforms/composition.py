@@ -48,7 +48,9 @@ def _apart(net: Network, other: Network, keep: Sequence[str] = ()) -> Network:
     for index in other.sizes:
         if index not in keep and index in net.sizes:
             names[index] = net.fresh(index + "_", [*other.sizes, *names.values()])
-    return other.relabel({old: (new,) for old, new in names.items()}, {new: other.sizes[old] for old, new in names.items()})
+    return other.relabel(
+        {old: (new,) for old, new in names.items()}, {new: other.sizes[old] for old, new in names.items()}
+    )
 
 
 @verb
@@ -119,9 +121,7 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
 
 
 @verb
-def merge(
-    net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None
-) -> AnyNetwork:
+def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None) -> AnyNetwork:
     """The product of two networks that share some indices; every other index of `other` gets a `_`.
 
     Args:
@@ -151,7 +151,9 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
         if None not in sizes and sizes[0] != sizes[1]:
             raise NetworkError(f"shared index {index!r} has size {sizes[0]} in one network and {sizes[1]} in the other")
     two = _apart(one, two, share)
-    sizes = {index: one.sizes.get(index) if one.sizes.get(index) is not None else two.sizes.get(index) for index in share}
+    sizes = {
+        index: one.sizes.get(index) if one.sizes.get(index) is not None else two.sizes.get(index) for index in share
+    }
     if output is None:
         behind = [tuple(index for index in leg if index not in share) for leg in two.output]
         legs: tuple[Group, ...] = (*one.output, *(leg for leg in behind if leg))
@@ -199,4 +201,3 @@ def components(net: AnyNetwork) -> tuple[Network, ...]:
         )
         for at, (indices, nodes) in enumerate(parts)
     )
-

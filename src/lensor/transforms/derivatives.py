@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lensor.network import AnyNetwork, Delta, Group, Network, Node, Ones, Operand, indices_of, sum_of
-from lensor.transforms._transform import require_operand, transform
+from lensor.transforms._transform import transform
 from lensor.transforms.indices import contract_deltas
 
 
@@ -90,4 +90,3 @@ def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
         nodes = (*net.nodes[:at], Operand(tangent, net.nodes[at].legs), *net.nodes[at + 1 :])
         terms.append(net.replace(nodes=nodes))
     return sum_of(terms) if terms else None
-

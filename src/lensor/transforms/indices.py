@@ -45,7 +45,8 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
         # Slowest index last, so that boundaries are compared from the fastest end.
         while a and b:
             if a[-1] == b[-1]:
-                a.pop(), b.pop()
+                a.pop()
+                b.pop()
                 continue
             p, q = net.sizes[a[-1]], net.sizes[b[-1]]
             if p == q or ((p is None or q is None) and len(a) == len(b) == 1):

@@ -1,0 +1,485 @@
+"""The index pattern: which input position each (output position, kernel position) pair of a convolution reads.
+
+Notation of the rules: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P], I input, O output and K kernel size, S stride, P left
+padding, D dilation. A position outside [0, I) reads zero (`padding_mode="zeros"`) or what the mode puts there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lensor.cache import Cache
+
+PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
+
+_kept_reads = Cache(maxsize=256)
+_LARGEST_KEPT = 1 << 16  # entries; larger tables of reads are made anew each time
+
+
+def as_integer(value: Any, name: str) -> int:
+    """`value` as an int; TypeError naming the argument for anything else, booleans included."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, found {value!r} of type {type(value).__name__}")
+
+
+def as_positive(value: Any, name: str) -> int:
+    """`value` as an int of at least 1."""
+    number = as_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, at least 1, found {number}")
+    return number
+
+
+def as_padding_mode(value: Any) -> str:
+    """`value` if it is one of torch's padding modes."""
+    if value not in PADDING_MODES:
+        expected = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode must be one of {expected}, found {value!r}")
+    return value
+
+
+class SliceOfReads(NamedTuple):
+    """What one kernel position reads: x[start:stop:step], by the output positions o_lo to o_hi, ends inclusive.
+
+    Nothing is read if o_hi < o_lo; start and stop are 0 then.
+    """
+
+    o_lo: int
+    o_hi: int
+    start: int
+    stop: int
+    step: int
+
+
+class Polyphase(NamedTuple):
+    """The factors of rule 12: Π[i,o,k] = [input_phase[i] = kernel_phase[k]]·[input_block[i] = kernel_block[k] + o]."""
+
+    input_phase: np.ndarray
+    input_block: np.ndarray
+    kernel_phase: np.ndarray
+    kernel_block: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class IndexPattern:
+    """The index pattern of one spatial dimension, Π[i,o,k] = 1 iff output o reads input i through kernel position k.
+
+    Args:
+        input_size: number of input positions I.
+        kernel_size: number of kernel positions K.
+        stride: step S between output positions.
+        padding: both sides, or (left, right); negative padding crops.
+        dilation: step D between kernel positions.
+        padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`, as in torch.
+        output_size: number of output positions O; None for 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋. Any other
+            number pins it: what is read outside the input is zero then.
+
+    Example:
+        >>> import lensor
+        >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
+        >>> pi.output_size, pi.kind, pi.nnz
+        (3, 'general', 7)
+        >>> pi.reads()
+        array([[-1,  0,  1],
+               [ 1,  2,  3],
+               [ 3,  4, -1]])
+        >>> pi.materialize().shape  # [input_size, output_size, kernel_size]
+        (5, 3, 3)
+
+    Raises:
+        TypeError: for sizes that are not integers.
+        ValueError: for sizes that are not positive, a kernel larger than the padded input, reflect padding that is not
+            smaller than the input, circular padding larger than the input, circular padding that crops one side and
+            wraps the other (torch would wrap what is left after cropping), or, in the modes other than zeros, an
+            output size that reads outside the padded input.
+    """
+
+    input_size: int
+    kernel_size: int
+    stride: int
+    padding: tuple[int, int]
+    dilation: int
+    padding_mode: str
+    output_size: int
+
+    def __init__(
+        self,
+        input_size: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int = 1,
+        padding_mode: str = "zeros",
+        output_size: int | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "input_size", as_positive(input_size, "input_size"))
+        put(self, "kernel_size", as_positive(kernel_size, "kernel_size"))
+        put(self, "stride", as_positive(stride, "stride"))
+        put(self, "padding", _as_sides(padding))
+        put(self, "dilation", as_positive(dilation, "dilation"))
+        put(self, "padding_mode", as_padding_mode(padding_mode))
+        if output_size is None:
+            put(self, "output_size", self._fitting_output_size())
+        else:
+            put(self, "output_size", as_positive(output_size, "output_size"))
+        if self.padding_mode != "zeros":
+            self._check_mode()
+
+    def _fitting_output_size(self) -> int:
+        """O = 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; ValueError if the kernel does not fit."""
+        padded, span = self.input_size + sum(self.padding), self.dilation * (self.kernel_size - 1) + 1
+        if span > padded:
+            raise ValueError(
+                f"kernel_size={self.kernel_size} with dilation={self.dilation} spans {span} positions, but the padded"
+                f" input has only {padded} (input_size={self.input_size}, padding={self.padding})"
+            )
+        return 1 + (padded - span) // self.stride
+
+    def _check_mode(self) -> None:
+        (left, right), size, mode = self.padding, self.input_size, self.padding_mode
+        if mode == "reflect" and max(left, right) >= size:
+            raise ValueError(f"reflect padding must be smaller than input_size={size}, found padding={self.padding}")
+        if mode == "circular" and max(left, right) > size:
+            raise ValueError(f"circular padding must not exceed input_size={size}, found padding={self.padding}")
+        if mode == "circular" and min(left, right) < 0 < max(left, right):
+            raise ValueError(
+                f"circular padding must not crop one side and wrap the other, found padding={self.padding}; expected"
+                " both sides >= 0 or both <= 0"
+            )
+        if self._needed_right > right:
+            raise ValueError(
+                f"output_size={self.output_size} reads {self._needed_right - right} positions beyond the padded input,"
+                f" which padding_mode={mode!r} does not define; expected at most {max(0, self._fitting())} for"
+                f" input_size={size}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding},"
+                f" dilation={self.dilation}"
+            )
+
+    def _fitting(self) -> int:
+        room = self.input_size + sum(self.padding) - self.dilation * (self.kernel_size - 1) - 1
+        return 1 + room // self.stride
+
+    # ------------------------------------------------------------------------------------------------- properties
+    @property
+    def _needed_right(self) -> int:
+        """The right padding that the last read needs: (O−1)S + D(K−1) + 1 − I − P_left."""
+        reach = (self.output_size - 1) * self.stride + self.dilation * (self.kernel_size - 1)
+        return reach + 1 - self.input_size - self.padding[0]
+
+    @property
+    def _is_inside(self) -> bool:
+        """Whether v[o,k] ≡ 1 in zeros mode: every position lies in [0, I)."""
+        return self.padding[0] <= 0 and self._needed_right <= 0
+
+    @property
+    def nnz(self) -> int:
+        """Number of ones, Σ Π[i,o,k]."""
+        return int(self.counts().sum())
+
+    @property
+    def density(self) -> float:
+        """Share of ones, nnz/(I·O·K)."""
+        return self.nnz / (self.input_size * self.output_size * self.kernel_size)
+
+    @property
+    def kind(self) -> str:
+        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`: a label, no more."""
+        if self.padding != (0, 0) or self.dilation != 1:
+            return "general"
+        if self.kernel_size == self.stride and self.output_size * self.stride == self.input_size:
+            return "dense"
+        return "down-sampling" if self.stride > self.kernel_size and self._is_inside else "general"
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether K=1: Π[i,o] = [i = o·S − P] slices, pads, crops or embeds."""
+        return self.kernel_size == 1
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether Π[i,o,0] = δ[i,o]."""
+        if self.kernel_size != 1 or self.output_size != self.input_size:
+            return False
+        return bool((self.reads()[:, 0] == np.arange(self.input_size)).all())
+
+    @property
+    def is_injective(self) -> bool:
+        """Whether no input position is read twice, so that unfolding is a pure gather (rule 13).
+
+        S/g ≥ K or D/g ≥ O, g = gcd(S,D), is enough; with padding also whatever leaves no repeated read.
+        """
+        g = gcd(self.stride, self.dilation)
+        if self.padding_mode == "zeros" and (
+            self.stride // g >= self.kernel_size or self.dilation // g >= self.output_size
+        ):
+            return True
+        reads = self.reads()
+        valid = reads[reads >= 0]
+        return not len(valid) or int(np.bincount(valid).max()) <= 1
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is read at all: Π = 0."""
+        return self.nnz == 0
+
+    # ----------------------------------------------------------------------------------------------------- arrays
+    def reads(self) -> np.ndarray:
+        """The input position that (o, k) reads, read-only int64 [output_size, kernel_size]; −1 where it reads zero.
+
+        k·D + o·S − P, then through the padding mode.
+        """
+        if self.output_size * self.kernel_size > _LARGEST_KEPT:
+            return self._make_reads()
+        return _kept_reads.get_or_make(self, self._make_reads)
+
+    def _make_reads(self) -> np.ndarray:
+        size = self.input_size
+        o = np.arange(self.output_size, dtype=np.int64)[:, None]
+        k = np.arange(self.kernel_size, dtype=np.int64)
+        reads = k * self.dilation + o * self.stride - self.padding[0]
+        if self.padding_mode == "zeros":
+            reads[(reads < 0) | (reads >= size)] = -1
+        elif self.padding_mode == "circular":
+            reads %= size
+        elif self.padding_mode == "replicate":
+            np.clip(reads, 0, size - 1, out=reads)
+        else:  # reflect: about the first and the last position, once at most
+            np.abs(reads, out=reads)
+            reads = np.where(reads >= size, 2 * (size - 1) - reads, reads)
+        reads.flags.writeable = False
+        return reads
+
+    def materialize(self) -> np.ndarray:
+        """Π as a bool array [input_size, output_size, kernel_size], new at each call."""
+        reads = self.reads()
+        array = np.zeros((self.input_size, self.output_size, self.kernel_size), bool)
+        o, k = np.nonzero(reads >= 0)
+        array[reads[o, k], o, k] = True
+        return array
+
+    def leg_sum(self, leg: str) -> np.ndarray:
+        """Π summed over the leg `"i"`, `"o"` or `"k"`, int64 over the other two in the order i, o, k (rule 16).
+
+        v[o,k] = Σ_i Π = [0 ≤ kD+oS−P < I]; m[i,k] = Σ_o Π; u[i,o] = Σ_k Π; binary in zeros mode.
+        """
+        reads = self.reads()
+        if leg == "i":
+            return (reads >= 0).astype(np.int64)
+        if leg not in ("o", "k"):
+            raise ValueError(f"leg must be 'i', 'o' or 'k', found {leg!r}")
+        o, k = np.nonzero(reads >= 0)
+        kept, size = (k, self.kernel_size) if leg == "o" else (o, self.output_size)
+        flat = np.bincount(reads[o, k] * size + kept, minlength=self.input_size * size)
+        return flat.reshape(self.input_size, size).astype(np.int64)
+
+    def counts(self) -> np.ndarray:
+        """n[k] = Σ_{i,o} Π, int64 [kernel_size] (rule 17).
+
+        max(0, min(O−1, ⌊(I−1+P−kD)/S⌋) − max(0, ⌈(P−kD)/S⌉) + 1) in zeros mode, O in the others.
+        """
+        if self.padding_mode != "zeros":
+            return np.full(self.kernel_size, self.output_size, np.int64)
+        low, high = self._limits()
+        return np.maximum(0, high - low + 1)
+
+    def _limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each k the first and the last o that reads inside; high < low where none does (zeros mode)."""
+        shift = self.padding[0] - np.arange(self.kernel_size, dtype=np.int64) * self.dilation
+        low = np.maximum(0, -(-shift // self.stride))
+        high = np.minimum(self.output_size - 1, (self.input_size - 1 + shift) // self.stride)
+        return low, high
+
+    def slices(self) -> tuple[SliceOfReads, ...]:
+        """For each kernel position the strided slice of the input that it reads (rule 18).
+
+        k reads x[kD + o_lo·S − P : kD + o_hi·S − P + 1 : S] at the output positions o_lo to o_hi, and zero at others.
+
+        Raises:
+            ValueError: if a padding mode other than zeros is in use.
+        """
+        if self.padding_mode != "zeros" and not self._is_inside:
+            raise ValueError(f"slices need zero padding, found padding_mode={self.padding_mode!r}; split_padding() first")
+        found = []
+        for k, (low, high) in enumerate(zip(*(limit.tolist() for limit in self._limits()), strict=True)):
+            if high < low:
+                found.append(SliceOfReads(0, -1, 0, 0, self.stride))
+                continue
+            shift = k * self.dilation - self.padding[0]
+            start, last = low * self.stride + shift, high * self.stride + shift
+            found.append(SliceOfReads(low, high, start, last + 1, self.stride))
+        return tuple(found)
+
+    def polyphase(self) -> Polyphase:
+        """The pattern as two conditions on phases and blocks (rule 12); D=1 and zeros mode only.
+
+        Π = [(i+P) mod S = k mod S]·[⌊(i+P)/S⌋ = ⌊k/S⌋ + o]. For S=1 use `swap().polyphase()`.
+
+        Raises:
+            ValueError: for another dilation, or a padding mode other than zeros in use.
+        """
+        if self.dilation != 1 or (self.padding_mode != "zeros" and not self._is_inside):
+            raise ValueError(
+                "polyphase needs dilation=1 and zero padding, found"
+                f" dilation={self.dilation}, padding_mode={self.padding_mode!r}"
+            )
+        i, k = np.arange(self.input_size) + self.padding[0], np.arange(self.kernel_size)
+        return Polyphase(i % self.stride, i // self.stride, k % self.stride, k // self.stride)
+
+    # --------------------------------------------------------------------------------------------------- algebra
+    def swap(self) -> IndexPattern:
+        """Kernel and output exchanged: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], O pinned to K (rule 4)."""
+        return self._replace(
+            kernel_size=self.output_size,
+            stride=self.dilation,
+            dilation=self.stride,
+            output_size=self.kernel_size,
+        )
+
+    def flip(self) -> IndexPattern:
+        """All three legs reversed: Π[I−1−i, O−1−o, K−1−k], the pattern with P → P_right − r (rule 14).
+
+        The new left padding is (O−1)S + D(K−1) + 1 − I − P_left, which is P_right − r unless the output size is pinned.
+        """
+        left, right = self._needed_right, self.padding[0]
+        if self.padding_mode == "circular" and min(left, right) < 0:
+            # Padding that crops one side is the same as reading a period later: P ≡ P + I.
+            shift = left % self.input_size - left
+            left, right = left + shift, max(0, right - shift)
+        return self._replace(padding=(left, right))
+
+    def normalize(self) -> IndexPattern:
+        """The same pattern in normal form: what makes no difference is set to a value of its own (rules 7, 8).
+
+        The right padding is (O−1)S + D(K−1) + 1 − I − P_left; D=1 if K=1; S=1 if O=1; the mode is zeros if nothing
+        outside the input is read; a pattern that reads nothing has S = D = 1 and P_left = −I.
+        """
+        mode = "zeros" if self._is_inside else self.padding_mode
+        stride = 1 if self.output_size == 1 else self.stride
+        dilation = 1 if self.kernel_size == 1 else self.dilation
+        left = self.padding[0]
+        if mode == "zeros" and self.is_zero:
+            stride, dilation, left = 1, 1, -self.input_size
+        right = (self.output_size - 1) * stride + dilation * (self.kernel_size - 1) + 1 - self.input_size - left
+        if mode != "zeros":
+            right = max(0, right)
+        return self._replace(stride=stride, padding=(left, right), dilation=dilation, padding_mode=mode)
+
+    def compose(self, inner: IndexPattern) -> tuple[IndexPattern, IndexPattern] | None:
+        """Two convolutions as one: Σ_j Π1[i,j,k]·Π2[j,o,l] = Σ_m Π12[i,o,m]·ΠK[m,l,k], or None (rule 23).
+
+        Π12 = Π(I, D1(K1−1)+D2·S1(K2−1)+1, S1·S2, P1+S1·P2, 1) and ΠK[m,l,k] = [m = k·D1 + l·D2·S1], self being Π1 and
+        `inner` Π2. None unless Π2 reads only inside (v2 ≡ 1) and both are in zeros mode.
+
+        Raises:
+            ValueError: if the input size of `inner` is not the output size of this pattern.
+        """
+        if inner.input_size != self.output_size:
+            raise ValueError(
+                f"inner.input_size must be this pattern's output_size={self.output_size}, found {inner.input_size}"
+            )
+        if not inner._is_inside or not (self.padding_mode == "zeros" or self._is_inside):
+            return None
+        step = inner.dilation * self.stride
+        kernel = self.dilation * (self.kernel_size - 1) + step * (inner.kernel_size - 1) + 1
+        joint = IndexPattern(
+            self.input_size,
+            kernel,
+            stride=self.stride * inner.stride,
+            padding=(self.padding[0] + self.stride * inner.padding[0], self.padding[1]),
+            output_size=inner.output_size,
+        )
+        kernels = IndexPattern(kernel, self.kernel_size, stride=step, dilation=self.dilation, output_size=inner.kernel_size)
+        return joint.normalize(), kernels
+
+    def split_padding(self) -> tuple[IndexPattern | None, IndexPattern]:
+        """The padding by its mode apart from the reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
+
+        R = Π_mode(I,1,1,(P_left,P_right),1), L = I+P_left+P_right. (None, the pattern itself) in zeros mode.
+        """
+        if self.padding_mode == "zeros":
+            return None, self
+        padding = IndexPattern(self.input_size, 1, padding=self.padding, padding_mode=self.padding_mode)
+        return padding, self._replace(input_size=padding.output_size, padding=(0, 0), padding_mode="zeros")
+
+    def gcd_split(self) -> tuple[IndexPattern, IndexPattern] | None:
+        """The common divisor g of stride and dilation taken out: Π[i,o,k] = Σ_j [i=a+gj]·Π'[j,o,k], or None (rule 11).
+
+        a = (−P) mod g, Π' = Π(·, K, S/g, (P+a)/g, D/g) with O pinned. None if g=1, K=1, O=1, nothing is read, or a
+        padding mode other than zeros is in use.
+        """
+        g = gcd(self.stride, self.dilation)
+        if g == 1 or self.kernel_size == 1 or self.output_size == 1 or self.is_zero:
+            return None
+        if self.padding_mode != "zeros" and not self._is_inside:
+            return None
+        left = self.padding[0]
+        a = -left % g
+        length = -(-(self.input_size - a) // g)
+        every = IndexPattern(self.input_size, 1, stride=g, padding=(-a, 0), output_size=length)
+        smaller = IndexPattern(
+            length,
+            self.kernel_size,
+            stride=self.stride // g,
+            padding=((left + a) // g, 0),
+            dilation=self.dilation // g,
+            output_size=self.output_size,
+        )
+        return every.normalize(), smaller.normalize()
+
+    def _replace(self, **changes: Any) -> IndexPattern:
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        return IndexPattern(**{**fields, **changes})
+
+    # ------------------------------------------------------------------------------------------------------- text
+    def __repr__(self) -> str:
+        left, right = self.padding
+        parts = [f"{self.input_size}", f"{self.kernel_size}"]
+        if self.stride != 1:
+            parts.append(f"stride={self.stride}")
+        if self.padding != (0, 0):
+            parts.append(f"padding={left if left == right else self.padding}")
+        if self.dilation != 1:
+            parts.append(f"dilation={self.dilation}")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
+        if self.dilation * (self.kernel_size - 1) + 1 > self.input_size + left + right or (
+            self.output_size != self._fitting()
+        ):
+            parts.append(f"output_size={self.output_size}")
+        return f"IndexPattern({', '.join(parts)})"
+
+    def __str__(self) -> str:
+        left, right = self.padding
+        parts = [f"{self.input_size}→{self.output_size}", f"K{self.kernel_size}"]
+        if self.stride != 1:
+            parts.append(f"S{self.stride}")
+        if self.padding != (0, 0):
+            parts.append(f"P{left}" if left == right else f"P({left},{right})")
+        if self.dilation != 1:
+            parts.append(f"D{self.dilation}")
+        if self.padding_mode != "zeros":
+            parts.append(self.padding_mode)
+        return f"Π({' '.join(parts)})"
+
+
+_FIELDS = ("input_size", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_size")
+
+
+def _as_sides(padding: Any) -> tuple[int, int]:
+    """Padding as (left, right)."""
+    if isinstance(padding, Sequence) and not isinstance(padding, str):
+        if len(padding) != 2:
+            raise ValueError(f"padding must be an integer or (left, right), found {len(padding)} entries: {padding!r}")
+        return as_integer(padding[0], "padding[0]"), as_integer(padding[1], "padding[1]")
+    side = as_integer(padding, "padding")
+    return side, side

@@ -308,7 +308,9 @@ class IndexPattern:
             ValueError: if a padding mode other than zeros is in use.
         """
         if self.padding_mode != "zeros" and not self._is_inside:
-            raise ValueError(f"slices need zero padding, found padding_mode={self.padding_mode!r}; split_padding() first")
+            raise ValueError(
+                f"slices need zero padding, found padding_mode={self.padding_mode!r}; split_padding() first"
+            )
         found = []
         for k, (low, high) in enumerate(zip(*(limit.tolist() for limit in self._limits()), strict=True)):
             if high < low:
@@ -398,7 +400,9 @@ class IndexPattern:
             padding=(self.padding[0] + self.stride * inner.padding[0], self.padding[1]),
             output_size=inner.output_size,
         )
-        kernels = IndexPattern(kernel, self.kernel_size, stride=step, dilation=self.dilation, output_size=inner.kernel_size)
+        kernels = IndexPattern(
+            kernel, self.kernel_size, stride=step, dilation=self.dilation, output_size=inner.kernel_size
+        )
         return joint.normalize(), kernels
 
     def split_padding(self) -> tuple[IndexPattern | None, IndexPattern]:

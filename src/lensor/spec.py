@@ -1,0 +1,332 @@
+"""The hyper-parameters of a convolution, normalised once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from lensor.pattern import IndexPattern, as_integer, as_padding_mode, as_positive
+
+Sides = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class ConvSpec:
+    """A convolution, or a transposed one, in any number of spatial dimensions: what stands in its arguments in torch.
+
+    `input_size` fixes the number of spatial dimensions; an int means one, `()` a linear layer. The other sizes are an
+    int or one for each dimension. All are stored as tuples, padding as one (left, right) for each dimension.
+
+    Args:
+        in_channels: channels of the input, over all groups.
+        out_channels: channels of the output, over all groups.
+        input_size: spatial size of the input.
+        kernel_size: spatial size of the kernel.
+        stride: step between output positions.
+        padding: an int, one int for each dimension, one (left, right) for each dimension, `"valid"` or `"same"`.
+        dilation: step between kernel positions.
+        groups: number of groups; divides both channel numbers.
+        padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`.
+        bias: whether there is a bias.
+        transposed: whether the convolution is a transposed one (zero padding only).
+        output_padding: what a transposed convolution adds to its output size.
+
+    Example:
+        >>> import lensor
+        >>> spec = lensor.ConvSpec(4, 8, (28, 28), 3, stride=2, padding=1, groups=2)
+        >>> spec.output_size, spec.weight_shape, spec.kind
+        ((14, 14), (8, 2, 3, 3), 'general')
+        >>> spec
+        ConvSpec(4, 8, (28, 28), 3, stride=2, padding=1, groups=2)
+
+    Raises:
+        TypeError: for sizes that are not integers, flags that are not bools.
+        ValueError: for what torch refuses too: sizes that are not positive, tuples of another length than
+            `input_size`, groups that do not divide the channels, negative padding, a kernel larger than the padded
+            input, `"same"` with a stride, too much reflect or circular padding, output_padding out of its range, and
+            a transposed convolution with `"same"`, `"valid"` or a padding mode.
+    """
+
+    in_channels: int
+    out_channels: int
+    input_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[Sides, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    bias: bool
+    transposed: bool
+    output_padding: tuple[int, ...]
+    _patterns: tuple[IndexPattern, ...] = field(compare=False)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        input_size: int | Sequence[int],
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] | Sequence[Sequence[int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        bias: bool = False,
+        transposed: bool = False,
+        output_padding: int | Sequence[int] = 0,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "in_channels", as_positive(in_channels, "in_channels"))
+        put(self, "out_channels", as_positive(out_channels, "out_channels"))
+        put(self, "groups", as_positive(groups, "groups"))
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % self.groups:
+                raise ValueError(f"{name} must be divisible by groups={self.groups}, found {getattr(self, name)}")
+        put(self, "bias", _as_flag(bias, "bias"))
+        put(self, "transposed", _as_flag(transposed, "transposed"))
+        put(self, "padding_mode", as_padding_mode(padding_mode))
+        if self.transposed and self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros' for a transposed convolution, found {padding_mode!r}")
+        sizes: tuple[Any, ...] = tuple(input_size) if _is_sequence(input_size) else (input_size,)
+        put(self, "input_size", _each("input_size", sizes, len(sizes), as_positive))
+        if not self.input_size and not _is_sequence(kernel_size):
+            raise ValueError(f"kernel_size must be () for input_size=(), a linear layer, found {kernel_size!r}")
+        put(self, "kernel_size", _each("kernel_size", kernel_size, self.ndim, as_positive))
+        put(self, "stride", _each("stride", stride, self.ndim, as_positive))
+        put(self, "dilation", _each("dilation", dilation, self.ndim, as_positive))
+        put(self, "padding", self._as_padding(padding))
+        put(self, "output_padding", _each("output_padding", output_padding, self.ndim, _as_natural))
+        self._check_output_padding()
+        make = self._transposed_pattern if self.transposed else self._pattern
+        put(self, "_patterns", tuple(make(d) for d in range(self.ndim)))
+
+    def _as_padding(self, padding: Any) -> tuple[Sides, ...]:
+        """Padding as one (left, right) for each dimension."""
+        if isinstance(padding, str):
+            return self._named_padding(padding)
+        if not _is_sequence(padding):
+            return ((_as_natural(padding, "padding"),) * 2,) * self.ndim
+        if len(padding) != self.ndim:
+            hint = "; one (left, right) for the only dimension is written ((left, right),)" if self.ndim == 1 else ""
+            raise ValueError(
+                f"padding must have {self.ndim} entries, one for each spatial dimension, found {len(padding)}:"
+                f" {padding!r}{hint}"
+            )
+        sides = []
+        for entry in padding:
+            if not _is_sequence(entry):
+                sides.append((_as_natural(entry, "padding"),) * 2)
+            elif len(entry) == 2:
+                sides.append((_as_natural(entry[0], "padding"), _as_natural(entry[1], "padding")))
+            else:
+                raise ValueError(f"padding must be an integer or (left, right) in each dimension, found {entry!r}")
+        return tuple(sides)
+
+    def _named_padding(self, name: str) -> tuple[Sides, ...]:
+        """`"valid"` is none; `"same"` is D(K−1) in all, the smaller half on the left."""
+        if name not in ("same", "valid"):
+            raise ValueError(f"padding must be integers, 'same' or 'valid', found {name!r}")
+        if self.transposed:
+            raise ValueError(f"padding must be ints or pairs of ints for a transposed convolution, found {name!r}")
+        if name == "valid":
+            return ((0, 0),) * self.ndim
+        if any(stride != 1 for stride in self.stride):
+            raise ValueError(f"padding='same' needs stride 1, found stride={self.stride}")
+        totals = [dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+
+    def _check_output_padding(self) -> None:
+        if not self.transposed and any(self.output_padding):
+            raise ValueError(f"output_padding must be 0 unless transposed=True, found {self.output_padding}")
+        for extra, stride, dilation in zip(self.output_padding, self.stride, self.dilation, strict=True):
+            if extra >= max(stride, dilation):
+                raise ValueError(
+                    "output_padding must be smaller than stride or dilation in every dimension, found"
+                    f" output_padding={self.output_padding}, stride={self.stride}, dilation={self.dilation}"
+                )
+
+    def _pattern(self, d: int) -> IndexPattern:
+        span = self.dilation[d] * (self.kernel_size[d] - 1) + 1
+        padded = self.input_size[d] + sum(self.padding[d])
+        if span > padded:
+            raise ValueError(
+                f"kernel_size={self.kernel_size} is larger than the padded input in spatial dimension {d}: with"
+                f" dilation={self.dilation[d]} it spans {span} positions, found {padded} (input_size={self.input_size},"
+                f" padding={self.padding[d]})"
+            )
+        try:
+            return IndexPattern(
+                self.input_size[d],
+                self.kernel_size[d],
+                stride=self.stride[d],
+                padding=self.padding[d],
+                dilation=self.dilation[d],
+                padding_mode=self.padding_mode,
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} in spatial dimension {d}") from None
+
+    def _transposed_pattern(self, d: int) -> IndexPattern:
+        positions, kernel, stride, dilation = self.input_size[d], self.kernel_size[d], self.stride[d], self.dilation[d]
+        size = (positions - 1) * stride - sum(self.padding[d]) + dilation * (kernel - 1) + self.output_padding[d] + 1
+        if size < 1:
+            raise ValueError(
+                f"the output size of the transposed convolution must be at least 1, found {size} in spatial dimension"
+                f" {d}: input_size={self.input_size}, kernel_size={self.kernel_size}, stride={self.stride},"
+                f" padding={self.padding}, dilation={self.dilation}, output_padding={self.output_padding}"
+            )
+        return IndexPattern(
+            size, kernel, stride=stride, padding=self.padding[d], dilation=dilation, output_size=positions
+        )
+
+    # ------------------------------------------------------------------------------------------------- properties
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.input_size)
+
+    @property
+    def patterns(self) -> tuple[IndexPattern, ...]:
+        """One index pattern for each spatial dimension.
+
+        Those of a transposed convolution have its output size as I, and O pinned to its input size.
+        """
+        return self._patterns
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """Spatial size of the output.
+
+        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; transposed (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
+        """
+        if self.transposed:
+            return tuple(pattern.input_size for pattern in self._patterns)
+        return tuple(pattern.output_size for pattern in self._patterns)
+
+    @property
+    def kind(self) -> str:
+        """`"dense"`, `"down-sampling"`, `"mixed-dense"` or `"general"`: a label, no more.
+
+        All patterns dense; all dense or down-sampling; some; none.
+        """
+        special = [pattern.kind for pattern in self._patterns if pattern.kind != "general"]
+        if len(special) < self.ndim:
+            return "mixed-dense" if special else "general"
+        return "down-sampling" if "down-sampling" in special else "dense"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """`[c_out, c_in / groups, *kernel_size]`, as torch; transposed `[c_in, c_out / groups, *kernel_size]`."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel_size)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """`[c_in, *input_size]`."""
+        return (self.in_channels, *self.input_size)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """`[c_out, *output_size]`."""
+        return (self.out_channels, *self.output_size)
+
+    # ------------------------------------------------------------------------------------------------- from torch
+    @classmethod
+    def from_module(cls, module: Any, input_size: int | Sequence[int] = ()) -> ConvSpec:
+        """The specification of a torch convolution, transposed convolution or linear layer, or of a subclass.
+
+        Args:
+            module: `torch.nn.Conv1d` to `Conv3d`, `ConvTranspose1d` to `ConvTranspose3d`, or `Linear`.
+            input_size: spatial size of its input; `()` for a linear layer.
+
+        Raises:
+            TypeError: for any other module.
+            ValueError: if the module has another number of spatial dimensions, or is lazy and has seen no input yet.
+        """
+        # Known by the names of its classes, so that torch is not imported here.
+        names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.")}
+        if not names & {"_ConvNd", "Linear"}:
+            raise TypeError(
+                "module must be a torch.nn.Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d or Linear, found"
+                f" {type(module).__module__}.{type(module).__qualname__}"
+            )
+        sizes: Any = tuple(input_size) if _is_sequence(input_size) else (input_size,)
+        ndim = len(module.kernel_size) if "_ConvNd" in names else 0
+        if len(sizes) != ndim:
+            raise ValueError(
+                f"input_size must have {ndim} entries, one for each spatial dimension of {type(module).__name__},"
+                f" found {sizes}"
+            )
+        channels = ("in_channels", "out_channels") if "_ConvNd" in names else ("in_features", "out_features")
+        if getattr(module, channels[0]) == 0 and any(
+            base.__name__ == "LazyModuleMixin" for base in type(module).__mro__
+        ):
+            raise ValueError(f"{type(module).__name__} does not know its {channels[0]} yet: call it on an input first")
+        shape = (getattr(module, channels[0]), getattr(module, channels[1]), sizes)
+        bias = module.bias is not None
+        if "_ConvNd" not in names:
+            return cls(*shape, (), bias=bias)
+        return cls(
+            *shape,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            bias=bias,
+            transposed=module.transposed,
+            output_padding=module.output_padding,
+        )
+
+    def __repr__(self) -> str:
+        parts = [f"{self.in_channels}", f"{self.out_channels}", f"{self.input_size}", f"{_short(self.kernel_size)}"]
+        padding = _short(tuple(left if left == right else (left, right) for left, right in self.padding))
+        short = {"stride": _short(self.stride), "padding": padding, "dilation": _short(self.dilation)}
+        short |= {"groups": self.groups, "padding_mode": self.padding_mode, "bias": self.bias}
+        short |= {"transposed": self.transposed, "output_padding": _short(self.output_padding)}
+        defaults = {"stride": 1, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+        parts += [f"{name}={value!r}" for name, value in short.items() if value not in (defaults.get(name, 0), ())]
+        return f"ConvSpec({', '.join(parts)})"
+
+
+def _short(sizes: tuple) -> Any:
+    """One int for a tuple of equal ints."""
+    return sizes[0] if sizes and isinstance(sizes[0], int) and len(set(sizes)) == 1 else sizes
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _as_flag(value: Any, name: str) -> bool:
+    # NumPy's bool is taken too; 0 and 1 are not.
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be a bool, found {value!r} of type {type(value).__name__}")
+    return bool(value)
+
+
+def _as_natural(value: Any, name: str) -> int:
+    number = as_integer(value, name)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, found {number}")
+    return number
+
+
+def _each(name: str, value: Any, ndim: int, check: Callable[[Any, str], int]) -> tuple[int, ...]:
+    """One checked entry for each dimension."""
+    if not _is_sequence(value):
+        return (check(value, name),) * ndim
+    if len(value) != ndim:
+        raise ValueError(
+            f"{name} must be an integer or have {ndim} entries, one for each spatial dimension, found"
+            f" {len(value)}: {tuple(value)}"
+        )
+    try:
+        return tuple(check(entry, name) for entry in value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} in {tuple(value)}") from None

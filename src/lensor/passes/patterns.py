@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lensor.network import Group, Network, Node, Ones, Operand, Pattern, Scale, indices_of
+from lensor.network import Group, Network, Node, Ones, Operand, Pattern, Scale, indices_of, relabel_node
 from lensor.passes.rule import RuleList, rule
 from lensor.pattern import IndexPattern
 from lensor.transforms.indices import contract_deltas, equate
@@ -98,6 +98,67 @@ def split_one_hot(net: Network) -> Network | None:
             one_hot = IndexPattern(size, 1, padding=(-mine, mine + 1 - size), output_size=1)
             put.insert(0, Pattern(one_hot.normalize(), ((index,), (), ())))
         return _swap_nodes(net, [at], put)
+    return None
+
+
+@rule("pattern at one position of a leg", "8")
+def at_one_position(net: Network) -> Network | None:
+    """e_a[x] Π[i,x,k] = e_a[x] Π(I,K,1,P−a·S,D)[i,0,k]; the same for the legs k (by the swap) and i (P+a)."""
+    for one, place, x in _one_hots(net):
+        for at, pattern, legs in _patterns(net):
+            if at == one or pattern.padding_mode != "zeros" or legs.count((x,)) != 1 or not _apart(legs):
+                continue
+            leg = legs.index((x,))
+            size, left = [pattern.input_size, pattern.output_size, pattern.kernel_size], pattern.padding[0]
+            size[leg] = 1
+            left += (1, -pattern.stride, -pattern.dilation)[leg] * place
+            rest = IndexPattern(size[0], size[2], pattern.stride, (left, 0), pattern.dilation, output_size=size[1])
+            new = [() if group == (x,) else group for group in legs]
+            return _swap_nodes(net, [at], [Pattern(rest.normalize(), (new[0], new[1], new[2]))])
+    return None
+
+
+def _one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
+    """(node, position, index) of every pattern that is 1 at one position of one index only."""
+    for at, pattern, (x, o, k) in _patterns(net):
+        if len(x) == 1 and not o and not k and not pattern.is_zero:
+            yield at, int(pattern.reads()[0, 0]), x[0]
+
+
+@rule("one position of a shared index: one of each holder's own", "8")
+def part_holders(net: Network) -> Network | None:
+    """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands that share one position of an index share nothing."""
+    for one, _, x in _one_hots(net):
+        holders = [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and x in indices_of(node)]
+        tied = x in net.output_indices or any(
+            at != one and x in indices_of(net.nodes[at]) for at, _, _ in _patterns(net)
+        )
+        if len(holders) <= (not tied):
+            continue
+        at = holders[-1]
+        y = net.fresh(x)
+        own = [new for node in (net.nodes[at], net.nodes[one]) for new in relabel_node(node, {x: (y,)})]
+        return _swap_nodes(net, [at], own, sizes={y: net.sizes[x]})
+    return None
+
+
+@rule("selection summed over its input: a mask", "16")
+def mask(net: Network) -> Network | None:
+    """Σ_i [i = o·S − P] says which o read anything; so does the shortest shift that reads there."""
+    for at, pattern, (i, o, k) in _patterns(net):
+        if not pattern.is_selection or k or not i or not _only_in(net, i, [at]) or not _apart((i, o)):
+            continue
+        valid = np.flatnonzero(pattern.reads()[:, 0] >= 0)
+        if not len(valid) or pattern.padding_mode != "zeros":
+            continue
+        low, count = int(valid[0]), len(valid)
+        if (pattern.input_size, pattern.stride, pattern.padding[0]) == (count, 1, low):
+            continue
+        shift = IndexPattern(
+            count, 1, padding=(low, pattern.output_size - low - count), output_size=pattern.output_size
+        )
+        name = net.fresh(i[0])
+        return _swap_nodes(net, [at], [Pattern(shift.normalize(), ((name,), o, ()))], sizes={name: count})
     return None
 
 
@@ -224,10 +285,24 @@ def compose_shift(net: Network) -> Network | None:
                 continue  # the split of a padding mode from its pattern stays split
             reads = pattern.reads()
             new = np.where(reads >= 0, shift.reads()[:, 0][reads], -1)
-            fitted = _fit(new, shift.input_size)
+            fitted = _fit(new, shift.input_size) or _in_mode(shift, pattern)
             if fitted is not None:
                 return _swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
     return None
+
+
+def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | None:
+    """A padding by a mode and a selection from inside it, as one selection in that mode."""
+    if shift.padding_mode == "zeros" or (selection.reads() < 0).any():
+        return None
+    left = shift.padding[0] + selection.padding[0]
+    right = (selection.output_size - 1) * selection.stride + 1 - shift.input_size - left
+    if left < 0 < right:
+        return None  # no pattern crops one side and pads the other in this mode
+    right = max(right, 0) if left > 0 else right
+    return IndexPattern(
+        shift.input_size, 1, selection.stride, (left, right), 1, shift.padding_mode, selection.output_size
+    ).normalize()
 
 
 @rule("crop of the input taken into the pattern", "8")
@@ -275,6 +350,26 @@ def two_shared_legs(net: Network) -> Network | None:
             after = rest if not differ else equate(rest, legs[differ[0]], others[differ[0]])
             if after is not None:
                 return contract_deltas(after)
+    return None
+
+
+@rule("pattern and one position of itself", "19")
+def with_own_position(net: Network) -> Network | None:
+    """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: given i and o, only one k is read; the same for one position of o."""
+    for two, part, (i, x, unit) in _patterns(net):
+        if not part.is_selection or unit or not i or not x or part.padding_mode != "zeros" or part.is_zero:
+            continue
+        for one, pattern, legs in _patterns(net):
+            if one == two or pattern.padding_mode != "zeros" or legs[0] != i or x not in legs[1:]:
+                continue
+            other = 1 if legs[2] == x else 2
+            if not legs[other] or not _apart(legs):
+                continue
+            lines = pattern.reads() if other == 1 else pattern.reads().T
+            for place, line in enumerate(lines):
+                if np.array_equal(line, part.reads()[:, 0]):
+                    one_hot = IndexPattern(len(lines), 1, padding=(-place, place + 1 - len(lines)), output_size=1)
+                    return _swap_nodes(net, [one], [Pattern(one_hot.normalize(), (legs[other], (), ()))])
     return None
 
 
@@ -390,12 +485,16 @@ PATTERN_RULES: RuleList = (
     swap_single_output,
     swap_single_input,
     split_one_hot,
+    at_one_position,
+    part_holders,
     zero,
     identity,
     compose_selection,
     compose_shift,
     crop_input,
     two_shared_legs,
+    with_own_position,
     constant_leg_sum,
+    mask,
 )
 DECOMPOSITION_RULES: RuleList = (split_mode, common_divisor, block, swapped_block)

@@ -331,7 +331,7 @@ def test_four_and_five_dimensions(size: tuple[int, ...], kernel: tuple[int, ...]
     columns = random(2, 4 * math.prod(kernel), patches.shape[-1]).numpy()
     folded = fold(columns, size, kernel, **settings)
     assert numpy.vdot(folded, x) == pytest.approx(numpy.vdot(columns, patches.reshape(columns.shape)))
-    back = conv_transpose(v, w, **{name: value for name, value in hyper.items()})
+    back = conv_transpose(v, w, **hyper)
     assert numpy.vdot(nested_conv(back, w, **full), v) == pytest.approx(numpy.vdot(back, back))
 
 

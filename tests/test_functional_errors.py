@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -156,20 +157,21 @@ TYPE_ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 }
 
 
+def mentions(words: tuple[str, ...]) -> str:
+    """A pattern that matches texts with all the words."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
+
+
 @pytest.mark.parametrize(("call", "words"), VALUE_ERRORS.values(), ids=VALUE_ERRORS)
 def test_value_errors(call: Callable[[], Any], words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=mentions(words)):
         call()
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(("call", "words"), TYPE_ERRORS.values(), ids=TYPE_ERRORS)
 def test_type_errors(call: Callable[[], Any], words: tuple[str, ...]) -> None:
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(TypeError, match=mentions(words)):
         call()
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_a_wrong_call_is_wrong_every_time_and_not_remembered() -> None:
@@ -195,10 +197,8 @@ class TestTorch:
         self.torch = pytest.importorskip("torch")
 
     def test_two_frameworks(self) -> None:
-        with pytest.raises(TypeError) as caught:
+        with pytest.raises(TypeError, match=mentions(("numpy", "torch"))):
             conv(self.torch.ones(2, 4, 8, 8), W)
-        assert "numpy" in str(caught.value)
-        assert "torch" in str(caught.value)
 
     def test_mixed_dtypes(self) -> None:
         x, w = self.torch.ones(2, 4, 8, 8), self.torch.ones(6, 4, 3, 3, dtype=self.torch.bfloat16)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -182,10 +183,8 @@ def test_unfold_and_fold_are_torchs() -> None:
     ],
 )
 def test_wrong_settings(make: Callable[[], Any], words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)):
         make()
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_modules_show_their_settings() -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 from lensor import execute, kernels, ops
 from lensor.cache import Cache
 from lensor.network import AnyNetwork
+from lensor.pattern import as_positive
 from lensor.plan import Plan
 from lensor.spec import ConvSpec
 
@@ -189,17 +190,6 @@ def _sizes(name: str, sizes: Any) -> Shape:
         raise TypeError(f"{name} is {sizes!r}, expected a full shape, a sequence of ints") from None
 
 
-def _count(name: str, value: Any) -> int:
-    """A positive integer."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected a positive integer") from None
-    if count < 1:
-        raise ValueError(f"{name} is {count}, expected a positive integer")
-    return count
-
-
 def _check_divides(groups: int, name: str, found: Shape, channels: int) -> None:
     if channels % groups:
         raise ValueError(f"{name} has shape {found} with {channels} channels, expected a multiple of groups={groups}")
@@ -224,16 +214,10 @@ def _check_batched(name: str, shape: Shape, dims: int) -> None:
 
 
 def _spec(input_name: str, input_size: Shape, in_channels: int, out_channels: int, **hyper: Any) -> ConvSpec:
-    """A spec whose input and output have at least one position."""
+    """A spec; the argument that tells its input size is named if it has no positions."""
     if 0 in input_size:
         raise ValueError(f"{input_name} has spatial size {input_size}, expected at least 1 in every dimension")
-    spec = ConvSpec(in_channels=in_channels, out_channels=out_channels, input_size=input_size, **hyper)
-    if any(size < 1 for size in spec.output_size):
-        raise ValueError(
-            f"{input_name} has spatial size {input_size}, which with kernel_size={spec.kernel_size} gives the output"
-            f" size {tuple(spec.output_size)}; expected at least 1 in every dimension"
-        )
-    return spec
+    return ConvSpec(in_channels, out_channels, input_size, **hyper)
 
 
 def _check_not_empty(input: Shape) -> None:
@@ -286,7 +270,7 @@ def _layer(
     if batched:
         _check_batched(input_name, input, dims)
     unbatched = _is_unbatched(input_name, input, dims)
-    groups = _count("groups", groups)
+    groups = as_positive(groups, "groups")
     in_channels, out_channels = input[-dims - 1], weight[0]
     if in_channels != weight[1] * groups:
         raise ValueError(
@@ -324,17 +308,12 @@ def _patches(
     if batched or dims < 1:
         _check_batched("input", input, dims)
     unbatched = _is_unbatched("input", input, dims)
-    groups = _count("groups", groups)
+    groups = as_positive(groups, "groups")
     channels = input[-dims - 1]
     _check_divides(groups, "input", input, channels)
     # How many output channels there are does not matter here.
     spec = _spec("input", input[-dims:], channels, groups, kernel_size=kernel_size, groups=groups, **hyper)
     return spec, (1, *input) if unbatched else input, unbatched
-
-
-def _check_transposed_padding(padding: Padding) -> None:
-    if isinstance(padding, str):
-        raise ValueError(f"padding is {padding!r}, expected ints for a transposed convolution")
 
 
 def _join_positions(net: AnyNetwork) -> AnyNetwork:
@@ -415,10 +394,9 @@ def _conv_transpose(
             f"weight has shape {weight} with {len(weight)} axes, expected at least 3 axes"
             " [c_in, c_out/groups, *kernel_size]"
         )
-    _check_transposed_padding(padding)
     dims = len(weight) - 2
     unbatched = _is_unbatched("input", input, dims)
-    groups = _count("groups", groups)
+    groups = as_positive(groups, "groups")
     in_channels = input[-dims - 1]
     if in_channels != weight[0]:
         raise ValueError(
@@ -636,7 +614,6 @@ def fold(
 def _unfold_transpose(
     input: Shape, kernel_size: Size, stride: Size, padding: Padding, output_padding: Size, dilation: Size
 ) -> _Request:
-    _check_transposed_padding(padding)
     spec, shape, unbatched = _patches(
         input,
         kernel_size,
@@ -840,8 +817,10 @@ def conv_weight_vjp_per_example(
 
 # --------------------------------------------------------------------------------------------------------- curvature
 class _Convention(NamedTuple):
-    """How a library normalises the factors: for each `approx`, the powers of (batch size, number of positions) that
-    the paper's factor is multiplied by. `grouped`: whether its factors are one per group."""
+    """How a library normalises the factors: powers of (batch size, number of positions) times the paper's, by `approx`.
+
+    `grouped` tells whether its factors are one for each group.
+    """
 
     input: Mapping[str, tuple[int, int]]
     output: Mapping[str, tuple[int, int]]
@@ -901,8 +880,6 @@ def _kfac_input_factor(
         raise ValueError(
             f"form='root' with approx={approx!r}, expected approx='reduce': only that factor has this root"
         )
-    if transposed:
-        _check_transposed_padding(padding)
     spec, shape, _ = _patches(
         input,
         kernel_size,
@@ -992,7 +969,7 @@ def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention
             " [v, batch, c_out, *output_size]"
         )
     channels, positions = grad_output[2], grad_output[3:]
-    groups = _count("groups", groups)
+    groups = as_positive(groups, "groups")
     _check_divides(groups, "grad_output", grad_output, channels)
     # Only the output matters, so a convolution with a kernel of size 1 stands for any.
     spec = _spec("grad_output", positions, groups, channels, kernel_size=1, groups=groups, padding_mode=padding_mode)

@@ -107,17 +107,17 @@ class ConvSpec:
         if isinstance(padding, str):
             return self._named_padding(padding)
         if not _is_sequence(padding):
-            return ((_as_natural(padding, "padding"),) * 2,) * self.ndim
+            return (_both(_as_natural(padding, "padding")),) * self.ndim
         if len(padding) != self.ndim:
             hint = "; one (left, right) for the only dimension is written ((left, right),)" if self.ndim == 1 else ""
             raise ValueError(
                 f"padding must have {self.ndim} entries, one for each spatial dimension, found {len(padding)}:"
                 f" {padding!r}{hint}"
             )
-        sides = []
+        sides: list[Sides] = []
         for entry in padding:
             if not _is_sequence(entry):
-                sides.append((_as_natural(entry, "padding"),) * 2)
+                sides.append(_both(_as_natural(entry, "padding")))
             elif len(entry) == 2:
                 sides.append((_as_natural(entry[0], "padding"), _as_natural(entry[1], "padding")))
             else:
@@ -292,6 +292,10 @@ class ConvSpec:
         defaults = {"stride": 1, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
         parts += [f"{name}={value!r}" for name, value in short.items() if value not in (defaults.get(name, 0), ())]
         return f"ConvSpec({', '.join(parts)})"
+
+
+def _both(side: int) -> Sides:
+    return side, side
 
 
 def _short(sizes: tuple) -> Any:

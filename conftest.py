@@ -1,0 +1,39 @@
+"""Runs the examples in README.md and in the docstrings of the package."""
+
+from __future__ import annotations
+
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from typing import Any
+
+import pytest
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.parsers.rest import DocTestParser
+from sybil.sybil import SybilCollection
+
+FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
+
+readme = Sybil(parsers=[PythonCodeBlockParser(doctest_optionflags=FLAGS), SkipParser()], patterns=["README.md"])
+docstrings = Sybil(
+    parsers=[DocTestParser(FLAGS)],
+    patterns=["src/**/*.py"],
+    document_types={".py": PythonDocStringDocument},
+)
+pytest_collect_file = SybilCollection([readme, docstrings]).pytest()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests go to the workers one by one, the examples of a document together: they share a namespace.
+
+    A scheduler of one's own, because `--dist=loadgroup` of pytest-xdist 3.8 has no effect under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, rest = nodeid.partition("::")
+            return path if rest.startswith("line:") else nodeid
+
+    return Scheduling(config, log)

@@ -33,6 +33,8 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
             # A shift [i = o − P] reads the same from both ends.
             ends = ((p.input_size, p.padding[0], legs[0]), (p.output_size, -p.padding[0], legs[1]))
             return ("Shift", *sorted(ends))
+        if p.kernel_size == 1 and p.padding_mode != "zeros":
+            return ("Reads", p.input_size, tuple(p.reads()[:, 0].tolist()), legs)  # the steps may be ambiguous
         # Padding on the right is irrelevant once the output size is given.
         return (
             kind,

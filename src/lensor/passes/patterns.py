@@ -54,9 +54,7 @@ def _fresh_beside(net: Network, group: Group, what: str) -> str:
 def normalise(net: Network) -> Network | None:
     """K=1: D is irrelevant; O=1: S is; the padding on the right follows from O; a mode that is never used is zeros."""
     for at, pattern, legs in _patterns(net):
-        normal = pattern.normalize()
-        if normal.padding_mode == "zeros":
-            normal = _fit(pattern.reads(), pattern.input_size) or normal
+        normal = _fit(pattern.reads(), pattern.input_size) or pattern.normalize()
         if normal != pattern:
             return _swap_nodes(net, [at], [Pattern(normal, legs)])
     return None

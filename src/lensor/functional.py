@@ -786,10 +786,9 @@ def conv_weight_vjp_per_example(
     Example:
         >>> import numpy, lensor
         >>> x, v = numpy.arange(10.0).reshape(2, 1, 5), numpy.ones((2, 1, 4))
-        >>> lensor.functional.conv_weight_vjp_per_example(x, (1, 1, 2), v)
-        array([[[[ 6., 10.]]],
-        <BLANKLINE>
-               [[[26., 30.]]]])
+        >>> lensor.functional.conv_weight_vjp_per_example(x, (1, 1, 2), v)[:, 0, 0]
+        array([[ 6., 10.],
+               [26., 30.]])
 
     Args:
         input: [batch, c_in, *input_size].

@@ -19,6 +19,9 @@ from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pat
 from lensor.notation import to_text
 from lensor.pattern import IndexPattern
 
+STRATEGIES = ("windows", "dense", "convolution", "convolution, swapped")
+"""The candidates that are lowered for every network."""
+
 _ENTRY_COST = 8
 """Estimated cost of writing one entry, in flops."""
 
@@ -40,11 +43,30 @@ class _Scatter:
     into: Group
 
 
+@dataclass(frozen=True, slots=True)
+class _ConvolutionLegs:
+    """One spatial dimension of a convolution step."""
+
+    first: Group
+    second: Group
+    out: Group
+    stride: int
+    padding: int
+    dilation: int
+    result: int
+    shift: tuple[int, int] | None
+    """Start and length to which the first tensor is padded or cropped before."""
+    crop: tuple[int, int] | None
+    """Start and length to which the result is padded or cropped after."""
+
+
 class _Lowering:
     """Lowers one term into a program."""
 
-    def __init__(self, program: p.Program, term: Network, windows: bool) -> None:
-        self.program, self.term, self.windows = program, term, windows
+    def __init__(self, program: p.Program, term: Network, strategy: str) -> None:
+        self.program, self.term = program, term
+        self.windows, self.convolutions = strategy != "dense", strategy.startswith("convolution")
+        self.swapped = strategy == "convolution, swapped"
         self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
         self.tensors: list[_Tensor] = []
         self.patterns: list[Pattern] = []
@@ -92,6 +114,8 @@ class _Lowering:
         for node in self.term.nodes:
             self.take(node)
         self.apply_selections()
+        if self.convolutions:
+            self.apply_convolutions()
         if self.windows:
             self.apply_windows()
         result = self.contract()
@@ -240,6 +264,136 @@ class _Lowering:
                 value = self.program.reshape(self.program.add(step), self.shape(indices))
                 self.tensors[self.tensors.index(tensor)] = _Tensor(value, indices)
             self.patterns.remove(node)
+
+    # ------------------------------------------------------------------ convolutions
+    def apply_convolutions(self) -> None:
+        """Contract pairs of tensors that patterns tie together by the framework's convolution."""
+        progress = True
+        while progress:
+            progress = False
+            for node in self.patterns:
+                match = self.tied(node)
+                if match is not None and self.convolve(*match):
+                    progress = True
+                    break
+
+    def tied(self, node: Pattern) -> tuple[_Tensor, _Tensor, list[tuple[Pattern, int, int]]] | None:
+        """The two tensors that a pattern ties, and all patterns that tie the same two in the same way.
+
+        Each pattern comes with the numbers of its legs (0: i, 1: o, 2: k) on the first and on the second tensor.
+        """
+        found = self.ends(node)
+        if found is None:
+            return None
+        (one, leg_one), (two, leg_two) = found
+        same = []
+        for other in self.patterns:
+            ends = self.ends(other)
+            if ends is not None and [end[0] for end in ends] == [one, two]:
+                same.append((other, ends[0][1], ends[1][1]))
+        third = {3 - leg_one - leg_two}
+        if any(3 - first - second not in third for _, first, second in same if 0 in third) or len(same) > 3:
+            return None
+        return one, two, same
+
+    def ends(self, node: Pattern) -> list[tuple[_Tensor, int]] | None:
+        """The tensors on the two summed legs of a pattern, the one with the input leg (else position leg) first."""
+        legs = node.legs
+        flat = [index for leg in legs for index in leg]
+        if node.pattern.padding_mode != "zeros" or not all(legs) or len(set(flat)) < len(flat):
+            return None
+        ends = []
+        for number, leg in enumerate(legs):
+            holders = [tensor for tensor in self.tensors if set(leg) & set(tensor.indices)]
+            others = any(other is not node and set(leg) & set(indices_of(other)) for other in self.patterns)
+            if len(holders) == 1 and set(leg) <= set(holders[0].indices) and not others:
+                if not set(leg) & set(self.open):
+                    ends.append((holders[0], number))
+        if len(ends) != 2 or ends[0][0] is ends[1][0]:
+            return None
+        free = legs[3 - ends[0][1] - ends[1][1]]
+        if any(set(free) & set(end[0].indices) for end in ends):
+            return None
+        return ends
+
+    def convolve(self, one: _Tensor, two: _Tensor, ties: list[tuple[Pattern, int, int]]) -> bool:
+        """Contract two tensors through patterns in one step; `one` holds the input legs, or else the positions."""
+        spatial = {index for node, *_ in ties for leg in node.legs for index in leg}
+        rest = [tensor for tensor in self.tensors if tensor is not one and tensor is not two]
+        patterns = [node for node in self.patterns if all(node is not other for other, *_ in ties)]
+        needed = set(self.open).union(*(tensor.indices for tensor in rest), *(indices_of(node) for node in patterns))
+        one, two = self.summed(one, needed | set(two.indices) | spatial), self.summed(two, needed | set(one.indices) | spatial)
+        shared = [index for index in one.indices if index in two.indices]
+        group = [index for index in shared if index in needed]
+        inner = [index for index in shared if index not in needed]
+        free_one = [index for index in one.indices if index not in shared and index not in spatial]
+        free_two = [index for index in two.indices if index not in shared and index not in spatial]
+        adjoint = ties[0][1] == 1  # the output is on the input's side
+        gradient = ties[0][2] == 1 and not adjoint and not self.swapped
+        legs = [self.convolution_legs(*tie, adjoint, gradient) for tie in ties]
+        if any(leg is None for leg in legs):
+            return False
+        g, c, f1, f2 = (math.prod(self.shape(indices)) for indices in (group, inner, free_one, free_two))
+        first_legs = [index for leg in legs for index in leg.first]
+        second_legs = [index for leg in legs for index in leg.second]
+        sizes_one = [math.prod(self.shape(leg.first)) for leg in legs]
+        sizes_two = [math.prod(self.shape(leg.second)) for leg in legs]
+        if gradient:
+            left = self.matrix(one, [*inner, *group, *free_one, *first_legs], (c, g * f1, *sizes_one))
+            right = self.matrix(two, [*inner, *group, *free_two, *second_legs], (c, g * f2, *sizes_two))
+            shape, indices = (g * f2, f1), [*group, *free_two, *free_one]
+        else:
+            left = self.matrix(one, [*free_one, *group, *inner, *first_legs], (f1, g * c, *sizes_one))
+            order = [*group, *inner, *free_two] if adjoint else [*group, *free_two, *inner]
+            right = self.matrix(two, [*order, *second_legs], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two))
+            shape, indices = (f1, g * f2), [*free_one, *group, *free_two]
+        padding = []
+        for axis, leg in enumerate(legs, start=2):
+            if leg.shift is not None:
+                left = self.shifted(left, axis, *leg.shift)
+            padding.append(leg.padding)
+        kind = "weight_grad" if gradient else "input_grad" if adjoint else "forward"
+        step = p.Convolution(
+            (left, right),
+            kind,
+            tuple(leg.stride for leg in legs),
+            tuple(padding),
+            tuple(leg.dilation for leg in legs),
+            g,
+            (*shape, *(leg.result for leg in legs)),
+        )
+        value = self.program.add(step)
+        for axis, leg in enumerate(legs, start=2):
+            if leg.crop is not None:
+                value = self.shifted(value, axis, *leg.crop)
+        indices += [index for leg in legs for index in leg.out]
+        self.tensors = [*rest, _Tensor(self.program.reshape(value, self.shape(indices)), tuple(indices))]
+        self.patterns = patterns
+        return True
+
+    def convolution_legs(
+        self, node: Pattern, leg_one: int, leg_two: int, adjoint: bool, gradient: bool
+    ) -> _ConvolutionLegs | None:
+        pattern = node.pattern
+        first, second, out = node.legs[leg_one], node.legs[leg_two], node.legs[3 - leg_one - leg_two]
+        if (leg_one == 1) != adjoint:
+            return None
+        if not adjoint and (leg_two == 1) != gradient:
+            pattern = pattern.swap()  # the tensor with the positions is the kernel
+        size, kernel, positions = pattern.input_size, pattern.kernel_size, pattern.output_size
+        stride, dilation, left = pattern.stride, pattern.dilation, pattern.padding[0]
+        length = (positions - 1) * stride + dilation * (kernel - 1) + 1
+        if left >= size or length - left <= 0:
+            return None
+        if adjoint:
+            extra = size - (length - 2 * left)
+            if left >= 0 and 0 <= extra < max(stride, dilation):
+                return _ConvolutionLegs(first, second, out, stride, left, dilation, size, None, None)
+            return _ConvolutionLegs(first, second, out, stride, 0, dilation, length, None, (left, size))
+        result = kernel if gradient else positions
+        if left >= 0 and 1 + (size + 2 * left - dilation * (kernel - 1) - 1) // stride == positions:
+            return _ConvolutionLegs(first, second, out, stride, left, dilation, result, None, None)
+        return _ConvolutionLegs(first, second, out, stride, 0, dilation, result, (-left, length), None)
 
     # ------------------------------------------------------------------ contractions
     def contract(self) -> _Tensor:
@@ -398,7 +552,7 @@ def lower(net: AnyNetwork, runner: Callable[[p.Plan, dict[str, Any]], Any]) -> p
         net: the network.
         runner: what runs the plan on arrays.
     """
-    candidates = [(name, _candidate(net, name == "windows")) for name in ("windows", "dense")]
+    candidates = [(name, _candidate(net, name)) for name in STRATEGIES]
     candidates.sort(key=lambda candidate: _estimate(candidate[1][0]))
     considered = tuple((name, plan.flops) for name, (plan, _) in candidates)
     best, _ = candidates[0][1]
@@ -409,9 +563,9 @@ def _estimate(plan: p.Plan) -> int:
     return plan.flops + _ENTRY_COST * plan.written
 
 
-def _candidate(net: AnyNetwork, windows: bool) -> tuple[p.Plan, p.Program]:
+def _candidate(net: AnyNetwork, strategy: str) -> tuple[p.Plan, p.Program]:
     program = p.Program()
-    values = [_Lowering(program, term, windows).run() for term in net.terms]
+    values = [_Lowering(program, term, strategy).run() for term in net.terms]
     result = values[0]
     for value in values[1:]:
         result = program.add(p.Add((result, value)))

@@ -296,6 +296,40 @@ class MatMul(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution(Step):
+    """A framework's convolution, contracting two of the three tensors that hang off its patterns.
+
+    forward: [N, G·Cin, *I], [G·Cout, Cin, *K] -> [N, G·Cout, *O];
+    input_grad: [N, G·Cout, *O], [G·Cout, Cin, *K] -> [N, G·Cin, *I];
+    weight_grad: [N, G·Cin, *I], [N, G·Cout, *O] -> [G·Cout, Cin, *K].
+    """
+
+    name: ClassVar[str] = "convolution"
+    kind: str
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+    groups: int
+    size: Shape
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.size
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        a, b = shapes
+        if self.kind == "forward":
+            return 2 * math.prod(result) * math.prod(b[1:])
+        if self.kind == "input_grad":
+            return 2 * math.prod(a) * math.prod(b[1:])
+        return 2 * math.prod(b) * math.prod(result[1:])
+
+    def settings(self) -> str:
+        return (
+            f"{self.kind}, stride {self.stride}, padding {self.padding}, dilation {self.dilation}, groups {self.groups}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Add(Step):
     """The sum of two arrays of one shape."""
 

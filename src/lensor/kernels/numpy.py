@@ -61,6 +61,49 @@ def _overlap_add(step: p.OverlapAdd) -> Callable[[np.ndarray], np.ndarray]:
     return overlap_add
 
 
+def _convolution(step: p.Convolution) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Patches as strided views and one einsum a call, by group; the adjoint by adding shifted slices."""
+    dims, groups = len(step.stride), step.groups
+    spatial = list(range(4, 4 + dims))
+    kernel = list(range(4 + dims, 4 + 2 * dims))
+
+    def patches(x: np.ndarray, positions: tuple[int, ...], kernels: tuple[int, ...]) -> np.ndarray:
+        x = np.pad(x, [(0, 0), (0, 0), *((q, q) for q in step.padding)])
+        for axis in range(dims):
+            window = p.Window((0,), 2 + axis, positions[axis], kernels[axis], step.stride[axis], step.dilation[axis])
+            length = (positions[axis] - 1) * step.stride[axis] + step.dilation[axis] * (kernels[axis] - 1) + 1
+            x = _window(window)(x[(*[slice(None)] * (2 + axis), slice(0, length))])
+        return x.reshape(x.shape[0], groups, -1, *x.shape[2:])  # n g c o k
+
+    def forward(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        found = patches(x, step.size[2:], w.shape[2:])
+        w = w.reshape(groups, -1, *w.shape[1:])  # g co c k
+        out = np.einsum(found, [0, 1, 2, *spatial, *kernel], w, [1, 3, 2, *kernel], [0, 1, 3, *spatial], optimize=True)
+        return out.reshape(step.size)
+
+    def weight_grad(x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        found = patches(x, v.shape[2:], step.size[2:])
+        v = v.reshape(v.shape[0], groups, -1, *v.shape[2:])
+        out = np.einsum(found, [0, 1, 2, *spatial, *kernel], v, [0, 1, 3, *spatial], [1, 3, 2, *kernel], optimize=True)
+        return out.reshape(step.size)
+
+    def input_grad(v: np.ndarray, w: np.ndarray) -> np.ndarray:
+        v = v.reshape(v.shape[0], groups, -1, *v.shape[2:])
+        w = w.reshape(groups, -1, *w.shape[1:])
+        out = np.einsum(v, [0, 1, 3, *spatial], w, [1, 3, 2, *kernel], [0, 1, 2, *spatial, *kernel], optimize=True)
+        out = out.reshape(out.shape[0], -1, *out.shape[3:])
+        for axis in reversed(range(dims)):
+            left, size = step.padding[axis], step.size[2 + axis]
+            length = max(
+                (out.shape[2 + axis] - 1) * step.stride[axis] + step.dilation[axis] * (out.shape[-1] - 1) + 1, left + size
+            )
+            out = _overlap_add(p.OverlapAdd((0,), 2 + axis, length, step.stride[axis], step.dilation[axis]))(out)
+            out = out[(*[slice(None)] * (2 + axis), slice(left, left + size))]
+        return out
+
+    return {"forward": forward, "weight_grad": weight_grad, "input_grad": input_grad}[step.kind]
+
+
 _STEPS: dict[type[p.Step], Callable[[Any], Callable[..., Any]]] = {
     p.Constant: _constant,
     p.Fill: lambda s: lambda like: np.full(s.size, s.value, like.dtype),
@@ -78,6 +121,7 @@ _STEPS: dict[type[p.Step], Callable[[Any], Callable[..., Any]]] = {
     p.Expand: lambda s: lambda x: np.broadcast_to(x, s.size),
     p.Multiply: lambda s: np.multiply,
     p.MatMul: lambda s: np.matmul,
+    p.Convolution: _convolution,
     p.Add: lambda s: np.add,
     p.Multiple: lambda s: lambda x: x * x.dtype.type(float(s.factor)),
 }

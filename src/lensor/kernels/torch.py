@@ -94,6 +94,38 @@ def _matmul(step: p.MatMul) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
     return torch.matmul
 
 
+_CONVOLUTIONS = (None, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
+
+
+def _convolution(step: p.Convolution) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    stride, padding, dilation, groups = list(step.stride), list(step.padding), list(step.dilation), step.groups
+    dims = len(stride)
+    if step.kind == "forward":
+        convolve = _CONVOLUTIONS[dims]
+        assert convolve is not None
+        return lambda x, w: convolve(x, w, None, stride, padding, dilation, groups)
+    if step.kind == "input_grad":
+
+        def input_grad(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            extra = [
+                size - ((o - 1) * s - 2 * q + d * (k - 1) + 1)
+                for size, o, s, q, d, k in zip(
+                    step.size[2:], v.shape[2:], stride, padding, dilation, w.shape[2:], strict=True
+                )
+            ]
+            return torch.convolution(v, w, None, stride, padding, dilation, True, extra, groups)
+
+        return input_grad
+
+    def weight_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        like = x.new_empty(1).expand(step.size)
+        return torch.ops.aten.convolution_backward(
+            v, x, like, None, stride, padding, dilation, False, [0] * dims, groups, [False, True, False]
+        )[1]
+
+    return weight_grad
+
+
 _STEPS: dict[type[p.Step], Callable[[Any], Callable[..., Any]]] = {
     p.Constant: _constant,
     p.Fill: lambda s: lambda like: torch.full(s.size, s.value, dtype=like.dtype, device=like.device),
@@ -111,6 +143,7 @@ _STEPS: dict[type[p.Step], Callable[[Any], Callable[..., Any]]] = {
     p.Expand: lambda s: lambda x: x.expand(s.size),
     p.Multiply: lambda s: torch.mul,
     p.MatMul: _matmul,
+    p.Convolution: _convolution,
     p.Add: lambda s: torch.add,
     p.Multiple: lambda s: lambda x: x * float(s.factor),
 }

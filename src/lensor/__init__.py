@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lensor import functional, ops
 from lensor.cache import clear_caches
+from lensor.cost import Machine, machine
 from lensor.errors import LensorError, NetworkError, SubscriptsError
 from lensor.execute import einsum
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Sum
@@ -17,6 +18,7 @@ from lensor.notation import contraction, parse
 from lensor.passes import simplify
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan
+from lensor.planner import planning
 from lensor.spec import ConvSpec
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ __all__ = [
     "Delta",
     "IndexPattern",
     "LensorError",
+    "Machine",
     "Network",
     "NetworkError",
     "Ones",
@@ -52,8 +55,10 @@ __all__ = [
     "contraction",
     "einsum",
     "functional",
+    "machine",
     "nn",
     "ops",
     "parse",
+    "planning",
     "simplify",
 ]

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import index as as_int
 from typing import Any
 
 import numpy as np
 from opt_einsum import contract
 
-from lensor import plan as p
 from lensor.cache import Cache
 from lensor.errors import SubscriptsError
-from lensor.kernels import Backend, backend_of, load
-from lensor.lower import lower
+from lensor.kernels import backend_of, load
 from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, verb
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
 from lensor.pattern import IndexPattern
+from lensor.plan import Plan
+from lensor.planner import Settings, choose, current
+from lensor.runtime import Runnable, require_operands, run
 
 _plans = Cache(maxsize=1024)
 _contractions = Cache(maxsize=1024)
 
 
 # ------------------------------------------------------------------------------------------------------------ planning
-def compile(net: AnyNetwork, shapes: Mapping[str, Sequence[int]], sizes: Mapping[str, int] | None = None) -> p.Plan:
-    """The plan of a network for operands of given shapes, simplified, lowered and cached.
+def compile(
+    net: AnyNetwork,
+    shapes: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int] | None = None,
+    like: Any = None,
+    settings: Settings | None = None,
+) -> Plan:
+    """The plan of a network for operands of given shapes, simplified, chosen and cached.
 
     Args:
         net: the network.
         shapes: the shape of every operand.
         sizes: sizes of indices that no operand tells.
+        like: an array of the operands' framework, dtype and device, on which candidates may be measured.
+        settings: effort and memory limit, by default those of `lensor.planning`.
 
     Raises:
         TypeError: if an operand is missing or unknown.
-        ValueError: if shapes or sizes do not fit the network.
+        ValueError: if shapes or sizes do not fit the network, or no plan fits the memory limit.
     """
     if sizes:
         net = net.bind(sizes)
-    key = (net, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
-    return _plans.get_or_make(key, lambda: lower(_bound(net, shapes).simplify(), run))
+    settings = settings or current()
+    backend = None if like is None else backend_of(like)
+    kind = () if backend is None else backend.kind(like)
+    if backend is not None and settings.effort == "measure" and backend.is_traced(like):
+        settings = replace(settings, effort="estimate")
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    key = (net, tuple(sorted(shapes.items())), kind, settings)
+    return _plans.get_or_make(key, lambda: choose(_bound(net, shapes), settings, backend, kind))
 
 
 def _bound(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
     """The network with every size known, from the shapes of the operands."""
-    _require_names(net.operand_names, shapes)
+    require_operands(net.operand_names, shapes)
     # A name means one index throughout a sum: a term that no operand tells a size learns it from the others.
     sizes: dict[str, int | None] = dict(net.sizes)
     for term in net.terms:
@@ -68,22 +84,15 @@ def _occurrences(term: Network) -> list[tuple[str, tuple]]:
     return [(node.name, node.legs) for node in term.nodes if isinstance(node, Operand)]
 
 
-def _require_names(expected: Sequence[str], found: Mapping[str, Any]) -> None:
-    for name in expected:
-        if name not in found:
-            raise TypeError(f"operand {name!r} is missing; expected {list(expected)}, found {sorted(found)}")
-    for name in found:
-        if name not in expected:
-            raise TypeError(f"unknown operand {name!r}; expected {list(expected)}")
-
-
 @verb
-def plan(net: AnyNetwork, *, effort: str | None = None, **operands: Any) -> p.Plan:
+def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
     """The plan for operands given as arrays or as their shapes; int keywords give sizes of indices.
 
     Args:
         net: the network.
-        effort: `"estimate"` (the default) chooses among candidates by their estimated cost.
+        effort: `"estimate"` chooses among candidates by their estimated cost, `"measure"` by timing them once on
+            operands of these shapes (arrays tell dtype and device; shapes alone stand for float32 NumPy arrays).
+        max_bytes: the most memory the plan may need beside its operands.
         operands: an array or a shape for every operand; an int for an index whose size no operand tells.
 
     Example:
@@ -94,13 +103,14 @@ def plan(net: AnyNetwork, *, effort: str | None = None, **operands: Any) -> p.Pl
 
     Raises:
         TypeError: if an operand is missing or unknown.
-        ValueError: if shapes do not fit the network, or for an unknown effort.
+        ValueError: if shapes do not fit the network, for an unknown effort, or if no plan fits the memory limit.
     """
-    if effort not in (None, "estimate"):
-        raise ValueError(f"effort must be 'estimate', found {effort!r}")
+    settings = current()
+    settings = Settings(effort or settings.effort, settings.max_bytes if max_bytes is None else max_bytes)
     arrays, sizes = _split_sizes(net, operands)
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in arrays.items()}
-    return compile(net, shapes, sizes)
+    like = next((value for value in arrays.values() if hasattr(value, "dtype")), np.zeros((), np.float32))
+    return compile(net, shapes, sizes, like, settings)
 
 
 def _split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -122,9 +132,10 @@ def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, i
         TypeError: for operands that are missing, unknown, of two frameworks, two dtypes, or of integer dtype.
         ValueError: if shapes or sizes do not fit the network.
     """
-    _require_names(net.operand_names, operands)
+    require_operands(net.operand_names, operands)
     backend_of(*operands.values())
-    return run(compile(net, {name: array.shape for name, array in operands.items()}, sizes), operands)
+    like = next(iter(operands.values()), None)
+    return run(compile(net, {name: array.shape for name, array in operands.items()}, sizes, like), operands)
 
 
 @verb
@@ -139,58 +150,6 @@ def __call__(net: AnyNetwork, **operands: Any) -> Any:
     """
     arrays, sizes = _split_sizes(net, operands)
     return evaluate(net, arrays, sizes)
-
-
-def run(plan: p.Plan, operands: Mapping[str, Any]) -> Any:
-    """Run a plan on arrays of one framework."""
-    backend = backend_of(*operands.values())
-    program = plan.compiled.get(backend.name)
-    if program is None:
-        program = plan.compiled[backend.name] = _Runnable(plan, backend)
-    return program(operands)
-
-
-class _Runnable:
-    """A plan with the functions of one backend."""
-
-    def __init__(self, plan: p.Plan, backend: Backend) -> None:
-        self.plan, self.backend = plan, backend
-        self.inputs = [(at, step.operand, step.size) for at, step in enumerate(plan.steps) if isinstance(step, p.Input)]
-        last = plan.last_uses()
-        self.instructions: list[tuple[Callable[..., Any], tuple[int, ...], int, list[int]]] = []
-        for place, step in enumerate(plan.steps):
-            if not isinstance(step, p.Input):
-                dead = [at for at, until in enumerate(last) if until == place and at != place]
-                self.instructions.append((backend.steps[type(step)](step), step.takes, place, dead))
-        self.shares = self._shares(plan, plan.result)
-
-    @staticmethod
-    def _shares(plan: p.Plan, place: int) -> bool:
-        """Whether the result may be a view of an operand or of a constant, or have repeated entries."""
-        step = plan.steps[place]
-        while step.is_view and step.takes:
-            if isinstance(step, p.Expand):
-                return True
-            step = plan.steps[step.takes[0]]
-        return step.is_view
-
-    def __call__(self, operands: Mapping[str, Any]) -> Any:
-        names = [name for _, name, _ in self.inputs]
-        if len(operands) != len(names) or any(name not in operands for name in names):
-            _require_names(names, operands)
-        arrays = [operands[name] for name in names]
-        values: list[Any] = [None] * len(self.plan.steps)
-        for (place, name, shape), array in zip(self.inputs, arrays, strict=True):
-            if tuple(array.shape) != shape:
-                raise ValueError(f"operand {name!r} has shape {tuple(array.shape)}, expected {shape}")
-            values[place] = array
-        like = self.backend.reference(arrays, names)
-        for function, takes, place, dead in self.instructions:
-            values[place] = function(*(values[at] for at in takes)) if takes else function(like)
-            for at in dead:
-                values[at] = None
-        result = values[self.plan.result]
-        return self.backend.copy(result) if self.shares else result
 
 
 # ---------------------------------------------------------------------------------------------------------- the oracle
@@ -261,7 +220,7 @@ def einsum(subscripts: str, *operands: Any, **sizes: int) -> Any:
     net = _contractions.get_or_make(key, lambda: _contraction_of(subscripts, operands, sizes))
     if arrays:
         return evaluate(net, arrays)
-    return _Runnable(compile(net, {}), backend)({})
+    return Runnable(compile(net, {}), backend)({})
 
 
 def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str, int]) -> Network:

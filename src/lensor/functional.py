@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
-from lensor import execute, kernels, ops
+from lensor import execute, kernels, ops, planner
 from lensor.cache import Cache
 from lensor.network import AnyNetwork
 from lensor.pattern import as_positive
@@ -83,7 +83,7 @@ class _Operation:
         self.real = real  # defined for real numbers only
 
     def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
-        key = [self, options]
+        key = [self, options, planner.current()]
         try:
             for array in arrays:
                 key += (type(array), array.shape, array.dtype, _device(array))
@@ -96,7 +96,7 @@ class _Operation:
         """The call for these arrays and options, made and kept if it is new."""
         kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
         parts = itertools.chain.from_iterable((type(a), _shape(a), a.dtype, _device(a)) for a in arrays)
-        key = (self, options, *parts)
+        key = (self, options, planner.current(), *parts)
         try:
             call = _calls.get(key)
         except TypeError:  # options that cannot be right: the checks will say so
@@ -117,7 +117,7 @@ class _Operation:
             _adapter(found, shape, is_complex and name in request.conjugate)
             for found, (name, shape) in zip(shapes, request.shapes.items(), strict=True)
         )
-        plan = execute.compile(request.network, request.shapes)
+        plan = execute.compile(request.network, request.shapes, like=arrays[0])
         return _Call(plan, tuple(request.shapes), adapt if any(adapt) else None, request.unbatched)
 
 

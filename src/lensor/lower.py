@@ -8,22 +8,48 @@ the contractions to opt_einsum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from opt_einsum import paths
 
-from lensor import plan as p
+from lensor import steps as s
 from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, indices_of
 from lensor.notation import to_text
 from lensor.pattern import IndexPattern
+from lensor.plan import Plan, Program
 
-STRATEGIES = ("windows", "dense", "convolution", "convolution, swapped")
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to lower a network.
+
+    Args:
+        name: what plans call it.
+        windows: read patches as strided views and add overlapping patches up; else materialize patterns.
+        convolutions: contract pairs of tensors through patterns by the framework's convolution.
+        swapped: as forward convolutions with kernel and output swapped where a weight gradient would do.
+        lags: products of patches by lags.
+        simplified: lower the simplified network, else the network as it is.
+    """
+
+    name: str
+    windows: bool = True
+    convolutions: bool = False
+    swapped: bool = False
+    lags: bool = False
+    simplified: bool = True
+
+
+STRATEGIES = (
+    Strategy("windows"),
+    Strategy("dense", windows=False),
+    Strategy("convolution", convolutions=True),
+    Strategy("convolution, swapped", convolutions=True, swapped=True),
+    Strategy("convolution, unsimplified", convolutions=True, simplified=False),
+    Strategy("lags", lags=True),
+)
 """The candidates that are lowered for every network."""
-
-_ENTRY_COST = 8
-"""Estimated cost of writing one entry, in flops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +89,8 @@ class _ConvolutionLegs:
 class _Lowering:
     """Lowers one term into a program."""
 
-    def __init__(self, program: p.Program, term: Network, strategy: str) -> None:
-        self.program, self.term = program, term
-        self.windows, self.convolutions = strategy != "dense", strategy.startswith("convolution")
-        self.swapped = strategy == "convolution, swapped"
+    def __init__(self, program: Program, term: Network, strategy: Strategy) -> None:
+        self.program, self.term, self.strategy = program, term, strategy
         self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
         self.tensors: list[_Tensor] = []
         self.patterns: list[Pattern] = []
@@ -96,9 +120,9 @@ class _Lowering:
         size = self.program.shapes[value][axis]
         low, high = max(start, 0), min(start + length, size)
         if (low, high) != (0, size):
-            value = self.program.add(p.Slice((value,), axis, low, 1, high - low))
+            value = self.program.add(s.Slice((value,), axis, low, 1, high - low))
         if (low - start, start + length - high) != (0, 0):
-            value = self.program.add(p.Pad((value,), axis, low - start, start + length - high))
+            value = self.program.add(s.Pad((value,), axis, low - start, start + length - high))
         return value
 
     def used_elsewhere(self, group: Group, node: Pattern) -> bool:
@@ -113,10 +137,14 @@ class _Lowering:
     def run(self) -> int:
         for node in self.term.nodes:
             self.take(node)
-        self.apply_selections()
-        if self.convolutions:
+        if self.strategy.convolutions and not self.strategy.simplified:
             self.apply_convolutions()
-        if self.windows:
+        self.apply_selections()
+        if self.strategy.lags:
+            self.apply_patch_grams()
+        if self.strategy.convolutions:
+            self.apply_convolutions()
+        if self.strategy.windows:
             self.apply_windows()
         result = self.contract()
         for scatter in reversed(self.scatters):
@@ -127,27 +155,27 @@ class _Lowering:
         match node:
             case Operand(name, legs):
                 shape = tuple(math.prod(self.shape(leg)) for leg in legs)
-                value = self.program.add(p.Input((), name, shape))
+                value = self.program.add(s.Input((), name, shape))
                 indices = [index for leg in legs for index in leg]
                 self.tensors.append(self.without_repeats(self.program.reshape(value, self.shape(indices)), indices))
             case Pattern():
                 self.patterns.append(node)
             case Delta(indices):
                 for other in indices[1:]:
-                    value = self.program.add(p.Identity((), self.sizes[other]))
+                    value = self.program.add(s.Identity((), self.sizes[other]))
                     self.tensors.append(_Tensor(value, (indices[0], other)))
             case Ones(index):
                 if index in self.open:
                     self.expanded.append(index)
                 else:
-                    self.tensors.append(_Tensor(self.program.add(p.Fill((), self.shape([index]), 1)), (index,)))
+                    self.tensors.append(_Tensor(self.program.add(s.Fill((), self.shape([index]), 1)), (index,)))
 
     def without_repeats(self, value: int, indices: list[str]) -> _Tensor:
         while len(set(indices)) < len(indices):
             index = next(index for index in indices if indices.count(index) > 1)
             first = indices.index(index)
             second = indices.index(index, first + 1)
-            value = self.program.add(p.Diagonal((value,), first, second))
+            value = self.program.add(s.Diagonal((value,), first, second))
             indices = [i for at, i in enumerate(indices) if at not in (first, second)] + [index]
         return _Tensor(value, tuple(indices))
 
@@ -187,13 +215,13 @@ class _Lowering:
 
     def read(self, value: int, axis: int, pattern: IndexPattern) -> int:
         if pattern.padding_mode != "zeros":
-            return self.program.add(p.Gather((value,), axis, pattern))
+            return self.program.add(s.Gather((value,), axis, pattern))
         low, count = self.valid_positions(pattern)
         start = low * pattern.stride - pattern.padding[0]
         if (start, pattern.stride, count) != (0, 1, pattern.input_size):
-            value = self.program.add(p.Slice((value,), axis, start, pattern.stride, count))
+            value = self.program.add(s.Slice((value,), axis, start, pattern.stride, count))
         right = pattern.output_size - low - count
-        return self.program.add(p.Pad((value,), axis, low, right)) if low or right else value
+        return self.program.add(s.Pad((value,), axis, low, right)) if low or right else value
 
     @staticmethod
     def valid_positions(pattern: IndexPattern) -> tuple[int, int]:
@@ -218,7 +246,7 @@ class _Lowering:
         for index in o:
             held = any(index in tensor.indices for tensor in self.tensors)
             if not held and not any(index in indices_of(other) for other in others):
-                value = self.program.add(p.Fill((), self.shape([index]), 1))
+                value = self.program.add(s.Fill((), self.shape([index]), 1))
                 self.tensors.append(_Tensor(value, (index,)))
         at = self.open.index(i[0])
         rest = [index for index in self.open if index not in i]
@@ -232,13 +260,13 @@ class _Lowering:
         value, axis, rest = self.merged(tensor, scatter.positions)
         low, count = self.valid_positions(pattern)
         if count != pattern.output_size:
-            value = self.program.add(p.Slice((value,), axis, low, 1, count))
+            value = self.program.add(s.Slice((value,), axis, low, 1, count))
         if pattern.stride > 1 and count > 1:
-            value = self.program.add(p.Stuff((value,), axis, pattern.stride))
+            value = self.program.add(s.Stuff((value,), axis, pattern.stride))
         left = low * pattern.stride - pattern.padding[0]
         right = pattern.input_size - left - self.program.shapes[value][axis]
         if left or right:
-            value = self.program.add(p.Pad((value,), axis, left, right))
+            value = self.program.add(s.Pad((value,), axis, left, right))
         return self.ungrouped(value, rest[:axis], scatter.into, rest[axis:])
 
     def apply_windows(self) -> None:
@@ -257,13 +285,66 @@ class _Lowering:
             for tensor in holders:
                 value, axis, rest = self.merged(tensor, i)
                 value = self.shifted(value, axis, low, length)
-                step = p.Window(
+                step = s.Window(
                     (value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation
                 )
                 indices = (*rest[:axis], *o, *rest[axis:], *k)
                 value = self.program.reshape(self.program.add(step), self.shape(indices))
                 self.tensors[self.tensors.index(tensor)] = _Tensor(value, indices)
             self.patterns.remove(node)
+
+    # ------------------------------------------------------------------ products of patches
+    def apply_patch_grams(self) -> None:
+        """Contract two copies of one tensor whose patterns share their positions, without forming patches."""
+        for at, one in enumerate(self.tensors):
+            for two in self.tensors[at + 1 :]:
+                if one.value == two.value and self.patch_gram(one, two):
+                    return self.apply_patch_grams()
+        return None
+
+    def patch_gram(self, one: _Tensor, two: _Tensor) -> bool:
+        pairs = []
+        for node in self.patterns:
+            (i, o, k), pattern = node.legs, node.pattern
+            twin = next((t for t in self.patterns if t is not node and t.legs[1] == o and t.pattern == pattern), None)
+            if twin is None or not set(i) <= set(one.indices) or not i or not k or not o:
+                continue
+            copy = tuple(two.indices[one.indices.index(index)] for index in i)
+            if twin.legs[0] != copy or pattern.stride != 1 or pattern.padding_mode != "zeros" or copy == i:
+                continue
+            legs = (*i, *o, *k, *copy, *twin.legs[2])
+            own = [node, twin]
+            inner = {*i, *o, *copy}
+            others = [t for t in self.tensors if t is not one and t is not two]
+            elsewhere = any(inner & set(tensor.indices) for tensor in others) or any(
+                inner & set(indices_of(other)) for other in self.patterns if other not in own
+            )
+            if len(set(legs)) == len(legs) and not elsewhere and not inner & set(self.open):
+                if not set((*k, *twin.legs[2])) & set((*one.indices, *two.indices)):
+                    pairs.append((node, twin))
+        if not pairs:
+            return False
+        taken = [node for pair in pairs for node in pair]
+        spatial = [index for node, _ in pairs for index in node.legs[0]]
+        patterns = [node for node in self.patterns if all(node is not other for other in taken)]
+        tensors = [tensor for tensor in self.tensors if tensor is not one and tensor is not two]
+        needed = set(self.open).union(*(t.indices for t in tensors), *(indices_of(node) for node in patterns))
+        shared = [i for i, j in zip(one.indices, two.indices, strict=True) if i == j]
+        group = [index for index in shared if index in needed]
+        inner = [index for index in shared if index not in needed]
+        rest = [(i, j) for i, j in zip(one.indices, two.indices, strict=True) if i != j and i not in spatial]
+        first, second = [i for i, _ in rest], [j for _, j in rest]
+        if not {*first, *second} <= needed or set(first) & set(second):
+            return False
+        sizes = [math.prod(self.shape(indices)) for indices in (inner, group, first)]
+        sizes += [math.prod(self.shape(node.legs[0])) for node, _ in pairs]
+        value = self.matrix(one, [*inner, *group, *first, *spatial], tuple(sizes))
+        value = self.program.add(s.PatchGram((value,), tuple(node.pattern for node, _ in pairs)))
+        kernels = [[index for pair in pairs for index in pair[side].legs[2]] for side in (0, 1)]
+        indices = (*group, *first, *kernels[0], *second, *kernels[1])
+        self.tensors = [*tensors, _Tensor(self.program.reshape(value, self.shape(indices)), indices)]
+        self.patterns = patterns
+        return True
 
     # ------------------------------------------------------------------ convolutions
     def apply_convolutions(self) -> None:
@@ -322,14 +403,17 @@ class _Lowering:
         rest = [tensor for tensor in self.tensors if tensor is not one and tensor is not two]
         patterns = [node for node in self.patterns if all(node is not other for other, *_ in ties)]
         needed = set(self.open).union(*(tensor.indices for tensor in rest), *(indices_of(node) for node in patterns))
-        one, two = self.summed(one, needed | set(two.indices) | spatial), self.summed(two, needed | set(one.indices) | spatial)
+        one, two = (
+            self.summed(one, needed | set(two.indices) | spatial),
+            self.summed(two, needed | set(one.indices) | spatial),
+        )
         shared = [index for index in one.indices if index in two.indices]
         group = [index for index in shared if index in needed]
         inner = [index for index in shared if index not in needed]
         free_one = [index for index in one.indices if index not in shared and index not in spatial]
         free_two = [index for index in two.indices if index not in shared and index not in spatial]
         adjoint = ties[0][1] == 1  # the output is on the input's side
-        gradient = ties[0][2] == 1 and not adjoint and not self.swapped
+        gradient = ties[0][2] == 1 and not adjoint and not self.strategy.swapped
         legs = [self.convolution_legs(*tie, adjoint, gradient) for tie in ties]
         if any(leg is None for leg in legs):
             return False
@@ -345,7 +429,9 @@ class _Lowering:
         else:
             left = self.matrix(one, [*free_one, *group, *inner, *first_legs], (f1, g * c, *sizes_one))
             order = [*group, *inner, *free_two] if adjoint else [*group, *free_two, *inner]
-            right = self.matrix(two, [*order, *second_legs], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two))
+            right = self.matrix(
+                two, [*order, *second_legs], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two)
+            )
             shape, indices = (f1, g * f2), [*free_one, *group, *free_two]
         padding = []
         for axis, leg in enumerate(legs, start=2):
@@ -353,7 +439,7 @@ class _Lowering:
                 left = self.shifted(left, axis, *leg.shift)
             padding.append(leg.padding)
         kind = "weight_grad" if gradient else "input_grad" if adjoint else "forward"
-        step = p.Convolution(
+        step = s.Convolution(
             (left, right),
             kind,
             tuple(leg.stride for leg in legs),
@@ -400,7 +486,7 @@ class _Lowering:
         items: list[_Tensor | Pattern] = [*self.tensors, *self.patterns]
         wanted = [index for index in self.open if index not in self.expanded]
         if not items:
-            return _Tensor(self.program.add(p.Fill((), (), 1)), ())
+            return _Tensor(self.program.add(s.Fill((), (), 1)), ())
         inputs = [frozenset(self.kept_indices(item)) for item in items]
         path = self.path(inputs, frozenset(wanted))
         for pair in path:
@@ -432,14 +518,14 @@ class _Lowering:
         """A pattern materialized, summed over the legs `loose`."""
         if isinstance(item, _Tensor):
             return item
-        value = self.program.add(p.Constant((), item.pattern, tuple(loose)))
+        value = self.program.add(s.Constant((), item.pattern, tuple(loose)))
         indices = [index for leg, group in enumerate(item.legs) if leg not in loose for index in group]
         return self.without_repeats(self.program.reshape(value, self.shape(indices)), indices)
 
     def pair(self, one: _Tensor | Pattern, two: _Tensor | Pattern, needed: set[str]) -> _Tensor:
         """Contract two items; indices in `needed` are kept."""
         for tensor, pattern in ((one, two), (two, one)):
-            if self.windows and isinstance(tensor, _Tensor) and isinstance(pattern, Pattern):
+            if self.strategy.windows and isinstance(tensor, _Tensor) and isinstance(pattern, Pattern):
                 added = self.overlap_add(tensor, pattern, needed)
                 if added is not None:
                     return added
@@ -484,7 +570,7 @@ class _Lowering:
         unit = "the kernel"  # no identifier, so no index has this name
         self.sizes[unit] = pattern.kernel_size
         value, axis, rest = self.merged(_Tensor(value, (*front, unit)), o)
-        value = self.program.add(p.OverlapAdd((value,), axis, length, pattern.stride, pattern.dilation))
+        value = self.program.add(s.OverlapAdd((value,), axis, length, pattern.stride, pattern.dilation))
         value = self.shifted(value, axis, -low, size)
         rest = rest[:-1]
         return self.summed(self.ungrouped(value, rest[:axis], i, rest[axis:]), needed | set(i))
@@ -493,7 +579,7 @@ class _Lowering:
         axes = tuple(axis for axis, index in enumerate(tensor.indices) if index not in needed)
         if not axes:
             return tensor
-        value = self.program.add(p.SumAxes((tensor.value,), axes))
+        value = self.program.add(s.SumAxes((tensor.value,), axes))
         return _Tensor(value, tuple(index for index in tensor.indices if index in needed))
 
     def multiply(self, a: _Tensor, b: _Tensor, needed: set[str]) -> _Tensor:
@@ -506,12 +592,15 @@ class _Lowering:
         if not contracted:
             left = self.matrix(a, [*batch, *free_a], (*self.shape(batch), *self.shape(free_a), *[1] * len(free_b)))
             right = self.matrix(b, [*batch, *free_b], (*self.shape(batch), *[1] * len(free_a), *self.shape(free_b)))
-            return _Tensor(self.program.add(p.Multiply((left, right))), indices)
+            return _Tensor(self.program.add(s.Multiply((left, right))), indices)
         left = self.operand(a, batch, free_a, contracted)
         right = self.operand(b, batch, free_b, contracted)
+        if left == right and free_a:
+            value = self.program.add(s.Gram((left,)))
+            return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
         axes = len(self.program.shapes[right])
         right = self.program.transpose(right, [*range(axes - 2), axes - 1, axes - 2])
-        value = self.program.add(p.MatMul((left, right)))
+        value = self.program.add(s.MatMul((left, right)))
         return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
 
     def matrix(self, tensor: _Tensor, order: list[str], shape: tuple[int, ...]) -> int:
@@ -537,42 +626,35 @@ class _Lowering:
         order = [index for index in self.term.output_indices if index in tensor.indices]
         value = self.program.transpose(value, [tensor.indices.index(index) for index in order])
         if self.term.scale.factor != 1:
-            value = self.program.add(p.Multiple((value,), self.term.scale.factor))
+            value = self.program.add(s.Multiple((value,), self.term.scale.factor))
         if self.expanded:
             every = self.term.output_indices
             value = self.program.reshape(value, tuple(1 if i in self.expanded else self.sizes[i] for i in every))
-            value = self.program.add(p.Expand((value,), self.shape(every)))
+            value = self.program.add(s.Expand((value,), self.shape(every)))
         return self.program.reshape(value, tuple(math.prod(self.shape(leg)) for leg in self.term.output))
 
 
-def lower(net: AnyNetwork, runner: Callable[[p.Plan, dict[str, Any]], Any]) -> p.Plan:
-    """The cheaper of the candidate plans of a simplified network all of whose sizes are known.
-
-    Args:
-        net: the network.
-        runner: what runs the plan on arrays.
-    """
-    candidates = [(name, _candidate(net, name)) for name in STRATEGIES]
-    candidates.sort(key=lambda candidate: _estimate(candidate[1][0]))
-    considered = tuple((name, plan.flops) for name, (plan, _) in candidates)
-    best, _ = candidates[0][1]
-    return p.Plan(best.subscripts, best.steps, best.shapes, best.result, considered, runner)
+def candidates(net: AnyNetwork) -> list[Plan]:
+    """All candidate plans of a network whose sizes are known, without those that came out alike."""
+    simplified = net.simplify()
+    plans: dict[tuple[s.Step, ...], Plan] = {}
+    for strategy in STRATEGIES:
+        plan = lower(simplified if strategy.simplified else net, strategy)
+        plans.setdefault(plan.steps, plan)
+    return list(plans.values())
 
 
-def _estimate(plan: p.Plan) -> int:
-    return plan.flops + _ENTRY_COST * plan.written
-
-
-def _candidate(net: AnyNetwork, strategy: str) -> tuple[p.Plan, p.Program]:
-    program = p.Program()
+def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
+    """The plan of a network by one strategy."""
+    program = Program()
     values = [_Lowering(program, term, strategy).run() for term in net.terms]
     result = values[0]
     for value in values[1:]:
-        result = program.add(p.Add((result, value)))
-    return _pruned(to_text(net), program, result), program
+        result = program.add(s.Add((result, value)))
+    return _pruned(to_text(net), program, result, strategy.name)
 
 
-def _pruned(text: str, program: p.Program, result: int) -> p.Plan:
+def _pruned(text: str, program: Program, result: int, name: str) -> Plan:
     """A plan of the steps that the result needs."""
     needed, todo = set(), [result]
     while todo:
@@ -583,8 +665,8 @@ def _pruned(text: str, program: p.Program, result: int) -> p.Plan:
     kept = sorted(needed)
     new = {place: at for at, place in enumerate(kept)}
     steps = tuple(_moved(program.steps[place], new) for place in kept)
-    return p.Plan(text, steps, tuple(program.shapes[place] for place in kept), new[result])
+    return Plan(text, steps, tuple(program.shapes[place] for place in kept), new[result], name)
 
 
-def _moved(step: p.Step, new: dict[int, int]) -> p.Step:
+def _moved(step: s.Step, new: dict[int, int]) -> s.Step:
     return replace(step, takes=tuple(new[at] for at in step.takes))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from lensor import plan as p
+from lensor import steps as s
 from lensor.kernels.constants import materialize_summed
 
 
-def _constant(step: p.Constant) -> Callable[[np.ndarray], np.ndarray]:
+def _constant(step: s.Constant) -> Callable[[np.ndarray], np.ndarray]:
     return lambda like: materialize_summed(step.pattern, step.summed, like.dtype)
 
 
-def _pad(step: p.Pad) -> Callable[[np.ndarray], np.ndarray]:
+def _pad(step: s.Pad) -> Callable[[np.ndarray], np.ndarray]:
     def pad(x: np.ndarray) -> np.ndarray:
         widths = [(0, 0)] * x.ndim
         widths[step.axis] = (step.left, step.right)
@@ -24,7 +25,7 @@ def _pad(step: p.Pad) -> Callable[[np.ndarray], np.ndarray]:
     return pad
 
 
-def _stuff(step: p.Stuff) -> Callable[[np.ndarray], np.ndarray]:
+def _stuff(step: s.Stuff) -> Callable[[np.ndarray], np.ndarray]:
     def stuff(x: np.ndarray) -> np.ndarray:
         out = np.zeros(step.shape([x.shape]), x.dtype)
         out[(*[slice(None)] * step.axis, slice(None, None, step.step))] = x
@@ -33,13 +34,13 @@ def _stuff(step: p.Stuff) -> Callable[[np.ndarray], np.ndarray]:
     return stuff
 
 
-def _slice(step: p.Slice) -> Callable[[np.ndarray], np.ndarray]:
+def _slice(step: s.Slice) -> Callable[[np.ndarray], np.ndarray]:
     stop = step.start + (step.count - 1) * step.step + 1
     where = (*[slice(None)] * step.axis, slice(step.start, stop, step.step))
     return lambda x: x[where]
 
 
-def _window(step: p.Window) -> Callable[[np.ndarray], np.ndarray]:
+def _window(step: s.Window) -> Callable[[np.ndarray], np.ndarray]:
     span = step.dilation * (step.kernel - 1) + 1
     where = (*[slice(None)] * step.axis, slice(0, (step.positions - 1) * step.stride + 1, step.stride))
 
@@ -49,7 +50,7 @@ def _window(step: p.Window) -> Callable[[np.ndarray], np.ndarray]:
     return window
 
 
-def _overlap_add(step: p.OverlapAdd) -> Callable[[np.ndarray], np.ndarray]:
+def _overlap_add(step: s.OverlapAdd) -> Callable[[np.ndarray], np.ndarray]:
     def overlap_add(x: np.ndarray) -> np.ndarray:
         out = np.zeros(step.shape([x.shape]), x.dtype)
         span = (x.shape[step.axis] - 1) * step.stride + 1
@@ -61,7 +62,30 @@ def _overlap_add(step: p.OverlapAdd) -> Callable[[np.ndarray], np.ndarray]:
     return overlap_add
 
 
-def _convolution(step: p.Convolution) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
+    """By definition: patches as strided views and one product; the reference for the lag sums of other backends."""
+    dims = len(step.patterns)
+
+    def patch_gram(x: np.ndarray) -> np.ndarray:
+        n, g, c = x.shape[:3]
+        for axis, pattern in enumerate(step.patterns, start=3):
+            length = pattern.output_size + pattern.dilation * (pattern.kernel_size - 1)
+            left = pattern.padding[0]
+            right = length - pattern.input_size - left
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (max(left, 0), max(right, 0))
+            x = np.pad(x, widths)
+            start = max(-left, 0)
+            x = x[(*[slice(None)] * axis, slice(start, start + length))]
+            x = _window(s.Window((0,), axis, pattern.output_size, pattern.kernel_size, 1, pattern.dilation))(x)
+        order = [1, 2, *range(3 + dims, 3 + 2 * dims), 0, *range(3, 3 + dims)]
+        rows = x.transpose(order).reshape(g, c * math.prod(step.kernel), -1)
+        return (rows @ rows.swapaxes(-1, -2)).reshape(step.shape([(n, g, c)]))
+
+    return patch_gram
+
+
+def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Patches as strided views and one einsum a call, by group; the adjoint by adding shifted slices."""
     dims, groups = len(step.stride), step.groups
     spatial = list(range(4, 4 + dims))
@@ -70,7 +94,7 @@ def _convolution(step: p.Convolution) -> Callable[[np.ndarray, np.ndarray], np.n
     def patches(x: np.ndarray, positions: tuple[int, ...], kernels: tuple[int, ...]) -> np.ndarray:
         x = np.pad(x, [(0, 0), (0, 0), *((q, q) for q in step.padding)])
         for axis in range(dims):
-            window = p.Window((0,), 2 + axis, positions[axis], kernels[axis], step.stride[axis], step.dilation[axis])
+            window = s.Window((0,), 2 + axis, positions[axis], kernels[axis], step.stride[axis], step.dilation[axis])
             length = (positions[axis] - 1) * step.stride[axis] + step.dilation[axis] * (kernels[axis] - 1) + 1
             x = _window(window)(x[(*[slice(None)] * (2 + axis), slice(0, length))])
         return x.reshape(x.shape[0], groups, -1, *x.shape[2:])  # n g c o k
@@ -95,35 +119,39 @@ def _convolution(step: p.Convolution) -> Callable[[np.ndarray, np.ndarray], np.n
         for axis in reversed(range(dims)):
             left, size = step.padding[axis], step.size[2 + axis]
             length = max(
-                (out.shape[2 + axis] - 1) * step.stride[axis] + step.dilation[axis] * (out.shape[-1] - 1) + 1, left + size
+                (out.shape[2 + axis] - 1) * step.stride[axis] + step.dilation[axis] * (out.shape[-1] - 1) + 1,
+                left + size,
             )
-            out = _overlap_add(p.OverlapAdd((0,), 2 + axis, length, step.stride[axis], step.dilation[axis]))(out)
+            out = _overlap_add(s.OverlapAdd((0,), 2 + axis, length, step.stride[axis], step.dilation[axis]))(out)
             out = out[(*[slice(None)] * (2 + axis), slice(left, left + size))]
         return out
 
     return {"forward": forward, "weight_grad": weight_grad, "input_grad": input_grad}[step.kind]
 
 
-_STEPS: dict[type[p.Step], Callable[[Any], Callable[..., Any]]] = {
-    p.Constant: _constant,
-    p.Fill: lambda s: lambda like: np.full(s.size, s.value, like.dtype),
-    p.Identity: lambda s: lambda like: np.eye(s.size, dtype=like.dtype),
-    p.Reshape: lambda s: lambda x: x.reshape(s.size),
-    p.Transpose: lambda s: lambda x: x.transpose(s.order),
-    p.Slice: _slice,
-    p.Pad: _pad,
-    p.Stuff: _stuff,
-    p.Gather: lambda s: lambda x: x.take(s.pattern.reads()[:, 0], axis=s.axis),
-    p.Window: _window,
-    p.OverlapAdd: _overlap_add,
-    p.Diagonal: lambda s: lambda x: x.diagonal(axis1=s.first, axis2=s.second),
-    p.SumAxes: lambda s: lambda x: x.sum(axis=s.axes),
-    p.Expand: lambda s: lambda x: np.broadcast_to(x, s.size),
-    p.Multiply: lambda s: np.multiply,
-    p.MatMul: lambda s: np.matmul,
-    p.Convolution: _convolution,
-    p.Add: lambda s: np.add,
-    p.Multiple: lambda s: lambda x: x * x.dtype.type(float(s.factor)),
+_STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
+    s.Constant: _constant,
+    s.Fill: lambda step: lambda like: np.full(step.size, step.value, like.dtype),
+    s.Identity: lambda step: lambda like: np.eye(step.size, dtype=like.dtype),
+    s.Reshape: lambda step: lambda x: x.reshape(step.size),
+    s.Transpose: lambda step: lambda x: x.transpose(step.order),
+    s.Slice: _slice,
+    s.Pad: _pad,
+    s.Stuff: _stuff,
+    s.Gather: lambda step: lambda x: x.take(step.pattern.reads()[:, 0], axis=step.axis),
+    s.Window: _window,
+    s.OverlapAdd: _overlap_add,
+    s.Diagonal: lambda step: lambda x: x.diagonal(axis1=step.first, axis2=step.second),
+    s.SumAxes: lambda step: lambda x: x.sum(axis=step.axes),
+    s.Expand: lambda step: lambda x: np.broadcast_to(x, step.size),
+    s.Multiply: lambda step: np.multiply,
+    s.MatMul: lambda step: np.matmul,
+    s.Gram: lambda step: lambda x: np.matmul(x, x.swapaxes(-1, -2)),
+    s.PatchGram: _patch_gram,
+    s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
+    s.Convolution: _convolution,
+    s.Add: lambda step: np.add,
+    s.Multiple: lambda step: lambda x: x * x.dtype.type(float(step.factor)),
 }
 
 
@@ -157,6 +185,19 @@ class NumpyBackend:
 
     def copy(self, array: Any) -> Any:
         return np.array(array)
+
+    def itemsize(self, kind: Sequence[Any]) -> int:
+        return kind[1].itemsize
+
+    def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
+        values = np.random.default_rng(0).standard_normal(shape, np.float32)
+        return values.astype(kind[1])
+
+    def synchronize(self) -> None:
+        pass
+
+    def is_traced(self, array: Any) -> bool:
+        return False
 
 
 BACKEND = NumpyBackend()

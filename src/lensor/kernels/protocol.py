@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lensor.plan import Step
+from lensor.steps import Step
 
 
 class Backend(Protocol):
@@ -43,4 +43,20 @@ class Backend(Protocol):
 
     def copy(self, array: Any) -> Any:
         """The array as one of its own, in row-major order."""
+        ...
+
+    def itemsize(self, kind: Sequence[Any]) -> int:
+        """Bytes of one entry."""
+        ...
+
+    def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
+        """An array of random entries, for timing."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything is computed."""
+        ...
+
+    def is_traced(self, array: Any) -> bool:
+        """Whether nothing can be timed on the array: it is being traced, compiled or batched, or has no memory."""
         ...

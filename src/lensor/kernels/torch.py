@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from lensor import plan as p
+from lensor import steps as s
 from lensor.cache import Cache
 from lensor.kernels.constants import materialize_summed
 
 _constants = Cache(maxsize=256)
 
 
-def _constant(step: p.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
+def _constant(step: s.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
     def constant(like: torch.Tensor) -> torch.Tensor:
         key = (step.pattern, step.summed, like.dtype, like.device)
 
@@ -29,7 +31,7 @@ def _constant(step: p.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
     return constant
 
 
-def _pad(step: p.Pad) -> Callable[[torch.Tensor], torch.Tensor]:
+def _pad(step: s.Pad) -> Callable[[torch.Tensor], torch.Tensor]:
     def pad(x: torch.Tensor) -> torch.Tensor:
         widths = [0, 0] * (x.ndim - 1 - step.axis) + [step.left, step.right]
         return torch.nn.functional.pad(x, widths)
@@ -37,7 +39,7 @@ def _pad(step: p.Pad) -> Callable[[torch.Tensor], torch.Tensor]:
     return pad
 
 
-def _stuff(step: p.Stuff) -> Callable[[torch.Tensor], torch.Tensor]:
+def _stuff(step: s.Stuff) -> Callable[[torch.Tensor], torch.Tensor]:
     def stuff(x: torch.Tensor) -> torch.Tensor:
         x = x.unsqueeze(step.axis + 1)
         x = torch.nn.functional.pad(x, [0, 0] * (x.ndim - 2 - step.axis) + [0, step.step - 1])
@@ -47,13 +49,13 @@ def _stuff(step: p.Stuff) -> Callable[[torch.Tensor], torch.Tensor]:
     return stuff
 
 
-def _slice(step: p.Slice) -> Callable[[torch.Tensor], torch.Tensor]:
+def _slice(step: s.Slice) -> Callable[[torch.Tensor], torch.Tensor]:
     stop = step.start + (step.count - 1) * step.step + 1
     where = (*[slice(None)] * step.axis, slice(step.start, stop, step.step))
     return lambda x: x[where]
 
 
-def _window(step: p.Window) -> Callable[[torch.Tensor], torch.Tensor]:
+def _window(step: s.Window) -> Callable[[torch.Tensor], torch.Tensor]:
     span = step.dilation * (step.kernel - 1) + 1
 
     def window(x: torch.Tensor) -> torch.Tensor:
@@ -65,15 +67,15 @@ def _window(step: p.Window) -> Callable[[torch.Tensor], torch.Tensor]:
     return window
 
 
-def _overlap_add(step: p.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
+def _overlap_add(step: s.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
     def overlap_add(x: torch.Tensor) -> torch.Tensor:
-        stuff = _stuff(p.Stuff((0,), step.axis, step.stride)) if step.stride > 1 else None
+        stuff = _stuff(s.Stuff((0,), step.axis, step.stride)) if step.stride > 1 else None
         out = None
         for k in range(x.shape[-1]):
             part = x[..., k] if stuff is None else stuff(x[..., k])
             left = k * step.dilation
             right = step.length - left - part.shape[step.axis]
-            part = _pad(p.Pad((0,), step.axis, left, right))(part)
+            part = _pad(s.Pad((0,), step.axis, left, right))(part)
             out = part if out is None else out + part
         assert out is not None
         return out
@@ -81,7 +83,7 @@ def _overlap_add(step: p.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
     return overlap_add
 
 
-def _gather(step: p.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
+def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     def gather(x: torch.Tensor) -> torch.Tensor:
         key = ("reads", step.pattern, x.device)
         reads = _constants.get_or_make(key, lambda: torch.tensor(step.pattern.reads()[:, 0], device=x.device))
@@ -90,14 +92,111 @@ def _gather(step: p.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     return gather
 
 
-def _matmul(step: p.MatMul) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _matmul(step: s.MatMul) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return torch.matmul
+
+
+_BLOCK = 192
+"""Rows of a block of a Gram matrix; smaller blocks lose to the overhead of a call."""
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """Blocks on and below the diagonal, then mirrored; in one product where that is no gain or nobody may write."""
+    size = x.shape[-2]
+    blocks = min(size // _BLOCK, 8)
+    if blocks < 2 or x.is_cuda or not _may_write(x):
+        return x @ x.mT
+    out = x.new_empty((*x.shape[:-1], size))
+    bounds = [size * at // blocks for at in range(blocks + 1)]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        out[..., low:high, :high] = x[..., low:high, :] @ x[..., :high, :].mT
+        out[..., :low, low:high] = out[..., low:high, :low].mT
+    return out
+
+
+def _may_write(x: torch.Tensor) -> bool:
+    """Whether writing into new arrays is invisible: no gradient is recorded, nothing is traced or batched."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return _plain(x)
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether the tensor is one of its own, not traced, compiled or batched by a transform."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
+    dims = len(step.patterns)
+    kernel, pad = step.kernel, step.pad
+    dilation = tuple(pattern.dilation for pattern in step.patterns)
+    lags = step.lags()
+    place = {lag: at for at, lag in enumerate(lags)}
+    excluded = step.excluded()
+    offsets = list(itertools.product(*(range(k) for k in kernel)))
+    lag_of = torch.tensor(
+        [[place[tuple(b - a for a, b in zip(k, second, strict=True))] for second in offsets] for k in offsets]
+    )
+
+    def shifted(y: torch.Tensor, fixed: dict[int, int], sizes: Sequence[int]) -> torch.Tensor:
+        """For every lag the array at positions + lag, zeros outside: [g, rows, lags·c]; y has `pad` zeros all round."""
+        parts = []
+        for lag in lags:
+            at = y
+            for axis in range(dims):
+                start = pad[axis] + lag[axis] * dilation[axis]
+                at = at.narrow(2 + axis, start + fixed.get(axis, 0), 1 if axis in fixed else sizes[axis])
+            parts.append(at.reshape(y.shape[0], -1, y.shape[-1]))
+        return torch.cat(parts, -1)
+
+    def patch_gram(x: torch.Tensor) -> torch.Tensor:
+        n, g, c, *sizes = x.shape
+        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *I, c]
+        behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
+        rows = torch.nn.functional.pad(x, behind).reshape(g, -1, c)
+        strides = [math.prod(sizes[b] + pad[b] for b in range(axis + 1, dims)) for axis in range(dims)]
+        length = rows.shape[1]
+        found: list[torch.Tensor | None] = [None] * len(lags)
+        for at, lag in enumerate(lags):
+            offset = sum(d * step_ * s for d, step_, s in zip(lag, dilation, strides, strict=True))
+            back = place[tuple(-d for d in lag)]
+            if offset < 0 or (offset == 0 and found[back] is not None):
+                continue
+            value = rows[:, : length - offset].mT @ rows[:, offset:]
+            found[at] = value
+            found[back] = value if back == at else value.mT
+        total = torch.stack([value for value in found if value is not None], 1)  # [g, lags, c, c]
+        result = total[:, lag_of.to(x.device)]  # [g, K, K, c, c]
+        around = [0, 0, *(width for axis in reversed(range(dims)) for width in (pad[axis], pad[axis]))]
+        wide: torch.Tensor | None = None
+        for chosen in itertools.product((False, True), repeat=dims):
+            axes = [axis for axis in range(dims) if chosen[axis]]
+            if not axes:
+                continue
+            for positions in itertools.product(*(excluded[axis] for axis in axes)):
+                if wide is None:
+                    wide = torch.nn.functional.pad(x, around)
+                fixed = dict(zip(axes, positions, strict=True))
+                own = x
+                for axis, position in fixed.items():
+                    own = own.narrow(2 + axis, position, 1)
+                thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed, sizes)  # [g, c, lags·c]
+                thin = thin.reshape(g, c, len(lags), c).permute(0, 2, 1, 3)
+                ks = [at for at, k in enumerate(offsets) if all(k[a] in excluded[a][i] for a, i in fixed.items())]
+                part = thin[:, lag_of[ks].to(x.device)]
+                sign = -1.0 if len(axes) % 2 else 1.0
+                result = result.index_add(1, torch.tensor(ks, device=x.device), part, alpha=sign)
+        result = result.permute(0, 3, 1, 4, 2)  # [g, c, K, c, K]
+        return result.reshape(g, c, *kernel, c, *kernel)
+
+    return patch_gram
 
 
 _CONVOLUTIONS = (None, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 
 
-def _convolution(step: p.Convolution) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     stride, padding, dilation, groups = list(step.stride), list(step.padding), list(step.dilation), step.groups
     dims = len(stride)
     if step.kind == "forward":
@@ -126,26 +225,29 @@ def _convolution(step: p.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
     return weight_grad
 
 
-_STEPS: dict[type[p.Step], Callable[[Any], Callable[..., Any]]] = {
-    p.Constant: _constant,
-    p.Fill: lambda s: lambda like: torch.full(s.size, s.value, dtype=like.dtype, device=like.device),
-    p.Identity: lambda s: lambda like: torch.eye(s.size, dtype=like.dtype, device=like.device),
-    p.Reshape: lambda s: lambda x: x.reshape(s.size),
-    p.Transpose: lambda s: lambda x: x.permute(s.order),
-    p.Slice: _slice,
-    p.Pad: _pad,
-    p.Stuff: _stuff,
-    p.Gather: _gather,
-    p.Window: _window,
-    p.OverlapAdd: _overlap_add,
-    p.Diagonal: lambda s: lambda x: x.diagonal(dim1=s.first, dim2=s.second),
-    p.SumAxes: lambda s: lambda x: x.sum(dim=s.axes),
-    p.Expand: lambda s: lambda x: x.expand(s.size),
-    p.Multiply: lambda s: torch.mul,
-    p.MatMul: _matmul,
-    p.Convolution: _convolution,
-    p.Add: lambda s: torch.add,
-    p.Multiple: lambda s: lambda x: x * float(s.factor),
+_STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
+    s.Constant: _constant,
+    s.Fill: lambda step: lambda like: torch.full(step.size, step.value, dtype=like.dtype, device=like.device),
+    s.Identity: lambda step: lambda like: torch.eye(step.size, dtype=like.dtype, device=like.device),
+    s.Reshape: lambda step: lambda x: x.reshape(step.size),
+    s.Transpose: lambda step: lambda x: x.permute(step.order),
+    s.Slice: _slice,
+    s.Pad: _pad,
+    s.Stuff: _stuff,
+    s.Gather: _gather,
+    s.Window: _window,
+    s.OverlapAdd: _overlap_add,
+    s.Diagonal: lambda step: lambda x: x.diagonal(dim1=step.first, dim2=step.second),
+    s.SumAxes: lambda step: lambda x: x.sum(dim=step.axes),
+    s.Expand: lambda step: lambda x: x.expand(step.size),
+    s.Multiply: lambda step: torch.mul,
+    s.MatMul: _matmul,
+    s.Gram: lambda step: _gram,
+    s.PatchGram: _patch_gram,
+    s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
+    s.Convolution: _convolution,
+    s.Add: lambda step: torch.add,
+    s.Multiple: lambda step: lambda x: x * float(step.factor),
 }
 
 
@@ -181,6 +283,20 @@ class TorchBackend:
 
     def copy(self, array: Any) -> Any:
         return array.clone(memory_format=torch.contiguous_format)
+
+    def itemsize(self, kind: Sequence[Any]) -> int:
+        return kind[1].itemsize
+
+    def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        return torch.randn(*shape, generator=generator).to(device=kind[2], dtype=kind[1])
+
+    def synchronize(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def is_traced(self, array: Any) -> bool:
+        return not _plain(array) or array.is_meta
 
 
 BACKEND = TorchBackend()

@@ -1,0 +1,99 @@
+"""What plans cost: an estimate of time from flops, bytes moved and a few machine constants."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lensor import steps as s
+from lensor.layout import layouts
+from lensor.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A few constants of the machine, in units per second (seconds for `call`).
+
+    Args:
+        products: flops of a large matrix product.
+        convolutions: flops of a framework's convolution with many channels.
+        bytes: bytes copied (read and written).
+        call: seconds of one small operation.
+    """
+
+    products: float
+    convolutions: float
+    bytes: float
+    call: float = 4e-6
+
+    def __str__(self) -> str:
+        return (
+            f"matrix products {self.products / 1e9:.1f} Gflop/s, convolutions {self.convolutions / 1e9:.1f} Gflop/s, "
+            f"copies {self.bytes / 1e9:.1f} GB/s, {self.call * 1e6:.1f} µs a call"
+        )
+
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """The constants of this machine, measured once in a process (about 30 ms) with NumPy.
+
+    Example:
+        >>> import lensor
+        >>> lensor.machine().products > 0
+        True
+    """
+    a = np.ones((384, 384), np.float32)
+    products = 2 * 384**3 / _shortest(lambda: a @ a)
+    x = np.ones(1 << 21, np.float32)
+    copies = 2 * x.nbytes / _shortest(lambda: x.copy())
+    return Machine(products, 0.8 * products, copies)
+
+
+def _shortest(function: object) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        function()  # type: ignore[operator]
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ------------------------------------------------------------------------------------------------------------ estimates
+def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
+    """Estimated seconds: flops at the rate of the step, bytes that are moved, calls."""
+    values = layouts(plan.steps, plan.shapes)
+    total = 0.0
+    for place, step in enumerate(plan.steps):
+        shapes = [plan.shapes[at] for at in step.takes]
+        moved = math.prod(plan.shapes[place]) if values[place].copied else 0
+        moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
+        work = step.flops(shapes, plan.shapes[place]) / _rate(step, shapes, constants)
+        calls = 0.25 if not values[place].copied else len(step.lags()) * 2 if isinstance(step, s.PatchGram) else 1
+        total += work + moved * itemsize / constants.bytes + calls * constants.call
+    return total
+
+
+def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
+    match step:
+        case s.MatMul():
+            (*_, m, k), (*_, n) = shapes[0], shapes[1]
+            # Products with a short side do not reach the rate of large ones.
+            return constants.products * min(1.0, m / 16, n / 16, max(k / 16, 0.1))
+        case s.Gram():
+            *_, m, k = shapes[0]
+            return constants.products * min(1.0, m / 16, max(k / 16, 0.1))
+        case s.PatchGram():
+            return constants.products * min(1.0, shapes[0][2] / 16)
+        case s.Convolution(kind="weight_grad", groups=groups):
+            return constants.convolutions * min(0.8, shapes[0][1] / groups / 16)
+        case s.Convolution(groups=groups):
+            return (
+                constants.convolutions
+                * min(1.0, shapes[1][1] * math.prod(shapes[1][2:]) / 64)
+                * (1.0 if groups == 1 else 0.5)
+            )
+    return constants.products / 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,15 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 def some(share: int) -> settings:
     """A part of the profile's number of examples."""
     return settings(max_examples=max(1, settings().max_examples // share), deadline=None, suppress_health_check=QUIET)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Arrays are tiny, and on shared cores torch's threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------- lensor.ops

@@ -21,6 +21,15 @@ from tests.strategies import MODES, QUIET, calls, fits, random_call, random_spec
 CASES = 60
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Arrays are tiny, and on shared cores torch's threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def close(found: Any, expected: Any) -> None:
     found, expected = (a.detach().numpy() if isinstance(a, torch.Tensor) else a for a in (found, expected))
     assert found.shape == expected.shape

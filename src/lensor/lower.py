@@ -414,8 +414,8 @@ class _Lowering:
         free_two = [index for index in two.indices if index not in shared and index not in spatial]
         adjoint = ties[0][1] == 1  # the output is on the input's side
         gradient = ties[0][2] == 1 and not adjoint and not self.strategy.swapped
-        legs = [self.convolution_legs(*tie, adjoint, gradient) for tie in ties]
-        if any(leg is None for leg in legs):
+        legs = [leg for tie in ties if (leg := self.convolution_legs(*tie, adjoint, gradient)) is not None]
+        if len(legs) < len(ties):
             return False
         g, c, f1, f2 = (math.prod(self.shape(indices)) for indices in (group, inner, free_one, free_two))
         first_legs = [index for leg in legs for index in leg.first]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
 from lensor import steps as s
 from lensor.cache import Cache
@@ -123,8 +124,7 @@ def _may_write(x: torch.Tensor) -> bool:
 
 def _plain(x: torch.Tensor) -> bool:
     """Whether the tensor is one of its own, not traced, compiled or batched by a transform."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)
 
 
 def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:

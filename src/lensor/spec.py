@@ -60,7 +60,7 @@ class ConvSpec:
     bias: bool
     transposed: bool
     output_padding: tuple[int, ...]
-    _patterns: tuple[IndexPattern, ...] = field(compare=False)
+    _patterns: tuple[IndexPattern, ...] = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ConvSpec:
         input_size: int | Sequence[int],
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] = 1,
-        padding: int | str | Sequence[int] | Sequence[Sequence[int]] = 0,
+        padding: int | str | Sequence[int | Sequence[int]] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         padding_mode: str = "zeros",

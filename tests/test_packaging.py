@@ -27,11 +27,12 @@ import lensor
 assert lensor.__file__.startswith(sys.prefix), lensor.__file__
 assert lensor.__version__ == version("lensor")
 assert files("lensor").joinpath("py.typed").is_file()
-assert {line.split(";")[0].strip() for line in requires("lensor") if "extra" not in line} == {"numpy>=1.26", "opt-einsum>=3.3"}
+needed = {line.replace("_", "-") for line in requires("lensor") if "extra" not in line}
+assert needed == {"numpy>=1.26", "opt-einsum>=3.3"}, needed
 spec = lensor.ConvSpec(1, 1, 5, 3, stride=2, padding=1)
 x, w = np.arange(5.0).reshape(1, 1, 5), np.arange(1.0, 4.0).reshape(1, 1, 3)
 y = lensor.einsum("n c i, i o k, d c k -> n d o", x, spec.patterns[0], w)
-assert y.tolist() == [[[3.0, 14.0, 18.0]]], y
+assert y.tolist() == [[[3.0, 14.0, 11.0]]], y
 print("installed", lensor.__version__)
 """
 
@@ -45,7 +46,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def test_import_loads_no_framework(tmp_path: Path) -> None:
-    heavy = "torch jax tensorflow matplotlib scipy hypothesis typer rich".split()
+    heavy = ["torch", "jax", "tensorflow", "matplotlib", "scipy", "typer", "rich"]
     code = f"import sys, lensor; print(sorted(set({heavy}) & set(sys.modules)))"
     assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT / "src")) == "[]\n"
 
@@ -59,7 +60,6 @@ def test_numpy_arrays_load_no_framework(tmp_path: Path) -> None:
     assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT / "src")) == "False False\n"
 
 
-@pytest.mark.slow
 def test_build_and_install(tmp_path: Path) -> None:
     pytest.importorskip("build")
     pytest.importorskip("hatchling")

@@ -199,7 +199,8 @@ class ConvSpec:
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output.
 
-        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; transposed (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
+        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; of a transposed convolution
+        (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
         """
         if self.transposed:
             return tuple(pattern.input_size for pattern in self._patterns)

@@ -60,7 +60,7 @@ class ConvSpec:
     bias: bool
     transposed: bool
     output_padding: tuple[int, ...]
-    _patterns: tuple[IndexPattern, ...] = field(compare=False)
+    _patterns: tuple[IndexPattern, ...] = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ConvSpec:
         input_size: int | Sequence[int],
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] = 1,
-        padding: int | str | Sequence[int] | Sequence[Sequence[int]] = 0,
+        padding: int | str | Sequence[int | Sequence[int]] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
@@ -199,7 +199,8 @@ class ConvSpec:
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output.
 
-        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; transposed (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
+        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; of a transposed convolution
+        (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
         """
         if self.transposed:
             return tuple(pattern.input_size for pattern in self._patterns)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
-from lensor import execute, kernels, ops, planner
+from lensor import execute, kernels, ops, planner, runtime
 from lensor.cache import Cache
 from lensor.network import AnyNetwork
 from lensor.pattern import as_positive
@@ -59,15 +59,14 @@ class _Request(NamedTuple):
 class _Call(NamedTuple):
     """A request made ready to run."""
 
-    plan: Plan
-    names: tuple[str, ...]
+    run_plan: Callable[..., Array]  # takes the arrays as the caller orders them
     adapt: tuple[Callable[[Array], Array] | None, ...] | None
     unbatched: bool
 
     def run(self, arrays: Sequence[Array]) -> Array:
         if self.adapt is not None:
             arrays = [array if f is None else f(array) for f, array in zip(self.adapt, arrays, strict=True)]
-        result = self.plan(**dict(zip(self.names, arrays, strict=True)))
+        result = self.run_plan(*arrays)
         return result[0] if self.unbatched else result
 
 
@@ -118,7 +117,18 @@ class _Operation:
             for found, (name, shape) in zip(shapes, request.shapes.items(), strict=True)
         )
         plan = execute.compile(request.network, request.shapes, like=arrays[0])
-        return _Call(plan, tuple(request.shapes), adapt if any(adapt) else None, request.unbatched)
+        return _Call(
+            _in_order(plan, tuple(request.shapes), arrays[0]), adapt if any(adapt) else None, request.unbatched
+        )
+
+
+def _in_order(plan: Plan, names: tuple[str, ...], like: Array) -> Callable[..., Array]:
+    """The plan as a function of arrays in the order of `names`; everything else was checked before."""
+    ready = runtime.runnable(plan, kernels.backend_of(like))
+    if ready.names == list(names):
+        return ready.unchecked
+    places = [names.index(name) for name in ready.names]
+    return lambda *arrays: ready.unchecked(*(arrays[place] for place in places))
 
 
 def _operation(*arguments: str, real: bool = False) -> Callable[[Callable[..., _Request]], _Operation]:

@@ -85,7 +85,8 @@ def choose(net: AnyNetwork, settings: Settings, backend: Any = None, kind: Seque
         ValueError: if no candidate fits the memory limit.
     """
     itemsize = backend.itemsize(kind) if backend is not None else 8
-    found = [(plan, estimate(plan, machine(), itemsize)) for plan in candidates(net)]
+    plans = [plan for plan in candidates(net) if backend is None or backend.can_run(plan.steps, kind)]
+    found = [(plan, estimate(plan, machine(), itemsize)) for plan in plans]
     found.sort(key=lambda pair: pair[1])
     if settings.max_bytes is not None:
         limit = settings.max_bytes

@@ -1,4 +1,4 @@
-"""Running plans: the functions of a backend for the steps of a plan, in order."""
+"""Running plans: the functions of a backend for the steps of a plan, written out as one straight-line function."""
 
 from __future__ import annotations
 
@@ -13,54 +13,80 @@ from lensor.plan import Plan
 
 def run(plan: Plan, operands: Mapping[str, Any]) -> Any:
     """Run a plan on arrays of one framework."""
-    backend = backend_of(*operands.values())
-    program = plan.compiled.get(backend.name)
-    if program is None:
-        program = plan.compiled[backend.name] = Runnable(plan, backend)
-    return program(operands)
+    return runnable(plan, backend_of(*operands.values()))(operands)
+
+
+def runnable(plan: Plan, backend: Backend) -> Runnable:
+    """The plan with the functions of a backend, made once."""
+    found = plan.compiled.get(backend.name)
+    if found is None:
+        found = plan.compiled[backend.name] = Runnable(plan, backend)
+    return found
 
 
 class Runnable:
-    """A plan with the functions of one backend."""
+    """A plan with the functions of one backend.
+
+    `unchecked` takes the arrays in the order of the plan's operands and checks nothing; calling the object with a
+    mapping checks names, shapes, dtypes and devices first.
+    """
 
     def __init__(self, plan: Plan, backend: Backend) -> None:
         self.plan, self.backend = plan, backend
-        self.inputs = [(at, step.operand, step.size) for at, step in enumerate(plan.steps) if isinstance(step, s.Input)]
-        last = last_uses(plan.steps, plan.result)
-        self.instructions: list[tuple[Callable[..., Any], tuple[int, ...], int, list[int]]] = []
-        for place, step in enumerate(plan.steps):
-            if not isinstance(step, s.Input):
-                dead = [at for at, until in enumerate(last) if until == place and at != place]
-                self.instructions.append((backend.steps[type(step)](step), step.takes, place, dead))
-        self.shares = self._shares(plan, plan.result)
-
-    @staticmethod
-    def _shares(plan: Plan, place: int) -> bool:
-        """Whether the result may be a view of an operand or of a constant, or have repeated entries."""
-        step = plan.steps[place]
-        while step.is_view and step.takes:
-            if isinstance(step, s.Expand):
-                return True
-            step = plan.steps[step.takes[0]]
-        return step.is_view
+        self.inputs = [(step.operand, step.size) for step in plan.steps if isinstance(step, s.Input)]
+        self.names = [name for name, _ in self.inputs]
+        self.unchecked = _compiled(plan, backend)
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
-        names = [name for _, name, _ in self.inputs]
-        if len(operands) != len(names) or any(name not in operands for name in names):
-            require_operands(names, operands)
-        arrays = [operands[name] for name in names]
-        values: list[Any] = [None] * len(self.plan.steps)
-        for (place, name, shape), array in zip(self.inputs, arrays, strict=True):
+        if len(operands) != len(self.names) or any(name not in operands for name in self.names):
+            require_operands(self.names, operands)
+        arrays = [operands[name] for name in self.names]
+        for (name, shape), array in zip(self.inputs, arrays, strict=True):
             if tuple(array.shape) != shape:
                 raise ValueError(f"operand {name!r} has shape {tuple(array.shape)}, expected {shape}")
-            values[place] = array
-        like = self.backend.reference(arrays, names)
-        for function, takes, place, dead in self.instructions:
-            values[place] = function(*(values[at] for at in takes)) if takes else function(like)
-            for at in dead:
-                values[at] = None
-        result = values[self.plan.result]
-        return self.backend.copy(result) if self.shares else result
+        self.backend.check(arrays, self.names)
+        return self.unchecked(*arrays)
+
+
+def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
+    """One function of the operands: a line for each step, values dropped after their last use.
+
+    Steps without operands (patterns, ones) are made from the first operand, which tells dtype and device.
+    """
+    steps = plan.steps
+    names = [f"v{place}" for place, step in enumerate(steps) if isinstance(step, s.Input)]
+    space: dict[str, Any] = {"default": backend.default_reference, "copy": backend.copy}
+    lines = [f"def call({', '.join(names)}):"]
+    if not names:
+        lines.append("    like = default()")
+    like = names[0] if names else "like"
+    if any(not step.takes and not isinstance(step, s.Input) for step in steps) and names:
+        lines.append(f"    like = {names[0]}")
+        like = "like"
+    last = last_uses(steps, plan.result)
+    for place, step in enumerate(steps):
+        if isinstance(step, s.Input):
+            continue
+        space[f"f{place}"] = backend.steps[type(step)](step)
+        arguments = ", ".join(f"v{at}" for at in step.takes) or like
+        lines.append(f"    v{place} = f{place}({arguments})")
+        dead = [f"v{at}" for at, until in enumerate(last) if until == place and at != place]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    result = f"v{plan.result}"
+    lines.append(f"    return {f'copy({result})' if _shares(plan) else result}")
+    exec(compile("\n".join(lines), f"<{plan.name} plan>", "exec"), space)
+    return space["call"]
+
+
+def _shares(plan: Plan) -> bool:
+    """Whether the result may be a view of an operand or of a constant, or have repeated entries."""
+    step = plan.steps[plan.result]
+    while step.is_view and step.takes:
+        if isinstance(step, s.Expand):
+            return True
+        step = plan.steps[step.takes[0]]
+    return step.is_view
 
 
 def require_operands(expected: Sequence[str], found: Mapping[str, Any]) -> None:

@@ -164,7 +164,7 @@ class NumpyBackend:
     def kind(self, array: Any) -> tuple:
         return ("numpy", array.dtype)
 
-    def reference(self, arrays: Sequence[Any], names: Sequence[str]) -> Any:
+    def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
         for array, name in zip(arrays, names, strict=True):
             if not np.issubdtype(array.dtype, np.inexact):
                 raise TypeError(f"{name} has dtype {array.dtype}, expected a floating or complex dtype")
@@ -172,7 +172,6 @@ class NumpyBackend:
                 raise TypeError(
                     f"{name} has dtype {array.dtype}, expected {arrays[0].dtype} as {names[0]} has: one dtype for all"
                 )
-        return arrays[0] if arrays else self.default_reference()
 
     def default_reference(self) -> Any:
         return np.zeros((), np.float64)
@@ -185,6 +184,9 @@ class NumpyBackend:
 
     def copy(self, array: Any) -> Any:
         return np.array(array)
+
+    def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
+        return True
 
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize

@@ -20,8 +20,8 @@ class Backend(Protocol):
         """What plans depend on beside shapes: dtype and device."""
         ...
 
-    def reference(self, arrays: Sequence[Any], names: Sequence[str]) -> Any:
-        """One of the arrays, after a check that all have one floating or complex dtype and one device.
+    def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
+        """Check that all arrays have one floating or complex dtype and one device.
 
         Raises:
             TypeError: for integer dtypes, or two dtypes.
@@ -43,6 +43,10 @@ class Backend(Protocol):
 
     def copy(self, array: Any) -> Any:
         """The array as one of its own, in row-major order."""
+        ...
+
+    def can_run(self, steps: Sequence[Step], kind: Sequence[Any]) -> bool:
+        """Whether the framework has all the steps for this dtype."""
         ...
 
     def itemsize(self, kind: Sequence[Any]) -> int:

@@ -260,7 +260,7 @@ class TorchBackend:
     def kind(self, array: Any) -> tuple:
         return ("torch", array.dtype, array.device)
 
-    def reference(self, arrays: Sequence[Any], names: Sequence[str]) -> Any:
+    def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
         for array, name in zip(arrays, names, strict=True):
             if not (array.is_floating_point() or array.is_complex()):
                 raise TypeError(f"{name} has dtype {array.dtype}, expected a floating or complex dtype")
@@ -270,7 +270,6 @@ class TorchBackend:
                 )
             if array.device != arrays[0].device:
                 raise ValueError(f"{name} is on {array.device}, expected {arrays[0].device} as {names[0]} is")
-        return arrays[0] if arrays else self.default_reference()
 
     def default_reference(self) -> Any:
         return torch.zeros((), dtype=torch.float64)
@@ -283,6 +282,10 @@ class TorchBackend:
 
     def copy(self, array: Any) -> Any:
         return array.clone(memory_format=torch.contiguous_format)
+
+    def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
+        # torch has no complex transposed convolution on every device.
+        return not (kind[1].is_complex and any(isinstance(step, s.Convolution) for step in steps))
 
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize

@@ -71,7 +71,7 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         shapes = [plan.shapes[at] for at in step.takes]
         moved = math.prod(plan.shapes[place]) if values[place].copied else 0
         moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
-        work = step.flops(shapes, plan.shapes[place]) / _rate(step, shapes, constants)
+        work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, constants), 1.0)
         calls = 0.25 if not values[place].copied else len(step.lags()) * 2 if isinstance(step, s.PatchGram) else 1
         total += work + moved * itemsize / constants.bytes + calls * constants.call
     return total

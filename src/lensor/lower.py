@@ -647,11 +647,53 @@ def candidates(net: AnyNetwork) -> list[Plan]:
 def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
     """The plan of a network by one strategy."""
     program = Program()
+    return _pruned(to_text(net), program, _lower_terms(program, net, strategy), strategy.name)
+
+
+def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
     values = [_Lowering(program, term, strategy).run() for term in net.terms]
+    return _added(program, values)
+
+
+def _added(program: Program, values: Sequence[int]) -> int:
     result = values[0]
     for value in values[1:]:
         result = program.add(s.Add((result, value)))
-    return _pruned(to_text(net), program, result, strategy.name)
+    return result
+
+
+def lower_sliced(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
+    """The plan that works through an index part by part, so that less is alive at once.
+
+    Parts of a summed index are added up, parts of an output index put side by side (it must lead its leg).
+    """
+    size = net.sizes[index] or 0
+    bounds = [size * at // parts for at in range(parts + 1)]
+    program = Program()
+    values = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        piece = net.narrow(index, low, high - low)
+        values.append(_lower_terms(program, piece.simplify() if strategy.simplified else piece, strategy))
+        if index not in net.output_indices and len(values) > 1:
+            values = [_added(program, values)]
+    if len(values) > 1:
+        axis = next(axis for axis, leg in enumerate(net.output) if leg[:1] == (index,))
+        values = [program.add(s.Concat(tuple(values), axis))]
+    return _pruned(to_text(net), program, values[0], f"{strategy.name}, {index} in {parts} parts")
+
+
+def sliceable(net: AnyNetwork) -> list[str]:
+    """Indices that can be worked through part by part, the largest first."""
+    leading = {leg[0] for leg in net.output if leg}
+    known = net.sizes
+    fits = [
+        index
+        for index in known
+        if (known[index] or 0) > 1
+        and all(index in term.sizes for term in net.terms)
+        and (index in leading or index not in net.output_indices)
+    ]
+    return sorted(fits, key=lambda index: (-(known[index] or 0), index))
 
 
 def _pruned(text: str, program: Program, result: int, name: str) -> Plan:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lensor import steps as s
 from lensor.cost import estimate, machine
-from lensor.lower import candidates
+from lensor.lower import STRATEGIES, candidates, lower_sliced, sliceable
 from lensor.network import AnyNetwork
 from lensor.plan import Candidate, Plan
 from lensor.runtime import Runnable, run
@@ -89,11 +89,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Any = None, kind: Seque
     found = [(plan, estimate(plan, machine(), itemsize)) for plan in plans]
     found.sort(key=lambda pair: pair[1])
     if settings.max_bytes is not None:
-        limit = settings.max_bytes
-        least = min(plan.peak_size for plan, _ in found) * itemsize
-        if least > limit:
-            raise ValueError(f"max_bytes is {limit}, but the smallest plan needs {least} bytes")
-        found = [(plan, seconds) for plan, seconds in found if plan.peak_size * itemsize <= limit]
+        found = _within(net, found, settings.max_bytes, itemsize)
     known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
     best = 0
     if settings.effort == "measure" and backend is not None and len(found) > 1:
@@ -102,6 +98,34 @@ def choose(net: AnyNetwork, settings: Settings, backend: Any = None, kind: Seque
         best = min(range(len(found)), key=lambda at: math.inf if (seconds := measured[at]) is None else seconds)
     others = (*known[:best], *known[best + 1 :])
     return replace(found[best][0], candidates=(known[best], *others), runner=run)
+
+
+def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int) -> list[tuple[Plan, float]]:
+    """The plans that fit a memory limit; if none does, plans that work through an index in as few parts as needed.
+
+    Raises:
+        ValueError: if even the smallest of these does not fit.
+    """
+    fits = [(plan, seconds) for plan, seconds in found if plan.peak_size * itemsize <= limit]
+    if fits:
+        return fits
+    least = min(plan.peak_size for plan, _ in found)
+    for index in sliceable(net):
+        size = net.sizes[index] or 0
+        for strategy in STRATEGIES:
+            parts = 2
+            while True:
+                plan = lower_sliced(net, strategy, index, parts)
+                least = min(least, plan.peak_size)
+                if plan.peak_size * itemsize <= limit:
+                    fits.append((plan, estimate(plan, machine(), itemsize)))
+                    break
+                if parts == size:
+                    break
+                parts = min(2 * parts, size)
+    if not fits:
+        raise ValueError(f"max_bytes is {limit}, but the smallest plan needs {least * itemsize} bytes")
+    return sorted(fits, key=lambda pair: pair[1])
 
 
 def measure(plans: Sequence[Plan], estimates: Sequence[float], backend: Any, kind: Sequence[Any]) -> list[float | None]:

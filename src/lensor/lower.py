@@ -7,6 +7,7 @@ the contractions to opt_einsum.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +198,7 @@ class _Lowering:
         if any(other is not node and set(i) & set(indices_of(other)) for other in self.patterns):
             return None
         holders = [tensor for tensor in self.tensors if set(i) & set(tensor.indices)]
-        fits = all(set(i) <= set(tensor.indices) and not set((*o, *k)) & set(tensor.indices) for tensor in holders)
+        fits = all(set(i) <= set(tensor.indices) and not {*o, *k} & set(tensor.indices) for tensor in holders)
         return holders if holders and fits else None
 
     def gather(self, node: Pattern) -> bool:
@@ -319,9 +320,9 @@ class _Lowering:
             elsewhere = any(inner & set(tensor.indices) for tensor in others) or any(
                 inner & set(indices_of(other)) for other in self.patterns if other not in own
             )
-            if len(set(legs)) == len(legs) and not elsewhere and not inner & set(self.open):
-                if not set((*k, *twin.legs[2])) & set((*one.indices, *two.indices)):
-                    pairs.append((node, twin))
+            apart = len(set(legs)) == len(legs) and not {*k, *twin.legs[2]} & {*one.indices, *two.indices}
+            if apart and not elsewhere and not inner & set(self.open):
+                pairs.append((node, twin))
         if not pairs:
             return False
         taken = [node for pair in pairs for node in pair]
@@ -387,9 +388,9 @@ class _Lowering:
         for number, leg in enumerate(legs):
             holders = [tensor for tensor in self.tensors if set(leg) & set(tensor.indices)]
             others = any(other is not node and set(leg) & set(indices_of(other)) for other in self.patterns)
-            if len(holders) == 1 and set(leg) <= set(holders[0].indices) and not others:
-                if not set(leg) & set(self.open):
-                    ends.append((holders[0], number))
+            summed = not others and not set(leg) & set(self.open)
+            if summed and len(holders) == 1 and set(leg) <= set(holders[0].indices):
+                ends.append((holders[0], number))
         if len(ends) != 2 or ends[0][0] is ends[1][0]:
             return None
         free = legs[3 - ends[0][1] - ends[1][1]]
@@ -671,7 +672,7 @@ def lower_sliced(net: AnyNetwork, strategy: Strategy, index: str, parts: int) ->
     bounds = [size * at // parts for at in range(parts + 1)]
     program = Program()
     values = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         piece = net.narrow(index, low, high - low)
         values.append(_lower_terms(program, piece.simplify() if strategy.simplified else piece, strategy))
         if index not in net.output_indices and len(values) > 1:

@@ -244,7 +244,7 @@ def contraction(subscripts: str, *operands: str | IndexPattern, **sizes: int) ->
 
     Args:
         subscripts: as `lensor.einsum` takes them.
-        operands: for each operand its name, an IndexPattern, `"δ"` (or `"delta"`) for a Kronecker delta, `"1"` for ones.
+        operands: for each operand its name, an IndexPattern, `"δ"` or `"delta"` (Kronecker delta), `"1"` (ones).
         sizes: sizes of indices that no pattern tells; the others are bound when the network is planned.
 
     Example:
@@ -316,7 +316,7 @@ def format_legs(legs: Iterable[Group]) -> str:
 
 
 def _pattern_names(terms: Sequence[Network]) -> dict[tuple, str]:
-    """Names Π1, Π2, ... for the patterns of all terms; copies that differ only by `_` behind their indices share one."""
+    """Names Π1, Π2, ... for all patterns; copies that differ only by `_` behind their indices share one."""
     names: dict[tuple, str] = {}
     for term in terms:
         for node in term.nodes:

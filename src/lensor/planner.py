@@ -42,7 +42,7 @@ class Settings:
             raise ValueError(f"max_bytes must be at least 1, found {self.max_bytes}")
 
 
-_settings: ContextVar[Settings] = ContextVar("lensor.planning", default=Settings())
+_settings: ContextVar[Settings] = ContextVar("lensor.planning", default=Settings())  # noqa: B039  (frozen)
 
 
 def current() -> Settings:

@@ -38,6 +38,7 @@ class Runnable:
         self.unchecked = _compiled(plan, backend)
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
+        """Check the operands and run."""
         if len(operands) != len(self.names) or any(name not in operands for name in self.names):
             require_operands(self.names, operands)
         arrays = [operands[name] for name in self.names]

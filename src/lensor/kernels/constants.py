@@ -11,7 +11,7 @@ _kept = Cache(maxsize=256)
 
 
 def materialize_summed(pattern: IndexPattern, summed: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The pattern summed over some legs (0: i, 1: o, 2: k) as a read-only array; only [O, K] is ever formed for sums."""
+    """The pattern summed over some legs (0: i, 1: o, 2: k) as a read-only array; sums form only [O, K]."""
     return _kept.get_or_make((pattern, summed, dtype), lambda: _make(pattern, summed, dtype))
 
 

@@ -109,7 +109,7 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
         return x @ x.mT
     out = x.new_empty((*x.shape[:-1], size))
     bounds = [size * at // blocks for at in range(blocks + 1)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         out[..., low:high, :high] = x[..., low:high, :] @ x[..., :high, :].mT
         out[..., :low, low:high] = out[..., low:high, :low].mT
     return out
@@ -151,7 +151,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         return torch.cat(parts, -1)
 
     def patch_gram(x: torch.Tensor) -> torch.Tensor:
-        n, g, c, *sizes = x.shape
+        _n, g, c, *sizes = x.shape
         x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *I, c]
         behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
         rows = torch.nn.functional.pad(x, behind).reshape(g, -1, c)

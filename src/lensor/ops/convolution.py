@@ -8,7 +8,7 @@ from lensor.spec import ConvSpec
 
 
 def conv(spec: ConvSpec) -> AnyNetwork:
-    """Convolution, or transposed convolution: X [n, c_in, *input_size], W (torch's layout), b -> [n, c_out, *output_size].
+    """Convolution, or transposed convolution: X [n, c_in, *I], W in torch's layout, b -> [n, c_out, *O].
 
     Table 1 of the paper: `n (g c_in) i, i o k, (g c_out) c_in k -> n (g c_out) o`, plus the bias on every position.
 

@@ -1,4 +1,4 @@
-"""Curvature: Kronecker factors, GGN diagonals, blocks and Gram matrices, Hessian backpropagation (§3.3 of the paper)."""
+"""Curvature: Kronecker factors, GGN diagonals, blocks and Gram matrices, Hessian backpropagation (paper, §3.3)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def kfac_input_factor(spec: ConvSpec, approx: str = "expand", *, bias: bool = Fa
     positions = Legs(spec).positions[1]
     share = ["n", "g", *(positions if approx == "expand" else [])]
     gram = patches.merge(patches, share=share, output=f"g ({' '.join(rows)}) ({' '.join(_copies(rows))})")
-    averaged = {index: -2 for index in positions} if approx == "reduce" else {}
+    averaged = dict.fromkeys(positions, -2) if approx == "reduce" else {}
     return gram.scaled(1, {"n": -1, **averaged})
 
 
@@ -90,7 +90,7 @@ def kfac_input_root(spec: ConvSpec) -> Network:
     patches, rows = _patches(spec)
     positions = Legs(spec).positions[1]
     root = patches.replace(output=(("g",), ("n",), tuple(rows)))
-    return root.scaled(1, {index: -1 for index in positions})
+    return root.scaled(1, dict.fromkeys(positions, -1))
 
 
 def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
@@ -113,7 +113,7 @@ def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
     vectors = Network.make([operand], operand.legs, {**legs.sizes, "v": None})
     share = ["v", "n", "g", *(positions if approx == "expand" else [])]
     gram = vectors.merge(vectors, share=share, output=f"g {channel} {channel}_")
-    return gram.scaled(1, {index: -1 for index in positions}) if approx == "expand" else gram
+    return gram.scaled(1, dict.fromkeys(positions, -1)) if approx == "expand" else gram
 
 
 def _per_example_roots(spec: ConvSpec) -> Network:
@@ -122,7 +122,7 @@ def _per_example_roots(spec: ConvSpec) -> Network:
 
 
 def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
-    """The diagonal of the weight's GGN: X, S [v, n, c_out, *output_size] -> weight shape, per example [n, *weight shape].
+    """The diagonal of the weight's GGN: X, S [v, n, c_out, *O] -> weight shape, or [n, *weight shape].
 
     `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: entries of
     Jᵀ S squared and summed over v and n.

@@ -315,9 +315,9 @@ def crop_input(net: Network) -> Network | None:
                 continue
             if not _apart((j, o, k)):
                 continue
-            if pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size:
-                if (pattern.reads() >= 0).all():
-                    continue  # both are crops: the shorter is taken into the longer
+            longer = pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size
+            if longer and (pattern.reads() >= 0).all():
+                continue  # both are crops: the shorter is taken into the longer
             shorter = IndexPattern(
                 crop.output_size,
                 pattern.kernel_size,
@@ -334,7 +334,7 @@ def crop_input(net: Network) -> Network | None:
 def two_shared_legs(net: Network) -> Network | None:
     """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'], for any two shared legs; in other padding modes only for (o,k)."""
     found = list(_patterns(net))
-    for a, (one, pattern, legs) in enumerate(found):
+    for a, (_one, pattern, legs) in enumerate(found):
         for two, other, others in found[a + 1 :]:
             if pattern.normalize() != other.normalize():
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from lensor.network import Delta, Group, Network, Ones, Scale, indices_of
@@ -64,7 +65,7 @@ def merge_parallel(net: Network) -> Network | None:
     legs += net.output
     fixed = {index for node in net.nodes if isinstance(node, (Delta, Ones)) for index in indices_of(node)}
     fixed |= {index for index, _ in net.scale.powers}
-    pairs = dict.fromkeys((a, b) for leg in legs for a, b in zip(leg, leg[1:], strict=False))
+    pairs = dict.fromkeys((a, b) for leg in legs for a, b in itertools.pairwise(leg))
     for first, second in pairs:
         sizes = net.sizes[first], net.sizes[second]
         if first == second or first in fixed or second in fixed or sizes[0] is None or sizes[1] is None:

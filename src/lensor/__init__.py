@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lensor import functional, ops
 from lensor.cache import clear_caches
-from lensor.cost import Machine, machine
+from lensor.cost import Machine, calibrate, machine
 from lensor.errors import LensorError, NetworkError, SubscriptsError
 from lensor.execute import einsum
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Sum
@@ -51,6 +51,7 @@ __all__ = [
     "Scale",
     "SubscriptsError",
     "Sum",
+    "calibrate",
     "clear_caches",
     "contraction",
     "einsum",

@@ -1,0 +1,95 @@
+"""Worked examples of the simplification rules, as data: `lensor rules` makes docs/simplification.md of them.
+
+An example is an operation (by its name in `lensor.ops`), a convolution and perhaps transformations, or a network in
+text form. Nothing here is evaluated; `lensor.rules` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One network to simplify.
+
+    Args:
+        operation: a name in `lensor.ops`, or a network as text that tells its sizes and patterns.
+        spec: (in_channels, out_channels, input_size, kernel_size); empty for text.
+        hyper: the spec's other parameters.
+        then: transformations, each a name and its arguments.
+        arguments: the operation's other arguments.
+    """
+
+    operation: str
+    spec: tuple[int, ...] = ()
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    then: tuple[tuple[Any, ...], ...] = ()
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def code(self) -> str:
+        """The example as Python."""
+        if not self.spec:
+            return f"parse({self.operation!r})"
+        spec = ", ".join([*map(str, self.spec), *(f"{name}={value!r}" for name, value in self.hyper.items())])
+        more = "".join(f", {value!r}" for value in self.arguments)
+        calls = "".join(f".{name}({', '.join(map(repr, values))})" for name, *values in self.then)
+        return f"ops.{self.operation}(ConvSpec({spec}){more}){calls}"
+
+
+RULE_EXAMPLES: Mapping[str, Example] = {
+    "index of size 1 squeezed": Example("conv", (4, 8, 9, 1), {"groups": 2}),
+    "delta contracted": Example("X[n a] δ[a b] -> n b where n=8, a=3, b=3"),
+    "ones dropped": Example("X[n i] 1[i] 1[j] -> n where n=8, i=3, j=5"),
+    "parallel indices merged": Example("X[n (g c) i] W[(g c)] -> n i (g c) where n=8, g=2, c=3, i=5"),
+    "irrelevant parameters normalised": Example("unfold", (2, 3, 8, 1), {"dilation": 2, "padding": 1}),
+    "one output position: kernel and output swapped": Example("conv", (4, 8, 8, 8), {"padding": 1, "stride": 3}),
+    "one input position: read the other way round": Example("fold", (2, 3, 8, 2), then=(("select", "i1", 7),)),
+    "one position of a group: one position of each of its indices": Example(
+        "fold", (2, 3, 8, 2), then=(("select", "i1", 7),)
+    ),
+    "pattern at one position of a leg": Example("unfold", (2, 3, 8, 3), then=(("select", "o1", 2),)),
+    "one position of a shared index: one of each holder's own": Example(
+        "hessian_diagonal_input", (2, 3, 8, 2), then=(("select", "i1", 0),)
+    ),
+    "pattern that reads nothing: the network is zero": Example(
+        "fold", (2, 3, 8, 1), {"stride": 2}, then=(("select", "i1", 7),)
+    ),
+    "identity pattern contracted": Example("conv", (4, 8, 8, 1)),
+    "selection of positions composed with a pattern": Example(
+        "unfold", (2, 3, 8, 3), {"padding": 1}, then=(("slice", "o1", 0, 8, 2),)
+    ),
+    "padding or cropping composed with a pattern": Example(
+        "unfold", (2, 3, 9, 3), {"stride": 3, "padding": 1, "padding_mode": "circular"}
+    ),
+    "crop of the input taken into the pattern": Example(
+        "fold", (2, 3, 8, 3), {"padding": 1}, then=(("narrow", "i1", 2, 4),)
+    ),
+    "two patterns that share two legs": Example("hessian_diagonal_input", (2, 3, 8, 3)),
+    "pattern and one position of itself": Example("hessian_diagonal_input", (2, 3, 8, 2), then=(("select", "k1", 0),)),
+    "leg sum that is constant": Example("Π1[i o k] W[c k] -> c o where Π1=IndexPattern(8, 3), c=4"),
+    "selection summed over its input: a mask": Example(
+        "Π1[i o ()] V[n o] -> n where Π1=IndexPattern(8, 1, stride=2, padding=1), n=8"
+    ),
+    "padding mode split from its pattern": Example("conv", (4, 8, 8, 3), {"padding": 1, "padding_mode": "reflect"}),
+    "common divisor of stride and dilation taken out": Example("conv", (4, 8, 9, 3), {"stride": 2, "dilation": 2}),
+    "dense or block pattern into regrouping": Example("conv", (4, 8, 9, 3), {"stride": 3}),
+    "dense or block pattern after the swap into regrouping": Example("conv", (4, 8, 9, 3), {"dilation": 3}),
+}
+"""For each rule, by its name, a network on which it fires."""
+
+CASES: Mapping[str, Example] = {
+    "K=1, S=2, odd I": Example("conv", (4, 8, 9, 1), {"stride": 2}),
+    "K=1, S=2, P=1": Example("conv", (4, 8, 8, 1), {"stride": 2, "padding": 1}),
+    "K=1, D=2": Example("conv", (4, 8, 8, 1), {"dilation": 2}),
+    "K=I, S=1": Example("conv", (4, 8, 8, 8)),
+    "K=2, S=2, I=9": Example("conv", (4, 8, 9, 2), {"stride": 2}),
+    "K=2, S=3, I=8": Example("conv", (4, 8, 8, 2), {"stride": 3}),
+    "K=4, S=2": Example("conv", (4, 8, 8, 4), {"stride": 2}),
+    "K=1, S=2, input VJP": Example("input_vjp", (4, 8, 9, 1), {"stride": 2}),
+    "KFAC-reduce, Π summed over o": Example("kfac_input_factor", (4, 8, 8, 3), {"padding": 1}, arguments=("reduce",)),
+}
+"""Cases that need more than dense and down-sampling patterns whose sizes divide."""

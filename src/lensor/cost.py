@@ -109,7 +109,7 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
         case s.PatchGram():
             return constants.products * min(1.0, shapes[0][2] / 16)
         case s.Convolution(kind="weight_grad", groups=groups):
-            return constants.convolutions * min(0.8, shapes[0][1] / groups / 16)
+            return constants.convolutions * min(0.8, shapes[0][1] / max(groups, 1) / 16)
         case s.Convolution(groups=groups):
             return (
                 constants.convolutions

@@ -419,6 +419,8 @@ class _Lowering:
         if len(legs) < len(ties):
             return False
         g, c, f1, f2 = (math.prod(self.shape(indices)) for indices in (group, inner, free_one, free_two))
+        if 0 in (g, c, f1, f2):
+            return False  # frameworks differ in what they take for empty arrays
         first_legs = [index for leg in legs for index in leg.first]
         second_legs = [index for leg in legs for index in leg.second]
         sizes_one = [math.prod(self.shape(leg.first)) for leg in legs]

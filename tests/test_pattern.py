@@ -419,3 +419,11 @@ def test_the_limits_of_modes_are_those_of_torch(mode: str, padding: int) -> None
                 IndexPattern(5, 2, padding=sides, padding_mode=mode)
         else:
             assert IndexPattern(5, 2, padding=sides, padding_mode=mode).output_size == 4 + padding
+
+
+def test_symmetry_is_that_of_the_materialized_pattern() -> None:
+    for pattern in (IndexPattern(8, 3, padding=1), IndexPattern(9, 3, stride=2), IndexPattern(8, 3, stride=2)):
+        dense = pattern.materialize()
+        assert pattern.is_symmetric == np.array_equal(dense, dense[::-1, ::-1, ::-1])
+    assert IndexPattern(8, 3, padding=1).is_symmetric
+    assert not IndexPattern(8, 3, padding=(2, 0)).is_symmetric

@@ -359,6 +359,11 @@ class IndexPattern:
             left, right = left + shift, max(0, right - shift)
         return self._replace(padding=(left, right))
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the pattern is its own mirror image: reversing all three legs changes nothing (rule 14)."""
+        return bool(np.array_equal(self.flip().reads(), self.reads()))
+
     def normalize(self) -> IndexPattern:
         """The same pattern in normal form: what makes no difference is set to a value of its own (rules 7, 8).
 

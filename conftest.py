@@ -1,4 +1,4 @@
-"""Runs the examples in README.md and in the docstrings of the package."""
+"""Runs the examples in README.md, in docs/ and in the docstrings of the package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from sybil.sybil import SybilCollection
 
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 
-readme = Sybil(parsers=[PythonCodeBlockParser(doctest_optionflags=FLAGS), SkipParser()], patterns=["README.md"])
+pages = Sybil(
+    parsers=[PythonCodeBlockParser(doctest_optionflags=FLAGS), SkipParser()], patterns=["README.md", "docs/*.md"]
+)
 docstrings = Sybil(
     parsers=[DocTestParser(FLAGS)],
     patterns=["src/**/*.py"],
     document_types={".py": PythonDocStringDocument},
 )
-pytest_collect_file = SybilCollection([readme, docstrings]).pytest()
+pytest_collect_file = SybilCollection([pages, docstrings]).pytest()
 
 
 @pytest.hookimpl(optionalhook=True)

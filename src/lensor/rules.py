@@ -136,9 +136,9 @@ def _lines() -> Iterator[str]:
     yield "## Cases beyond dense and down-sampling\n"
     yield (
         "Convolutions that simplify although their sizes do not divide, their padding is not 0, or their output index"
-        " is open. Where a pattern of kernel size over 1 is left, no rule makes the network cheaper, and the planner chooses"
-        " how to evaluate it: Π is never an array where windows or a convolution do, and where nothing else needs o, as"
-        " in KFAC-reduce, it is summed over o before it meets X.\n"
+        " is open. Where a pattern of kernel size over 1 is left, no rule makes the network cheaper, and the planner"
+        " chooses how to evaluate it: by views, by a convolution, or as an array that, where nothing else needs o, as"
+        " in KFAC-reduce, is summed over o before it meets X.\n"
     )
     yield _row("case", "network", "simplified", "rules that fired", "flops before", "flops after")
     yield _row("---", "---", "---", "---", "---:", "---:")

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,15 @@ def run_chunk(seed: int, cases: Sequence[int]) -> list[Result]:
 
 
 def _start_worker() -> None:
+    """One thread for torch, and no worker left behind if the sweep is killed."""
     torch.set_num_threads(1)
+    if parent := parent_process():
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 # ----------------------------------------------------------------------------------------------------- the whole sweep
@@ -260,7 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"results go to {path}")
     state = State(path, options.seed)
     sweep(state, options.seed, options.cases, options.workers, options.minutes)
-    return report([state.results[k] for k in sorted(state.results) if k < options.cases], options.cases, options.seed)
+    results = [state.results[k] for k in sorted(state.results) if k < options.cases]
+    status = report(results, options.cases, options.seed)
+    if len(results) < options.cases:
+        print(f"time is out; go on with --seed {options.seed} --cases {options.cases} --resume {path}")
+    return status
 
 
 if __name__ == "__main__":

@@ -136,8 +136,11 @@ class _Lowering:
 
     # ------------------------------------------------------------------ the stages
     def run(self) -> int:
+        held = {index for node in self.term.nodes if not isinstance(node, Ones) for index in indices_of(node)}
         for node in self.term.nodes:
-            self.take(node)
+            if not (isinstance(node, Ones) and node.index in held):
+                self.take(node)
+                held |= {node.index} if isinstance(node, Ones) else set()
         if self.strategy.convolutions and not self.strategy.simplified:
             self.apply_convolutions()
         self.apply_selections()

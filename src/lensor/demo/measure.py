@@ -113,11 +113,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
-def peak_bytes(call: Call) -> int:
-    """The most bytes alive at once in torch's allocator during a call, beyond those alive before it."""
+def peak_bytes(call: Call) -> tuple[int, torch.Tensor]:
+    """The most bytes alive at once in torch's allocator during a call, beyond those alive before it; its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    del result
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -127,7 +126,7 @@ def peak_bytes(call: Call) -> int:
     for event in sorted(changes, key=lambda event: event["ts"]):
         alive += event["args"]["Bytes"]
         peak = max(peak, alive)
-    return peak
+    return peak, result
 
 
 def times(one: Call, two: Call, seconds: float, least: int = 5, most: int = 40) -> tuple[Times, Times]:
@@ -158,7 +157,8 @@ def compare(layer: Layer, x: torch.Tensor, approx: str, seconds: float, least: i
 
     with torch.no_grad():
         lensor.clear_caches()
-        peaks = peak_bytes(mine), peak_bytes(theirs)
-        error = relative_error(mine(), theirs())  # and the warm-up
+        (lensor_peak, found), (standard_peak, expected) = peak_bytes(mine), peak_bytes(theirs)  # and the warm-up
+        error = relative_error(found, expected)
+        del found, expected
         one, two = times(mine, theirs, seconds, least)
-    return Comparison(layer, approx, error, one, two, *peaks)
+    return Comparison(layer, approx, error, one, two, lensor_peak, standard_peak)

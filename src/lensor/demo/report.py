@@ -29,8 +29,8 @@ def pairs(comparisons: Sequence[Comparison]) -> list[Pair]:
 def setting_line(settings: Settings) -> str:
     """What was measured, and on what."""
     return (
-        f"batch {settings.batch}, photographs of {settings.size}×{settings.size} pixels, float32, CPU, "
-        f"{settings.threads} threads of {os.cpu_count()}, torch {torch.__version__}, {platform.machine()}"
+        f"batch {settings.batch}, photographs of {settings.size}×{settings.size} pixels, float32, "
+        f"threads {settings.threads}, CPUs {os.cpu_count()}, torch {torch.__version__}, {platform.machine()}"
     )
 
 

@@ -51,7 +51,7 @@ def make_app() -> Any:
         out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("demo-output"),
         batch: Annotated[int, typer.Option(min=1, help="Number of photographs.")] = 8,
         size: Annotated[int, typer.Option(min=32, help="Their height and width in pixels.")] = 128,
-        threads: Annotated[int, typer.Option(min=1, help="Threads that torch may use; 1 where others use the CPUs too.")] = 2,
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
         seconds: Annotated[float, typer.Option(min=0.0, help="Time for the repeats of one comparison.")] = 0.2,
         model: Annotated[
             list[str] | None,

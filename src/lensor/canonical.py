@@ -51,20 +51,26 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
 
 
 class _Search:
-    def __init__(self, net: Network) -> None:
-        self.net = net
-        self.holders: dict[str, list[Any]] = {index: [] for index in net.sizes}
-        for node in net.nodes:
+    """The smallest key of one connected part of a network."""
+
+    def __init__(self, net: Network, nodes: list[Any], indices: list[str]) -> None:
+        self.nodes, self.indices, self.sizes = nodes, indices, net.sizes
+        self.places = {index: (leg, at) for leg, group in enumerate(net.output) for at, index in enumerate(group)}
+        self.powers = dict(net.scale.powers)
+        self.holders: dict[str, list[Any]] = {index: [] for index in indices}
+        for node in nodes:
             for index in {index for leg in node.legs for index in leg}:
                 self.holders[index].append(node)
         self.best: tuple | None = None
         self.best_order: dict[str, int] = {}
         self.automorphisms: list[dict[str, str]] = []
 
+    def known(self, index: str) -> tuple:
+        """What can be said of an index without names."""
+        return (self.sizes[index], self.places.get(index), self.powers.get(index, 0))
+
     def start(self) -> dict[str, int]:
-        places = {index: (leg, at) for leg, group in enumerate(self.net.output) for at, index in enumerate(group)}
-        powers = dict(self.net.scale.powers)
-        return _ranked({index: (size, places.get(index), powers.get(index, 0)) for index, size in self.net.dimensions})
+        return _ranked({index: self.known(index) for index in self.indices})
 
     def refine(self, colour: dict[str, int]) -> dict[str, int]:
         classes = len(set(colour.values()))
@@ -93,14 +99,10 @@ class _Search:
         return colour
 
     def certificate(self, colour: dict[str, int]) -> tuple:
-        net = self.net
-        sizes = tuple(size for _, size in sorted((colour[index], size) for index, size in net.dimensions))
+        by_rank = sorted(self.indices, key=colour.__getitem__)
         return (
-            tuple(tuple(colour[index] for index in leg) for leg in net.output),
-            tuple(sorted((_encode(node, colour) for node in net.nodes), key=repr)),
-            sizes,
-            net.scale.factor,
-            tuple(sorted((colour[index], power) for index, power in net.scale.powers)),
+            tuple(sorted((_encode(node, colour) for node in self.nodes), key=repr)),
+            tuple(self.known(index) for index in by_rank),
         )
 
     def descend(self, colour: dict[str, int], fixed: tuple[str, ...]) -> None:
@@ -143,9 +145,37 @@ class _Search:
         return orbit
 
 
-def canonical_form(net: Network) -> tuple:
-    """The smallest key of a network over all consistent numberings of its indices."""
-    search = _Search(net)
-    search.descend(search.start(), ())
-    assert search.best is not None
-    return search.best
+def _parts(net: Network) -> list[tuple[list[Any], list[str]]]:
+    """Nodes and indices of each connected part; nodes without indices are parts of their own."""
+    parts: list[tuple[list[Any], list[str]]] = []
+    for node in net.nodes:
+        nodes, indices = [node], list(dict.fromkeys(index for leg in node.legs for index in leg))
+        rest = []
+        for others, held in parts:
+            if set(held) & set(indices):
+                nodes, indices = others + nodes, list(dict.fromkeys(held + indices))
+            else:
+                rest.append((others, held))
+        parts = [*rest, (nodes, indices)]
+    held = {index for _, indices in parts for index in indices}
+    return parts + [([], [index]) for index in net.sizes if index not in held]
+
+
+def canonical_form(net: Network) -> tuple[tuple, dict[str, int]]:
+    """The smallest key of a network over all consistent numberings of its indices, and the numbering.
+
+    Connected parts are numbered one by one and sorted, so that many equal parts cost no more than one each.
+    """
+    found = []
+    for nodes, indices in _parts(net):
+        search = _Search(net, nodes, indices)
+        search.descend(search.start(), ())
+        assert search.best is not None
+        found.append((repr(search.best), search.best, search.best_order))
+    found.sort(key=lambda part: part[0])
+    order: dict[str, int] = {}
+    for _, _, numbers in found:
+        for index in sorted(numbers, key=numbers.__getitem__):
+            order[index] = len(order)
+    shape = tuple(len(leg) for leg in net.output)
+    return (tuple(key for _, key, _ in found), shape, net.scale.factor), order

@@ -236,7 +236,7 @@ class _Lowering:
     def put_off(self, node: Pattern) -> bool:
         """Put a selection into the output off until everything is contracted."""
         pattern, (i, o, _) = node.pattern, node.legs
-        if pattern.padding_mode != "zeros" or pattern.is_zero or not i or not o:
+        if pattern.padding_mode != "zeros" or pattern.is_zero or not i or not o or len({*i, *o}) < len((*i, *o)):
             return False
         others = [other for other in self.patterns if other is not node]
         inside = any(set(i) & set(tensor.indices) for tensor in self.tensors)
@@ -329,6 +329,9 @@ class _Lowering:
         if not pairs:
             return False
         taken = [node for pair in pairs for node in pair]
+        flat = [index for node, twin in pairs for leg in (*node.legs, twin.legs[0], twin.legs[2]) for index in leg]
+        if len(set(flat)) < len(flat):
+            return False
         spatial = [index for node, _ in pairs for index in node.legs[0]]
         patterns = [node for node in self.patterns if all(node is not other for other in taken)]
         tensors = [tensor for tensor in self.tensors if tensor is not one and tensor is not two]
@@ -376,6 +379,9 @@ class _Lowering:
             ends = self.ends(other)
             if ends is not None and [end[0] for end in ends] == [one, two]:
                 same.append((other, ends[0][1], ends[1][1]))
+        flat = [index for other, *_ in same for leg in other.legs for index in leg]
+        if len(set(flat)) < len(flat):
+            return None
         third = {3 - leg_one - leg_two}
         if any(3 - first - second not in third for _, first, second in same if 0 in third) or len(same) > 3:
             return None
@@ -696,7 +702,7 @@ def sliceable(net: AnyNetwork) -> list[str]:
         index
         for index in known
         if (known[index] or 0) > 1
-        and all(index in term.sizes for term in net.terms)
+        and all(term.sizes.get(index) == known[index] for term in net.terms)
         and (index in leading or index not in net.output_indices)
     ]
     return sorted(fits, key=lambda index: (-(known[index] or 0), index))

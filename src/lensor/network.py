@@ -248,7 +248,8 @@ class Network(Verbs):
         missing = used - set(sizes)
         if missing:
             raise NetworkError(f"no size given for index {sorted(missing)[0]!r}; sizes are known for {sorted(sizes)}")
-        return Network(nodes, output, tuple(sorted((index, sizes[index]) for index in used)), scale, trace)
+        known = tuple(sorted((index, sizes[index]) for index in used))
+        return Network(nodes, output, known, scale.bind(sizes), trace)
 
     # ------------------------------------------------------------------ reading it
     @cached_property
@@ -375,6 +376,15 @@ class Network(Verbs):
     @cached_property
     def canonical(self) -> tuple:
         """A key that is the same for all networks that are equal up to names and order."""
+        return self._canonical[0]
+
+    @property
+    def canonical_order(self) -> dict[str, int]:
+        """The number of every index in the canonical form."""
+        return self._canonical[1]
+
+    @cached_property
+    def _canonical(self) -> tuple[tuple, dict[str, int]]:
         return canonical_form(self)
 
     @cached_property
@@ -491,7 +501,15 @@ class Sum(Verbs):
     @cached_property
     def canonical(self) -> tuple:
         """A key that is the same for all sums that are equal up to names and order."""
-        return ("sum", *sorted((term.canonical for term in self.terms), key=repr))
+        keys = [term.canonical for term in self.terms]
+        # A size that one term tells may hold for others by name: which indices of which terms share it.
+        shared: dict[str, list[str]] = {}
+        for term, key in zip(self.terms, keys, strict=True):
+            for index in term.inner_indices:
+                if term.sizes[index] is None:
+                    shared.setdefault(index, []).append(repr((key, term.canonical_order[index])))
+        ties = sorted(tuple(sorted(places)) for places in shared.values() if len(places) > 1)
+        return ("sum", tuple(sorted(keys, key=repr)), tuple(ties))
 
     @property
     def exact(self) -> tuple:

@@ -46,6 +46,8 @@ class Runnable:
             if tuple(array.shape) != shape:
                 raise ValueError(f"operand {name!r} has shape {tuple(array.shape)}, expected {shape}")
         self.backend.check(arrays, self.names)
+        if arrays and not self.backend.can_run(self.plan.steps, self.backend.kind(arrays[0])):
+            raise TypeError(f"the plan has steps that {self.backend.name} lacks for {arrays[0].dtype}: plan for arrays")
         return self.unchecked(*arrays)
 
 
@@ -75,7 +77,7 @@ def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     result = f"v{plan.result}"
-    lines.append(f"    return {f'copy({result})' if _shares(plan) else result}")
+    lines.append(f"    return {f'copy({result})' if _shares(plan) or not plan.shape else result}")
     exec(compile("\n".join(lines), f"<{plan.name} plan>", "exec"), space)
     return space["call"]
 
@@ -84,8 +86,8 @@ def _shares(plan: Plan) -> bool:
     """Whether the result may be a view of an operand or of a constant, or have repeated entries."""
     step = plan.steps[plan.result]
     while step.is_view and step.takes:
-        if isinstance(step, s.Expand):
-            return True
+        if isinstance(step, (s.Expand, s.Window, s.Diagonal)):
+            return True  # entries that overlap, or that a framework will not let anybody write
         step = plan.steps[step.takes[0]]
     return step.is_view
 

@@ -36,7 +36,7 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
         >>> [firing.rule for firing in net.trace if firing.number == "6"]
         ['dense or block pattern into regrouping', 'dense or block pattern into regrouping']
     """
-    return _simplified.get_or_make(net.exact, lambda: _collect([apply_rules(term) for term in net.terms]))
+    return _simplified.get_or_make((net.exact, net.trace), lambda: _collect([apply_rules(term) for term in net.terms]))
 
 
 def apply_rules(net: Network, shuffle: random.Random | None = None) -> Network:

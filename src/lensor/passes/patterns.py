@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lensor.network import Group, Network, Node, Ones, Operand, Pattern, Scale, indices_of, relabel_node
+from lensor.network import Delta, Group, Network, Node, Ones, Operand, Pattern, Scale, indices_of, relabel_node
 from lensor.passes.rule import RuleList, rule
 from lensor.pattern import IndexPattern
 from lensor.transforms.indices import contract_deltas, equate
@@ -180,6 +180,8 @@ def zero(net: Network) -> Network | None:
     for node in net.nodes:
         if isinstance(node, Operand):
             nodes.append(Operand(node.name, tuple(loose(leg) for leg in node.legs)))
+        elif isinstance(node, Delta) and net.sizes[node.indices[0]] is None:
+            nodes.append(node)  # it tells a size
     output = tuple(loose(leg) for leg in net.output)
     held = {index for node in nodes for index in indices_of(node)}
     nodes += [Ones(index) for leg in output for index in leg if index not in held]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 from lensor.network import Network
 
@@ -21,6 +22,14 @@ class Rule:
     name: str
     number: str
     apply: Callable[[Network], Network | None]
+
+    def __reduce__(self) -> tuple:
+        # The decorator puts the rule where its function was, so the rule is found by the function's name.
+        return _find, (self.apply.__module__, self.apply.__name__)
+
+
+def _find(module: str, name: str) -> Rule:
+    return getattr(import_module(module), name)
 
 
 RuleList = tuple[Rule, ...]

@@ -62,7 +62,8 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
         raise NetworkError(f"block_size must divide the sizes of {first!r} and {second!r}, got {block} for {sizes}")
     outer = net.fresh(f"{first}_block")
     copy = net.fresh(f"{second}_block", [outer])
-    within, within_copy = net.fresh(first, net.sizes), net.fresh(second, net.sizes)
+    within = net.fresh(first, [outer, copy])
+    within_copy = net.fresh(second, [outer, copy, within])
     split = refine(
         net,
         {

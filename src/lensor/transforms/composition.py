@@ -93,6 +93,13 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
         if len(legs) != len(inner.output):
             raise NetworkError(f"operand {operand!r} has {len(legs)} legs, the network has {len(inner.output)}")
         inner = _apart(net, inner)
+        for place, (leg, other) in enumerate(zip(legs, inner.output, strict=True)):
+            sizes = net.group_size(leg), inner.group_size(other)
+            if None not in sizes and sizes[0] != sizes[1]:
+                raise NetworkError(
+                    f"leg {place} of operand {operand!r} has indices {leg} of size {sizes[0]}, "
+                    f"the network's {other} of size {sizes[1]} does not fit"
+                )
         joined = net.replace(
             nodes=(*net.nodes[: at + 1], *inner.nodes, *net.nodes[at + 1 :]),
             scale=net.scale * inner.scale,
@@ -104,13 +111,9 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
         for place in range(len(legs)):
             copies = [node for node in joined.nodes if isinstance(node, Operand) and node.name == mark]
             left, right = copies[0].legs[place], copies[1].legs[place]
-            sizes = joined.group_size(left), joined.group_size(right)
-            tied = None if None not in sizes and sizes[0] != sizes[1] else equate(joined, left, right)
+            tied = equate(joined, left, right)
             if tied is None:
-                raise NetworkError(
-                    f"leg {place} of operand {operand!r} has indices {left} of size {sizes[0]}, "
-                    f"the network's {right} of size {sizes[1]} does not fit"
-                )
+                raise NetworkError(f"leg {place} of operand {operand!r} has groups of other sizes than the network's")
             joined = tied
         rest = [node for node in joined.nodes if not (isinstance(node, Operand) and node.name == mark)]
         held = {index for node in rest for index in indices_of(node)}

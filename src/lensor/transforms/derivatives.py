@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lensor.errors import NetworkError
 from lensor.network import AnyNetwork, Delta, Group, Network, Node, Ones, Operand, indices_of, sum_of
 from lensor.transforms._transform import transform
 from lensor.transforms.indices import contract_deltas
@@ -9,6 +10,11 @@ from lensor.transforms.indices import contract_deltas
 
 def _occurrences(net: Network, name: str) -> list[int]:
     return [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and node.name == name]
+
+
+def _require_new(net: Network, name: str, argument: str) -> None:
+    if name in net.operand_names:
+        raise NetworkError(f"{argument} {name!r} is an operand already; operands are {list(net.operand_names)}")
 
 
 def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...] = ()) -> Network:
@@ -66,8 +72,9 @@ def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
         X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> (g c_out) c_in k1
 
     Raises:
-        NetworkError: if there is no such operand.
+        NetworkError: if there is no such operand, or the new one's name is taken.
     """
+    _require_new(net, cotangent, "cotangent")
     vector = Operand(cotangent, net.output)
     terms = [term for at in _occurrences(net, operand) for term in cut(net, at, (), (vector,)).terms]
     return sum_of(terms) if terms else None
@@ -83,8 +90,9 @@ def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
         T[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_out) o1
 
     Raises:
-        NetworkError: if there is no such operand.
+        NetworkError: if there is no such operand, or the new one's name is taken.
     """
+    _require_new(net, tangent, "tangent")
     terms = []
     for at in _occurrences(net, operand):
         nodes = (*net.nodes[:at], Operand(tangent, net.nodes[at].legs), *net.nodes[at + 1 :])

@@ -74,9 +74,12 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
             continue
         if any(net.sizes[index] != 1 for index in (*a, *b)):
             return None
+        pairs = [(one, other) for one, other in pairs if one != other]
+        sizes = {}
         for one, other in pairs:
-            net = _identify(net, one, other)
-        return net
+            sizes[one] = sizes[other] = net.sizes[one] if net.sizes[one] is not None else net.sizes[other]
+        # All pairs at once: an index may occur in several of them.
+        return contract_deltas(net.replace(nodes=(*net.nodes, *(Delta(pair) for pair in pairs)), sizes=sizes))
 
 
 def _equate_after_split(
@@ -90,19 +93,6 @@ def _equate_after_split(
         tuple(new for index in left for new in swap.get(index, (index,))),
         tuple(new for index in right for new in swap.get(index, (index,))),
     )
-
-
-def _identify(net: Network, one: str, other: str) -> Network:
-    if one == other:
-        return net
-    size = net.sizes[one] if net.sizes[one] is not None else net.sizes[other]
-    sizes = {one: size, other: size}
-    open_ = set(net.output_indices)
-    if one in open_ and other in open_:
-        return net.replace(nodes=(*net.nodes, Delta((one, other))), sizes=sizes)
-    if other in open_:
-        one, other = other, one
-    return net.relabel({other: (one,)}, sizes)
 
 
 def contract_deltas(net: Network) -> Network:

@@ -92,6 +92,8 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         moved = math.prod(plan.shapes[place]) if values[place].copied else 0
         moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
         work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, constants), 1.0)
+        if isinstance(step, s.PatchGram):
+            moved += 6 * math.prod(plan.shapes[place])  # gathering the lags, border corrections, the final order
         calls = 0.25 if not values[place].copied else len(step.lags()) * 2 if isinstance(step, s.PatchGram) else 1
         total += work + moved * itemsize / constants.bytes + calls * constants.call
     return total
@@ -107,7 +109,7 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
             *_, m, k = shapes[0]
             return constants.products * min(1.0, m / 16, max(k / 16, 0.1))
         case s.PatchGram():
-            return constants.products * min(1.0, shapes[0][2] / 16)
+            return 0.7 * constants.products * min(1.0, shapes[0][2] / 16)
         case s.Convolution(kind="weight_grad", groups=groups):
             return constants.convolutions * min(0.8, shapes[0][1] / max(groups, 1) / 16)
         case s.Convolution(groups=groups):

@@ -102,7 +102,8 @@ class _Operation:
             return self.prepare(arrays, options)
         if call is None:
             call = self.prepare(arrays, options)
-            _calls.put(key, call)
+            if not kernels.backend_of(arrays[0]).is_traced(arrays[0]):
+                _calls.put(key, call)  # under tracing nothing is measured: a later call may choose better
         return call
 
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:

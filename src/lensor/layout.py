@@ -62,7 +62,10 @@ def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
     values: list[Value] = []
     for place, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
         own = Value(contiguous(shape), place, not isinstance(step, (s.Input, s.Constant)))
-        if step.is_view and step.takes:
+        if isinstance(step, s.Multiple) and step.owned:
+            before = values[step.takes[0]]
+            own = Value(before.strides, before.source, False)
+        elif step.is_view and step.takes:
             before, old = values[step.takes[0]], shapes[step.takes[0]]
             strides = _view_strides(step, before.strides, old, shape)
             own = own if strides is None else Value(strides, before.source, False)

@@ -1,8 +1,7 @@
 """From a simplified network to a plan: selections become slices and pads, the rest pairwise contractions.
 
-Two candidates are lowered for every network and the one with the lower estimated cost is kept: "windows" reads
-patches as strided views and adds overlapping patches up, "dense" materializes the patterns; both leave the order of
-the contractions to opt_einsum.
+`STRATEGIES` lists the ways: patches as strided views, patterns materialized, the framework's convolutions, lags. All
+leave the order of the remaining contractions to opt_einsum.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ class Strategy:
         convolutions: contract pairs of tensors through patterns by the framework's convolution.
         swapped: as forward convolutions with kernel and output swapped where a weight gradient would do.
         lags: products of patches by lags.
+        late: take sub-tensors of the result at the end, so that equal parts of the network stay equal.
         simplified: lower the simplified network, else the network as it is.
     """
 
@@ -39,6 +39,7 @@ class Strategy:
     convolutions: bool = False
     swapped: bool = False
     lags: bool = False
+    late: bool = False
     simplified: bool = True
 
 
@@ -49,6 +50,7 @@ STRATEGIES = (
     Strategy("convolution, swapped", convolutions=True, swapped=True),
     Strategy("convolution, unsimplified", convolutions=True, simplified=False),
     Strategy("lags", lags=True),
+    Strategy("windows, selections last", late=True),
 )
 """The candidates that are lowered for every network."""
 
@@ -62,12 +64,14 @@ class _Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scatter:
-    """A selection into the output that is carried out after all contractions."""
+class _Late:
+    """A selection that is carried out after all contractions: from one group of the result to another."""
 
     pattern: IndexPattern
-    positions: Group
-    into: Group
+    before: Group
+    after: Group
+    reads: bool
+    """Whether it reads positions of the result, or else puts the result into positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class _Lowering:
         self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
         self.tensors: list[_Tensor] = []
         self.patterns: list[Pattern] = []
-        self.scatters: list[_Scatter] = []
+        self.late: list[_Late] = []
         self.expanded: list[str] = []
         self.open: list[str] = list(term.output_indices)
 
@@ -151,8 +155,8 @@ class _Lowering:
         if self.strategy.windows:
             self.apply_windows()
         result = self.contract()
-        for scatter in reversed(self.scatters):
-            result = self.scatter(result, scatter)
+        for late in reversed(self.late):
+            result = self.select_late(result, late) if late.reads else self.scatter(result, late)
         return self.finish(result)
 
     def take(self, node: Operand | Pattern | Delta | Ones) -> None:
@@ -188,7 +192,9 @@ class _Lowering:
         while progress:
             progress = False
             for node in list(self.patterns):
-                if node.pattern.is_selection and not node.legs[2] and (self.gather(node) or self.put_off(node)):
+                if not node.pattern.is_selection or node.legs[2]:
+                    continue
+                if (self.strategy.late and self.read_late(node)) or self.gather(node) or self.put_off(node):
                     self.patterns.remove(node)
                     progress = True
 
@@ -256,12 +262,37 @@ class _Lowering:
         rest = [index for index in self.open if index not in i]
         at -= sum(index in i for index in self.open[:at])
         self.open = [*rest[:at], *o, *rest[at:]]
-        self.scatters.append(_Scatter(pattern, o, i))
+        self.late.append(_Late(pattern, o, i, reads=False))
         return True
 
-    def scatter(self, tensor: _Tensor, scatter: _Scatter) -> _Tensor:
+    def read_late(self, node: Pattern) -> bool:
+        """Put a sub-tensor of the result off, so that two copies of one part stay one."""
+        pattern, (i, o, _) = node.pattern, node.legs
+        others = [other for other in self.patterns if other is not node]
+        if not i or len({*i, *o}) < len((*i, *o)) or pattern.is_zero or set(i) & set(self.open):
+            return False
+        if not set(o) <= set(self.open) or any(set(o) & set(tensor.indices) for tensor in self.tensors):
+            return False
+        if any(set(o) & set(indices_of(other)) for other in others):
+            return False
+        held = {index for tensor in self.tensors for index in tensor.indices}
+        if not o or not set(i) <= held.union(*(indices_of(other) for other in others)):
+            return False
+        at = self.open.index(o[0])
+        rest = [index for index in self.open if index not in o]
+        at -= sum(index in o for index in self.open[:at])
+        self.open = [*rest[:at], *i, *rest[at:]]
+        self.late.append(_Late(pattern, i, o, reads=True))
+        return True
+
+    def select_late(self, tensor: _Tensor, late: _Late) -> _Tensor:
+        value, axis, rest = self.merged(tensor, late.before)
+        value = self.read(value, axis, late.pattern)
+        return self.ungrouped(value, rest[:axis], late.after, rest[axis:])
+
+    def scatter(self, tensor: _Tensor, scatter: _Late) -> _Tensor:
         pattern = scatter.pattern
-        value, axis, rest = self.merged(tensor, scatter.positions)
+        value, axis, rest = self.merged(tensor, scatter.before)
         low, count = self.valid_positions(pattern)
         if count != pattern.output_size:
             value = self.program.add(s.Slice((value,), axis, low, 1, count))
@@ -271,7 +302,7 @@ class _Lowering:
         right = pattern.input_size - left - self.program.shapes[value][axis]
         if left or right:
             value = self.program.add(s.Pad((value,), axis, left, right))
-        return self.ungrouped(value, rest[:axis], scatter.into, rest[axis:])
+        return self.ungrouped(value, rest[:axis], scatter.after, rest[axis:])
 
     def apply_windows(self) -> None:
         """Read patches as strided views wherever a pattern's input leg is summed and its other legs are used."""
@@ -560,14 +591,7 @@ class _Lowering:
         """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices."""
         pattern, (i, o, k) = node.pattern, node.legs
         summed = set(o) | set(k)
-        if (
-            pattern.padding_mode != "zeros"
-            or not i
-            or not o
-            or not k
-            or summed & needed
-            or set(i) & set(tensor.indices)
-        ):
+        if pattern.padding_mode != "zeros" or not o or not k or summed & needed or set(i) & set(tensor.indices):
             return None
         if not summed <= set(tensor.indices) or len({*i, *o, *k}) < len((*i, *o, *k)):
             return None
@@ -718,8 +742,26 @@ def _pruned(text: str, program: Program, result: int, name: str) -> Plan:
             todo += program.steps[place].takes
     kept = sorted(needed)
     new = {place: at for at, place in enumerate(kept)}
-    steps = tuple(_moved(program.steps[place], new) for place in kept)
-    return Plan(text, steps, tuple(program.shapes[place] for place in kept), new[result], name)
+    steps = [_moved(program.steps[place], new) for place in kept]
+    shapes = tuple(program.shapes[place] for place in kept)
+    for at, step in enumerate(steps):
+        if isinstance(step, s.Multiple) and _is_owned(steps, step.takes[0], at, new[result]):
+            steps[at] = replace(step, owned=True)
+    return Plan(text, tuple(steps), shapes, new[result], name)
+
+
+def _is_owned(steps: Sequence[s.Step], value: int, user: int, result: int) -> bool:
+    """Whether a value was computed for one user alone: no operand or pattern, and only this user sees it."""
+    while True:
+        users = [at for at, step in enumerate(steps) if value in step.takes]
+        if users != [user] or value == result:
+            return False
+        step = steps[value]
+        if not step.is_view:
+            return not isinstance(step, s.Fill)
+        if not step.takes or isinstance(step, (s.Expand, s.Window, s.Diagonal)):
+            return False
+        user, value = value, step.takes[0]
 
 
 def _moved(step: s.Step, new: dict[int, int]) -> s.Step:

@@ -85,7 +85,7 @@ class Plan:
         result: the place of the result.
         name: the strategy that made it.
         candidates: every plan that was considered, with its estimated and measured time.
-        runner: makes a function of the operands from the plan for the arrays' backend.
+        runner: runs the plan on operands by name.
     """
 
     subscripts: str

@@ -22,6 +22,12 @@ _HOPELESS = 5.0
 
 _REPEATS = 7
 
+_SLICED = 4
+"""A memory limit is met by slicing one of this many indices, the largest."""
+
+_PARTS = 64
+"""No index is worked through in more parts than this."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -110,8 +116,10 @@ def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsi
     if fits:
         return fits
     least = min(plan.peak_size for plan, _ in found)
-    for index in sliceable(net):
-        size = net.sizes[index] or 0
+    result = math.prod(found[0][0].shape)
+    # The result itself counts: nothing helps where it is too large.
+    for index in sliceable(net)[:_SLICED] if result * itemsize <= limit else ():
+        size = min(net.sizes[index] or 0, _PARTS)
         for strategy in STRATEGIES:
             parts = 2
             while True:

@@ -439,6 +439,8 @@ class Multiple(Step):
 
     name: ClassVar[str] = "scale"
     factor: Fraction
+    owned: bool = False
+    """Whether nothing else looks at the array, so that it may be scaled in place."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]

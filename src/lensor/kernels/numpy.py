@@ -34,6 +34,14 @@ def _stuff(step: s.Stuff) -> Callable[[np.ndarray], np.ndarray]:
     return stuff
 
 
+def _multiple(step: s.Multiple) -> Callable[[np.ndarray], np.ndarray]:
+    def multiple(x: np.ndarray) -> np.ndarray:
+        factor = x.dtype.type(float(step.factor))
+        return np.multiply(x, factor, out=x) if step.owned and x.flags.writeable else x * factor
+
+    return multiple
+
+
 def _slice(step: s.Slice) -> Callable[[np.ndarray], np.ndarray]:
     stop = step.start + (step.count - 1) * step.step + 1
     where = (*[slice(None)] * step.axis, slice(step.start, stop, step.step))
@@ -151,7 +159,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
     s.Convolution: _convolution,
     s.Add: lambda step: np.add,
-    s.Multiple: lambda step: lambda x: x * x.dtype.type(float(step.factor)),
+    s.Multiple: _multiple,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,26 @@ from lensor.kernels.constants import materialize_summed
 _constants = Cache(maxsize=256)
 
 
+def _kept(key: Hashable, like: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A tensor that is made once for a device; made anew where a mode would get into it (fake tensors, tracing)."""
+    key = (key, like.device)
+    if type(like) not in (torch.Tensor, torch.nn.Parameter) or not _plain(like):
+        return make().to(like.device)
+
+    def settled() -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return make().to(like.device)
+
+    return _constants.get_or_make(key, settled)
+
+
 def _constant(step: s.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
     def constant(like: torch.Tensor) -> torch.Tensor:
-        key = (step.pattern, step.summed, like.dtype, like.device)
-
         def make() -> torch.Tensor:
-            with torch.inference_mode(False):
-                array = materialize_summed(step.pattern, step.summed, np.dtype(np.float64))
-                return torch.tensor(array).to(device=like.device, dtype=like.dtype)
+            array = materialize_summed(step.pattern, step.summed, np.dtype(np.float64))
+            return torch.tensor(array, device="cpu").to(like.dtype)
 
-        return _constants.get_or_make(key, make)
+        return _kept((step.pattern, step.summed, like.dtype), like, make)
 
     return constant
 
@@ -86,11 +96,18 @@ def _overlap_add(step: s.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     def gather(x: torch.Tensor) -> torch.Tensor:
-        key = ("reads", step.pattern, x.device)
-        reads = _constants.get_or_make(key, lambda: torch.tensor(step.pattern.reads()[:, 0], device=x.device))
+        positions = step.pattern.reads()[:, 0]
+        reads = _kept(("reads", step.pattern), x, lambda: torch.tensor(positions, device="cpu"))
         return x.index_select(step.axis, reads)
 
     return gather
+
+
+def _multiple(step: s.Multiple) -> Callable[[torch.Tensor], torch.Tensor]:
+    factor = float(step.factor)
+    if step.owned:
+        return lambda x: x.mul_(factor) if _may_write(x) else x * factor
+    return lambda x: x * factor
 
 
 def _matmul(step: s.MatMul) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -100,12 +117,15 @@ def _matmul(step: s.MatMul) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
 _BLOCK = 192
 """Rows of a block of a Gram matrix; smaller blocks lose to the overhead of a call."""
 
+_LONG = 512
+"""Shorter rows make a Gram matrix a matter of writing the result, where one triangle saves nothing."""
+
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
     """Blocks on and below the diagonal, then mirrored; in one product where that is no gain or nobody may write."""
     size = x.shape[-2]
     blocks = min(size // _BLOCK, 8)
-    if blocks < 2 or x.is_cuda or not _may_write(x):
+    if blocks < 2 or x.shape[-1] < _LONG or x.is_cuda or not _may_write(x):
         return x @ x.mT
     out = x.new_empty((*x.shape[:-1], size))
     bounds = [size * at // blocks for at in range(blocks + 1)]
@@ -135,9 +155,12 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
     place = {lag: at for at, lag in enumerate(lags)}
     excluded = step.excluded()
     offsets = list(itertools.product(*(range(k) for k in kernel)))
-    lag_of = torch.tensor(
-        [[place[tuple(b - a for a, b in zip(k, second, strict=True))] for second in offsets] for k in offsets]
-    )
+    table = [[place[tuple(b - a for a, b in zip(k, second, strict=True))] for second in offsets] for k in offsets]
+
+    def lag_of(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+        chosen = table if rows is None else [table[row] for row in rows]
+        key = ("lags", step, None if rows is None else tuple(rows))
+        return _kept(key, x, lambda: torch.tensor(chosen, device="cpu"))
 
     def shifted(y: torch.Tensor, fixed: dict[int, int], sizes: Sequence[int]) -> torch.Tensor:
         """For every lag the array at positions + lag, zeros outside: [g, rows, lags·c]; y has `pad` zeros all round."""
@@ -167,7 +190,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
             found[at] = value
             found[back] = value if back == at else value.mT
         total = torch.stack([value for value in found if value is not None], 1)  # [g, lags, c, c]
-        result = total[:, lag_of.to(x.device)]  # [g, K, K, c, c]
+        result = total[:, lag_of(x)]  # [g, K, K, c, c]
         around = [0, 0, *(width for axis in reversed(range(dims)) for width in (pad[axis], pad[axis]))]
         wide: torch.Tensor | None = None
         for chosen in itertools.product((False, True), repeat=dims):
@@ -184,9 +207,13 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
                 thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed, sizes)  # [g, c, lags·c]
                 thin = thin.reshape(g, c, len(lags), c).permute(0, 2, 1, 3)
                 ks = [at for at, k in enumerate(offsets) if all(k[a] in excluded[a][i] for a, i in fixed.items())]
-                part = thin[:, lag_of[ks].to(x.device)]
+                part = thin[:, lag_of(x, ks)]
                 sign = -1.0 if len(axes) % 2 else 1.0
-                result = result.index_add(1, torch.tensor(ks, device=x.device), part, alpha=sign)
+                which = _kept(("kernel", tuple(ks)), x, lambda ks=ks: torch.tensor(ks, device="cpu"))
+                if _may_write(result):
+                    result.index_add_(1, which, part, alpha=sign)
+                else:
+                    result = result.index_add(1, which, part, alpha=sign)
         result = result.permute(0, 3, 1, 4, 2)  # [g, c, K, c, K]
         return result.reshape(g, c, *kernel, c, *kernel)
 
@@ -247,7 +274,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
     s.Convolution: _convolution,
     s.Add: lambda step: torch.add,
-    s.Multiple: lambda step: lambda x: x * float(step.factor),
+    s.Multiple: _multiple,
 }
 
 

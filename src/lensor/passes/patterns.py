@@ -31,7 +31,7 @@ def _swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts:
 
 
 def _only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
-    """Whether no index of the group stands in the output, in the scale, or in a node that is not listed."""
+    """Whether no index of the group stands in the output or in a node that is not listed."""
     if set(group) & set(net.output_indices):
         return False
     others = (node for at, node in enumerate(net.nodes) if at not in nodes)
@@ -279,7 +279,7 @@ def compose_shift(net: Network) -> Network | None:
         if not shift.is_selection or unit or shift.stride != 1 or not j:
             continue
         for two, pattern, (inputs, o, k) in _patterns(net):
-            if one == two or inputs != j or not _only_in(net, j, [one, two]) or not _apart((i, o, k)):
+            if one == two or inputs != j or not _only_in(net, j, [one, two]) or not _apart((i, j, o, k)):
                 continue
             if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_selection:
                 continue  # the split of a padding mode from its pattern stays split
@@ -315,7 +315,7 @@ def crop_input(net: Network) -> Network | None:
         for two, pattern, (inputs, o, k) in _patterns(net):
             if one == two or inputs != i or not _only_in(net, i, [one, two]) or pattern.padding_mode != "zeros":
                 continue
-            if not _apart((j, o, k)):
+            if not _apart((i, j, o, k)):
                 continue
             longer = pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size
             if longer and (pattern.reads() >= 0).all():

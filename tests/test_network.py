@@ -321,7 +321,7 @@ def test_everything_but_names_and_order_is_identity() -> None:
         net.replace(nodes=(*net.nodes, Ones("n"))),
         with_pattern(IndexPattern(8, 3, padding=(1, -1))),
         with_pattern(IndexPattern(8, 3, dilation=2, padding=1)),
-        with_pattern(IndexPattern(8, 3, padding=(1, 0), output_size=6)),
+        with_pattern(IndexPattern(8, 3, padding=(2, 0), output_size=6)),
         with_pattern(IndexPattern(8, 3, stride=2, padding=(2, 3))),
         lensor.contraction("n (g c) i, i o k, g c k -> n (g o)", "X", IndexPattern(8, 3), "W", g=3, c=2, n=5),
         lensor.contraction("n (g c) i, i o k, g c k -> n (g o)", "X", IndexPattern(8, 3), "W", g=2, c=3, n=4),

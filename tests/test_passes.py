@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensor import ConvSpec, Pattern, ops
+from lensor import ConvSpec, Pattern, ops, parse
 from lensor.execute import evaluate_dense
 from lensor.lower import STRATEGIES, lower
-from lensor.passes.engine import apply_rules
+from lensor.passes.engine import PHASES, apply_rules
 from tests.cases import assert_close, bound, operands_of, random_network
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -94,3 +96,272 @@ def test_simplified_networks_are_kept() -> None:
     net = ops.conv(ConvSpec(2, 3, (9, 9), 3, stride=3))
     assert net.simplify() is net.simplify()
     assert net.simplify().simplify() == net.simplify()
+
+
+# ------------------------------------------------------------------------------------------------------- rule by rule
+P = "IndexPattern"
+RULE_BY_RULE = [
+    # rule, its number, a network, what it becomes
+    (
+        "index of size 1 squeezed",
+        "structural",
+        "X[n i] W[(g c) i] δ[g h] 1[m] -> n (g c) h m where n=8, i=4, g=1, c=3, h=1, m=1",
+        "X[n i] W[c i] -> n c () () where n=8, i=4, c=3",
+    ),
+    (
+        "delta contracted",
+        "structural",
+        "X[n a] δ[a b d] W[b c] -> n c d where n=8, a=3, c=4",
+        "X[n d] W[d c] -> n c d where n=8, d=3, c=4",
+    ),
+    (
+        "ones dropped",
+        "structural",
+        "X[n i] 1[i] 1[j] 1[n] 1[m] -> n m where n=8, i=3, j=5, m=2",
+        "5 X[n i] 1[m] -> n m where n=8, i=3, m=2",
+    ),
+    (
+        "parallel indices merged",
+        "structural",
+        "X[n (g c) i] W[g c] V[(c g)] Y[j k l] U[j k] -> n l where n=8, g=2, c=3, i=5, j=2, k=3, l=4",
+        "X[n (g c) i] W[g c] V[(c g)] Y[j k l] U[j k] -> n l where n=8, g=2, c=3, i=5, j=2, k=3, l=4",
+    ),
+    (
+        "parallel indices merged",
+        "structural",
+        "X[n (g c)] W[(g c) o] -> n o where n=8, g=2, c=3, o=5",
+        "X[n c] W[c o] -> n o where n=8, c=6, o=5",
+    ),
+    (
+        "irrelevant parameters normalised",
+        "7, 8",
+        f"X[i] Π1[i o k] -> o k where Π1={P}(8, 1, dilation=2, padding=1)",
+        f"X[i] Π1[i o ()] -> o () where Π1={P}(8, 1, padding=1)",
+    ),
+    (
+        "one output position: kernel and output swapped",
+        "4, 7",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(8, 8, stride=3, padding=1)",
+        f"X[i] Π1[i k ()] W[k] -> () where Π1={P}(8, 1, padding=(1, -1))",
+    ),
+    (
+        "one output position: kernel and output swapped",
+        "4, 7",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(7, 3, dilation=3)",
+        f"X[i] Π1[i k ()] W[k] -> () where Π1={P}(7, 1, stride=3)",
+    ),
+    (
+        "one input position: read the other way round",
+        "7",
+        f"Π1[i o ()] Y[o] -> i where Π1={P}(1, 1, padding=(2, 3))",
+        f"Π1[o () ()] Y[o] -> () where Π1={P}(6, 1, padding=(-2, -3))",
+    ),
+    (
+        "one position of a group: one position of each of its indices",
+        "7",
+        f"Π1[(o k) () ()] Y[k o] -> where Π1={P}(6, 1, padding=(-4, -1)), o=2, k=3",
+        f"Π1[o () ()] Π2[k () ()] Y[k o] -> where Π1={P}(2, 1, padding=(-1, 0)), Π2={P}(3, 1, padding=(-1, -1))",
+    ),
+    (
+        "pattern at one position of a leg",
+        "8",
+        f"X[i] Π1[i o k] Π2[o () ()] -> k where Π1={P}(8, 3, stride=2), Π2={P}(3, 1, padding=(-1, -1))",
+        f"X[i] Π1[i k ()] -> k where Π1={P}(8, 1, padding=(-2, -3))",
+    ),
+    (
+        "pattern at one position of a leg",
+        "8",
+        f"X[i] Π1[i o k] Π2[k () ()] -> o where Π1={P}(9, 3, dilation=2), Π2={P}(3, 1, padding=(-2, 0))",
+        f"X[i] Π1[i o ()] -> o where Π1={P}(9, 1, padding=(-4, 0))",
+    ),
+    (
+        "one position of a shared index: one of each holder's own",
+        "8",
+        f"A[x] B[x] Π1[x () ()] -> where Π1={P}(4, 1, padding=(-1, -2))",
+        f"A[x] Π1[x () ()] B[y] Π1[y () ()] -> where Π1={P}(4, 1, padding=(-1, -2))",
+    ),
+    (
+        "identity pattern contracted",
+        "1, 7",
+        f"X[n i] Π1[i o ()] W[o] -> n o where Π1={P}(8, 1), n=2",
+        "X[n o] W[o] -> n o where o=8, n=2",
+    ),
+    (
+        "identity pattern contracted",
+        "1, 7",
+        f"X[n i] Π1[i o k] W[c k] -> n c o where Π1={P}(8, 8), n=2, c=3",
+        "X[n k] W[c k] -> n c () where k=8, n=2, c=3",
+    ),
+    (
+        "selection of positions composed with a pattern",
+        "23",
+        f"X[i] Π1[i o k] Π2[o p ()] -> p k where Π1={P}(8, 3, padding=1), Π2={P}(8, 1, stride=2)",
+        f"X[i] Π1[i p k] -> p k where Π1={P}(8, 3, stride=2, padding=(1, 0))",
+    ),
+    (
+        "selection of positions composed with a pattern",
+        "23",
+        f"X[i] Π1[i o k] Π2[k l ()] -> o l where Π1={P}(8, 5, padding=1), Π2={P}(5, 1, stride=2, padding=(-1, 0))",
+        f"X[i] Π1[i o l] -> o l where Π1={P}(8, 2, dilation=2, output_size=6)",
+    ),
+    (
+        "padding or cropping composed with a pattern",
+        "8, 23",
+        f"X[i] Π1[i j ()] Π2[j o k] -> o k where Π1={P}(8, 1, padding=(1, 2)), Π2={P}(11, 3, stride=2)",
+        f"X[i] Π1[i o k] -> o k where Π1={P}(8, 3, stride=2, padding=(1, 2))",
+    ),
+    (
+        "crop of the input taken into the pattern",
+        "8",
+        f"Π1[i o k] Y[o k] Π2[i j ()] -> j where Π1={P}(8, 3, padding=1), Π2={P}(8, 1, padding=-2)",
+        f"Π1[j o k] Y[o k] -> j where Π1={P}(4, 3, padding=3)",
+    ),
+    *(
+        (
+            "two patterns that share two legs",
+            "19",
+            f"Π1[{one}] Π1[{two}] A[a] B[b] -> {rest} where Π1={P}(8, 3, stride=2, padding=1)",
+            f"Π1[{one}] A[a] B[a] -> {rest} where Π1={P}(8, 3, stride=2, padding=1)",
+        )
+        for one, two, rest in [("i o a", "i o b", "i o"), ("i a k", "i b k", "i k"), ("a o k", "b o k", "o k")]
+    ),
+    (
+        "two patterns that share two legs",
+        "19",
+        f"Π1[i o k] Π1[i o k] Y[i k] -> o where Π1={P}(8, 3, stride=2)",
+        f"Π1[i o k] Y[i k] -> o where Π1={P}(8, 3, stride=2)",
+    ),
+    (
+        "pattern and one position of itself",
+        "19",
+        f"Π1[i o k] Π2[i o ()] A[k] -> i o where Π1={P}(8, 2), Π2={P}(8, 1, padding=(0, -1))",
+        f"Π2[i o ()] A[k] Π3[k () ()] -> i o where Π2={P}(8, 1, padding=(0, -1)), Π3={P}(2, 1, padding=(0, -1))",
+    ),
+    (
+        "leg sum that is constant",
+        "16, 17",
+        f"Π1[i o k] W[k] -> where Π1={P}(8, 3)",
+        "6 W[k] -> where k=3",
+    ),
+    (
+        "leg sum that is constant",
+        "16, 17",
+        f"Π1[i o k] W[c k] -> c o where Π1={P}(8, 3, stride=2), c=4",
+        "1[o] W[c k] -> c o where c=4, k=3, o=3",
+    ),
+    (
+        "selection summed over its input: a mask",
+        "16",
+        f"Π1[i o ()] V[o] -> where Π1={P}(8, 1, stride=2, padding=1)",
+        f"Π1[i o ()] V[o] -> where Π1={P}(4, 1, padding=(1, 0))",
+    ),
+    (
+        "padding mode split from its pattern",
+        "modes",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(8, 3, stride=2, padding=(1, 2), padding_mode='reflect')",
+        f"X[i] Π1[i j ()] Π2[j o k] W[k] -> o where Π1={P}(8, 1, padding=(1, 2), padding_mode='reflect'), "
+        f"Π2={P}(11, 3, stride=2)",
+    ),
+    (
+        "common divisor of stride and dilation taken out",
+        "11",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(9, 3, stride=2, dilation=2, padding=1)",
+        # a = (−1) mod 2 = 1: positions 1, 3, 5, 7 are read, with padding (1 + 1)/2 = 1.
+        f"X[i] Π1[i j ()] Π2[j o k] W[k] -> o where Π1={P}(9, 1, stride=2, padding=(-1, 0)), "
+        f"Π2={P}(4, 3, padding=(1, 1))",
+    ),
+    (
+        "dense or block pattern into regrouping",
+        "6",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(9, 2, stride=2)",
+        f"X[i] Π1[i (o k) ()] W[k] -> o where Π1={P}(9, 1, padding=(0, -1)), o=4, k=2",
+    ),
+    (
+        "dense or block pattern into regrouping",
+        "6",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(8, 2, stride=3)",
+        f"X[i] Π1[i (o s) ()] Π2[s k ()] W[k] -> o where Π1={P}(8, 1, padding=(0, 1)), Π2={P}(3, 1, padding=(0, -1)), "
+        "o=3, s=3",
+    ),
+    (
+        "dense or block pattern into regrouping",
+        "6",
+        f"Π1[i o k] Y[o k] -> i where Π1={P}(10, 3, stride=3, padding=1)",
+        f"Π1[i (o k) ()] Y[o k] -> i where Π1={P}(10, 1, padding=(1, 1)), o=4, k=3",
+    ),
+    (
+        "dense or block pattern after the swap into regrouping",
+        "4, 6",
+        f"X[i] Π1[i o k] W[k] -> o where Π1={P}(9, 3, dilation=3)",
+        "X[(k o)] W[k] -> o where k=3, o=3",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "number", "before", "after"), RULE_BY_RULE, ids=[f"{case[0]}, {case[2]}" for case in RULE_BY_RULE]
+)
+def test_rule_by_rule(rule: str, number: str, before: str, after: str) -> None:
+    net, expected = parse(before), parse(after)
+    simple = net.simplify()
+    assert simple == expected
+    operands = operands_of(net)
+    shapes = {name: array.reshape(operands_of(expected)[name].shape) for name, array in operands.items()}
+    assert_close(evaluate_dense(net, operands), evaluate_dense(expected, shapes))
+    if before != after:
+        assert (rule, number) in [(firing.rule, firing.number) for firing in simple.trace]
+    else:
+        assert simple.trace == ()
+
+
+def test_every_rule_has_its_test() -> None:
+    rules = {(rule.name, rule.number) for phase in PHASES for rule in phase}
+    tested = {case[:2] for case in RULE_BY_RULE}
+    assert rules - tested == {("pattern that reads nothing: the network is zero", "8")}
+
+
+def test_a_pattern_that_reads_nothing() -> None:
+    """[7 = 2·o] is never: the scale becomes 0, and only the shapes of operands and result stay."""
+    net = parse(f"Π1[i o ()] Y[n o] Π2[i () ()] -> n where Π1={P}(8, 1, stride=2), Π2={P}(8, 1, padding=(-7, 0)), n=3")
+    simple = net.simplify()
+    assert simple.scale.factor == 0
+    assert not [node for node in simple.nodes if isinstance(node, Pattern)]
+    assert "pattern that reads nothing: the network is zero" in [firing.rule for firing in simple.trace]
+    y = np.ones((3, 4))
+    assert_close(net(Y=y), np.zeros(3), 0)
+    with pytest.raises(ValueError, match="Y"):
+        net(Y=np.ones((3, 5)))
+
+
+# ----------------------------------------------------------------------------------------------------- known hard ones
+def test_a_position_of_a_pattern_whose_partner_shares_its_kernel_in_any_order() -> None:
+    """Which of two patterns that share k is taken at its one position first makes no difference."""
+    pattern = f"{P}(2, 2, stride=4, padding=3)"
+    net = parse(f"X[n o] Π1[i o k] S[v n i] X[n p] Π1[j p k] S[v n j] -> n k where Π1={pattern}, n=2, v=2")
+    for seed in range(8):
+        assert apply_rules(net, random.Random(seed)) == apply_rules(net)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_reduce_sums_patterns_over_positions_first(dims: int) -> None:
+    """Π is summed over o before it meets X: every constant of the plan is a matrix [I, K], never I×O×K."""
+    spec = ConvSpec(2, 3, (12, 10)[:dims], (3, 4)[:dims], stride=(2, 1)[:dims], padding=1, dilation=(1, 2)[:dims])
+    net = bound(ops.kfac_input_factor(spec, "reduce"))
+    sizes = {(pattern.input_size, pattern.kernel_size) for pattern in spec.patterns}
+    for plan in [lower(net.simplify(), strategy) for strategy in STRATEGIES if not strategy.windows]:
+        constants = {shape for step, shape in zip(plan.steps, plan.shapes, strict=True) if step.name == "pattern"}
+        assert constants == sizes
+    chosen = net.plan(**operands_of(net))
+    assert all(
+        len(shape) == 2 for step, shape in zip(chosen.steps, chosen.shapes, strict=True) if step.name == "pattern"
+    )
+    assert max(math.prod(shape) for shape in chosen.shapes) <= math.prod(net.output_shape) + 2 * 2 * 12 * 10
+
+
+def test_input_vjp_of_down_sampling_is_an_embedding() -> None:
+    """K1 S2: zero-filling and a matrix product, no pattern besides the selection into the output."""
+    net = bound(ops.input_vjp(ConvSpec(2, 3, (9, 8), 1, stride=2))).simplify()
+    patterns = [node.pattern for node in net.nodes if isinstance(node, Pattern)]
+    assert [(p.input_size, p.output_size, p.stride) for p in patterns] == [(9, 5, 2), (8, 4, 2)]
+    plan = net.plan(**operands_of(net))
+    assert plan.flops == 2 * 2 * 3 * 2 * 5 * 4

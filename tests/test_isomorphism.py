@@ -26,6 +26,17 @@ TRANSPOSED = {
 }
 
 
+ONE_GROUP = {
+    1: ConvSpec(3, 4, (9,), 3, stride=2, padding=((0, 2),), padding_mode="circular"),
+    2: ConvSpec(3, 4, (9, 7), (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 3)),
+}
+TRANSPOSED_ONE_GROUP = {
+    1: ConvSpec(3, 4, (5,), 3, stride=3, padding=1, transposed=True, output_padding=2),
+    2: ConvSpec(3, 4, (5, 4), (3, 2), stride=(2, 1), padding=((1, 0), 0), dilation=(1, 2), transposed=True),
+}
+"""Without groups, g is an index of size 1."""
+
+
 def _expand_leg(leg: str, dims: int) -> str:
     """`i` -> `i1 i2`, inside and outside groups."""
     return re.sub(
@@ -231,6 +242,47 @@ def test_operation_is_its_row(name: str, dims: int) -> None:
 def test_operation_of_a_transposed_convolution_is_its_row(name: str, dims: int) -> None:
     spec = TRANSPOSED[dims]
     assert TRANSPOSED_ROWS[name][0](spec) == expected(TRANSPOSED_ROWS[name], spec)
+
+
+@pytest.mark.parametrize("dims", ONE_GROUP)
+@pytest.mark.parametrize("name", ROWS)
+def test_operation_without_groups_is_its_row(name: str, dims: int) -> None:
+    spec = ONE_GROUP[dims]
+    assert ROWS[name][0](spec) == expected(ROWS[name], spec)
+
+
+@pytest.mark.parametrize("dims", TRANSPOSED_ONE_GROUP)
+@pytest.mark.parametrize("name", TRANSPOSED_ROWS)
+def test_operation_of_a_transposed_convolution_without_groups_is_its_row(name: str, dims: int) -> None:
+    spec = TRANSPOSED_ONE_GROUP[dims]
+    assert TRANSPOSED_ROWS[name][0](spec) == expected(TRANSPOSED_ROWS[name], spec)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_differ_from_each_other(name: str) -> None:
+    """A comparison that always held would prove nothing: each row equals its operation and no other one's."""
+    spec = PLAIN[2]
+    row_ = expected(ROWS[name], spec)
+    assert [other for other in ROWS if ROWS[other][0](spec) == row_] == [name]
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name][4]])
+def test_rows_hold_with_their_scale_only(name: str) -> None:
+    spec = PLAIN[2]
+    op, text, operands, copies, _ = ROWS[name]
+    assert op(spec) != expected((op, text, operands, copies, {}), spec)
+    assert op(spec).scaled(2) != expected(ROWS[name], spec)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_factors_with_a_group_of_their_own_in_each_copy_differ(approx: str) -> None:
+    """An independent copy of g, summed or not, is another network: the known mistake for G > 1."""
+    spec = PLAIN[1]
+    o = "o" if approx == "expand" else "o_"
+    wrong = f"n (g ci) i, i o k, n (h ci_) i_, i_ {o} k_ -> g (ci k) (ci_ k_)"
+    powers = {"n": -1} if approx == "expand" else {"n": -1, "o1": -2}
+    net = built(wrong, ["X", "Π", "X", "Π"], spec, g=2, h=2, ci=3, ci_=3).scaled(1, powers)
+    assert ops.kfac_input_factor(spec, approx) != net
 
 
 def test_bias_is_a_second_term() -> None:

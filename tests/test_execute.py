@@ -69,6 +69,7 @@ def test_a_cache_forgets_what_was_used_longest_ago() -> None:
 def test_many_different_networks_do_not_fill_memory() -> None:
     caches = {id(cache): cache for cache in live_caches()}
     sizes = {at: cache.maxsize for at, cache in caches.items()}
+    lensor.clear_caches()
     try:
         for cache in caches.values():
             cache.maxsize = 5
@@ -237,7 +238,7 @@ def test_after_a_fork_the_child_evaluates() -> None:
 
 
 # ------------------------------------------------------------------------------- nothing is changed, nothing is shared
-@pytest.mark.parametrize("spec", ["1-d", "dense", "circular", "transposed", "linear"])
+@pytest.mark.parametrize("spec", ["1-d", "dense", "circular"])
 @pytest.mark.parametrize("op", BUILDERS)
 def test_operands_stay_and_results_are_one_s_own(op: str, spec: str) -> None:
     """Writing all over a result changes neither operands nor what the next call finds."""

@@ -403,7 +403,7 @@ def test_equal_parts_cost_little(name: str) -> None:
     net = EQUAL_PARTS[name]
     other = disguised(net, 1)
     copies = [Network.make(one.nodes, one.output, one.sizes) for one in (net, other)]  # nothing kept from before
-    assert within_work(lambda: copies[0] == copies[1], 4_000_000)
+    assert within_work(lambda: copies[0] == copies[1], 2_500_000)
 
 
 def test_equal_parts_that_differ_in_one() -> None:

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from opt_einsum import paths
 
 from lensor import steps as s
 from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, indices_of
 from lensor.notation import to_text
+from lensor.passes.composition import compose, share
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan, Program
+
+_ONE = Fraction(1)
+
+_LARGEST_HALVES = 24
+"""Two equal halves are looked for among at most this many tensors and patterns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +38,9 @@ class Strategy:
         convolutions: contract pairs of tensors through patterns by the framework's convolution.
         swapped: as forward convolutions with kernel and output swapped where a weight gradient would do.
         lags: products of patches by lags.
-        late: take sub-tensors of the result at the end, so that equal parts of the network stay equal.
-        simplified: lower the simplified network, else the network as it is.
+        halves: contract two copies of one thing alike and take sub-tensors that only one of them has at the end, so
+            that one computation serves both.
+        composed: with patterns put together again that simplification took apart, before selections are read.
     """
 
     name: str
@@ -39,18 +48,19 @@ class Strategy:
     convolutions: bool = False
     swapped: bool = False
     lags: bool = False
-    late: bool = False
-    simplified: bool = True
+    halves: bool = False
+    composed: bool = False
 
 
 STRATEGIES = (
     Strategy("windows"),
-    Strategy("dense", windows=False),
+    Strategy("dense", windows=False, composed=True),
     Strategy("convolution", convolutions=True),
     Strategy("convolution, swapped", convolutions=True, swapped=True),
-    Strategy("convolution, unsimplified", convolutions=True, simplified=False),
+    Strategy("convolution, composed", convolutions=True, composed=True),
     Strategy("lags", lags=True),
-    Strategy("windows, selections last", late=True),
+    Strategy("halves", halves=True),
+    Strategy("halves, composed", halves=True, composed=True),
 )
 """The candidates that are lowered for every network."""
 
@@ -92,10 +102,11 @@ class _ConvolutionLegs:
 
 
 class _Lowering:
-    """Lowers one term into a program."""
+    """Lowers one term into a program, all but a factor `later` of its scale."""
 
-    def __init__(self, program: Program, term: Network, strategy: Strategy) -> None:
+    def __init__(self, program: Program, term: Network, strategy: Strategy, later: Fraction = _ONE) -> None:
         self.program, self.term, self.strategy = program, term, strategy
+        self.factor = term.scale.factor / later
         self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
         self.tensors: list[_Tensor] = []
         self.patterns: list[Pattern] = []
@@ -125,9 +136,9 @@ class _Lowering:
         size = self.program.shapes[value][axis]
         low, high = max(start, 0), min(start + length, size)
         if (low, high) != (0, size):
-            value = self.program.add(s.Slice((value,), axis, low, 1, high - low))
+            value = self.program.along(s.Slice((value,), axis, low, 1, high - low))
         if (low - start, start + length - high) != (0, 0):
-            value = self.program.add(s.Pad((value,), axis, low - start, start + length - high))
+            value = self.program.along(s.Pad((value,), axis, low - start, start + length - high))
         return value
 
     def used_elsewhere(self, group: Group, node: Pattern) -> bool:
@@ -145,7 +156,9 @@ class _Lowering:
             if not (isinstance(node, Ones) and node.index in held):
                 self.take(node)
                 held |= {node.index} if isinstance(node, Ones) else set()
-        if self.strategy.convolutions and not self.strategy.simplified:
+        if self.factor == 0:
+            return self.zeros()
+        if self.strategy.convolutions and self.strategy.composed:
             self.apply_convolutions()
         self.apply_selections()
         if self.strategy.lags:
@@ -158,6 +171,19 @@ class _Lowering:
         for late in reversed(self.late):
             result = self.select_late(result, late) if late.reads else self.scatter(result, late)
         return self.finish(result)
+
+    def zeros(self) -> int:
+        """Zeros that still hang together with every operand, so that frameworks find zero derivatives."""
+        self.factor = _ONE
+        value = self.program.add(s.Fill((), (), Fraction(0)))
+        for tensor in self.tensors:
+            nothing = tensor.value
+            if tensor.indices:
+                nothing = self.program.along(s.Slice((nothing,), 0, 0, 1, 0))
+                nothing = self.program.add(s.SumAxes((nothing,), tuple(range(len(tensor.indices)))))
+            value = self.program.add(s.Multiply((value, nothing)))
+        self.expanded = list(self.term.output_indices)
+        return self.finish(_Tensor(value, ()))
 
     def take(self, node: Operand | Pattern | Delta | Ones) -> None:
         match node:
@@ -176,7 +202,7 @@ class _Lowering:
                 if index in self.open:
                     self.expanded.append(index)
                 else:
-                    self.tensors.append(_Tensor(self.program.add(s.Fill((), self.shape([index]), 1)), (index,)))
+                    self.tensors.append(_Tensor(self.program.add(s.Fill((), self.shape([index]), _ONE)), (index,)))
 
     def without_repeats(self, value: int, indices: list[str]) -> _Tensor:
         while len(set(indices)) < len(indices):
@@ -191,15 +217,24 @@ class _Lowering:
         progress = True
         while progress:
             progress = False
-            for node in list(self.patterns):
+            for node in sorted(self.patterns, key=self.selection_order):
                 if not node.pattern.is_selection or node.legs[2]:
                     continue
-                if (self.strategy.late and self.read_late(node)) or self.gather(node) or self.put_off(node):
+                if (self.strategy.halves and self.read_late(node)) or self.gather(node) or self.put_off(node):
                     self.patterns.remove(node)
                     progress = True
 
-    def carriers(self, node: Pattern) -> list[_Tensor] | None:
-        """The tensors that hold the input leg of a pattern if it can be read from them alone."""
+    def selection_order(self, node: Pattern) -> tuple[bool, int]:
+        """Selections of one position first, then by axis, so that copies of an operand are read in the same order."""
+        i, o, _ = node.legs
+        places = [tensor.indices.index(index) for tensor in self.tensors for index in i if index in tensor.indices]
+        return bool(o), min(places, default=0)
+
+    def carriers(self, node: Pattern, repeats: bool = False) -> list[_Tensor] | None:
+        """The tensors that hold the input leg of a pattern if it can be read from them alone.
+
+        With `repeats` they may hold the other legs, too.
+        """
         i, o, k = node.legs
         legs = (*i, *o, *k)
         if not i or len(set(legs)) < len(legs) or any(index in self.open for index in i):
@@ -207,31 +242,33 @@ class _Lowering:
         if any(other is not node and set(i) & set(indices_of(other)) for other in self.patterns):
             return None
         holders = [tensor for tensor in self.tensors if set(i) & set(tensor.indices)]
-        fits = all(set(i) <= set(tensor.indices) and not {*o, *k} & set(tensor.indices) for tensor in holders)
+        fits = all(
+            set(i) <= set(tensor.indices) and (repeats or not {*o, *k} & set(tensor.indices)) for tensor in holders
+        )
         return holders if holders and fits else None
 
     def gather(self, node: Pattern) -> bool:
         """Read a selection from the tensors that hold its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
         pattern, (i, o, _) = node.pattern, node.legs
-        holders = self.carriers(node)
+        holders = self.carriers(node, repeats=True)
         if holders is None or pattern.is_zero:
             return False
         for tensor in holders:
             value, axis, rest = self.merged(tensor, i)
             value = self.read(value, axis, pattern)
             new = self.ungrouped(value, rest[:axis], o, rest[axis:])
-            self.tensors[self.tensors.index(tensor)] = new
+            self.tensors[self.tensors.index(tensor)] = self.without_repeats(new.value, list(new.indices))
         return True
 
     def read(self, value: int, axis: int, pattern: IndexPattern) -> int:
         if pattern.padding_mode != "zeros":
-            return self.program.add(s.Gather((value,), axis, pattern))
+            return self.program.along(s.Gather((value,), axis, pattern))
         low, count = self.valid_positions(pattern)
         start = low * pattern.stride - pattern.padding[0]
         if (start, pattern.stride, count) != (0, 1, pattern.input_size):
-            value = self.program.add(s.Slice((value,), axis, start, pattern.stride, count))
+            value = self.program.along(s.Slice((value,), axis, start, pattern.stride, count))
         right = pattern.output_size - low - count
-        return self.program.add(s.Pad((value,), axis, low, right)) if low or right else value
+        return self.program.along(s.Pad((value,), axis, low, right)) if low or right else value
 
     @staticmethod
     def valid_positions(pattern: IndexPattern) -> tuple[int, int]:
@@ -242,21 +279,20 @@ class _Lowering:
     def put_off(self, node: Pattern) -> bool:
         """Put a selection into the output off until everything is contracted."""
         pattern, (i, o, _) = node.pattern, node.legs
-        if pattern.padding_mode != "zeros" or pattern.is_zero or not i or not o or len({*i, *o}) < len((*i, *o)):
+        if pattern.padding_mode != "zeros" or pattern.is_zero or not i or len({*i, *o}) < len((*i, *o)):
             return False
         others = [other for other in self.patterns if other is not node]
         inside = any(set(i) & set(tensor.indices) for tensor in self.tensors)
         inside = inside or any(set(i) & set(indices_of(other)) for other in others)
         if inside or not set(i) <= set(self.open) or set(o) & set(self.open) or set(i) & set(o):
             return False
-        if not any(set(o) & set(tensor.indices) for tensor in self.tensors) and not any(
-            set(o) & set(indices_of(other)) for other in others
-        ):
+        held = any(set(o) & set(tensor.indices) for tensor in self.tensors)
+        if o and not held and not any(set(o) & set(indices_of(other)) for other in others):
             return False
         for index in o:
             held = any(index in tensor.indices for tensor in self.tensors)
             if not held and not any(index in indices_of(other) for other in others):
-                value = self.program.add(s.Fill((), self.shape([index]), 1))
+                value = self.program.add(s.Fill((), self.shape([index]), _ONE))
                 self.tensors.append(_Tensor(value, (index,)))
         at = self.open.index(i[0])
         rest = [index for index in self.open if index not in i]
@@ -271,19 +307,33 @@ class _Lowering:
         others = [other for other in self.patterns if other is not node]
         if not i or len({*i, *o}) < len((*i, *o)) or pattern.is_zero or set(i) & set(self.open):
             return False
+        if not self.is_one_sided(node):
+            return False
         if not set(o) <= set(self.open) or any(set(o) & set(tensor.indices) for tensor in self.tensors):
             return False
         if any(set(o) & set(indices_of(other)) for other in others):
             return False
         held = {index for tensor in self.tensors for index in tensor.indices}
-        if not o or not set(i) <= held.union(*(indices_of(other) for other in others)):
+        if not set(i) <= held.union(*(indices_of(other) for other in others)):
             return False
-        at = self.open.index(o[0])
+        at = self.open.index(o[0]) if o else len(self.open)
         rest = [index for index in self.open if index not in o]
         at -= sum(index in o for index in self.open[:at])
         self.open = [*rest[:at], *i, *rest[at:]]
         self.late.append(_Late(pattern, i, o, reads=True))
         return True
+
+    def is_one_sided(self, selection: Pattern) -> bool:
+        """Whether a selection reads from one copy of a tensor or pattern, and there is another copy."""
+        read = set(selection.legs[0])
+        tensors: dict[bool, set[int]] = {True: set(), False: set()}
+        patterns: dict[bool, set[IndexPattern]] = {True: set(), False: set()}
+        for tensor in self.tensors:
+            tensors[bool(read & set(tensor.indices))].add(tensor.value)
+        for node in self.patterns:
+            if node is not selection:
+                patterns[bool(read & set(indices_of(node)))].add(node.pattern)
+        return bool(tensors[True] & tensors[False] or patterns[True] & patterns[False])
 
     def select_late(self, tensor: _Tensor, late: _Late) -> _Tensor:
         value, axis, rest = self.merged(tensor, late.before)
@@ -292,16 +342,20 @@ class _Lowering:
 
     def scatter(self, tensor: _Tensor, scatter: _Late) -> _Tensor:
         pattern = scatter.pattern
-        value, axis, rest = self.merged(tensor, scatter.before)
+        if scatter.before:
+            value, axis, rest = self.merged(tensor, scatter.before)
+        else:  # one number into one position
+            value, axis, rest = tensor.value, len(tensor.indices), tensor.indices
+            value = self.program.reshape(value, (*self.shape(rest), 1))
         low, count = self.valid_positions(pattern)
         if count != pattern.output_size:
-            value = self.program.add(s.Slice((value,), axis, low, 1, count))
+            value = self.program.along(s.Slice((value,), axis, low, 1, count))
         if pattern.stride > 1 and count > 1:
             value = self.program.add(s.Stuff((value,), axis, pattern.stride))
         left = low * pattern.stride - pattern.padding[0]
         right = pattern.input_size - left - self.program.shapes[value][axis]
         if left or right:
-            value = self.program.add(s.Pad((value,), axis, left, right))
+            value = self.program.along(s.Pad((value,), axis, left, right))
         return self.ungrouped(value, rest[:axis], scatter.after, rest[axis:])
 
     def apply_windows(self) -> None:
@@ -512,7 +566,7 @@ class _Lowering:
         size, kernel, positions = pattern.input_size, pattern.kernel_size, pattern.output_size
         stride, dilation, left = pattern.stride, pattern.dilation, pattern.padding[0]
         length = (positions - 1) * stride + dilation * (kernel - 1) + 1
-        if left >= size or length - left <= 0:
+        if -left >= size or length - left <= 0:
             return None
         if adjoint:
             extra = size - (length - 2 * left)
@@ -529,27 +583,90 @@ class _Lowering:
         items: list[_Tensor | Pattern] = [*self.tensors, *self.patterns]
         wanted = [index for index in self.open if index not in self.expanded]
         if not items:
-            return _Tensor(self.program.add(s.Fill((), (), 1)), ())
-        inputs = [frozenset(self.kept_indices(item)) for item in items]
-        path = self.path(inputs, frozenset(wanted))
+            factor, self.factor = self.factor, _ONE
+            return _Tensor(self.program.add(s.Fill((), (), factor)), ())
+        halves = self.two_halves(items, wanted) if self.strategy.halves else None
+        if halves is None:
+            last = self.joined(items, self.path(items, set(wanted)), set(wanted))
+        else:
+            one, two = halves
+            needed = [set(wanted).union(*map(self.kept_indices, half)) for half in (two, one)]
+            path = self.path(one, needed[0])
+            last = self.pair(self.joined(one, path, needed[0]), self.joined(two, path, needed[1]), set(wanted))
+        order = [last.indices.index(index) for index in wanted]
+        return _Tensor(self.program.transpose(last.value, order), tuple(wanted))
+
+    def joined(self, items: list[_Tensor | Pattern], path: list[tuple[int, ...]], wanted: set[str]) -> _Tensor:
+        """The items contracted in the order of a path; indices in `wanted` are kept."""
         for pair in path:
             taken = [items[at] for at in pair]
             items = [item for at, item in enumerate(items) if at not in pair]
-            needed = set(wanted).union(*(self.kept_indices(item) for item in items))
+            needed = wanted.union(*(self.kept_indices(item) for item in items))
             merged = taken[0]
             for step, item in enumerate(taken[1:], start=2):
                 later = needed.union(*(self.kept_indices(other) for other in taken[step:]))
                 merged = self.pair(merged, item, later)
             items.append(merged)
-        last = self.summed(self.as_tensor(items[0]), set(wanted))
-        order = [last.indices.index(index) for index in wanted]
-        return _Tensor(self.program.transpose(last.value, order), tuple(wanted))
+        return self.summed(self.as_tensor(items[0]), wanted)
 
-    def path(self, inputs: list[frozenset[str]], output: frozenset[str]) -> list[tuple[int, ...]]:
-        if len(inputs) == 1:
+    def two_halves(
+        self, items: list[_Tensor | Pattern], wanted: Sequence[str]
+    ) -> tuple[list[_Tensor | Pattern], list[_Tensor | Pattern]] | None:
+        """The items in two lists that are alike up to names of indices, or None."""
+
+        def what(item: _Tensor | Pattern) -> tuple[object, list[int]]:
+            # Tensors by their value, patterns by their parameters, both by how indices are grouped.
+            if isinstance(item, Pattern):
+                return item.pattern, [len(leg) for leg in item.legs]
+            return item.value, [len(item.indices)]
+
+        def flat(item: _Tensor | Pattern) -> list[str]:
+            return list(item.indices) if isinstance(item, _Tensor) else [i for leg in item.legs for i in leg]
+
+        def extended(there: dict[str, str], one: _Tensor | Pattern, two: _Tensor | Pattern) -> dict[str, str] | None:
+            """The bijection from the names of the first half to those of the second with two more items."""
+            there = dict(there)
+            for a, b in zip(flat(one), flat(two), strict=True):
+                if there.setdefault(a, b) != b or (a in wanted) != (b in wanted):
+                    return None
+            back = {b: a for a, b in there.items()}
+            mixed = any(a != b and (a in back or b in there) for a, b in there.items())
+            return None if len(back) < len(there) or mixed else there
+
+        def search(left: list[_Tensor | Pattern], there: dict[str, str]) -> list[tuple] | None:
+            if not left:
+                return []
+            first, rest = left[0], left[1:]
+            for at, other in enumerate(rest):
+                if what(first) != what(other):
+                    continue
+                for pair in ((first, other), (other, first)):
+                    more = extended(there, *pair)
+                    found = None if more is None else search([*rest[:at], *rest[at + 1 :]], more)
+                    if found is not None:
+                        return [pair, *found]
+            return None
+
+        pairs = search(items, {}) if len(items) % 2 == 0 and len(items) <= _LARGEST_HALVES else None
+        return None if pairs is None else ([one for one, _ in pairs], [two for _, two in pairs])
+
+    def path(self, items: list[_Tensor | Pattern], wanted: set[str]) -> list[tuple[int, ...]]:
+        if len(items) == 1:
             return []
+        held = [frozenset(self.kept_indices(item)) for item in items]
+        inputs = []
+        for at, item in enumerate(items):
+            used = wanted.union(*held[:at], *held[at + 1 :])
+            loose = [item.legs[leg] for leg in self.loose_legs(item, used)] if isinstance(item, Pattern) else []
+            inputs.append(held[at].difference(*loose))
         sizes = {index: max(size, 1) for index, size in self.sizes.items()}
-        found = paths.auto(list(inputs), output, sizes)
+        # opt_einsum takes intermediates with equal indices for one, though what is left to sum over them may differ:
+        # an index of size 1 for each input, kept to the end, tells them apart.
+        marks = [f"input {at}" for at in range(len(inputs))]
+        sizes.update(dict.fromkeys(marks, 1))
+        found = paths.auto(
+            [own | {mark} for own, mark in zip(inputs, marks, strict=True)], frozenset(wanted).union(marks), sizes
+        )
         return [tuple(pair) for pair in found]
 
     def kept_indices(self, item: _Tensor | Pattern) -> tuple[str, ...]:
@@ -582,10 +699,13 @@ class _Lowering:
         if isinstance(item, _Tensor):
             return item
         used = needed.union(self.kept_indices(other))
-        flat = self.kept_indices(item)
-        repeated = len(flat) < sum(len(leg) for leg in item.legs)
-        loose = [leg for leg, group in enumerate(item.legs) if group and not used & set(group)]
-        return self.as_tensor(item, () if repeated or len(loose) == 3 else loose)
+        return self.as_tensor(item, self.loose_legs(item, used))
+
+    def loose_legs(self, node: Pattern, used: set[str]) -> tuple[int, ...]:
+        """The legs of a pattern that nothing else holds: the pattern is summed over them when it is made."""
+        repeated = len(self.kept_indices(node)) < sum(len(leg) for leg in node.legs)
+        loose = tuple(leg for leg, group in enumerate(node.legs) if group and not used & set(group))
+        return () if repeated or len(loose) == 3 else loose
 
     def overlap_add(self, tensor: _Tensor, node: Pattern, needed: set[str]) -> _Tensor | None:
         """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices."""
@@ -661,8 +781,8 @@ class _Lowering:
         value = tensor.value
         order = [index for index in self.term.output_indices if index in tensor.indices]
         value = self.program.transpose(value, [tensor.indices.index(index) for index in order])
-        if self.term.scale.factor != 1:
-            value = self.program.add(s.Multiple((value,), self.term.scale.factor))
+        if self.factor != 1:
+            value = self.program.add(s.Multiple((value,), self.factor))
         if self.expanded:
             every = self.term.output_indices
             value = self.program.reshape(value, tuple(1 if i in self.expanded else self.sizes[i] for i in every))
@@ -675,7 +795,7 @@ def candidates(net: AnyNetwork) -> list[Plan]:
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
     for strategy in STRATEGIES:
-        plan = lower(simplified if strategy.simplified else net, strategy)
+        plan = lower(simplified, strategy)
         plans.setdefault(plan.steps, plan)
     return list(plans.values())
 
@@ -687,8 +807,16 @@ def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
 
 
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
-    values = [_Lowering(program, term, strategy).run() for term in net.terms]
-    return _added(program, values)
+    if strategy.composed:
+        net = compose(net)
+    if strategy.halves:
+        net = share(net)
+    # A factor that several terms have multiplies their sum.
+    factors = Counter(term.scale.factor for term in net.terms)
+    common, count = factors.most_common(1)[0]
+    later = common if common and count > 1 else _ONE
+    value = _added(program, [_Lowering(program, term, strategy, later).run() for term in net.terms])
+    return value if later == 1 else program.add(s.Multiple((value,), later))
 
 
 def _added(program: Program, values: Sequence[int]) -> int:
@@ -709,7 +837,7 @@ def lower_sliced(net: AnyNetwork, strategy: Strategy, index: str, parts: int) ->
     values = []
     for low, high in itertools.pairwise(bounds):
         piece = net.narrow(index, low, high - low)
-        values.append(_lower_terms(program, piece.simplify() if strategy.simplified else piece, strategy))
+        values.append(_lower_terms(program, piece.simplify(), strategy))
         if index not in net.output_indices and len(values) > 1:
             values = [_added(program, values)]
     if len(values) > 1:

@@ -410,6 +410,47 @@ class IndexPattern:
         )
         return joint.normalize(), kernels
 
+    @classmethod
+    def from_reads(cls, reads: np.ndarray, input_size: int) -> IndexPattern | None:
+        """The zeros-mode pattern with these reads, or None; exact, whatever the reads come from.
+
+        A step that the reads leave open (never two of them in one line) is the smallest that fits.
+
+        Args:
+            reads: the input position that each (output position, kernel position) reads, −1 for none.
+            input_size: number of input positions.
+
+        Example:
+            >>> import lensor, numpy as np
+            >>> lensor.IndexPattern.from_reads(np.array([[-1, 0], [1, 2], [3, 4]]), input_size=6)
+            IndexPattern(6, 2, stride=2, padding=(1, -1))
+        """
+        outputs, kernels = reads.shape
+        valid = np.argwhere(reads >= 0)
+        if not len(valid):
+            return cls(input_size, kernels, padding=(outputs + kernels, 0), output_size=outputs)
+        o0, k0 = (int(at) for at in valid[0])
+        stride, dilation = _step(reads.T), _step(reads)
+        if stride == 0 or dilation == 0:
+            return None
+        outer, inner = np.arange(outputs)[:, None] - o0, np.arange(kernels) - k0
+
+        def fits(stride: int, dilation: int) -> bool:
+            at = int(reads[o0, k0]) + outer * stride + inner * dilation
+            return np.array_equal(np.where((at >= 0) & (at < input_size), at, -1), reads)
+
+        # A step of this size has no two reads in one line whatever the other is.
+        largest = input_size + (stride or dilation or input_size) * max(outputs, kernels)
+        s, d = stride or largest, dilation or largest
+        if stride is None:
+            s = 1 if outputs == 1 else next((step for step in range(1, largest) if fits(step, d)), largest)
+        if dilation is None:
+            d = 1 if kernels == 1 else next((step for step in range(1, largest) if fits(s, step)), largest)
+        if not fits(s, d):
+            return None
+        left = k0 * d + o0 * s - int(reads[o0, k0])
+        return cls(input_size, kernels, s, (left, 0), d, output_size=outputs).normalize()
+
     def split_padding(self) -> tuple[IndexPattern | None, IndexPattern]:
         """The padding by its mode apart from the reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
 
@@ -482,6 +523,18 @@ class IndexPattern:
 
 
 _FIELDS = ("input_size", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_size")
+
+
+def _step(lines: np.ndarray) -> int | None:
+    """The step between neighbours along lines: None if no line has two valid reads, 0 if there is no whole one."""
+    rows, places = np.nonzero(lines >= 0)
+    pairs = np.flatnonzero(rows[1:] == rows[:-1])
+    if not len(pairs):
+        return None
+    at = pairs[0]
+    values = lines[rows[at], places[at : at + 2]]
+    step, rest = divmod(int(values[1] - values[0]), int(places[at + 1] - places[at]))
+    return step if rest == 0 and step > 0 else 0
 
 
 def _as_sides(padding: Any) -> tuple[int, int]:

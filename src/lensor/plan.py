@@ -7,12 +7,12 @@ array framework.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from lensor.layout import peak_size
-from lensor.steps import Input, Reshape, Shape, Step, Transpose
+from lensor.steps import Gather, Input, Pad, Reshape, Shape, Slice, Step, Transpose
 
 
 # ----------------------------------------------------------------------------------------------------------- programs
@@ -33,6 +33,14 @@ class Program:
             self.shapes.append(step.shape([self.shapes[at] for at in step.takes]))
             self._known[step] = place
         return place
+
+    def along(self, step: Slice | Pad | Gather) -> int:
+        """A step along one axis; steps along several are put in the order of the axes, so that equal values are one."""
+        before = self.steps[step.takes[0]]
+        if not isinstance(before, (Slice, Pad, Gather)) or before.axis <= step.axis:
+            return self.add(step)
+        inner = self.along(replace(step, takes=before.takes))
+        return self.add(replace(before, takes=(inner,)))
 
     def reshape(self, value: int, size: Shape) -> int:
         """The value with another grouping, itself if it has it already."""

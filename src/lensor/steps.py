@@ -78,7 +78,7 @@ class Fill(Step):
 
     name: ClassVar[str] = "fill"
     size: Shape
-    value: int
+    value: Fraction
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.size

@@ -139,7 +139,7 @@ def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.n
 
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Constant: _constant,
-    s.Fill: lambda step: lambda like: np.full(step.size, step.value, like.dtype),
+    s.Fill: lambda step: lambda like: np.full(step.size, float(step.value), like.dtype),
     s.Identity: lambda step: lambda like: np.eye(step.size, dtype=like.dtype),
     s.Reshape: lambda step: lambda x: x.reshape(step.size),
     s.Transpose: lambda step: lambda x: x.transpose(step.order),

@@ -254,7 +254,7 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
 
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Constant: _constant,
-    s.Fill: lambda step: lambda like: torch.full(step.size, step.value, dtype=like.dtype, device=like.device),
+    s.Fill: lambda step: lambda like: torch.full(step.size, float(step.value), dtype=like.dtype, device=like.device),
     s.Identity: lambda step: lambda like: torch.eye(step.size, dtype=like.dtype, device=like.device),
     s.Reshape: lambda step: lambda x: x.reshape(step.size),
     s.Transpose: lambda step: lambda x: x.permute(step.order),

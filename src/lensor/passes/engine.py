@@ -41,16 +41,21 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
 
 def apply_rules(net: Network, shuffle: random.Random | None = None) -> Network:
     """One network to the fixpoint of all phases, within each phase in random order if `shuffle` is given."""
+    return run_phases(net, PHASES, shuffle)
+
+
+def run_phases(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None = None) -> Network:
+    """One network to the fixpoint of some phases."""
     for _ in range(_LIMIT):
-        fired = _fire_once(net, shuffle)
+        fired = _fire_once(net, phases, shuffle)
         if fired is None:
             return net
         net = fired
     raise NetworkError(f"simplification did not end after {_LIMIT} steps at {net}")
 
 
-def _fire_once(net: Network, shuffle: random.Random | None) -> Network | None:
-    for phase in PHASES:
+def _fire_once(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None) -> Network | None:
+    for phase in phases:
         rules: Sequence[Rule] = shuffle.sample(phase, len(phase)) if shuffle else phase
         for rule in rules:
             after = rule.apply(net)

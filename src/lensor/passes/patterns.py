@@ -17,20 +17,28 @@ from lensor.pattern import IndexPattern
 from lensor.transforms.indices import contract_deltas, equate
 
 
-def _patterns(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
+def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
+    """(node, pattern, legs) of every index pattern."""
     for at, node in enumerate(net.nodes):
         if isinstance(node, Pattern):
             yield at, node.pattern, node.legs
 
 
-def _swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: object) -> Network:
+def _legs_at(net: Network, at: int) -> tuple[Group, Group, Group]:
+    """The legs of the pattern that is node `at`."""
+    node = net.nodes[at]
+    assert isinstance(node, Pattern)
+    return node.legs
+
+
+def swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: object) -> Network:
     """Replace some nodes by others, in the place of the first."""
     nodes = [node for at, node in enumerate(net.nodes) if at not in drop]
     place = min(drop)
     return net.replace(nodes=(*nodes[:place], *put, *nodes[place:]), **parts)
 
 
-def _only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
+def only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
     """Whether no index of the group stands in the output or in a node that is not listed."""
     if set(group) & set(net.output_indices):
         return False
@@ -38,12 +46,13 @@ def _only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
     return not any(set(group) & set(indices_of(node)) for node in others)
 
 
-def _apart(legs: Sequence[Group]) -> bool:
+def apart(legs: Sequence[Group]) -> bool:
+    """Whether no index stands twice in some legs."""
     flat = [index for leg in legs for index in leg]
     return len(flat) == len(set(flat))
 
 
-def _fresh_beside(net: Network, group: Group, what: str) -> str:
+def fresh_beside(net: Network, group: Group, what: str) -> str:
     """A name for a new index that says where it comes from; copies keep their `_` at the end."""
     base = group[0].rstrip("_") if group else ""
     return net.fresh(f"{base}_{what}{'_' * (len(group[0]) - len(base))}" if group else what)
@@ -53,39 +62,39 @@ def _fresh_beside(net: Network, group: Group, what: str) -> str:
 @rule("irrelevant parameters normalised", "7, 8")
 def normalise(net: Network) -> Network | None:
     """K=1: D is irrelevant; O=1: S is; the padding on the right follows from O; a mode that is never used is zeros."""
-    for at, pattern, legs in _patterns(net):
-        normal = _fit(pattern.reads(), pattern.input_size) or pattern.normalize()
+    for at, pattern, legs in pattern_nodes(net):
+        normal = IndexPattern.from_reads(pattern.reads(), pattern.input_size) or pattern.normalize()
         if normal != pattern:
-            return _swap_nodes(net, [at], [Pattern(normal, legs)])
+            return swap_nodes(net, [at], [Pattern(normal, legs)])
     return None
 
 
 @rule("one output position: kernel and output swapped", "4, 7")
 def swap_single_output(net: Network) -> Network | None:
     """Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o]: with O=1 the swapped pattern is a selection."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.output_size == 1 and pattern.kernel_size > 1:
-            return _swap_nodes(net, [at], [Pattern(pattern.swap().normalize(), (i, k, o))])
+            return swap_nodes(net, [at], [Pattern(pattern.swap().normalize(), (i, k, o))])
     return None
 
 
 @rule("one input position: read the other way round", "7")
 def swap_single_input(net: Network) -> Network | None:
     """I=1 and K=1: [0 = o·S − P] is 1 for one o only, and so is the selection of that position of o."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.input_size == 1 and pattern.is_selection and pattern.output_size > 1 and not k:
             places = np.flatnonzero(pattern.reads()[:, 0] >= 0)
             if len(places) == 1:
                 size, place = pattern.output_size, int(places[0])
                 one_hot = IndexPattern(size, 1, padding=(-place, place + 1 - size), output_size=1)
-                return _swap_nodes(net, [at], [Pattern(one_hot.normalize(), (o, i, k))])
+                return swap_nodes(net, [at], [Pattern(one_hot.normalize(), (o, i, k))])
     return None
 
 
 @rule("one position of a group: one position of each of its indices", "7")
 def split_one_hot(net: Network) -> Network | None:
     """[(a b) = p] = [a = p div B] [b = p mod B]."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if len(i) < 2 or o or k or pattern.is_zero:
             continue
         place = int(pattern.reads()[0, 0])
@@ -95,16 +104,16 @@ def split_one_hot(net: Network) -> Network | None:
             place, mine = divmod(place, size)
             one_hot = IndexPattern(size, 1, padding=(-mine, mine + 1 - size), output_size=1)
             put.insert(0, Pattern(one_hot.normalize(), ((index,), (), ())))
-        return _swap_nodes(net, [at], put)
+        return swap_nodes(net, [at], put)
     return None
 
 
 @rule("pattern at one position of a leg", "8")
 def at_one_position(net: Network) -> Network | None:
     """e_a[x] Π[i,x,k] = e_a[x] Π(I,K,1,P−a·S,D)[i,0,k]; the same for the legs k (by the swap) and i (P+a)."""
-    for one, place, x in _one_hots(net):
-        for at, pattern, legs in _patterns(net):
-            if at == one or pattern.padding_mode != "zeros" or legs.count((x,)) != 1 or not _apart(legs):
+    for one, place, x in one_hots(net):
+        for at, pattern, legs in pattern_nodes(net):
+            if at == one or pattern.padding_mode != "zeros" or legs.count((x,)) != 1 or not apart(legs):
                 continue
             leg = legs.index((x,))
             size, left = [pattern.input_size, pattern.output_size, pattern.kernel_size], pattern.padding[0]
@@ -112,13 +121,13 @@ def at_one_position(net: Network) -> Network | None:
             left += (1, -pattern.stride, -pattern.dilation)[leg] * place
             rest = IndexPattern(size[0], size[2], pattern.stride, (left, 0), pattern.dilation, output_size=size[1])
             new = [() if group == (x,) else group for group in legs]
-            return _swap_nodes(net, [at], [Pattern(rest.normalize(), (new[0], new[1], new[2]))])
+            return swap_nodes(net, [at], [Pattern(rest.normalize(), (new[0], new[1], new[2]))])
     return None
 
 
-def _one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
+def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
     """(node, position, index) of every pattern that is 1 at one position of one index only."""
-    for at, pattern, (x, o, k) in _patterns(net):
+    for at, pattern, (x, o, k) in pattern_nodes(net):
         if len(x) == 1 and not o and not k and not pattern.is_zero:
             yield at, int(pattern.reads()[0, 0]), x[0]
 
@@ -126,25 +135,25 @@ def _one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
 @rule("one position of a shared index: one of each holder's own", "8")
 def part_holders(net: Network) -> Network | None:
     """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands that share one position of an index share nothing."""
-    for one, _, x in _one_hots(net):
+    for one, _, x in one_hots(net):
         holders = [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and x in indices_of(node)]
         tied = x in net.output_indices or any(
-            at != one and x in indices_of(net.nodes[at]) for at, _, _ in _patterns(net)
+            at != one and x in indices_of(net.nodes[at]) for at, _, _ in pattern_nodes(net)
         )
         if len(holders) <= (not tied):
             continue
         at = holders[-1]
         y = net.fresh(x)
         own = [new for node in (net.nodes[at], net.nodes[one]) for new in relabel_node(node, {x: (y,)})]
-        return _swap_nodes(net, [at], own, sizes={y: net.sizes[x]})
+        return swap_nodes(net, [at], own, sizes={y: net.sizes[x]})
     return None
 
 
 @rule("selection summed over its input: a mask", "16")
 def mask(net: Network) -> Network | None:
     """Σ_i [i = o·S − P] says which o read anything; so does the shortest shift that reads there."""
-    for at, pattern, (i, o, k) in _patterns(net):
-        if not pattern.is_selection or k or not i or not _only_in(net, i, [at]) or not _apart((i, o)):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
+        if not pattern.is_selection or k or not i or not only_in(net, i, [at]) or not apart((i, o)):
             continue
         valid = np.flatnonzero(pattern.reads()[:, 0] >= 0)
         if not len(valid) or pattern.padding_mode != "zeros":
@@ -156,14 +165,14 @@ def mask(net: Network) -> Network | None:
             count, 1, padding=(low, pattern.output_size - low - count), output_size=pattern.output_size
         )
         name = net.fresh(i[0])
-        return _swap_nodes(net, [at], [Pattern(shift.normalize(), ((name,), o, ()))], sizes={name: count})
+        return swap_nodes(net, [at], [Pattern(shift.normalize(), ((name,), o, ()))], sizes={name: count})
     return None
 
 
 @rule("pattern that reads nothing: the network is zero", "8")
 def zero(net: Network) -> Network | None:
     """A pattern whose reads all fall into the padding is 0, and so is the product."""
-    if net.scale.factor == 0 or not any(pattern.is_zero for _, pattern, _ in _patterns(net)):
+    if net.scale.factor == 0 or not any(pattern.is_zero for _, pattern, _ in pattern_nodes(net)):
         return None
     nodes: list[Node] = []
     sizes: dict[str, int | None] = {}
@@ -191,10 +200,10 @@ def zero(net: Network) -> Network | None:
 @rule("identity pattern contracted", "1, 7")
 def identity(net: Network) -> Network | None:
     """K=1, S=1, P=0, O=I: Π[i,o] = δ[i,o]. K=I, P=0, O=1 comes here after the swap."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if not pattern.is_identity or k:
             continue
-        rest = _swap_nodes(net, [at], [Ones(index) for index in dict.fromkeys((*i, *o))])
+        rest = swap_nodes(net, [at], [Ones(index) for index in dict.fromkeys((*i, *o))])
         after = equate(rest, o, i)  # names of the output and kernel side stay
         if after is not None:
             return contract_deltas(after)
@@ -202,51 +211,17 @@ def identity(net: Network) -> Network | None:
 
 
 # -------------------------------------------------------------------------------------------------------- contractions
-def _fit(reads: np.ndarray, input_size: int) -> IndexPattern | None:
-    """The zeros-mode pattern with these reads [O, K], or None; exact, whatever the reads come from.
-
-    A step that the reads leave open (never two of them in one line) is chosen so large that no line can have two.
-    """
-    outputs, kernels = reads.shape
-    valid = np.argwhere(reads >= 0)
-    if not len(valid):
-        return None
-    o0, k0 = (int(at) for at in valid[0])
-    stride, dilation = _step(reads.T), _step(reads)
-    if stride == 0 or dilation == 0:
-        return None
-    if dilation is None:
-        dilation = 1 if kernels == 1 else input_size + (stride or 0) * (outputs - 1)
-    if stride is None:
-        stride = 1 if outputs == 1 else input_size + dilation * (kernels - 1)
-    left = k0 * dilation + o0 * stride - int(reads[o0, k0])
-    fitted = IndexPattern(input_size, kernels, stride, (left, 0), dilation, output_size=outputs)
-    return fitted.normalize() if np.array_equal(fitted.reads(), reads) else None
-
-
-def _step(lines: np.ndarray) -> int | None:
-    """The step between neighbours along lines: None if no line has two valid reads, 0 if there is no whole one."""
-    rows, places = np.nonzero(lines >= 0)
-    pairs = np.flatnonzero(rows[1:] == rows[:-1])
-    if not len(pairs):
-        return None
-    at = pairs[0]
-    values = lines[rows[at], places[at : at + 2]]
-    step, rest = divmod(int(values[1] - values[0]), int(places[at + 1] - places[at]))
-    return step if rest == 0 and step > 0 else 0
-
-
 @rule("selection of positions composed with a pattern", "23")
 def compose_selection(net: Network) -> Network | None:
     """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] where Π2 reads only inside; the same for k.
 
     Whether the composition is one pattern is decided by comparing all reads.
     """
-    for two, selection, (j, o, unit) in _patterns(net):
+    for two, selection, (j, o, unit) in pattern_nodes(net):
         if not selection.is_selection or unit or not j:
             continue
-        for one, pattern, (i, positions, kernel) in _patterns(net):
-            if one == two or not _only_in(net, j, [one, two]) or not _apart((i, positions, kernel, o)):
+        for one, pattern, (i, positions, kernel) in pattern_nodes(net):
+            if one == two or not only_in(net, j, [one, two]) or not apart((i, positions, kernel, o)):
                 continue
             picked = selection.reads()[:, 0]
             reads = pattern.reads()
@@ -261,11 +236,14 @@ def compose_selection(net: Network) -> Network | None:
                 blocks = reads.reshape(selection.input_size, -1)
                 new = np.where(picked[:, None] >= 0, blocks[picked], -1)
                 legs = (i, o, positions[1:])
+            elif kernel == o == () and len(j) == 1 and positions[-1:] == j and len(positions) > 1:
+                new = reads.reshape(-1, selection.input_size)[:, picked]  # one position within the blocks
+                legs = (i, positions[:-1], ())
             else:
                 continue
-            fitted = _fit(new, pattern.input_size)
+            fitted = IndexPattern.from_reads(new, pattern.input_size)
             if fitted is not None:
-                return _swap_nodes(net, [one, two], [Pattern(fitted, legs)])
+                return swap_nodes(net, [one, two], [Pattern(fitted, legs)])
     return None
 
 
@@ -275,19 +253,19 @@ def compose_shift(net: Network) -> Network | None:
 
     Larger strides of Π1 stay apart: that is the form the gcd rule makes.
     """
-    for one, shift, (i, j, unit) in _patterns(net):
+    for one, shift, (i, j, unit) in pattern_nodes(net):
         if not shift.is_selection or unit or shift.stride != 1 or not j:
             continue
-        for two, pattern, (inputs, o, k) in _patterns(net):
-            if one == two or inputs != j or not _only_in(net, j, [one, two]) or not _apart((i, j, o, k)):
+        for two, pattern, (inputs, o, k) in pattern_nodes(net):
+            if one == two or inputs != j or not only_in(net, j, [one, two]) or not apart((i, j, o, k)):
                 continue
             if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_selection:
                 continue  # the split of a padding mode from its pattern stays split
             reads = pattern.reads()
             new = np.where(reads >= 0, shift.reads()[:, 0][reads], -1)
-            fitted = _fit(new, shift.input_size) or _in_mode(shift, pattern)
+            fitted = IndexPattern.from_reads(new, shift.input_size) or _in_mode(shift, pattern)
             if fitted is not None:
-                return _swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
+                return swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
     return None
 
 
@@ -308,14 +286,14 @@ def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | Non
 @rule("crop of the input taken into the pattern", "8")
 def crop_input(net: Network) -> Network | None:
     """Σ_i C[i,j] Π(I,K,S,P,D)[i,o,k] = Π(J,K,S,P+a,D)[j,o,k] for the crop C[i,j] = [i = j + a]."""
-    for one, crop, (i, j, unit) in _patterns(net):
+    for one, crop, (i, j, unit) in pattern_nodes(net):
         inside = crop.is_selection and not unit and crop.stride == 1 and (crop.reads() >= 0).all()
         if not inside or crop.padding_mode != "zeros" or not i:
             continue
-        for two, pattern, (inputs, o, k) in _patterns(net):
-            if one == two or inputs != i or not _only_in(net, i, [one, two]) or pattern.padding_mode != "zeros":
+        for two, pattern, (inputs, o, k) in pattern_nodes(net):
+            if one == two or inputs != i or not only_in(net, i, [one, two]) or pattern.padding_mode != "zeros":
                 continue
-            if not _apart((i, j, o, k)):
+            if not apart((i, j, o, k)):
                 continue
             longer = pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size
             if longer and (pattern.reads() >= 0).all():
@@ -328,14 +306,14 @@ def crop_input(net: Network) -> Network | None:
                 dilation=pattern.dilation,
                 output_size=pattern.output_size,
             )
-            return _swap_nodes(net, [one, two], [Pattern(shorter.normalize(), (j, o, k))])
+            return swap_nodes(net, [one, two], [Pattern(shorter.normalize(), (j, o, k))])
     return None
 
 
 @rule("two patterns that share two legs", "19")
 def two_shared_legs(net: Network) -> Network | None:
     """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'], for any two shared legs; in other padding modes only for (o,k)."""
-    found = list(_patterns(net))
+    found = list(pattern_nodes(net))
     for a, (_one, pattern, legs) in enumerate(found):
         for two, other, others in found[a + 1 :]:
             if pattern.normalize() != other.normalize():
@@ -346,7 +324,7 @@ def two_shared_legs(net: Network) -> Network | None:
             if len(differ) > 1 or (pattern.padding_mode != "zeros" and differ not in ([], [0])):
                 continue
             spare = [Ones(index) for index in dict.fromkeys(index for leg in others for index in leg)]
-            rest = _swap_nodes(net, [two], spare)
+            rest = swap_nodes(net, [two], spare)
             after = rest if not differ else equate(rest, legs[differ[0]], others[differ[0]])
             if after is not None:
                 return contract_deltas(after)
@@ -356,20 +334,20 @@ def two_shared_legs(net: Network) -> Network | None:
 @rule("pattern and one position of itself", "19")
 def with_own_position(net: Network) -> Network | None:
     """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: given i and o, only one k is read; the same for one position of o."""
-    for two, part, (i, x, unit) in _patterns(net):
+    for two, part, (i, x, unit) in pattern_nodes(net):
         if not part.is_selection or unit or not i or not x or part.padding_mode != "zeros" or part.is_zero:
             continue
-        for one, pattern, legs in _patterns(net):
+        for one, pattern, legs in pattern_nodes(net):
             if one == two or pattern.padding_mode != "zeros" or legs[0] != i or x not in legs[1:]:
                 continue
             other = 1 if legs[2] == x else 2
-            if not legs[other] or not _apart(legs):
+            if not legs[other] or not apart(legs):
                 continue
             lines = pattern.reads() if other == 1 else pattern.reads().T
             for place, line in enumerate(lines):
                 if np.array_equal(line, part.reads()[:, 0]):
                     one_hot = IndexPattern(len(lines), 1, padding=(-place, place + 1 - len(lines)), output_size=1)
-                    return _swap_nodes(net, [one], [Pattern(one_hot.normalize(), (legs[other], (), ()))])
+                    return swap_nodes(net, [one], [Pattern(one_hot.normalize(), (legs[other], (), ()))])
     return None
 
 
@@ -379,9 +357,9 @@ def constant_leg_sum(net: Network) -> Network | None:
 
     E.g. Σ_i Π = [0 ≤ kD + oS − P < I] is 1 throughout where nothing is padded, so that the pattern disappears.
     """
-    for at, pattern, legs in _patterns(net):
-        loose = [place for place in range(3) if _only_in(net, legs[place], [at])]
-        if not loose or not _apart(legs):
+    for at, pattern, legs in pattern_nodes(net):
+        loose = [place for place in range(3) if only_in(net, legs[place], [at])]
+        if not loose or not apart(legs):
             continue
         total = _summed(pattern, loose)
         value = int(total.flat[0])
@@ -390,7 +368,7 @@ def constant_leg_sum(net: Network) -> Network | None:
         summed = {index for place in loose for index in legs[place]}
         kept = dict.fromkeys(index for leg in legs for index in leg if index not in summed)
         scale = net.scale * Scale(Fraction(value))
-        return _swap_nodes(net, [at], [Ones(index) for index in kept], scale=scale)
+        return swap_nodes(net, [at], [Ones(index) for index in kept], scale=scale)
     return None
 
 
@@ -409,39 +387,56 @@ def _summed(pattern: IndexPattern, loose: Sequence[int]) -> np.ndarray:
 @rule("padding mode split from its pattern", "modes")
 def split_mode(net: Network) -> Network | None:
     """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], R the padding of the input by its mode."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode == "zeros" or pattern.is_selection:
+            continue
+        if any(only_in(net, leg, [at]) for leg in (o, k)):
+            continue  # a leg sum, which is one matrix whatever the mode
+        if set(i) & set(net.output_indices) and not _scatter_gains(net, at, pattern):
             continue
         padding, inner = pattern.split_padding()
         if padding is None:
             continue
-        j = _fresh_beside(net, i, "pad")
+        j = fresh_beside(net, i, "pad")
         put = [Pattern(padding.normalize(), (i, (j,), ())), Pattern(inner.normalize(), ((j,), o, k))]
-        return _swap_nodes(net, [at], put, sizes={j: inner.input_size})
+        return swap_nodes(net, [at], put, sizes={j: inner.input_size})
     return None
+
+
+def _scatter_gains(net: Network, at: int, pattern: IndexPattern) -> bool:
+    """Whether adding patches up on the padded input and then folding the padding back is cheaper than the pattern."""
+    _, o, k = _legs_at(net, at)
+    if set(net.output_indices) & {*o, *k} or any(
+        {*o, *k} & {*a, *b, *c} for n, _, (a, b, c) in pattern_nodes(net) if n != at
+    ):
+        return False
+    inputs, entries = pattern.input_size, pattern.output_size * pattern.kernel_size
+    return entries + 2 * inputs * (inputs + sum(pattern.padding)) < 2 * inputs * entries
 
 
 @rule("common divisor of stride and dilation taken out", "11")
 def common_divisor(net: Network) -> Network | None:
     """g = gcd(S,D) > 1: only i = a + g·j is read, a = (−P) mod g, where Π = Π(·,K,S/g,(P+a)/g,D/g)[j,o,k]."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode != "zeros":
             continue
         parts = pattern.gcd_split()
         if parts is None:
             continue
         every, inner = parts
-        j = _fresh_beside(net, i, "every")
+        if every.normalize().stride == 1:
+            continue  # one position is left, which a shift says as well
+        j = fresh_beside(net, i, "every")
         put = [Pattern(every.normalize(), (i, (j,), ())), Pattern(inner.normalize(), ((j,), o, k))]
-        return _swap_nodes(net, [at], put, sizes={j: inner.input_size})
+        return swap_nodes(net, [at], put, sizes={j: inner.input_size})
     return None
 
 
 @rule("dense or block pattern into regrouping", "6")
 def block(net: Network) -> Network | None:
     """K ≤ S, D=1: pad P on the left, pad or crop to O·S, view as (O, S), keep k < K; rules 1 to 3 are special cases."""
-    for at, pattern, legs in _patterns(net):
-        if _blocks(pattern):
+    for at, pattern, legs in pattern_nodes(net):
+        if _blocks(pattern) and not _spreads(net, pattern, legs):
             return _into_blocks(net, at, pattern, legs)
     return None
 
@@ -449,10 +444,18 @@ def block(net: Network) -> Network | None:
 @rule("dense or block pattern after the swap into regrouping", "4, 6")
 def swapped_block(net: Network) -> Network | None:
     """O ≤ D, S=1: the block rule for the pattern with kernel and output swapped."""
-    for at, pattern, (i, o, k) in _patterns(net):
+    for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode == "zeros" and not _blocks(pattern) and _blocks(pattern.swap()):
+            if _spreads(net, pattern.swap(), (i, k, o)):
+                continue
             return _into_blocks(net, at, pattern.swap(), (i, k, o))
     return None
+
+
+def _spreads(net: Network, pattern: IndexPattern, legs: tuple[Group, Group, Group]) -> bool:
+    """Whether a block of S positions of which K < S are used would have to be written out as an array."""
+    open_ = set(net.output_indices)
+    return pattern.kernel_size < pattern.stride and bool(open_ & {*legs[0]}) and bool(open_ & {*legs[1], *legs[2]})
 
 
 def _blocks(pattern: IndexPattern) -> bool:
@@ -473,11 +476,11 @@ def _into_blocks(net: Network, at: int, pattern: IndexPattern, legs: tuple[Group
     left = pattern.padding[0]
     view = IndexPattern(pattern.input_size, 1, padding=(left, length - pattern.input_size - left), output_size=length)
     if pattern.kernel_size == stride:
-        return _swap_nodes(net, [at], [Pattern(view.normalize(), (i, (*o, *k), ()))])
-    s = _fresh_beside(net, k, "stride")
+        return swap_nodes(net, [at], [Pattern(view.normalize(), (i, (*o, *k), ()))])
+    s = fresh_beside(net, k, "stride")
     first = IndexPattern(stride, 1, padding=(0, pattern.kernel_size - stride), output_size=pattern.kernel_size)
     put = [Pattern(view.normalize(), (i, (*o, s), ())), Pattern(first.normalize(), ((s,), k, ()))]
-    return _swap_nodes(net, [at], put, sizes={s: stride})
+    return swap_nodes(net, [at], put, sizes={s: stride})
 
 
 PATTERN_RULES: RuleList = (

@@ -1,0 +1,161 @@
+"""The decompositions in the other direction: whole patterns again, for ways of evaluation that suit those better.
+
+A simplified network has its patterns taken apart into regrouping, selections and smaller patterns, which views and
+matrix products like. A framework's convolution, or a pattern as an array, does with the whole pattern in one step what
+would else need an intermediate array.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lensor.network import AnyNetwork, Group, Network, Operand, Pattern, indices_of, sum_of
+from lensor.passes.engine import run_phases
+from lensor.passes.patterns import apart, fresh_beside, one_hots, only_in, pattern_nodes, swap_nodes
+from lensor.passes.rule import RuleList, rule
+from lensor.passes.structural import STRUCTURAL_RULES
+from lensor.pattern import IndexPattern
+from lensor.transforms.indices import equate
+
+
+@rule("selection taken into the pattern that reads it", "11, modes")
+def compose_input(net: Network) -> Network | None:
+    """Σ_j Π1[i,j] Π2[j,o,k] = Π[i,o,k] where the reads of both together are those of one pattern."""
+    for one, outer, (i, j, unit) in pattern_nodes(net):
+        if not outer.is_selection or unit or not j:
+            continue
+        for two, inner, (inputs, o, k) in pattern_nodes(net):
+            if one == two or inputs != j or not only_in(net, j, [one, two]) or not apart((i, j, o, k)):
+                continue
+            whole = _composed(outer, inner)
+            if whole is not None:
+                return swap_nodes(net, [one, two], [Pattern(whole, (i, o, k))])
+    return None
+
+
+def _composed(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
+    """One pattern that reads through a selection and a zeros-mode pattern behind it."""
+    if inner.padding_mode != "zeros":
+        return None
+    reads = inner.reads()
+    reads = np.where(reads >= 0, outer.reads()[:, 0][reads], -1)
+    fitted = IndexPattern.from_reads(reads, outer.input_size)
+    if fitted is not None or outer.padding_mode == "zeros":
+        return fitted
+    stride, dilation = outer.stride * inner.stride, outer.stride * inner.dilation
+    left = outer.padding[0] + outer.stride * inner.padding[0]
+    length = (inner.output_size - 1) * stride + dilation * (inner.kernel_size - 1) + 1
+    sides = (left, length - outer.input_size - left)
+    if min(sides) < 0 or max(sides) > max(outer.padding):
+        return None
+    whole = IndexPattern(
+        outer.input_size, inner.kernel_size, stride, sides, dilation, outer.padding_mode, inner.output_size
+    )
+    return whole.normalize() if np.array_equal(whole.reads(), reads) else None
+
+
+@rule("regrouping taken back into a pattern", "6")
+def compose_blocks(net: Network) -> Network | None:
+    """Π1[i,(o s)] Π2[s,k] = Π[i,o,k], and Π1[i,(o k)] = Π[i,o,k], where the reads are those of one pattern."""
+    for one, view, (i, positions, unit) in pattern_nodes(net):
+        if not view.is_selection or unit or len(positions) < 2:
+            continue
+        for split in range(1, len(positions)):
+            o, s = positions[:split], positions[split:]
+            reads = view.reads().reshape(net.group_size(o) or 0, -1)
+            for two, first, (inputs, k, kernel) in pattern_nodes(net):
+                inside = one != two and first.is_selection and not kernel and inputs == s
+                if inside and only_in(net, s, [one, two]) and apart((i, o, s, k)):
+                    picked = first.reads()[:, 0]
+                    after = _regrouped(net, [one, two], np.where(picked >= 0, reads[:, picked], -1), view, (i, o, k))
+                    if after is not None:
+                        return after
+            after = _regrouped(net, [one], reads, view, (i, o, s)) if apart((i, o, s)) else None
+            if after is not None:
+                return after
+    return None
+
+
+def _regrouped(
+    net: Network, drop: list[int], reads: np.ndarray, view: IndexPattern, legs: tuple[Group, Group, Group]
+) -> Network | None:
+    whole = IndexPattern.from_reads(reads, view.input_size)
+    return None if whole is None else swap_nodes(net, drop, [Pattern(whole, legs)])
+
+
+@rule("equal positions of copies: one index", "8")
+def share_position(net: Network) -> Network | None:
+    """e_a[x] f(x) e_a[y] g(y) = e_a[x] f(x) g(x) where copies of f and g share an index in these places, or f = g."""
+    places = {index: _places(net, index) for index in net.sizes}
+    found = [(at, place, x) for at, place, x in one_hots(net) if _only_operands(net, x, at)]
+    for at, (_, place, x) in enumerate(found):
+        for two, other, y in found[at + 1 :]:
+            if place != other or x == y or net.sizes[x] != net.sizes[y]:
+                continue
+            if any(places[x] & held and places[y] & held for index, held in places.items() if index != y):
+                merged = equate(swap_nodes(net, [two], []), (x,), (y,))
+                if merged is not None:
+                    return merged
+    return None
+
+
+def _only_operands(net: Network, index: str, one_hot: int) -> bool:
+    """Whether nothing but operands and one pattern hold an index."""
+    holders = [node for at, node in enumerate(net.nodes) if at != one_hot and index in indices_of(node)]
+    return index not in net.output_indices and all(isinstance(node, Operand) for node in holders)
+
+
+def _places(net: Network, index: str) -> set[tuple[str, int]]:
+    """(operand, place among its indices) wherever an index stands."""
+    operands = [node for node in net.nodes if isinstance(node, Operand)]
+    return {(node.name, at) for node in operands for at, held in enumerate(indices_of(node)) if held == index}
+
+
+@rule("part of a pattern's kernel: the whole pattern and a selection", "23")
+def widen(net: Network) -> Network | None:
+    """Π'[i,o,k] = Σ_l Π[i',o',l] [l = k·s + a] where Π reads all that Π' reads, of another copy of one operand."""
+    for one, wide, (i, _, _) in pattern_nodes(net):
+        for two, part, (j, o, k) in pattern_nodes(net):
+            sizes = (wide.input_size, wide.output_size) == (part.input_size, part.output_size)
+            if one == two or not sizes or part.kernel_size >= wide.kernel_size or not o or not j:
+                continue
+            if part.padding_mode != "zeros" or wide.padding_mode != "zeros" or i == j:
+                continue
+            if not _names(net, i) & _names(net, j):
+                continue
+            columns = wide.reads().T.tolist()
+            places = [columns.index(column) if column in columns else -1 for column in part.reads().T.tolist()]
+            picked = IndexPattern.from_reads(np.array(places)[:, None], wide.kernel_size) if min(places) >= 0 else None
+            if picked is not None:
+                name = fresh_beside(net, k or o, "wide")
+                put = [Pattern(wide, (j, o, (name,))), Pattern(picked, ((name,), k, ()))]
+                return swap_nodes(net, [two], put, sizes={name: wide.kernel_size})
+    return None
+
+
+def _names(net: Network, group: Group) -> set[str]:
+    """The operands that hold an index of the group."""
+    return {node.name for node in net.nodes if isinstance(node, Operand) and set(group) & set(indices_of(node))}
+
+
+COMPOSITION_RULES: RuleList = (compose_input, compose_blocks)
+SHARING_RULES: RuleList = (share_position, widen)
+
+
+def compose(net: AnyNetwork) -> AnyNetwork:
+    """A simplified network with its patterns whole again.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(4, 8, (10,), kernel_size=2, stride=3)).simplify()
+        >>> print(net.subscripts)
+        n c_in i1, i1 (o1 k1_stride) (), k1_stride k1 (), c_out c_in k1 -> n c_out o1
+        >>> print(compose(net).subscripts)
+        n c_in i1, i1 o1 k1, c_out c_in k1 -> n c_out o1
+    """
+    return sum_of([run_phases(term, (STRUCTURAL_RULES, COMPOSITION_RULES)) for term in net.terms])
+
+
+def share(net: AnyNetwork) -> AnyNetwork:
+    """A simplified network in which copies of one operand are alike again, whatever part of the result is wanted."""
+    return sum_of([run_phases(term, (SHARING_RULES,)) for term in net.terms])

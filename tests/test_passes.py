@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from lensor import ConvSpec, Pattern, ops, parse
 from lensor.execute import evaluate_dense
 from lensor.lower import STRATEGIES, lower
+from lensor.passes.composition import compose, share
 from lensor.passes.engine import PHASES, apply_rules
+from lensor.runtime import run
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of, random_network
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -28,6 +30,54 @@ def test_values_stay(seed: int) -> None:
     expected = evaluate_dense(net, operands)
     assert_close(evaluate_dense(net.simplify(), operands), expected)
     assert_close(net(**operands), expected)
+
+
+@settings(max_examples=120)
+@given(SEEDS)
+def test_every_strategy_gives_the_same(seed: int) -> None:
+    net = random_network(seed)
+    operands = operands_of(net, seed)
+    expected = evaluate_dense(net, operands)
+    for strategy in STRATEGIES:
+        for form in (net, net.simplify()):
+            plan = lower(form, strategy)
+            assert_close(run(plan, operands), expected)
+
+
+@settings(max_examples=120)
+@given(SEEDS)
+def test_whole_patterns_and_shared_positions_keep_values(seed: int) -> None:
+    net = random_network(seed)
+    operands = operands_of(net, seed)
+    expected = evaluate_dense(net, operands)
+    assert_close(evaluate_dense(compose(net.simplify()), operands), expected)
+    assert_close(evaluate_dense(share(net.simplify()), operands), expected)
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {"stride": 2, "dilation": 2, "padding": 1},
+        {"stride": 3, "padding": 1},
+        {"dilation": 4, "padding": 2},
+        {"padding": 2, "padding_mode": "reflect"},
+        {"padding": 1, "stride": 2, "dilation": 2, "padding_mode": "circular"},
+    ],
+)
+def test_a_pattern_taken_apart_is_put_together_again(hyper: dict[str, Any]) -> None:
+    net = ops.conv(ConvSpec(2, 3, 11, 3, **hyper))
+    (whole,) = [node for node in compose(net.simplify()).nodes if isinstance(node, Pattern)]
+    (given_pattern,) = [node for node in net.nodes if isinstance(node, Pattern)]
+    assert np.array_equal(whole.pattern.materialize(), given_pattern.pattern.materialize())
+
+
+def test_one_sided_sub_tensors_of_a_gram_matrix_share_its_halves() -> None:
+    """A few rows of ggn_mini_block: the Jacobian is computed once, and the rows are read from the triangle's matrix."""
+    net = bound(ops.ggn_mini_block(ConvSpec(4, 6, (7, 6), 3)), 3)
+    narrow = net.narrow("c_in", 0, 3)
+    assert min(lower(narrow.simplify(), strategy).flops for strategy in STRATEGIES) <= min(
+        lower(net.simplify(), strategy).flops for strategy in STRATEGIES
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)

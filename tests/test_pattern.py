@@ -84,6 +84,21 @@ def test_reads(pattern: IndexPattern) -> None:
             assert reads[o, k] == (-1 if at is None else at)
 
 
+@given(patterns(modes=("zeros",)))
+def test_from_reads_finds_the_pattern(pattern: IndexPattern) -> None:
+    found = IndexPattern.from_reads(pattern.reads(), pattern.input_size)
+    assert found is not None
+    assert np.array_equal(found.materialize(), pattern.materialize())
+
+
+def test_from_reads_says_no() -> None:
+    assert IndexPattern.from_reads(np.array([[0, 1], [1, 3]]), 4) is None
+    assert IndexPattern.from_reads(np.array([[0], [1], [0]]), 2) is None
+    nothing = IndexPattern.from_reads(np.full((3, 2), -1), 4)
+    assert nothing is not None
+    assert nothing.is_zero
+
+
 @given(patterns(least=0), st.integers(0, 2**32 - 1))
 @example(IndexPattern(5, 3, padding=4, padding_mode="reflect"), 0)
 @example(IndexPattern(5, 3, padding=5, padding_mode="circular"), 0)

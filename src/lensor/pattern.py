@@ -442,10 +442,15 @@ class IndexPattern:
         # A step of this size has no two reads in one line whatever the other is.
         largest = input_size + (stride or dilation or input_size) * max(outputs, kernels)
         s, d = stride or largest, dilation or largest
-        if stride is None:
-            s = 1 if outputs == 1 else next((step for step in range(1, largest) if fits(step, d)), largest)
-        if dilation is None:
-            d = 1 if kernels == 1 else next((step for step in range(1, largest) if fits(s, step)), largest)
+        if stride is None and dilation is None and len(valid) > 1:
+            (o1, k1), apart = valid[-1] - valid[0], int(reads[tuple(valid[-1])] - reads[o0, k0])
+            tied = ((step, *divmod(apart - int(o1) * step, int(k1))) for step in range(1, largest))
+            s, d = next(((a, b) for a, b, rest in tied if b > 0 == rest and fits(a, b)), (s, d))
+        else:
+            if stride is None:
+                s = 1 if outputs == 1 else next((step for step in range(1, largest) if fits(step, d)), largest)
+            if dilation is None:
+                d = 1 if kernels == 1 else next((step for step in range(1, largest) if fits(s, step)), largest)
         if not fits(s, d):
             return None
         left = k0 * d + o0 * s - int(reads[o0, k0])

@@ -22,8 +22,8 @@ _HOPELESS = 5.0
 
 _REPEATS = 7
 
-_SLICED = 4
-"""A memory limit is met by slicing one of this many indices, the largest."""
+_SLICED = 3
+"""A memory limit is met by slicing an index in one of this many strategies, those that need the least memory."""
 
 _PARTS = 64
 """No index is worked through in more parts than this."""
@@ -117,10 +117,12 @@ def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsi
         return fits
     least = min(plan.peak_size for plan, _ in found)
     result = math.prod(found[0][0].shape)
+    frugal = sorted(found, key=lambda pair: pair[0].peak_size)
+    strategies = [strategy for plan, _ in frugal for strategy in STRATEGIES if strategy.name == plan.name][:_SLICED]
     # The result itself counts: nothing helps where it is too large.
-    for index in sliceable(net)[:_SLICED] if result * itemsize <= limit else ():
+    for index in sliceable(net) if result * itemsize <= limit else ():
         size = min(net.sizes[index] or 0, _PARTS)
-        for strategy in STRATEGIES:
+        for strategy in strategies:
             parts = 2
             while True:
                 plan = lower_sliced(net, strategy, index, parts)

@@ -47,13 +47,13 @@ RULE_EXAMPLES: Mapping[str, Example] = {
     "parallel indices merged": Example("X[n (g c) i] W[(g c)] -> n i (g c) where n=8, g=2, c=3, i=5"),
     "irrelevant parameters normalised": Example("unfold", (2, 3, 8, 1), {"dilation": 2, "padding": 1}),
     "one output position: kernel and output swapped": Example("conv", (4, 8, 8, 8), {"padding": 1, "stride": 3}),
-    "one input position: read the other way round": Example("fold", (2, 3, 8, 2), then=(("select", "i1", 7),)),
+    "one input position: read the other way round": Example("conv", (4, 8, 1, 3), {"padding": 1}),
     "one position of a group: one position of each of its indices": Example(
-        "fold", (2, 3, 8, 2), then=(("select", "i1", 7),)
+        "fold", (2, 3, 8, 4), {"stride": 2}, then=(("select", "i1", 6),)
     ),
     "pattern at one position of a leg": Example("unfold", (2, 3, 8, 3), then=(("select", "o1", 2),)),
     "one position of a shared index: one of each holder's own": Example(
-        "hessian_diagonal_input", (2, 3, 8, 2), then=(("select", "i1", 0),)
+        "X[n i] V[n o] Π1[n () ()] -> i o where Π1=IndexPattern(8, 1, padding=(-2, -5)), i=3, o=5"
     ),
     "pattern that reads nothing: the network is zero": Example(
         "fold", (2, 3, 8, 1), {"stride": 2}, then=(("select", "i1", 7),)

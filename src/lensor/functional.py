@@ -79,9 +79,12 @@ class _Operation:
     def __init__(self, arguments: Sequence[str], build: Callable[..., _Request], real: bool) -> None:
         self.arguments = arguments
         self.build = build
+        self.name = build.__name__
         self.real = real  # defined for real numbers only
 
     def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
+        if kernels.is_capturing():
+            return self.captured(arrays, options)
         key = [self, options, planner.current()]
         try:
             for array in arrays:
@@ -106,6 +109,11 @@ class _Operation:
                 _calls.put(key, call)  # under tracing nothing is measured: a later call may choose better
         return call
 
+    def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
+        """The call as part of a graph that a framework writes down: shapes are constants of it, and so is the plan."""
+        kinds = tuple((_shape(array), array.dtype, _device(array)) for array in arrays)
+        return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
+
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """Check the arguments and compile their network."""
         named = dict(zip(self.arguments, arrays, strict=False))
@@ -123,6 +131,33 @@ class _Operation:
         )
 
 
+_operations: dict[str, _Operation] = {}
+
+
+class _CapturedCalls:
+    """The calls that captured graphs are made of, as attributes: there a framework finds new ones while it traces."""
+
+
+_captured_calls = _CapturedCalls()
+_captured_names: dict[tuple, str] = {}
+
+
+def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
+    """The name in `_captured_calls` of a call, from constants alone."""
+    key = (operation, kinds, tuple(map(_frozen, options)), planner.current().max_bytes)
+    if key not in _captured_names:
+        arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
+        with planner.planning(effort="estimate"):
+            call = _operations[operation].prepare(arrays, key[2])
+        _captured_names[key] = f"call_{len(_captured_names)}"
+        setattr(_captured_calls, _captured_names[key], call)
+    return _captured_names[key]
+
+
+# What `torch.compiler.assume_constant_result` sets, without an import of torch: the function is called, not traced.
+_captured_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _in_order(plan: Plan, names: tuple[str, ...], like: Array) -> Callable[..., Array]:
     """The plan as a function of arrays in the order of `names`; everything else was checked before."""
     ready = runtime.runnable(plan, kernels.backend_of(like))
@@ -134,7 +169,12 @@ def _in_order(plan: Plan, names: tuple[str, ...], like: Array) -> Callable[..., 
 
 def _operation(*arguments: str, real: bool = False) -> Callable[[Callable[..., _Request]], _Operation]:
     """Make an operation of a function from shapes (named by `arguments`) and options to a request."""
-    return lambda build: _Operation(arguments, build, real)
+
+    def register(build: Callable[..., _Request]) -> _Operation:
+        operation = _operations[build.__name__] = _Operation(arguments, build, real)
+        return operation
+
+    return register
 
 
 def _adapter(found: Shape, wanted: Shape, conjugate: bool) -> Callable[[Array], Array] | None:

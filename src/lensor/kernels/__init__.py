@@ -49,4 +49,10 @@ def backend_of(*arrays: Any) -> Backend:
     return load(next(iter(names), "numpy"))
 
 
-__all__ = ["Backend", "backend_of", "load", "name_of"]
+def is_capturing() -> bool:
+    """Whether a framework is writing down a graph of what runs (torch.compile, torch.export)."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+__all__ = ["Backend", "backend_of", "is_capturing", "load", "name_of"]

@@ -203,6 +203,9 @@ class NumpyBackend:
         values = np.random.default_rng(0).standard_normal(shape, np.float32)
         return values.astype(kind[1])
 
+    def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
+        return np.broadcast_to(np.empty((), dtype), shape)
+
     def synchronize(self) -> None:
         pass
 

@@ -57,6 +57,10 @@ class Backend(Protocol):
         """An array of random entries, for timing."""
         ...
 
+    def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
+        """An array that tells shape, dtype and device, and takes no memory."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything is computed."""
         ...

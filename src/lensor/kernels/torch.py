@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -18,28 +19,66 @@ from lensor.kernels.constants import materialize_summed
 _constants = Cache(maxsize=256)
 
 
-def _kept(key: Hashable, like: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A tensor that is made once for a device; made anew where a mode would get into it (fake tensors, tracing)."""
-    key = (key, like.device)
-    if type(like) not in (torch.Tensor, torch.nn.Parameter) or not _plain(like):
-        return make().to(like.device)
+class _Constant:
+    """A tensor that is not an operand's: made once for a dtype and device.
 
-    def settled() -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return make().to(like.device)
+    Made anew where a mode would get into it (fake tensors, transforms); while torch.compile traces, a constant of its
+    graph.
+    """
 
-    return _constants.get_or_make(key, settled)
+    def __init__(self, key: Hashable, make: Callable[[], torch.Tensor]) -> None:
+        self.key, self.make = key, make
+        self.number = next(_numbers)
+        _numbered[self.number] = self
+
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(_captured, _captured_constant(self.number, like.dtype, like.device))
+        if type(like) not in (torch.Tensor, torch.nn.Parameter) or not _plain(like):
+            return self.made(like.dtype, like.device)
+        return self.kept(like.dtype, like.device)
+
+    def kept(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        def settled() -> torch.Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                return self.made(dtype, device)
+
+        return _constants.get_or_make((self.key, dtype, device), settled)
+
+    def made(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        found = self.make()
+        return found.to(device=device, dtype=dtype if found.is_floating_point() else found.dtype)
+
+
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, _Constant] = weakref.WeakValueDictionary()
+
+
+class _Captured:
+    """The constants that graphs use, as attributes: torch.compile finds new ones there while it traces."""
+
+
+_captured = _Captured()
+
+
+@torch.compiler.assume_constant_result
+def _captured_constant(number: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The name in `_captured` of a constant."""
+    name = f"constant_{number}_{dtype}_{device}".replace(".", "_").replace(":", "_")
+    setattr(_captured, name, _numbered[number].kept(dtype, device))
+    return name
+
+
+def _numbers_of(key: Hashable, values: Any) -> _Constant:
+    """A constant of whole numbers."""
+    return _Constant(key, lambda: torch.tensor(values, device="cpu"))
 
 
 def _constant(step: s.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
-    def constant(like: torch.Tensor) -> torch.Tensor:
-        def make() -> torch.Tensor:
-            array = materialize_summed(step.pattern, step.summed, np.dtype(np.float64))
-            return torch.tensor(array, device="cpu").to(like.dtype)
+    def make() -> torch.Tensor:
+        return torch.tensor(materialize_summed(step.pattern, step.summed, np.dtype(np.float64)), device="cpu")
 
-        return _kept((step.pattern, step.summed, like.dtype), like, make)
-
-    return constant
+    return _Constant((step.pattern, step.summed), make)
 
 
 def _pad(step: s.Pad) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -68,8 +107,14 @@ def _slice(step: s.Slice) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _window(step: s.Window) -> Callable[[torch.Tensor], torch.Tensor]:
     span = step.dilation * (step.kernel - 1) + 1
+    positions = np.arange(step.positions)[:, None] * step.stride + np.arange(step.kernel) * step.dilation
+    reads = _numbers_of(("window", step.positions, step.kernel, step.stride, step.dilation), positions.ravel().tolist())
 
     def window(x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
+            # torch's derivative of a strided view has no batching rule.
+            x = x.index_select(step.axis, reads(x)).unflatten(step.axis, (step.positions, step.kernel))
+            return x.movedim(step.axis + 1, -1)
         x = x.unfold(step.axis, span, step.stride)
         if step.dilation > 1:
             x = x[..., :: step.dilation]
@@ -95,12 +140,8 @@ def _overlap_add(step: s.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
-    def gather(x: torch.Tensor) -> torch.Tensor:
-        positions = step.pattern.reads()[:, 0]
-        reads = _kept(("reads", step.pattern), x, lambda: torch.tensor(positions, device="cpu"))
-        return x.index_select(step.axis, reads)
-
-    return gather
+    reads = _Constant(("reads", step.pattern), lambda: torch.tensor(step.pattern.reads()[:, 0], device="cpu"))
+    return lambda x: x.index_select(step.axis, reads(x))
 
 
 def _multiple(step: s.Multiple) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -157,10 +198,15 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
     offsets = list(itertools.product(*(range(k) for k in kernel)))
     table = [[place[tuple(b - a for a, b in zip(k, second, strict=True))] for second in offsets] for k in offsets]
 
-    def lag_of(x: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
-        chosen = table if rows is None else [table[row] for row in rows]
-        key = ("lags", step, None if rows is None else tuple(rows))
-        return _kept(key, x, lambda: torch.tensor(chosen, device="cpu"))
+    all_lags = _numbers_of(("lags", step), table)
+    corrections = []
+    for chosen in itertools.product((False, True), repeat=dims):
+        axes = [axis for axis in range(dims) if chosen[axis]]
+        for positions in itertools.product(*(excluded[axis] for axis in axes)) if axes else ():
+            fixed = dict(zip(axes, positions, strict=True))
+            ks = [at for at, k in enumerate(offsets) if all(k[a] in excluded[a][i] for a, i in fixed.items())]
+            rows = _numbers_of(("lags", step, tuple(ks)), [table[row] for row in ks])
+            corrections.append((fixed, -1.0 if len(axes) % 2 else 1.0, rows, _numbers_of(("kernel", tuple(ks)), ks)))
 
     def shifted(y: torch.Tensor, fixed: dict[int, int], sizes: Sequence[int]) -> torch.Tensor:
         """For every lag the array at positions + lag, zeros outside: [g, rows, lags·c]; y has `pad` zeros all round."""
@@ -190,30 +236,20 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
             found[at] = value
             found[back] = value if back == at else value.mT
         total = torch.stack([value for value in found if value is not None], 1)  # [g, lags, c, c]
-        result = total[:, lag_of(x)]  # [g, K, K, c, c]
+        result = total[:, all_lags(x)]  # [g, K, K, c, c]
         around = [0, 0, *(width for axis in reversed(range(dims)) for width in (pad[axis], pad[axis]))]
-        wide: torch.Tensor | None = None
-        for chosen in itertools.product((False, True), repeat=dims):
-            axes = [axis for axis in range(dims) if chosen[axis]]
-            if not axes:
-                continue
-            for positions in itertools.product(*(excluded[axis] for axis in axes)):
-                if wide is None:
-                    wide = torch.nn.functional.pad(x, around)
-                fixed = dict(zip(axes, positions, strict=True))
-                own = x
-                for axis, position in fixed.items():
-                    own = own.narrow(2 + axis, position, 1)
-                thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed, sizes)  # [g, c, lags·c]
-                thin = thin.reshape(g, c, len(lags), c).permute(0, 2, 1, 3)
-                ks = [at for at, k in enumerate(offsets) if all(k[a] in excluded[a][i] for a, i in fixed.items())]
-                part = thin[:, lag_of(x, ks)]
-                sign = -1.0 if len(axes) % 2 else 1.0
-                which = _kept(("kernel", tuple(ks)), x, lambda ks=ks: torch.tensor(ks, device="cpu"))
-                if _may_write(result):
-                    result.index_add_(1, which, part, alpha=sign)
-                else:
-                    result = result.index_add(1, which, part, alpha=sign)
+        wide = torch.nn.functional.pad(x, around) if corrections else x
+        for fixed, sign, rows_of, kernels in corrections:
+            own = x
+            for axis, position in fixed.items():
+                own = own.narrow(2 + axis, position, 1)
+            thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed, sizes)  # [g, c, lags·c]
+            thin = thin.reshape(g, c, len(lags), c).permute(0, 2, 1, 3)
+            part = thin[:, rows_of(x)]
+            if _may_write(result):
+                result.index_add_(1, kernels(x), part, alpha=sign)
+            else:
+                result = result.index_add(1, kernels(x), part, alpha=sign)
         result = result.permute(0, 3, 1, 4, 2)  # [g, c, K, c, K]
         return result.reshape(g, c, *kernel, c, *kernel)
 
@@ -320,6 +356,10 @@ class TorchBackend:
     def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
         generator = torch.Generator(device="cpu").manual_seed(0)
         return torch.randn(*shape, generator=generator).to(device=kind[2], dtype=kind[1])
+
+    def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
+        """A tensor of some shape that takes no memory."""
+        return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():

@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lensor
-from lensor.demo.layers import Layer
+from lensor.bench.layers import Layer
 
 Call = Callable[[], torch.Tensor]
 

@@ -14,9 +14,10 @@ from rich.console import Console
 import lensor
 from lensor.bench.extract import record
 from lensor.bench.layers import Layer
+from lensor.bench.measure import peak_bytes
 from lensor.demo import DemoError, Settings, run
 from lensor.demo.layers import network
-from lensor.demo.measure import Comparison, lensor_factor, peak_bytes, standard_factor
+from lensor.demo.measure import Comparison, lensor_factor, standard_factor
 from lensor.demo.models import MODELS, build
 from lensor.demo.pictures import PHOTOGRAPHS, photographs
 

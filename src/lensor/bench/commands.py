@@ -8,11 +8,23 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from lensor.bench.catalogue import NETS, layers_of
 from lensor.bench.errors import BenchError
-from lensor.bench.layers import COLUMNS, Layer, census, format_sizes, label, parse_sizes, write_layers
+from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
+from lensor.bench.operations import OPERATIONS
+from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
+from lensor.bench.results import ResultsFile, Row, read
+from lensor.bench.settings import Settings
 
 WIDE = 150
 """The width of tables where there is no terminal."""
@@ -43,6 +55,125 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
         _show(layers, shape)
+
+    bench = typer.Typer(invoke_without_command=True)
+    app.add_typer(bench, name="bench", help="Measure operations × convolutions × implementations; report on that.")
+
+    @bench.callback()
+    def measure(
+        context: typer.Context,
+        ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
+        nets: Annotated[
+            list[str] | None, typer.Option(help=f"Nets, of {', '.join(NETS)}; the paper's unless given.")
+        ] = None,
+        impl: Annotated[
+            list[str] | None,
+            typer.Option(help="Implementations, compared with standard: lensor, lensor-measure, and installed peers."),
+        ] = None,
+        kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+        columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
+        dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        limit: Annotated[int | None, typer.Option(min=1, help="No more convolutions than this.")] = None,
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.3,
+        out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        """Every list may be given as a,b,c or by repeating the option.
+
+        Operands are drawn at random; every result is checked against the standard way's before it is timed.
+        """
+        if context.invoked_subcommand is not None:
+            return
+        names = (_names(ops), _names(nets), _names(impl), _names(kinds))
+        try:
+            _bench(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds), out, resume)
+        except BenchError as error:
+            fail(error, debug)
+        except KeyboardInterrupt:
+            message = f"interrupted: finished rows are in {out}, go on with --resume"
+            raise stop(message) from None
+
+    @bench.command(help="A results file as a Markdown report with plots.")
+    def report(
+        file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
+        out: Annotated[
+            Path | None, typer.Option(help="Folder for report.md and plots; the table only if none.")
+        ] = None,
+        against: Annotated[
+            str, typer.Option(help="Implementation whose time is 1; fastest: the fastest that is not Lensor.")
+        ] = STANDARD,
+        target: Annotated[
+            list[str] | None, typer.Option(help="Median that is wanted: OPERATION=RATIO or OPERATION:KIND=RATIO.")
+        ] = None,
+        slack: Annotated[float, typer.Option(min=0.0, help="Microseconds that do not count as slower.")] = 0.0,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6)
+            rows = read(file)
+            _print_summaries(rows, options, console())
+            if out is not None:
+                for path in write(file, out, options):
+                    console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+        except BenchError as error:
+            fail(error, debug)
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    """The names in options such as `--ops a,b --ops c`."""
+    return tuple(name.strip() for one in given or () for name in one.split(",") if name.strip())
+
+
+def _bench(settings: Settings, out: Path, resume: bool) -> None:
+    """Measure, with a progress bar, and print the summary."""
+    from lensor.bench.run import Bench
+
+    bench = Bench(settings)
+    results = ResultsFile(out, bench.machine, resume)
+    shown = console()
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        *(TextColumn("left"), TimeRemainingColumn()),
+    )
+    # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
+    with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
+        task = progress.add_task("", total=len(bench.cases))
+        for at, case in enumerate(bench.run(results)):
+            what = f"{case.operation.name} {case.layer.label}"
+            progress.update(task, completed=at, description=what[:44].ljust(44))
+        progress.update(task, completed=len(bench.cases))
+    wanted = {(one.name, case.operation.name, case.layer.spec) for case in bench.cases for one in bench.implementations}
+    rows = [
+        row
+        for row in results.rows
+        if (row.implementation, row.operation, row.layer.spec) in wanted and row.setting == bench.setting
+    ]
+    _print_summaries(rows, Options(), shown)
+    shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
+
+
+def _print_summaries(rows: list[Row], options: Options, shown: Console) -> None:
+    """The summary as a table, what was measured below it, and how many rows have no time."""
+    table = Table(*HEADINGS[:3], *(Column(name, justify="right") for name in HEADINGS[3:]))
+    last = None
+    for summary in summaries(rows, options):
+        if last not in (None, summary.operation):
+            table.add_section()
+        last = summary.operation
+        table.add_row(*summary.cells)
+    shown.print(table)
+    shown.print(f"Shortest time over that of {options.against}, below 1: faster.", highlight=False)
+    for line in settings_of(rows):
+        shown.print(line, soft_wrap=True, highlight=False)
+    for status in ("wrong", "failed", "refused"):
+        count = sum(row.found.status == status for row in rows)
+        if count:
+            shown.print(f"{count} {status}: see the message column", style="red", highlight=False)
 
 
 def console() -> Console:

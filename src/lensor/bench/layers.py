@@ -112,10 +112,14 @@ KINDS = ("general", "mixed-dense", "dense", "down-sampling")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CSV
-COLUMNS = (
-    *("net", "input_shape", "name", "count", "kind", "in_channels", "out_channels", "input_size", "output_size"),
-    *("kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode", "transposed", "output_padding"),
+SPEC_COLUMNS = (
+    *("kind", "in_channels", "out_channels", "input_size", "output_size", "kernel_size", "stride", "padding"),
+    *("dilation", "groups", "bias", "padding_mode", "transposed", "output_padding"),
 )
+"""The columns of a specification."""
+
+COLUMNS = ("net", "input_shape", "name", "count", *SPEC_COLUMNS)
+"""The columns of a table of convolutions."""
 
 
 def format_sizes(sizes: Sequence[int | Sequence[int]]) -> str:

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from lensor.bench.catalogue import NETS, layers_of
-from lensor.bench.errors import BenchError
+from lensor.bench.errors import BenchError, require
 from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
 from lensor.bench.operations import OPERATIONS
 from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
@@ -116,9 +116,11 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         try:
             options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6)
             rows = read(file)
+            if not rows:
+                raise BenchError(f"{file} holds no rows yet")
             _print_summaries(rows, options, console())
             if out is not None:
-                for path in write(file, out, options):
+                for path in write(rows, out, options):
                     console().print(f"wrote {path}", soft_wrap=True, highlight=False)
         except BenchError as error:
             fail(error, debug)
@@ -131,6 +133,7 @@ def _names(given: list[str] | None) -> tuple[str, ...]:
 
 def _bench(settings: Settings, out: Path, resume: bool) -> None:
     """Measure, with a progress bar, and print the summary."""
+    require("torch")
     from lensor.bench.run import Bench
 
     bench = Bench(settings)
@@ -194,6 +197,7 @@ def _find(model: str, shape: tuple[int, ...] | None) -> tuple[tuple[Layer, ...],
         return layers_of(name, shape), shape
     if shape is None:
         raise BenchError(f"which input does {model} take? give --input-shape, such as 3x224x224")
+    require("torch")
     from lensor.bench.extract import convolutions, import_factory
 
     return tuple(convolutions(import_factory(model), model.rpartition(":")[2], shape)), shape

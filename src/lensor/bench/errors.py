@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 
 class BenchError(Exception):
@@ -28,3 +29,14 @@ def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> tuple[str, 
         if name.casefold() not in names:
             raise BenchError(f"unknown {what} {name!r}, expected one of {', '.join(names.values())}")
     return tuple(dict.fromkeys(names[name.casefold()] for name in asked)) or tuple(names.values())
+
+
+def require(*modules: str) -> None:
+    """Raise unless modules can be imported.
+
+    Raises:
+        BenchError: with the extra that has them.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise BenchError(f"this needs {', '.join(missing)}: install lensor[bench]")

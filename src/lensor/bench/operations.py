@@ -45,7 +45,7 @@ class Operation:
         return {name: every[name] for name in self.operands}
 
     def physical_limit(self, spec: ConvSpec, batch: int, columns: int, itemsize: int) -> tuple[int, int]:
-        """What no way can do without: (flops of the plan with the fewest, bytes of operands and result together).
+        """What bounds the time from below: (flops of the plan with the fewest, bytes of operands and result together).
 
         Example:
             >>> import lensor

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lensor.bench.errors import BenchError, choose
+from lensor.bench.errors import BenchError, choose, require
 from lensor.bench.layers import KINDS
 from lensor.bench.operations import OPERATIONS
-from lensor.bench.results import OK, Row, read
+from lensor.bench.results import OK, Row
 
 STANDARD = "standard"
 FASTEST = "fastest"
@@ -269,7 +269,7 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
     found = [summary for summary in summaries(rows, options) if summary.kind != ALL]
     operations = list(dict.fromkeys(summary.operation for summary in found))
     names = list(dict.fromkeys(summary.implementation for summary in found))
-    colours = dict(zip(names, ("#31688e", "#e07b39", "#6a9f58", "#a05195", "#8c8c8c", "#c44e52"), strict=False))
+    colours = {name: f"C{at}" for at, name in enumerate(names)}
     across = min(2, len(operations))
     down = math.ceil(len(operations) / across)
     figure = Figure(figsize=(6.5 * across, 1.4 + 2.7 * down), layout="constrained")
@@ -313,7 +313,7 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
         axis.set_title(operation, fontsize=10)
     what = "memory beside operands and result" if memory else "shortest time"
     figure.suptitle(f"{what} over that of {options.against}, below 1: better", fontsize=11)
-    handles = [Patch(facecolor=colours[name], alpha=0.5, label=name) for name in names if name in colours]
+    handles = [Patch(facecolor=colours[name], alpha=0.5, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1), fontsize=8)
     figure.savefig(path, dpi=130)
 
@@ -324,15 +324,13 @@ def _decades(boxes: Iterable[Summary], memory: bool) -> float:
     return math.log10(max(positive) / min(positive)) if positive else 0.0
 
 
-def write(source: Path, folder: Path, options: Options) -> list[Path]:
-    """Read a results file and write `report.md`, `times.png` and `memory.png` to a folder; returns their paths.
+def write(rows: Sequence[Row], folder: Path, options: Options) -> list[Path]:
+    """Write `report.md`, `times.png` and `memory.png` to a folder; returns their paths.
 
     Raises:
-        BenchError: if the file cannot be read or holds no rows, or the folder cannot be written.
+        BenchError: if matplotlib is missing, or the folder cannot be written.
     """
-    rows = read(source)
-    if not rows:
-        raise BenchError(f"{source} holds no rows yet")
+    require("matplotlib")
     paths = [folder / name for name in ("report.md", "times.png", "memory.png")]
     try:
         folder.mkdir(parents=True, exist_ok=True)

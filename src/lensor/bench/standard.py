@@ -5,7 +5,7 @@
   product for each group.
 - per_example_weight_vjp: `torch.func.vmap` over torch's weight gradient. That is what `vmap(grad(...))` runs, without
   the forward pass that it would run too.
-- ggn_diagonal: unfold, one matrix product that gives Jᵀ S for every example and column, squares, and a sum.
+- ggn_diagonal: unfold, an einsum that gives Jᵀ S for every example and column, squares, and a sum.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def ggn_diagonal(given: Operands, spec: ConvSpec) -> Tensor:
     s = given["S"]
     columns, batch = s.shape[:2]
     s = s.reshape(columns, batch, spec.groups, spec.out_channels // spec.groups, -1)
-    roots = s @ patches(given["X"], spec).mT  # [v, n, g, c_out/g, c_in/g · ΠK]
+    roots = torch.einsum("vngol,ngkl->vngok", s, patches(given["X"], spec))  # one matrix product for each n and g
     return roots.square_().sum((0, 1)).reshape(spec.weight_shape)
 
 

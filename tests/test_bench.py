@@ -31,7 +31,9 @@ from lensor.bench.settings import Settings
 from lensor.execute import evaluate_dense
 
 CPU = torch.device("cpu")
-TINY = Settings(nets=("2c2d",), implementations=("lensor",), limit=1, batch=1, columns=2, repeats=1, seconds=0.0)
+TINY = Settings(
+    nets=("2c2d",), implementations=("lensor",), threads=1, limit=1, batch=1, columns=2, repeats=1, seconds=0.0
+)
 SPECS = [
     lensor.ConvSpec(4, 6, (9, 8), (3, 2), stride=(2, 1), padding=(1, 0), groups=2),
     lensor.ConvSpec(3, 4, (8, 8), 2, stride=2),
@@ -209,7 +211,7 @@ def test_a_run_measures_every_operation(tmp_path: Path) -> None:
         assert found.extra_bytes is not None
         assert found.result_bytes
         assert row.layer.spec == lensor.ConvSpec(1, 32, (28, 28), 5, padding=2)
-        assert row.setting == Setting(1, 2, "float32", "cpu", 2)
+        assert row.setting == Setting(1, 2, "float32", "cpu", 1)
         assert row.machine == bench.machine
 
 
@@ -230,7 +232,9 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
 
 def test_kill_in_mid_run_loses_and_repeats_no_row(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    options = ["--nets", "2c2d,3c3d", "--impl", "lensor", "--batch", "1", "--repeats", "2", "--seconds", "0"]
+    options = ["--nets", "2c2d,3c3d", "--ops", "forward,weight_vjp,kfac_reduce", "--impl", "lensor"]
+    options += ["--batch", "1", "--threads", "1", "--repeats", "2", "--seconds", "0"]
+    rows_in_all = 5 * 3 * 2
     command = [sys.executable, "-c", "from lensor.cli import main; main()", "bench", *options, "--out", str(path)]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
     try:
@@ -245,11 +249,11 @@ def test_kill_in_mid_run_loses_and_repeats_no_row(tmp_path: Path) -> None:
     finished = path.read_bytes()
     finished = finished[: finished.rfind(b"\n") + 1]
     rows = read(path)
-    assert 6 <= len(rows) < 5 * len(OPERATIONS) * 2
+    assert 6 <= len(rows) < rows_in_all
     subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
     assert path.read_bytes().startswith(finished)
     keys = [row.key for row in read(path)]
-    assert len(keys) == len(set(keys)) == 5 * len(OPERATIONS) * 2
+    assert len(keys) == len(set(keys)) == rows_in_all
 
 
 # ------------------------------------------------------------------------------------------------------- results files
@@ -409,7 +413,7 @@ def test_targets_that_make_no_sense(text: str) -> None:
 def test_bench_and_its_report(tmp_path: Path) -> None:
     file, folder = tmp_path / "r.csv", tmp_path / "report"
     run = ["bench", "--nets", "2C2D", "--ops", "forward", "--ops", "kfac_reduce", "--impl", "lensor", "--limit", "1"]
-    result = invoke(*run, "--batch", "1", "--repeats", "1", "--seconds", "0", "--out", str(file))
+    result = invoke(*run, "--batch", "1", "--threads", "1", "--repeats", "1", "--seconds", "0", "--out", str(file))
     assert result.exit_code == 0, result.output
     assert "4 rows in" in result.stdout
     assert "kfac_reduce" in result.stdout

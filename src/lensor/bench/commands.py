@@ -57,7 +57,11 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         _show(layers, shape)
 
     bench = typer.Typer(invoke_without_command=True)
-    app.add_typer(bench, name="bench", help="Measure operations × convolutions × implementations; report on that.")
+    app.add_typer(
+        bench,
+        name="bench",
+        help="Measure operations × convolutions × implementations. Lists: a,b,c, or the option repeated.",
+    )
 
     @bench.callback()
     def measure(
@@ -68,7 +72,10 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         ] = None,
         impl: Annotated[
             list[str] | None,
-            typer.Option(help="Implementations, compared with standard: lensor, lensor-measure, and installed peers."),
+            typer.Option(
+                help="Implementations, beside standard: lensor, lensor-measure (candidates timed), and where they are"
+                " installed einconv, einconv-contract (no expression made), backpack, opacus."
+            ),
         ] = None,
         kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
         batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
@@ -83,10 +90,6 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
-        """Every list may be given as a,b,c or by repeating the option.
-
-        Operands are drawn at random; every result is checked against the standard way's before it is timed.
-        """
         if context.invoked_subcommand is not None:
             return
         names = (_names(ops), _names(nets), _names(impl), _names(kinds))

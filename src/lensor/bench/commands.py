@@ -148,11 +148,12 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
     )
     # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
     with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
-        task = progress.add_task("", total=len(bench.cases))
+        total = len(bench.pending(results))
+        task = progress.add_task("", total=total)
         for at, case in enumerate(bench.run(results)):
             what = f"{case.operation.name} {case.layer.label}"
             progress.update(task, completed=at, description=what[:44].ljust(44))
-        progress.update(task, completed=len(bench.cases))
+        progress.update(task, completed=total, description="")
     wanted = {(one.name, case.operation.name, case.layer.spec) for case in bench.cases for one in bench.implementations}
     rows = [
         row

@@ -65,20 +65,23 @@ class Bench:
             *(torch.__version__, lensor.__version__),
         )
 
-    def missing(self, case: Case, done: set[tuple[object, ...]]) -> tuple[Implementation, ...]:
-        """The implementations whose row is not there yet."""
-        found = [one for one in self.implementations if case.operation.name in one.ways]
-        return tuple(one for one in found if self._row(case, one, Found(OK)).key not in done)
+    def pending(self, results: ResultsFile) -> list[tuple[Case, tuple[Implementation, ...]]]:
+        """The cases of which rows are missing, each with the implementations whose they are."""
+        done = {row.key for row in results.rows}
+        found = []
+        for case in self.cases:
+            able = [one for one in self.implementations if case.operation.name in one.ways]
+            missing = tuple(one for one in able if self._row(case, one, Found(OK)).key not in done)
+            if missing:
+                found.append((case, missing))
+        return found
 
     def run(self, results: ResultsFile) -> Iterator[Case]:
-        """Measure every case whose rows are not all there; yields it before it is measured."""
-        done = {row.key for row in results.rows}
+        """Measure what is missing, and write it down; yields each case before it is measured."""
         with _threads(self.settings.threads), _memory_limit(self.device):
-            for case in self.cases:
+            for case, missing in self.pending(results):
                 yield case
-                missing = self.missing(case, done)
-                if missing:
-                    results.append(self.measure(case, missing))
+                results.append(self.measure(case, missing))
 
     def measure(self, case: Case, implementations: Sequence[Implementation]) -> list[Row]:
         """Rows of one case; an implementation that fails or is wrong has a row that says so."""

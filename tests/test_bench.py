@@ -352,13 +352,13 @@ def some_rows() -> list[Row]:
 
 
 def test_summaries_are_ratios_by_operation_and_kind() -> None:
-    options = Options(targets=(parse_target("forward=1.3"), parse_target("forward:dense=1")))
+    options = Options(targets=tuple(map(parse_target, ("forward=1.3", "forward:dense=1", "kfac_reduce:general=9"))))
     found = {(one.operation, one.kind, one.implementation): one for one in summaries(some_rows(), options)}
     assert found["forward", "all", "lensor"].cells[3:] == ("2", "0.50", "1.25", "2.00", "1.30 ✓", "0.50")
     assert found["forward", "general", "lensor"].cells[3:] == ("1", "0.50", "0.50", "0.50", "", "0.50")
     assert found["forward", "dense", "lensor"].cells[7] == "1.00 ✗"
     assert found["forward", "dense", "einconv"].cells[6:8] == ("8.00", "")
-    assert found["kfac_reduce", "general", "lensor"].cells[3:] == ("0 (+1 without)", "–", "–", "–", "", "–")
+    assert found["kfac_reduce", "general", "lensor"].cells[3:] == ("0 (+1 without)", "–", "–", "–", "9.00 ✗", "–")
     assert {kind for _, kind, _ in found} <= {"all", *KINDS}
     assert not any(name == STANDARD for _, _, name in found)
 
@@ -443,6 +443,17 @@ def test_bench_errors_are_one_line(arguments: list[str], words: str) -> None:
     assert result.stdout == ""
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "measure", interrupt)
+    result = invoke("bench", "--nets", "2c2d", "--threads", "1", "--out", str(tmp_path / "r.csv"))
+    assert result.exit_code == 1
+    assert "go on with --resume" in result.stderr
+    assert read(tmp_path / "r.csv") == []
 
 
 def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

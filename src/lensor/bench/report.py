@@ -54,10 +54,12 @@ class Summary:
         """The cells of a table's row."""
         values = [ratio.value for ratio in self.ratios]
         memory = [ratio.memory for ratio in self.ratios if ratio.memory is not None]
+        counted = str(len(values)) + (f" (+{self.others} without)" if self.others else "")
         numbers = (min(values), statistics.median(values), max(values)) if values else ()
         times = [digits(value) for value in numbers] or ["–"] * 3
-        target = "" if self.target is None else digits(self.target) + (" ✓" if numbers[1:2] <= (self.target,) else " ✗")
-        counted = str(len(values)) + (f" (+{self.others} without)" if self.others else "")
+        target = ""
+        if self.target is not None:
+            target = f"{digits(self.target)} {'✓' if values and statistics.median(values) <= self.target else '✗'}"
         return (
             *(self.operation, self.kind, self.implementation, counted, *times, target),
             digits(statistics.median(memory)) if memory else "–",
@@ -306,7 +308,7 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
         numbers = {kind: max(len(box.ratios) for box in boxes if box.kind == kind) for kind in kinds}
         axis.set_xticks(range(len(kinds)), [f"{kind}\nn={numbers[kind]}" for kind in kinds], fontsize=8)
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if _decades(boxes, memory) < 3 else (1,)))
+        axis.yaxis.set_major_locator(LogLocator(10, subs=_ticks(boxes, memory)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="y", alpha=0.3)
@@ -318,10 +320,12 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
     figure.savefig(path, dpi=130)
 
 
-def _decades(boxes: Iterable[Summary], memory: bool) -> float:
+def _ticks(boxes: Iterable[Summary], memory: bool) -> tuple[float, ...]:
+    """Where a decade of a logarithmic axis has labels: the wider the range, the fewer."""
     values = [ratio.memory if memory else ratio.value for box in boxes for ratio in box.ratios]
     positive = [value for value in values if value]
-    return math.log10(max(positive) / min(positive)) if positive else 0.0
+    decades = math.log10(max(positive) / min(positive)) if positive else 0.0
+    return (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
 
 
 def write(rows: Sequence[Row], folder: Path, options: Options) -> list[Path]:

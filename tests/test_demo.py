@@ -12,9 +12,12 @@ import torch
 from rich.console import Console
 
 import lensor
+from lensor.bench.extract import record
+from lensor.bench.layers import Layer
+from lensor.bench.measure import peak_bytes
 from lensor.demo import DemoError, Settings, run
-from lensor.demo.layers import Layer, record
-from lensor.demo.measure import Comparison, lensor_factor, peak_bytes, standard_factor
+from lensor.demo.layers import network
+from lensor.demo.measure import Comparison, lensor_factor, standard_factor
 from lensor.demo.models import MODELS, build
 from lensor.demo.pictures import PHOTOGRAPHS, photographs
 
@@ -63,8 +66,8 @@ def test_report_files_hold_every_comparison(outcome: tuple[Path, list[Comparison
     for found in comparisons:
         assert found.layer.label in report
         assert found.layer.label in text
-        assert str(found.layer.network(found.approx)) in report
-        assert str(found.layer.network(found.approx).simplify()) in report
+        assert str(network(found.layer, found.approx)) in report
+        assert str(network(found.layer, found.approx).simplify()) in report
 
 
 def test_quick_setting_has_every_kind(layers: list[tuple[Layer, torch.Tensor]]) -> None:
@@ -96,7 +99,7 @@ def test_equal_convolutions_are_counted_once() -> None:
     twice = torch.nn.Conv2d(3, 3, 3, padding=1)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1), twice, torch.nn.Conv2d(3, 3, 3))
     found = record(model, "model", torch.zeros(1, 3, 8, 8))
-    assert [(layer.name, layer.modules) for layer, _ in found] == [("0", 2), ("2", 1)]
+    assert [(layer.name, layer.count) for layer, _ in found] == [("0", 2), ("2", 1)]
     assert not model[0]._forward_hooks
 
 

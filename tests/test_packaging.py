@@ -70,7 +70,7 @@ def test_build_and_install(tmp_path: Path) -> None:
     modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "lensor").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert modules | {"lensor/py.typed"} <= names
+    assert modules | {"lensor/py.typed", "lensor/bench/catalogue.csv"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lensor"}
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

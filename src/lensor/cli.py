@@ -1,4 +1,4 @@
-"""The command line: `lensor demo`, `lensor rules`, `lensor --version`."""
+"""The command line: `lensor demo`, `convs`, `bench`, `rules`, and `lensor --version`."""
 
 import sys
 from pathlib import Path
@@ -26,6 +26,8 @@ def make_app() -> Any:
     """
     import typer
     from rich.console import Console
+
+    from lensor.bench.commands import add_commands
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,6 +72,8 @@ def make_app() -> Any:
             run(settings, console if console.is_terminal else Console(width=150))
         except DemoError as error:
             raise stop(str(error)) from None
+
+    add_commands(app, stop)
 
     @app.command(help="The rules of simplification, each with a worked example, as a Markdown table.")
     def rules(

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lensor.demo.layers import Layer, short_form
+from lensor.bench.layers import Layer
+from lensor.demo.layers import network, short_form
 from lensor.demo.measure import Comparison
 from lensor.demo.run import Settings
 
@@ -83,7 +84,7 @@ def show(comparisons: Sequence[Comparison], settings: Settings, console: Console
         if model not in (None, expand.layer.model):
             table.add_section()
         model = expand.layer.model
-        net = expand.layer.network("expand").simplify()
+        net = network(expand.layer, "expand").simplify()
         described = [expand.layer.kind, short_form(net).replace("[", r"\[")] if wide else []
         ratios = [expand.median_ratio, expand.memory_ratio, reduce.median_ratio, reduce.memory_ratio]
         table.add_row(
@@ -117,11 +118,11 @@ def write(comparisons: Sequence[Comparison], settings: Settings) -> list[Path]:
 
 def _record(found: Comparison) -> dict[str, object]:
     layer, spec = found.layer, found.layer.spec
-    net = layer.network(found.approx)
+    net = network(layer, found.approx)
     return {
         "model": layer.model,
         "module": layer.name,
-        "modules": layer.modules,
+        "modules": layer.count,
         "kind": layer.kind,
         "in_channels": spec.in_channels,
         "out_channels": spec.out_channels,
@@ -180,7 +181,7 @@ def _markdown(comparisons: Sequence[Comparison], settings: Settings) -> Iterable
         yield _row(
             [
                 found.layer.label,
-                found.layer.modules,
+                found.layer.count,
                 found.layer.kind,
                 found.approx,
                 *map(_digits, ratios),
@@ -195,11 +196,11 @@ def _markdown(comparisons: Sequence[Comparison], settings: Settings) -> Iterable
 
 def _networks(layer: Layer) -> Iterable[str]:
     yield f"### {layer.label}\n"
-    others = f" and {layer.modules - 1} more" if layer.modules > 1 else ""
+    others = f" and {layer.count - 1} more" if layer.count > 1 else ""
     yield f"`{layer.name}`{others}: {layer.kind}.\n"
     yield "```text"
     for approx in ("expand", "reduce"):
-        net = layer.network(approx)
+        net = network(layer, approx)
         yield f"{approx}:     {net}"
         yield f"simplified: {net.simplify()}"
     yield "```\n"

@@ -57,7 +57,7 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lensor.demo.layers import record
+    from lensor.bench.extract import record
     from lensor.demo.measure import compare
     from lensor.demo.models import MODELS, build
     from lensor.demo.pictures import photographs

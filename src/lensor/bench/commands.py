@@ -1,0 +1,237 @@
+"""The commands `lensor convs` and `lensor bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from lensor.bench.catalogue import NETS, layers_of
+from lensor.bench.errors import BenchError, require
+from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
+from lensor.bench.operations import OPERATIONS
+from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
+from lensor.bench.results import ResultsFile, Row, read
+from lensor.bench.settings import Settings
+
+WIDE = 150
+"""The width of tables where there is no terminal."""
+
+
+def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
+    """Add the commands to an app; `stop` makes an exit of an error message."""
+
+    def fail(error: BenchError, debug: bool) -> NoReturn:
+        if debug:
+            raise error
+        raise stop(str(error)) from None
+
+    @app.command(help="The convolutions of a CNN: of the catalogue, or any torch model that can be imported.")
+    def convs(
+        model: Annotated[str, typer.Argument(help="A net of the catalogue, or an import path pkg.mod:factory.")],
+        input_shape: Annotated[
+            str | None, typer.Option(help="Shape of one input, without batch axis: 3x224x224.")
+        ] = None,
+        csv: Annotated[Path | None, typer.Option(help="Write the convolutions to this CSV file too.")] = None,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            shape = parse_sizes(input_shape) if input_shape else None
+            layers, shape = _find(model, shape)
+            if csv is not None:
+                _write(csv, layers, shape)
+        except BenchError as error:
+            fail(error, debug)
+        _show(layers, shape)
+
+    bench = typer.Typer(invoke_without_command=True)
+    app.add_typer(
+        bench,
+        name="bench",
+        help="Measure operations × convolutions × implementations. Lists: a,b,c, or the option repeated.",
+    )
+
+    @bench.callback()
+    def measure(
+        context: typer.Context,
+        ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
+        nets: Annotated[
+            list[str] | None, typer.Option(help=f"Nets, of {', '.join(NETS)}; the paper's unless given.")
+        ] = None,
+        impl: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Implementations, beside standard: lensor, lensor-measure (candidates timed), and where they are"
+                " installed einconv, einconv-contract (no expression made), backpack, opacus."
+            ),
+        ] = None,
+        kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+        columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
+        dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        limit: Annotated[int | None, typer.Option(min=1, help="No more convolutions than this.")] = None,
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.3,
+        out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        if context.invoked_subcommand is not None:
+            return
+        names = (_names(ops), _names(nets), _names(impl), _names(kinds))
+        try:
+            _bench(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds), out, resume)
+        except BenchError as error:
+            fail(error, debug)
+        except KeyboardInterrupt:
+            message = f"interrupted: finished rows are in {out}, go on with --resume"
+            raise stop(message) from None
+
+    @bench.command(help="A results file as a Markdown report with plots.")
+    def report(
+        file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
+        out: Annotated[
+            Path | None, typer.Option(help="Folder for report.md and plots; the table only if none.")
+        ] = None,
+        against: Annotated[
+            str, typer.Option(help="Implementation whose time is 1; fastest: the fastest that is not Lensor.")
+        ] = STANDARD,
+        target: Annotated[
+            list[str] | None, typer.Option(help="Median that is wanted: OPERATION=RATIO or OPERATION:KIND=RATIO.")
+        ] = None,
+        slack: Annotated[float, typer.Option(min=0.0, help="Microseconds that do not count as slower.")] = 0.0,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6)
+            rows = read(file)
+            if not rows:
+                raise BenchError(f"{file} holds no rows yet")
+            _print_summaries(rows, options, console())
+            if out is not None:
+                for path in write(rows, out, options):
+                    console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+        except BenchError as error:
+            fail(error, debug)
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    """The names in options such as `--ops a,b --ops c`."""
+    return tuple(name.strip() for one in given or () for name in one.split(",") if name.strip())
+
+
+def _bench(settings: Settings, out: Path, resume: bool) -> None:
+    """Measure, with a progress bar, and print the summary."""
+    require("torch")
+    from lensor.bench.run import Bench
+
+    bench = Bench(settings)
+    results = ResultsFile(out, bench.machine, resume)
+    shown = console()
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        *(TextColumn("left"), TimeRemainingColumn()),
+    )
+    # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
+    with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
+        total = len(bench.pending(results))
+        task = progress.add_task("", total=total)
+        for at, case in enumerate(bench.run(results)):
+            what = f"{case.operation.name} {case.layer.label}"
+            progress.update(task, completed=at, description=what[:44].ljust(44))
+        progress.update(task, completed=total, description="")
+    wanted = {(one.name, case.operation.name, case.layer.spec) for case in bench.cases for one in bench.implementations}
+    rows = [
+        row
+        for row in results.rows
+        if (row.implementation, row.operation, row.layer.spec) in wanted and row.setting == bench.setting
+    ]
+    _print_summaries(rows, Options(), shown)
+    shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
+
+
+def _print_summaries(rows: list[Row], options: Options, shown: Console) -> None:
+    """The summary as a table, what was measured below it, and how many rows have no time."""
+    table = Table(*HEADINGS[:3], *(Column(name, justify="right") for name in HEADINGS[3:]))
+    last = None
+    for summary in summaries(rows, options):
+        if last not in (None, summary.operation):
+            table.add_section()
+        last = summary.operation
+        table.add_row(*summary.cells)
+    shown.print(table)
+    shown.print(f"Shortest time over that of {options.against}, below 1: faster.", highlight=False)
+    for line in settings_of(rows):
+        shown.print(line, soft_wrap=True, highlight=False)
+    for status in ("wrong", "failed", "refused"):
+        count = sum(row.found.status == status for row in rows)
+        if count:
+            shown.print(f"{count} {status}: see the message column", style="red", highlight=False)
+
+
+def console() -> Console:
+    """A console that is wide where it is no terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDE)
+
+
+def _find(model: str, shape: tuple[int, ...] | None) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """The unique convolutions of a model, and the shape of its input."""
+    if ":" not in model:
+        name = layers_of(model)[0].model
+        held = dict.fromkeys((NETS[name].census, NETS[name].speed))
+        if shape is not None and shape not in held:
+            shapes = " and ".join(map(format_sizes, held))
+            raise BenchError(f"{name} is held for {shapes}, for other inputs give {NETS[name].factory}")
+        shape = shape or NETS[name].speed
+        return layers_of(name, shape), shape
+    if shape is None:
+        raise BenchError(f"which input does {model} take? give --input-shape, such as 3x224x224")
+    require("torch")
+    from lensor.bench.extract import convolutions, import_factory
+
+    return tuple(convolutions(import_factory(model), model.rpartition(":")[2], shape)), shape
+
+
+def _write(path: Path, layers: tuple[Layer, ...], shape: tuple[int, ...]) -> None:
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            file.write(",".join(COLUMNS) + "\n")
+            write_layers(file, layers, shape)
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _show(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> None:
+    headings = ("first module", "convolution", "kind", "stride", "padding", "dilation", "bias")
+    table = Table(*headings, Column("count", justify="right"))
+    for layer in layers:
+        spec = layer.spec
+        padding = format_sizes(spec.padding) + ("" if spec.padding_mode == "zeros" else f" {spec.padding_mode}")
+        what = label(spec) + (" transposed" if spec.transposed else "")
+        hyper = [format_sizes(spec.stride), padding, format_sizes(spec.dilation), "yes" if spec.bias else "no"]
+        table.add_row(layer.name, what, layer.kind, *hyper, str(layer.count))
+    out = console()
+    out.print(table)
+    total = sum(layer.count for layer in layers)
+    kinds = ", ".join(f"{kind}: {total} ({unique})" for kind, (total, unique) in census(layers).items())
+    out.print(
+        f"{total} convolutions, {len(layers)} of them unique, for an input of {format_sizes(shape)}; of each kind, "
+        f"total (unique): {kinds or 'none'}",
+        soft_wrap=True,
+        highlight=False,
+    )

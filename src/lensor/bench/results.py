@@ -1,0 +1,239 @@
+"""Results files: one row of CSV for each operation, convolution and implementation, written as soon as it is known.
+
+A row says what was measured, on which machine and with which versions, so that it can be read on its own. Rows are
+appended in one piece and flushed to the disk: whatever ends a run, finished rows stay. A last line without an end is
+what a killed run left of a row it was writing; it is no row. Any other line that does not fit is damage: the file is
+refused and left as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from lensor.bench.errors import BenchError
+from lensor.bench.layers import SPEC_COLUMNS, Layer, label, spec_of, spec_record
+
+OK = "ok"
+"""The status of a row whose result was right; others are "wrong", "refused" and "failed"."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a row comes from."""
+
+    machine: str
+    cores: int
+    python: str
+    torch: str
+    lensor: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row was measured with.
+
+    Args:
+        batch: batch size.
+        columns: columns of the square root of the GGN.
+        dtype: dtype of the operands.
+        device: "cpu" or "cuda".
+        threads: threads of torch.
+    """
+
+    batch: int
+    columns: int
+    dtype: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found: times in seconds, the standard's from the same rounds, and bytes beside operands and result.
+
+    Args:
+        status: "ok", "wrong" (a result that differs from the standard's), "refused" or "failed".
+        message: why it is not "ok".
+        error: the largest difference from the standard's result, over the largest entry.
+        repeats: number of times.
+        minimum: the shortest time.
+        median: the median time.
+        standard_minimum: the standard's shortest time.
+        standard_median: the standard's median time.
+        extra_bytes: the most bytes beside operands and result.
+        standard_extra_bytes: the standard's.
+        result_bytes: the result's.
+    """
+
+    status: str
+    message: str = ""
+    error: float | None = None
+    repeats: int = 0
+    minimum: float | None = None
+    median: float | None = None
+    standard_minimum: float | None = None
+    standard_median: float | None = None
+    extra_bytes: int | None = None
+    standard_extra_bytes: int | None = None
+    result_bytes: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """The shortest time over the standard's: below 1, faster."""
+        if self.minimum is None or not self.standard_minimum:
+            return None
+        return self.minimum / self.standard_minimum
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation on one convolution by one implementation."""
+
+    operation: str
+    implementation: str
+    version: str
+    layer: Layer
+    setting: Setting
+    found: Found
+    machine: Machine
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells rows of one file apart."""
+        return (self.operation, self.implementation, self.layer.spec, self.setting)
+
+
+_PARTS: tuple[type[Any], ...] = (Setting, Found, Machine)
+_FIRST = ("operation", "implementation", "version", "nets", "module", "count", "convolution")
+HEADER = (*_FIRST, *SPEC_COLUMNS, *(field.name for part in _PARTS for field in fields(part)))
+"""The columns of a results file."""
+
+
+def _record(row: Row) -> dict[str, object]:
+    layer = row.layer
+    shown: dict[str, object] = {"operation": row.operation, "implementation": row.implementation}
+    shown |= {"version": row.version, "nets": layer.model, "module": layer.name, "count": layer.count}
+    shown |= {"convolution": label(layer.spec), **spec_record(layer.spec)}
+    for part in (row.setting, row.found, row.machine):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            shown[field.name] = "" if value is None else f"{value:.7g}" if isinstance(value, float) else value
+    return shown
+
+
+def _row(record: dict[str, str]) -> Row:
+    """The row in a record.
+
+    Raises:
+        BenchError, KeyError, ValueError: for what is no row.
+    """
+    layer = Layer(record["nets"], record["module"], spec_of(record), int(record["count"]))
+    setting, found, machine = (_part(part, record) for part in _PARTS)
+    return Row(record["operation"], record["implementation"], record["version"], layer, setting, found, machine)
+
+
+def _part(part: type[Any], record: dict[str, str]) -> Any:
+    hints = get_type_hints(part)
+    return part(**{field.name: _value(hints[field.name], record[field.name]) for field in fields(part)})
+
+
+def _value(hint: Any, text: str) -> Any:
+    if get_args(hint):  # int | None, float | None
+        return None if text == "" else get_args(hint)[0](text)
+    return hint(text)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def read(path: Path) -> list[Row]:
+    """The rows of a results file.
+
+    Raises:
+        BenchError: if it cannot be read, is no results file, or is damaged.
+    """
+    return _scan(path)[0]
+
+
+def _scan(path: Path) -> tuple[list[Row], int]:
+    """The rows of a file, and the length in bytes of what they take up."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror or error}") from None
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        lines = whole.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        lines = []
+    if not lines or lines[0] != ",".join(HEADER):
+        raise BenchError(f"{path} is no results file of this version of lensor bench; it was left as it is")
+    rows: list[Row] = []
+    for number, cells in enumerate(csv.reader(lines[1:]), start=2):
+        try:
+            rows.append(_row(dict(zip(HEADER, cells, strict=True))))
+        except (BenchError, TypeError, ValueError) as error:
+            raise BenchError(f"{path} is damaged in line {number} ({error}); it was left as it is") from None
+    return rows, len(whole)
+
+
+class ResultsFile:
+    """A results file that is being written.
+
+    Args:
+        path: the file; made with its header if it is not there.
+        resume: whether a file that is there is gone on with.
+
+    Raises:
+        BenchError: if it cannot be written, if it is there and `resume` is not set, if it is no results file or
+            damaged, or if it comes from another machine or other versions.
+    """
+
+    def __init__(self, path: Path, machine: Machine, resume: bool) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        try:
+            if path.exists() and path.stat().st_size:
+                self._go_on(machine, resume)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._append((",".join(HEADER) + "\n").encode())
+        except OSError as error:
+            raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
+
+    def _go_on(self, machine: Machine, resume: bool) -> None:
+        if not resume:
+            raise BenchError(f"{self.path} is there already: go on with it by --resume, or give another --out")
+        self.rows, length = _scan(self.path)
+        for row in self.rows:
+            if row.machine != machine:
+                raise BenchError(
+                    f"{self.path} was measured on another machine or with other versions ({_difference(row, machine)}):"
+                    " give another --out"
+                )
+        with self.path.open("r+b") as file:
+            file.truncate(length)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows, in one piece, to the disk."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, HEADER, lineterminator="\n")
+        for row in rows:
+            writer.writerow(_record(row))
+            self.rows.append(row)
+        self._append(text.getvalue().encode())
+
+    def _append(self, data: bytes) -> None:
+        with self.path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _difference(row: Row, machine: Machine) -> str:
+    pairs = ((field.name, getattr(row.machine, field.name), getattr(machine, field.name)) for field in fields(Machine))
+    return ", ".join(f"{name} {there}, here {here}" for name, there, here in pairs if there != here)

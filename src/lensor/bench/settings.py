@@ -1,0 +1,38 @@
+"""What a run measures, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Args:
+        operations: names of operations; all if empty.
+        nets: names of nets of the catalogue; the paper's if empty.
+        implementations: names beside the standard; Lensor's and the peers that are installed if empty.
+        kinds: kinds of convolutions; all if empty.
+        batch: batch size.
+        columns: columns of the square root of the GGN.
+        dtype: dtype of the operands.
+        threads: threads of torch.
+        device: "cpu" or "cuda".
+        limit: no more convolutions than this, the first.
+        repeats: no more rounds than this.
+        seconds: time for the rounds of one implementation; at least three rounds are made.
+    """
+
+    operations: tuple[str, ...] = ()
+    nets: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    batch: int = 8
+    columns: int = 4
+    dtype: str = "float32"
+    threads: int = 2
+    device: str = "cpu"
+    limit: int | None = None
+    repeats: int = 20
+    seconds: float = 0.3

@@ -1,0 +1,113 @@
+"""The standard way of each operation: what one writes with torch alone.
+
+- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only.
+- kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, for reduce the mean over positions, and one matrix
+  product for each group.
+- per_example_weight_vjp: `torch.func.vmap` over torch's weight gradient. That is what `vmap(grad(...))` runs, without
+  the forward pass that it would run too.
+- ggn_diagonal: unfold, an einsum that gives Jᵀ S for every example and column, squares, and a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lensor.spec import ConvSpec
+
+Tensor = torch.Tensor
+Operands = Mapping[str, Tensor]
+
+
+def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
+    """The input, padded if torch's operators cannot, and the padding that is left to them."""
+    if spec.padding_mode == "zeros" and all(left == right for left, right in spec.padding):
+        return x, tuple(left for left, _ in spec.padding)
+    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    widths = [width for pair in reversed(spec.padding) for width in pair]
+    return torch.nn.functional.pad(x, widths, mode=mode), (0,) * spec.ndim
+
+
+def _gradient(of: int, x: Tensor, weight: Tensor, v: Tensor, spec: ConvSpec, padding: tuple[int, ...]) -> Tensor:
+    """torch's gradient of a convolution by its input (0) or its weight (1)."""
+    hyper = (spec.stride, padding, spec.dilation, False, (0,) * spec.ndim, spec.groups)
+    return torch.ops.aten.convolution_backward(v, x, weight, None, *hyper, [of == 0, of == 1, False])[of]
+
+
+def forward(given: Operands, spec: ConvSpec) -> Tensor:
+    """The convolution."""
+    x, padding = _padded(given["X"], spec)
+    no_output_padding = (0,) * spec.ndim
+    return torch.convolution(
+        x, given["W"], None, spec.stride, padding, spec.dilation, False, no_output_padding, spec.groups
+    )
+
+
+def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
+    """The gradient by the input; zero padding only."""
+    weight, v = given["W"], given["V"]
+    if spec.padding_mode != "zeros":
+        raise NotImplementedError(f"the standard input VJP is for zero padding, found {spec.padding_mode}")
+    even = all(left == right for left, right in spec.padding)
+    extra = [0 if even else left + right for left, right in spec.padding]
+    sizes = [size + more for size, more in zip(spec.input_size, extra, strict=True)]
+    padding = tuple(left if even else 0 for left, _ in spec.padding)
+    x = v.new_empty(1).expand(len(v), spec.in_channels, *sizes)  # only its shape is read
+    found = _gradient(0, x, weight, v, spec, padding)
+    if not even:
+        for axis, ((left, _), size) in enumerate(zip(spec.padding, spec.input_size, strict=True), start=2):
+            found = found.narrow(axis, left, size)
+    return found
+
+
+def weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
+    """The gradient by the weight."""
+    x, padding = _padded(given["X"], spec)
+    return _gradient(1, x, x.new_empty(1).expand(spec.weight_shape), given["V"], spec, padding)
+
+
+def per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
+    """The gradient by the weight for every example."""
+
+    def one(x: Tensor, v: Tensor) -> Tensor:
+        return weight_vjp({"X": x[None], "V": v[None]}, spec)
+
+    return torch.func.vmap(one)(given["X"], given["V"])
+
+
+def patches(x: Tensor, spec: ConvSpec) -> Tensor:
+    """[batch, groups, c_in/groups · ΠK, ΠO]."""
+    x, padding = _padded(x, spec)
+    found = torch.nn.functional.unfold(x, spec.kernel_size, spec.dilation, padding, spec.stride)
+    return found.reshape(len(x), spec.groups, -1, found.shape[2])
+
+
+def kfac_expand(given: Operands, spec: ConvSpec) -> Tensor:
+    """KFC's input factor."""
+    found = patches(given["X"], spec)
+    batch, groups, rows, positions = found.shape
+    found = found.permute(1, 2, 0, 3).reshape(groups, rows, batch * positions)
+    return (found @ found.mT).div_(batch)
+
+
+def kfac_reduce(given: Operands, spec: ConvSpec) -> Tensor:
+    """KFAC-reduce's input factor."""
+    found = patches(given["X"], spec).mean(3).permute(1, 2, 0)
+    return (found @ found.mT).div_(found.shape[2])
+
+
+def ggn_diagonal(given: Operands, spec: ConvSpec) -> Tensor:
+    """The diagonal of the weight's GGN."""
+    s = given["S"]
+    columns, batch = s.shape[:2]
+    s = s.reshape(columns, batch, spec.groups, spec.out_channels // spec.groups, -1)
+    roots = torch.einsum("vngol,ngkl->vngok", s, patches(given["X"], spec))  # one matrix product for each n and g
+    return roots.square_().sum((0, 1)).reshape(spec.weight_shape)
+
+
+WAYS = {
+    way.__name__: way
+    for way in (forward, input_vjp, weight_vjp, kfac_expand, kfac_reduce, per_example_weight_vjp, ggn_diagonal)
+}
+"""The standard way of each operation."""

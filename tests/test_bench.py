@@ -1,0 +1,467 @@
+"""`lensor bench`: the standard ways and the peers are right, results files lose nothing, reports say what was found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lensor
+from lensor import cli
+from lensor.bench import BenchError, Layer
+from lensor.bench import run as run_module
+from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
+from lensor.bench.layers import KINDS
+from lensor.bench.measure import bytes_of, extra_bytes, interleaved, relative_error
+from lensor.bench.operations import OPERATIONS
+from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios, summaries, worst
+from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
+from lensor.bench.run import Bench
+from lensor.bench.settings import Settings
+from lensor.execute import evaluate_dense
+
+CPU = torch.device("cpu")
+TINY = Settings(
+    nets=("2c2d",), implementations=("lensor",), threads=1, limit=1, batch=1, columns=2, repeats=1, seconds=0.0
+)
+SPECS = [
+    lensor.ConvSpec(4, 6, (9, 8), (3, 2), stride=(2, 1), padding=(1, 0), groups=2),
+    lensor.ConvSpec(3, 4, (8, 8), 2, stride=2),
+    lensor.ConvSpec(4, 4, (9, 9), 3, padding=2, dilation=2, groups=4),
+    lensor.ConvSpec(4, 8, (6, 7), 1, stride=2),
+]
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.make_app(), list(arguments))
+
+
+def operands(operation: str, spec: lensor.ConvSpec) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = OPERATIONS[operation].shapes(spec, batch=2, columns=3)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+# -------------------------------------------------------------------------------------------------- implementations
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("spec", [*SPECS, lensor.ConvSpec(2, 2, (7, 6), 3, padding=((2, 1), (0, 1)))], ids=str)
+def test_standard_ways_are_their_networks(operation: str, spec: lensor.ConvSpec) -> None:
+    given = operands(operation, spec)
+    found = IMPLEMENTATIONS[STANDARD].ways[operation](given, spec)()
+    expected = evaluate_dense(OPERATIONS[operation].network(spec), {name: a.numpy() for name, a in given.items()})
+    torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != STANDARD])
+def test_implementations_agree(operation: str, name: str) -> None:
+    one = IMPLEMENTATIONS[name]
+    if not one.is_installed:
+        pytest.skip(f"{one.package} is not installed")
+    if operation not in one.ways:
+        pytest.skip(f"{name} has no {operation}")
+    for spec in SPECS:
+        given = operands(operation, spec)
+        torch.testing.assert_close(
+            one.ways[operation](given, spec)(), IMPLEMENTATIONS[STANDARD].ways[operation](given, spec)()
+        )
+
+
+def test_physical_limit_counts_operands_and_result() -> None:
+    spec = lensor.ConvSpec(4, 8, (6, 6), 3)
+    flops, moved = OPERATIONS["weight_vjp"].physical_limit(spec, batch=2, columns=1, itemsize=4)
+    assert moved == 4 * (2 * 4 * 36 + 2 * 8 * 16 + 8 * 4 * 9)
+    assert flops == 2 * 2 * 8 * 16 * 4 * 9
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+def test_calls_are_interleaved_and_take_turns() -> None:
+    order: list[int] = []
+
+    def call(at: int) -> Callable[[], torch.Tensor]:
+        return lambda: order.append(at) or torch.zeros(())  # type: ignore[func-returns-value]
+
+    times = interleaved([call(0), call(1), call(2)], seconds=0.0, least=3, most=5)
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    assert [len(one.seconds) for one in times] == [3, 3, 3]
+    assert all(one.minimum <= one.median for one in times)
+    assert len(interleaved([call(0)], seconds=60.0, least=1, most=4)[0].seconds) == 4
+
+
+def test_extra_bytes_are_beside_the_result_and_count_what_is_kept() -> None:
+    x = torch.zeros(1024)
+    kept: list[torch.Tensor] = []
+
+    def call() -> torch.Tensor:
+        if not kept:
+            many = torch.zeros(100 * 1024)  # the first call only, and given back
+            kept.append(many[: 2 * 1024].clone())
+        return (x + 1) * 2
+
+    extra, result = extra_bytes(call, CPU)
+    assert bytes_of(result) == 4096
+    assert 0 <= extra - (4096 + 2 * 4096) < 64  # x + 1, what is kept, and a few scalars
+
+
+def test_memory_limit_makes_an_exception_of_what_does_not_fit() -> None:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("there is no limit on this system")
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    total = int(meminfo.read_text().split()[1]) * 1024
+    with run_module._memory_limit(CPU), pytest.raises(RuntimeError):
+        torch.empty(total, dtype=torch.uint8)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+@pytest.fixture
+def extra(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Adds implementations made of one function of the standard's result."""
+
+    def add(**ways: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name, change in ways.items():
+            monkeypatch.setitem(IMPLEMENTATIONS, name, implementation(name, change))
+
+    def implementation(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Implementation:
+        standard = IMPLEMENTATIONS[STANDARD].ways["forward"]
+        return Implementation(
+            name, {"forward": lambda given, spec: lambda: change(standard(given, spec)())}, "torch", "torch"
+        )
+
+    return add
+
+
+def refuse(_: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("no groups\nsecond line")
+
+
+def fail(_: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of memory")
+
+
+def test_what_is_wrong_or_fails_is_a_row_and_the_run_goes_on(extra: Callable[..., None], tmp_path: Path) -> None:
+    extra(
+        twice=lambda y: 2 * y,
+        flat=lambda y: y.flatten(),
+        nothing=lambda y: y * float("nan"),
+        refusing=refuse,
+        failing=fail,
+        right=lambda y: y * 1.0,
+    )
+    names = ("twice", "flat", "nothing", "refusing", "failing", "right")
+    bench = Bench(replace(TINY, operations=("forward",), implementations=names))
+    results = ResultsFile(tmp_path / "r.csv", bench.machine, resume=False)
+    assert [case.operation.name for case in bench.run(results)] == ["forward"]
+    found = {row.implementation: row.found for row in read(tmp_path / "r.csv")}
+    assert {name: one.status for name, one in found.items()} == {
+        STANDARD: OK,
+        "twice": "wrong",
+        "flat": "wrong",
+        "nothing": "wrong",
+        "refusing": "refused",
+        "failing": "failed",
+        "right": OK,
+    }
+    assert "differs by" in found["twice"].message
+    assert found["flat"].message == "shape (25088,), expected (1, 32, 28, 28)"
+    assert found["refusing"].message == "NotImplementedError: no groups"
+    assert found["failing"].message == "RuntimeError: out of memory"
+    assert all((one.minimum is not None) == (one.status == OK) for one in found.values())
+
+
+def test_nothing_is_timed_where_the_standard_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = replace(IMPLEMENTATIONS[STANDARD], ways={"forward": lambda given, spec: lambda: fail(given["X"])})
+    monkeypatch.setitem(IMPLEMENTATIONS, STANDARD, broken)
+    bench = Bench(replace(TINY, operations=("forward",)))
+    results = ResultsFile(tmp_path / "r.csv", bench.machine, resume=False)
+    list(bench.run(results))
+    assert [row.found.status for row in results.rows] == ["failed", "failed"]
+    assert "no result of the standard way" in results.rows[1].found.message
+
+
+def test_a_run_measures_every_operation(tmp_path: Path) -> None:
+    bench = Bench(TINY)
+    results = ResultsFile(tmp_path / "r.csv", bench.machine, resume=False)
+    threads = torch.get_num_threads()
+    assert [case.operation.name for case in bench.run(results)] == list(OPERATIONS)
+    assert torch.get_num_threads() == threads
+    rows = read(tmp_path / "r.csv")
+    assert [row.key for row in rows] == [row.key for row in results.rows]
+    assert [(row.operation, row.implementation) for row in rows] == [
+        (name, one) for name in OPERATIONS for one in (STANDARD, "lensor")
+    ]
+    for row in rows:
+        found = row.found
+        assert found.status == OK, found
+        assert found.minimum
+        assert found.standard_minimum
+        assert found.extra_bytes is not None
+        assert found.result_bytes
+        assert row.layer.spec == lensor.ConvSpec(1, 32, (28, 28), 5, padding=2)
+        assert row.setting == Setting(1, 2, "float32", "cpu", 1)
+        assert row.machine == bench.machine
+
+
+def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    one = Bench(replace(TINY, operations=("forward",)))
+    list(one.run(ResultsFile(path, one.machine, resume=False)))
+    before = path.read_bytes()
+    two = Bench(replace(TINY, operations=("forward", "kfac_reduce"), implementations=("lensor", "lensor-measure")))
+    list(two.run(ResultsFile(path, two.machine, resume=True)))
+    assert path.read_bytes().startswith(before)
+    keys = [row.key for row in read(path)]
+    assert len(keys) == len(set(keys)) == 6
+    after = path.read_bytes()
+    list(two.run(ResultsFile(path, two.machine, resume=True)))
+    assert path.read_bytes() == after
+
+
+def test_kill_in_mid_run_loses_and_repeats_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    options = ["--nets", "2c2d,3c3d", "--ops", "forward,weight_vjp,kfac_reduce", "--impl", "lensor"]
+    options += ["--batch", "1", "--threads", "1", "--repeats", "2", "--seconds", "0"]
+    rows_in_all = 5 * 3 * 2
+    command = [sys.executable, "-c", "from lensor.cli import main; main()", "bench", *options, "--out", str(path)]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
+    try:
+        end = time.monotonic() + 120
+        while not (path.exists() and path.read_bytes().count(b"\n") > 6):
+            assert time.monotonic() < end
+            assert killed.poll() is None
+            time.sleep(0.005)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    finished = path.read_bytes()
+    finished = finished[: finished.rfind(b"\n") + 1]
+    rows = read(path)
+    assert 6 <= len(rows) < rows_in_all
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
+    assert path.read_bytes().startswith(finished)
+    keys = [row.key for row in read(path)]
+    assert len(keys) == len(set(keys)) == rows_in_all
+
+
+# ------------------------------------------------------------------------------------------------------- results files
+HERE = Machine("here", 2, "3.11", "2.6", "0.1")
+
+
+def row(
+    operation: str = "forward",
+    implementation: str = "lensor",
+    spec: lensor.ConvSpec = SPECS[0],
+    minimum: float | None = 1.0,
+    standard: float = 2.0,
+    extra: int = 100,
+) -> Row:
+    found = Found(OK, "", 1e-7, 3, minimum, minimum, standard, standard, extra, 200, 50)
+    layer = Layer("net+other", "conv", spec, 3)
+    return Row(operation, implementation, "1", layer, Setting(8, 4, "float32", "cpu", 2), found, HERE)
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    odd = replace(row(), found=Found("failed", 'RuntimeError: "a, b" failed'))
+    uneven = row(spec=lensor.ConvSpec(2, 2, (7, 6), 3, padding=((2, 1), (0, 1))))
+    file = ResultsFile(tmp_path / "new" / "r.csv", HERE, resume=False)
+    file.append([row(), odd])
+    file.append([uneven])
+    assert read(file.path) == [row(), odd, uneven]
+    again = ResultsFile(file.path, HERE, resume=True)
+    assert again.rows == file.rows
+
+
+def test_a_line_that_was_not_finished_is_no_row(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
+    file.append([row()])
+    whole = file.path.read_bytes()
+    file.append([row(implementation="other")])
+    file.path.write_bytes(file.path.read_bytes()[:-30])
+    assert read(file.path) == [row()]
+    again = ResultsFile(file.path, HERE, resume=True)
+    assert file.path.read_bytes() == whole
+    again.append([row(implementation="other")])
+    assert len(read(file.path)) == 2
+
+
+def damaged() -> list[bytes]:
+    header = (",".join(HEADER) + "\n").encode()
+    return [
+        b"a,b\n1,2\n",
+        b"\x00\xff\xfe binary",
+        b"no newline",
+        header.replace(b"operation", b"op"),
+        header + b"forward,lensor\n",
+        header + b"\x00" * 40 + b"\n",
+    ]
+
+
+@pytest.mark.parametrize("content", damaged())
+def test_damaged_and_foreign_files_are_refused_and_kept(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes(content)
+    for use in (lambda: read(path), lambda: ResultsFile(path, HERE, resume=True)):
+        with pytest.raises(BenchError, match="it was left as it is"):
+            use()
+    assert path.read_bytes() == content
+
+
+def test_damage_is_told_by_its_line(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
+    file.append([row(), row(implementation="other")])
+    text = file.path.read_text(encoding="utf-8")
+    for old, new in (("general", "dense"), ("9x8", "9x"), (",3,1,1,", ",x,1,1,")):
+        assert old in text
+        file.path.write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(BenchError, match="damaged in line 2"):
+            read(file.path)
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
+    file.append([row()])
+    with pytest.raises(BenchError, match="there already: go on with it by --resume"):
+        ResultsFile(file.path, HERE, resume=False)
+    with pytest.raises(BenchError, match=r"another machine .*\(torch 2.6, here 2.7\)"):
+        ResultsFile(file.path, replace(HERE, torch="2.7"), resume=True)
+    assert read(file.path) == [row()]
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+def some_rows() -> list[Row]:
+    general, dense = SPECS[0], SPECS[1]
+    rows = []
+    for spec, factor in ((general, 0.5), (dense, 2.0)):
+        rows += [row(implementation=STANDARD, spec=spec, minimum=2.0, extra=200), row(spec=spec, minimum=2.0 * factor)]
+        rows += [row(implementation="einconv", spec=spec, minimum=8.0 * factor)]
+    failed = row("kfac_reduce", spec=general, minimum=None)
+    return [*rows, row("kfac_reduce", STANDARD, general), replace(failed, found=Found("failed", "a | b"))]
+
+
+def test_summaries_are_ratios_by_operation_and_kind() -> None:
+    options = Options(targets=tuple(map(parse_target, ("forward=1.3", "forward:dense=1", "kfac_reduce:general=9"))))
+    found = {(one.operation, one.kind, one.implementation): one for one in summaries(some_rows(), options)}
+    assert found["forward", "all", "lensor"].cells[3:] == ("2", "0.50", "1.25", "2.00", "1.30 ✓", "0.50")
+    assert found["forward", "general", "lensor"].cells[3:] == ("1", "0.50", "0.50", "0.50", "", "0.50")
+    assert found["forward", "dense", "lensor"].cells[7] == "1.00 ✗"
+    assert found["forward", "dense", "einconv"].cells[6:8] == ("8.00", "")
+    assert found["kfac_reduce", "general", "lensor"].cells[3:] == ("0 (+1 without)", "–", "–", "–", "9.00 ✗", "–")
+    assert {kind for _, kind, _ in found} <= {"all", *KINDS}
+    assert not any(name == STANDARD for _, _, name in found)
+
+
+def test_ratios_against_others() -> None:
+    rows = some_rows()
+    against = {
+        (one.row.layer.spec.kind, one.row.implementation): one.value
+        for one in ratios(rows, Options("einconv")).values()
+    }
+    assert against["general", "lensor"] == 0.25
+    fastest = {
+        (one.row.operation, one.row.layer.spec.kind): one.value
+        for one in ratios(rows, Options(FASTEST)).values()
+        if one.row.implementation == "lensor"
+    }
+    assert fastest == {("forward", "general"): 0.5, ("forward", "dense"): 2.0}
+    slack = ratios(rows, Options(slack=3.0))
+    assert max(one.value for one in slack.values() if one.row.implementation == "lensor") == 1.0
+    with pytest.raises(BenchError, match="unknown implementation 'opacus', expected one of einconv, lensor, standard"):
+        ratios(rows, Options("opacus"))
+
+
+def test_rows_of_two_sittings_are_compared_by_way_of_the_standard() -> None:
+    later = row(implementation="einconv", minimum=4.0, standard=4.0)  # the machine was half as fast
+    rows = [row(implementation=STANDARD, minimum=2.0), row(minimum=1.0), later]
+    (found,) = [one.value for one in ratios(rows, Options("einconv")).values() if one.row.implementation == "lensor"]
+    assert found == 0.5
+
+
+def test_markdown_has_the_worst_cases_with_their_limits() -> None:
+    rows = some_rows()
+    text = markdown(rows, Options(), ["times.png"])
+    assert [ratio.value for ratio in worst(rows, Options())] == [2.0, 0.5]
+    flops, moved = OPERATIONS["forward"].physical_limit(SPECS[1], 8, 4, 4)
+    line = next(line for line in text.splitlines() if "3→4 2×2 s2 @8²" in line)
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:6] == ["forward", "lensor", "net+other", "3→4 2×2 s2 @8²", "dense", "2.00"]
+    assert [float(cell) for cell in cells[7:9]] == pytest.approx([flops / 1e6, moved / 1e6], rel=1e-2)
+    assert "![times.png](times.png)" in text
+    assert "a ¦ b" in text
+    assert "batch 8, 4 columns" in text
+
+
+@pytest.mark.parametrize("text", ["forward", "forward=x", "nothing=1", "forward:odd=1"])
+def test_targets_that_make_no_sense(text: str) -> None:
+    with pytest.raises(BenchError, match="expected"):
+        parse_target(text)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+def test_bench_and_its_report(tmp_path: Path) -> None:
+    file, folder = tmp_path / "r.csv", tmp_path / "report"
+    run = ["bench", "--nets", "2C2D", "--ops", "forward", "--ops", "kfac_reduce", "--impl", "lensor", "--limit", "1"]
+    result = invoke(*run, "--batch", "1", "--threads", "1", "--repeats", "1", "--seconds", "0", "--out", str(file))
+    assert result.exit_code == 0, result.output
+    assert "4 rows in" in result.stdout
+    assert "kfac_reduce" in result.stdout
+    result = invoke("bench", "report", str(file), "--out", str(folder), "--target", "forward=100")
+    assert result.exit_code == 0, result.output
+    assert "✓" in result.stdout
+    assert {path.name for path in folder.iterdir()} == {"report.md", "times.png", "memory.png"}
+    assert (folder / "times.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nets", "vgg"], "unknown net 'vgg', expected one of 3c3d, 2c2d,"),
+        (["--ops", "backward"], "unknown operation 'backward', expected one of forward, input_vjp,"),
+        (["--impl", "jax"], "unknown implementation 'jax', expected one of standard, lensor, lensor-measure, einconv,"),
+        (["--kinds", "odd"], "unknown kind 'odd', expected one of general, mixed-dense, dense, down-sampling"),
+        (["--dtype", "int8"], "unknown dtype 'int8', expected one of float64, float32"),
+        (["--device", "tpu"], "unknown device 'tpu', expected one of cpu"),
+        (["report", "no-such-file.csv"], "cannot read no-such-file.csv: No such file"),
+        (["report", "README.md"], "README.md is no results file"),
+    ],
+)
+def test_bench_errors_are_one_line(arguments: list[str], words: str) -> None:
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "measure", interrupt)
+    result = invoke("bench", "--nets", "2c2d", "--threads", "1", "--out", str(tmp_path / "r.csv"))
+    assert result.exit_code == 1
+    assert "go on with --resume" in result.stderr
+    assert read(tmp_path / "r.csv") == []
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(IMPLEMENTATIONS, "peer", Implementation("peer", {}, "some-peer", "no_such_module"))
+    assert "peer" not in {one.name for one in Bench(TINY).implementations}
+    with pytest.raises(BenchError, match=r"peer is not installed: install lensor\[bench\], or some-peer"):
+        Bench(replace(TINY, implementations=("peer",)))
+
+
+def test_relative_error_is_over_the_largest_entry() -> None:
+    assert relative_error(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0])) == 0.125

@@ -1,0 +1,203 @@
+"""The catalogue: its census is the paper's, its data is what the models have; the extractor; `lensor convs`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lensor
+from lensor import cli
+from lensor.bench import BenchError
+from lensor.bench.catalogue import NETS, PAPER, layers_of, merged
+from lensor.bench.extract import convolutions, import_factory, record
+from lensor.bench.layers import Layer, census
+from lensor.bench.regenerate import factory_of
+
+# (total, unique) of each kind at the census input: the table of ALGEBRA.md §4.
+CENSUS = {
+    "3c3d": {"general": (3, 3)},
+    "2c2d": {"general": (2, 2)},
+    "all-cnn-c": {"general": (7, 7), "dense": (2, 2)},
+    "alexnet": {"general": (5, 5)},
+    "resnet18": {"general": (17, 8), "down-sampling": (3, 3)},
+    "resnext101-32x8d": {"general": (34, 8), "dense": (67, 8), "down-sampling": (3, 3)},
+    "convnext-base": {"general": (36, 4), "dense": (4, 4)},
+    "inceptionv3": {"general": (20, 12), "dense": (40, 19), "mixed-dense": (34, 12)},
+    "mobilenetv2": {"general": (18, 11), "dense": (34, 19)},
+}
+SUMS = {"general": (142, 60), "dense": (147, 52), "mixed-dense": (34, 12), "down-sampling": (6, 6)}
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.make_app(), list(arguments))
+
+
+# ------------------------------------------------------------------------------------------------------------- census
+@pytest.mark.parametrize("name", CENSUS)
+def test_census_is_the_paper_s(name: str) -> None:
+    assert census(layers_of(name, NETS[name].census)) == CENSUS[name]
+
+
+def test_census_of_all_nets() -> None:
+    assert set(PAPER) == set(CENSUS)
+    sums: dict[str, Counter[int]] = {kind: Counter() for kind in SUMS}
+    for name in PAPER:
+        for kind, numbers in census(layers_of(name, NETS[name].census)).items():
+            sums[kind].update(dict(enumerate(numbers)))
+    assert {kind: (found[0], found[1]) for kind, found in sums.items()} == SUMS
+    assert sum(unique for _, unique in SUMS.values()) == 130
+
+
+def test_every_net_is_held_for_both_inputs() -> None:
+    for name, net in NETS.items():
+        one, two = layers_of(name, net.census), layers_of(name)
+        # A smaller picture may tell two convolutions apart no longer, never change how many are run.
+        assert sum(layer.count for layer in one) == sum(layer.count for layer in two)
+        assert {layer.spec.kernel_size for layer in one} == {layer.spec.kernel_size for layer in two}
+        for layers in (one, two):
+            assert len({layer.spec for layer in layers}) == len(layers)
+            assert layers[0].spec.in_channels == net.speed[0]
+            assert all(layer.model == name and layer.spec.ndim == 2 for layer in layers)
+        assert one[0].spec.input_size[0] - net.census[1] in (0, 1, 2)  # All-CNN-C pads by a module of its own
+    assert {name for name, net in NETS.items() if not net.paper} == {
+        *("densenet121", "wide-resnet101-2", "resnet50", "vgg19", "efficientnet-b0")
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_data_is_what_the_models_have(name: str) -> None:
+    net = NETS[name]
+    if net.factory.startswith("torchvision") and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    for shape in {net.census, net.speed}:
+        assert tuple(convolutions(factory_of(net), name, shape)) == layers_of(name, shape)
+
+
+def test_convolutions_of_several_nets_are_merged() -> None:
+    one, two = layers_of("resnet18"), layers_of("resnet50")
+    together = merged([*one, *two])
+    assert len(together) < len(one) + len(two)
+    assert sum(layer.count for layer in together) == sum(layer.count for layer in (*one, *two))
+    assert {layer.model for layer in together} == {"resnet18", "resnet50", "resnet18+resnet50"}
+    assert not any(layer.spec.bias for layer in merged(layers_of("vgg19")))
+
+
+def test_unknown_net() -> None:
+    with pytest.raises(BenchError, match=r"unknown net 'vgg', expected one of 3c3d, 2c2d, .*efficientnet-b0"):
+        layers_of("vgg")
+
+
+# ---------------------------------------------------------------------------------------------------------- extractor
+class Odd(torch.nn.Module):
+    """A convolution that runs twice, an unbatched input, keyword arguments, and convolutions of 1 to 3 dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = torch.nn.Conv2d(3, 3, 3, padding="same", padding_mode="circular")
+        self.up = torch.nn.ConvTranspose2d(3, 4, 2, stride=2, output_padding=1)
+        self.flat = torch.nn.Conv1d(4, 4, 4, padding="same", groups=4, dilation=2)
+        self.deep = torch.nn.Conv3d(1, 2, (1, 2, 3), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(input=self.twice(self.twice(x)))
+        x = self.flat(x[0].flatten(1))
+        return self.deep(x.reshape(1, 1, 4, -1, 19))
+
+
+def test_extractor_takes_any_convolution() -> None:
+    found = convolutions(Odd, "odd", (3, 9, 9))
+    specs = [
+        lensor.ConvSpec(3, 3, (9, 9), 3, padding=1, padding_mode="circular", bias=True),
+        lensor.ConvSpec(3, 4, (9, 9), 2, stride=2, bias=True, transposed=True, output_padding=1),
+        lensor.ConvSpec(4, 4, (361,), 4, padding=((3, 3),), groups=4, dilation=2, bias=True),
+        lensor.ConvSpec(1, 2, (4, 19, 19), (1, 2, 3)),
+    ]
+    assert found == [
+        Layer("odd", name, spec, count)
+        for name, spec, count in zip(("twice", "up", "flat", "deep"), specs, (2, 1, 1, 1), strict=True)
+    ]
+
+
+def test_extractor_leaves_no_hooks() -> None:
+    model = Odd()
+    record(model, "odd", torch.zeros(1, 3, 9, 9))
+    with pytest.raises(RuntimeError):
+        record(model, "odd", torch.zeros(1, 4, 9, 9))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_model_that_needs_values_runs_on_the_cpu() -> None:
+    class Picky(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 1, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if float(x.sum()) == 0 else x
+
+    assert len(convolutions(Picky, "picky", (1, 5, 5))) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nothing", "no import path, expected pkg.mod:factory"),
+        ("no.such.module:f", "cannot import no.such.module: ModuleNotFoundError"),
+        ("lensor.bench.nets:vgg", "lensor.bench.nets has no vgg"),
+        ("lensor.bench.catalogue:PAPER", "is a tuple, expected a function or class"),
+    ],
+)
+def test_what_cannot_be_imported(path: str, words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        import_factory(path)
+
+
+def test_what_makes_no_model() -> None:
+    with pytest.raises(BenchError, match="made a dict, expected a torch"):
+        convolutions(dict, "dict", (3, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(BenchError, match=r"net cannot run on an input of shape \(4, 8, 8\): RuntimeError"):
+        convolutions(lambda: torch.nn.Conv2d(3, 3, 3), "net", (4, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------------- lensor convs
+def test_convs_shows_a_net_of_the_catalogue() -> None:
+    result = invoke("convs", "ResNet18")
+    assert result.exit_code == 0, result.output
+    assert "3→64 7×7 s2 @224²" in result.stdout
+    assert "20 convolutions, 11 of them unique" in result.stdout
+    result = invoke("convs", "resnet18", "--input-shape", "3x256x256")
+    assert "general: 17 (8), down-sampling: 3 (3)" in result.stdout
+
+
+def test_convs_of_a_model_of_one_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "layers.csv"
+    result = invoke("convs", "lensor.bench.nets:all_cnn_c", "--input-shape", "3,32,32", "--csv", str(path))
+    assert result.exit_code == 0, result.output
+    assert "9 convolutions, 9 of them unique" in result.stdout
+    assert path.read_text(encoding="utf-8").startswith("net,input_shape,name,count,kind,")
+    assert path.read_text(encoding="utf-8").count("\n") == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["vgg"], "unknown net 'vgg', expected one of 3c3d,"),
+        (["resnet18", "--input-shape", "3x64x64"], "held for 3x256x256 and 3x224x224"),
+        (["lensor.bench.nets:all_cnn_c"], "--input-shape"),
+        (["lensor.bench.nets:all_cnn_c", "--input-shape", "3xabc"], "'3xabc' is no shape"),
+        (["lensor.bench.nets:all_cnn_c", "--input-shape", "4x32x32"], "cannot run on an input of shape (4, 32, 32)"),
+        (["no.module:f", "--input-shape", "3x8x8"], "cannot import no.module: ModuleNotFoundError"),
+    ],
+)
+def test_convs_errors_are_one_line(arguments: list[str], words: str) -> None:
+    result = invoke("convs", *arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1

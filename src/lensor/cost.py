@@ -40,6 +40,9 @@ class Machine:
 _TYPICAL = Machine(products=100e9, convolutions=80e9, bytes=8e9)
 """What two cores of a server reach in single precision: estimates are the same everywhere until `calibrate`."""
 
+_LARGE_KERNEL = 196
+"""Positions of a kernel from which on frameworks have no fast way."""
+
 _machine = _TYPICAL
 
 
@@ -110,12 +113,12 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
             return constants.products * min(1.0, m / 16, max(k / 16, 0.1))
         case s.PatchGram():
             return 0.7 * constants.products * min(1.0, shapes[0][2] / 16)
-        case s.Convolution(kind="weight_grad", groups=groups):
-            return constants.convolutions * min(0.8, shapes[0][1] / max(groups, 1) / 16)
         case s.Convolution(groups=groups):
-            return (
-                constants.convolutions
-                * min(1.0, shapes[1][1] * math.prod(shapes[1][2:]) / 64)
-                * (1.0 if groups == 1 else 0.5)
-            )
+            # Frameworks reach their rate with few channels, too, but not with few in a group, or with huge kernels.
+            channels, inner, *kernel = step.kernel(shapes)
+            rate = constants.convolutions * (0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0)
+            if groups == 1:
+                return rate
+            few = min(channels // groups, inner)
+            return rate * (min(0.9, 0.35 + few / 100) if few > 1 else 0.12 if set(step.stride) == {1} else 0.03)
     return constants.products / 16

@@ -24,6 +24,9 @@ from lensor.plan import Plan, Program
 
 _ONE = Fraction(1)
 
+_MOST_DIMENSIONS = 3
+"""Frameworks have convolutions of this many dimensions at most."""
+
 _LARGEST_HALVES = 24
 """Two equal halves are looked for among at most this many tensors and patterns."""
 
@@ -40,6 +43,8 @@ class Strategy:
         lags: products of patches by lags.
         halves: contract two copies of one thing alike and take sub-tensors that only one of them has at the end, so
             that one computation serves both.
+        batched: an index between which and the others a product's axes stand stays a batch axis, so that nothing is
+            copied to merge the two; if it is summed, the products are added up.
         composed: with patterns put together again that simplification took apart, before selections are read.
     """
 
@@ -48,12 +53,14 @@ class Strategy:
     convolutions: bool = False
     swapped: bool = False
     lags: bool = False
+    batched: bool = False
     halves: bool = False
     composed: bool = False
 
 
 STRATEGIES = (
     Strategy("windows"),
+    Strategy("windows, batched", batched=True),
     Strategy("dense", windows=False, composed=True),
     Strategy("convolution", convolutions=True),
     Strategy("convolution, swapped", convolutions=True, swapped=True),
@@ -468,7 +475,10 @@ class _Lowering:
         if len(set(flat)) < len(flat):
             return None
         third = {3 - leg_one - leg_two}
-        if any(3 - first - second not in third for _, first, second in same if 0 in third) or len(same) > 3:
+        if (
+            any(3 - first - second not in third for _, first, second in same if 0 in third)
+            or len(same) > _MOST_DIMENSIONS
+        ):
             return None
         return one, two, same
 
@@ -512,6 +522,12 @@ class _Lowering:
         legs = [leg for tie in ties if (leg := self.convolution_legs(*tie, adjoint, gradient)) is not None]
         if len(legs) < len(ties):
             return False
+        whole = self.whole_axes(one, spatial, inner if gradient else free_one) if len(legs) < _MOST_DIMENSIONS else []
+        if whole:
+            # A kernel of size 1 along the axes beside: moving them into the batch would cost copies.
+            legs += [self.whole_leg(index, gradient) for index in whole]
+            legs.sort(key=lambda leg: one.indices.index(leg.first[0]))
+            inner, free_one = ([index for index in group_ if index not in whole] for group_ in (inner, free_one))
         g, c, f1, f2 = (math.prod(self.shape(indices)) for indices in (group, inner, free_one, free_two))
         if 0 in (g, c, f1, f2):
             return False  # frameworks differ in what they take for empty arrays
@@ -553,6 +569,19 @@ class _Lowering:
         self.tensors = [*rest, _Tensor(self.program.reshape(value, self.shape(indices)), tuple(indices))]
         self.patterns = patterns
         return True
+
+    def whole_axes(self, tensor: _Tensor, spatial: set[str], pool: list[str]) -> list[str]:
+        """Indices of the pool among the last axes of a tensor, beside its spatial ones."""
+        tail = list(itertools.takewhile(lambda index: index in spatial or index in pool, reversed(tensor.indices)))
+        found = [index for index in tail if index in pool]
+        fits = len(found) + len({*spatial} & {*tail}) <= _MOST_DIMENSIONS and len(found) < len(pool)
+        return found if fits else []
+
+    def whole_leg(self, index: str, gradient: bool) -> _ConvolutionLegs:
+        size = self.sizes[index]
+        if gradient:
+            return _ConvolutionLegs((index,), (index,), (), 1, 0, 1, 1, None, None)
+        return _ConvolutionLegs((index,), (), (index,), 1, 0, 1, size, None, None)
 
     def convolution_legs(
         self, node: Pattern, leg_one: int, leg_two: int, adjoint: bool, gradient: bool
@@ -749,6 +778,17 @@ class _Lowering:
             left = self.matrix(a, [*batch, *free_a], (*self.shape(batch), *self.shape(free_a), *[1] * len(free_b)))
             right = self.matrix(b, [*batch, *free_b], (*self.shape(batch), *[1] * len(free_a), *self.shape(free_b)))
             return _Tensor(self.program.add(s.Multiply((left, right))), indices)
+        if self.strategy.batched:
+            found = self.broadcast(a, b, batch, contracted) or self.broadcast(b, a, batch, contracted)
+            found = found or self.added_up(a, b, batch, contracted)
+            if found is not None:
+                return found
+        return self.product(a, b, batch, contracted)
+
+    def product(self, a: _Tensor, b: _Tensor, batch: list[str], contracted: list[str]) -> _Tensor:
+        """Two tensors as matrices [batch, free, contracted], multiplied."""
+        free_a, free_b = ([i for i in t.indices if i not in batch and i not in contracted] for t in (a, b))
+        indices = (*batch, *free_a, *free_b)
         left = self.operand(a, batch, free_a, contracted)
         right = self.operand(b, batch, free_b, contracted)
         if left == right and free_a:
@@ -758,6 +798,36 @@ class _Lowering:
         right = self.program.transpose(right, [*range(axes - 2), axes - 1, axes - 2])
         value = self.program.add(s.MatMul((left, right)))
         return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    def broadcast(self, big: _Tensor, small: _Tensor, batch: list[str], contracted: list[str]) -> _Tensor | None:
+        """Free indices on both sides of the contracted ones: those in front become batch axes of both factors."""
+        places = sorted(big.indices.index(index) for index in contracted)
+        low, high = places[0], places[-1] + 1
+        front, inner, behind = big.indices[:low], big.indices[low:high], big.indices[high:]
+        if len(inner) > len(contracted) or not behind or not set(batch) < set(front):
+            return None
+        blocks = [(held, list(group)) for held, group in itertools.groupby(front, lambda index: index in batch)]
+        free = [index for index in small.indices if index not in batch and index not in contracted]
+        own = [index for index in front if index in batch]
+        axes = tuple(math.prod(self.shape(group)) if held else 1 for held, group in blocks)
+        ends = [math.prod(self.shape(group)) for group in (free, inner, behind)]
+        left = self.matrix(small, [*own, *free, *inner], (*axes, ends[0], ends[1]))
+        axes = tuple(math.prod(self.shape(group)) for _, group in blocks)
+        right = self.matrix(big, list(big.indices), (*axes, ends[1], ends[2]))
+        indices = (*front, *free, *behind)
+        value = self.program.add(s.MatMul((left, right)))
+        return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    def added_up(self, a: _Tensor, b: _Tensor, batch: list[str], contracted: list[str]) -> _Tensor | None:
+        """Contracted indices on both sides of the free ones: a product for each position of those in front, added."""
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.indices, b.indices, strict=False))
+        front = [index for index, _ in pairs]
+        inner = [index for index in contracted if index not in front]
+        added = [index for index in front if index not in batch]
+        if not inner or not added or not set(batch) <= set(front):
+            return None
+        between = any(tensor.indices[len(front)] not in inner for tensor in (a, b))
+        return self.summed(self.product(a, b, front, inner), {*a.indices, *b.indices} - {*added}) if between else None
 
     def matrix(self, tensor: _Tensor, order: list[str], shape: tuple[int, ...]) -> int:
         value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])

@@ -285,15 +285,16 @@ class Multiply(Step):
 
 @dataclass(frozen=True, slots=True)
 class MatMul(Step):
-    """Batched matrix products [b, m, k] · [b, k, n] -> [b, m, n]: the pairwise contraction."""
+    """Batched matrix products [*b, m, k] · [*b, k, n] -> [*b, m, n], the pairwise contraction; b may be 1 in one."""
 
     name: ClassVar[str] = "matmul"
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        return (*shapes[0][:-1], shapes[1][-1])
+        batch = (a if b == 1 else b for a, b in zip(shapes[0][:-2], shapes[1][:-2], strict=True))
+        return (*batch, shapes[0][-2], shapes[1][-1])
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
-        return 2 * math.prod(shapes[0]) * shapes[1][-1]
+        return 2 * math.prod(result) * shapes[0][-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +414,10 @@ class Convolution(Step):
         if self.kind == "input_grad":
             return 2 * math.prod(a) * math.prod(b[1:])
         return 2 * math.prod(b) * math.prod(result[1:])
+
+    def kernel(self, shapes: Sequence[Shape]) -> Shape:
+        """The shape [G·Cout, Cin, *K] of the kernel, which is one of the factors or the result."""
+        return self.size if self.kind == "weight_grad" else shapes[1]
 
     def settings(self) -> str:
         return (

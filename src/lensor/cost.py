@@ -43,6 +43,9 @@ _TYPICAL = Machine(products=100e9, convolutions=80e9, bytes=8e9)
 _LARGE_KERNEL = 196
 """Positions of a kernel from which on frameworks have no fast way."""
 
+_CALLS_PER_CORRECTION = 12
+"""Small operations for one excluded position of a patch Gram matrix."""
+
 _machine = _TYPICAL
 
 
@@ -95,9 +98,10 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         moved = math.prod(plan.shapes[place]) if values[place].copied else 0
         moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
         work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, constants), 1.0)
+        calls = 0.25 if not values[place].copied else 1
         if isinstance(step, s.PatchGram):
             moved += 6 * math.prod(plan.shapes[place])  # gathering the lags, border corrections, the final order
-        calls = 0.25 if not values[place].copied else len(step.lags()) * 2 if isinstance(step, s.PatchGram) else 1
+            calls = len(step.lags()) + _CALLS_PER_CORRECTION * step.corrections()
         total += work + moved * itemsize / constants.bytes + calls * constants.call
     return total
 
@@ -112,7 +116,7 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
             *_, m, k = shapes[0]
             return constants.products * min(1.0, m / 16, max(k / 16, 0.1))
         case s.PatchGram():
-            return 0.7 * constants.products * min(1.0, shapes[0][2] / 16)
+            return 0.7 * constants.products * (0.04 if shapes[0][2] == 1 else min(1.0, shapes[0][2] / 16))
         case s.Convolution(groups=groups):
             # Frameworks reach their rate with few channels, too, but not with few in a group, or with huge kernels.
             channels, inner, *kernel = step.kernel(shapes)

@@ -787,7 +787,7 @@ class _Lowering:
 
     def product(self, a: _Tensor, b: _Tensor, batch: list[str], contracted: list[str]) -> _Tensor:
         """Two tensors as matrices [batch, free, contracted], multiplied."""
-        free_a, free_b = ([i for i in t.indices if i not in batch and i not in contracted] for t in (a, b))
+        free_a, free_b = (self.as_wanted(tensor, batch, contracted) for tensor in (a, b))
         indices = (*batch, *free_a, *free_b)
         left = self.operand(a, batch, free_a, contracted)
         right = self.operand(b, batch, free_b, contracted)
@@ -798,6 +798,12 @@ class _Lowering:
         right = self.program.transpose(right, [*range(axes - 2), axes - 1, axes - 2])
         value = self.program.add(s.MatMul((left, right)))
         return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    def as_wanted(self, tensor: _Tensor, batch: list[str], contracted: list[str]) -> list[str]:
+        """The free indices of a factor, in the order of the result if the product is larger than the factor."""
+        free = [index for index in tensor.indices if index not in batch and index not in contracted]
+        larger = math.prod(self.shape(free)) >= math.prod(self.shape(contracted))
+        return sorted(free, key=self.open.index) if larger and set(free) <= set(self.open) else free
 
     def broadcast(self, big: _Tensor, small: _Tensor, batch: list[str], contracted: list[str]) -> _Tensor | None:
         """Free indices on both sides of the contracted ones: those in front become batch axes of both factors."""
@@ -852,7 +858,7 @@ class _Lowering:
         order = [index for index in self.term.output_indices if index in tensor.indices]
         value = self.program.transpose(value, [tensor.indices.index(index) for index in order])
         if self.factor != 1:
-            value = self.program.add(s.Multiple((value,), self.factor))
+            value = self.program.scaled(value, self.factor)
         if self.expanded:
             every = self.term.output_indices
             value = self.program.reshape(value, tuple(1 if i in self.expanded else self.sizes[i] for i in every))
@@ -886,7 +892,7 @@ def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
     common, count = factors.most_common(1)[0]
     later = common if common and count > 1 else _ONE
     value = _added(program, [_Lowering(program, term, strategy, later).run() for term in net.terms])
-    return value if later == 1 else program.add(s.Multiple((value,), later))
+    return value if later == 1 else program.scaled(value, later)
 
 
 def _added(program: Program, values: Sequence[int]) -> int:

@@ -8,11 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 from lensor.layout import peak_size
-from lensor.steps import Gather, Input, Pad, Reshape, Shape, Slice, Step, Transpose
+from lensor.steps import (
+    Gather,
+    Gram,
+    Input,
+    MatMul,
+    Multiple,
+    Pad,
+    PatchGram,
+    Reshape,
+    Shape,
+    Slice,
+    Step,
+    Transpose,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- programs
@@ -55,6 +69,18 @@ class Program:
         if isinstance(before, Transpose):
             order, (value,) = tuple(before.order[axis] for axis in order), before.takes
         return value if order == tuple(range(len(order))) else self.add(Transpose((value,), order))
+
+    def scaled(self, value: int, factor: Fraction) -> int:
+        """The value times a number, which a product takes in at no cost."""
+        step = self.steps[value]
+        match step:
+            case MatMul() | Gram() | PatchGram():
+                return self.add(replace(step, factor=step.factor * factor))
+            case Reshape(size=size):
+                return self.reshape(self.scaled(step.takes[0], factor), size)
+            case Transpose(order=order):
+                return self.transpose(self.scaled(step.takes[0], factor), order)
+        return self.add(Multiple((value,), factor))
 
 
 @dataclass(frozen=True, slots=True)

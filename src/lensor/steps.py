@@ -288,6 +288,7 @@ class MatMul(Step):
     """Batched matrix products [*b, m, k] · [*b, k, n] -> [*b, m, n], the pairwise contraction; b may be 1 in one."""
 
     name: ClassVar[str] = "matmul"
+    factor: Fraction = Fraction(1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         batch = (a if b == 1 else b for a, b in zip(shapes[0][:-2], shapes[1][:-2], strict=True))
@@ -302,6 +303,7 @@ class Gram(Step):
     """The products of all rows with all rows, [b, m, k] -> [b, m, m]: symmetric, so one triangle is enough."""
 
     name: ClassVar[str] = "gram"
+    factor: Fraction = Fraction(1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return (*shapes[0][:-1], shapes[0][-2])
@@ -321,6 +323,7 @@ class PatchGram(Step):
 
     name: ClassVar[str] = "patch gram"
     patterns: tuple[IndexPattern, ...]
+    factor: Fraction = Fraction(1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         _, g, c, *_ = shapes[0]
@@ -360,13 +363,24 @@ class PatchGram(Step):
         lags = len(self.lags())
         rows = n * math.prod(size + pad for size, pad in zip(spatial, self.pad, strict=True))
         total = (lags + 1) // 2 * 2 * g * c * c * rows
-        counts = [len(axis) for axis in self.excluded()]
-        for chosen in product((False, True), repeat=len(spatial)):
-            if any(chosen):
-                places = math.prod(counts[axis] for axis, out in enumerate(chosen) if out)
-                rest = n * math.prod(spatial[axis] for axis, out in enumerate(chosen) if not out)
-                total += places * 2 * g * c * c * lags * rest
+        for places, free in self._borders():
+            rest = n * math.prod(spatial[axis] for axis in free)
+            total += places * 2 * g * c * c * lags * rest
         return total
+
+    def corrections(self) -> int:
+        """The number of thin products that correct for excluded positions."""
+        return sum(places for places, _ in self._borders())
+
+    def _borders(self) -> list[tuple[int, list[int]]]:
+        """(number of excluded positions, axes that they leave free) for every set of axes with excluded positions."""
+        counts = [len(axis) for axis in self.excluded()]
+        found = []
+        for chosen in product((False, True), repeat=len(counts)):
+            if any(chosen):
+                places = math.prod(count for count, out in zip(counts, chosen, strict=True) if out)
+                found.append((places, [axis for axis, out in enumerate(chosen) if not out]))
+        return found
 
     def settings(self) -> str:
         return f"{len(self.lags())} lags, {' '.join(str(pattern) for pattern in self.patterns)}"

@@ -70,9 +70,27 @@ def _overlap_add(step: s.OverlapAdd) -> Callable[[np.ndarray], np.ndarray]:
     return overlap_add
 
 
+def _matmul(step: s.MatMul | s.Gram | s.PatchGram) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    if step.factor == 1:
+        return np.matmul
+    factor = float(step.factor)
+
+    def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        product = np.matmul(a, b)
+        product *= factor
+        return product
+
+    return matmul
+
+
+def _gram(step: s.Gram) -> Callable[[np.ndarray], np.ndarray]:
+    multiply = _matmul(step)
+    return lambda x: multiply(x, x.swapaxes(-1, -2))
+
+
 def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
     """By definition: patches as strided views and one product; the reference for the lag sums of other backends."""
-    dims = len(step.patterns)
+    dims, multiply = len(step.patterns), _matmul(step)
 
     def patch_gram(x: np.ndarray) -> np.ndarray:
         n, g, c = x.shape[:3]
@@ -88,7 +106,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
             x = _window(s.Window((0,), axis, pattern.output_size, pattern.kernel_size, 1, pattern.dilation))(x)
         order = [1, 2, *range(3 + dims, 3 + 2 * dims), 0, *range(3, 3 + dims)]
         rows = x.transpose(order).reshape(g, c * math.prod(step.kernel), -1)
-        return (rows @ rows.swapaxes(-1, -2)).reshape(step.shape([(n, g, c)]))
+        return multiply(rows, rows.swapaxes(-1, -2)).reshape(step.shape([(n, g, c)]))
 
     return patch_gram
 
@@ -153,8 +171,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.SumAxes: lambda step: lambda x: x.sum(axis=step.axes),
     s.Expand: lambda step: lambda x: np.broadcast_to(x, step.size),
     s.Multiply: lambda step: np.multiply,
-    s.MatMul: lambda step: np.matmul,
-    s.Gram: lambda step: lambda x: np.matmul(x, x.swapaxes(-1, -2)),
+    s.MatMul: _matmul,
+    s.Gram: _gram,
     s.PatchGram: _patch_gram,
     s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
     s.Convolution: _convolution,

@@ -151,8 +151,18 @@ def _multiple(step: s.Multiple) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x * factor
 
 
-def _matmul(step: s.MatMul) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return torch.matmul
+def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if step.factor == 1:
+        return torch.matmul
+    factor = float(step.factor)
+
+    def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if _may_write(a) and a.ndim in (2, 3) and a.shape[:-2] == b.shape[:-2]:
+            multiply = torch.addmm if a.ndim == 2 else torch.baddbmm
+            return multiply(a.new_empty((1,) * a.ndim), a, b, beta=0, alpha=factor)
+        return torch.matmul(a, b) * factor
+
+    return matmul
 
 
 _BLOCK = 192
@@ -162,18 +172,23 @@ _LONG = 512
 """Shorter rows make a Gram matrix a matter of writing the result, where one triangle saves nothing."""
 
 
-def _gram(x: torch.Tensor) -> torch.Tensor:
+def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
     """Blocks on and below the diagonal, then mirrored; in one product where that is no gain or nobody may write."""
-    size = x.shape[-2]
-    blocks = min(size // _BLOCK, 8)
-    if blocks < 2 or x.shape[-1] < _LONG or x.is_cuda or not _may_write(x):
-        return x @ x.mT
-    out = x.new_empty((*x.shape[:-1], size))
-    bounds = [size * at // blocks for at in range(blocks + 1)]
-    for low, high in itertools.pairwise(bounds):
-        out[..., low:high, :high] = x[..., low:high, :] @ x[..., :high, :].mT
-        out[..., :low, low:high] = out[..., low:high, :low].mT
-    return out
+    multiply = _matmul(step)
+
+    def gram(x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[-2]
+        blocks = min(size // _BLOCK, 8)
+        if blocks < 2 or x.shape[-1] < _LONG or x.is_cuda or not _may_write(x):
+            return multiply(x, x.mT)
+        out = x.new_empty((*x.shape[:-1], size))
+        bounds = [size * at // blocks for at in range(blocks + 1)]
+        for low, high in itertools.pairwise(bounds):
+            out[..., low:high, :high] = multiply(x[..., low:high, :], x[..., :high, :].mT)
+            out[..., :low, low:high] = out[..., low:high, :low].mT
+        return out
+
+    return gram
 
 
 def _may_write(x: torch.Tensor) -> bool:
@@ -192,7 +207,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
     dims = len(step.patterns)
     kernel, pad = step.kernel, step.pad
     dilation = tuple(pattern.dilation for pattern in step.patterns)
-    lags = step.lags()
+    lags, factor = step.lags(), float(step.factor)
     place = {lag: at for at, lag in enumerate(lags)}
     excluded = step.excluded()
     offsets = list(itertools.product(*(range(k) for k in kernel)))
@@ -208,18 +223,18 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
             rows = _numbers_of(("lags", step, tuple(ks)), [table[row] for row in ks])
             corrections.append((fixed, -1.0 if len(axes) % 2 else 1.0, rows, _numbers_of(("kernel", tuple(ks)), ks)))
 
-    def shifted(y: torch.Tensor, fixed: dict[int, int], sizes: Sequence[int]) -> torch.Tensor:
+    def shifted(y: torch.Tensor, fixed: dict[int, int]) -> torch.Tensor:
         """For every lag the array at positions + lag, zeros outside: [g, rows, lags·c]; y has `pad` zeros all round."""
-        parts = []
-        for lag in lags:
-            at = y
-            for axis in range(dims):
-                start = pad[axis] + lag[axis] * dilation[axis]
-                at = at.narrow(2 + axis, start + fixed.get(axis, 0), 1 if axis in fixed else sizes[axis])
-            parts.append(at.reshape(y.shape[0], -1, y.shape[-1]))
-        return torch.cat(parts, -1)
+        for axis in range(dims):
+            y = y.unfold(2 + axis, 2 * pad[axis] + 1, 1)
+            y = y[..., :: dilation[axis]] if dilation[axis] > 1 else y
+            y = y.narrow(2 + axis, fixed[axis], 1) if axis in fixed else y
+        # [g, n, *positions, c, *lags] -> [g, rows, lags·c]
+        y = y.permute(*range(2 + dims), *range(3 + dims, 3 + 2 * dims), 2 + dims)
+        return y.reshape(y.shape[0], -1, len(lags) * y.shape[-1])
 
-    def patch_gram(x: torch.Tensor) -> torch.Tensor:
+    def autocorrelations(x: torch.Tensor) -> torch.Tensor:
+        """Σ x[i] x[i + lag] for every lag: [g, lags, c, c]."""
         _n, g, c, *sizes = x.shape
         x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *I, c]
         behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
@@ -232,10 +247,19 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
             back = place[tuple(-d for d in lag)]
             if offset < 0 or (offset == 0 and found[back] is not None):
                 continue
-            value = rows[:, : length - offset].mT @ rows[:, offset:]
+            first, second = rows[:, : length - offset], rows[:, offset:]
+            # One channel a group: a product of vectors is no matter for a matrix product.
+            value = (first * second).sum(1, keepdim=True) if c == 1 else first.mT @ second
             found[at] = value
             found[back] = value if back == at else value.mT
-        total = torch.stack([value for value in found if value is not None], 1)  # [g, lags, c, c]
+        return torch.stack([value for value in found if value is not None], 1)
+
+    def patch_gram(x: torch.Tensor) -> torch.Tensor:
+        _n, g, c, *_sizes = x.shape
+        total = autocorrelations(x)
+        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *I, c]
+        if factor != 1:
+            total = total.mul_(factor) if _may_write(total) else total * factor
         result = total[:, all_lags(x)]  # [g, K, K, c, c]
         around = [0, 0, *(width for axis in reversed(range(dims)) for width in (pad[axis], pad[axis]))]
         wide = torch.nn.functional.pad(x, around) if corrections else x
@@ -243,13 +267,13 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
             own = x
             for axis, position in fixed.items():
                 own = own.narrow(2 + axis, position, 1)
-            thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed, sizes)  # [g, c, lags·c]
+            thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed)  # [g, c, lags·c]
             thin = thin.reshape(g, c, len(lags), c).permute(0, 2, 1, 3)
             part = thin[:, rows_of(x)]
             if _may_write(result):
-                result.index_add_(1, kernels(x), part, alpha=sign)
+                result.index_add_(1, kernels(x), part, alpha=sign * factor)
             else:
-                result = result.index_add(1, kernels(x), part, alpha=sign)
+                result = result.index_add(1, kernels(x), part, alpha=sign * factor)
         result = result.permute(0, 3, 1, 4, 2)  # [g, c, K, c, K]
         return result.reshape(g, c, *kernel, c, *kernel)
 
@@ -305,7 +329,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Expand: lambda step: lambda x: x.expand(step.size),
     s.Multiply: lambda step: torch.mul,
     s.MatMul: _matmul,
-    s.Gram: lambda step: _gram,
+    s.Gram: _gram,
     s.PatchGram: _patch_gram,
     s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
     s.Convolution: _convolution,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lensor.canonical import canonical_form
@@ -253,18 +254,18 @@ class Network(Verbs):
 
     # ------------------------------------------------------------------ reading it
     @cached_property
-    def sizes(self) -> dict[str, int | None]:
-        """The size of every index, None where it is bound when planning."""
-        return dict(self.dimensions)
+    def sizes(self) -> Mapping[str, int | None]:
+        """The size of every index, None where it is bound when planning; a read-only view."""
+        return MappingProxyType(dict(self.dimensions))
 
     @cached_property
-    def operand_legs(self) -> dict[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand."""
+    def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand; read-only."""
         legs: dict[str, tuple[Group, ...]] = {}
         for node in self.nodes:
             if isinstance(node, Operand):
                 legs.setdefault(node.name, node.legs)
-        return legs
+        return MappingProxyType(legs)
 
     @property
     def operands(self) -> tuple[str | IndexPattern, ...]:
@@ -379,9 +380,9 @@ class Network(Verbs):
         return self._canonical[0]
 
     @property
-    def canonical_order(self) -> dict[str, int]:
-        """The number of every index in the canonical form."""
-        return self._canonical[1]
+    def canonical_order(self) -> Mapping[str, int]:
+        """The number of every index in the canonical form; read-only."""
+        return MappingProxyType(self._canonical[1])
 
     @cached_property
     def _canonical(self) -> tuple[tuple, dict[str, int]]:
@@ -459,14 +460,14 @@ class Sum(Verbs):
         return self.terms[0].output_shape
 
     @property
-    def sizes(self) -> dict[str, int | None]:
-        """The sizes of all indices of all terms; a size known in one term is known."""
+    def sizes(self) -> Mapping[str, int | None]:
+        """The sizes of all indices of all terms, read-only; a size known in one term is known."""
         sizes: dict[str, int | None] = {}
         for term in self.terms:
             for index, size in term.dimensions:
                 if sizes.get(index) is None:
                     sizes[index] = size
-        return sizes
+        return MappingProxyType(sizes)
 
     @property
     def operand_names(self) -> tuple[str, ...]:
@@ -474,13 +475,13 @@ class Sum(Verbs):
         return tuple(dict.fromkeys(name for term in self.terms for name in term.operand_names))
 
     @property
-    def operand_legs(self) -> dict[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand."""
+    def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand; read-only."""
         legs: dict[str, tuple[Group, ...]] = {}
         for term in self.terms:
             for name, found in term.operand_legs.items():
                 legs.setdefault(name, found)
-        return legs
+        return MappingProxyType(legs)
 
     @property
     def operands(self) -> tuple[tuple[str | IndexPattern, ...], ...]:

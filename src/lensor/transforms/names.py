@@ -177,7 +177,7 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
 
     Example:
         >>> import lensor
-        >>> lensor.contraction("n i -> i", "X").bind(n=3, i=2).sizes
+        >>> dict(lensor.contraction("n i -> i", "X").bind(n=3, i=2).sizes)
         {'i': 2, 'n': 3}
 
     Raises:

@@ -120,6 +120,16 @@ def test_any_identifier_is_an_index_name(name: str) -> None:
     assert_round_trip(net.batch("v", ["X"]).keep(name))
 
 
+def test_the_legend_is_told_from_an_index_named_where() -> None:
+    for text in ("X[where] -> where where where=4", "X[where n] -> where where n=2", "where[where] -> where"):
+        assert repr(lensor.parse(text)) == f"parse({text!r})"
+    assert lensor.parse("X[n where] -> where\n  where n = 2 , where = 3 ,").sizes == {"n": 2, "where": 3}
+    assert lensor.parse("X[i] -> where i=3") == lensor.contraction("i ->", "X", i=3)
+    total = lensor.parse("X[where] -> where + in[i] -> i where where=3, i=3")
+    assert total.operand_names == ("X", "in")
+    assert_round_trip(total)
+
+
 @pytest.mark.parametrize("name", ["in", "where", "x1", "parse", "Y_"])
 def test_any_identifier_is_an_operand_name(name: str) -> None:
     assert_round_trip(lensor.contraction("n i, i m -> n m", name, "W", n=2))
@@ -233,7 +243,18 @@ PARSE_ERRORS = [
     ("X[n i] 2[i] -> n", "       ^", "must be an identifier, found '2'"),
     ("X[n, i] -> n", "   ^", r"found ',', expected an index or '\]'"),
     ("X[n i] & -> n", "       ^", "cannot read '&'"),
-    ("X[i] -> i where i=", "^", "cannot read what stands behind 'where'"),
+    ("X[i] -> i where i=", "                  ^", "cannot read what stands behind 'where': .* size .* for 'i'"),
+    ("X[i] -> i where 5=3", "                ^", "behind 'where': expected name=size or name=IndexPattern"),
+    ("X[i] -> i where i=3,, n=2", "                    ^", "expected name=size"),
+    ("X[i] -> i where i=3, i=4", "                     ^", "'i' is there twice"),
+    ("X[i] -> i where i=3.5", "                  ^", "expected a size"),
+    ("X[i] -> i where i=3 n=2", "                    ^", "expected ',' or the end"),
+    ("X[i] -> i where Π1=IndexPattern(5)", "                   ^", "'kernel_size'"),
+    ("X[i] -> i where Π1=IndexPattern(5, i)", "                   ^", "malformed"),
+    ("X[i] -> i where Π1=IndexPattern(5, 9)", "                   ^", "kernel_size=9"),
+    ("X[i] -> i where Π1=IndexPattern(5, 3", "                   ^", "for 'Π1'"),
+    ("X[i] & -> i where i=3", "     ^", "cannot read '&'"),
+    ("X[i] where i=3", "    ^", "found the end, expected a node"),
 ]
 
 
@@ -241,10 +262,7 @@ PARSE_ERRORS = [
 def test_errors_of_parse_point_at_the_place(text: str, caret: str, message: str) -> None:
     with pytest.raises(SubscriptsError, match=message) as caught:
         lensor.parse(text)
-    if "where" not in text:
-        shown = str(caught.value).split("\n")[-2][2:]
-        assert_points_at(caught.value, shown, caret)
-        assert shown == text
+    assert_points_at(caught.value, text, caret)
 
 
 def test_a_pattern_with_two_legs_in_text() -> None:

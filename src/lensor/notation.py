@@ -24,9 +24,15 @@ from lensor.network import (
 )
 from lensor.pattern import IndexPattern
 
+_NAME = r"[^\W\d]\w*"
 _TOKEN = re.compile(
-    r"\s*(?:(?P<arrow>->)|(?P<ellipsis>\.\.\.)|(?P<mark>[\[\](),+^])|(?P<number>-?\d+(?:/\d+)?)|(?P<name>[^\W\d]\w*))"
+    r"\s*(?:(?P<arrow>->)|(?P<ellipsis>\.\.\.)|(?P<mark>[\[\](),+^])|(?P<number>-?\d+(?:/\d+)?)|"
+    rf"(?P<name>{_NAME}))"
 )
+# The parts of a legend's entries; the names are any that a token can be, keywords of Python among them.
+_ENTRY = re.compile(rf"\s*(?P<name>{_NAME})\s*=\s*")
+_SIZE = re.compile(r"-?\d+(?!\w|\.)")
+_PATTERN = re.compile(r"IndexPattern\s*\((?:[^()]|\([^()]*\))*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,10 @@ class _Token:
     position: int
 
 
-def _tokenize(text: str) -> list[_Token]:
+def _tokenize(text: str, end: int) -> list[_Token]:
+    """The tokens of the text up to `end`."""
     tokens, at = [], 0
-    end = len(text.rstrip())
+    end = len(text[:end].rstrip())
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
@@ -49,12 +56,12 @@ def _tokenize(text: str) -> list[_Token]:
         kind = match.lastgroup or ""
         tokens.append(_Token(kind, match.group(kind), match.start(kind)))
         at = match.end()
-    return [*tokens, _Token("end", "", len(text.rstrip()))]
+    return [*tokens, _Token("end", "", end)]
 
 
 class _Reader:
-    def __init__(self, text: str) -> None:
-        self.text, self.tokens, self.at = text, _tokenize(text), 0
+    def __init__(self, text: str, end: int | None = None) -> None:
+        self.text, self.tokens, self.at = text, _tokenize(text, len(text) if end is None else end), 0
 
     @property
     def next(self) -> _Token:
@@ -375,23 +382,57 @@ def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
     return {name: key[0] for key, name in _pattern_names(net.terms).items()}
 
 
-def _read_legend(text: str) -> tuple[dict[str, int | None], dict[str, IndexPattern]]:
+def _find_legend(text: str) -> tuple[int, int]:
+    """Where the body of a network's text ends and where its legend starts; the ends of the text if it has none.
+
+    `where` may name an index too, so the legend's is one behind the last arrow that an entry follows.
+    """
+    behind = max(text.rfind("->"), 0)
+    found = re.compile(rf"(?<!\w)where\s+(?={_NAME}\s*=)").search(text, behind)
+    if found is None and "=" in text[behind:]:
+        found = re.compile(r"(?<!\w)where(?!\w)").search(text, behind)
+    return (len(text), len(text)) if found is None else found.span()
+
+
+def _read_legend(text: str, at: int) -> tuple[dict[str, int | None], dict[str, IndexPattern]]:
+    """The sizes and patterns that `name=value` entries of `text` tell, from the position `at` to its end."""
     sizes: dict[str, int | None] = {}
     patterns: dict[str, IndexPattern] = {}
-    try:
-        call = ast.parse(f"dict({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        for entry in call.keywords:
-            assert entry.arg is not None
-            if isinstance(entry.value, ast.Call):
-                arguments = [ast.literal_eval(value) for value in entry.value.args]
-                named = {str(word.arg): ast.literal_eval(word.value) for word in entry.value.keywords}
-                patterns[entry.arg] = IndexPattern(*arguments, **named)
-            else:
-                sizes[entry.arg] = int(ast.literal_eval(entry.value))
-    except (SyntaxError, AssertionError, ValueError, TypeError) as error:
-        raise SubscriptsError(f"cannot read what stands behind 'where': {error}", text, 0) from error
+
+    def error(reason: object, place: int) -> SubscriptsError:
+        place = min(len(text) - len(text[place:].lstrip()), len(text.rstrip()))
+        return SubscriptsError(f"cannot read what stands behind 'where': {reason}", text, place)
+
+    while text[at:].strip():
+        head = _ENTRY.match(text, at)
+        if head is None:
+            raise error("expected name=size or name=IndexPattern(...)", at)
+        value = _SIZE.match(text, head.end()) or _PATTERN.match(text, head.end())
+        if value is None:
+            raise error(f"expected a size or IndexPattern(...) for {head['name']!r}", head.end())
+        known = sizes if value.re is _SIZE else patterns
+        if head["name"] in known:
+            raise error(f"{head['name']!r} is there twice", head.start("name"))
+        if value.re is _SIZE:
+            sizes[head["name"]] = int(value[0])
+        else:
+            try:
+                patterns[head["name"]] = _read_pattern(value[0])
+            except (SyntaxError, ValueError, TypeError) as problem:
+                raise error(problem, value.start()) from problem
+        at = value.end()
+        rest = text[at:].lstrip()
+        if rest and not rest.startswith(","):
+            raise error("expected ',' or the end", at)
+        at = len(text) - len(rest) + 1
     return sizes, patterns
+
+
+def _read_pattern(text: str) -> IndexPattern:
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    arguments = [ast.literal_eval(value) for value in call.args]
+    return IndexPattern(*arguments, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
 
 
 def parse(
@@ -414,11 +455,13 @@ def parse(
         SubscriptsError: with a caret under the place that does not parse.
         NetworkError, ValueError: if the parts do not fit together.
     """
-    body, _, legend = text.partition(" where ")
-    legend_sizes, legend_patterns = _read_legend(legend) if legend else ({}, {})
+    if not isinstance(text, str):
+        raise TypeError(f"a network's text must be a str, found {type(text).__name__}")
+    end, start = _find_legend(text)
+    legend_sizes, legend_patterns = _read_legend(text, start)
     all_sizes = {**legend_sizes, **(sizes or {})}
     all_patterns = {**legend_patterns, **(patterns or {})}
-    reader = _Reader(body)
+    reader = _Reader(text, end)
     pending: list[tuple[list[Node], Scale]] = []
     terms: list[Network] = []
     while True:

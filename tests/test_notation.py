@@ -140,8 +140,32 @@ def test_any_identifier_is_an_operand_name(name: str) -> None:
 def test_names_with_a_meaning_are_no_operand_names(name: str) -> None:
     """Else the text would mean another network."""
     net = lensor.contraction("n i, i m -> n m", "X", "W", n=2)
-    with pytest.raises(NetworkError, match=name):
-        net.rename_operands(X=name)
+    message = rf"must be an identifier that does not stand for a delta .* or an index pattern .*, found '{name}'"
+    for make in (
+        lambda: net.rename_operands(X=name),
+        lambda: Operand(name, (("i",),)),
+        lambda: net.vjp("X", name),
+        lambda: net.jvp("X", name),
+        lambda: net.substitute("W", Network.make([Operand(name, (("i",), ("m",)))], [("i",), ("m",)], net.sizes)),
+    ):
+        with pytest.raises(NetworkError, match=message):
+            make()
+    if name == "Π1":  # the others are what `contraction` calls deltas
+        with pytest.raises(NetworkError, match=message):
+            lensor.contraction("n i -> n", name)
+
+
+@pytest.mark.parametrize("name", ["Π", "Πx", "Π1_", "delta1", "δ_", "π1"])
+def test_names_close_to_those_with_a_meaning_are_operand_names(name: str) -> None:
+    assert_round_trip(lensor.contraction("n i, i m -> n m", name, "W", n=2))
+
+
+@pytest.mark.parametrize("name", ["", "1", "a b", "X (0)", 3, None])
+def test_operand_names_are_identifiers(name: Any) -> None:
+    with pytest.raises(NetworkError, match="must be an identifier"):
+        Operand(name, ())
+    with pytest.raises(NetworkError, match="must be different identifiers"):
+        lensor.contraction("n i -> n", "X").rename_operands(X=name)
 
 
 def test_text_of_a_network() -> None:

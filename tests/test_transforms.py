@@ -586,3 +586,12 @@ def test_operands_of_batch_are_a_sequence() -> None:
         ops.conv(SPEC).batch("v", "X")
     with pytest.raises(TypeError):
         ops.conv(SPEC).slice("o1", 0.0, 2)
+
+
+def test_substituting_among_operands_of_similar_names() -> None:
+    """The new operands, and those that stay, may be called anything, the replaced one's name included."""
+    gram = lensor.contraction("i j, j k, k l -> i l", "A", "A", "A_")
+    both = gram.substitute("A", lensor.contraction("a r, r b -> a b", "A__", "A"))
+    a, b, c = (RNG.standard_normal((3, 3)) for _ in range(3))
+    assert set(both.operand_names) == {"A", "A_", "A__"}
+    assert_close(both(A=a, A_=b, A__=c), c @ a @ c @ a @ b)

@@ -8,6 +8,7 @@ names or by the order of their nodes are equal.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,12 +29,26 @@ Group: TypeAlias = tuple[str, ...]
 
 
 # ---------------------------------------------------------------------------------------------------- the node kinds
+_RESERVED = re.compile(r"δ|delta|Π\d+")
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """An array the user supplies by name: one leg for each of its axes."""
+    """An array the user supplies by name: one leg for each of its axes.
+
+    Raises:
+        NetworkError: if the name is no identifier, or one that stands for a delta or an index pattern in texts.
+    """
 
     name: str
     legs: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier() or _RESERVED.fullmatch(self.name):
+            raise NetworkError(
+                "an operand's name must be an identifier that does not stand for a delta (δ, delta) or an index "
+                f"pattern (Π1, Π2, ...), found {self.name!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,7 +262,8 @@ def contraction(subscripts: str, *operands: str | IndexPattern, **sizes: int) ->
 
     Raises:
         SubscriptsError: if they do not parse.
-        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together.
+        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together, or an operand is
+            named as index patterns are in texts: Π1, Π2, ...
     """
     parsed = parse_subscripts(subscripts)
     if len(parsed.operands) != len(operands):

@@ -56,14 +56,15 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
         pictures[n i] -> i
 
     Raises:
-        NetworkError: for an unknown operand, or if two operands would get one name.
+        NetworkError: for an unknown operand, if two operands would get one name, or for a name that no operand can
+            have.
     """
     names = {**(mapping or {}), **names}
     for old in names:
         require_operand(net, old)
     after = [names.get(name, name) for name in net.operand_names]
     for new in after:
-        if not new.isidentifier() or after.count(new) > 1:
+        if not isinstance(new, str) or not new.isidentifier() or after.count(new) > 1:
             raise NetworkError(f"operand names must be different identifiers, found {after}")
     return sum_of(
         [

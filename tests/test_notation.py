@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from fractions import Fraction
 from typing import Any
@@ -232,12 +233,28 @@ SUBSCRIPTS_ERRORS = [
     ("n i -> ...", "       ^", r"output index '\.\.\.' is nowhere present"),
     ("n $ -> n", "  ^", r"cannot read '\$'"),
     ("n i,  %i -> n", "      ^", "cannot read '%'"),
-    ("n i -> n\t#", "         ^", "cannot read '#'"),
+    ("n i -> n\t#", "        \t^", "cannot read '#'"),
+    ("n\ti -> n #", " \t       ^", "cannot read '#'"),
+    ("n - > n", "  ^", "cannot read '-'"),
+    ("n ->> n", "    ^", "cannot read '>'"),
+    ("n.i -> n", " ^", r"cannot read '\.'"),
+    ("n -1 -> n", "  ^", "found '-1'"),
+    ("n 1/2 -> n", "  ^", "found '1/2'"),
+    ("n^2 -> n", " ^", r"found '\^'"),
+    ("n i,", "    ^", "found the end"),
+    ("n (... i) -> n", "   ^", r"found '\.\.\.'"),
+    ("n i -> (n i", "       ^", r"this '\(' is never closed"),
+    ("n i -> n) i", "        ^", r"found '\)'"),
+    ("n i -> n + i", "         ^", r"found '\+'"),
+    ("n i -> n 2", "         ^", "found '2'"),
+    ("n_i i -> n _", "         ^", "output index 'n' is nowhere present"),
+    ("... i -> ... ...", "             ^", r"'\.\.\.' is repeated in the output"),
     ("n [i] -> n", "  ^", r"found '\['"),
     ("n + i -> n", "  ^", r"found '\+'"),
     ("n ... i ... -> ...", "^", r"one '\.\.\.'"),
     ("a, n ... ... -> ... n", "   ^", r"one '\.\.\.'"),
     ("n ... i -> n i", "              ^", r"'\.\.\.' must be in the output too"),
+    ("n ... i -> n i  ", "              ^", r"'\.\.\.' must be in the output too"),
 ]
 
 
@@ -260,6 +277,28 @@ PARSE_ERRORS = [
     ("X[n i] -> n i ]", "              ^", r"found '\]', expected an output index, '\+' or the end"),
     ("X[n i] n^1/2 -> i", "         ^", "a whole power"),
     ("X[n i] n^ -> i", "          ^", "a whole power"),
+    ("X[n i] n^i -> i", "         ^", "found 'i', expected a whole power"),
+    ("X[n i] n^", "         ^", "found the end, expected a whole power"),
+    ("n^2^3 X[n] -> n", "   ^", r"found '\^', expected a node"),
+    ("2^3 X[i] -> i", " ^", r"found '\^', expected a node"),
+    ("X[i] 1/0 -> i", "     ^", "found '1/0', expected a number"),
+    ("0.5 X[i] -> i", " ^", r"cannot read '\.'"),
+    ("-1[i] -> i", "^", "must be an identifier, found '-1'"),
+    ("1[i j] -> i", "^", "ones have one single index"),
+    ("δ[] -> ", "^", "a delta has two or more single indices"),
+    ("X[...] -> ...", "  ^", r"found '\.\.\.', expected an index or '\]'"),
+    ("X[i] -> ...", "        ^", r"found '\.\.\.', expected an output index"),
+    ("", "^", "found the end, expected a node"),
+    ("X", " ^", r"found the end, expected '\[' or '\^'"),
+    ("X[i]] -> i", "    ^", r"found '\]', expected a node"),
+    ("(X[i]) -> i", "^", r"found '\(', expected a node"),
+    ("X[i], Y[i] -> i", "    ^", "found ',', expected a node"),
+    ("X[i] -> i, j", "         ^", "found ',', expected an output index"),
+    ("X[i] -> i +", "           ^", "found the end, expected a node"),
+    ("X[i] -> i -> i", "          ^", "found '->', expected an output index"),
+    ("X[i^2] -> i", "   ^", r"found '\^', expected an index or '\]'"),
+    ("X[(i (j))] ->", "     ^", r"found '\(', expected an index name or '\)' inside a group"),
+    ("X[(i", "  ^", r"this '\(' is never closed"),
     ("X[n i] Π1[i o k] -> n", "       ^", "no index pattern is given for Π1"),
     ("X[n i] δ[i] -> n", "       ^", "a delta has two or more single indices"),
     ("X[n i] δ[(i j) k] -> n", "       ^", "a delta has two or more single indices"),
@@ -287,6 +326,16 @@ def test_errors_of_parse_point_at_the_place(text: str, caret: str, message: str)
     with pytest.raises(SubscriptsError, match=message) as caught:
         lensor.parse(text)
     assert_points_at(caught.value, text, caret)
+
+
+def test_the_caret_stands_under_its_line() -> None:
+    with pytest.raises(SubscriptsError) as caught:
+        lensor.contraction("n i,\n  i %,\n  j -> n", "X", "Y", "Z")
+    assert str(caught.value).split("\n")[1:] == ["  n i,", "    i %,", "      ^"]
+    with pytest.raises(SubscriptsError) as caught:
+        lensor.parse("X[n i]\n  -> n\n  where i=")
+    assert str(caught.value).split("\n")[1:] == ["  X[n i]", "    -> n", "    where i=", "            ^"]
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_pattern_with_two_legs_in_text() -> None:

@@ -79,14 +79,14 @@ class _Reader:
         found = "the end" if token.kind == "end" else repr(token.text)
         return SubscriptsError(f"found {found}, expected {expected}", self.text, token.position)
 
-    def group(self) -> Group | None:
-        """One leg: a name, `1`, `...`, or a parenthesis of names; None if no leg starts here."""
+    def group(self, ellipsis: bool) -> Group | None:
+        """One leg: a name, `1`, `...` if it may be, or a parenthesis of names; None if no leg starts here."""
         if name := self.take(kind="name"):
             return (name.text,)
         if self.next.kind == "number" and self.next.text == "1":
             self.at += 1
             return ()
-        if self.take(kind="ellipsis"):
+        if ellipsis and self.take(kind="ellipsis"):
             return ("...",)
         if not (opening := self.take("(")):
             return None
@@ -102,9 +102,9 @@ class _Reader:
                 raise self.error("an index name or ')' inside a group")
         return tuple(names)
 
-    def legs(self) -> tuple[Group, ...]:
+    def legs(self, ellipsis: bool = False) -> tuple[Group, ...]:
         legs = []
-        while (leg := self.group()) is not None:
+        while (leg := self.group(ellipsis)) is not None:
             legs.append(leg)
         return tuple(legs)
 
@@ -136,14 +136,14 @@ def parse_subscripts(text: str) -> Subscripts:
     operands, starts = [], []
     while True:
         starts.append(reader.next.position)
-        operands.append(reader.legs())
+        operands.append(reader.legs(ellipsis=True))
         if reader.take(","):
             continue
         if reader.take(kind="arrow"):
             break
         raise reader.error("an index, ',' or '->'" if reader.next.kind != "end" else "'->' and the output's indices")
     before = reader.at
-    output = reader.legs()
+    output = reader.legs(ellipsis=True)
     if reader.next.kind != "end":
         raise reader.error("an output index or the end")
     held = {index for legs in operands for leg in legs for index in leg}
@@ -163,7 +163,7 @@ def parse_subscripts(text: str) -> Subscripts:
         if sum(leg == ("...",) for leg in legs) > 1:
             raise SubscriptsError("an operand may have one '...'", text, start)
     if "..." in held and "..." not in seen:
-        raise SubscriptsError("'...' must be in the output too: its indices are not summed", text, len(text))
+        raise SubscriptsError("'...' must be in the output too: its indices are not summed", text, reader.next.position)
     return Subscripts(text, tuple(operands), output, tuple(starts))
 
 
@@ -490,10 +490,11 @@ def _read_term(reader: _Reader, patterns: Mapping[str, IndexPattern]) -> tuple[l
         if token.kind not in ("name", "number"):
             return nodes, scale
         reader.at += 1
-        if reader.take("^"):
-            power = reader.take(kind="number")
-            if power is None or "/" in power.text:
+        if token.kind == "name" and reader.take("^"):
+            power = reader.next
+            if power.kind != "number" or "/" in power.text:
                 raise reader.error("a whole power")
+            reader.at += 1
             scale = scale * Scale(powers=((token.text, int(power.text)),))
         elif reader.take("["):
             legs = reader.legs()
@@ -504,7 +505,10 @@ def _read_term(reader: _Reader, patterns: Mapping[str, IndexPattern]) -> tuple[l
                 raise SubscriptsError(f"no index pattern is given for {named}", reader.text, token.position)
             nodes.append(make_node(named, legs, reader.text, token.position))
         elif token.kind == "number":
-            scale = scale * Scale(Fraction(token.text))
+            try:
+                scale = scale * Scale(Fraction(token.text))
+            except ZeroDivisionError:
+                raise reader.error("a number", token) from None
         else:
             raise reader.error("'[' or '^'")
 

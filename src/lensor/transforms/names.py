@@ -187,9 +187,9 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
     given = {index: as_int(size) for index, size in {**(sizes or {}), **named}.items()}
     for index, size in given.items():
         require_index(net, index)
-        known = net.sizes[index]
-        if size < 0 or (known is not None and known != size):
-            raise NetworkError(f"index {index!r} has size {known if known is not None else 'unknown'}, got {size}")
+        for known in dict.fromkeys(term.sizes[index] for term in net.terms if index in term.sizes):
+            if size < 0 or (known is not None and known != size):
+                raise NetworkError(f"index {index!r} has size {known if known is not None else 'unknown'}, got {size}")
     terms = []
     for term in net.terms:
         mine = {index: size for index, size in given.items() if index in term.sizes}

@@ -166,6 +166,21 @@ def test_what_is_read_from_a_network_is_no_way_to_change_it(bias: bool) -> None:
     assert all("n" not in {**term.canonical_order} or term.canonical_order["n"] != 7 for term in net.terms)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_mappings_of_networks_and_sums_are_read_only(bias: bool) -> None:
+    net = ops.conv(ConvSpec(2, 2, 5, 3, bias=bias))
+    orders = [term.canonical_order for term in net.terms]
+    for mapping in (net.sizes, net.operand_legs, *orders):
+        name = next(iter(mapping))
+        with pytest.raises(TypeError):
+            mapping[name] = mapping[name]
+        assert not hasattr(mapping, "pop")
+        assert mapping == dict(mapping)
+        assert {**mapping, "new": None}.keys() == {*mapping, "new"}
+    for twin in copies(net):  # what was read before is no part of a copy
+        assert (twin, hash(twin), twin.sizes, twin.operand_legs) == (net, hash(net), net.sizes, net.operand_legs)
+
+
 def test_the_lists_a_network_is_made_from_can_be_changed_afterwards() -> None:
     nodes, output, sizes = [X], [("i",)], {"i": 2, "j": 3}
     net = Network.make(nodes, output, sizes)

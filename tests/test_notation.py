@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from fractions import Fraction
 from typing import Any
@@ -120,6 +121,16 @@ def test_any_identifier_is_an_index_name(name: str) -> None:
     assert_round_trip(net.batch("v", ["X"]).keep(name))
 
 
+def test_the_legend_is_told_from_an_index_named_where() -> None:
+    for text in ("X[where] -> where where where=4", "X[where n] -> where where n=2", "where[where] -> where"):
+        assert repr(lensor.parse(text)) == f"parse({text!r})"
+    assert lensor.parse("X[n where] -> where\n  where n = 2 , where = 3 ,").sizes == {"n": 2, "where": 3}
+    assert lensor.parse("X[i] -> where i=3") == lensor.contraction("i ->", "X", i=3)
+    total = lensor.parse("X[where] -> where + in[i] -> i where where=3, i=3")
+    assert total.operand_names == ("X", "in")
+    assert_round_trip(total)
+
+
 @pytest.mark.parametrize("name", ["in", "where", "x1", "parse", "Y_"])
 def test_any_identifier_is_an_operand_name(name: str) -> None:
     assert_round_trip(lensor.contraction("n i, i m -> n m", name, "W", n=2))
@@ -130,8 +141,32 @@ def test_any_identifier_is_an_operand_name(name: str) -> None:
 def test_names_with_a_meaning_are_no_operand_names(name: str) -> None:
     """Else the text would mean another network."""
     net = lensor.contraction("n i, i m -> n m", "X", "W", n=2)
-    with pytest.raises(NetworkError, match=name):
-        net.rename_operands(X=name)
+    message = rf"must be an identifier that does not stand for a delta .* or an index pattern .*, found '{name}'"
+    for make in (
+        lambda: net.rename_operands(X=name),
+        lambda: Operand(name, (("i",),)),
+        lambda: net.vjp("X", name),
+        lambda: net.jvp("X", name),
+        lambda: net.substitute("W", Network.make([Operand(name, (("i",), ("m",)))], [("i",), ("m",)], net.sizes)),
+    ):
+        with pytest.raises(NetworkError, match=message):
+            make()
+    if name == "Π1":  # the others are what `contraction` calls deltas
+        with pytest.raises(NetworkError, match=message):
+            lensor.contraction("n i -> n", name)
+
+
+@pytest.mark.parametrize("name", ["Π", "Πx", "Π1_", "delta1", "δ_", "π1"])
+def test_names_close_to_those_with_a_meaning_are_operand_names(name: str) -> None:
+    assert_round_trip(lensor.contraction("n i, i m -> n m", name, "W", n=2))
+
+
+@pytest.mark.parametrize("name", ["", "1", "a b", "X (0)", 3, None])
+def test_operand_names_are_identifiers(name: Any) -> None:
+    with pytest.raises(NetworkError, match="must be an identifier"):
+        Operand(name, ())
+    with pytest.raises(NetworkError, match="must be different identifiers"):
+        lensor.contraction("n i -> n", "X").rename_operands(X=name)
 
 
 def test_text_of_a_network() -> None:
@@ -198,12 +233,28 @@ SUBSCRIPTS_ERRORS = [
     ("n i -> ...", "       ^", r"output index '\.\.\.' is nowhere present"),
     ("n $ -> n", "  ^", r"cannot read '\$'"),
     ("n i,  %i -> n", "      ^", "cannot read '%'"),
-    ("n i -> n\t#", "         ^", "cannot read '#'"),
+    ("n i -> n\t#", "        \t^", "cannot read '#'"),
+    ("n\ti -> n #", " \t       ^", "cannot read '#'"),
+    ("n - > n", "  ^", "cannot read '-'"),
+    ("n ->> n", "    ^", "cannot read '>'"),
+    ("n.i -> n", " ^", r"cannot read '\.'"),
+    ("n -1 -> n", "  ^", "found '-1'"),
+    ("n 1/2 -> n", "  ^", "found '1/2'"),
+    ("n^2 -> n", " ^", r"found '\^'"),
+    ("n i,", "    ^", "found the end"),
+    ("n (... i) -> n", "   ^", r"found '\.\.\.'"),
+    ("n i -> (n i", "       ^", r"this '\(' is never closed"),
+    ("n i -> n) i", "        ^", r"found '\)'"),
+    ("n i -> n + i", "         ^", r"found '\+'"),
+    ("n i -> n 2", "         ^", "found '2'"),
+    ("n_i i -> n _", "         ^", "output index 'n' is nowhere present"),
+    ("... i -> ... ...", "             ^", r"'\.\.\.' is repeated in the output"),
     ("n [i] -> n", "  ^", r"found '\['"),
     ("n + i -> n", "  ^", r"found '\+'"),
     ("n ... i ... -> ...", "^", r"one '\.\.\.'"),
     ("a, n ... ... -> ... n", "   ^", r"one '\.\.\.'"),
     ("n ... i -> n i", "              ^", r"'\.\.\.' must be in the output too"),
+    ("n ... i -> n i  ", "              ^", r"'\.\.\.' must be in the output too"),
 ]
 
 
@@ -226,6 +277,28 @@ PARSE_ERRORS = [
     ("X[n i] -> n i ]", "              ^", r"found '\]', expected an output index, '\+' or the end"),
     ("X[n i] n^1/2 -> i", "         ^", "a whole power"),
     ("X[n i] n^ -> i", "          ^", "a whole power"),
+    ("X[n i] n^i -> i", "         ^", "found 'i', expected a whole power"),
+    ("X[n i] n^", "         ^", "found the end, expected a whole power"),
+    ("n^2^3 X[n] -> n", "   ^", r"found '\^', expected a node"),
+    ("2^3 X[i] -> i", " ^", r"found '\^', expected a node"),
+    ("X[i] 1/0 -> i", "     ^", "found '1/0', expected a number"),
+    ("0.5 X[i] -> i", " ^", r"cannot read '\.'"),
+    ("-1[i] -> i", "^", "must be an identifier, found '-1'"),
+    ("1[i j] -> i", "^", "ones have one single index"),
+    ("δ[] -> ", "^", "a delta has two or more single indices"),
+    ("X[...] -> ...", "  ^", r"found '\.\.\.', expected an index or '\]'"),
+    ("X[i] -> ...", "        ^", r"found '\.\.\.', expected an output index"),
+    ("", "^", "found the end, expected a node"),
+    ("X", " ^", r"found the end, expected '\[' or '\^'"),
+    ("X[i]] -> i", "    ^", r"found '\]', expected a node"),
+    ("(X[i]) -> i", "^", r"found '\(', expected a node"),
+    ("X[i], Y[i] -> i", "    ^", "found ',', expected a node"),
+    ("X[i] -> i, j", "         ^", "found ',', expected an output index"),
+    ("X[i] -> i +", "           ^", "found the end, expected a node"),
+    ("X[i] -> i -> i", "          ^", "found '->', expected an output index"),
+    ("X[i^2] -> i", "   ^", r"found '\^', expected an index or '\]'"),
+    ("X[(i (j))] ->", "     ^", r"found '\(', expected an index name or '\)' inside a group"),
+    ("X[(i", "  ^", r"this '\(' is never closed"),
     ("X[n i] Π1[i o k] -> n", "       ^", "no index pattern is given for Π1"),
     ("X[n i] δ[i] -> n", "       ^", "a delta has two or more single indices"),
     ("X[n i] δ[(i j) k] -> n", "       ^", "a delta has two or more single indices"),
@@ -233,7 +306,18 @@ PARSE_ERRORS = [
     ("X[n i] 2[i] -> n", "       ^", "must be an identifier, found '2'"),
     ("X[n, i] -> n", "   ^", r"found ',', expected an index or '\]'"),
     ("X[n i] & -> n", "       ^", "cannot read '&'"),
-    ("X[i] -> i where i=", "^", "cannot read what stands behind 'where'"),
+    ("X[i] -> i where i=", "                  ^", "cannot read what stands behind 'where': .* size .* for 'i'"),
+    ("X[i] -> i where 5=3", "                ^", "behind 'where': expected name=size or name=IndexPattern"),
+    ("X[i] -> i where i=3,, n=2", "                    ^", "expected name=size"),
+    ("X[i] -> i where i=3, i=4", "                     ^", "'i' is there twice"),
+    ("X[i] -> i where i=3.5", "                  ^", "expected a size"),
+    ("X[i] -> i where i=3 n=2", "                    ^", "expected ',' or the end"),
+    ("X[i] -> i where Π1=IndexPattern(5)", "                   ^", "'kernel_size'"),
+    ("X[i] -> i where Π1=IndexPattern(5, i)", "                   ^", "malformed"),
+    ("X[i] -> i where Π1=IndexPattern(5, 9)", "                   ^", "kernel_size=9"),
+    ("X[i] -> i where Π1=IndexPattern(5, 3", "                   ^", "for 'Π1'"),
+    ("X[i] & -> i where i=3", "     ^", "cannot read '&'"),
+    ("X[i] where i=3", "    ^", "found the end, expected a node"),
 ]
 
 
@@ -241,10 +325,17 @@ PARSE_ERRORS = [
 def test_errors_of_parse_point_at_the_place(text: str, caret: str, message: str) -> None:
     with pytest.raises(SubscriptsError, match=message) as caught:
         lensor.parse(text)
-    if "where" not in text:
-        shown = str(caught.value).split("\n")[-2][2:]
-        assert_points_at(caught.value, shown, caret)
-        assert shown == text
+    assert_points_at(caught.value, text, caret)
+
+
+def test_the_caret_stands_under_its_line() -> None:
+    with pytest.raises(SubscriptsError) as caught:
+        lensor.contraction("n i,\n  i %,\n  j -> n", "X", "Y", "Z")
+    assert str(caught.value).split("\n")[1:] == ["  n i,", "    i %,", "      ^"]
+    with pytest.raises(SubscriptsError) as caught:
+        lensor.parse("X[n i]\n  -> n\n  where i=")
+    assert str(caught.value).split("\n")[1:] == ["  X[n i]", "    -> n", "    where i=", "            ^"]
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_pattern_with_two_legs_in_text() -> None:

@@ -70,6 +70,9 @@ def test_build_and_install(tmp_path: Path) -> None:
     modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "lensor").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in metadata
     assert modules | {"lensor/py.typed", "lensor/bench/catalogue.csv"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lensor"}
     with tarfile.open(sdist) as archive:

@@ -586,3 +586,38 @@ def test_operands_of_batch_are_a_sequence() -> None:
         ops.conv(SPEC).batch("v", "X")
     with pytest.raises(TypeError):
         ops.conv(SPEC).slice("o1", 0.0, 2)
+
+
+def test_substituting_among_operands_of_similar_names() -> None:
+    """The new operands, and those that stay, may be called anything, the replaced one's name included."""
+    gram = lensor.contraction("i j, j k, k l -> i l", "A", "A", "A_")
+    both = gram.substitute("A", lensor.contraction("a r, r b -> a b", "A__", "A"))
+    a, b, c = (RNG.standard_normal((3, 3)) for _ in range(3))
+    assert set(both.operand_names) == {"A", "A_", "A__"}
+    assert_close(both(A=a, A_=b, A__=c), c @ a @ c @ a @ b)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda net: net.narrow("j", 0, 2),
+        lambda net: net.slice("j", 0, 5, 2),
+        lambda net: net.select("j", 1),
+        lambda net: net.select("j", -1),
+    ],
+)
+def test_no_positions_of_an_index_that_has_two_sizes_in_a_sum(cut: Any) -> None:
+    """Summed indices of different terms may share a name by chance: there is no one index to take positions of."""
+    one = lensor.contraction("i j, j -> i", "A", "B", i=2, j=3)
+    other = lensor.contraction("i j, j -> i", "C", "D", i=2, j=5)
+    for total, sizes in ((one + other, [3, 5]), (other + one, [5, 3])):
+        with pytest.raises(NetworkError, match=rf"give index 'j' the sizes \{sizes}, expected one size"):
+            cut(total)
+
+
+def test_binding_an_index_that_has_another_size_in_a_later_term() -> None:
+    one = lensor.contraction("i j, j -> i", "A", "B", i=2, j=3)
+    other = lensor.contraction("i j, j -> i", "C", "D", i=2, j=5)
+    with pytest.raises(NetworkError, match="index 'j' has size 5, got 3"):
+        (one + other).bind(j=3)
+    assert (one + other).bind(i=2) == one + other

@@ -16,7 +16,12 @@ class SubscriptsError(LensorError, ValueError):
 
     def __init__(self, reason: str, text: str, position: int) -> None:
         self.reason, self.text, self.position = reason, text, position
-        super().__init__(f"{reason}\n  {text}\n  {' ' * position}^")
+        # The caret stands under the line that the place is in, behind the tabs that this line has.
+        end = text.find("\n", position)
+        shown = (text if end < 0 else text[:end]).split("\n")
+        before = text[:position].rpartition("\n")[2]
+        shown.append("".join("\t" if mark == "\t" else " " for mark in before) + "^")
+        super().__init__("\n".join([reason, *(f"  {line}" for line in shown)]))
 
     def __reduce__(self) -> tuple:
         return SubscriptsError, (self.reason, self.text, self.position)

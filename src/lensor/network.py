@@ -8,11 +8,13 @@ names or by the order of their nodes are equal.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lensor.canonical import canonical_form
@@ -27,12 +29,26 @@ Group: TypeAlias = tuple[str, ...]
 
 
 # ---------------------------------------------------------------------------------------------------- the node kinds
+_RESERVED = re.compile(r"δ|delta|Π\d+")
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """An array the user supplies by name: one leg for each of its axes."""
+    """An array the user supplies by name: one leg for each of its axes.
+
+    Raises:
+        NetworkError: if the name is no identifier, or one that stands for a delta or an index pattern in texts.
+    """
 
     name: str
     legs: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier() or _RESERVED.fullmatch(self.name):
+            raise NetworkError(
+                "an operand's name must be an identifier that does not stand for a delta (δ, delta) or an index "
+                f"pattern (Π1, Π2, ...), found {self.name!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,18 +269,18 @@ class Network(Verbs):
 
     # ------------------------------------------------------------------ reading it
     @cached_property
-    def sizes(self) -> dict[str, int | None]:
-        """The size of every index, None where it is bound when planning."""
-        return dict(self.dimensions)
+    def sizes(self) -> Mapping[str, int | None]:
+        """The size of every index, None where it is bound when planning; a read-only view."""
+        return MappingProxyType(dict(self.dimensions))
 
     @cached_property
-    def operand_legs(self) -> dict[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand."""
+    def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand; read-only."""
         legs: dict[str, tuple[Group, ...]] = {}
         for node in self.nodes:
             if isinstance(node, Operand):
                 legs.setdefault(node.name, node.legs)
-        return legs
+        return MappingProxyType(legs)
 
     @property
     def operands(self) -> tuple[str | IndexPattern, ...]:
@@ -379,9 +395,9 @@ class Network(Verbs):
         return self._canonical[0]
 
     @property
-    def canonical_order(self) -> dict[str, int]:
-        """The number of every index in the canonical form."""
-        return self._canonical[1]
+    def canonical_order(self) -> Mapping[str, int]:
+        """The number of every index in the canonical form; read-only."""
+        return MappingProxyType(self._canonical[1])
 
     @cached_property
     def _canonical(self) -> tuple[tuple, dict[str, int]]:
@@ -459,14 +475,14 @@ class Sum(Verbs):
         return self.terms[0].output_shape
 
     @property
-    def sizes(self) -> dict[str, int | None]:
-        """The sizes of all indices of all terms; a size known in one term is known."""
+    def sizes(self) -> Mapping[str, int | None]:
+        """The sizes of all indices of all terms, read-only; a size known in one term is known."""
         sizes: dict[str, int | None] = {}
         for term in self.terms:
             for index, size in term.dimensions:
                 if sizes.get(index) is None:
                     sizes[index] = size
-        return sizes
+        return MappingProxyType(sizes)
 
     @property
     def operand_names(self) -> tuple[str, ...]:
@@ -474,13 +490,13 @@ class Sum(Verbs):
         return tuple(dict.fromkeys(name for term in self.terms for name in term.operand_names))
 
     @property
-    def operand_legs(self) -> dict[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand."""
+    def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand; read-only."""
         legs: dict[str, tuple[Group, ...]] = {}
         for term in self.terms:
             for name, found in term.operand_legs.items():
                 legs.setdefault(name, found)
-        return legs
+        return MappingProxyType(legs)
 
     @property
     def operands(self) -> tuple[tuple[str | IndexPattern, ...], ...]:

@@ -24,9 +24,15 @@ from lensor.network import (
 )
 from lensor.pattern import IndexPattern
 
+_NAME = r"[^\W\d]\w*"
 _TOKEN = re.compile(
-    r"\s*(?:(?P<arrow>->)|(?P<ellipsis>\.\.\.)|(?P<mark>[\[\](),+^])|(?P<number>-?\d+(?:/\d+)?)|(?P<name>[^\W\d]\w*))"
+    r"\s*(?:(?P<arrow>->)|(?P<ellipsis>\.\.\.)|(?P<mark>[\[\](),+^])|(?P<number>-?\d+(?:/\d+)?)|"
+    rf"(?P<name>{_NAME}))"
 )
+# The parts of a legend's entries; the names are any that a token can be, keywords of Python among them.
+_ENTRY = re.compile(rf"\s*(?P<name>{_NAME})\s*=\s*")
+_SIZE = re.compile(r"-?\d+(?!\w|\.)")
+_PATTERN = re.compile(r"IndexPattern\s*\((?:[^()]|\([^()]*\))*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,10 @@ class _Token:
     position: int
 
 
-def _tokenize(text: str) -> list[_Token]:
+def _tokenize(text: str, end: int) -> list[_Token]:
+    """The tokens of the text up to `end`."""
     tokens, at = [], 0
-    end = len(text.rstrip())
+    end = len(text[:end].rstrip())
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
@@ -49,12 +56,12 @@ def _tokenize(text: str) -> list[_Token]:
         kind = match.lastgroup or ""
         tokens.append(_Token(kind, match.group(kind), match.start(kind)))
         at = match.end()
-    return [*tokens, _Token("end", "", len(text.rstrip()))]
+    return [*tokens, _Token("end", "", end)]
 
 
 class _Reader:
-    def __init__(self, text: str) -> None:
-        self.text, self.tokens, self.at = text, _tokenize(text), 0
+    def __init__(self, text: str, end: int | None = None) -> None:
+        self.text, self.tokens, self.at = text, _tokenize(text, len(text) if end is None else end), 0
 
     @property
     def next(self) -> _Token:
@@ -72,14 +79,14 @@ class _Reader:
         found = "the end" if token.kind == "end" else repr(token.text)
         return SubscriptsError(f"found {found}, expected {expected}", self.text, token.position)
 
-    def group(self) -> Group | None:
-        """One leg: a name, `1`, `...`, or a parenthesis of names; None if no leg starts here."""
+    def group(self, ellipsis: bool) -> Group | None:
+        """One leg: a name, `1`, `...` if it may be, or a parenthesis of names; None if no leg starts here."""
         if name := self.take(kind="name"):
             return (name.text,)
         if self.next.kind == "number" and self.next.text == "1":
             self.at += 1
             return ()
-        if self.take(kind="ellipsis"):
+        if ellipsis and self.take(kind="ellipsis"):
             return ("...",)
         if not (opening := self.take("(")):
             return None
@@ -95,9 +102,9 @@ class _Reader:
                 raise self.error("an index name or ')' inside a group")
         return tuple(names)
 
-    def legs(self) -> tuple[Group, ...]:
+    def legs(self, ellipsis: bool = False) -> tuple[Group, ...]:
         legs = []
-        while (leg := self.group()) is not None:
+        while (leg := self.group(ellipsis)) is not None:
             legs.append(leg)
         return tuple(legs)
 
@@ -129,14 +136,14 @@ def parse_subscripts(text: str) -> Subscripts:
     operands, starts = [], []
     while True:
         starts.append(reader.next.position)
-        operands.append(reader.legs())
+        operands.append(reader.legs(ellipsis=True))
         if reader.take(","):
             continue
         if reader.take(kind="arrow"):
             break
         raise reader.error("an index, ',' or '->'" if reader.next.kind != "end" else "'->' and the output's indices")
     before = reader.at
-    output = reader.legs()
+    output = reader.legs(ellipsis=True)
     if reader.next.kind != "end":
         raise reader.error("an output index or the end")
     held = {index for legs in operands for leg in legs for index in leg}
@@ -156,7 +163,7 @@ def parse_subscripts(text: str) -> Subscripts:
         if sum(leg == ("...",) for leg in legs) > 1:
             raise SubscriptsError("an operand may have one '...'", text, start)
     if "..." in held and "..." not in seen:
-        raise SubscriptsError("'...' must be in the output too: its indices are not summed", text, len(text))
+        raise SubscriptsError("'...' must be in the output too: its indices are not summed", text, reader.next.position)
     return Subscripts(text, tuple(operands), output, tuple(starts))
 
 
@@ -255,7 +262,8 @@ def contraction(subscripts: str, *operands: str | IndexPattern, **sizes: int) ->
 
     Raises:
         SubscriptsError: if they do not parse.
-        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together.
+        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together, or an operand is
+            named as index patterns are in texts: Π1, Π2, ...
     """
     parsed = parse_subscripts(subscripts)
     if len(parsed.operands) != len(operands):
@@ -375,23 +383,57 @@ def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
     return {name: key[0] for key, name in _pattern_names(net.terms).items()}
 
 
-def _read_legend(text: str) -> tuple[dict[str, int | None], dict[str, IndexPattern]]:
+def _find_legend(text: str) -> tuple[int, int]:
+    """Where the body of a network's text ends and where its legend starts; the ends of the text if it has none.
+
+    `where` may name an index too, so the legend's is one behind the last arrow that an entry follows.
+    """
+    behind = max(text.rfind("->"), 0)
+    found = re.compile(rf"(?<!\w)where\s+(?={_NAME}\s*=)").search(text, behind)
+    if found is None and "=" in text[behind:]:
+        found = re.compile(r"(?<!\w)where(?!\w)").search(text, behind)
+    return (len(text), len(text)) if found is None else found.span()
+
+
+def _read_legend(text: str, at: int) -> tuple[dict[str, int | None], dict[str, IndexPattern]]:
+    """The sizes and patterns that `name=value` entries of `text` tell, from the position `at` to its end."""
     sizes: dict[str, int | None] = {}
     patterns: dict[str, IndexPattern] = {}
-    try:
-        call = ast.parse(f"dict({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        for entry in call.keywords:
-            assert entry.arg is not None
-            if isinstance(entry.value, ast.Call):
-                arguments = [ast.literal_eval(value) for value in entry.value.args]
-                named = {str(word.arg): ast.literal_eval(word.value) for word in entry.value.keywords}
-                patterns[entry.arg] = IndexPattern(*arguments, **named)
-            else:
-                sizes[entry.arg] = int(ast.literal_eval(entry.value))
-    except (SyntaxError, AssertionError, ValueError, TypeError) as error:
-        raise SubscriptsError(f"cannot read what stands behind 'where': {error}", text, 0) from error
+
+    def error(reason: object, place: int) -> SubscriptsError:
+        place = min(len(text) - len(text[place:].lstrip()), len(text.rstrip()))
+        return SubscriptsError(f"cannot read what stands behind 'where': {reason}", text, place)
+
+    while text[at:].strip():
+        head = _ENTRY.match(text, at)
+        if head is None:
+            raise error("expected name=size or name=IndexPattern(...)", at)
+        value = _SIZE.match(text, head.end()) or _PATTERN.match(text, head.end())
+        if value is None:
+            raise error(f"expected a size or IndexPattern(...) for {head['name']!r}", head.end())
+        known = sizes if value.re is _SIZE else patterns
+        if head["name"] in known:
+            raise error(f"{head['name']!r} is there twice", head.start("name"))
+        if value.re is _SIZE:
+            sizes[head["name"]] = int(value[0])
+        else:
+            try:
+                patterns[head["name"]] = _read_pattern(value[0])
+            except (SyntaxError, ValueError, TypeError) as problem:
+                raise error(problem, value.start()) from problem
+        at = value.end()
+        rest = text[at:].lstrip()
+        if rest and not rest.startswith(","):
+            raise error("expected ',' or the end", at)
+        at = len(text) - len(rest) + 1
     return sizes, patterns
+
+
+def _read_pattern(text: str) -> IndexPattern:
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    arguments = [ast.literal_eval(value) for value in call.args]
+    return IndexPattern(*arguments, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
 
 
 def parse(
@@ -414,11 +456,13 @@ def parse(
         SubscriptsError: with a caret under the place that does not parse.
         NetworkError, ValueError: if the parts do not fit together.
     """
-    body, _, legend = text.partition(" where ")
-    legend_sizes, legend_patterns = _read_legend(legend) if legend else ({}, {})
+    if not isinstance(text, str):
+        raise TypeError(f"a network's text must be a str, found {type(text).__name__}")
+    end, start = _find_legend(text)
+    legend_sizes, legend_patterns = _read_legend(text, start)
     all_sizes = {**legend_sizes, **(sizes or {})}
     all_patterns = {**legend_patterns, **(patterns or {})}
-    reader = _Reader(body)
+    reader = _Reader(text, end)
     pending: list[tuple[list[Node], Scale]] = []
     terms: list[Network] = []
     while True:
@@ -446,10 +490,11 @@ def _read_term(reader: _Reader, patterns: Mapping[str, IndexPattern]) -> tuple[l
         if token.kind not in ("name", "number"):
             return nodes, scale
         reader.at += 1
-        if reader.take("^"):
-            power = reader.take(kind="number")
-            if power is None or "/" in power.text:
+        if token.kind == "name" and reader.take("^"):
+            power = reader.next
+            if power.kind != "number" or "/" in power.text:
                 raise reader.error("a whole power")
+            reader.at += 1
             scale = scale * Scale(powers=((token.text, int(power.text)),))
         elif reader.take("["):
             legs = reader.legs()
@@ -460,7 +505,10 @@ def _read_term(reader: _Reader, patterns: Mapping[str, IndexPattern]) -> tuple[l
                 raise SubscriptsError(f"no index pattern is given for {named}", reader.text, token.position)
             nodes.append(make_node(named, legs, reader.text, token.position))
         elif token.kind == "number":
-            scale = scale * Scale(Fraction(token.text))
+            try:
+                scale = scale * Scale(Fraction(token.text))
+            except ZeroDivisionError:
+                raise reader.error("a number", token) from None
         else:
             raise reader.error("'[' or '^'")
 

@@ -49,7 +49,10 @@ def require_index(net: AnyNetwork, index: str, where: Iterable[str] | None = Non
 
 
 def require_size(net: AnyNetwork, index: str) -> int:
-    """The size of an index; NetworkError if it is not yet known."""
+    """The size of an index; NetworkError if it is not yet known, or if the terms of a sum give it several."""
+    known = dict.fromkeys(term.sizes[index] for term in net.terms if term.sizes.get(index) is not None)
+    if len(known) > 1:
+        raise NetworkError(f"the terms of the sum give index {index!r} the sizes {[*known]}, expected one size")
     size = net.sizes[index]
     if size is None:
         raise NetworkError(f"index {index!r} has no size yet; give it one first: net.bind({index}=...)")

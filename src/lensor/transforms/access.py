@@ -108,7 +108,8 @@ def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> 
         (3, 'X[n () i1] Π1[i1 o1 k1] W[() () k1] -> n () o1')
 
     Raises:
-        NetworkError: for an unknown index or one without size, or if the positions are empty or outside it.
+        NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or if the
+            positions are empty or outside it.
     """
     require_index(net, index)
     size = require_size(net, index)
@@ -132,7 +133,8 @@ def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
         4
 
     Raises:
-        NetworkError: for an unknown index or one without size, or if the positions are empty or outside it.
+        NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or if the
+            positions are empty or outside it.
     """
     return net.slice(index, start, as_int(start) + as_int(length))
 
@@ -147,7 +149,8 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
         X[n i_full] Π1[i_full () ()] -> n
 
     Raises:
-        NetworkError: for an unknown index or one without size, or a position outside it.
+        NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or a position
+            outside it.
     """
     require_index(net, index)
     size = require_size(net, index)

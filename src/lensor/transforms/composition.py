@@ -80,12 +80,17 @@ def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork
 
 
 def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> Network:
+    taken = {name for net in (term, *choice) for name in net.operand_names}
+    mark = operand
     marks = []
     nodes = list(term.nodes)
     for at, node in enumerate(nodes):
         if isinstance(node, Operand) and node.name == operand:
-            marks.append(f"{operand} ({len(marks)})")  # no identifier, so it cannot clash
-            nodes[at] = Operand(marks[-1], node.legs)
+            while mark in taken:
+                mark += "_"
+            taken.add(mark)
+            marks.append(mark)
+            nodes[at] = Operand(mark, node.legs)
     net = term.replace(nodes=nodes)
     for mark, inner in zip(marks, choice, strict=True):
         at = next(at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and node.name == mark)

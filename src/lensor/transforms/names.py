@@ -56,14 +56,15 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
         pictures[n i] -> i
 
     Raises:
-        NetworkError: for an unknown operand, or if two operands would get one name.
+        NetworkError: for an unknown operand, if two operands would get one name, or for a name that no operand can
+            have.
     """
     names = {**(mapping or {}), **names}
     for old in names:
         require_operand(net, old)
     after = [names.get(name, name) for name in net.operand_names]
     for new in after:
-        if not new.isidentifier() or after.count(new) > 1:
+        if not isinstance(new, str) or not new.isidentifier() or after.count(new) > 1:
             raise NetworkError(f"operand names must be different identifiers, found {after}")
     return sum_of(
         [
@@ -177,7 +178,7 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
 
     Example:
         >>> import lensor
-        >>> lensor.contraction("n i -> i", "X").bind(n=3, i=2).sizes
+        >>> dict(lensor.contraction("n i -> i", "X").bind(n=3, i=2).sizes)
         {'i': 2, 'n': 3}
 
     Raises:
@@ -186,9 +187,9 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
     given = {index: as_int(size) for index, size in {**(sizes or {}), **named}.items()}
     for index, size in given.items():
         require_index(net, index)
-        known = net.sizes[index]
-        if size < 0 or (known is not None and known != size):
-            raise NetworkError(f"index {index!r} has size {known if known is not None else 'unknown'}, got {size}")
+        for known in dict.fromkeys(term.sizes[index] for term in net.terms if index in term.sizes):
+            if size < 0 or (known is not None and known != size):
+                raise NetworkError(f"index {index!r} has size {known if known is not None else 'unknown'}, got {size}")
     terms = []
     for term in net.terms:
         mine = {index: size for index, size in given.items() if index in term.sizes}

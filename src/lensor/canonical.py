@@ -3,7 +3,8 @@
 The indices of a network are coloured by what can be said of them without names (size, places in the output, places
 in nodes), the colours are refined by the colours of their neighbours until nothing changes, and ties are broken by
 trying every index of the first tied class and keeping the smallest key. Automorphisms found on the way cut branches
-that can only repeat an earlier one, so that networks of many equal parts stay cheap.
+that can only repeat an earlier one. Indices whose colour is their own hold the rest together only by name: what falls
+into pieces without them is searched piece by piece, so that networks of many equal parts stay cheap.
 """
 
 from __future__ import annotations
@@ -51,15 +52,22 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
 
 
 class _Search:
-    """The smallest key of one connected part of a network."""
+    """The smallest key of one connected part of a network.
 
-    def __init__(self, net: Network, nodes: list[Any], indices: list[str]) -> None:
-        self.nodes, self.indices, self.sizes = nodes, indices, net.sizes
+    Args:
+        net: the network.
+        nodes: the nodes of the part.
+        indices: the indices of the part that are to be numbered.
+        labels: numbers, all negative, of the other indices of its nodes.
+    """
+
+    def __init__(self, net: Network, nodes: list[Any], indices: list[str], labels: dict[str, int]) -> None:
+        self.net, self.nodes, self.indices, self.sizes, self.labels = net, nodes, indices, net.sizes, labels
         self.places = {index: (leg, at) for leg, group in enumerate(net.output) for at, index in enumerate(group)}
         self.powers = dict(net.scale.powers)
         self.holders: dict[str, list[Any]] = {index: [] for index in indices}
         for node in nodes:
-            for index in {index for leg in node.legs for index in leg}:
+            for index in {index for leg in node.legs for index in leg} - labels.keys():
                 self.holders[index].append(node)
         self.best: tuple | None = None
         self.best_order: dict[str, int] = {}
@@ -75,16 +83,16 @@ class _Search:
     def refine(self, colour: dict[str, int]) -> dict[str, int]:
         classes = len(set(colour.values()))
         while classes < len(colour):
-            seen = {}
+            seen, numbers = {}, {**self.labels, **colour}
             for index, nodes in self.holders.items():
                 around = sorted(
                     (
                         (
-                            _encode(node, colour),
+                            _encode(node, numbers),
                             tuple((at, p) for at, leg in enumerate(node.legs) for p, i in enumerate(leg) if i == index),
                         )
                         if type(node).__name__ != "Delta"
-                        else (_encode(node, colour), ())
+                        else (_encode(node, numbers), ())
                         for node in nodes
                     ),
                     key=repr,
@@ -100,8 +108,9 @@ class _Search:
 
     def certificate(self, colour: dict[str, int]) -> tuple:
         by_rank = sorted(self.indices, key=colour.__getitem__)
+        numbers = {**self.labels, **colour}
         return (
-            tuple(sorted((_encode(node, colour) for node in self.nodes), key=repr)),
+            tuple(sorted((_encode(node, numbers) for node in self.nodes), key=repr)),
             tuple(self.known(index) for index in by_rank),
         )
 
@@ -111,8 +120,10 @@ class _Search:
         for index, rank in colour.items():
             cells.setdefault(rank, []).append(index)
         tied = [cells[rank] for rank in sorted(cells) if len(cells[rank]) > 1]
-        if not tied:
-            self.leaf(colour)
+        alone = [cells[rank][0] for rank in sorted(cells) if len(cells[rank]) == 1]
+        pieces = self.pieces(alone) if tied else []
+        if len(pieces) != 1:
+            self.leaf(self.numbered(alone, pieces, colour))
             return
         tried: set[str] = set()
         for index in tied[0]:
@@ -122,6 +133,29 @@ class _Search:
             chosen = {other: 2 * rank + 1 for other, rank in colour.items()}
             chosen[index] -= 1
             self.descend(chosen, (*fixed, index))
+
+    def pieces(self, alone: list[str]) -> list[tuple[list[Any], list[str]]]:
+        """The parts that are left without some indices."""
+        return _connected([node for node in self.nodes if node.legs], set(self.indices).difference(alone))
+
+    def numbered(
+        self, alone: list[str], pieces: list[tuple[list[Any], list[str]]], colour: dict[str, int]
+    ) -> dict[str, int]:
+        """Numbers for all indices: those whose colour is their own first, then piece by piece."""
+        labels = {**self.labels, **{index: -1 - len(self.labels) - at for at, index in enumerate(alone)}}
+        found = []
+        for nodes, indices in pieces:
+            held = {index for node in nodes for leg in node.legs for index in leg}
+            search = _Search(self.net, nodes, indices, {index: labels[index] for index in held - {*indices}})
+            search.descend(_ranked({index: colour[index] for index in indices}), ())
+            assert search.best is not None
+            classes = tuple(sorted(colour[index] for index in indices))
+            found.append((repr((classes, search.best)), search.best_order))
+        order = {index: at for at, index in enumerate(alone)}
+        for _, numbers in sorted(found, key=lambda piece: piece[0]):
+            for index in sorted(numbers, key=numbers.__getitem__):
+                order[index] = len(order)
+        return order
 
     def leaf(self, colour: dict[str, int]) -> None:
         found = self.certificate(colour)
@@ -145,20 +179,40 @@ class _Search:
         return orbit
 
 
+def _connected(nodes: list[Any], indices: set[str]) -> list[tuple[list[Any], list[str]]]:
+    """(nodes, indices) of each part that hangs together by some indices; nodes that hold none of them are left out."""
+    holders: dict[str, list[int]] = {}
+    held = [
+        [index for index in dict.fromkeys(i for leg in node.legs for i in leg) if index in indices] for node in nodes
+    ]
+    for at, own in enumerate(held):
+        for index in own:
+            holders.setdefault(index, []).append(at)
+    seen: set[int] = set()
+    parts = []
+    for start, own in enumerate(held):
+        if start in seen or not own:
+            continue
+        found, todo = [], [start]
+        seen.add(start)
+        while todo:
+            at = todo.pop()
+            found.append(at)
+            for other in (other for index in held[at] for other in holders[index]):
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+        found.sort()
+        parts.append(([nodes[at] for at in found], list(dict.fromkeys(i for at in found for i in held[at]))))
+    return parts
+
+
 def _parts(net: Network) -> list[tuple[list[Any], list[str]]]:
-    """Nodes and indices of each connected part; nodes without indices are parts of their own."""
-    parts: list[tuple[list[Any], list[str]]] = []
-    for node in net.nodes:
-        nodes, indices = [node], list(dict.fromkeys(index for leg in node.legs for index in leg))
-        rest = []
-        for others, held in parts:
-            if set(held) & set(indices):
-                nodes, indices = others + nodes, list(dict.fromkeys(held + indices))
-            else:
-                rest.append((others, held))
-        parts = [*rest, (nodes, indices)]
+    """Nodes and indices of each connected part; nodes without indices and indices without nodes are parts, too."""
+    parts = _connected(list(net.nodes), set(net.sizes))
     held = {index for _, indices in parts for index in indices}
-    return parts + [([], [index]) for index in net.sizes if index not in held]
+    bare = [([node], []) for node in net.nodes if not any(node.legs)]
+    return [*parts, *bare, *(([], [index]) for index in net.sizes if index not in held)]
 
 
 def canonical_form(net: Network) -> tuple[tuple, dict[str, int]]:
@@ -168,7 +222,7 @@ def canonical_form(net: Network) -> tuple[tuple, dict[str, int]]:
     """
     found = []
     for nodes, indices in _parts(net):
-        search = _Search(net, nodes, indices)
+        search = _Search(net, nodes, indices, {})
         search.descend(search.start(), ())
         assert search.best is not None
         found.append((repr(search.best), search.best, search.best_order))

@@ -244,3 +244,18 @@ class TestTorch:
         x = self.torch.ones(2, 4, 3, 3)
         found = conv(x, module.weight, module.bias, padding=padding, padding_mode=mode)
         self.torch.testing.assert_close(found, module(x))
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [({"stride": 1}, {"stride": 1.0}), ({"groups": 1}, {"groups": True}), ({"padding": (1,)}, {"padding": (1.0,)})],
+)
+def test_a_good_call_before_hides_no_error(framework: str, good: dict[str, Any], bad: dict[str, Any]) -> None:
+    """1, 1.0 and True are equal keys of a cache."""
+    torch = pytest.importorskip("torch")
+    x, w = numpy.ones((2, 3, 5)), numpy.ones((4, 3, 3))
+    arrays = (x, w) if framework == "numpy" else tuple(map(torch.tensor, (x, w)))
+    functional.conv(*arrays, **good)
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        functional.conv(*arrays, **bad)

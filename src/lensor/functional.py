@@ -85,7 +85,7 @@ class _Operation:
     def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
         if kernels.is_capturing():
             return self.captured(arrays, options)
-        key = [self, options, planner.current()]
+        key = [self, options, _types(options), planner.current()]
         try:
             for array in arrays:
                 key += (type(array), array.shape, array.dtype, _device(array))
@@ -98,7 +98,7 @@ class _Operation:
         """The call for these arrays and options, made and kept if it is new."""
         kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
         parts = itertools.chain.from_iterable((type(a), _shape(a), a.dtype, _device(a)) for a in arrays)
-        key = (self, options, planner.current(), *parts)
+        key = (self, options, _types(options), planner.current(), *parts)
         try:
             call = _calls.get(key)
         except TypeError:  # options that cannot be right: the checks will say so
@@ -144,11 +144,12 @@ _captured_names: dict[tuple, str] = {}
 
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     """The name in `_captured_calls` of a call, from constants alone."""
-    key = (operation, kinds, tuple(map(_frozen, options)), planner.current().max_bytes)
+    options = tuple(map(_frozen, options))
+    key = (operation, kinds, options, _types(options), planner.current().max_bytes)
     if key not in _captured_names:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
         with planner.planning(effort="estimate"):
-            call = _operations[operation].prepare(arrays, key[2])
+            call = _operations[operation].prepare(arrays, options)
         _captured_names[key] = f"call_{len(_captured_names)}"
         setattr(_captured_calls, _captured_names[key], call)
     return _captured_names[key]
@@ -196,6 +197,15 @@ def _frozen(option: Any) -> Any:
     if isinstance(option, Sequence) and not isinstance(option, str):
         return tuple(_frozen(part) for part in option)
     return option
+
+
+_SEQUENCES = frozenset((tuple, list))
+
+
+def _types(options: tuple) -> Any:
+    """What tells 1, 1.0 and True apart, which are equal keys: the checks must see each of them."""
+    types = tuple(map(type, options))
+    return types if _SEQUENCES.isdisjoint(types) else repr(options)
 
 
 # ----------------------------------------------------------------------------------------------------------- checks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +42,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "ggn_gram": lambda x: F.ggn_gram(x, W.shape, S, padding=1, groups=2),
 }
 
-BACKENDS = ["aot_eager", *(["inductor"] if os.environ.get("LENSOR_TEST_ALL") else [])]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 def value_and_gradient(function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:

@@ -113,12 +113,27 @@ def test_random_networks_as_text(seed: int) -> None:
     assert_round_trip(net)
 
 
-@pytest.mark.parametrize("name", ["in", "is", "lambda", "None", "where", "parse", "δ", "_", "x1", "ärmel", "delta"])
+@pytest.mark.parametrize("name", ["in", "is", "lambda", "None", "where", "parse", "δ", "_", "x1", "ärmel", "delta", "l·l", "e\u0301"])
 def test_any_identifier_is_an_index_name(name: str) -> None:
     net = lensor.contraction(f"n {name} k, {name} m -> n m", "X", "W", **{name: 4})
     assert_round_trip(net)
     assert net.sizes[name] == 4
     assert_round_trip(net.batch("v", ["X"]).keep(name))
+
+
+def test_terms_with_a_name_of_two_sizes_as_text() -> None:
+    terms = [("X[n i]", 3), ("Y[n i]", 4), ("Z[n i]", None), ("A[n i] B[i]", None), ("C[n i] D[i]", 3)]
+    net = lensor.network.sum_of([lensor.parse(f"{text} -> n", {"n": 2, "i": size}) for text, size in terms])
+    again = eval(repr(net), {"parse": lensor.parse})
+    assert again == net
+    assert [term.sizes for term in again.terms if "i" in term.sizes] == [{"n": 2, "i": 3}] * 2
+    assert repr(again) == repr(net)
+
+
+@pytest.mark.parametrize("name", ["", "1", "a b", "x²", "a,b", 3])
+def test_index_names_are_identifiers(name: Any) -> None:
+    with pytest.raises(NetworkError, match="an index's name must be an identifier, found"):
+        Network.make([Operand("X", ((name,),))], ((name,),), {name: 2})
 
 
 def test_the_legend_is_told_from_an_index_named_where() -> None:
@@ -232,12 +247,14 @@ SUBSCRIPTS_ERRORS = [
     ("n i -> (n n)", "          ^", "output index 'n' is repeated in the output"),
     ("n i -> ...", "       ^", r"output index '\.\.\.' is nowhere present"),
     ("n $ -> n", "  ^", r"cannot read '\$'"),
-    ("n i,  %i -> n", "      ^", "cannot read '%'"),
+    ("n i,  %i -> n", "      ^", "cannot read '%i'"),
     ("n i -> n\t#", "        \t^", "cannot read '#'"),
     ("n\ti -> n #", " \t       ^", "cannot read '#'"),
     ("n - > n", "  ^", "cannot read '-'"),
     ("n ->> n", "    ^", "cannot read '>'"),
     ("n.i -> n", " ^", r"cannot read '\.'"),
+    ("n 1i -> n", "  ^", "cannot read '1i'"),
+    ("n x² -> n", "  ^", "cannot read 'x²', expected an index name"),
     ("n -1 -> n", "  ^", "found '-1'"),
     ("n 1/2 -> n", "  ^", "found '1/2'"),
     ("n^2 -> n", " ^", r"found '\^'"),
@@ -305,7 +322,9 @@ PARSE_ERRORS = [
     ("X[n i] 1[i n] -> n", "       ^", "ones have one single index"),
     ("X[n i] 2[i] -> n", "       ^", "must be an identifier, found '2'"),
     ("X[n, i] -> n", "   ^", r"found ',', expected an index or '\]'"),
-    ("X[n i] & -> n", "       ^", "cannot read '&'"),
+    ("X[n i] & -> n", "       ^", r"cannot read '&', expected a node such as X\[n i\]"),
+    ("X[1i] -> ", "  ^", "cannot read '1i'"),
+    ("X[x²] -> ", "  ^", "cannot read 'x²'"),
     ("X[i] -> i where i=", "                  ^", "cannot read what stands behind 'where': .* size .* for 'i'"),
     ("X[i] -> i where 5=3", "                ^", "behind 'where': expected name=size or name=IndexPattern"),
     ("X[i] -> i where i=3,, n=2", "                    ^", "expected name=size"),

@@ -97,9 +97,9 @@ def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = 
 
     Example:
         >>> import lensor
-        >>> plan = lensor.ops.weight_vjp(lensor.ConvSpec(2, 4, (5,), 1)).plan(X=(3, 2, 5), V=(3, 4, 5))
+        >>> plan = lensor.ops.conv(lensor.ConvSpec(2, 4, (5,), 1)).plan(X=(3, 2, 5), W=(4, 2, 1))
         >>> plan.flops, plan.shape
-        (240, (4, 2, 1))
+        (240, (3, 4, 5))
 
     Raises:
         TypeError: if an operand is missing or unknown.

@@ -347,9 +347,10 @@ class Network(Verbs):
     def check(self) -> None:
         """Raise NetworkError unless the parts fit together.
 
-        The grammar: every index has a size, known sizes are not negative; an output index occurs once in the output
-        and at least once in a node; the legs of a pattern have its sizes; a delta joins two or more different indices
-        of one size; all occurrences of an operand have the same number of axes, and of one size where known.
+        The grammar: an index is an identifier and has a size, known sizes are not negative; an output index occurs
+        once in the output and at least once in a node; the legs of a pattern have its sizes; a delta joins two or more
+        different indices of one size; all occurrences of an operand have the same number of axes, and of one size
+        where known.
         """
         sizes = self.sizes
         held = {index for node in self.nodes for index in indices_of(node)}
@@ -358,6 +359,8 @@ class Network(Verbs):
             if index not in sizes:
                 raise NetworkError(f"index {index!r} has no size; sizes are known for {sorted(sizes)}")
         for index, size in sizes.items():
+            if not isinstance(index, str) or not index.isidentifier():
+                raise NetworkError(f"an index's name must be an identifier, found {index!r}")
             if size is not None and size < 0:
                 raise NetworkError(f"index {index!r} has size {size}, expected a size of at least 0")
         for index, times in named.items():

@@ -24,10 +24,11 @@ from lensor.network import (
 )
 from lensor.pattern import IndexPattern
 
-_NAME = r"[^\W\d]\w*"
+# What may be a name runs up to white space or a mark; only identifiers are names.
+_NAME = r"[^\s\d\[\](),+^=./-][^\s\[\](),+^=./-]*"
 _TOKEN = re.compile(
-    r"\s*(?:(?P<arrow>->)|(?P<ellipsis>\.\.\.)|(?P<mark>[\[\](),+^])|(?P<number>-?\d+(?:/\d+)?)|"
-    rf"(?P<name>{_NAME}))"
+    r"\s*(?:(?P<arrow>->)|(?P<ellipsis>\.\.\.)|(?P<mark>[\[\](),+^])|"
+    rf"(?P<number>-?\d+(?:/\d+)?)(?![^\s\[\](),+^=./-])|(?P<name>{_NAME}))"
 )
 # The parts of a legend's entries; the names are any that a token can be, keywords of Python among them.
 _ENTRY = re.compile(rf"\s*(?P<name>{_NAME})\s*=\s*")
@@ -42,26 +43,27 @@ class _Token:
     position: int
 
 
-def _tokenize(text: str, end: int) -> list[_Token]:
-    """The tokens of the text up to `end`."""
+def _tokenize(text: str, end: int, expected: str) -> list[_Token]:
+    """The tokens of the text up to `end`; `expected` tells in an error what may stand there."""
     tokens, at = [], 0
     end = len(text[:end].rstrip())
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
             at += len(text[at:]) - len(text[at:].lstrip())
-            raise SubscriptsError(
-                f"cannot read {text[at]!r}, expected an index name, '1', '...', '(', ')', ',' or '->'", text, at
-            )
+            found = re.compile(r"\d\w*|.", re.DOTALL).match(text, at)
+            raise SubscriptsError(f"cannot read {found[0] if found else ''!r}, expected {expected}", text, at)
         kind = match.lastgroup or ""
+        if kind == "name" and not match[kind].isidentifier():
+            raise SubscriptsError(f"cannot read {match[kind]!r}, expected {expected}", text, match.start(kind))
         tokens.append(_Token(kind, match.group(kind), match.start(kind)))
         at = match.end()
     return [*tokens, _Token("end", "", end)]
 
 
 class _Reader:
-    def __init__(self, text: str, end: int | None = None) -> None:
-        self.text, self.tokens, self.at = text, _tokenize(text, len(text) if end is None else end), 0
+    def __init__(self, text: str, end: int, expected: str) -> None:
+        self.text, self.tokens, self.at = text, _tokenize(text, end, expected), 0
 
     @property
     def next(self) -> _Token:
@@ -132,7 +134,7 @@ def parse_subscripts(text: str) -> Subscripts:
     """
     if not isinstance(text, str):
         raise TypeError(f"subscripts must be a str, found {type(text).__name__}")
-    reader = _Reader(text)
+    reader = _Reader(text, len(text), "an index name, '1', '...', '(', ')', ',' or '->'")
     operands, starts = [], []
     while True:
         starts.append(reader.next.position)
@@ -357,23 +359,44 @@ def _format_term(term: Network, names: Mapping[tuple, str]) -> str:
     return " ".join(parts)
 
 
+def _tell_apart(terms: Sequence[Network]) -> list[Network]:
+    """Terms in which a name has one size: a `where` clause can tell no more."""
+    taken = {index for term in terms for index in term.sizes}
+    names: dict[tuple[str, int | None], str] = {}
+    apart = []
+    for term in terms:
+        renamed: dict[str, Group] = {}
+        for index, size in term.dimensions:
+            if (index, size) not in names:
+                first = all(index != known for known, _ in names)
+                names[index, size] = index if first else term.fresh(index, taken)
+                taken.add(names[index, size])
+            if names[index, size] != index:
+                renamed[index] = (names[index, size],)
+        sizes = {name: term.sizes[index] for index, leg in renamed.items() for name in leg}
+        apart.append(term.relabel(renamed, sizes) if renamed else term)
+    return apart
+
+
 def to_text(net: AnyNetwork, legend: bool = False) -> str:
     """A network as text: `X[n i1] Π1[i1 o1 k1] W[k1] -> n o1`, terms joined by `+`, a scale in front.
 
     With `legend`, a `where` clause spells patterns and sizes, so that `parse` needs nothing else.
     """
-    names = _pattern_names(net.terms)
+    terms = _tell_apart(net.terms) if legend else net.terms
+    names = _pattern_names(terms)
     text = ""
-    for at, term in enumerate(net.terms):
+    for at, term in enumerate(terms):
         text += _format_term(term, names)
-        last = at == len(net.terms) - 1
-        if last or net.terms[at + 1].output != term.output:
+        last = at == len(terms) - 1
+        if last or terms[at + 1].output != term.output:
             text += f" -> {format_legs(term.output)}".rstrip()
         if not last:
             text += " + "
     if legend:
         entries = [f"{name}={key[0]!r}" for key, name in names.items()]
-        entries += [f"{index}={size}" for index, size in sorted(net.sizes.items()) if size is not None]
+        sizes = {index: size for term in terms for index, size in term.dimensions}
+        entries += [f"{index}={size}" for index, size in sorted(sizes.items()) if size is not None]
         text += f" where {', '.join(entries)}" if entries else ""
     return text
 
@@ -462,7 +485,7 @@ def parse(
     legend_sizes, legend_patterns = _read_legend(text, start)
     all_sizes = {**legend_sizes, **(sizes or {})}
     all_patterns = {**legend_patterns, **(patterns or {})}
-    reader = _Reader(text, end)
+    reader = _Reader(text, end, "a node such as X[n i], a number, an index name, '1', '(', ')', '+' or '->'")
     pending: list[tuple[list[Node], Scale]] = []
     terms: list[Network] = []
     while True:

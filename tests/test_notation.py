@@ -113,7 +113,9 @@ def test_random_networks_as_text(seed: int) -> None:
     assert_round_trip(net)
 
 
-@pytest.mark.parametrize("name", ["in", "is", "lambda", "None", "where", "parse", "δ", "_", "x1", "ärmel", "delta", "l·l", "e\u0301"])
+@pytest.mark.parametrize(
+    "name", ["in", "is", "lambda", "None", "where", "parse", "δ", "_", "x1", "ärmel", "delta", "l·l", "e\u0301"]
+)
 def test_any_identifier_is_an_index_name(name: str) -> None:
     net = lensor.contraction(f"n {name} k, {name} m -> n m", "X", "W", **{name: 4})
     assert_round_trip(net)

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from opt_einsum import paths
-
 from lensor import steps as s
 from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, indices_of
 from lensor.notation import to_text
+from lensor.orders import ORDERS, Order, Orders, feynman, find_order
 from lensor.passes.composition import compose, share
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan, Program
@@ -46,6 +45,7 @@ class Strategy:
         batched: an index between which and the others a product's axes stand stays a batch axis, so that nothing is
             copied to merge the two; if it is summed, the products are added up.
         composed: with patterns put together again that simplification took apart, before selections are read.
+        order: where the order of the contractions comes from, as `find_order` takes it.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Strategy:
     batched: bool = False
     halves: bool = False
     composed: bool = False
+    order: str = "auto"
 
 
 STRATEGIES = (
@@ -680,8 +681,6 @@ class _Lowering:
         return None if pairs is None else ([one for one, _ in pairs], [two for _, two in pairs])
 
     def path(self, items: list[_Tensor | Pattern], wanted: set[str]) -> list[tuple[int, ...]]:
-        if len(items) == 1:
-            return []
         held = [frozenset(self.kept_indices(item)) for item in items]
         inputs = []
         for at, item in enumerate(items):
@@ -689,14 +688,7 @@ class _Lowering:
             loose = [item.legs[leg] for leg in self.loose_legs(item, used)] if isinstance(item, Pattern) else []
             inputs.append(held[at].difference(*loose))
         sizes = {index: max(size, 1) for index, size in self.sizes.items()}
-        # opt_einsum takes intermediates with equal indices for one, though what is left to sum over them may differ:
-        # an index of size 1 for each input, kept to the end, tells them apart.
-        marks = [f"input {at}" for at in range(len(inputs))]
-        sizes.update(dict.fromkeys(marks, 1))
-        found = paths.auto(
-            [own | {mark} for own, mark in zip(inputs, marks, strict=True)], frozenset(wanted).union(marks), sizes
-        )
-        return [tuple(pair) for pair in found]
+        return find_order(inputs, frozenset(wanted), sizes, self.strategy.order)
 
     def kept_indices(self, item: _Tensor | Pattern) -> tuple[str, ...]:
         if isinstance(item, _Tensor):
@@ -874,6 +866,17 @@ def candidates(net: AnyNetwork) -> list[Plan]:
         plan = lower(simplified, strategy)
         plans.setdefault(plan.steps, plan)
     return list(plans.values())
+
+
+def compare_orders(plan: Plan) -> Orders:
+    """What the network of a plan costs in several orders, with patterns materialized, and by the plan itself."""
+    assert plan.network is not None
+    simplified = plan.network.simplify()
+    rows = [feynman(simplified)]
+    for order in ORDERS:
+        found = lower(simplified, Strategy(order, windows=False, composed=True, order=order))
+        rows.append(Order(order, found.flops, found.peak_size))
+    return Orders((*rows, Order("planner", plan.flops, plan.peak_size)))
 
 
 def lower(net: AnyNetwork, strategy: Strategy) -> Plan:

@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from lensor.layout import peak_size
+from lensor.network import AnyNetwork
+from lensor.orders import Orders
 from lensor.steps import (
     Gather,
     Gram,
@@ -119,7 +121,9 @@ class Plan:
         result: the place of the result.
         name: the strategy that made it.
         candidates: every plan that was considered, with its estimated and measured time.
+        network: the network that was planned, before simplification.
         runner: runs the plan on operands by name.
+        comparer: lists what the network costs in other orders.
     """
 
     subscripts: str
@@ -128,7 +132,9 @@ class Plan:
     result: int
     name: str = ""
     candidates: tuple[Candidate, ...] = ()
+    network: AnyNetwork | None = field(default=None, repr=False)
     runner: Callable[[Plan, dict[str, Any]], Any] | None = field(default=None, repr=False)
+    comparer: Callable[[Plan], Orders] | None = field(default=None, repr=False)
     compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What runners keep for each backend; not part of the plan's state."""
 
@@ -165,6 +171,29 @@ class Plan:
         """
         assert self.runner is not None
         return self.runner(self, operands)
+
+    def compare(self) -> Orders:
+        """What the network costs in several orders of contraction, beside this plan.
+
+        Listed are Feynman's (all sums as nested loops, nothing kept), left to right, greedy and optimal pairwise
+        contraction of the simplified network with its patterns materialized, and this plan. Flops count a
+        multiply-add as 2; sizes are entries alive at once beside operands and patterns, the result counted.
+
+        Example:
+            >>> import lensor
+            >>> spec = lensor.ConvSpec(2, 4, (5,), kernel_size=3)
+            >>> print(lensor.ops.conv(spec).plan(X=(3, 2, 5), W=(4, 2, 3)).compare())
+            order                        flops        peak size
+            Feynman                      3,240               36
+            left to right                1,800              405
+            greedy                         972              108
+            optimal                        972              108
+            planner                        432               36
+
+        Source: Convolutions through the lens of tensor networks, section 4.2.
+        """
+        assert self.comparer is not None
+        return self.comparer(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": {}}

@@ -12,7 +12,7 @@ from typing import Any
 
 from lensor import steps as s
 from lensor.cost import estimate, machine
-from lensor.lower import STRATEGIES, candidates, lower_sliced, sliceable
+from lensor.lower import STRATEGIES, candidates, compare_orders, lower_sliced, sliceable
 from lensor.network import AnyNetwork
 from lensor.plan import Candidate, Plan
 from lensor.runtime import Runnable, run
@@ -103,7 +103,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Any = None, kind: Seque
         known = [replace(one, measured=seconds) for one, seconds in zip(known, measured, strict=True)]
         best = min(range(len(found)), key=lambda at: math.inf if (seconds := measured[at]) is None else seconds)
     others = (*known[:best], *known[best + 1 :])
-    return replace(found[best][0], candidates=(known[best], *others), runner=run)
+    return replace(found[best][0], candidates=(known[best], *others), network=net, runner=run, comparer=compare_orders)
 
 
 def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int) -> list[tuple[Plan, float]]:

@@ -1,0 +1,130 @@
+"""Orders of contraction: where they come from, and what they cost beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from opt_einsum import paths
+
+from lensor.network import AnyNetwork, Network
+
+ORDERS = ("left to right", "greedy", "optimal")
+"""The orders that `Plan.compare` lists beside Feynman's and the planner's."""
+
+_MOST_FOR_OPT_EINSUM = 8
+"""Networks of more tensors than this get their order from cotengra, where it is installed."""
+
+_MOST_FOR_ALL_TREES = 7
+"""All trees of this many tensors are tried; dynamic programming (no outer products) finds the best of more."""
+
+
+def find_order(
+    inputs: Sequence[frozenset[str]], output: frozenset[str], sizes: Mapping[str, int], order: str = "auto"
+) -> list[tuple[int, ...]]:
+    """The pairs to contract, one after another, as `opt_einsum.contract_path` gives them.
+
+    Args:
+        inputs: the indices of each tensor.
+        output: the indices of the result.
+        sizes: the size of every index, at least 1.
+        order: `"auto"` (what plans use), or one of `ORDERS`.
+
+    Example:
+        >>> tensors = [frozenset("ab"), frozenset("bc"), frozenset("c")]
+        >>> find_order(tensors, frozenset("a"), dict(a=9, b=9, c=9), "optimal")
+        [(1, 2), (0, 1)]
+    """
+    if len(inputs) < 2:
+        return []
+    if order == "left to right":
+        # Each result is put at the end, so the tensor before it is the next to be taken.
+        return [(0, 1), *((0, left - 1) for left in range(len(inputs) - 1, 1, -1))]
+    # opt_einsum takes intermediates with equal indices for one, though what is left to sum over them may differ:
+    # an index of size 1 for each input, kept to the end, tells them apart.
+    marks = [f"input {at}" for at in range(len(inputs))]
+    told_apart = [own | {mark} for own, mark in zip(inputs, marks, strict=True)]
+    every: dict[str, int] = {**sizes, **dict.fromkeys(marks, 1)}
+    wanted = output.union(marks)
+    if order == "greedy":
+        found: Any = paths.greedy(told_apart, wanted, every)
+    elif order == "optimal" and len(inputs) <= _MOST_FOR_ALL_TREES:
+        found = paths.optimal(told_apart, wanted, every)
+    elif order == "optimal":
+        found = paths.DynamicProgramming(minimize="flops")(told_apart, wanted, every)
+    elif len(inputs) > _MOST_FOR_OPT_EINSUM and find_spec("cotengra") is not None:
+        import cotengra
+
+        found = cotengra.array_contract_path(list(inputs), output, sizes, optimize="greedy", cache=False)
+    else:
+        found = paths.auto(told_apart, wanted, every)
+    return _pairs(found, len(inputs))
+
+
+def _pairs(path: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
+    """The path without its steps of one tensor, which only sum what that tensor holds alone."""
+    theirs, ours = list(range(count)), list(range(count))
+    pairs = []
+    for step, places in enumerate(path):
+        held = [theirs.pop(place) for place in sorted(places, reverse=True)]
+        if len(held) == 1:
+            theirs.append(held[0])
+            continue
+        pairs.append(tuple(sorted(ours.index(one) for one in held)))
+        ours = [*(one for one in ours if one not in held), count + step]
+        theirs.append(count + step)
+    return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a network costs in one order of contraction.
+
+    Args:
+        name: `"Feynman"` for all sums as nested loops, one of `ORDERS`, or `"planner"` with the plan's strategy.
+        flops: additions and multiplications.
+        peak_size: the most entries alive at once beside operands and patterns; the result is counted.
+    """
+
+    name: str
+    flops: int
+    peak_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The orders of one network, a table when printed.
+
+    Args:
+        rows: one `Order` each.
+    """
+
+    rows: tuple[Order, ...]
+
+    def __iter__(self) -> Iterator[Order]:
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> Order:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no order {name!r}; there are {[row.name for row in self.rows]}")
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'order':<{width}} {'flops':>20} {'peak size':>16}"]
+        lines += [f"{row.name:<{width}} {row.flops:>20,} {row.peak_size:>16,}" for row in self.rows]
+        return "\n".join(lines)
+
+
+def feynman(net: AnyNetwork) -> Order:
+    """All sums of every term as nested loops over all indices: no intermediates, one product for each index value."""
+    flops = sum(_loops(term) * max(len(term.nodes), 1) for term in net.terms)
+    return Order("Feynman", flops, math.prod(size or 0 for size in net.output_shape))
+
+
+def _loops(term: Network) -> int:
+    return math.prod(size or 0 for size in term.sizes.values())

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, reject
+from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -20,7 +22,9 @@ import lensor
 from lensor import ConvSpec, IndexPattern, ops
 from lensor.cache import Cache
 from lensor.execute import evaluate_dense
+from lensor.kernels import load
 from lensor.lower import STRATEGIES, lower
+from lensor.steps import Gather
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 
 SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
@@ -438,7 +442,7 @@ def test_wrong_operands_of_a_plan() -> None:
         plan(X=x[:1], W=w)
     with pytest.raises(TypeError, match="one framework, found numpy and torch"):
         plan(X=x, W=torch.tensor(w))
-    with pytest.raises(ValueError, match="effort must be 'estimate' or 'measure', found 'guess'"):
+    with pytest.raises(ValueError, match="effort must be 'estimate', 'measure' or 'remember', found 'guess'"):
         net.plan(X=x, W=w, effort="guess")
     with pytest.raises(ValueError, match="max_bytes is 8, but the smallest plan needs"):
         net.plan(X=x, W=w, max_bytes=8)
@@ -712,3 +716,28 @@ def test_complex_gradients_follow_torch() -> None:
     x = torch.tensor(rng.standard_normal((2, 2, 5)) + 1j * rng.standard_normal((2, 2, 5)), requires_grad=True)
     w = torch.tensor(rng.standard_normal((2, 1, 3)) + 1j * rng.standard_normal((2, 1, 3)), requires_grad=True)
     assert gradcheck(lambda x, w: net(X=x, W=w), (x, w), fast_mode=True)
+
+
+@given(
+    size=st.integers(1, 9),
+    stride=st.integers(1, 3),
+    padding=st.tuples(st.integers(-2, 8), st.integers(-2, 8)),
+    mode=st.sampled_from(["circular", "reflect", "replicate"]),
+    backend=st.sampled_from(["numpy", "torch"]),
+)
+def test_gathers_read_in_runs(size: int, stride: int, padding: tuple[int, int], mode: str, backend: str) -> None:
+    longest = {"circular": size, "reflect": size - 1, "replicate": 8}[mode]
+    padding = tuple(min(side, longest) for side in padding)
+    assume(size + sum(padding) >= 1)
+    try:
+        pattern = IndexPattern(size, 1, stride, padding=padding, padding_mode=mode)
+    except ValueError:
+        reject()
+    reads = pattern.reads()[:, 0]
+    assume((reads >= 0).all())
+    step = Gather((0,), 1, pattern)
+    spelled = [start + step * at for start, step, length in step.runs() for at in range(length)]
+    assert spelled == list(reads)
+    x = np.random.default_rng(0).normal(size=(2, size, 3))
+    found = load(backend).steps[Gather](step)(torch.tensor(x) if backend == "torch" else x)
+    np.testing.assert_array_equal(np.asarray(found), x[:, reads])

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lensor import functional, ops
+from lensor import functional, ops, wisdom
 from lensor.cache import clear_caches
 from lensor.cost import Machine, calibrate, machine
 from lensor.errors import LensorError, NetworkError, SubscriptsError
@@ -62,4 +62,5 @@ __all__ = [
     "parse",
     "planning",
     "simplify",
+    "wisdom",
 ]

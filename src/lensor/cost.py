@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -77,6 +80,15 @@ def calibrate() -> Machine:
     copies = 2 * x.nbytes / _shortest(lambda: x.copy())
     _machine = Machine(products, 0.8 * products, copies)
     return _machine
+
+
+@cache
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _shortest(function: Callable[[], object]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from operator import index as as_int
 from typing import Any
 
@@ -17,7 +16,7 @@ from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, v
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan
-from lensor.planner import Settings, choose, current
+from lensor.planner import Settings, choose, current, planning, untimed
 from lensor.runtime import Runnable, require_operands, run
 
 _plans = Cache(maxsize=1024)
@@ -50,8 +49,8 @@ def compile(
     settings = settings or current()
     backend = None if like is None else backend_of(like)
     kind = () if backend is None else backend.kind(like)
-    if backend is not None and settings.effort == "measure" and backend.is_traced(like):
-        settings = replace(settings, effort="estimate")
+    if backend is not None and backend.is_traced(like):
+        settings = untimed(settings)
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     key = (net, tuple(sorted(shapes.items())), kind, settings)
     return _plans.get_or_make(key, lambda: choose(_bound(net, shapes), settings, backend, kind))
@@ -91,7 +90,8 @@ def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = 
     Args:
         net: the network.
         effort: `"estimate"` chooses among candidates by their estimated cost, `"measure"` by timing them once on
-            operands of these shapes (arrays tell dtype and device; shapes alone stand for float32 NumPy arrays).
+            operands of these shapes (arrays tell dtype and device; shapes alone stand for float32 NumPy arrays),
+            `"remember"` by times that `lensor.wisdom` knows.
         max_bytes: the most memory the plan may need beside its operands.
         operands: an array or a shape for every operand; an int for an index whose size no operand tells.
 
@@ -105,8 +105,8 @@ def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = 
         TypeError: if an operand is missing or unknown.
         ValueError: if shapes do not fit the network, for an unknown effort, or if no plan fits the memory limit.
     """
-    settings = current()
-    settings = Settings(effort or settings.effort, settings.max_bytes if max_bytes is None else max_bytes)
+    with planning(effort=effort, max_bytes=max_bytes):
+        settings = current()
     arrays, sizes = _split_sizes(net, operands)
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in arrays.items()}
     like = next((value for value in arrays.values() if hasattr(value, "dtype")), np.zeros((), np.float32))

@@ -145,10 +145,11 @@ _captured_names: dict[tuple, str] = {}
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     """The name in `_captured_calls` of a call, from constants alone."""
     options = tuple(map(_frozen, options))
-    key = (operation, kinds, options, _types(options), planner.current().max_bytes)
+    settings = planner.untimed(planner.current())
+    key = (operation, kinds, options, _types(options), settings)
     if key not in _captured_names:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
-        with planner.planning(effort="estimate"):
+        with planner.planning(effort=settings.effort):
             call = _operations[operation].prepare(arrays, options)
         _captured_names[key] = f"call_{len(_captured_names)}"
         setattr(_captured_calls, _captured_names[key], call)

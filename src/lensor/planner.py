@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lensor import steps as s
+from lensor import wisdom
 from lensor.cost import estimate, machine
+from lensor.kernels import Backend
 from lensor.lower import STRATEGIES, candidates, compare_orders, lower_sliced, sliceable
 from lensor.network import AnyNetwork
 from lensor.plan import Candidate, Plan
@@ -20,7 +22,11 @@ from lensor.runtime import Runnable, run
 _HOPELESS = 5.0
 """A candidate whose estimate is this many times the best one is never run."""
 
-_REPEATS = 7
+_BUDGET = 50
+"""Measuring takes about as long as this many calls of the fastest candidate."""
+
+_SLOW_START, _SLOW = 4.0, 1.5
+"""A candidate this many times slower than the fastest runs no more: after its first run, which warms up, or later."""
 
 _SLICED = 3
 """A memory limit is met by slicing an index in one of this many strategies, those that need the least memory."""
@@ -34,16 +40,19 @@ class Settings:
     """How plans are chosen.
 
     Args:
-        effort: `"estimate"`: by the cost model; `"measure"`: by timing candidates once on the user's shapes.
+        effort: `"estimate"`: by the cost model; `"measure"`: by timing candidates once on the user's shapes;
+            `"remember"`: by what `lensor.wisdom` knows, else by the cost model, never by timing.
         max_bytes: no plan may need more memory than this beside operands and patterns (the result counts).
+        known: which state of `lensor.wisdom` a choice by `"remember"` depends on.
     """
 
     effort: str = "estimate"
     max_bytes: int | None = None
+    known: int = 0
 
     def __post_init__(self) -> None:
-        if self.effort not in ("estimate", "measure"):
-            raise ValueError(f"effort must be 'estimate' or 'measure', found {self.effort!r}")
+        if self.effort not in ("estimate", "measure", "remember"):
+            raise ValueError(f"effort must be 'estimate', 'measure' or 'remember', found {self.effort!r}")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, found {self.max_bytes}")
 
@@ -53,7 +62,13 @@ _settings: ContextVar[Settings] = ContextVar("lensor.planning", default=Settings
 
 def current() -> Settings:
     """The settings that hold here."""
-    return _settings.get()
+    settings = _settings.get()
+    return settings if settings.effort != "remember" else replace(settings, known=wisdom.generation())
+
+
+def untimed(settings: Settings) -> Settings:
+    """The settings where nothing can be timed: what was timed before is used."""
+    return settings if settings.effort != "measure" else replace(settings, effort="remember", known=wisdom.generation())
 
 
 @contextmanager
@@ -78,7 +93,7 @@ def planning(*, effort: str | None = None, max_bytes: int | None = None) -> Iter
         _settings.reset(token)
 
 
-def choose(net: AnyNetwork, settings: Settings, backend: Any = None, kind: Sequence[Any] = ()) -> Plan:
+def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, kind: Sequence[Any] = ()) -> Plan:
     """The best plan of a network whose sizes are known.
 
     Args:
@@ -98,8 +113,8 @@ def choose(net: AnyNetwork, settings: Settings, backend: Any = None, kind: Seque
         found = _within(net, found, settings.max_bytes, itemsize)
     known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
     best = 0
-    if settings.effort == "measure" and backend is not None and len(found) > 1:
-        measured = measure([plan for plan, _ in found], [seconds for _, seconds in found], backend, kind)
+    if settings.effort != "estimate" and backend is not None and len(found) > 1:
+        measured = _times(net, found, backend, kind, settings.effort == "measure")
         known = [replace(one, measured=seconds) for one, seconds in zip(known, measured, strict=True)]
         best = min(range(len(found)), key=lambda at: math.inf if (seconds := measured[at]) is None else seconds)
     others = (*known[:best], *known[best + 1 :])
@@ -138,8 +153,27 @@ def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsi
     return sorted(fits, key=lambda pair: pair[1])
 
 
-def measure(plans: Sequence[Plan], estimates: Sequence[float], backend: Any, kind: Sequence[Any]) -> list[float | None]:
-    """The shortest time of each plan on random operands, interleaved; None for those that are not worth a run."""
+def _times(
+    net: AnyNetwork, found: list[tuple[Plan, float]], backend: Backend, kind: Sequence[Any], may_measure: bool
+) -> list[float | None]:
+    """The time of each plan as far as it is worth knowing: what was measured before, or else measured now."""
+    key, where = wisdom.key_of(net, backend, kind)
+    known = wisdom.recall(key)
+    names = [plan.name for plan, _ in found]
+    if may_measure and not any(name in known for name in names):
+        times = measure([plan for plan, _ in found], [seconds for _, seconds in found], backend, kind)
+        known = {name: time for name, time in zip(names, times, strict=True) if time is not None}
+        wisdom.record(key, net, where, known)
+    return [known.get(name) for name in names]
+
+
+def measure(
+    plans: Sequence[Plan], estimates: Sequence[float], backend: Backend, kind: Sequence[Any]
+) -> list[float | None]:
+    """The shortest time of each plan on random operands, interleaved; None for those that are not worth a run.
+
+    All together take about `_BUDGET` runs of the fastest; each plan that is worth it runs at least twice.
+    """
     shapes: Mapping[str, s.Shape] = {
         step.operand: step.size for plan in plans for step in plan.steps if isinstance(step, s.Input)
     }
@@ -147,16 +181,21 @@ def measure(plans: Sequence[Plan], estimates: Sequence[float], backend: Any, kin
     shortest: list[float | None] = [None] * len(plans)
     hopeful = [at for at in range(len(plans)) if estimates[at] <= _HOPELESS * estimates[0]]
     runs = {at: Runnable(plans[at], backend) for at in hopeful}
-    for repeat in range(_REPEATS):
-        best = min((time for time in shortest if time is not None), default=math.inf)
+    best, spent, first = math.inf, 0.0, True
+    while hopeful:
+        taken: dict[int, float] = {}
         for at in hopeful:
-            found = shortest[at]
-            if repeat > 1 and found is not None and found > 1.5 * best:
-                continue  # no chance any more
             start = time.perf_counter()
             runs[at](arrays)
             backend.synchronize()
-            taken = time.perf_counter() - start
-            if repeat:  # the first run warms up
-                shortest[at] = taken if found is None else min(found, taken)
+            taken[at] = time.perf_counter() - start
+            spent += taken[at]
+            if not first:  # the first run warms up
+                shortest[at] = min(taken[at], shortest[at] or math.inf)
+        known = {at: shortest[at] or taken[at] for at in hopeful}
+        best = min(known.values())
+        hopeful = [at for at in hopeful if known[at] <= (_SLOW_START if first else _SLOW) * best]
+        if spent > _BUDGET * best or (not first and len(hopeful) == 1):
+            hopeful = hopeful if first else []
+        first = False
     return shortest

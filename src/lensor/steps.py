@@ -184,6 +184,20 @@ class Gather(Step):
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return (*shapes[0][: self.axis], self.pattern.output_size, *shapes[0][self.axis + 1 :])
 
+    def runs(self) -> list[tuple[int, int, int]]:
+        """The positions it reads as runs of equal steps, (start, step, length), one after another."""
+        reads = [int(position) for position in self.pattern.reads()[:, 0]]
+        runs: list[tuple[int, int, int]] = []
+        for position in reads:
+            start, step, length = runs[-1] if runs else (0, 0, 0)
+            if length == 1 and position != start:
+                runs[-1] = (start, position - start, 2)
+            elif length > 1 and position == start + step * length:
+                runs[-1] = (start, step, length + 1)
+            else:
+                runs.append((position, 1, 1))
+        return runs
+
     def settings(self) -> str:
         return f"axis {self.axis} by {self.pattern}"
 

@@ -22,6 +22,7 @@ from lensor.bench.measure import Call, bytes_of, extra_bytes, interleaved, relat
 from lensor.bench.operations import OPERATIONS, Operation
 from lensor.bench.results import OK, Found, Machine, ResultsFile, Row, Setting
 from lensor.bench.settings import Settings
+from lensor.cost import processor
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How far a result may be from the standard's, over its largest entry, for each dtype."""
@@ -194,12 +195,7 @@ def _device(name: str) -> torch.device:
 
 
 def _machine_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device.type == "cuda" else processor()
 
 
 @contextmanager

@@ -190,6 +190,9 @@ class NumpyBackend:
     def kind(self, array: Any) -> tuple:
         return ("numpy", array.dtype)
 
+    def describe(self, kind: Sequence[Any]) -> str:
+        return f"numpy {np.__version__}, {kind[1]}"
+
     def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
         for array, name in zip(arrays, names, strict=True):
             if not np.issubdtype(array.dtype, np.inexact):

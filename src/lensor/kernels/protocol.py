@@ -20,6 +20,10 @@ class Backend(Protocol):
         """What plans depend on beside shapes: dtype and device."""
         ...
 
+    def describe(self, kind: Sequence[Any]) -> str:
+        """What times depend on beside the processor: framework, dtype, device, threads."""
+        ...
+
     def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
         """Check that all arrays have one floating or complex dtype and one device.
 

@@ -119,7 +119,6 @@ def test_sizes_of_a_wide_network() -> None:
     assert net.group_size(("g", "c_in")) == 4
     assert net.group_size(()) == 1
     assert net.group_size(("n", "g")) is None
-    assert net.count_uses() == Counter(n=2, g=3, c_in=2, i1=2, o1=2, k1=2, c_out=2)
     assert net.fresh("o1") == "o1_"
     assert net.fresh("o1", ["o1_"]) == "o1__"
     assert net.fresh("x") == "x"

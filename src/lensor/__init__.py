@@ -1,7 +1,7 @@
 """Lensor: convolutions and everything derived from them as tensor networks.
 
-Importing the package loads no array framework but NumPy; torch is loaded when `lensor.nn` is first used or a tensor
-is passed.
+Importing the package loads no array framework but NumPy; torch is loaded when `lensor.nn` or
+`lensor.distributed` is first used, or a tensor is passed.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ from lensor.planner import planning
 from lensor.spec import ConvSpec
 
 if TYPE_CHECKING:
-    from lensor import nn
+    from lensor import distributed, nn
 
 try:
     __version__ = version("lensor")
@@ -31,8 +31,8 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":
-        return import_module("lensor.nn")
+    if name in ("distributed", "nn"):
+        return import_module(f"lensor.{name}")
     raise AttributeError(f"module 'lensor' has no attribute {name!r}")
 
 
@@ -54,6 +54,7 @@ __all__ = [
     "calibrate",
     "clear_caches",
     "contraction",
+    "distributed",
     "einsum",
     "functional",
     "machine",

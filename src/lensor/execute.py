@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import index as as_int
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from lensor.errors import SubscriptsError
 from lensor.kernels import backend_of, load
 from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, verb
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
-from lensor.pattern import IndexPattern
+from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
 from lensor.planner import Settings, choose, current, planning, untimed
 from lensor.runtime import Runnable, require_operands, run
@@ -53,10 +52,10 @@ def compile(
         settings = untimed(settings)
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     key = (net, tuple(sorted(shapes.items())), kind, settings)
-    return _plans.get_or_make(key, lambda: choose(_bound(net, shapes), settings, backend, kind))
+    return _plans.get_or_make(key, lambda: choose(bind_shapes(net, shapes), settings, backend, kind))
 
 
-def _bound(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
+def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
     """The network with every size known, from the shapes of the operands."""
     require_operands(net.operand_names, shapes)
     # A name means one index throughout a sum: a term that no operand tells a size learns it from the others.
@@ -107,18 +106,19 @@ def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = 
     """
     with planning(effort=effort, max_bytes=max_bytes):
         settings = current()
-    arrays, sizes = _split_sizes(net, operands)
+    arrays, sizes = split_sizes(net, operands)
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in arrays.items()}
     like = next((value for value in arrays.values() if hasattr(value, "dtype")), np.zeros((), np.float32))
     return compile(net, shapes, sizes, like, settings)
 
 
-def _split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Keywords as operands and sizes of indices: what names no operand but an index is a size."""
     arrays, sizes = {}, {}
     names = net.operand_names
     for name, value in given.items():
         if name not in names and name in net.sizes:
-            sizes[name] = as_int(value)
+            sizes[name] = as_integer(value, f"the size of index {name!r}")
         else:
             arrays[name] = value
     return arrays, sizes
@@ -148,7 +148,7 @@ def __call__(net: AnyNetwork, **operands: Any) -> Any:
         >>> net(X=np.array([[3.0, 4.0]]))
         array([25.])
     """
-    arrays, sizes = _split_sizes(net, operands)
+    arrays, sizes = split_sizes(net, operands)
     return evaluate(net, arrays, sizes)
 
 
@@ -159,7 +159,7 @@ def evaluate_dense(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[
     This is the oracle of the passes and the planner; it shares nothing with them.
     """
     arrays = {name: np.asarray(array) for name, array in operands.items()}
-    bound = _bound(net.bind(sizes) if sizes else net, {name: array.shape for name, array in arrays.items()})
+    bound = bind_shapes(net.bind(sizes) if sizes else net, {name: array.shape for name, array in arrays.items()})
     return sum((_dense_term(term, arrays) for term in bound.terms[1:]), _dense_term(bound.terms[0], arrays))
 
 
@@ -210,6 +210,7 @@ def einsum(subscripts: str, *operands: Any, **sizes: int) -> Any:
         ValueError: if an index has two sizes or a size is unknown.
         TypeError: for operands that are no arrays, or arrays of two frameworks.
     """
+    sizes = {name: as_integer(size, f"the size of index {name!r}") for name, size in sizes.items()}
     arrays = {f"x{at}": operand for at, operand in enumerate(operands) if not isinstance(operand, IndexPattern)}
     backend = backend_of(*arrays.values()) if arrays else load("numpy")
     key = (
@@ -243,7 +244,7 @@ def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str
                 start,
             )
         held.append((f"operand {at}", legs, shape))
-    found = infer_sizes(held, {name: as_int(size) for name, size in sizes.items()})
+    found = infer_sizes(held, sizes)
     missing = sorted(index for index, size in found.items() if size is None)
     if missing:
         raise ValueError(f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=...")

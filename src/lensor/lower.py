@@ -905,22 +905,37 @@ def _added(program: Program, values: Sequence[int]) -> int:
     return result
 
 
+def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
+    """Networks over about equal parts of an index, some of them empty where there are more parts than positions.
+
+    Their values, added up if the index is summed, else put side by side along `axis_of`, are the network's.
+    """
+    size = net.sizes[index] or 0
+    bounds = [size * at // count for at in range(count + 1)]
+    return [net.narrow(index, low, high - low) for low, high in itertools.pairwise(bounds)]
+
+
+def axis_of(net: AnyNetwork, index: str) -> int | None:
+    """The axis of the result that an index leads; None if it is summed."""
+    if index not in net.output_indices:
+        return None
+    return next(axis for axis, leg in enumerate(net.output) if leg[:1] == (index,))
+
+
 def lower_sliced(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
     """The plan that works through an index part by part, so that less is alive at once.
 
     Parts of a summed index are added up, parts of an output index put side by side (it must lead its leg).
     """
-    size = net.sizes[index] or 0
-    bounds = [size * at // parts for at in range(parts + 1)]
     program = Program()
+    axis = axis_of(net, index)
     values = []
-    for low, high in itertools.pairwise(bounds):
-        piece = net.narrow(index, low, high - low)
+    for piece in parts_of(net, index, parts):
         values.append(_lower_terms(program, piece.simplify(), strategy))
-        if index not in net.output_indices and len(values) > 1:
+        if axis is None and len(values) > 1:
             values = [_added(program, values)]
     if len(values) > 1:
-        axis = next(axis for axis, leg in enumerate(net.output) if leg[:1] == (index,))
+        assert axis is not None
         values = [program.add(s.Concat(tuple(values), axis))]
     return _pruned(to_text(net), program, values[0], f"{strategy.name}, {index} in {parts} parts")
 

@@ -317,12 +317,6 @@ class Network(Verbs):
         """The size of each output leg, None where it is not yet known."""
         return tuple(self.group_size(leg) for leg in self.output)
 
-    def count_uses(self) -> Counter[str]:
-        """How many nodes and output legs hold each index, repetitions within one counted."""
-        uses = Counter(index for node in self.nodes for index in indices_of(node))
-        uses.update(self.output_indices)
-        return uses
-
     # ------------------------------------------------------------------ making others
     def replace(self, **parts: Any) -> Network:
         """A network with some of its parts replaced; sizes may be given as the mapping `sizes`."""

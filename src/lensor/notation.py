@@ -22,7 +22,7 @@ from lensor.network import (
     Verbs,
     sum_of,
 )
-from lensor.pattern import IndexPattern
+from lensor.pattern import IndexPattern, as_integer
 
 # What may be a name runs up to white space or a mark; only identifiers are names.
 _NAME = r"[^\s\d\[\](),+^=./-][^\s\[\](),+^=./-]*"
@@ -268,6 +268,7 @@ def contraction(subscripts: str, *operands: str | IndexPattern, **sizes: int) ->
             named as index patterns are in texts: Π1, Π2, ...
     """
     parsed = parse_subscripts(subscripts)
+    sizes = {index: as_integer(size, f"the size of index {index!r}") for index, size in sizes.items()}
     if len(parsed.operands) != len(operands):
         raise ValueError(f"subscripts name {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}")
     if any("..." in leg for legs in parsed.operands for leg in legs):
@@ -483,7 +484,13 @@ def parse(
         raise TypeError(f"a network's text must be a str, found {type(text).__name__}")
     end, start = _find_legend(text)
     legend_sizes, legend_patterns = _read_legend(text, start)
-    all_sizes = {**legend_sizes, **(sizes or {})}
+    all_sizes = {
+        **legend_sizes,
+        **{
+            index: None if size is None else as_integer(size, f"the size of index {index!r}")
+            for index, size in (sizes or {}).items()
+        },
+    }
     all_patterns = {**legend_patterns, **(patterns or {})}
     reader = _Reader(text, end, "a node such as X[n i], a number, an index name, '1', '(', ')', '+' or '->'")
     pending: list[tuple[list[Node], Scale]] = []

@@ -169,8 +169,7 @@ class Plan:
         Raises:
             TypeError, ValueError: if operands are missing, unknown, or not of the shapes the plan was made for.
         """
-        assert self.runner is not None
-        return self.runner(self, operands)
+        return self._require(self.runner)(self, operands)
 
     def compare(self) -> Orders:
         """What the network costs in several orders of contraction, beside this plan.
@@ -192,8 +191,13 @@ class Plan:
 
         Source: Convolutions through the lens of tensor networks, section 4.2.
         """
-        assert self.comparer is not None
-        return self.comparer(self)
+        return self._require(self.comparer)(self)
+
+    @staticmethod
+    def _require(tool: Callable[..., Any] | None) -> Callable[..., Any]:
+        if tool is None:
+            raise TypeError("this plan is steps alone: a plan to run is made by network.plan(...)")
+        return tool
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": {}}

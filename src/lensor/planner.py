@@ -16,6 +16,7 @@ from lensor.cost import estimate, machine
 from lensor.kernels import Backend
 from lensor.lower import STRATEGIES, candidates, compare_orders, lower_sliced, sliceable
 from lensor.network import AnyNetwork
+from lensor.pattern import as_integer
 from lensor.plan import Candidate, Plan
 from lensor.runtime import Runnable, run
 
@@ -53,7 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.effort not in ("estimate", "measure", "remember"):
             raise ValueError(f"effort must be 'estimate', 'measure' or 'remember', found {self.effort!r}")
-        if self.max_bytes is not None and self.max_bytes < 1:
+        if self.max_bytes is not None and as_integer(self.max_bytes, "max_bytes") < 1:
             raise ValueError(f"max_bytes must be at least 1, found {self.max_bytes}")
 
 
@@ -83,9 +84,12 @@ def planning(*, effort: str | None = None, max_bytes: int | None = None) -> Iter
 
     Raises:
         ValueError: for an unknown effort or a limit below 1.
+        TypeError: for a limit that is no integer.
     """
     before = _settings.get()
-    settings = Settings(effort or before.effort, before.max_bytes if max_bytes is None else max_bytes)
+    settings = Settings(
+        before.effort if effort is None else effort, before.max_bytes if max_bytes is None else max_bytes
+    )
     token = _settings.set(settings)
     try:
         yield settings

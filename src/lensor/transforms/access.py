@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from operator import index as as_int
 
 from lensor.errors import NetworkError
 from lensor.network import AnyNetwork, Group, Network, Pattern, sum_of, verb
-from lensor.pattern import IndexPattern
+from lensor.pattern import IndexPattern, as_integer
 from lensor.transforms._transform import require_index, require_size, transform
 from lensor.transforms.indices import contract_deltas, refine
 
@@ -57,7 +56,7 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
     sizes = require_size(net, first), require_size(net, second)
-    block = as_int(block_size)
+    block = as_integer(block_size, "block_size")
     if sizes[0] != sizes[1] or block < 1 or sizes[0] % block:
         raise NetworkError(f"block_size must divide the sizes of {first!r} and {second!r}, got {block} for {sizes}")
     outer = net.fresh(f"{first}_block")
@@ -113,7 +112,7 @@ def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> 
     """
     require_index(net, index)
     size = require_size(net, index)
-    start, stop, step = as_int(start), as_int(stop), as_int(step)
+    start, stop, step = as_integer(start, "start"), as_integer(stop, "stop"), as_integer(step, "step")
     if step < 1 or not 0 <= start < stop <= size:
         raise NetworkError(
             f"index {index!r} has positions 0 to {size - 1}: expected 0 <= start < stop <= {size} and step >= 1, "
@@ -136,7 +135,7 @@ def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
         NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or if the
             positions are empty or outside it.
     """
-    return net.slice(index, start, as_int(start) + as_int(length))
+    return net.slice(index, start, as_integer(start, "start") + as_integer(length, "length"))
 
 
 @verb
@@ -154,7 +153,7 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
     """
     require_index(net, index)
     size = require_size(net, index)
-    at = as_int(position)
+    at = as_integer(position, "position")
     if not -size <= at < size:
         raise NetworkError(f"index {index!r} has size {size}: expected {-size} <= position < {size}, got {at}")
     at %= size

@@ -68,7 +68,7 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
             swap = {big: tuple(parts)}
             # A delta partner of the split index may stand in the groups as well.
             if len(net.sizes) > len(before.sizes) + 1:
-                return _equate_after_split(before, net, left, right, swap)
+                return _equate_after_split(net, left, right, swap)
             left = tuple(new for index in left for new in swap.get(index, (index,)))
             right = tuple(new for index in right for new in swap.get(index, (index,)))
             continue
@@ -82,9 +82,7 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
         return contract_deltas(net.replace(nodes=(*net.nodes, *(Delta(pair) for pair in pairs)), sizes=sizes))
 
 
-def _equate_after_split(
-    before: Network, after: Network, left: Group, right: Group, swap: Mapping[str, Group]
-) -> Network | None:
+def _equate_after_split(after: Network, left: Group, right: Group, swap: Mapping[str, Group]) -> Network | None:
     gone = (set(left) | set(right)) - set(after.sizes) - set(swap)
     if gone:
         return None  # a delta partner inside the groups themselves: left as it is

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from operator import index as as_int
 
 from lensor.errors import NetworkError
 from lensor.network import AnyNetwork, Group, Network, Operand, Scale, sum_of, verb
 from lensor.notation import format_legs, parse_subscripts, spread_over_deltas
+from lensor.pattern import as_integer
 from lensor.transforms._transform import require_index, require_operand, require_size, transform
 from lensor.transforms.indices import refine
 
@@ -157,7 +157,7 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
     """
     require_index(net, index)
     size = require_size(net, index)
-    known = [as_int(part) for part in sizes.values() if part is not None]
+    known = [as_integer(part, f"the size of {name!r}") for name, part in sizes.items() if part is not None]
     holes = len(sizes) - len(known)
     product = math.prod(known)
     if holes > 1 or (holes and (product == 0 or size % product)) or (not holes and product != size):
@@ -165,7 +165,7 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
     for name in sizes:
         if name in net.sizes and name != index:
             raise NetworkError(f"index {name!r} is already there; indices are {sorted(net.sizes)}")
-    full = {name: size // product if part is None else as_int(part) for name, part in sizes.items()}
+    full = {name: size // product if part is None else int(part) for name, part in sizes.items()}
     parts = {(net.fresh(name, full) if name == index else name): part for name, part in full.items()}
     result = refine(net, {index: parts})
     back = {new: (name,) for new, name in zip(parts, full, strict=True) if new != name}
@@ -184,7 +184,9 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
     Raises:
         NetworkError: for an unknown index, or one that has another size.
     """
-    given = {index: as_int(size) for index, size in {**(sizes or {}), **named}.items()}
+    given = {
+        index: as_integer(size, f"the size of index {index!r}") for index, size in {**(sizes or {}), **named}.items()
+    }
     for index, size in given.items():
         require_index(net, index)
         for known in dict.fromkeys(term.sizes[index] for term in net.terms if index in term.sizes):

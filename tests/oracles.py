@@ -348,6 +348,12 @@ def kfac_input_factor(g: Geometry, X: Array, *, approx: str, bias: bool = False)
     return sum(mean[n][:, :, None] * mean[n][:, None, :] for n in range(len(X))) / len(X)  # type: ignore[return-value]
 
 
+def kfac_input_root(g: Geometry, X: Array) -> Array:
+    """The mean patch of every example."""
+    mean = plain_patches(g, X).reshape(len(X), g.groups, -1, prod(g.output_size)).mean(-1)
+    return mean.swapaxes(0, 1)
+
+
 def kfac_output_factor(g: Geometry, V: Array, *, approx: str) -> Array:
     """The definition: expand (1/O) Σ of outer products at each position, reduce Σ of outer products of sums."""
     by_group = V.reshape(-1, g.groups, g.out_channels // g.groups, prod(g.output_size))
@@ -473,6 +479,7 @@ OPERATIONS: dict[str, Operation] = {
     "kfac_input_factor": Operation(
         kfac_input_factor, {"X": "input"}, (*_APPROX, *({**approx, "bias": True} for approx in _APPROX)), max_ndim=5
     ),
+    "kfac_input_root": Operation(kfac_input_root, {"X": "input"}, max_ndim=5),
     "kfac_output_factor": Operation(kfac_output_factor, {"V": "roots"}, _APPROX, max_ndim=5),
     "ggn_diagonal": Operation(
         ggn_diagonal,

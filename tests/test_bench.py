@@ -28,7 +28,7 @@ from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios
 from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from lensor.bench.run import Bench
 from lensor.bench.settings import Settings
-from lensor.execute import evaluate_dense
+from tests.dense import evaluate_dense
 
 CPU = torch.device("cpu")
 TINY = Settings(

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import lensor
 from lensor import cli, rules
-from lensor.execute import evaluate_dense
 from lensor.passes import PHASES
 from lensor.passes.examples import CASES, RULE_EXAMPLES, Example
+from tests.dense import evaluate_dense
 
 DOCS = Path(__file__).parent.parent / "docs"
 

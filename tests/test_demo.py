@@ -132,7 +132,6 @@ def test_models_have_the_kinds_they_are_there_for() -> None:
     batch = torch.from_numpy(photographs(1, 64))
     found = {layer.kind for name in ("inception", "tiny") for layer, _ in record(build(name), name, batch)}
     assert {"general", "dense", "mixed-dense"} <= found
-    pytest.importorskip("transformers")
     kinds = {name: {layer.kind for layer, _ in record(build(name), name, batch)} for name in ("resnet18", "convnext")}
     assert kinds["resnet18"] == {"general", "down-sampling"}
     assert kinds["convnext"] == {"general, depthwise", "dense"}

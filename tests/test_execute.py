@@ -21,11 +21,11 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 import lensor
 from lensor import ConvSpec, IndexPattern, ops
 from lensor.cache import Cache
-from lensor.execute import evaluate_dense
 from lensor.kernels import load
 from lensor.lower import STRATEGIES, lower
 from lensor.steps import Gather
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
+from tests.dense import evaluate_dense
 
 SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
 SMALL = ConvSpec(2, 2, (5,), 3, stride=2, padding=1, groups=2)
@@ -50,6 +50,8 @@ def test_every_cache_is_bounded() -> None:
         net(X=torch.ones(2, at + 3))
         lensor.einsum("i -> i", np.ones(at))
     assert all(len(cache) <= cache.maxsize for cache in caches)
+    lensor.clear_caches()
+    assert not any(len(cache) for cache in caches)
 
 
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:

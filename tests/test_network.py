@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor import ConvSpec, Delta, IndexPattern, Network, NetworkError, Ones, Operand, Pattern, Scale, Sum, ops
-from lensor.execute import evaluate_dense
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of, random_network
+from tests.dense import evaluate_dense
 
 SEEDS = st.integers(0, 2**32 - 1)
 X = Operand("X", (("i",), ("j",)))

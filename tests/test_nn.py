@@ -492,7 +492,8 @@ def test_pruned_models() -> None:
 
 # ---------------------------------------------------------------------------------------------------- models people use
 def resnet() -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck", num_labels=5
     )
@@ -500,7 +501,8 @@ def resnet() -> Any:
 
 
 def convnext() -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ConvNextConfig(
         num_stages=2, hidden_sizes=[8, 16], depths=[1, 2], num_labels=5, layer_scale_init_value=0.5
     )
@@ -508,7 +510,8 @@ def convnext() -> Any:
 
 
 def mobilenet() -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.MobileNetV2Config(
         depth_multiplier=0.25, min_depth=8, image_size=32, output_stride=32, num_labels=5, finegrained_output=False
     )

@@ -11,8 +11,6 @@ import venv
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 
 SMOKE = """
@@ -24,7 +22,7 @@ import numpy as np
 
 import lensor
 
-assert lensor.__file__.startswith(sys.prefix), lensor.__file__
+assert lensor.__file__.startswith(PLACE or sys.prefix), lensor.__file__
 assert lensor.__version__ == version("lensor")
 assert files("lensor").joinpath("py.typed").is_file()
 needed = {line.replace("_", "-") for line in requires("lensor") if "extra" not in line}
@@ -61,8 +59,6 @@ def test_numpy_arrays_load_no_framework(tmp_path: Path) -> None:
 
 
 def test_build_and_install(tmp_path: Path) -> None:
-    pytest.importorskip("build")
-    pytest.importorskip("hatchling")
     # The wheel is built from the sdist.
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
     (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
@@ -95,5 +91,14 @@ def test_build_and_install(tmp_path: Path) -> None:
     builder.create(tmp_path / "env")
     python = Path(builder.ensure_directories(tmp_path / "env").env_exe)
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    code = f"import sys; sys.path.append({str(packages)!r})\n{SMOKE}"
+    code = f"import sys; sys.path.append({str(packages)!r}); PLACE = None\n{SMOKE}"
     assert run(python, "-I", "-c", code, cwd=tmp_path).startswith("installed ")
+
+    # The sdist, built by the build backend of this environment.
+    unpacked = tmp_path / "from sdist"
+    options = ("--no-deps", "--no-index", "--no-build-isolation", "--target", unpacked)
+    run(sys.executable, "-m", "pip", "install", *options, sdist, cwd=tmp_path)
+    code = f"import sys; PLACE = {str(unpacked)!r}; sys.path += [PLACE, {str(packages)!r}]\n{SMOKE}"
+    bare = Path(builder.ensure_directories(tmp_path / "bare").env_exe)
+    builder.create(tmp_path / "bare")
+    assert run(bare, "-I", "-c", code, cwd=tmp_path).startswith("installed ")

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensor import ConvSpec, Pattern, ops, parse
-from lensor.execute import evaluate_dense
 from lensor.lower import STRATEGIES, lower
 from lensor.passes.composition import compose, share
 from lensor.passes.engine import PHASES, apply_rules
 from lensor.runtime import run
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of, random_network
+from tests.dense import evaluate_dense
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -69,7 +69,10 @@ class Cache:
 
 
 def clear_caches() -> None:
-    """Drop everything Lensor remembers: simplified networks, plans, materialized patterns.
+    """Drop everything Lensor remembers to be fast: simplified networks, plans, materialized patterns.
+
+    What graphs of `torch.compile` and `torch.export` were made of stays: they may run again. So do measured times,
+    which `lensor.wisdom.forget` drops.
 
     Example:
         >>> import lensor

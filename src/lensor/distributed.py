@@ -64,20 +64,21 @@ def evaluate(
     if chosen is None or count == 1:
         return execute.evaluate(whole, arrays)
     parts = parts_of(whole, chosen, count)
-    return _combined(whole, chosen, parts, execute.evaluate(parts[rank], arrays), group)
+    mine = execute.evaluate(parts[rank], arrays) if rank < len(parts) else None
+    return _combined(whole, chosen, parts, mine, next(iter(arrays.values())), group)
 
 
 def _index(net: AnyNetwork, count: int, arrays: dict[str, Any], asked: str | None) -> str | None:
     """The index whose parts are worked on; None if the network has none."""
-    known = sliceable(net)
+    known = sliceable(net) if arrays else []
     if asked is not None:
         if asked not in known:
             raise ValueError(f"index must be one that can be worked on in parts, found {asked!r}, expected of {known}")
         return asked
-    if count == 1:
+    if count == 1 or not known:
         return None
     shapes = {name: array.shape for name, array in arrays.items()}
-    like = next(iter(arrays.values()), None)
+    like = next(iter(arrays.values()))
 
     def flops(index: str) -> int:
         largest = parts_of(net, index, count)[-1]
@@ -87,17 +88,24 @@ def _index(net: AnyNetwork, count: int, arrays: dict[str, Any], asked: str | Non
 
 
 def _combined(
-    net: AnyNetwork, index: str, parts: list[AnyNetwork], mine: torch.Tensor, group: dist.ProcessGroup | None
+    net: AnyNetwork,
+    index: str,
+    parts: list[AnyNetwork],
+    mine: torch.Tensor | None,
+    like: torch.Tensor,
+    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
+    """The whole result from this rank's part, None if it has none."""
     axis = axis_of(net, index)
+    # Collectives exchange tensors of one shape: parts are padded to the longest, the last one.
+    shape = [size or 0 for size in parts[-1].output_shape]
+    padded = like.new_zeros(shape)
+    if mine is not None:
+        padded[tuple(slice(size) for size in mine.shape)] = mine
     if axis is None:
-        mine = mine.contiguous()
-        dist.all_reduce(mine, group=group)
-        return mine
-    # Collectives exchange tensors of one shape: the parts are padded to the longest.
-    lengths = [part.output_shape[axis] or 0 for part in parts]
-    padded = mine.new_zeros([max(lengths) if at == axis else size for at, size in enumerate(mine.shape)])
-    padded.narrow(axis, 0, mine.shape[axis]).copy_(mine)
-    found = [torch.empty_like(padded) for _ in parts]
+        dist.all_reduce(padded, group=group)
+        return padded
+    found = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, padded, group=group)
-    return torch.cat([part.narrow(axis, 0, length) for part, length in zip(found, lengths, strict=True)], axis)
+    lengths = [part.output_shape[axis] or 0 for part in parts]
+    return torch.cat([part.narrow(axis, 0, length) for part, length in zip(found, lengths, strict=False)], axis)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from opt_einsum import contract
 
 from lensor.cache import Cache
 from lensor.errors import SubscriptsError
 from lensor.kernels import backend_of, load
-from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, verb
+from lensor.network import AnyNetwork, Network, Operand, verb
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
 from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
@@ -150,41 +149,6 @@ def __call__(net: AnyNetwork, **operands: Any) -> Any:
     """
     arrays, sizes = split_sizes(net, operands)
     return evaluate(net, arrays, sizes)
-
-
-# ---------------------------------------------------------------------------------------------------------- the oracle
-def evaluate_dense(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> np.ndarray:
-    """The value of a network by definition: every pattern materialized, one einsum, float64 or complex128 NumPy.
-
-    This is the oracle of the passes and the planner; it shares nothing with them.
-    """
-    arrays = {name: np.asarray(array) for name, array in operands.items()}
-    bound = bind_shapes(net.bind(sizes) if sizes else net, {name: array.shape for name, array in arrays.items()})
-    return sum((_dense_term(term, arrays) for term in bound.terms[1:]), _dense_term(bound.terms[0], arrays))
-
-
-def _dense_term(term: Network, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    number = {index: at for at, index in enumerate(term.sizes)}
-    arguments: list[Any] = []
-    for node in term.nodes:
-        match node:
-            case Operand(name):
-                array = arrays[name].astype(np.result_type(arrays[name].dtype, np.float64))
-            case Pattern(pattern):
-                array = pattern.materialize().astype(np.float64)
-            case Delta(indices):
-                places = np.arange(term.sizes[indices[0]] or 0)
-                array = np.zeros([len(places)] * len(indices))
-                array[(places,) * len(indices)] = 1.0
-            case Ones(index):
-                array = np.ones(term.sizes[index] or 0)
-        indices = [index for leg in node.legs for index in leg]
-        arguments += [array.reshape([term.sizes[index] or 0 for index in indices]), [number[i] for i in indices]]
-    if not arguments:
-        arguments = [np.ones(()), []]
-    result = contract(*arguments, [number[index] for index in term.output_indices])
-    shape = [size or 0 for size in term.output_shape]
-    return np.asarray(result).reshape(shape) * float(term.scale.factor)
 
 
 # -------------------------------------------------------------------------------------------------------------- einsum

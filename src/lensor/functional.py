@@ -139,7 +139,9 @@ class _CapturedCalls:
 
 
 _captured_calls = _CapturedCalls()
-_captured_names: dict[tuple, str] = {}
+"""Graphs hold no more than the name of a call, so what one was ever made for stays here as long as the process."""
+_captured_names = Cache(maxsize=4096)
+_captured_numbers = itertools.count()
 
 
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
@@ -147,13 +149,15 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     options = tuple(map(_frozen, options))
     settings = planner.untimed(planner.current())
     key = (operation, kinds, options, _types(options), settings)
-    if key not in _captured_names:
+    name = _captured_names.get(key)
+    if name is None:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
         with planner.planning(effort=settings.effort):
             call = _operations[operation].prepare(arrays, options)
-        _captured_names[key] = f"call_{len(_captured_names)}"
-        setattr(_captured_calls, _captured_names[key], call)
-    return _captured_names[key]
+        name = f"call_{next(_captured_numbers)}"  # no two threads draw one number
+        setattr(_captured_calls, name, call)
+        _captured_names.put(key, name)
+    return name
 
 
 # What `torch.compiler.assume_constant_result` sets, without an import of torch: the function is called, not traced.

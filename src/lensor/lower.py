@@ -906,11 +906,12 @@ def _added(program: Program, values: Sequence[int]) -> int:
 
 
 def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
-    """Networks over about equal parts of an index, some of them empty where there are more parts than positions.
+    """Networks over about equal parts of an index, `count` of them or as many as it has positions.
 
     Their values, added up if the index is summed, else put side by side along `axis_of`, are the network's.
     """
     size = net.sizes[index] or 0
+    count = min(count, size)
     bounds = [size * at // count for at in range(count + 1)]
     return [net.narrow(index, low, high - low) for low, high in itertools.pairwise(bounds)]
 

@@ -23,7 +23,8 @@ from lensor import ConvSpec, IndexPattern, ops
 from lensor.cache import Cache
 from lensor.kernels import load
 from lensor.lower import STRATEGIES, lower
-from lensor.steps import Gather
+from lensor.runtime import run
+from lensor.steps import Convolution, Gather
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 from tests.dense import evaluate_dense
 
@@ -743,3 +744,19 @@ def test_gathers_read_in_runs(size: int, stride: int, padding: tuple[int, int], 
     x = np.random.default_rng(0).normal(size=(2, size, 3))
     found = load(backend).steps[Gather](step)(torch.tensor(x) if backend == "torch" else x)
     np.testing.assert_array_equal(np.asarray(found), x[:, reads])
+
+
+@pytest.mark.parametrize("op", BUILDERS)
+def test_convolution_steps_have_three_dimensions_at_most(op: str) -> None:
+    spec = ConvSpec(
+        *(3, 6, (2, 1, 2, 2, 2), (2, 2, 1, 2, 1), (1, 4, 2, 1, 2)),
+        **{"dilation": (1, 1, 2, 1, 2), "groups": 3, "transposed": True, "output_padding": (0, 2, 0, 0, 1)},
+    )
+    net = bound(BUILDERS[op](spec), 2)
+    operands = operands_of(net)
+    expected = evaluate_dense(net, operands) if op != "hessian_backprop" else None
+    for strategy in STRATEGIES:
+        plan = lower(net.simplify(), strategy)
+        assert all(len(step.stride) <= 3 for step in plan.steps if isinstance(step, Convolution))
+        if expected is not None:
+            assert_close(run(plan, tensors(operands)), expected)

@@ -523,7 +523,8 @@ class _Lowering:
         legs = [leg for tie in ties if (leg := self.convolution_legs(*tie, adjoint, gradient)) is not None]
         if len(legs) < len(ties):
             return False
-        whole = self.whole_axes(one, spatial, inner if gradient else free_one) if len(legs) < _MOST_DIMENSIONS else []
+        room = _MOST_DIMENSIONS - len(legs)
+        whole = self.whole_axes(one, spatial, inner if gradient else free_one, room)
         if whole:
             # A kernel of size 1 along the axes beside: moving them into the batch would cost copies.
             legs += [self.whole_leg(index, gradient) for index in whole]
@@ -571,12 +572,11 @@ class _Lowering:
         self.patterns = patterns
         return True
 
-    def whole_axes(self, tensor: _Tensor, spatial: set[str], pool: list[str]) -> list[str]:
-        """Indices of the pool among the last axes of a tensor, beside its spatial ones."""
+    def whole_axes(self, tensor: _Tensor, spatial: set[str], pool: list[str], room: int) -> list[str]:
+        """Indices of the pool among the last axes of a tensor, beside its spatial ones; none if there is no room."""
         tail = list(itertools.takewhile(lambda index: index in spatial or index in pool, reversed(tensor.indices)))
         found = [index for index in tail if index in pool]
-        fits = len(found) + len({*spatial} & {*tail}) <= _MOST_DIMENSIONS and len(found) < len(pool)
-        return found if fits else []
+        return found if len(found) <= room and len(found) < len(pool) else []
 
     def whole_leg(self, index: str, gradient: bool) -> _ConvolutionLegs:
         size = self.sizes[index]

@@ -239,6 +239,8 @@ def report(results: Sequence[Result], cases: int, seed: int, shown: int = 40) ->
     for op in [*OPERATIONS, *(["?"] if any(result["op"] == "?" for result in results) else [])]:
         backends = ("?",) if op == "?" else BACKENDS
         print(f"{op:26}" + "".join(f"{counts[op, backend]:8}{wrong[op, backend]:8}" for backend in backends))
+    fewest = min(counts[op, backend] for op in OPERATIONS for backend in BACKENDS)
+    print(f"\nfewest cases of an operation on a backend: {fewest}")
     seconds = sum(result["seconds"] for result in results)
     print(f"\n{len(results)} of {cases} cases, {len(failures)} failed, {seconds:.0f} seconds of work")
     return 1 if failures else 2 if len(results) < cases else 0

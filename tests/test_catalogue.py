@@ -19,7 +19,7 @@ from lensor.bench.extract import convolutions, import_factory, record
 from lensor.bench.layers import Layer, census
 from lensor.bench.regenerate import factory_of
 
-# (total, unique) of each kind at the census input: the table of ALGEBRA.md §4.
+# (total, unique) of each kind at the census input: the paper's table of the nine nets.
 CENSUS = {
     "3c3d": {"general": (3, 3)},
     "2c2d": {"general": (2, 2)},

@@ -750,7 +750,10 @@ def test_gathers_read_in_runs(size: int, stride: int, padding: tuple[int, int], 
 def test_convolution_steps_have_three_dimensions_at_most(op: str) -> None:
     spec = ConvSpec(
         *(3, 6, (2, 1, 2, 2, 2), (2, 2, 1, 2, 1), (1, 4, 2, 1, 2)),
-        **{"dilation": (1, 1, 2, 1, 2), "groups": 3, "transposed": True, "output_padding": (0, 2, 0, 0, 1)},
+        dilation=(1, 1, 2, 1, 2),
+        groups=3,
+        transposed=True,
+        output_padding=(0, 2, 0, 0, 1),
     )
     net = bound(BUILDERS[op](spec), 2)
     operands = operands_of(net)

@@ -89,6 +89,22 @@ def test_flops_never_rise(op: str, spec: str) -> None:
     assert min(lower(net.simplify(), strategy).flops for strategy in STRATEGIES) <= plain
 
 
+RISES = {138, 572, 645, 781, 785, 830, 883}
+"""Random networks below 1,000 that cost more when simplified: see the known gaps in docs/design.md."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, 1000, 100))
+def test_flops_of_random_networks_rise_in_known_cases_only(start: int) -> None:
+    risen = set()
+    for seed in range(start, start + 100):
+        net = random_network(seed)
+        plain, simple = (min(lower(one, strategy).flops for strategy in STRATEGIES) for one in (net, net.simplify()))
+        if simple > plain:
+            risen.add(seed)
+    assert risen == {seed for seed in RISES if start <= seed < start + 100}
+
+
 @settings(max_examples=150)
 @given(SEEDS, st.integers(0, 1000))
 def test_any_order_ends_in_the_same_network(seed: int, order: int) -> None:

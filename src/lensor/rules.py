@@ -135,10 +135,10 @@ def _lines() -> Iterator[str]:
         yield ""
     yield "## Cases beyond dense and down-sampling\n"
     yield (
-        "Convolutions that simplify although their sizes do not divide, their padding is not 0, or their output index"
-        " is open. Where a pattern of kernel size over 1 is left, no rule makes the network cheaper, and the planner"
-        " chooses how to evaluate it: by views, by a convolution, or as an array that, where nothing else needs o, as"
-        " in KFAC-reduce, is summed over o before it meets X.\n"
+        "einconv 0.1 leaves all of these as they stand: convolutions that simplify although their sizes do not divide,"
+        " their padding is not 0, or their output index is open. Where a pattern of kernel size over 1 is left, no rule"
+        " makes the network cheaper, and the planner chooses how to evaluate it: by views, by a convolution, or as an"
+        " array that, where nothing else needs o, as in KFAC-reduce, is summed over o before it meets X.\n"
     )
     yield _row("case", "network", "simplified", "rules that fired", "flops before", "flops after")
     yield _row("---", "---", "---", "---", "---:", "---:")

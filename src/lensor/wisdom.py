@@ -85,7 +85,16 @@ def record(key: str, net: AnyNetwork, where: str, seconds: Mapping[str, float]) 
 
 
 def forget() -> None:
-    """Forget all measured times; files stay as they are, and so do plans until `lensor.clear_caches()`."""
+    """Forget all measured times; files stay as they are, and so do plans until `lensor.clear_caches()`.
+
+    Example:
+        >>> import lensor
+        >>> with lensor.planning(effort="measure"):
+        ...     plan = lensor.ops.unfold(lensor.ConvSpec(2, 4, (5,), 3)).plan(X=(3, 2, 5))
+        >>> lensor.wisdom.forget()
+        >>> lensor.wisdom.entries()
+        ()
+    """
     with _lock:
         _known.clear()
     _update({})

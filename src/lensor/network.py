@@ -79,8 +79,7 @@ class Delta:
     """A Kronecker delta: 1 where all its indices are equal, else 0.
 
     Example:
-        >>> import lensor
-        >>> import numpy as np
+        >>> import lensor, numpy as np
         >>> nodes = [lensor.Operand("X", (("i",),)), lensor.Delta(("i", "j"))]
         >>> net = lensor.Network.make(nodes, [("i",), ("j",)], {"i": 2, "j": 2})
         >>> print(net)
@@ -103,8 +102,7 @@ class Ones:
     """A vector of ones.
 
     Example:
-        >>> import lensor
-        >>> import numpy as np
+        >>> import lensor, numpy as np
         >>> nodes = [lensor.Operand("X", (("i",),)), lensor.Ones("n")]
         >>> net = lensor.Network.make(nodes, [("n",), ("i",)], {"i": 2, "n": 3})
         >>> print(net)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lensor.cache import Cache
+from lensor.errors import require_type
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -210,7 +211,7 @@ class IndexPattern:
 
         Example:
             >>> import lensor
-            >>> lensor.IndexPattern(6, 2, stride=2).kind, lensor.IndexPattern(6, 1, stride=2).kind, lensor.IndexPattern(6, 2).kind
+            >>> tuple(lensor.IndexPattern(6, size, stride=2).kind for size in (2, 1, 3))
             ('dense', 'down-sampling', 'general')
         """
         if self.padding != (0, 0) or self.dilation != 1:
@@ -462,7 +463,7 @@ class IndexPattern:
 
         Example:
             >>> import lensor
-            >>> lensor.IndexPattern(5, 3, padding=1).is_symmetric, lensor.IndexPattern(5, 3, padding=(1, 0)).is_symmetric
+            >>> tuple(lensor.IndexPattern(5, 3, padding=padding).is_symmetric for padding in (1, (1, 0)))
             (True, False)
         """
         return bool(np.array_equal(self.flip().reads(), self.reads()))
@@ -503,8 +504,10 @@ class IndexPattern:
             True
 
         Raises:
+            TypeError: if `inner` is no IndexPattern.
             ValueError: if the input size of `inner` is not the output size of this pattern.
         """
+        require_type(inner, IndexPattern, "inner")
         if inner.input_size != self.output_size:
             raise ValueError(
                 f"inner.input_size must be this pattern's output_size={self.output_size}, found {inner.input_size}"

@@ -270,8 +270,7 @@ class ConvSpec:
             input_size: spatial size of its input; `()` for a linear layer.
 
         Example:
-            >>> import lensor
-            >>> import torch
+            >>> import lensor, torch
             >>> lensor.ConvSpec.from_module(torch.nn.Conv2d(4, 8, 3, stride=2, padding="valid"), input_size=(9, 9))
             ConvSpec(4, 8, (9, 9), 3, stride=2, bias=True)
             >>> lensor.ConvSpec.from_module(torch.nn.Linear(4, 8, bias=False))

@@ -107,7 +107,7 @@ def test_an_operation_names_a_wrong_specification(name: str, wrong: Any) -> None
 
 @pytest.mark.parametrize("wrong", [None, "n i -> n", lensor.ConvSpec(1, 1, 5, 3)], ids=repr)
 def test_simplify_names_what_is_no_network(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="^net must be a Network or a Sum, found "):
+    with pytest.raises(TypeError, match=r"^net must be a Network or a Sum, found "):
         lensor.simplify(wrong)
 
 
@@ -119,5 +119,5 @@ def test_compose_names_what_is_no_pattern() -> None:
 
 @pytest.mark.parametrize("block", ["filters", None, ["filter"]], ids=repr)
 def test_mini_block_names_a_wrong_block(block: Any) -> None:
-    with pytest.raises(ValueError, match="^block must be one of .*, found "):
+    with pytest.raises(ValueError, match=r"^block must be one of .*, found "):
         ops.ggn_mini_block(lensor.ConvSpec(4, 8, 9, 3), block)

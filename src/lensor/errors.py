@@ -63,11 +63,9 @@ class NetworkError(LensorError, ValueError):
     """
 
 
-def require_type(value: Any, kinds: type | tuple[type, ...], name: str) -> None:
+def require_type(value: Any, name: str, *kinds: type) -> None:
     """TypeError naming the argument unless `value` is of one of some kinds."""
     if not isinstance(value, kinds):
-        expected = " or ".join(
-            f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
-            for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
-        )
+        names = [kind.__name__ for kind in kinds]
+        expected = " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
         raise TypeError(f"{name} must be {expected}, found {value!r} of type {type(value).__name__}")

@@ -403,7 +403,13 @@ def to_text(net: AnyNetwork, legend: bool = False) -> str:
 
 
 def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
-    """The index patterns of a network under the names its text gives them."""
+    """The index patterns of a network under the names its text gives them.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.conv(lensor.ConvSpec(1, 1, (5, 7), 3)).patterns
+        {'Π1': IndexPattern(5, 3), 'Π2': IndexPattern(7, 3)}
+    """
     return {name: key[0] for key, name in _pattern_names(net.terms).items()}
 
 

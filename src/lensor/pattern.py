@@ -507,7 +507,7 @@ class IndexPattern:
             TypeError: if `inner` is no IndexPattern.
             ValueError: if the input size of `inner` is not the output size of this pattern.
         """
-        require_type(inner, IndexPattern, "inner")
+        require_type(inner, "inner", IndexPattern)
         if inner.input_size != self.output_size:
             raise ValueError(
                 f"inner.input_size must be this pattern's output_size={self.output_size}, found {inner.input_size}"

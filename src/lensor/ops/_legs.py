@@ -21,7 +21,7 @@ class Legs:
     spec: ConvSpec
 
     def __post_init__(self) -> None:
-        require_type(self.spec, ConvSpec, "spec")
+        require_type(self.spec, "spec", ConvSpec)
 
     @property
     def dims(self) -> range:

@@ -106,7 +106,7 @@ def conv_transpose(spec: ConvSpec) -> AnyNetwork:
     Raises:
         TypeError: if `spec` is no ConvSpec.
     """
-    require_type(spec, ConvSpec, "spec")
+    require_type(spec, "spec", ConvSpec)
     if spec.transposed:
         return conv(spec)
     return _without_bias(spec).vjp("X", "Y").rename_operands(Y="X")

@@ -39,7 +39,7 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
     Raises:
         TypeError: if `net` is neither a Network nor a Sum.
     """
-    require_type(net, (Network, Sum), "net")
+    require_type(net, "net", Network, Sum)
     return _simplified.get_or_make((net.exact, net.trace), lambda: _collect([apply_rules(term) for term in net.terms]))
 
 

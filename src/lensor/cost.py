@@ -26,6 +26,12 @@ class Machine:
         convolutions: flops of a framework's convolution with many channels.
         bytes: bytes copied (read and written).
         call: seconds of one small operation.
+
+    Example:
+        >>> import lensor
+        >>> laptop = lensor.Machine(products=200e9, convolutions=150e9, bytes=20e9)
+        >>> print(laptop)
+        matrix products 200.0 Gflop/s, convolutions 150.0 Gflop/s, copies 20.0 GB/s, 4.0 µs a call
     """
 
     products: float

@@ -1,8 +1,21 @@
 """Errors that Lensor raises beyond the built-in TypeError and ValueError."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class LensorError(Exception):
-    """Base of the errors that are Lensor's own; each also subclasses a built-in error."""
+    """Base of the errors that are Lensor's own; each also subclasses a built-in error.
+
+    Example:
+        >>> import lensor
+        >>> try:
+        ...     lensor.contraction("n i -> j", "X")
+        ... except lensor.LensorError as error:
+        ...     print(type(error).__name__, isinstance(error, ValueError))
+        SubscriptsError True
+    """
 
 
 class SubscriptsError(LensorError, ValueError):
@@ -12,6 +25,16 @@ class SubscriptsError(LensorError, ValueError):
         reason: what is wrong there.
         text: the whole text.
         position: offset of the offending place in `text`.
+
+    Example:
+        >>> import lensor
+        >>> try:
+        ...     lensor.contraction("n i -> n j", "X")
+        ... except lensor.SubscriptsError as error:
+        ...     print(error)
+        output index 'j' is nowhere present in the operands; they hold ['i', 'n']
+          n i -> n j
+                   ^
     """
 
     def __init__(self, reason: str, text: str, position: int) -> None:
@@ -28,4 +51,21 @@ class SubscriptsError(LensorError, ValueError):
 
 
 class NetworkError(LensorError, ValueError):
-    """A network, or the arguments of a transform, that break the grammar of `Network.check`."""
+    """A network, or the arguments of a transform, that break the grammar of `Network.check`.
+
+    Example:
+        >>> import lensor
+        >>> try:
+        ...     lensor.contraction("n i -> i", "X").vjp("W")
+        ... except lensor.NetworkError as error:
+        ...     print(error)
+        vjp('W') is zero or not defined on X[n i] -> i: operands are ['X'], indices are ['i', 'n']
+    """
+
+
+def require_type(value: Any, name: str, *kinds: type) -> None:
+    """TypeError naming the argument unless `value` is of one of some kinds."""
+    if not isinstance(value, kinds):
+        names = [kind.__name__ for kind in kinds]
+        expected = " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
+        raise TypeError(f"{name} must be {expected}, found {value!r} of type {type(value).__name__}")

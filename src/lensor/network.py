@@ -36,6 +36,14 @@ _RESERVED = re.compile(r"δ|delta|Π\d+")
 class Operand:
     """An array the user supplies by name: one leg for each of its axes.
 
+    Example:
+        >>> import lensor
+        >>> x = lensor.Operand("X", (("n",), ("c", "i")))
+        >>> x.name, x.legs
+        ('X', (('n',), ('c', 'i')))
+        >>> print(lensor.Network.make([x], [("n",)], {"n": None, "c": 2, "i": 3}))
+        X[n (c i)] -> n
+
     Raises:
         NetworkError: if the name is no identifier, or one that stands for a delta or an index pattern in texts.
     """
@@ -53,7 +61,14 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """An index pattern Π with its legs (i, o, k): 1 where i = k·dilation + o·stride − padding, else 0."""
+    """An index pattern Π with its legs (i, o, k): 1 where i = k·dilation + o·stride − padding, else 0.
+
+    Example:
+        >>> import lensor
+        >>> pi = lensor.Pattern(lensor.IndexPattern(5, 3), (("i",), ("o",), ("k",)))
+        >>> print(lensor.Network.make([pi], [("o", "k"), ("i",)], {"i": 5, "o": 3, "k": 3}))
+        Π1[i o k] -> (o k) i
+    """
 
     pattern: IndexPattern
     legs: tuple[Group, Group, Group]
@@ -61,7 +76,18 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A Kronecker delta: 1 where all its indices are equal, else 0."""
+    """A Kronecker delta: 1 where all its indices are equal, else 0.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> nodes = [lensor.Operand("X", (("i",),)), lensor.Delta(("i", "j"))]
+        >>> net = lensor.Network.make(nodes, [("i",), ("j",)], {"i": 2, "j": 2})
+        >>> print(net)
+        X[i] δ[i j] -> i j
+        >>> net(X=np.array([3.0, 4.0]))
+        array([[3., 0.],
+               [0., 4.]])
+    """
 
     indices: tuple[str, ...]
 
@@ -73,7 +99,19 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Ones:
-    """A vector of ones."""
+    """A vector of ones.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> nodes = [lensor.Operand("X", (("i",),)), lensor.Ones("n")]
+        >>> net = lensor.Network.make(nodes, [("n",), ("i",)], {"i": 2, "n": 3})
+        >>> print(net)
+        X[i] 1[n] -> n i
+        >>> net(X=np.array([3.0, 4.0]))
+        array([[3., 4.],
+               [3., 4.],
+               [3., 4.]])
+    """
 
     index: str
 
@@ -121,6 +159,14 @@ class Scale:
 
     A power belongs to the size an index has in this network. Transforms that shorten an index turn its power into a
     number first.
+
+    Example:
+        >>> import lensor
+        >>> scale = lensor.contraction("n i -> i", "X").scaled("1/2", {"n": -1}).scale
+        >>> scale
+        Scale(factor=Fraction(1, 2), powers=(('n', -1),))
+        >>> scale * lensor.Scale(powers=(("n", 1),))
+        Scale(factor=Fraction(1, 2), powers=())
     """
 
     factor: Fraction = Fraction(1)
@@ -133,7 +179,13 @@ class Scale:
         return Scale(self.factor * other.factor, tuple(sorted((i, p) for i, p in powers.items() if p)))
 
     def relabel(self, mapping: Mapping[str, Group]) -> Scale:
-        """The scale after each index was replaced by a group whose sizes multiply to its size."""
+        """The scale after each index was replaced by a group whose sizes multiply to its size.
+
+        Example:
+            >>> import lensor
+            >>> lensor.Scale(powers=(("n", -1),)).relabel({"n": ("g", "m")}).powers
+            (('g', -1), ('m', -1))
+        """
         scale = Scale(self.factor)
         for index, power in self.powers:
             for new in mapping.get(index, (index,)):
@@ -141,7 +193,16 @@ class Scale:
         return scale
 
     def bind(self, sizes: Mapping[str, int | None]) -> Scale:
-        """Turn the powers of indices of known size into numbers."""
+        """Turn the powers of indices of known size into numbers.
+
+        Example:
+            >>> import lensor
+            >>> lensor.Scale(powers=(("n", -1), ("v", 1))).bind({"n": 4, "v": None})
+            Scale(factor=Fraction(1, 4), powers=(('v', 1),))
+
+        Raises:
+            ValueError: for a negative power of an index of size 0.
+        """
         factor, powers = self.factor, []
         for index, power in self.powers:
             size = sizes.get(index)
@@ -256,7 +317,18 @@ class Network(Verbs):
         scale: Scale = Scale(),
         trace: tuple[Firing, ...] = (),
     ) -> Network:
-        """A network from its parts; `sizes` may hold more indices than the network has."""
+        """A network from its parts; `sizes` may hold more indices than the network has.
+
+        Example:
+            >>> import lensor
+            >>> x = lensor.Operand("X", (("n",), ("i",)))
+            >>> print(lensor.Network.make([x], [("i",)], {"n": None, "i": 3, "unused": 5}))
+            X[n i] -> i
+
+        Raises:
+            NetworkError: if an index has no entry in `sizes`, or the parts do not fit together (see `check`).
+            ValueError: if the scale has a negative power of an index of size 0.
+        """
         nodes, output = tuple(nodes), tuple(output)
         used = {index for node in nodes for index in indices_of(node)}
         used.update(index for leg in output for index in leg)
@@ -270,12 +342,24 @@ class Network(Verbs):
     # ------------------------------------------------------------------ reading it
     @cached_property
     def sizes(self) -> Mapping[str, int | None]:
-        """The size of every index, None where it is bound when planning; a read-only view."""
+        """The size of every index, None where it is bound when planning; a read-only view.
+
+        Example:
+            >>> import lensor
+            >>> dict(lensor.contraction("n i -> i", "X", i=3).sizes)
+            {'i': 3, 'n': None}
+        """
         return MappingProxyType(dict(self.dimensions))
 
     @cached_property
     def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand; read-only."""
+        """The legs of the first occurrence of every operand; read-only.
+
+        Example:
+            >>> import lensor
+            >>> dict(lensor.contraction("n (g c) -> n g", "X").operand_legs)
+            {'X': (('n',), ('g', 'c'))}
+        """
         legs: dict[str, tuple[Group, ...]] = {}
         for node in self.nodes:
             if isinstance(node, Operand):
@@ -284,7 +368,13 @@ class Network(Verbs):
 
     @property
     def operands(self) -> tuple[str | IndexPattern, ...]:
-        """Operand names and index patterns in the order of `subscripts`; a delta is "δ", ones are "1"."""
+        """Operand names and index patterns in the order of `subscripts`; a delta is "δ", ones are "1".
+
+        Example:
+            >>> import lensor
+            >>> lensor.ops.weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).operands
+            ('X', IndexPattern(5, 3), 'δ', 'δ')
+        """
         names = {Delta: "δ", Ones: "1"}
         return tuple(
             node.name if isinstance(node, Operand) else node.pattern if isinstance(node, Pattern) else names[type(node)]
@@ -293,45 +383,108 @@ class Network(Verbs):
 
     @property
     def operand_names(self) -> tuple[str, ...]:
-        """The names of the arrays the network needs, each once, in order of appearance."""
+        """The names of the arrays the network needs, each once, in order of appearance.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, n j, n k -> i j k", "X", "X", "Y").operand_names
+            ('X', 'Y')
+        """
         return tuple(self.operand_legs)
 
     @property
     def output_indices(self) -> tuple[str, ...]:
-        """All indices of the output, leg by leg."""
+        """All indices of the output, leg by leg.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> (n o)", "X", "W").output_indices
+            ('n', 'o')
+        """
         return tuple(index for leg in self.output for index in leg)
 
     @property
     def inner_indices(self) -> tuple[str, ...]:
-        """The indices that are summed, in order of appearance."""
+        """The indices that are summed, in order of appearance.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> o", "X", "W").inner_indices
+            ('n', 'i')
+        """
         open_ = set(self.output_indices)
         return tuple(dict.fromkeys(i for node in self.nodes for i in indices_of(node) if i not in open_))
 
     def group_size(self, group: Group) -> int | None:
-        """The product of the sizes of a group, None if one is unknown."""
+        """The product of the sizes of a group, None if one is unknown.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i j -> n (i j)", "X", i=3, j=4)
+            >>> net.group_size(("i", "j")), net.group_size(("n", "i"))
+            (12, None)
+
+        Raises:
+            KeyError: for an index that the network does not have.
+        """
         sizes = [self.sizes[index] for index in group]
         return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
-        """The size of each output leg, None where it is not yet known."""
+        """The size of each output leg, None where it is not yet known.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i j -> n (i j)", "X", i=3, j=4).output_shape
+            (None, 12)
+        """
         return tuple(self.group_size(leg) for leg in self.output)
 
     # ------------------------------------------------------------------ making others
     def replace(self, **parts: Any) -> Network:
-        """A network with some of its parts replaced; sizes may be given as the mapping `sizes`."""
+        """A network with some of its parts replaced; sizes may be given as the mapping `sizes`.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X", i=3)
+            >>> print(net.replace(output=[("n",)]))
+            X[n i] -> n
+            >>> net.replace(sizes={"n": 2}).sizes["n"]
+            2
+
+        Raises:
+            NetworkError: if the new parts do not fit together (see `check`).
+            TypeError: for a part that networks do not have.
+        """
         sizes = {**self.sizes, **parts.pop("sizes", {})}
         parts = {"nodes": self.nodes, "output": self.output, "scale": self.scale, "trace": self.trace} | parts
         return Network.make(sizes=sizes, **parts)
 
     def relabel(self, mapping: Mapping[str, Group], sizes: Mapping[str, int | None] | None = None) -> Network:
-        """The network with each index in `mapping` replaced by a group of indices everywhere."""
+        """The network with each index in `mapping` replaced by a group of indices everywhere.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X", i=6)
+            >>> print(net.relabel({"i": ("a", "b")}, {"a": 2, "b": 3}))
+            X[n (a b)] -> (a b)
+
+        Raises:
+            NetworkError: if a new index has no size, or the network that results breaks the grammar (see `check`).
+        """
         nodes = (new for node in self.nodes for new in relabel_node(node, mapping))
         output = (_relabel_group(leg, mapping) for leg in self.output)
         return self.replace(nodes=nodes, output=output, scale=self.scale.relabel(mapping), sizes=sizes or {})
 
     def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
-        """A name for a new index: `base`, with as many `_` behind it as make it new."""
+        """A name for a new index: `base`, with as many `_` behind it as make it new.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i -> i", "X").fresh("i", taken=["i_"])
+            'i__'
+        """
         used = {*self.sizes, *taken}
         while base in used:
             base += "_"
@@ -345,6 +498,19 @@ class Network(Verbs):
         once in the output and at least once in a node; the legs of a pattern have its sizes; a delta joins two or more
         different indices of one size; all occurrences of an operand have the same number of axes, and of one size
         where known.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X")
+            >>> net.check()  # networks are checked when they are made
+            >>> try:
+            ...     net.replace(output=[("n",), ("n",)])
+            ... except lensor.NetworkError as error:
+            ...     print(error)
+            output index 'n' occurs 2 times in the output, expected once
+
+        Raises:
+            NetworkError: naming the first part that breaks the grammar.
         """
         sizes = self.sizes
         held = {index for node in self.nodes for index in indices_of(node)}
@@ -388,7 +554,14 @@ class Network(Verbs):
     # ------------------------------------------------------------------ identity
     @cached_property
     def canonical(self) -> tuple:
-        """A key that is the same for all networks that are equal up to names and order."""
+        """A key that is the same for all networks that are equal up to names and order.
+
+        Example:
+            >>> import lensor
+            >>> one, two = lensor.contraction("n i -> i", "X"), lensor.contraction("a b -> b", "X")
+            >>> one.canonical == two.canonical, one == two
+            (True, True)
+        """
         return self._canonical[0]
 
     @property
@@ -414,12 +587,26 @@ class Network(Verbs):
 
     @property
     def exact(self) -> tuple:
-        """A key for this very network, names and order included."""
+        """A key for this very network, names and order included.
+
+        Example:
+            >>> import lensor
+            >>> one, two = lensor.contraction("n i -> i", "X"), lensor.contraction("a b -> b", "X")
+            >>> one == two, one.exact == two.exact
+            (True, False)
+        """
         return (self.nodes, self.output, self.dimensions, self.scale)
 
     @property
     def terms(self) -> tuple[Network, ...]:
-        """The network as a sum of one term."""
+        """The network as a sum of one term.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X")
+            >>> net.terms == (net,)
+            True
+        """
         return (self,)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -506,7 +693,15 @@ class Sum(Verbs):
         return tuple(firing for term in self.terms for firing in term.trace)
 
     def check(self) -> None:
-        """Raise NetworkError unless every term is well formed and the outputs agree."""
+        """Raise NetworkError unless every term is well formed and the outputs agree.
+
+        Example:
+            >>> import lensor
+            >>> lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 2, bias=True)).check()
+
+        Raises:
+            NetworkError: naming the first part that breaks the grammar of `Network.check`, or outputs that differ.
+        """
         for term in self.terms:
             term.check()
         self.__post_init__()

@@ -403,7 +403,13 @@ def to_text(net: AnyNetwork, legend: bool = False) -> str:
 
 
 def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
-    """The index patterns of a network under the names its text gives them."""
+    """The index patterns of a network under the names its text gives them.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.conv(lensor.ConvSpec(1, 1, (5, 7), 3)).patterns
+        {'Π1': IndexPattern(5, 3), 'Π2': IndexPattern(7, 3)}
+    """
     return {name: key[0] for key, name in _pattern_names(net.terms).items()}
 
 
@@ -562,6 +568,13 @@ def _assemble(
 
 
 def _subscripts(net: AnyNetwork) -> str:
+    """The einsum string over `operands`, terms of a sum joined by `+`.
+
+    Example:
+        >>> import lensor
+        >>> lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 3, bias=True)).subscripts
+        'n (g c_in) i1, i1 o1 k1, (g c_out) c_in k1 -> n (g c_out) o1 + (g c_out), n, o1 -> n (g c_out) o1'
+    """
     return " + ".join(
         f"{', '.join(format_legs(node.legs) for node in term.nodes)} -> {format_legs(term.output)}".rstrip()
         for term in net.terms
@@ -570,5 +583,5 @@ def _subscripts(net: AnyNetwork) -> str:
 
 Verbs.__str__ = lambda self: to_text(self)  # type: ignore[assignment]
 Verbs.__repr__ = lambda self: f"parse({to_text(self, legend=True)!r})"  # type: ignore[assignment]
-Verbs.subscripts = property(_subscripts, doc="The einsum string over `operands`, terms of a sum joined by `+`.")  # type: ignore
-Verbs.patterns = property(patterns_of, doc=patterns_of.__doc__)  # type: ignore
+Verbs.subscripts = property(_subscripts)  # type: ignore
+Verbs.patterns = property(patterns_of)  # type: ignore

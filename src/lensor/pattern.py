@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lensor.cache import Cache
+from lensor.errors import require_type
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -183,17 +184,36 @@ class IndexPattern:
 
     @property
     def nnz(self) -> int:
-        """Number of ones, Σ Π[i,o,k]."""
+        """Number of ones, Σ Π[i,o,k].
+
+        Example:
+            >>> import lensor
+            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
+            >>> pi.nnz, int(pi.materialize().sum())
+            (7, 7)
+        """
         return int(self.counts().sum())
 
     @property
     def density(self) -> float:
-        """Share of ones, nnz/(I·O·K)."""
+        """Share of ones, nnz/(I·O·K).
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(4, 2, stride=2).density
+            0.25
+        """
         return self.nnz / (self.input_size * self.output_size * self.kernel_size)
 
     @property
     def kind(self) -> str:
-        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`: a label, no more."""
+        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`: a label, no more.
+
+        Example:
+            >>> import lensor
+            >>> tuple(lensor.IndexPattern(6, size, stride=2).kind for size in (2, 1, 3))
+            ('dense', 'down-sampling', 'general')
+        """
         if self.padding != (0, 0) or self.dilation != 1:
             return "general"
         if self.kernel_size == self.stride and self.output_size * self.stride == self.input_size:
@@ -217,6 +237,11 @@ class IndexPattern:
         """Whether no input position is read twice, so that unfolding is a pure gather (rule 13).
 
         S/g ≥ K or D/g ≥ O, g = gcd(S,D), is enough; with padding also whatever leaves no repeated read.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(6, 2, stride=2).is_injective, lensor.IndexPattern(6, 2).is_injective
+            (True, False)
         """
         g = gcd(self.stride, self.dilation)
         if self.padding_mode == "zeros" and (
@@ -229,7 +254,13 @@ class IndexPattern:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is read at all: Π = 0."""
+        """Whether nothing is read at all: Π = 0.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(4, 1, padding=(3, 0), output_size=3).is_zero
+            True
+        """
         return self.nnz == 0
 
     # ----------------------------------------------------------------------------------------------------- arrays
@@ -237,6 +268,19 @@ class IndexPattern:
         """The input position that (o, k) reads, read-only int64 [output_size, kernel_size]; −1 where it reads zero.
 
         k·D + o·S − P, then through the padding mode.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(4, 3, padding=1).reads()
+            array([[-1,  0,  1],
+                   [ 0,  1,  2],
+                   [ 1,  2,  3],
+                   [ 2,  3, -1]])
+            >>> lensor.IndexPattern(4, 3, padding=1, padding_mode="circular").reads()
+            array([[3, 0, 1],
+                   [0, 1, 2],
+                   [1, 2, 3],
+                   [2, 3, 0]])
         """
         if self.output_size * self.kernel_size > _LARGEST_KEPT:
             return self._make_reads()
@@ -260,7 +304,15 @@ class IndexPattern:
         return reads
 
     def materialize(self) -> np.ndarray:
-        """Π as a bool array [input_size, output_size, kernel_size], new at each call."""
+        """Π as a bool array [input_size, output_size, kernel_size], new at each call.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(3, 2).materialize()[:, :, 1].astype(int)  # what kernel position 1 reads
+            array([[0, 0],
+                   [1, 0],
+                   [0, 1]])
+        """
         reads = self.reads()
         array = np.zeros((self.input_size, self.output_size, self.kernel_size), bool)
         o, k = np.nonzero(reads >= 0)
@@ -271,6 +323,16 @@ class IndexPattern:
         """Π summed over the leg `"i"`, `"o"` or `"k"`, int64 over the other two in the order i, o, k (rule 16).
 
         v[o,k] = Σ_i Π = [0 ≤ kD+oS−P < I]; m[i,k] = Σ_o Π; u[i,o] = Σ_k Π; binary in zeros mode.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(3, 2).leg_sum("k")
+            array([[1, 0],
+                   [1, 1],
+                   [0, 1]])
+
+        Raises:
+            ValueError: for another leg.
         """
         reads = self.reads()
         if leg == "i":
@@ -286,6 +348,12 @@ class IndexPattern:
         """n[k] = Σ_{i,o} Π, int64 [kernel_size] (rule 17).
 
         max(0, min(O−1, ⌊(I−1+P−kD)/S⌋) − max(0, ⌈(P−kD)/S⌉) + 1) in zeros mode, O in the others.
+
+        Example:
+            >>> import lensor
+            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
+            >>> pi.counts()
+            array([2, 3, 2])
         """
         if self.padding_mode != "zeros":
             return np.full(self.kernel_size, self.output_size, np.int64)
@@ -303,6 +371,14 @@ class IndexPattern:
         """For each kernel position the strided slice of the input that it reads (rule 18).
 
         k reads x[kD + o_lo·S − P : kD + o_hi·S − P + 1 : S] at the output positions o_lo to o_hi, and zero at others.
+
+        Example:
+            >>> import lensor
+            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
+            >>> pi.slices()[0]
+            SliceOfReads(o_lo=1, o_hi=2, start=1, stop=4, step=2)
+            >>> pi.reads()[:, 0]
+            array([-1,  1,  3])
 
         Raises:
             ValueError: if a padding mode other than zeros is in use.
@@ -326,6 +402,13 @@ class IndexPattern:
 
         Π = [(i+P) mod S = k mod S]·[⌊(i+P)/S⌋ = ⌊k/S⌋ + o]. For S=1 use `swap().polyphase()`.
 
+        Example:
+            >>> import lensor
+            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
+            >>> factors = pi.polyphase()
+            >>> factors.kernel_phase, factors.kernel_block
+            (array([0, 1, 0]), array([0, 0, 1]))
+
         Raises:
             ValueError: for another dilation, or a padding mode other than zeros in use.
         """
@@ -339,7 +422,14 @@ class IndexPattern:
 
     # --------------------------------------------------------------------------------------------------- algebra
     def swap(self) -> IndexPattern:
-        """Kernel and output exchanged: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], O pinned to K (rule 4)."""
+        """Kernel and output exchanged: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], O pinned to K (rule 4).
+
+        Example:
+            >>> import lensor
+            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
+            >>> pi.swap()
+            IndexPattern(5, 3, padding=1, dilation=2)
+        """
         return self._replace(
             kernel_size=self.output_size,
             stride=self.dilation,
@@ -351,6 +441,14 @@ class IndexPattern:
         """All three legs reversed: Π[I−1−i, O−1−o, K−1−k], the pattern with P → P_right − r (rule 14).
 
         The new left padding is (O−1)S + D(K−1) + 1 − I − P_left, which is P_right − r unless the output size is pinned.
+
+        Example:
+            >>> import lensor
+            >>> pi = lensor.IndexPattern(6, 3, stride=2, padding=(1, 0))
+            >>> pi.flip()
+            IndexPattern(6, 3, stride=2, padding=(0, 1))
+            >>> bool((pi.flip().materialize() == pi.materialize()[::-1, ::-1, ::-1]).all())
+            True
         """
         left, right = self._needed_right, self.padding[0]
         if self.padding_mode == "circular" and min(left, right) < 0:
@@ -361,7 +459,13 @@ class IndexPattern:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the pattern is its own mirror image: reversing all three legs changes nothing (rule 14)."""
+        """Whether the pattern is its own mirror image: reversing all three legs changes nothing (rule 14).
+
+        Example:
+            >>> import lensor
+            >>> tuple(lensor.IndexPattern(5, 3, padding=padding).is_symmetric for padding in (1, (1, 0)))
+            (True, False)
+        """
         return bool(np.array_equal(self.flip().reads(), self.reads()))
 
     def normalize(self) -> IndexPattern:
@@ -369,6 +473,11 @@ class IndexPattern:
 
         The right padding is (O−1)S + D(K−1) + 1 − I − P_left; D=1 if K=1; S=1 if O=1; the mode is zeros if nothing
         outside the input is read; a pattern that reads nothing has S = D = 1 and P_left = −I.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(6, 1, stride=2, dilation=3).normalize()
+            IndexPattern(6, 1, stride=2, padding=(0, -1))
         """
         mode = "zeros" if self._is_inside else self.padding_mode
         stride = 1 if self.output_size == 1 else self.stride
@@ -387,9 +496,18 @@ class IndexPattern:
         Π12 = Π(I, D1(K1−1)+D2·S1(K2−1)+1, S1·S2, P1+S1·P2, 1) and ΠK[m,l,k] = [m = k·D1 + l·D2·S1], self being Π1 and
         `inner` Π2. None unless Π2 reads only inside (v2 ≡ 1) and both are in zeros mode.
 
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(9, 3).compose(lensor.IndexPattern(7, 3))
+            (IndexPattern(9, 5), IndexPattern(5, 3))
+            >>> lensor.IndexPattern(9, 3).compose(lensor.IndexPattern(7, 3, padding=1)) is None
+            True
+
         Raises:
+            TypeError: if `inner` is no IndexPattern.
             ValueError: if the input size of `inner` is not the output size of this pattern.
         """
+        require_type(inner, "inner", IndexPattern)
         if inner.input_size != self.output_size:
             raise ValueError(
                 f"inner.input_size must be this pattern's output_size={self.output_size}, found {inner.input_size}"
@@ -460,6 +578,12 @@ class IndexPattern:
         """The padding by its mode apart from the reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
 
         R = Π_mode(I,1,1,(P_left,P_right),1), L = I+P_left+P_right. (None, the pattern itself) in zeros mode.
+
+        Example:
+            >>> import lensor
+            >>> padding, rest = lensor.IndexPattern(5, 3, padding=1, padding_mode="reflect").split_padding()
+            >>> padding, rest
+            (IndexPattern(5, 1, padding=1, padding_mode='reflect'), IndexPattern(7, 3))
         """
         if self.padding_mode == "zeros":
             return None, self
@@ -471,6 +595,13 @@ class IndexPattern:
 
         a = (−P) mod g, Π' = Π(·, K, S/g, (P+a)/g, D/g) with O pinned. None if g=1, K=1, O=1, nothing is read, or a
         padding mode other than zeros is in use.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(9, 3, stride=2, dilation=2).gcd_split()
+            (IndexPattern(9, 1, stride=2), IndexPattern(5, 3))
+            >>> lensor.IndexPattern(9, 3, stride=2).gcd_split() is None
+            True
         """
         g = gcd(self.stride, self.dilation)
         if g == 1 or self.kernel_size == 1 or self.output_size == 1 or self.is_zero:

@@ -149,18 +149,40 @@ class Plan:
         return self.shapes[self.result]
 
     def step_flops(self, place: int) -> int:
-        """Additions and multiplications of one step."""
+        """Additions and multiplications of one step.
+
+        Example:
+            >>> import lensor
+            >>> plan = lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2))
+            >>> [(step.name, plan.step_flops(place)) for place, step in enumerate(plan.steps)]
+            [('operand', 0), ('operand', 0), ('matmul', 48)]
+
+        Raises:
+            IndexError: for a place that the plan does not have.
+        """
         step = self.steps[place]
         return step.flops([self.shapes[at] for at in step.takes], self.shapes[place])
 
     @property
     def flops(self) -> int:
-        """Additions and multiplications of all steps (a multiply-add counts 2)."""
+        """Additions and multiplications of all steps (a multiply-add counts 2).
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).flops
+            48
+        """
         return sum(self.step_flops(place) for place in range(len(self.steps)))
 
     @cached_property
     def peak_size(self) -> int:
-        """The most entries alive at once beside operands and patterns; the result is counted."""
+        """The most entries alive at once beside operands and patterns; the result is counted.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).peak_size
+            8
+        """
         return peak_size(self.steps, self.shapes, self.result)
 
     def __call__(self, **operands: Any) -> Any:

@@ -192,6 +192,11 @@ class ConvSpec:
         """One index pattern for each spatial dimension.
 
         Those of a transposed convolution have its output size as I, and O pinned to its input size.
+
+        Example:
+            >>> import lensor
+            >>> lensor.ConvSpec(1, 1, (5, 7), 3, stride=(1, 2)).patterns
+            (IndexPattern(5, 3), IndexPattern(7, 3, stride=2))
         """
         return self._patterns
 
@@ -201,6 +206,13 @@ class ConvSpec:
 
         1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; of a transposed convolution
         (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
+
+        Example:
+            >>> import lensor
+            >>> lensor.ConvSpec(1, 1, (5, 7), 3, stride=2).output_size
+            (2, 3)
+            >>> lensor.ConvSpec(1, 1, (5, 7), 3, stride=2, transposed=True).output_size
+            (11, 15)
         """
         if self.transposed:
             return tuple(pattern.input_size for pattern in self._patterns)
@@ -211,6 +223,11 @@ class ConvSpec:
         """`"dense"`, `"down-sampling"`, `"mixed-dense"` or `"general"`: a label, no more.
 
         All patterns dense; all dense or down-sampling; some; none.
+
+        Example:
+            >>> import lensor
+            >>> [lensor.ConvSpec(1, 1, (6, 6), 2, stride=stride).kind for stride in (2, (2, 1), 1, 3)]
+            ['dense', 'mixed-dense', 'general', 'down-sampling']
         """
         special = [pattern.kind for pattern in self._patterns if pattern.kind != "general"]
         if len(special) < self.ndim:
@@ -219,7 +236,15 @@ class ConvSpec:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """`[c_out, c_in / groups, *kernel_size]`, as torch; transposed `[c_in, c_out / groups, *kernel_size]`."""
+        """`[c_out, c_in / groups, *kernel_size]`, as torch; transposed `[c_in, c_out / groups, *kernel_size]`.
+
+        Example:
+            >>> import lensor
+            >>> lensor.ConvSpec(4, 8, (9, 9), 3, groups=2).weight_shape
+            (8, 2, 3, 3)
+            >>> lensor.ConvSpec(4, 8, (9, 9), 3, groups=2, transposed=True).weight_shape
+            (4, 4, 3, 3)
+        """
         first, second = self.out_channels, self.in_channels
         if self.transposed:
             first, second = second, first
@@ -243,6 +268,13 @@ class ConvSpec:
         Args:
             module: `torch.nn.Conv1d` to `Conv3d`, `ConvTranspose1d` to `ConvTranspose3d`, or `Linear`.
             input_size: spatial size of its input; `()` for a linear layer.
+
+        Example:
+            >>> import lensor, torch
+            >>> lensor.ConvSpec.from_module(torch.nn.Conv2d(4, 8, 3, stride=2, padding="valid"), input_size=(9, 9))
+            ConvSpec(4, 8, (9, 9), 3, stride=2, bias=True)
+            >>> lensor.ConvSpec.from_module(torch.nn.Linear(4, 8, bias=False))
+            ConvSpec(4, 8, (), ())
 
         Raises:
             TypeError: for any other module.

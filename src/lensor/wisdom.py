@@ -50,6 +50,12 @@ class Measured:
         network: its text.
         where: processor, framework, dtype, device and threads.
         seconds: the shortest time of each strategy that was timed.
+
+    Example:
+        >>> import lensor
+        >>> one = lensor.wisdom.Measured("X[n] -> n", "a processor, numpy", {"greedy": 1e-5})
+        >>> one.seconds["greedy"]
+        1e-05
     """
 
     network: str
@@ -85,14 +91,36 @@ def record(key: str, net: AnyNetwork, where: str, seconds: Mapping[str, float]) 
 
 
 def forget() -> None:
-    """Forget all measured times; files stay as they are, and so do plans until `lensor.clear_caches()`."""
+    """Forget all measured times; files stay as they are, and so do plans until `lensor.clear_caches()`.
+
+    Example:
+        >>> import lensor
+        >>> with lensor.planning(effort="measure"):
+        ...     plan = lensor.ops.unfold(lensor.ConvSpec(2, 4, (5,), 3)).plan(X=(3, 2, 5))
+        >>> lensor.wisdom.forget()
+        >>> lensor.wisdom.entries()
+        ()
+    """
     with _lock:
         _known.clear()
     _update({})
 
 
 def entries() -> tuple[Measured, ...]:
-    """Everything that is known, to look at."""
+    """Everything that is known, to look at.
+
+    Example:
+        >>> import lensor
+        >>> lensor.wisdom.forget()
+        >>> lensor.clear_caches()
+        >>> with lensor.planning(effort="measure"):
+        ...     plan = lensor.ops.unfold(lensor.ConvSpec(2, 4, (5,), 3)).plan(X=(3, 2, 5))
+        >>> (one,) = lensor.wisdom.entries()
+        >>> one.network
+        'X[n c_in i1] Π1[i1 o1 k1] -> n (c_in k1) o1 where Π1=IndexPattern(5, 3), c_in=2, i1=5, k1=3, n=3, o1=3'
+        >>> sorted(one.seconds) == sorted(c.name for c in plan.candidates if c.measured is not None)
+        True
+    """
     return tuple(_known.values())
 
 
@@ -112,6 +140,12 @@ def save(path: str | os.PathLike[str]) -> int:
 
     Args:
         path: the file; its folder must exist.
+
+    Example:
+        >>> import lensor, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "wisdom.json")
+        >>> lensor.wisdom.save(path) == len(lensor.wisdom.entries())
+        True
 
     Raises:
         OSError: if it cannot be written.
@@ -143,6 +177,13 @@ def load(path: str | os.PathLike[str]) -> int:
 
     Args:
         path: a file that `save` wrote.
+
+    Example:
+        >>> import lensor, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "wisdom.json")
+        >>> saved = lensor.wisdom.save(path)
+        >>> lensor.wisdom.load(path) == saved
+        True
 
     Raises:
         OSError: if it cannot be read.

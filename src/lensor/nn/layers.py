@@ -115,27 +115,69 @@ def _output_padding(module: Any, input: Tensor, output_size: Sequence[int]) -> t
 
 
 class Conv1d(Convolution, torch.nn.Conv1d):
-    """`torch.nn.Conv1d` computed by Lensor."""
+    """`torch.nn.Conv1d` computed by Lensor.
+
+    Example:
+        >>> import torch, lensor.nn
+        >>> layer = lensor.nn.Conv1d(2, 4, kernel_size=3, stride=2)
+        >>> layer(torch.zeros(1, 2, 9)).shape
+        torch.Size([1, 4, 4])
+    """
 
 
 class Conv2d(Convolution, torch.nn.Conv2d):
-    """`torch.nn.Conv2d` computed by Lensor."""
+    """`torch.nn.Conv2d` computed by Lensor.
+
+    Example:
+        >>> import torch, lensor.nn
+        >>> layer = lensor.nn.Conv2d(2, 4, kernel_size=3, stride=2)
+        >>> layer(torch.zeros(1, 2, 9, 9)).shape
+        torch.Size([1, 4, 4, 4])
+    """
 
 
 class Conv3d(Convolution, torch.nn.Conv3d):
-    """`torch.nn.Conv3d` computed by Lensor."""
+    """`torch.nn.Conv3d` computed by Lensor.
+
+    Example:
+        >>> import torch, lensor.nn
+        >>> layer = lensor.nn.Conv3d(2, 4, kernel_size=3, stride=2)
+        >>> layer(torch.zeros(1, 2, 9, 9, 9)).shape
+        torch.Size([1, 4, 4, 4, 4])
+    """
 
 
 class ConvTranspose1d(TransposedConvolution, torch.nn.ConvTranspose1d):
-    """`torch.nn.ConvTranspose1d` computed by Lensor."""
+    """`torch.nn.ConvTranspose1d` computed by Lensor.
+
+    Example:
+        >>> import torch, lensor.nn
+        >>> layer = lensor.nn.ConvTranspose1d(2, 4, kernel_size=3, stride=2)
+        >>> layer(torch.zeros(1, 2, 9)).shape
+        torch.Size([1, 4, 19])
+    """
 
 
 class ConvTranspose2d(TransposedConvolution, torch.nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` computed by Lensor."""
+    """`torch.nn.ConvTranspose2d` computed by Lensor.
+
+    Example:
+        >>> import torch, lensor.nn
+        >>> layer = lensor.nn.ConvTranspose2d(2, 4, kernel_size=3, stride=2)
+        >>> layer(torch.zeros(1, 2, 9, 9)).shape
+        torch.Size([1, 4, 19, 19])
+    """
 
 
 class ConvTranspose3d(TransposedConvolution, torch.nn.ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` computed by Lensor."""
+    """`torch.nn.ConvTranspose3d` computed by Lensor.
+
+    Example:
+        >>> import torch, lensor.nn
+        >>> layer = lensor.nn.ConvTranspose3d(2, 4, kernel_size=3, stride=2)
+        >>> layer(torch.zeros(1, 2, 9, 9, 9)).shape
+        torch.Size([1, 4, 19, 19, 19])
+    """
 
 
 class ConvNd(Convolution, _ConvNd):

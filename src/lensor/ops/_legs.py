@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lensor.errors import require_type
 from lensor.network import Group, Network, Node, Pattern
 from lensor.spec import ConvSpec
 
@@ -18,6 +19,9 @@ class Legs:
     """Names of the channel and spatial indices on the side the operation reads from, and the one it writes to."""
 
     spec: ConvSpec
+
+    def __post_init__(self) -> None:
+        require_type(self.spec, "spec", ConvSpec)
 
     @property
     def dims(self) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lensor.errors import require_type
 from lensor.network import AnyNetwork, Network, Ones, Operand, sum_of
 from lensor.ops._legs import Legs, single
 from lensor.spec import ConvSpec
@@ -16,6 +17,9 @@ def conv(spec: ConvSpec) -> AnyNetwork:
         >>> import lensor
         >>> lensor.ops.conv(lensor.ConvSpec(4, 8, (9, 9), 3, stride=2, groups=2)).subscripts
         'n (g c_in) i1 i2, i1 o1 k1, i2 o2 k2, (g c_out) c_in k1 k2 -> n (g c_out) o1 o2'
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     legs = Legs(spec)
     main = legs.network([Operand("X", legs.input), *legs.patterns, Operand("W", legs.weight)], legs.output)
@@ -41,6 +45,9 @@ def unfold(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.unfold(lensor.ConvSpec(2, 1, 9, 3)))
         X[n c_in i1] Π1[i1 o1 k1] -> n (c_in k1) o1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     legs = Legs(spec)
     channel = legs.channels[0]
@@ -58,6 +65,9 @@ def fold(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.fold(lensor.ConvSpec(2, 1, 9, 3)))
         Π1[i1 o1 k1] V[n (c_in k1) o1] -> n c_in i1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return unfold(spec).vjp("X")
 
@@ -71,6 +81,9 @@ def unfolded_kernel(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.unfolded_kernel(lensor.ConvSpec(2, 3, 9, 3)).simplify())
         Π1[i1 o1 k1] W[c_out c_in k1] -> (c_out o1) (c_in i1)
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     matrix = convolution_matrix(spec)
     rows = [index for leg in matrix.output[: spec.ndim + 1] for index in leg]
@@ -89,7 +102,11 @@ def conv_transpose(spec: ConvSpec) -> AnyNetwork:
         >>> spec = lensor.ConvSpec(4, 2, (5,), 3, stride=2, transposed=True)
         >>> print(lensor.ops.conv_transpose(spec))
         X[n (g c_out) o1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_in) i1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
+    require_type(spec, "spec", ConvSpec)
     if spec.transposed:
         return conv(spec)
     return _without_bias(spec).vjp("X", "Y").rename_operands(Y="X")
@@ -105,10 +122,13 @@ def unfold_transpose(spec: ConvSpec) -> Network:
         >>> spec = lensor.ConvSpec(4, 2, (5,), 3, stride=2, transposed=True)
         >>> print(lensor.ops.unfold_transpose(spec))
         X[n c_out o1] Π1[i1 o1 k1] -> n (c_out k1) i1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
+    legs = Legs(spec)
     if spec.transposed:
         return unfold(spec)
-    legs = Legs(spec)
     inputs, outputs = legs.positions
     operand = Operand("X", (("n",), ("c_out",), *single(outputs)))
     output = (("n",), ("c_out", *legs.kernel), *single(inputs))

@@ -68,6 +68,7 @@ def kfac_input_factor(spec: ConvSpec, approx: str = "expand", *, bias: bool = Fa
          -> g (c_in k1) (c_in_ k1_)
 
     Raises:
+        TypeError: if `spec` is no ConvSpec.
         ValueError: for another approx.
     """
     _require_approx(approx)
@@ -86,6 +87,9 @@ def kfac_input_root(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.kfac_input_root(lensor.ConvSpec(4, 8, (9,), 3)))
         1/7 X[n (g c_in) i1] Π1[i1 o1 k1] -> g n (c_in k1)
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     patches, rows = _patches(spec)
     positions = Legs(spec).positions[1]
@@ -104,6 +108,7 @@ def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
         V[v n (g c_out) o1] V[v n (g c_out_) o1_] -> g c_out c_out_
 
     Raises:
+        TypeError: if `spec` is no ConvSpec.
         ValueError: for another approx.
     """
     _require_approx(approx)
@@ -131,6 +136,9 @@ def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
         >>> import lensor
         >>> lensor.ops.ggn_diagonal(lensor.ConvSpec(4, 8, (9,), 3)).operands[:3]
         ('X', IndexPattern(9, 3), 'S')
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     roots = _per_example_roots(spec)
     weight = roots.output[2:]
@@ -148,6 +156,9 @@ def ggn_gram(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> lensor.ops.ggn_gram(lensor.ConvSpec(4, 8, (9,), 3)).output
         (('v', 'n'), ('w', 'm'))
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     roots = _per_example_roots(spec)
     share = [index for leg in roots.output[2:] for index in leg]
@@ -169,12 +180,13 @@ def ggn_mini_block(spec: ConvSpec, block: str = "filter") -> Network:
         (('g', 'c_out'), ('c_in',), ('k1',), ('k1_',))
 
     Raises:
+        TypeError: if `spec` is no ConvSpec.
         ValueError: for another block.
     """
     roots = _per_example_roots(spec)
     kernel = Legs(spec).kernel
     within = {"filter": ["c_in", *kernel], "kernel": kernel, "position": ["c_out", "c_in"]}
-    if block not in within:
+    if block not in list(within):
         raise ValueError(f"block must be one of {sorted(within)}, found {block!r}")
     rows, k, copies = within[block], " ".join(kernel), " ".join(_copies(within[block]))
     outputs = {
@@ -196,6 +208,9 @@ def hessian_backprop(spec: ConvSpec) -> AnyNetwork:
         >>> import lensor
         >>> lensor.ops.hessian_backprop(lensor.ConvSpec(2, 2, (5,), 3)).operand_names
         ('W', 'H')
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     matrix = convolution_matrix(spec)
     rows, columns = matrix.output[: spec.ndim + 1], matrix.output[spec.ndim + 1 :]
@@ -232,6 +247,9 @@ def hessian_diagonal_input(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.hessian_diagonal_input(lensor.ConvSpec(2, 2, (5,), 3)).simplify())
         Π1[i1 o1 k1] W[c_out c_in k1] W[c_out c_in k1] V[n c_out o1] -> n c_in i1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     matrix = convolution_matrix(spec)
     rows, columns = matrix.output[: spec.ndim + 1], matrix.output[spec.ndim + 1 :]
@@ -245,6 +263,9 @@ def hessian_diagonal_weight(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.hessian_diagonal_weight(lensor.ConvSpec(2, 2, (5,), 3)).simplify())
         X[n c_in i1] Π1[i1 o1 k1] X[n c_in i1] V[n c_out_ o1] -> c_out_ c_in k1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     jacobian = weight_jacobian(spec)
     rows, columns = jacobian.output[: spec.ndim + 2], jacobian.output[spec.ndim + 2 :]

@@ -16,6 +16,9 @@ def weight_vjp(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> lensor.ops.weight_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
         'n (g c_in) i1, i1 o1 k1, n (g c_out) o1 -> (g c_out) c_in k1'
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return conv(spec).vjp("W")
 
@@ -29,6 +32,9 @@ def per_example_weight_vjp(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> lensor.ops.per_example_weight_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
         'n (g c_in) i1, i1 o1 k1, n (g c_out) o1 -> n (g c_out) c_in k1'
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return weight_vjp(spec).keep("n")
 
@@ -42,6 +48,9 @@ def input_vjp(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> lensor.ops.input_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
         'i1 o1 k1, (g c_out) c_in k1, n (g c_out) o1 -> n (g c_in) i1'
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return conv(spec).vjp("X")
 
@@ -53,6 +62,9 @@ def weight_jvp(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> lensor.ops.weight_jvp(lensor.ConvSpec(4, 8, (9,), 3)).operand_names
         ('X', 'T')
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return conv(spec).jvp("W")
 
@@ -64,6 +76,9 @@ def input_jvp(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> lensor.ops.input_jvp(lensor.ConvSpec(4, 8, (9,), 3)).operand_names
         ('T', 'W')
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return conv(spec).jvp("X")
 
@@ -77,6 +92,9 @@ def weight_jacobian(spec: ConvSpec) -> Network:
         >>> import lensor
         >>> print(lensor.ops.weight_jacobian(lensor.ConvSpec(4, 8, (9,), 3)))
         X[n (g c_in) i1] Π1[i1 o1 k1] δ[g g_] δ[c_out c_out_] -> n (g c_out) o1 (g_ c_out_) c_in k1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return conv(spec).jacobian("W")
 
@@ -92,6 +110,9 @@ def input_jacobian(spec: ConvSpec) -> Network:
         >>> net(W=np.array([[[1.0, 2.0]]]), n=1)[0, 0, :, 0, 0, :]
         array([[1., 2., 0.],
                [0., 1., 2.]])
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return conv(spec).jacobian("X")
 
@@ -105,5 +126,8 @@ def mixed_second_derivative(spec: ConvSpec) -> AnyNetwork:
         >>> import lensor
         >>> print(lensor.ops.mixed_second_derivative(lensor.ConvSpec(4, 8, (9,), 3)))
         Π1[i1 o1 k1] V[n (g c_out) o1] δ[g g_] δ[c_in c_in_] -> (g c_out) c_in k1 n (g_ c_in_) i1
+
+    Raises:
+        TypeError: if `spec` is no ConvSpec.
     """
     return weight_vjp(spec).jacobian("X")

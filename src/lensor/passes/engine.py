@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 
 from lensor.cache import Cache
-from lensor.errors import NetworkError
-from lensor.network import AnyNetwork, Firing, Network, Scale, sum_of, verb
+from lensor.errors import NetworkError, require_type
+from lensor.network import AnyNetwork, Firing, Network, Scale, Sum, sum_of, verb
 from lensor.notation import to_text
 from lensor.passes.patterns import DECOMPOSITION_RULES, PATTERN_RULES
 from lensor.passes.rule import Rule, RuleList
@@ -38,7 +38,11 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
         X[n c_in (o1 k1) (o2 k2)] W[c_out c_in k1 k2] -> n c_out o1 o2
         >>> [firing.rule for firing in net.trace if firing.number == "6"]
         ['dense or block pattern into regrouping', 'dense or block pattern into regrouping']
+
+    Raises:
+        TypeError: if `net` is neither a Network nor a Sum.
     """
+    require_type(net, "net", Network, Sum)
     return _simplified.get_or_make((net.exact, net.trace), lambda: _collect([apply_rules(term) for term in net.terms]))
 
 

@@ -23,6 +23,7 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
 
     Raises:
         NetworkError: if the index is already there, or an operand is not.
+        TypeError: if the operands are one name, not a sequence of names.
     """
     if isinstance(operands, str):
         raise TypeError(f"operands must be a sequence of names, found the str {operands!r}")

@@ -183,6 +183,8 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
 
     Raises:
         NetworkError: for an unknown index, or one that has another size.
+        TypeError: for a size that is no integer.
+        ValueError: for size 0 of an index that is averaged over.
     """
     given = {
         index: as_integer(size, f"the size of index {index!r}") for index, size in {**(sizes or {}), **named}.items()

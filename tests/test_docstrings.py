@@ -1,0 +1,125 @@
+"""Every public name tells what it does, shows it, and says what it raises."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lensor
+from lensor import functional, ops, wisdom
+from lensor.network import Verbs
+
+pytest.importorskip("torch")  # lensor.nn and lensor.distributed need it
+
+MODULES = {"lensor": lensor, "lensor.ops": ops, "lensor.functional": functional, "lensor.nn": lensor.nn}
+
+WITHOUT_EXAMPLE = {
+    "a module: what it holds has examples": {
+        *("lensor.distributed", "lensor.functional", "lensor.nn", "lensor.ops"),
+    },
+    "a property that its one line describes": {
+        *("lensor.ConvSpec.input_shape", "lensor.ConvSpec.ndim", "lensor.ConvSpec.output_shape"),
+        *("lensor.Delta.legs", "lensor.Ones.legs"),
+        *("lensor.IndexPattern.is_identity", "lensor.IndexPattern.is_selection"),
+        *("lensor.Network.canonical_order", "lensor.Plan.operands", "lensor.Plan.shape"),
+    },
+    "as the property of Network": {
+        f"lensor.Sum.{name}"
+        for name in (
+            *("canonical", "exact", "operand_legs", "operand_names", "operands", "output", "output_indices"),
+            *("output_shape", "sizes", "trace"),
+        )
+    },
+}
+"""What needs no example, by the reason."""
+
+
+def members(owner: type) -> Iterator[tuple[str, Any]]:
+    """The public methods and properties that a class defines itself."""
+    for name, value in vars(owner).items():
+        if isinstance(value, (classmethod, staticmethod)):
+            value = value.__func__
+        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, (property, cached_property))):
+            yield name, value
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Everything public under its full name."""
+    for prefix, module in MODULES.items():
+        for name in module.__all__:
+            yield f"{prefix}.{name}", getattr(module, name)
+    for name in lensor.__all__:
+        value = getattr(lensor, name)
+        if inspect.isclass(value):
+            yield from ((f"lensor.{name}.{member}", found) for member, found in members(value))
+    yield from ((f"lensor.Network.{name}", found) for name, found in members(Verbs))
+    yield "lensor.Network.__call__", vars(Verbs)["__call__"]
+    yield "lensor.distributed.evaluate", lensor.distributed.evaluate
+    for name in ("entries", "forget", "load", "save"):
+        yield f"lensor.wisdom.{name}", getattr(wisdom, name)
+
+
+PUBLIC = dict(public())
+EXEMPT = {name for names in WITHOUT_EXAMPLE.values() for name in names}
+
+
+def doc_of(value: Any) -> str:
+    """The docstring of a name itself, not one that it inherits."""
+    return inspect.cleandoc(value.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_a_docstring(name: str) -> None:
+    first = doc_of(PUBLIC[name]).partition("\n")[0]
+    assert first.endswith((".", ":")), first
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - EXEMPT))
+def test_a_public_name_has_an_example(name: str) -> None:
+    assert re.search(r"^Example:\n+ +>>> ", doc_of(PUBLIC[name]), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(EXEMPT))
+def test_an_exemption_is_needed(name: str) -> None:
+    value = PUBLIC[name]
+    assert isinstance(value, (property, cached_property, ModuleType))
+    assert ">>>" not in doc_of(value)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLIC if name.startswith(("lensor.ops.", "lensor.functional."))] + ["lensor.simplify"]
+)
+def test_a_function_says_what_it_raises(name: str) -> None:
+    assert re.search(r"^Raises:\n +\w+(, \w+)*: ", doc_of(PUBLIC[name]), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("wrong", [None, "conv", (4, 8, 9, 3)], ids=repr)
+def test_an_operation_names_a_wrong_specification(name: str, wrong: Any) -> None:
+    message = f"spec must be a ConvSpec, found {wrong!r} of type {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(ops, name)(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "n i -> n", lensor.ConvSpec(1, 1, 5, 3)], ids=repr)
+def test_simplify_names_what_is_no_network(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^net must be a Network or a Sum, found "):
+        lensor.simplify(wrong)
+
+
+def test_compose_names_what_is_no_pattern() -> None:
+    wrong: Any = (5, 3)
+    with pytest.raises(TypeError, match=r"^inner must be an IndexPattern, found \(5, 3\) of type tuple$"):
+        lensor.IndexPattern(5, 3).compose(wrong)
+
+
+@pytest.mark.parametrize("block", ["filters", None, ["filter"]], ids=repr)
+def test_mini_block_names_a_wrong_block(block: Any) -> None:
+    with pytest.raises(ValueError, match=r"^block must be one of .*, found "):
+        ops.ggn_mini_block(lensor.ConvSpec(4, 8, 9, 3), block)

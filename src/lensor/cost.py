@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lensor import steps as s
-from lensor.layout import layouts
+from lensor.layout import layouts, step_copies
 from lensor.plan import Plan
 
 
@@ -115,11 +115,16 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         shapes = [plan.shapes[at] for at in step.takes]
         moved = math.prod(plan.shapes[place]) if values[place].copied else 0
         moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
+        if isinstance(step, (s.MatMul, s.Gram)):
+            moved += 2 * step_copies(step, [(plan.shapes[at], values[at].strides) for at in step.takes])[0]
         work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, constants), 1.0)
         calls = 0.25 if not values[place].copied else 1
         if isinstance(step, s.PatchGram):
-            moved += 6 * math.prod(plan.shapes[place])  # gathering the lags, border corrections, the final order
-            calls = len(step.lags()) + _CALLS_PER_CORRECTION * step.corrections()
+            # Every entry of the result is written for every border that concerns it, one pair of offsets a call.
+            offsets, borders = math.prod(step.kernel), step.borders()
+            passes = 1 + sum(len(border.offsets) for border in borders) / offsets
+            moved += 2 * passes * math.prod(plan.shapes[place])
+            calls = len(step.lags()) + passes * offsets**2 / 2 + _CALLS_PER_CORRECTION * len(borders)
         total += work + moved * itemsize / constants.bytes + calls * constants.call
     return total
 

@@ -91,6 +91,37 @@ def _view_strides(step: s.Step, strides: Strides, old: s.Shape, new: s.Shape) ->
     return None
 
 
+_SMALL_PRODUCT = 400
+"""Batched products of fewer multiplications run entry by entry, on operands of any strides."""
+
+
+def product_copies(a: s.Shape, a_strides: Strides, b: s.Shape, b_strides: Strides) -> tuple[int, int]:
+    """Entries that frameworks copy to multiply [batch, m, k] and [batch, k, n]: (in all, alive at once).
+
+    They know products over one batch axis, of matrices of which one axis is contiguous: batch axes that do not merge,
+    because their strides do not or because one is repeated, are copied with all repetitions, matrices with overlapping
+    or gapped rows one by one.
+    """
+    rank = max(len(a), len(b)) - 2
+    sizes = [(1,) * (rank + 2 - len(shape)) + tuple(shape[:-2]) for shape in (a, b)]
+    batch = tuple(max(one, two) for one, two in zip(*sizes, strict=True))
+    in_all = alive = 0
+    for shape, strides in ((a, a_strides), (b, b_strides)):
+        own = (0,) * (rank + 2 - len(shape)) + tuple(
+            0 if size == 1 else stride for size, stride in zip(shape[:-2], strides[:-2], strict=True)
+        )
+        (rows, columns), (down, across) = shape[-2:], strides[-2:]
+        by_rows = (across == 1 or columns == 1) and (down >= columns or rows == 1)
+        by_columns = (down == 1 or rows == 1) and (across >= rows or columns == 1)
+        if rank > 1 and viewed(batch, own, (math.prod(batch),)) is None:
+            in_all += math.prod(batch) * rows * columns
+            alive += math.prod(batch) * rows * columns
+        elif not (by_rows or by_columns) and (rank == 0 or a[-2] * a[-1] * b[-1] >= _SMALL_PRODUCT):
+            in_all += math.prod(batch) * rows * columns
+            alive += rows * columns
+    return in_all, alive
+
+
 def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
     """For each value the place of the last step that takes it."""
     last = list(range(len(steps)))
@@ -113,18 +144,48 @@ def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -
         if value.copied:
             size = math.prod(shapes[place])
             alive += size
-            peak = max(peak, alive + _scratch(steps[place], [shapes[at] for at in steps[place].takes], shapes[place]))
+            taken = [(shapes[at], values[at].strides) for at in steps[place].takes]
+            peak = max(peak, alive + scratch(steps[place], taken, shapes[place]))
             ends[last[place]] = ends.get(last[place], 0) + size
         alive -= ends.pop(place, 0)
     return peak
 
 
-def _scratch(step: s.Step, shapes: Sequence[s.Shape], result: s.Shape) -> int:
-    """Entries a step needs beside operands and result while it runs."""
+def step_copies(step: s.MatMul | s.Gram, taken: Sequence[tuple[s.Shape, Strides]]) -> tuple[int, int]:
+    """`product_copies` of a step whose operands are given by shape and strides."""
+    if isinstance(step, s.MatMul):
+        return product_copies(*taken[0], *taken[1])
+    (*batch, rows, columns), strides = taken[0]
+    return product_copies(*taken[0], (*batch, columns, rows), (*strides[:-2], strides[-1], strides[-2]))
+
+
+def scratch(step: s.Step, taken: Sequence[tuple[s.Shape, Strides]], result: s.Shape) -> int:
+    """Entries a step needs beside its operands, given by shape and strides, and its result while it runs."""
+    if isinstance(step, (s.MatMul, s.Gram)):
+        return step_copies(step, taken)[1]
     if isinstance(step, s.PatchGram):
-        n, g, c, *sizes = shapes[0]
-        padded = n * g * c * math.prod(size + pad for size, pad in zip(sizes, step.pad, strict=True))
-        return padded + len(step.lags()) * g * c * c + math.prod(result)
+        return _patch_gram_scratch(step, taken[0][0])
     if isinstance(step, s.OverlapAdd):
         return 2 * math.prod(result)
     return 0
+
+
+def _patch_gram_scratch(step: s.PatchGram, shape: s.Shape) -> int:
+    """The padded row of positions, and beside it products of two blocks of channels for all lags, or for a border."""
+    n, g, c, *sizes = shape
+    row = n * g * c * math.prod(size + pad for size, pad in zip(sizes, step.pad, strict=True))
+    if c == 1:
+        return row + row
+    blocks = step.blocks(c)
+    block, lags = -(-c // blocks), len(step.lags())
+    most = g * block**2 * (lags if blocks > 1 else (lags + 1) // 2)
+    for border in step.borders():
+        lines = padded = n * g * block
+        for axis, (size, pad) in enumerate(zip(sizes, step.pad, strict=True)):
+            if axis in dict(border.fixed):
+                padded *= border.count[axis]
+            else:
+                lines, padded = lines * size, padded * (size + 2 * pad)
+        count = math.prod(border.count)
+        most = max(most, lines * count + padded, lines * (1 + count) + g * block**2 * count)
+    return row + most

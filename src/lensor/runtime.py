@@ -7,7 +7,7 @@ from typing import Any
 
 from lensor import steps as s
 from lensor.kernels import Backend, backend_of
-from lensor.layout import last_uses
+from lensor.layout import last_uses, layouts
 from lensor.plan import Plan
 
 
@@ -58,7 +58,7 @@ def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
     """
     steps = plan.steps
     names = [f"v{place}" for place, step in enumerate(steps) if isinstance(step, s.Input)]
-    space: dict[str, Any] = {"default": backend.default_reference, "copy": backend.copy}
+    space: dict[str, Any] = {"default": backend.default_reference, "copy": backend.copy, "owned": backend.owned}
     lines = [f"def call({', '.join(names)}):"]
     if not names:
         lines.append("    like = default()")
@@ -67,29 +67,37 @@ def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
         lines.append(f"    like = {names[0]}")
         like = "like"
     last = last_uses(steps, plan.result)
+    kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # the caller holds them anyway
     for place, step in enumerate(steps):
         if isinstance(step, s.Input):
             continue
         space[f"f{place}"] = backend.steps[type(step)](step)
         arguments = ", ".join(f"v{at}" for at in step.takes) or like
         lines.append(f"    v{place} = f{place}({arguments})")
-        dead = [f"v{at}" for at, until in enumerate(last) if until == place and at != place]
+        dead = [f"v{at}" for at, until in enumerate(last) if until == place and at not in (place, *kept)]
         if dead:
             lines.append(f"    del {', '.join(dead)}")
-    result = f"v{plan.result}"
-    lines.append(f"    return {f'copy({result})' if _shares(plan) or not plan.shape else result}")
+    lines.append(f"    return {_returned(plan)}")
     exec(compile("\n".join(lines), f"<{plan.name} plan>", "exec"), space)
     return space["call"]
 
 
-def _shares(plan: Plan) -> bool:
-    """Whether the result may be a view of an operand or of a constant, or have repeated entries."""
-    step = plan.steps[plan.result]
-    while step.is_view and step.takes:
-        if isinstance(step, (s.Expand, s.Window, s.Diagonal)):
-            return True  # entries that overlap, or that a framework will not let anybody write
-        step = plan.steps[step.takes[0]]
-    return step.is_view
+def _returned(plan: Plan) -> str:
+    """What a compiled plan returns: the result, made the caller's own where it may lie in memory of somebody else's."""
+    result = f"v{plan.result}"
+    values, place = layouts(plan.steps, plan.shapes), plan.result
+    while plan.shape:
+        step = plan.steps[place]
+        if not step.is_view:
+            return result
+        if not step.takes or isinstance(step, (s.Expand, s.Window, s.Diagonal)):
+            break  # an operand or a constant; entries that overlap, or that a framework will not let anybody write
+        if values[place].copied:
+            # A copy where operands are in row-major order; where they are not, it may be a view of them.
+            operands = [f"v{at}" for at, step in enumerate(plan.steps) if isinstance(step, s.Input)]
+            return f"owned({', '.join([result, *operands])})"
+        place = step.takes[0]
+    return f"copy({result})"
 
 
 def require_operands(expected: Sequence[str], found: Mapping[str, Any]) -> None:

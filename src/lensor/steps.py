@@ -326,6 +326,29 @@ class Gram(Step):
         return math.prod(result[:-1]) * (result[-1] + 1) * shapes[0][-1]
 
 
+_LAG_BLOCK = 256
+"""Channels of a block: fewer take less memory, more are faster products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """Positions at which some kernel offsets read outside of a pattern's outputs.
+
+    Args:
+        fixed: (axis, position) for every axis of which one position is meant; all of the others.
+        sign: of what is added for them.
+        offsets: the kernel offsets k that exclude them.
+        low: the lowest lag l − k along each axis for these k.
+        count: the number of lags along each axis.
+    """
+
+    fixed: tuple[tuple[int, int], ...]
+    sign: int
+    offsets: tuple[Shape, ...]
+    low: Shape
+    count: Shape
+
+
 @dataclass(frozen=True, slots=True)
 class PatchGram(Step):
     """Products of all patch entries, summed over batch and positions: [n, g, c, *I] -> [g, c, *K, c, *K].
@@ -377,23 +400,27 @@ class PatchGram(Step):
         lags = len(self.lags())
         rows = n * math.prod(size + pad for size, pad in zip(spatial, self.pad, strict=True))
         total = (lags + 1) // 2 * 2 * g * c * c * rows
-        for places, free in self._borders():
-            rest = n * math.prod(spatial[axis] for axis in free)
-            total += places * 2 * g * c * c * lags * rest
+        for border in self.borders():
+            rest = n * math.prod(size for axis, size in enumerate(spatial) if axis not in dict(border.fixed))
+            total += 2 * g * c * c * math.prod(border.count) * rest
         return total
 
-    def corrections(self) -> int:
-        """The number of thin products that correct for excluded positions."""
-        return sum(places for places, _ in self._borders())
+    def blocks(self, channels: int) -> int:
+        """Into how many blocks channels are divided, whose products with each other are alive for all lags at once."""
+        return -(-channels // _LAG_BLOCK)
 
-    def _borders(self) -> list[tuple[int, list[int]]]:
-        """(number of excluded positions, axes that they leave free) for every set of axes with excluded positions."""
-        counts = [len(axis) for axis in self.excluded()]
+    def borders(self) -> list[Border]:
+        """What to take away from sums over all positions: products at excluded positions, by inclusion-exclusion."""
         found = []
-        for chosen in product((False, True), repeat=len(counts)):
-            if any(chosen):
-                places = math.prod(count for count, out in zip(counts, chosen, strict=True) if out)
-                found.append((places, [axis for axis, out in enumerate(chosen) if not out]))
+        excluded = self.excluded()
+        for chosen in product((False, True), repeat=len(excluded)):
+            axes = [axis for axis in range(len(excluded)) if chosen[axis]]
+            for positions in product(*(excluded[axis] for axis in axes)) if axes else ():
+                fixed = dict(zip(axes, positions, strict=True))
+                own = [excluded[axis][fixed[axis]] if axis in fixed else range(k) for axis, k in enumerate(self.kernel)]
+                low = tuple(-max(ks) for ks in own)
+                count = tuple(k + max(ks) - min(ks) for k, ks in zip(self.kernel, own, strict=True))
+                found.append(Border(tuple(fixed.items()), (-1) ** len(axes), tuple(product(*own)), low, count))
         return found
 
     def settings(self) -> str:

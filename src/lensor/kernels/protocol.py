@@ -49,6 +49,10 @@ class Backend(Protocol):
         """The array as one of its own, in row-major order."""
         ...
 
+    def owned(self, array: Any, *others: Any) -> Any:
+        """The array if it is in row-major order and lies in no memory of the others', else a copy."""
+        ...
+
     def can_run(self, steps: Sequence[Step], kind: Sequence[Any]) -> bool:
         """Whether the framework has all the steps for this dtype."""
         ...

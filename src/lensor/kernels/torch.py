@@ -218,81 +218,131 @@ def _plain(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)
 
 
+Lags = dict[s.Shape, torch.Tensor]
+"""For each lag a matrix of products of channels, [g, block, block]."""
+
+
 def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
-    dims = len(step.patterns)
-    kernel, pad = step.kernel, step.pad
+    """Products by lags, one block of channels with another at a time; then the corrections, products of thin lines.
+
+    Channels lie last and positions in one row with zeros behind each axis, so that a lag is an offset in the row. What
+    is alive beside the result: the row, and products of two blocks for all lags.
+    """
+    dims, kernel, pad, factor = len(step.patterns), step.kernel, step.pad, float(step.factor)
     dilation = tuple(pattern.dilation for pattern in step.patterns)
-    lags, factor = step.lags(), float(step.factor)
-    place = {lag: at for at, lag in enumerate(lags)}
-    excluded = step.excluded()
-    offsets = list(itertools.product(*(range(k) for k in kernel)))
-    table = [[place[tuple(b - a for a, b in zip(k, second, strict=True))] for second in offsets] for k in offsets]
+    lags, borders = step.lags(), step.borders()
+    whole = s.Border((), 1, tuple(itertools.product(*map(range, kernel))), lags[0], tuple(2 * k - 1 for k in kernel))
+    places = {border: _places(border, whole.offsets) for border in (whole, *borders)}
 
-    all_lags = _numbers_of(("lags", step), table)
-    corrections = []
-    for chosen in itertools.product((False, True), repeat=dims):
-        axes = [axis for axis in range(dims) if chosen[axis]]
-        for positions in itertools.product(*(excluded[axis] for axis in axes)) if axes else ():
-            fixed = dict(zip(axes, positions, strict=True))
-            ks = [at for at, k in enumerate(offsets) if all(k[a] in excluded[a][i] for a, i in fixed.items())]
-            rows = _numbers_of(("lags", step, tuple(ks)), [table[row] for row in ks])
-            corrections.append((fixed, -1.0 if len(axes) % 2 else 1.0, rows, _numbers_of(("kernel", tuple(ks)), ks)))
-
-    def shifted(y: torch.Tensor, fixed: dict[int, int]) -> torch.Tensor:
-        """For every lag the array at positions + lag, zeros outside: [g, rows, lags·c]; y has `pad` zeros all round."""
-        for axis in range(dims):
-            y = y.unfold(2 + axis, 2 * pad[axis] + 1, 1)
-            y = y[..., :: dilation[axis]] if dilation[axis] > 1 else y
-            y = y.narrow(2 + axis, fixed[axis], 1) if axis in fixed else y
-        # [g, n, *positions, c, *lags] -> [g, rows, lags·c]
-        y = y.permute(*range(2 + dims), *range(3 + dims, 3 + 2 * dims), 2 + dims)
-        return y.reshape(y.shape[0], -1, len(lags) * y.shape[-1])
-
-    def autocorrelations(x: torch.Tensor) -> torch.Tensor:
-        """Σ x[i] x[i + lag] for every lag: [g, lags, c, c]."""
-        _n, g, c, *sizes = x.shape
-        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *I, c]
-        behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
-        rows = torch.nn.functional.pad(x, behind).reshape(g, -1, c)
-        strides = [math.prod(sizes[b] + pad[b] for b in range(axis + 1, dims)) for axis in range(dims)]
-        length = rows.shape[1]
-        found: list[torch.Tensor | None] = [None] * len(lags)
-        for at, lag in enumerate(lags):
-            offset = sum(d * step_ * s for d, step_, s in zip(lag, dilation, strides, strict=True))
-            back = place[tuple(-d for d in lag)]
-            if offset < 0 or (offset == 0 and found[back] is not None):
+    def of_rows(row: torch.Tensor, strides: Sequence[int], one: slice, two: slice) -> Lags:
+        """Σ x[i] x[i + lag] of two blocks of channels for every lag: [g, block, block]."""
+        length = row.shape[1]
+        found: Lags = {}
+        for lag in lags:
+            offset = sum(d * every * s for d, every, s in zip(lag, dilation, strides, strict=True))
+            back = tuple(-d for d in lag)
+            if one == two and back in found:
+                found[lag] = found[back].mT
                 continue
-            first, second = rows[:, : length - offset], rows[:, offset:]
+            first = row[:, max(-offset, 0) : length - max(offset, 0), one]
+            second = row[:, max(offset, 0) : length - max(-offset, 0), two]
             # One channel a group: a product of vectors is no matter for a matrix product.
-            value = (first * second).sum(1, keepdim=True) if c == 1 else first.mT @ second
-            found[at] = value
-            found[back] = value if back == at else value.mT
-        return torch.stack([value for value in found if value is not None], 1)
+            found[lag] = (first * second).sum(1, keepdim=True) if row.shape[2] == 1 else first.mT @ second
+        return found
+
+    def of_lines(body: torch.Tensor, sizes: Sequence[int], one: slice, two: slice, border: s.Border) -> Lags:
+        """The same over the positions of a border, for the lags that it needs."""
+        own, around = body[..., one], body[..., two]
+        fixed = dict(border.fixed)
+        free = [axis for axis in range(dims) if axis not in fixed]
+        for axis, position in fixed.items():
+            own = own.narrow(2 + axis, position, 1)
+            start = position + border.low[axis] * dilation[axis]
+            around = _spread(around, 2 + axis, sizes[axis], start, dilation[axis], border.count[axis])
+        for axis in free:
+            own = own.narrow(2 + axis, 0, sizes[axis])
+            around = _padded(around, 2 + axis, pad[axis], 0).unfold(2 + axis, 2 * pad[axis] + 1, 1)
+            around = around[..., :: dilation[axis]]
+        along = [2 + axis if axis in fixed else 3 + dims + free.index(axis) for axis in range(dims)]
+        around = around.permute(0, 1, *(2 + axis for axis in free), *along, 2 + dims)  # positions, lags, block
+        around = around.reshape(own.shape[0], -1, math.prod(border.count) * around.shape[-1])
+        products = own.reshape(own.shape[0], -1, own.shape[-1]).mT @ around
+        every = itertools.product(*(range(low, low + n) for low, n in zip(border.low, border.count, strict=True)))
+        return dict(zip(every, products.unflatten(2, (math.prod(border.count), -1)).unbind(2), strict=True))
+
+    def collect(found: Lags, border: s.Border, views: Any, entries: dict[tuple[int, int], torch.Tensor]) -> None:
+        """Put the products for every pair of offsets where they belong: into the result's views, if it has any."""
+        for k, second, lag in places[border]:
+            if views is None:
+                known = entries.get((k, second))
+                entries[k, second] = found[lag] if known is None else known.add(found[lag], alpha=border.sign)
+            elif border.fixed:
+                views[k][second].add_(found[lag], alpha=border.sign)
+            else:
+                views[k][second].copy_(found[lag])
 
     def patch_gram(x: torch.Tensor) -> torch.Tensor:
-        _n, g, c, *_sizes = x.shape
-        total = autocorrelations(x)
-        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *I, c]
+        n, g, c, *sizes = x.shape
+        writes = _may_write(x)
+        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *positions, c]
+        if writes:  # padding as torch does it need not be in row-major order
+            body = x.new_zeros((g, n, *map(sum, zip(sizes, pad, strict=True)), c))
+            body[(slice(None), slice(None), *map(slice, sizes))] = x
+        else:
+            behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
+            body = torch.nn.functional.pad(x, behind)
+        row = body.reshape(g, -1, c)
+        strides = [math.prod(body.shape[3 + axis : 2 + dims]) for axis in range(dims)]
+        blocks = step.blocks(c) if writes else 1
+        bounds = [c * at // blocks for at in range(blocks + 1)]
+        parts = [slice(low, high) for low, high in itertools.pairwise(bounds)]
+        size = len(whole.offsets)
+        result = x.new_empty((g, c, size, c, size) if writes else (0,) * 5)
+        by_offsets = result.permute(2, 4, 0, 1, 3)
+        entries: dict[tuple[int, int], torch.Tensor] = {}
+        for at, one in enumerate(parts):
+            for two in parts[at:]:
+                views = [of_k.unbind() for of_k in by_offsets[:, :, :, one, two].unbind()] if writes else None
+                collect(of_rows(row, strides, one, two), whole, views, entries)
+                for border in borders:
+                    collect(of_lines(body, sizes, one, two, border), border, views, entries)
+                if one != two:
+                    result[:, two, :, one].copy_(result[:, one, :, two].permute(0, 3, 4, 1, 2))
+        if not writes:
+            rows = [torch.stack([entries[k, second] for second in range(size)], -1) for k in range(size)]
+            result = torch.stack(rows, 2)
         if factor != 1:
-            total = total.mul_(factor) if _may_write(total) else total * factor
-        result = total[:, all_lags(x)]  # [g, K, K, c, c]
-        around = [0, 0, *(width for axis in reversed(range(dims)) for width in (pad[axis], pad[axis]))]
-        wide = torch.nn.functional.pad(x, around) if corrections else x
-        for fixed, sign, rows_of, kernels in corrections:
-            own = x
-            for axis, position in fixed.items():
-                own = own.narrow(2 + axis, position, 1)
-            thin = own.reshape(g, -1, c).mT @ shifted(wide, fixed)  # [g, c, lags·c]
-            thin = thin.reshape(g, c, len(lags), c).permute(0, 2, 1, 3)
-            part = thin[:, rows_of(x)]
-            if _may_write(result):
-                result.index_add_(1, kernels(x), part, alpha=sign * factor)
-            else:
-                result = result.index_add(1, kernels(x), part, alpha=sign * factor)
-        result = result.permute(0, 3, 1, 4, 2)  # [g, c, K, c, K]
+            result = result.mul_(factor) if writes else result * factor
         return result.reshape(g, c, *kernel, c, *kernel)
 
     return patch_gram
+
+
+def _places(border: s.Border, offsets: Sequence[s.Shape]) -> list[tuple[int, int, s.Shape]]:
+    """Every pair of offsets (k, l) that a border concerns, by their places, with their lag."""
+    numbers = {k: at for at, k in enumerate(offsets)}
+    return [
+        (numbers[k], at, tuple(b - a for a, b in zip(k, second, strict=True)))
+        for k in border.offsets
+        for at, second in enumerate(offsets)
+    ]
+
+
+def _padded(x: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, [*[0, 0] * (x.ndim - 1 - axis), before, behind]) if before or behind else x
+
+
+def _spread(x: torch.Tensor, axis: int, size: int, start: int, every: int, count: int) -> torch.Tensor:
+    """`count` positions of an axis from `start` on in steps, zeros outside of 0 to size − 1."""
+    low = min(max(-(start // every), 0), count)
+    high = max(min((size - 1 - start) // every + 1, count), low)
+    if high == low:
+        shape = list(x.shape)
+        shape[axis] = count
+        return x.new_zeros(shape)
+    x = x.narrow(axis, start + low * every, (high - low - 1) * every + 1)
+    x = x[(slice(None),) * axis + (slice(None, None, every),)]
+    return _padded(x, axis, low, count - high)
 
 
 _CONVOLUTIONS = (None, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
@@ -389,6 +439,14 @@ class TorchBackend:
 
     def copy(self, array: Any) -> Any:
         return array.clone(memory_format=torch.contiguous_format)
+
+    def owned(self, array: Any, *others: Any) -> Any:
+        if type(array) is not torch.Tensor or not _plain(array) or array.is_meta or not array.is_contiguous():
+            return self.copy(array)
+        memory = array.untyped_storage().data_ptr()
+        if any(other.untyped_storage().data_ptr() == memory for other in others):
+            return self.copy(array)
+        return array
 
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
         # torch has no complex transposed convolution on every device.

@@ -85,24 +85,25 @@ class _Operation:
     def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
         if kernels.is_capturing():
             return self.captured(arrays, options)
-        key = [self, options, _types(options), planner.current()]
         try:
-            for array in arrays:
-                key += (type(array), array.shape, array.dtype, _device(array))
-            call = _calls.get(tuple(key))
-        except (AttributeError, TypeError):  # no arrays, lists among the options, or sizes that are being traced
+            call = _calls.peek(self.key(arrays, options, _parts))
+        except (AttributeError, TypeError):  # no arrays, or sizes that are being traced
             call = None
-        return (call or self.remembered(arrays, tuple(map(_frozen, options)))).run(arrays)
+        return (call or self.remembered(arrays, options)).run(arrays)
+
+    def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
+        """What a call depends on; the text of the options tells 1, 1.0 and True apart, which are equal."""
+        settings = planner.current()
+        key = (self, repr(options), settings.effort, settings.max_bytes, settings.known)
+        for array in arrays:
+            key += (type(array), parts(array))
+        return key
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """The call for these arrays and options, made and kept if it is new."""
         kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
-        parts = itertools.chain.from_iterable((type(a), _shape(a), a.dtype, _device(a)) for a in arrays)
-        key = (self, options, _types(options), planner.current(), *parts)
-        try:
-            call = _calls.get(key)
-        except TypeError:  # options that cannot be right: the checks will say so
-            return self.prepare(arrays, options)
+        key = self.key(arrays, options, lambda array: (_shape(array), array.dtype, _device(array)))
+        call = _calls.get(key)
         if call is None:
             call = self.prepare(arrays, options)
             if not kernels.backend_of(arrays[0]).is_traced(arrays[0]):
@@ -116,6 +117,7 @@ class _Operation:
 
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """Check the arguments and compile their network."""
+        options = tuple(map(_frozen, options))
         named = dict(zip(self.arguments, arrays, strict=False))
         is_complex = _check_arrays(named, self.real)
         shapes = [_shape(array) for array in arrays]
@@ -146,9 +148,8 @@ _captured_numbers = itertools.count()
 
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     """The name in `_captured_calls` of a call, from constants alone."""
-    options = tuple(map(_frozen, options))
     settings = planner.untimed(planner.current())
-    key = (operation, kinds, options, _types(options), settings)
+    key = (operation, kinds, repr(options), settings)
     name = _captured_names.get(key)
     if name is None:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
@@ -197,20 +198,14 @@ def _device(array: Array) -> Any:
     return getattr(array, "device", None)
 
 
+_parts = operator.attrgetter("shape", "dtype", "device")
+
+
 def _frozen(option: Any) -> Any:
     """Lists as tuples, so that they can be part of a key."""
     if isinstance(option, Sequence) and not isinstance(option, str):
         return tuple(_frozen(part) for part in option)
     return option
-
-
-_SEQUENCES = frozenset((tuple, list))
-
-
-def _types(options: tuple) -> Any:
-    """What tells 1, 1.0 and True apart, which are equal keys: the checks must see each of them."""
-    types = tuple(map(type, options))
-    return types if _SEQUENCES.isdisjoint(types) else repr(options)
 
 
 # ----------------------------------------------------------------------------------------------------------- checks

@@ -24,6 +24,7 @@ from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementati
 from lensor.bench.layers import KINDS
 from lensor.bench.measure import bytes_of, extra_bytes, interleaved, relative_error
 from lensor.bench.operations import OPERATIONS
+from lensor.bench.overhead import CASES
 from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios, summaries, worst
 from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from lensor.bench.run import Bench
@@ -465,3 +466,19 @@ def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_relative_error_is_over_the_largest_entry() -> None:
     assert relative_error(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0])) == 0.125
+
+
+def test_overhead_of_every_function() -> None:
+    found = CliRunner().invoke(cli.make_app(), ["bench", "overhead", "--seconds", "0"])
+    assert found.exit_code == 0, found.output
+    rows = [line for line in found.output.splitlines() if "│" in line]
+    assert len(rows) == 2 * len(CASES)
+    assert {row.split("│")[1].strip() for row in rows} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_overhead_compares_calls_that_do_the_same(name: str) -> None:
+    case = CASES[name]
+    arrays = {operand: torch.randn(shape, dtype=torch.float64) for operand, shape in case.shapes.items()}
+    found = case.function(*arrays.values())
+    torch.testing.assert_close(found, case.network(**arrays).reshape(found.shape))

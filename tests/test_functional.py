@@ -660,7 +660,7 @@ def test_two_threads_at_once() -> None:
 def test_a_call_is_prepared_once() -> None:
     functional._calls.clear()
     x, w = random(2, 4, 9), random(6, 4, 3)
-    for stride in (1, 1, [2], [2], (2,)):
+    for stride in (1, 1, (2,), (2,)):
         conv(x, w, stride=stride)
     assert len(functional._calls) == 2
     conv(x.float(), w.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lensor import steps as s
-from lensor.layout import layouts, step_copies
+from lensor.layout import Value, contiguous, layouts, step_copies
 from lensor.plan import Plan
 
 
@@ -46,7 +46,7 @@ class Machine:
         )
 
 
-_TYPICAL = Machine(products=100e9, convolutions=80e9, bytes=8e9)
+_TYPICAL = Machine(products=100e9, convolutions=95e9, bytes=8e9)
 """What two cores of a server reach in single precision: estimates are the same everywhere until `calibrate`."""
 
 _LARGE_KERNEL = 196
@@ -54,6 +54,12 @@ _LARGE_KERNEL = 196
 
 _CALLS_PER_CORRECTION = 12
 """Small operations for one excluded position of a patch Gram matrix."""
+
+_SHORT_RUN, _SCATTERED = 16, 3
+"""Copying in runs shorter than this moves so many entries more for each."""
+
+_KEPT = 1 << 18
+"""Entries of a matrix that stays in a cache while a batch is worked through."""
 
 _machine = _TYPICAL
 
@@ -64,7 +70,7 @@ def machine() -> Machine:
     Example:
         >>> import lensor
         >>> print(lensor.machine())
-        matrix products 100.0 Gflop/s, convolutions 80.0 Gflop/s, copies 8.0 GB/s, 4.0 µs a call
+        matrix products 100.0 Gflop/s, convolutions 95.0 Gflop/s, copies 8.0 GB/s, 4.0 µs a call
     """
     return _machine
 
@@ -84,7 +90,7 @@ def calibrate() -> Machine:
     products = 2 * 384**3 / _shortest(lambda: a @ a)
     x = np.ones(1 << 21, np.float32)
     copies = 2 * x.nbytes / _shortest(lambda: x.copy())
-    _machine = Machine(products, 0.8 * products, copies)
+    _machine = Machine(products, 0.95 * products, copies)
     return _machine
 
 
@@ -115,6 +121,15 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         shapes = [plan.shapes[at] for at in step.takes]
         moved = math.prod(plan.shapes[place]) if values[place].copied else 0
         moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
+        if isinstance(step, s.Reshape) and values[place].copied and _run(plan, values, step.takes[0]) < _SHORT_RUN:
+            moved += _SCATTERED * math.prod(plan.shapes[place])
+        if isinstance(step, s.OverlapAdd):
+            moved += _SCATTERED * sum(math.prod(shape) for shape in shapes)
+        if isinstance(step, s.MatMul):
+            moved += _repeated(shapes)
+        if isinstance(step, s.Convolution):  # frameworks bring operands into row-major order first
+            transposed = [at for at in step.takes if values[at].strides != contiguous(plan.shapes[at])]
+            moved += (1 + _SCATTERED) * sum(math.prod(plan.shapes[at]) for at in transposed)
         if isinstance(step, (s.MatMul, s.Gram)):
             moved += 2 * step_copies(step, [(plan.shapes[at], values[at].strides) for at in step.takes])[0]
         work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, constants), 1.0)
@@ -127,6 +142,25 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
             calls = len(step.lags()) + passes * offsets**2 / 2 + _CALLS_PER_CORRECTION * len(borders)
         total += work + moved * itemsize / constants.bytes + calls * constants.call
     return total
+
+
+def _run(plan: Plan, values: Sequence[Value], place: int) -> int:
+    """Entries that lie side by side in memory when a value is read in the order of its axes."""
+    run = 1
+    for size, stride in zip(reversed(plan.shapes[place]), reversed(values[place].strides), strict=True):
+        if size > 1:
+            if stride != run:
+                break
+            run *= size
+    return run
+
+
+def _repeated(shapes: Sequence[s.Shape]) -> int:
+    """Entries of a factor that are read again for every entry of the other's batch, if it is too large to be kept."""
+    batches = [math.prod(shape[:-2]) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    most = max(batches)
+    return sum((most - 1) * size for batch, size in zip(batches, sizes, strict=True) if batch == 1 and size > _KEPT)
 
 
 def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
@@ -145,7 +179,7 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
             channels, inner, *kernel = step.kernel(shapes)
             rate = constants.convolutions * (0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0)
             if groups == 1:
-                return rate
+                return rate if step.kind != "input_grad" else rate * (0.35 if inner < 16 else 0.85)
             few = min(channels // groups, inner)
             return rate * (min(0.9, 0.35 + few / 100) if few > 1 else 0.12 if set(step.stride) == {1} else 0.03)
     return constants.products / 16

@@ -17,7 +17,7 @@ from lensor import steps as s
 from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, indices_of
 from lensor.notation import to_text
 from lensor.orders import ORDERS, Order, Orders, feynman, find_order
-from lensor.passes.composition import compose, share
+from lensor.passes.composition import compose, share, undo
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan, Program
 
@@ -45,6 +45,7 @@ class Strategy:
         batched: an index between which and the others a product's axes stand stays a batch axis, so that nothing is
             copied to merge the two; if it is summed, the products are added up.
         composed: with patterns put together again that simplification took apart, before selections are read.
+        undone: with patterns even where the network could do without them.
         order: where the order of the contractions comes from, as `find_order` takes it.
     """
 
@@ -56,6 +57,7 @@ class Strategy:
     batched: bool = False
     halves: bool = False
     composed: bool = False
+    undone: bool = False
     order: str = "auto"
 
 
@@ -66,6 +68,7 @@ STRATEGIES = (
     Strategy("convolution", convolutions=True),
     Strategy("convolution, swapped", convolutions=True, swapped=True),
     Strategy("convolution, composed", convolutions=True, composed=True),
+    Strategy("convolution, undone", convolutions=True, undone=True),
     Strategy("lags", lags=True),
     Strategy("halves", halves=True),
     Strategy("halves, composed", halves=True, composed=True),
@@ -888,6 +891,8 @@ def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
     if strategy.composed:
         net = compose(net)
+    if strategy.undone:
+        net = undo(net)
     if strategy.halves:
         net = share(net)
     # A factor that several terms have multiplies their sum.

@@ -101,6 +101,13 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             message = f"interrupted: finished rows are in {out}, go on with --resume"
             raise stop(message) from None
 
+    @bench.command(help="Microseconds that a cached call of each function adds to the torch calls that it makes.")
+    def overhead(
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for each function.")] = 1.0,
+    ) -> None:
+        _overhead(threads, seconds)
+
     @bench.command(help="A results file as a Markdown report with plots.")
     def report(
         file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
@@ -162,6 +169,25 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
     ]
     _print_summaries(rows, Options(), shown)
     shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
+
+
+def _overhead(threads: int, seconds: float) -> None:
+    import torch
+
+    from lensor.bench.overhead import measure
+
+    table = Table(
+        "function", "gradient", *(Column(name, justify="right") for name in ("plan, µs", "call, µs", "added, µs"))
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for found in measure(seconds):
+            times = (f"{time:.1f}" for time in (found.raw, found.call, found.added))
+            table.add_row(found.name, "yes" if found.gradient else "no", *times)
+    finally:
+        torch.set_num_threads(before)
+    console().print(table)
 
 
 def _print_summaries(rows: list[Row], options: Options, shown: Console) -> None:

@@ -138,8 +138,110 @@ def _names(net: Network, group: Group) -> set[str]:
     return {node.name for node in net.nodes if isinstance(node, Operand) and set(group) & set(indices_of(node))}
 
 
+@rule("regrouping as a pattern", "6")
+def undo_blocks(net: Network) -> Network | None:
+    """f(.., (o k), ..) = Σ_i f(.., i, ..) Π[i,o,k] with S = K, where o and k stand at one other place each."""
+    for place, legs in _all_legs(net):
+        for number, leg in enumerate(legs):
+            for split in range(1, len(leg)):
+                o, k = leg[:split], leg[split:]
+                elsewhere = [_other_places(net, part, place) for part in (o, k)]
+                size, kernel = net.group_size(leg), net.group_size(k)
+                if None in elsewhere or elsewhere[0] == elsewhere[1] or not size or not kernel:
+                    continue
+                name = fresh_beside(net, o, "whole")
+                whole = Pattern(IndexPattern(size, kernel, stride=kernel), ((name,), o, k))
+                return _with_leg(net, place, number, (name,), whole, {name: size})
+    return None
+
+
+@rule("axis as a pattern of kernel size 1", "6")
+def undo_unit_kernel(net: Network) -> Network | None:
+    """A f(.., x, ..) and g(.., 1, ..) that are contracted: f(.., i, ..) Π[i,x,k] g(.., k, ..) with K = 1."""
+    for at, kernel in enumerate(net.nodes):
+        if not isinstance(kernel, Operand) or () not in kernel.legs:
+            continue
+        units = [number for number, leg in enumerate(kernel.legs) if not leg]
+        for other, image in enumerate(net.nodes):
+            contracted = set(indices_of(image)) & set(indices_of(kernel)) - set(net.output_indices)
+            if not isinstance(image, Operand) or other == at or not contracted:
+                continue
+            axes = [found for leg in image.legs if (found := _axis(net, leg, other)) is not None]
+            if len(axes) < len(units):
+                continue
+            through, x = axes[-len(units)]
+            name = net.fresh("unit")
+            legs = tuple((name,) if number == units[0] else leg for number, leg in enumerate(kernel.legs))
+            net = net.replace(
+                nodes=[Operand(kernel.name, legs) if place == at else node for place, node in enumerate(net.nodes)],
+                sizes={name: 1},
+            )
+            if through is not None:
+                pattern = net.nodes[through]
+                assert isinstance(pattern, Pattern)
+                return swap_nodes(net, [through], [Pattern(pattern.pattern, (*pattern.legs[:2], (name,)))])
+            i, size = net.fresh(f"{x}_whole"), net.sizes[x] or 0
+            number = next(number for number, leg in enumerate(image.legs) if leg == (x,))
+            whole = Pattern(IndexPattern(size, 1), ((i,), (x,), (name,)))
+            return _with_leg(net, other, number, (i,), whole, {i: size})
+    return None
+
+
+def _axis(net: Network, leg: Group, node: int) -> tuple[int | None, str] | None:
+    """(selection that reads a leg of an operand into the output, if one does, and the index) of a spatial axis."""
+    if len(leg) != 1 or not net.sizes[leg[0]]:
+        return None
+    holders = [at for at, other in enumerate(net.nodes) if at != node and leg[0] in indices_of(other)]
+    if leg[0] in net.output_indices:
+        return None if holders else (None, leg[0])
+    if len(holders) != 1:
+        return None
+    selection = net.nodes[holders[0]]
+    if not isinstance(selection, Pattern) or not selection.pattern.is_selection or selection.legs[2]:
+        return None
+    ends = [side for side in selection.legs[:2] if side != leg]
+    return (holders[0], leg[0]) if len(ends) == 1 and set(ends[0]) <= set(net.output_indices) else None
+
+
+def _all_legs(net: Network) -> list[tuple[int | None, tuple[Group, ...]]]:
+    """(node, its legs) of every operand, and (None, the legs) of the output."""
+    return [*((at, node.legs) for at, node in enumerate(net.nodes) if isinstance(node, Operand)), (None, net.output)]
+
+
+def _other_places(net: Network, group: Group, place: int | None) -> int | str | None:
+    """The one operand beside `place` that holds all of a group, or "output"; None if there is not exactly one."""
+    found: list[int | str] = [
+        at for at, node in enumerate(net.nodes) if at != place and set(group) & {*indices_of(node)}
+    ]
+    if place is not None and set(group) & set(net.output_indices):
+        found.append("output")
+    if len(found) != 1:
+        return None
+    held = net.output_indices if found[0] == "output" else tuple(indices_of(net.nodes[int(found[0])]))
+    operand = found[0] == "output" or isinstance(net.nodes[int(found[0])], Operand)
+    return found[0] if operand and set(group) <= set(held) else None
+
+
+def _with_leg(
+    net: Network, place: int | None, number: int, leg: Group, added: Pattern, sizes: dict[str, int]
+) -> Network:
+    """The network with one leg of an operand or of the output replaced, and a pattern more."""
+
+    def replaced(legs: tuple[Group, ...]) -> tuple[Group, ...]:
+        return (*legs[:number], leg, *legs[number + 1 :])
+
+    nodes = list(net.nodes)
+    if place is not None:
+        node = nodes[place]
+        assert isinstance(node, Operand)
+        nodes[place] = Operand(node.name, replaced(node.legs))
+    output = replaced(net.output) if place is None else net.output
+    return net.replace(nodes=[*nodes, added], output=output, sizes=sizes)
+
+
 COMPOSITION_RULES: RuleList = (compose_input, compose_blocks)
 SHARING_RULES: RuleList = (share_position, widen)
+UNDOING_RULES: RuleList = (undo_blocks, undo_unit_kernel)
 
 
 def compose(net: AnyNetwork) -> AnyNetwork:
@@ -154,6 +256,20 @@ def compose(net: AnyNetwork) -> AnyNetwork:
         n c_in i1, i1 o1 k1, c_out c_in k1 -> n c_out o1
     """
     return sum_of([run_phases(term, (STRUCTURAL_RULES, COMPOSITION_RULES)) for term in net.terms])
+
+
+def undo(net: AnyNetwork) -> AnyNetwork:
+    """A network with patterns even where it could do without: for steps that work on whole axes.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(4, 8, (10,), kernel_size=2, stride=2)).simplify()
+        >>> print(net.subscripts)
+        n c_in (o1 k1), c_out c_in k1 -> n c_out o1
+        >>> print(undo(net).subscripts)
+        n c_in o1_whole, c_out c_in k1, o1_whole o1 k1 -> n c_out o1
+    """
+    return sum_of([run_phases(term, (UNDOING_RULES,)) for term in compose(net).terms])
 
 
 def share(net: AnyNetwork) -> AnyNetwork:

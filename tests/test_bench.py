@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, Layer
+from lensor.bench import BenchError, Layer, growth
 from lensor.bench import run as run_module
 from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
 from lensor.bench.layers import KINDS
@@ -482,3 +482,35 @@ def test_overhead_compares_calls_that_do_the_same(name: str) -> None:
     arrays = {operand: torch.randn(shape, dtype=torch.float64) for operand, shape in case.shapes.items()}
     found = case.function(*arrays.values())
     torch.testing.assert_close(found, case.network(**arrays).reshape(found.shape))
+
+
+# ------------------------------------------------------------------------------------------------------------- growth
+def test_growth_varies_one_size_at_a_time() -> None:
+    cases = [(one.batch, layer.spec) for one, layers in growth.sittings(TINY) for layer in layers]
+    assert len(cases) == len(set(cases)) == sum(len(axis.values) - 1 for axis in growth.AXES) + 1
+    assert sum(spec == growth.BASE for _, spec in cases) == len(growth.AXES[0].values)
+
+
+def test_growth_measures_plots_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = tuple(
+        replace(axis, values=values)
+        for axis, values in zip(growth.AXES, ((1, 8), (7, 28), (8, 64), (1, 3)), strict=True)
+    )
+    monkeypatch.setattr(growth, "AXES", axes)
+    arguments = ["bench", "growth", str(tmp_path), "--ops", "kfac_reduce", "--seconds", "0", "--repeats", "1"]
+    assert invoke(*arguments).exit_code == 0
+    rows = read(tmp_path / "growth.csv")
+    assert len(rows) == 2 * 5
+    assert all(row.found.status == OK for row in rows)
+    for axis in axes:
+        mine = [row for row in growth.along(rows, axis) if row.implementation == "lensor"]
+        assert [axis.of(row) for row in mine] == list(axis.values)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "is there already" in invoke(*arguments).output
+    assert invoke(*arguments, "--resume").exit_code == 0
+    assert read(tmp_path / "growth.csv") == rows
+
+
+def test_growth_without_times_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="no row"):
+        growth.plot([], tmp_path / "growth.png")

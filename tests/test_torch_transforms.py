@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch.func import grad, jacrev, jvp, vmap  # noqa: E402
 
+import lensor  # noqa: E402
 from lensor import functional as F  # noqa: E402
 from lensor import nn as lensor_nn  # noqa: E402
 from lensor.functional import _captured_call  # noqa: E402
@@ -146,3 +147,91 @@ def test_jvp_and_jacrev(name: str) -> None:
     assert torch.allclose(along, torch.einsum("...abcd,abcd->...", jacobian, tangent), rtol=1e-9, atol=1e-9)
     nearby = (call(small + 1e-6 * tangent) - call(small - 1e-6 * tangent)) / 2e-6
     assert torch.allclose(along, nearby, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ planned derivatives
+@pytest.mark.parametrize("name", CALLS)
+def test_derivatives_hold_against_differences(name: str) -> None:
+    """First and second derivatives, in both modes and batched, against torch's finite differences."""
+    call, x = CALLS[name], X.clone().requires_grad_()
+    assert torch.autograd.gradcheck(call, x, fast_mode=True, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, x, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_complex_derivatives_hold_against_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=generator, dtype=torch.complex128) for shape in ((2, 4, 5, 4), (6, 2, 3, 2)))
+
+    def call(x: Any, w: Any) -> Any:
+        return F.conv(x, w, stride=(2, 1), padding=1, groups=2)
+
+    pair = (x.requires_grad_(), w.requires_grad_())
+    assert torch.autograd.gradcheck(call, pair, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, pair)
+
+
+def test_a_network_with_an_operand_twice_and_a_sum_of_terms() -> None:
+    """The product rule; an operand called V, as cotangents are."""
+    net = lensor.contraction("n i, n i, i o -> n o", "V", "V", "T").bind(n=2, i=3)
+    net = net.jvp("V", "U")
+    assert len(net.terms) == 2
+    generator = torch.Generator().manual_seed(0)
+    arrays = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3), (2, 3), (3, 4))]
+
+    def call(v: Any, u: Any, t: Any) -> Any:
+        return net(V=v, U=u, T=t)
+
+    v, u, t = arrays
+    torch.testing.assert_close(call(v, u, t), 2 * (v * u) @ t)
+    arrays = tuple(array.requires_grad_() for array in arrays)
+    assert torch.autograd.gradcheck(call, arrays, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, arrays)
+
+
+def kept_for_the_gradient(call: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda found: kept.append(found) or found, lambda found: found):
+        result = call()
+    return result, kept
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_what_is_kept_for_the_gradient_are_operands(approx: str) -> None:
+    x = X.clone().requires_grad_()
+    result, kept = kept_for_the_gradient(lambda: F.kfac_input_factor(x, 3, padding=1, approx=approx))
+    assert [found.untyped_storage().data_ptr() for found in kept] == [x.untyped_storage().data_ptr()]
+    assert result.grad_fn is not None
+
+
+def test_what_the_gradient_does_not_need_is_not_kept() -> None:
+    x, w = X.clone(), W.clone().requires_grad_()
+    _, kept = kept_for_the_gradient(lambda: F.conv(x, w, padding=1, groups=2))
+    assert [found.data_ptr() for found in kept] == [x.data_ptr()]
+    _, kept = kept_for_the_gradient(lambda: F.unfold(x.requires_grad_(), 3, padding=1))
+    assert kept == []
+
+
+def test_gradients_are_planned_within_the_memory_limit() -> None:
+    """A limit that no derivative meets is told, at the backward pass."""
+    x, w = X[:, :2].clone().requires_grad_(), W[:1, :, :1, :1].clone()
+    assert x.numel() * x.itemsize > 2000
+    with lensor.planning(max_bytes=2000):
+        result = F.conv(x, w, stride=8)
+    with pytest.raises(ValueError, match="max_bytes is"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_under_autocast(dtype: Any) -> None:
+    x, w = X.float(), W.float().requires_grad_()
+
+    def gradient(call: Callable[[], Any]) -> Any:
+        with torch.autocast("cpu", dtype):
+            result = call()
+        assert result.dtype == dtype
+        return torch.autograd.grad(result.float().square().sum(), w)[0]
+
+    found = gradient(lambda: F.conv(x, w, padding=1, groups=2))
+    expected = gradient(lambda: torch.nn.functional.conv2d(x, w, None, 1, 1, 1, 2))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))

@@ -173,7 +173,7 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
             *_, m, k = shapes[0]
             return constants.products * min(1.0, m / 16, max(k / 16, 0.1))
         case s.PatchGram():
-            return 0.7 * constants.products * (0.04 if shapes[0][2] == 1 else min(1.0, shapes[0][2] / 16))
+            return 0.7 * constants.products * (0.03 if shapes[0][2] == 1 else min(1.0, shapes[0][2] / 16))
         case s.Convolution(groups=groups):
             # Frameworks reach their rate with few channels, too, but not with few in a group, or with huge kernels.
             channels, inner, *kernel = step.kernel(shapes)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lensor.cache import Cache
 from lensor.errors import SubscriptsError
-from lensor.kernels import backend_of, load
+from lensor.kernels import Backend, backend_of, load
 from lensor.network import AnyNetwork, Network, Operand, verb
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
 from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
 from lensor.planner import Settings, choose, current, planning, untimed
-from lensor.runtime import Runnable, require_operands, run
+from lensor.runtime import Runnable, require_operands, run, runnable
+from lensor.steps import Input
 
 _plans = Cache(maxsize=1024)
 _contractions = Cache(maxsize=1024)
@@ -51,7 +54,31 @@ def compile(
         settings = untimed(settings)
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     key = (net, tuple(sorted(shapes.items())), kind, settings)
-    return _plans.get_or_make(key, lambda: choose(bind_shapes(net, shapes), settings, backend, kind))
+
+    def make() -> Plan:
+        plan = choose(bind_shapes(net, shapes), settings, backend, kind)
+        return replace(plan, deriver=partial(_derived, settings=settings))
+
+    return _plans.get_or_make(key, make)
+
+
+def _derived(
+    plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings
+) -> Callable[[Sequence[Any], Any], Any]:
+    """The planned VJP or JVP of a plan's network, as a function of the plan's operands and a direction."""
+    net = plan.network
+    assert net is not None
+    direction = "V"
+    while direction in net.operand_names:
+        direction += "_"
+    derived = net.vjp(operand, direction) if kind == "vjp" else net.jvp(operand, direction)
+    shapes = {step.operand: step.size for step in plan.steps if isinstance(step, Input)}
+    shapes[direction] = plan.shape if kind == "vjp" else shapes[operand]
+    ready = runnable(
+        compile(derived, {name: shapes[name] for name in derived.operand_names}, like=like, settings=settings), backend
+    )
+    places = [-1 if name == direction else plan.operands.index(name) for name in ready.names]
+    return lambda arrays, direction: ready.unchecked(*(direction if at < 0 else arrays[at] for at in places))
 
 
 def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:

@@ -124,6 +124,8 @@ class Plan:
         network: the network that was planned, before simplification.
         runner: runs the plan on operands by name.
         comparer: lists what the network costs in other orders.
+        deriver: plans a derivative for a backend: `deriver(plan, backend, kind, operand, like)`, of the kind "vjp" or
+            "jvp".
     """
 
     subscripts: str
@@ -135,6 +137,7 @@ class Plan:
     network: AnyNetwork | None = field(default=None, repr=False)
     runner: Callable[[Plan, dict[str, Any]], Any] | None = field(default=None, repr=False)
     comparer: Callable[[Plan], Orders] | None = field(default=None, repr=False)
+    deriver: Callable[..., Any] | None = field(default=None, repr=False)
     compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What runners keep for each backend; not part of the plan's state."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from lensor import steps as s
 from lensor.kernels import Backend, backend_of
 from lensor.layout import last_uses, layouts
+from lensor.network import AnyNetwork, Operand
 from lensor.plan import Plan
 
 
@@ -28,14 +29,18 @@ class Runnable:
     """A plan with the functions of one backend.
 
     `unchecked` takes the arrays in the order of the plan's operands and checks nothing; calling the object with a
-    mapping checks names, shapes, dtypes and devices first.
+    mapping checks names, shapes, dtypes and devices first. `steps` is the plan's steps alone; where a framework records
+    derivatives, `unchecked` records the network's own instead of those of the steps.
     """
 
     def __init__(self, plan: Plan, backend: Backend) -> None:
         self.plan, self.backend = plan, backend
         self.inputs = [(step.operand, step.size) for step in plan.steps if isinstance(step, s.Input)]
         self.names = [name for name, _ in self.inputs]
-        self.unchecked = _compiled(plan, backend)
+        self.steps = self.unchecked = _compiled(plan, backend)
+        if plan.deriver is not None and self.names:
+            self.unchecked = backend.differentiable(self.steps, self.derivative, _needs(plan.network, self.names))
+        self._derivatives: dict[tuple, Callable[..., Any]] = {}
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         """Check the operands and run."""
@@ -49,6 +54,38 @@ class Runnable:
         if arrays and not self.backend.can_run(self.plan.steps, self.backend.kind(arrays[0])):
             raise TypeError(f"the plan has steps that {self.backend.name} lacks for {arrays[0].dtype}: plan for arrays")
         return self.unchecked(*arrays)
+
+    def derivative(self, kind: str, place: int, arrays: Sequence[Any], direction: Any) -> Any:
+        """The network's own VJP or JVP with respect to the operand at `place`, planned at the first call.
+
+        Args:
+            kind: "vjp" or "jvp".
+            place: which of the arrays.
+            arrays: the operands, in order; None where the derivative does not need one.
+            direction: the cotangent or the tangent.
+        """
+        assert self.plan.deriver is not None
+        key = (kind, place, self.backend.kind(direction), self.backend.is_traced(direction))
+        found = self._derivatives.get(key)
+        if found is None:
+            found = self.plan.deriver(self.plan, self.backend, kind, self.names[place], direction)
+            self._derivatives[key] = found
+        if kind == "vjp" and self.backend.is_complex(direction):
+            arrays = [None if array is None else self.backend.conj(array) for array in arrays]
+        return found(arrays, direction)
+
+
+def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """For each operand by its place, which operands the derivative with respect to it still has."""
+    found: list[set[str]] = [set() for _ in names]
+    for term in net.terms if net is not None else ():
+        held = [node.name for node in term.nodes if isinstance(node, Operand)]
+        for place, name in enumerate(names):
+            if name in held:
+                others = list(held)
+                others.remove(name)
+                found[place].update(others)
+    return tuple(tuple(at for at, name in enumerate(names) if name in needed) for needed in found)
 
 
 def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:

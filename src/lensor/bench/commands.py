@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from lensor.bench.operations import OPERATIONS
 from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
 from lensor.bench.results import ResultsFile, Row, read
 from lensor.bench.settings import Settings
+
+if TYPE_CHECKING:
+    from lensor.bench.run import Bench
 
 WIDE = 150
 """The width of tables where there is no terminal."""
@@ -108,6 +111,35 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
     ) -> None:
         _overhead(threads, seconds)
 
+    @bench.command(help="How time and memory grow with batch, image, channels and kernel: measured and plotted.")
+    def growth(
+        out: Annotated[Path, typer.Argument(help="Folder for growth.csv and growth.png.")],
+        ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
+        impl: Annotated[list[str] | None, typer.Option(help="Implementations, beside standard.")] = None,
+        dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.3,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        settings = Settings(
+            operations=_names(ops) or ("kfac_expand", "kfac_reduce", "per_example_weight_vjp", "weight_vjp"),
+            implementations=_names(impl) or ("lensor",),
+            dtype=dtype,
+            threads=threads,
+            device=device,
+            repeats=repeats,
+            seconds=seconds,
+        )
+        try:
+            _growth(settings, out, resume)
+        except BenchError as error:
+            fail(error, debug)
+        except KeyboardInterrupt:
+            raise stop(f"interrupted: finished rows are in {out}, go on with --resume") from None
+
     @bench.command(help="A results file as a Markdown report with plots.")
     def report(
         file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
@@ -142,25 +174,14 @@ def _names(given: list[str] | None) -> tuple[str, ...]:
 
 
 def _bench(settings: Settings, out: Path, resume: bool) -> None:
-    """Measure, with a progress bar, and print the summary."""
+    """Measure the nets' convolutions, with a progress bar, and print the summary."""
     require("torch")
     from lensor.bench.run import Bench
 
     bench = Bench(settings)
     results = ResultsFile(out, bench.machine, resume)
     shown = console()
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
-        *(TextColumn("left"), TimeRemainingColumn()),
-    )
-    # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
-    with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
-        total = len(bench.pending(results))
-        task = progress.add_task("", total=total)
-        for at, case in enumerate(bench.run(results)):
-            what = f"{case.operation.name} {case.layer.label}"
-            progress.update(task, completed=at, description=what[:44].ljust(44))
-        progress.update(task, completed=total, description="")
+    _measure([bench], results, shown)
     wanted = {(one.name, case.operation.name, case.layer.spec) for case in bench.cases for one in bench.implementations}
     rows = [
         row
@@ -169,6 +190,42 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
     ]
     _print_summaries(rows, Options(), shown)
     shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
+
+
+def _growth(settings: Settings, out: Path, resume: bool) -> None:
+    """Measure the convolutions of `lensor bench growth`, with a progress bar, and plot them."""
+    require("torch")
+    require("matplotlib")
+    from lensor.bench.growth import plot, sittings
+    from lensor.bench.run import Bench
+
+    benches = [Bench(one, layers) for one, layers in sittings(settings)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
+    results = ResultsFile(out / "growth.csv", benches[0].machine, resume)
+    shown = console()
+    _measure(benches, results, shown)
+    plot(results.rows, out / "growth.png")
+    for name in ("growth.csv", "growth.png"):
+        shown.print(f"wrote {out / name}", soft_wrap=True, highlight=False)
+
+
+def _measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> None:
+    """Measure with a progress bar."""
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        *(TextColumn("left"), TimeRemainingColumn()),
+    )
+    # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
+    with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
+        total = sum(len(bench.pending(results)) for bench in benches)
+        task = progress.add_task("", total=total)
+        for at, case in enumerate(case for bench in benches for case in bench.run(results)):
+            what = f"{case.operation.name} {case.layer.label}"
+            progress.update(task, completed=at, description=what[:44].ljust(44))
+        progress.update(task, completed=total, description="")
 
 
 def _overhead(threads: int, seconds: float) -> None:

@@ -88,7 +88,7 @@ def measure(seconds: float = _SECONDS) -> Iterable[Overhead]:
             arrays = {name: torch.randn(shape, generator=made) for name, shape in case.shapes.items()}
             next(iter(arrays.values())).requires_grad_(gradient)
             ready = runnable(compile(case.network, case.shapes, like=next(iter(arrays.values()))), load("torch"))
-            raw = partial(ready.unchecked, *(arrays[name] for name in ready.names))
+            raw = partial(ready.steps, *(arrays[name] for name in ready.names))
             call = partial(case.function, *arrays.values())
             pair = interleaved([_repeated(raw), _repeated(call)], seconds, most=_ROUNDS)
             yield Overhead(name, gradient, *(1e6 * times.minimum / _CALLS for times in pair))

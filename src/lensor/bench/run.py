@@ -44,13 +44,14 @@ class Bench:
 
     Args:
         settings: what is measured.
+        layers: the convolutions, instead of those of the nets.
 
     Raises:
         BenchError: for names that are not known (the message lists those that are), peers that are not installed, a
             device that is not there.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, layers: Sequence[Layer] | None = None) -> None:
         operations = choose("operation", settings.operations, OPERATIONS)
         kinds = choose("kind", settings.kinds, KINDS)
         nets = choose("net", settings.nets, NETS) if settings.nets else PAPER
@@ -59,8 +60,10 @@ class Bench:
         self.implementations = _implementations(settings.implementations)
         self.device = _device(settings.device)
         self.settings = settings
-        layers = merged(layer for net in nets for layer in layers_of(net) if layer.spec.kind in kinds)
-        self.cases = [Case(OPERATIONS[name], layer) for layer in layers[: settings.limit] for name in operations]
+        if layers is None:
+            layers = merged(layer for net in nets for layer in layers_of(net))
+        layers = [layer for layer in layers if layer.spec.kind in kinds][: settings.limit]
+        self.cases = [Case(OPERATIONS[name], layer) for layer in layers for name in operations]
         self.machine = Machine(
             *(_machine_name(self.device), os.cpu_count() or 1, platform.python_version()),
             *(torch.__version__, lensor.__version__),

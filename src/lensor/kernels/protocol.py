@@ -53,6 +53,22 @@ class Backend(Protocol):
         """The array if it is in row-major order and lies in no memory of the others', else a copy."""
         ...
 
+    def differentiable(
+        self,
+        run: Callable[..., Any],
+        derivative: Callable[[str, int, Sequence[Any], Any], Any],
+        needs: Sequence[Sequence[int]],
+    ) -> Callable[..., Any]:
+        """A function of arrays whose derivatives, where the framework records any, are given.
+
+        Args:
+            run: the function.
+            derivative: `derivative(kind, place, arrays, direction)`, its VJP ("vjp") or JVP ("jvp") with respect to the
+                array at a place.
+            needs: for each place the places of the arrays that this derivative needs; the others may be None.
+        """
+        ...
+
     def can_run(self, steps: Sequence[Step], kind: Sequence[Any]) -> bool:
         """Whether the framework has all the steps for this dtype."""
         ...

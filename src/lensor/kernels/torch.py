@@ -6,11 +6,17 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
+from torch._C import (  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+)
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch.autograd import forward_ad
 
 from lensor import steps as s
 from lensor.cache import Cache
@@ -215,7 +221,9 @@ def _may_write(x: torch.Tensor) -> bool:
 
 def _plain(x: torch.Tensor) -> bool:
     """Whether the tensor is one of its own, not traced, compiled or batched by a transform."""
-    return not torch.compiler.is_compiling() and not is_functorch_wrapped_tensor(x)
+    if torch.compiler.is_compiling():
+        return False
+    return not is_functorch_wrapped_tensor(x) and not is_legacy_batchedtensor(x)
 
 
 Lags = dict[s.Shape, torch.Tensor]
@@ -403,6 +411,97 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
 }
 
 
+class _Derivatives:
+    """What `_Planned` knows of the function that it records."""
+
+    def __init__(self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]) -> None:
+        self.run, self.derivative, self.needs = run, derivative, needs
+        self.unneeded: dict[tuple[bool, ...], tuple[int, ...]] = {}
+
+    def kept(self, arrays: tuple[torch.Tensor, ...], asked: tuple[bool, ...]) -> Sequence[torch.Tensor | None]:
+        """The operands that the derivatives asked for need; None for the others. `asked` begins with that of `self`."""
+        unneeded = self.unneeded.get(asked)
+        if unneeded is None:
+            needed = {at for place, wanted in enumerate(asked[1:]) if wanted for at in self.needs[place]}
+            unneeded = self.unneeded[asked] = tuple(at for at in range(len(arrays)) if at not in needed)
+        if not unneeded:
+            return arrays
+        return [None if at in unneeded else array for at, array in enumerate(arrays)]
+
+
+class _Planned(torch.autograd.Function):
+    """A function whose derivatives are planned: what is kept for them are operands, those that they need."""
+
+    @staticmethod
+    def forward(ctx: Any, own: _Derivatives, *arrays: torch.Tensor) -> torch.Tensor:
+        ctx.own, ctx.casts = own, _casts(arrays[0])
+        ctx.save_for_backward(*own.kept(arrays, ctx.needs_input_grad))
+        return own.run(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        arrays, cotangent, casts = ctx.saved_tensors, cotangents[0], ctx.casts
+        if casts is not None:
+            cotangent = cotangent.to(casts.dtype)
+        with casts.again() if casts is not None else nullcontext():
+            found = [
+                ctx.own.derivative("vjp", place, arrays, cotangent) if needed else None
+                for place, needed in enumerate(ctx.needs_input_grad[1:])
+            ]
+        return None, *found
+
+
+_record = super(torch.autograd.Function, _Planned).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""`_Planned.apply` without its preparations for transforms, which take longer than the rest."""
+
+
+class _Transformed(_Planned):
+    """The same in the form that torch.func's transforms ask for, and forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(own: _Derivatives, *arrays: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return own.run(*arrays)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.own, *arrays = inputs
+        ctx.casts = _casts(arrays[0])
+        ctx.save_for_backward(*arrays)  # all, because they want the same for both modes
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        arrays, found = ctx.saved_tensors, None
+        with ctx.casts.again() if ctx.casts is not None else nullcontext():
+            for place, tangent in enumerate(tangents[1:]):
+                if tangent is not None:
+                    part = ctx.own.derivative("jvp", place, arrays, tangent)
+                    found = part if found is None else found + part
+        return found
+
+
+class _Casts(NamedTuple):
+    """Automatic casts, to be done again, and the dtype of the operands."""
+
+    device: str
+    to: torch.dtype
+    dtype: torch.dtype
+
+    def again(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, self.to)
+
+
+def _casts(x: torch.Tensor) -> _Casts | None:
+    if not _is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return _Casts(device, torch.get_autocast_dtype(device), x.dtype)
+
+
 class TorchBackend:
     """Tensors of torch."""
 
@@ -447,6 +546,28 @@ class TorchBackend:
         if any(other.untyped_storage().data_ptr() == memory for other in others):
             return self.copy(array)
         return array
+
+    def differentiable(
+        self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]
+    ) -> Callable[..., Any]:
+        own = _Derivatives(run, derivative, needs)
+
+        def recorded(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+            if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+                return _Transformed.apply(own, *arrays)
+            return _record(own, *arrays) if torch.is_grad_enabled() else run(*arrays)
+
+        def call(*arrays: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                return run(*arrays)  # the compiler's own derivatives fuse with the rest of its graph
+            for array in arrays:
+                if array.requires_grad or is_functorch_wrapped_tensor(array):
+                    return recorded(arrays)
+            if forward_ad._current_level >= 0:
+                return recorded(arrays)
+            return run(*arrays)
+
+        return call
 
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
         # torch has no complex transposed convolution on every device.

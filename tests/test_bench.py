@@ -430,7 +430,7 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
     [
         (["--nets", "vgg"], "unknown net 'vgg', expected one of 3c3d, 2c2d,"),
         (["--ops", "backward"], "unknown operation 'backward', expected one of forward, input_vjp,"),
-        (["--impl", "jax"], "unknown implementation 'jax', expected one of standard, lensor, lensor-measure, einconv,"),
+        (["--impl", "jax"], "unknown implementation 'jax', expected one of standard, lensor, lensor-measure, network,"),
         (["--kinds", "odd"], "unknown kind 'odd', expected one of general, mixed-dense, dense, down-sampling"),
         (["--dtype", "int8"], "unknown dtype 'int8', expected one of float64, float32"),
         (["--device", "tpu"], "unknown device 'tpu', expected one of cpu"),

@@ -358,23 +358,39 @@ def test_plans_print_themselves(op: str) -> None:
     net = bound(BUILDERS[op](SPECS["1-d"]))
     plan = net.plan(**operands_of(net))
     lines = str(plan).splitlines()
-    assert lines[0] == f"plan: {plan.flops:,} flops, peak size {plan.peak_size:,}, by {plan.name}"
+    peak = f"peak size {plan.peak_size:,} ({8 * plan.peak_size:,} bytes)"
+    assert lines[0] == f"plan: {plan.flops:,} flops, {plan.bytes:,} bytes moved, {peak}, by {plan.name}"
     assert lines[1] == f"  network: {plan.subscripts}"
+    assert lines.pop(2) == f"  chosen: {plan.reason}"
     considered = [line for line in lines if line.startswith("  considered: ")]
     assert len(considered) == len(plan.candidates) >= 1
     assert considered[0].startswith(f"  considered: {plan.name}: {plan.flops:,} flops")
     table = lines[2 + len(considered) :]
-    assert table[0].split() == ["value", "step", "takes", "shape", "flops", "settings"]
+    assert table[0].split() == ["value", "step", "takes", "shape", "flops", "bytes", "settings"]
     assert len(table) == 1 + len(plan.steps)
     for place, (line, step) in enumerate(zip(table[1:], plan.steps, strict=True)):
         assert line.startswith(f"  %{place} ")
         assert step.name in line
         assert f"{plan.step_flops(place):,}" in line
+        assert f"{plan.step_bytes(place):,}" in line
         assert line == line.rstrip()
         assert all(at < place for at in step.takes)
     assert plan.flops == sum(plan.step_flops(place) for place in range(len(plan.steps)))
+    assert plan.bytes == sum(plan.step_bytes(place) for place in range(len(plan.steps)))
     assert plan.shape == net.output_shape
     assert set(plan.operands) == set(net.operand_names)
+
+
+def test_plans_say_why_they_were_chosen() -> None:
+    net = ops.conv(SPEC)
+    operands = {name: array.shape for name, array in operands_of(bound(net)).items()}
+    plan = net.plan(**operands)
+    count = len(plan.candidates)
+    assert plan.reason == f"the least estimated time of {count} candidates"
+    arrays = {name: np.ones(shape) for name, shape in operands.items()}
+    assert net.plan(**arrays, effort="measure").reason == f"the least measured time of {count} candidates"
+    smallest = min(candidate.peak_size for candidate in plan.candidates)
+    assert net.plan(**arrays, max_bytes=8 * smallest).reason.endswith(f"within {8 * smallest:,} bytes")
 
 
 def test_plans_of_shapes_are_plans_of_arrays() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lensor import steps as s
 from lensor.layout import Value, contiguous, layouts, step_copies
+from lensor.layout import moved as moved_entries
 from lensor.plan import Plan
 
 
@@ -115,12 +116,10 @@ def _shortest(function: Callable[[], object]) -> float:
 # ------------------------------------------------------------------------------------------------------------ estimates
 def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
     """Estimated seconds: flops at the rate of the step, bytes that are moved, calls."""
-    values = layouts(plan.steps, plan.shapes)
+    values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes)
     total = 0.0
     for place, step in enumerate(plan.steps):
-        shapes = [plan.shapes[at] for at in step.takes]
-        moved = math.prod(plan.shapes[place]) if values[place].copied else 0
-        moved += sum(math.prod(shape) for shape in shapes) if values[place].copied else 0
+        shapes, moved = [plan.shapes[at] for at in step.takes], float(entries[place])
         if isinstance(step, s.Reshape) and values[place].copied and _run(plan, values, step.takes[0]) < _SHORT_RUN:
             moved += _SCATTERED * math.prod(plan.shapes[place])
         if isinstance(step, s.OverlapAdd):

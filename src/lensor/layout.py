@@ -151,6 +151,14 @@ def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -
     return peak
 
 
+def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[int]:
+    """Entries that each step reads and writes: operands and result, none where the result is a view."""
+    return [
+        math.prod(shapes[place]) + sum(math.prod(shapes[at]) for at in step.takes) if value.copied else 0
+        for place, (step, value) in enumerate(zip(steps, layouts(steps, shapes), strict=True))
+    ]
+
+
 def step_copies(step: s.MatMul | s.Gram, taken: Sequence[tuple[s.Shape, Strides]]) -> tuple[int, int]:
     """`product_copies` of a step whose operands are given by shape and strides."""
     if isinstance(step, s.MatMul):

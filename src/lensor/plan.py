@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from lensor.layout import peak_size
+from lensor.layout import moved, peak_size
 from lensor.network import AnyNetwork
 from lensor.orders import Orders
 from lensor.steps import (
@@ -121,6 +121,8 @@ class Plan:
         result: the place of the result.
         name: the strategy that made it.
         candidates: every plan that was considered, with its estimated and measured time.
+        reason: why it was chosen among them.
+        itemsize: bytes of one entry.
         network: the network that was planned, before simplification.
         runner: runs the plan on operands by name.
         comparer: lists what the network costs in other orders.
@@ -134,6 +136,8 @@ class Plan:
     result: int
     name: str = ""
     candidates: tuple[Candidate, ...] = ()
+    reason: str = ""
+    itemsize: int = 8
     network: AnyNetwork | None = field(default=None, repr=False)
     runner: Callable[[Plan, dict[str, Any]], Any] | None = field(default=None, repr=False)
     comparer: Callable[[Plan], Orders] | None = field(default=None, repr=False)
@@ -176,6 +180,35 @@ class Plan:
             48
         """
         return sum(self.step_flops(place) for place in range(len(self.steps)))
+
+    @cached_property
+    def _moved(self) -> list[int]:
+        return moved(self.steps, self.shapes)
+
+    def step_bytes(self, place: int) -> int:
+        """Bytes that one step reads and writes; 0 for a view.
+
+        Example:
+            >>> import lensor
+            >>> plan = lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2))
+            >>> [plan.step_bytes(place) for place in range(len(plan.steps))]  # float32 unless arrays say otherwise
+            [0, 0, 104]
+
+        Raises:
+            IndexError: for a place that the plan does not have.
+        """
+        return self._moved[place] * self.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all steps read and write; views count nothing.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).bytes
+            104
+        """
+        return sum(self._moved) * self.itemsize
 
     @cached_property
     def peak_size(self) -> int:
@@ -229,16 +262,20 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            f"plan: {self.flops:,} flops, peak size {self.peak_size:,}, by {self.name}",
+            f"plan: {self.flops:,} flops, {self.bytes:,} bytes moved, peak size {self.peak_size:,} "
+            f"({self.peak_size * self.itemsize:,} bytes), by {self.name}",
             f"  network: {self.subscripts}",
         ]
+        if self.reason:
+            rows.append(f"  chosen: {self.reason}")
         rows += [f"  considered: {candidate}" for candidate in self.candidates]
-        rows.append(f"  {'value':<6} {'step':<16} {'takes':<12} {'shape':<28} {'flops':>16}  settings")
+        rows.append(f"  {'value':<6} {'step':<16} {'takes':<12} {'shape':<28} {'flops':>16} {'bytes':>14}  settings")
         for place, step in enumerate(self.steps):
             takes = " ".join(f"%{at}" for at in step.takes)
             shape = "×".join(str(size) for size in self.shapes[place]) or "scalar"
             rows.append(
-                f"  %{place:<5} {step.name:<16} {takes:<12} {shape:<28} {self.step_flops(place):>16,}  "
+                f"  %{place:<5} {step.name:<16} {takes:<12} {shape:<28} {self.step_flops(place):>16,} "
+                f"{self.step_bytes(place):>14,}  "
                 f"{step.settings()}".rstrip()
             )
         return "\n".join(rows)

@@ -122,7 +122,24 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
         known = [replace(one, measured=seconds) for one, seconds in zip(known, measured, strict=True)]
         best = min(range(len(found)), key=lambda at: math.inf if (seconds := measured[at]) is None else seconds)
     others = (*known[:best], *known[best + 1 :])
-    return replace(found[best][0], candidates=(known[best], *others), network=net, runner=run, comparer=compare_orders)
+    return replace(
+        found[best][0],
+        candidates=(known[best], *others),
+        reason=_reason(known, best, settings),
+        itemsize=itemsize,
+        network=net,
+        runner=run,
+        comparer=compare_orders,
+    )
+
+
+def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
+    """Why a candidate was chosen."""
+    limit = "" if settings.max_bytes is None else f" within {settings.max_bytes:,} bytes"
+    if len(known) == 1:
+        return f"the only candidate{limit}"
+    which = "estimated" if known[best].measured is None else "measured"
+    return f"the least {which} time of {len(known)} candidates{limit}"
 
 
 def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int) -> list[tuple[Plan, float]]:

@@ -76,8 +76,9 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         impl: Annotated[
             list[str] | None,
             typer.Option(
-                help="Implementations, beside standard: lensor, lensor-measure (candidates timed), and where they are"
-                " installed einconv, einconv-contract (no expression made), backpack, opacus."
+                help="Implementations, beside standard: lensor, lensor-measure (candidates timed), network and"
+                " network-simplified (contracted with dense patterns), and where they are installed einconv,"
+                " einconv-contract (no expression made), backpack, opacus."
             ),
         ] = None,
         kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,

@@ -1,4 +1,4 @@
-"""Who computes the operations: the standard way, Lensor, and peers."""
+"""Who computes the operations: the standard way, networks contracted as they stand, Lensor, and peers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 import lensor
 from lensor.bench import peers, standard
+from lensor.bench.networks import network
 from lensor.bench.peers import Way
 from lensor.bench.standard import Operands
 from lensor.spec import ConvSpec
@@ -100,6 +101,8 @@ IMPLEMENTATIONS = {
         Implementation(STANDARD, {name: _standard(name) for name in _EVERY}, "torch", "torch"),
         Implementation("lensor", {name: _estimated(name) for name in _EVERY}, "lensor", "lensor"),
         Implementation("lensor-measure", {name: _measured(name) for name in _EVERY}, "lensor", "lensor"),
+        Implementation("network", {name: network(name, False) for name in _EVERY}, "lensor", "lensor"),
+        Implementation("network-simplified", {name: network(name, True) for name in _EVERY}, "lensor", "lensor"),
         Implementation("einconv", {name: peers.einconv(name) for name in _NETWORKS}, "einconv", "einconv"),
         Implementation(
             "einconv-contract", {name: peers.einconv_contract(name) for name in _NETWORKS}, "einconv", "einconv"

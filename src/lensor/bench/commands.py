@@ -1,4 +1,4 @@
-"""The commands `lensor convs` and `lensor bench`."""
+"""The commands `lensor convs`, `lensor bench` and `lensor reproduce`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from lensor.bench.errors import BenchError, require
 from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
 from lensor.bench.operations import OPERATIONS
 from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
+from lensor.bench.reproduce import FIGURES, RUNS, figures, needed
+from lensor.bench.reproduce import layers as reproduce_layers
+from lensor.bench.reproduce import settings as reproduce_settings
+from lensor.bench.reproduce import write as write_figures
 from lensor.bench.results import ResultsFile, Row, read
 from lensor.bench.settings import Settings
 
@@ -58,6 +62,29 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
         _show(layers, shape)
+
+    @app.command(
+        help="The paper's figures and tables, each with what the paper says: study, runtime, speedups, memory, all."
+    )
+    def reproduce(
+        figure: Annotated[list[str], typer.Argument(help=f"Of {', '.join(FIGURES)}, all.")],
+        out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and Markdown.")] = Path("reproduced"),
+        quick: Annotated[bool, typer.Option("--quick", help="A few convolutions of each kind, few repeats.")] = False,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+        dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.2,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        settings = Settings(batch=batch, dtype=dtype, threads=threads, device=device, repeats=repeats, seconds=seconds)
+        try:
+            _reproduce(figures(figure), settings, out, quick)
+        except BenchError as error:
+            fail(error, debug)
+        except KeyboardInterrupt:
+            raise stop(f"interrupted: what was measured is in {out / RUNS}, the same command goes on with it") from None
 
     bench = typer.Typer(invoke_without_command=True)
     app.add_typer(
@@ -227,6 +254,29 @@ def _measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> 
             what = f"{case.operation.name} {case.layer.label}"
             progress.update(task, completed=at, description=what[:44].ljust(44))
         progress.update(task, completed=total, description="")
+
+
+def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool) -> None:
+    """Measure what figures need and is not measured yet, and write them."""
+    shown = console()
+    rows: list[Row] = []
+    operations = needed(names)
+    if operations:
+        require("torch", "matplotlib")
+        from lensor.bench.run import Bench
+
+        bench = Bench(reproduce_settings(operations, given, quick), reproduce_layers(quick))
+        results = ResultsFile(out / RUNS, bench.machine, resume=True)
+        _measure([bench], results, shown)
+        specs = {case.layer.spec for case in bench.cases}
+        rows = [row for row in results.rows if row.setting == bench.setting and row.layer.spec in specs]
+    for found in write_figures(names, rows, out):
+        headings, *cells = found.summary
+        table = Table(*headings, title=found.title)
+        for row in cells:
+            table.add_row(*row)
+        shown.print(table)
+        shown.print(f"wrote {', '.join(map(str, found.paths))}", soft_wrap=True, highlight=False)
 
 
 def _overhead(threads: int, seconds: float) -> None:

@@ -195,7 +195,7 @@ def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) -> Iterable[str]:
+def table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) -> Iterable[str]:
     """A table whose first columns are text and whose others are numbers."""
     yield _line(headings)
     yield _line("---" if at < text else "---:" for at in range(len(headings)))
@@ -216,7 +216,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
     ]
     lines += [f"![{name}]({name})\n" for name in pictures]
     lines += ["## By operation and kind", ""]
-    lines += _table(HEADINGS, (summary.cells for summary in summaries(rows, options)), 3)
+    lines += table(HEADINGS, (summary.cells for summary in summaries(rows, options)), 3)
     lines += [f"## The {_WORST} worst ratios of Lensor", ""]
     lines += [
         "Beside the time, what is physically needed: the flops of the plan with the fewest, and the bytes of operands"
@@ -224,7 +224,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         "",
     ]
     headings = ("operation", "implementation", "nets", "convolution", "kind", "ratio", "ms", "Mflop", "MB", "Gflop/s")
-    lines += _table((*headings, "GB/s"), (_limits(ratio) for ratio in worst(rows, options)), 5)
+    lines += table((*headings, "GB/s"), (_limits(ratio) for ratio in worst(rows, options)), 5)
     without = [row for row in rows if row.found.status != OK]
     if without:
         lines += ["## Without a time", ""]
@@ -232,7 +232,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
             (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message.replace("|", "¦"))
             for row in without
         )
-        lines += _table(("operation", "implementation", "convolution", "status", "why"), cells, 5)
+        lines += table(("operation", "implementation", "convolution", "status", "why"), cells, 5)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,0 +1,390 @@
+"""The paper's figures and tables, each by one command, beside what the paper says of them.
+
+`study` needs no measurement: it counts the convolutions of the nine nets by kind. `runtime`, `speedups` and `memory`
+are three views of one results file, `runs.csv`, that holds the standard way, the network contracted as it stands, the
+simplified network, and Lensor's plan, on every distinct convolution. What an earlier command measured is not measured
+again.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lensor.bench.catalogue import NETS, PAPER, layers_of, merged
+from lensor.bench.errors import BenchError, choose, require
+from lensor.bench.layers import KINDS, Layer, census, format_sizes, label
+from lensor.bench.report import HEADINGS, STANDARD, Options, digits, plot, ratios, settings_of, summaries, table
+from lensor.bench.results import OK, Row
+from lensor.bench.settings import Settings
+
+FIGURES = ("study", "runtime", "speedups", "memory")
+"""What can be reproduced, beside "all"."""
+
+TN, SIMPLIFIED, PLANNED = "network", "network-simplified", "lensor"
+IMPLEMENTATIONS = (TN, SIMPLIFIED, PLANNED)
+OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
+RUNS = "runs.csv"
+
+CENSUS = {
+    "3c3d": {"general": (3, 3)},
+    "2c2d": {"general": (2, 2)},
+    "all-cnn-c": {"general": (7, 7), "dense": (2, 2)},
+    "alexnet": {"general": (5, 5)},
+    "resnet18": {"general": (17, 8), "down-sampling": (3, 3)},
+    "resnext101-32x8d": {"general": (34, 8), "dense": (67, 8), "down-sampling": (3, 3)},
+    "convnext-base": {"general": (36, 4), "dense": (4, 4)},
+    "inceptionv3": {"general": (20, 12), "dense": (40, 19), "mixed-dense": (34, 12)},
+    "mobilenetv2": {"general": (18, 11), "dense": (34, 19)},
+}
+"""The paper's hyper-parameter study: (convolutions, unique ones) of each kind."""
+
+CLAIMS = {
+    "forward": "simplified, dense: median slightly above 1; general: simplification changes nothing",
+    "input_vjp": "simplified, dense: median slightly above 1; general: simplification changes nothing",
+    "weight_vjp": "simplified, dense and down-sampling: median below 1",
+    "kfac_expand": "simplified, dense, mixed dense and down-sampling: median well below 1",
+    "kfac_reduce": "simplified: median below 1 for every kind; best 0.22 (4.5 times faster)",
+}
+"""What the paper found on an Nvidia T4, against PyTorch's way."""
+
+_BEST = 10
+_QUICK = 4
+"""A quick run measures so many convolutions of each kind."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a figure wrote.
+
+    Args:
+        title: what it is.
+        summary: rows of text for the terminal: headings first.
+        paths: the files.
+    """
+
+    title: str
+    summary: tuple[tuple[str, ...], ...]
+    paths: tuple[Path, ...]
+
+
+def figures(asked: Sequence[str]) -> tuple[str, ...]:
+    """The figures that names ask for; "all" is every one.
+
+    Raises:
+        BenchError: for a name that is not known.
+    """
+    names = choose("figure", asked, (*FIGURES, "all"))
+    return FIGURES if "all" in names else names
+
+
+def needed(names: Iterable[str]) -> tuple[str, ...]:
+    """The operations that have to be measured for some figures."""
+    if "runtime" in names:
+        return OPERATIONS
+    return ("kfac_reduce",) if {"speedups", "memory"} & set(names) else ()
+
+
+def settings(operations: Sequence[str], given: Settings, quick: bool) -> Settings:
+    """What is measured for figures: a quick run repeats less."""
+    found = replace(given, operations=tuple(operations), implementations=IMPLEMENTATIONS)
+    return replace(found, seconds=min(given.seconds, 0.05), repeats=min(given.repeats, 5)) if quick else found
+
+
+def layers(quick: bool) -> tuple[Layer, ...]:
+    """The distinct convolutions of the nine nets; for a quick run a few of each kind, of the smaller half."""
+    every = merged(layer for net in PAPER for layer in layers_of(net))
+    if not quick:
+        return every
+    found: list[Layer] = []
+    for kind in KINDS:
+        mine = sorted((layer for layer in every if layer.spec.kind == kind), key=_work)
+        smaller = mine[: max(len(mine) // 2, 1)]
+        step = max(len(smaller) // _QUICK, 1)
+        found += smaller[::step][:_QUICK]
+    return tuple(found)
+
+
+def _work(layer: Layer) -> int:
+    """Multiplications of the forward pass of one example."""
+    spec, found = layer.spec, layer.spec.in_channels // layer.spec.groups
+    for size in (*spec.output_shape, *spec.kernel_size):
+        found *= size
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- study
+def study(out: Path) -> Written:
+    """The hyper-parameter study: convolutions of each net by kind, beside the paper's numbers."""
+    headings = ("net", "input", *KINDS, "paper")
+    rows: list[tuple[str, ...]] = []
+    counts: dict[str, dict[str, tuple[int, int]]] = {}
+    for name in PAPER:
+        shape = NETS[name].census
+        counts[name] = census(layers_of(name, shape))
+        rows.append((name, format_sizes(shape), *_cells(counts[name]), _agrees(counts[name], CENSUS[name])))
+    sums, paper = (
+        {
+            kind: (sum(one.get(kind, (0, 0))[0] for one in of), sum(one.get(kind, (0, 0))[1] for one in of))
+            for kind in KINDS
+        }
+        for of in (list(counts.values()), list(CENSUS.values()))
+    )
+    rows.append(("sum", "", *_cells(sums), _agrees(sums, paper)))
+    total, unique = (sum(pair[at] for pair in sums.values()) for at in (0, 1))
+    text = [
+        *_opening("Hyper-parameter study", "study"),
+        "Convolutions of each kind, total (unique), for one input of the size given. Two convolutions of a net are one"
+        " if they agree in all hyper-parameters, their input size and whether they have a bias. The last column says"
+        " whether the paper counts the same.",
+        "",
+        "![study](study.png)",
+        "",
+        *table(headings, rows, 2),
+        f"{total} convolutions, {unique} of them unique in their net.",
+    ]
+    _plot_study(counts, out / "study.png")
+    _write_csv(
+        out / "study.csv",
+        ("net", "input", "kind", "convolutions", "unique", "paper", "paper_unique"),
+        (
+            (
+                name,
+                format_sizes(NETS[name].census),
+                kind,
+                *counts[name].get(kind, (0, 0)),
+                *CENSUS[name].get(kind, (0, 0)),
+            )
+            for name in PAPER
+            for kind in KINDS
+        ),
+    )
+    return _written("Hyper-parameter study", "study", out, text, (headings, *rows))
+
+
+def _cells(counts: dict[str, tuple[int, int]]) -> tuple[str, ...]:
+    return tuple(f"{counts[kind][0]} ({counts[kind][1]})" if counts.get(kind, (0, 0))[0] else "" for kind in KINDS)
+
+
+def _agrees(found: dict[str, tuple[int, int]], paper: dict[str, tuple[int, int]]) -> str:
+    same = all(found.get(kind, (0, 0)) == paper.get(kind, (0, 0)) for kind in KINDS)
+    return "the same" if same else ", ".join(f"{kind} {n} ({unique})" for kind, (n, unique) in paper.items())
+
+
+def _plot_study(counts: dict[str, dict[str, tuple[int, int]]], path: Path) -> None:
+    figure, axis = _figure()
+    left = [0] * len(counts)
+    for at, kind in enumerate(KINDS):
+        values = [of.get(kind, (0, 0))[0] for of in counts.values()]
+        axis.barh(list(counts), values, left=left, color=f"C{at}", label=kind)
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    axis.invert_yaxis()
+    axis.set_xlabel("convolutions")
+    axis.legend(fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+# ------------------------------------------------------------------------------------------------------------ runtime
+def runtime(rows: Sequence[Row], out: Path) -> Written:
+    """Ratios of times by operation and kind, as box plots and a table, beside what the paper found."""
+    options = Options()
+    found = [one for one in summaries(rows, options) if one.operation in OPERATIONS]
+    cells = [one.cells[:7] for one in found]
+    text = [
+        *_opening("Run times", "runtime", rows),
+        "Shortest times over those of the standard way, from the same interleaved rounds; below 1 is faster."
+        f" `{TN}` contracts the network as it stands, `{SIMPLIFIED}` what the rules leave of it, both with patterns as"
+        f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` does.",
+        "",
+        "![ratios of times](runtime.png)",
+        "",
+        "What the paper found, on an Nvidia T4:",
+        "",
+        *(f"- {operation}: {CLAIMS[operation]}" for operation in OPERATIONS),
+        "",
+        *table(HEADINGS[:7], cells, 3),
+        *_without(rows),
+    ]
+    plot(rows, options, out / "runtime.png")
+    _write_csv(out / "runtime.csv", HEADINGS[:7], cells)
+    return _written("Run times", "runtime", out, text, (HEADINGS[:7], *cells))
+
+
+# ----------------------------------------------------------------------------------------------------------- speedups
+def speedups(rows: Sequence[Row], out: Path) -> Written:
+    """The convolutions on which KFAC-reduce gains most, for each implementation."""
+    known = {
+        (row.implementation, row.layer.spec): one.value
+        for row, one in ratios(rows, Options()).items()
+        if row.operation == "kfac_reduce"
+    }
+    every = {row.layer.spec: row for row in rows if row.operation == "kfac_reduce" and row.implementation == PLANNED}
+    best = sorted((spec for spec in every if (PLANNED, spec) in known), key=lambda spec: known[PLANNED, spec])
+    headings = ("nets", "convolution", "kind", "standard, ms", *(f"{name}, times faster" for name in IMPLEMENTATIONS))
+    cells = []
+    for spec in best:
+        row = every[spec]
+        times = (f"{1 / known[name, spec]:.1f}" if (name, spec) in known else "–" for name in IMPLEMENTATIONS)
+        standard = 1e3 * (row.found.standard_minimum or 0.0)
+        cells.append((row.layer.model, label(spec), row.layer.kind, f"{standard:.3g}", *times))
+    lines = []
+    for name in IMPLEMENTATIONS:
+        mine = [value for (one, _), value in known.items() if one == name]
+        if mine:
+            lines.append(
+                f"- `{name}`: best {digits(min(mine))} ({1 / min(mine):.1f} times faster), median"
+                f" {digits(statistics.median(mine))}, worst {digits(max(mine))}"
+            )
+    text = [
+        *_opening("Speed-ups of KFAC-reduce", "speedups", rows),
+        f"The {_BEST} convolutions on which `{PLANNED}` gains most over unfolding, and what the other two ways gain"
+        " there. All are in `speedups.csv`.",
+        "",
+        "The paper, on an Nvidia T4: ratios down to 0.22 (4.5 times faster). Here, over all convolutions:",
+        "",
+        *lines,
+        "",
+        "![speed-ups](speedups.png)",
+        "",
+        *table(headings, cells[:_BEST], 3),
+    ]
+    figure, axis = _figure()
+    for at, name in enumerate(IMPLEMENTATIONS):
+        mine = sorted(1 / value for (one, _), value in known.items() if one == name)
+        axis.plot([place / max(len(mine) - 1, 1) for place in range(len(mine))], mine, color=f"C{at}", label=name)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.axhline(4.5, color="grey", linewidth=1, linestyle="--", label="the paper's best")
+    axis.set_yscale("log")
+    axis.set_xlabel("share of the convolutions")
+    axis.set_ylabel("times faster than unfolding")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(out / "speedups.png", dpi=130)
+    _write_csv(out / "speedups.csv", headings, cells)
+    return _written("Speed-ups of KFAC-reduce", "speedups", out, text, (headings, *cells[:_BEST]))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+def memory(rows: Sequence[Row], out: Path) -> Written:
+    """What KFAC-reduce needs beside its operand and its result."""
+    mine = [row for row in rows if row.operation == "kfac_reduce" and row.found.status == OK]
+    names = (STANDARD, *IMPLEMENTATIONS)
+    bytes_of = {(row.implementation, row.layer.spec): row.found.extra_bytes or 0 for row in mine}
+    every = {row.layer.spec: row for row in mine if row.implementation == STANDARD}
+    specs = sorted(every, key=lambda spec: -bytes_of[STANDARD, spec])
+    headings = ("nets", "convolution", "kind", *(f"{name}, MiB" for name in names))
+    cells = [
+        (
+            *(every[spec].layer.model, label(spec), every[spec].layer.kind),
+            *(f"{bytes_of[name, spec] / 2**20:.3g}" if (name, spec) in bytes_of else "–" for name in names),
+        )
+        for spec in specs
+    ]
+    saved = {
+        name: max(0, *(bytes_of[STANDARD, spec] - bytes_of.get((name, spec), math.inf) for spec in specs))
+        for name in IMPLEMENTATIONS
+    }
+    batch = mine[0].setting.batch
+    text = [
+        *_opening("Memory of KFAC-reduce", "memory", rows),
+        "The most bytes beside operand and result. The paper, on an Nvidia T4 with larger batches: up to 3 GiB less"
+        f" than the standard way. Here, with a batch of {batch}, the most that is saved on one convolution:",
+        "",
+        *(f"- `{name}`: {saved[name] / 2**20:,.0f} MiB" for name in IMPLEMENTATIONS),
+        "",
+        "![memory](memory.png)",
+        "",
+        f"The {_BEST} convolutions for which the standard way needs most; all are in `memory.csv`.",
+        "",
+        *table(headings, cells[:_BEST], 3),
+    ]
+    figure, axis = _figure()
+    for at, name in enumerate(names):
+        values = [max(bytes_of.get((name, spec), 0) / 2**20, 2**-10) for spec in specs]
+        axis.plot(range(len(specs)), values, ".", color="black" if name == STANDARD else f"C{at - 1}", label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("convolutions, by what the standard way needs")
+    axis.set_ylabel("MiB beside operand and result")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(out / "memory.png", dpi=130)
+    _write_csv(out / "memory.csv", headings, cells)
+    return _written("Memory of KFAC-reduce", "memory", out, text, (headings, *cells[:_BEST]))
+
+
+VIEWS: dict[str, Callable[[Sequence[Row], Path], Written]] = {
+    "runtime": runtime,
+    "speedups": speedups,
+    "memory": memory,
+}
+"""The figures that show what was measured."""
+
+
+def write(names: Sequence[str], rows: Sequence[Row], out: Path) -> Iterator[Written]:
+    """Write figures to a folder, one after another.
+
+    Args:
+        names: of figures.
+        rows: what was measured for them.
+        out: the folder.
+
+    Raises:
+        BenchError: if the folder cannot be written, matplotlib is missing, or nothing was measured.
+    """
+    require("matplotlib")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name == "study":
+                yield study(out)
+            elif not any(row.found.minimum for row in rows):
+                raise BenchError(f"no time was measured that {name} could show")
+            else:
+                yield VIEWS[name](rows, out)
+    except OSError as error:
+        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def _opening(title: str, name: str, rows: Sequence[Row] = ()) -> list[str]:
+    return [f"# {title}", "", f"Made by `lensor reproduce {name}`.", "", *(f"- {one}" for one in settings_of(rows)), ""]
+
+
+def _without(rows: Sequence[Row]) -> list[str]:
+    """What has no time, and why."""
+    missing = [row for row in rows if row.found.status != OK]
+    if not missing:
+        return []
+    cells = [
+        (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message.replace("|", "¦"))
+        for row in missing
+    ]
+    return ["## Without a time", "", *table(("operation", "implementation", "convolution", "status", "why"), cells, 5)]
+
+
+def _written(title: str, name: str, out: Path, text: Iterable[str], summary: tuple[tuple[str, ...], ...]) -> Written:
+    (out / f"{name}.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    return Written(title, summary, tuple(out / f"{name}.{ending}" for ending in ("md", "png", "csv")))
+
+
+def _write_csv(path: Path, headings: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(headings)
+        writer.writerows(rows)
+
+
+def _figure() -> tuple[Any, Any]:
+    """A figure with one panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

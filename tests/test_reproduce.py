@@ -1,0 +1,146 @@
+"""`lensor reproduce`: the paper's counts, figures from rows, measuring only what is missing."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lensor import cli
+from lensor.bench import BenchError, reproduce
+from lensor.bench.layers import KINDS
+from lensor.bench.results import OK, Found, Machine, Row, Setting, read
+from lensor.bench.settings import Settings
+
+MACHINE = Machine("some processor", 2, "3.11", "2.6", "0.1")
+SETTING = Setting(8, 4, "float32", "cpu", 2)
+
+
+def rows() -> list[Row]:
+    """The network takes twice, the simplified one half, Lensor an eighth of the standard's time and memory."""
+    found = []
+    factors = {"standard": 1.0, "network": 2.0, "network-simplified": 0.5, "lensor": 0.125}
+    for at, layer in enumerate(reproduce.layers(quick=True)):
+        for operation in reproduce.OPERATIONS:
+            for name, factor in factors.items():
+                standard, memory = 1e-3 * (at + 1), 2**20 * (at + 1)
+                times = Found(
+                    OK,
+                    "",
+                    0.0,
+                    3,
+                    factor * standard,
+                    factor * standard,
+                    standard,
+                    standard,
+                    int(factor * memory),
+                    memory,
+                    8,
+                )
+                found.append(Row(operation, name, "1", layer, SETTING, times, MACHINE))
+    return found
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.make_app(), ["reproduce", *arguments])
+
+
+def table_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_the_census_is_the_paper_s(tmp_path: Path) -> None:
+    assert invoke("study", "--out", str(tmp_path)).exit_code == 0
+    found = table_of(tmp_path / "study.csv")
+    assert len(found) == 9 * len(KINDS)
+    assert all(row["convolutions"] == row["paper"] and row["unique"] == row["paper_unique"] for row in found)
+    sums = {
+        kind: tuple(sum(int(row[what]) for row in found if row["kind"] == kind) for what in ("convolutions", "unique"))
+        for kind in KINDS
+    }
+    assert sums == {"general": (142, 60), "dense": (147, 52), "mixed-dense": (34, 12), "down-sampling": (6, 6)}
+    page = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert "| sum |  | 142 (60) | 34 (12) | 147 (52) | 6 (6) | the same |" in page
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_census_that_differs_says_what_the_paper_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reproduce.CENSUS, "2c2d", {"general": (3, 2)})
+    found = reproduce.study(tmp_path).summary
+    assert [row[-1] for row in found if row[0] == "2c2d"] == ["general 3 (2)"]
+
+
+def test_figures_show_what_was_measured(tmp_path: Path) -> None:
+    found = {one.title: one for one in reproduce.write(["runtime", "speedups", "memory"], rows(), tmp_path)}
+    assert len(found) == 3
+    assert all(path.stat().st_size for one in found.values() for path in one.paths)
+    medians = {
+        (row["operation"], row["kind"], row["implementation"]): row["median"]
+        for row in table_of(tmp_path / "runtime.csv")
+    }
+    assert medians["kfac_reduce", "all", "lensor"] == "0.12"
+    assert medians["forward", "dense", "network"] == "2.00"
+    best = table_of(tmp_path / "speedups.csv")
+    assert len(best) == len(reproduce.layers(quick=True))
+    assert {row["lensor, times faster"] for row in best} == {"8.0"}
+    largest = table_of(tmp_path / "memory.csv")[0]
+    count = len(best)
+    assert (largest["standard, MiB"], largest["network, MiB"]) == (f"{count:.3g}", f"{2 * count:.3g}")
+    page = (tmp_path / "memory.md").read_text(encoding="utf-8")
+    assert f"- `network-simplified`: {count / 2:,.0f} MiB" in page
+    assert "- `network`: 0 MiB" in page
+    claims = (tmp_path / "runtime.md").read_text(encoding="utf-8")
+    assert all(claim in claims for claim in reproduce.CLAIMS.values())
+
+
+def test_what_has_no_time_is_told(tmp_path: Path) -> None:
+    some = rows()
+    at = next(at for at, row in enumerate(some) if row.implementation == "network")
+    some[at] = replace(some[at], found=Found("failed", "MemoryError: too | large"))
+    list(reproduce.write(["runtime"], some, tmp_path))
+    assert "MemoryError: too ¦ large" in (tmp_path / "runtime.md").read_text(encoding="utf-8")
+
+
+def test_nothing_measured_is_no_figure(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="no time was measured"):
+        list(reproduce.write(["memory"], [], tmp_path))
+
+
+def test_quick_runs_have_every_kind_and_full_ones_every_convolution() -> None:
+    assert {layer.spec.kind for layer in reproduce.layers(quick=True)} == set(KINDS)
+    assert len(reproduce.layers(quick=False)) == 128
+    given = Settings(seconds=1.0, repeats=20)
+    quick = reproduce.settings(("forward",), given, quick=True)
+    assert (quick.seconds, quick.repeats, quick.operations) == (0.05, 5, ("forward",))
+    assert reproduce.settings(("forward",), given, quick=False).seconds == 1.0
+
+
+def test_figures_and_what_they_need() -> None:
+    assert reproduce.figures(["ALL"]) == reproduce.FIGURES
+    assert reproduce.needed(["study"]) == ()
+    assert reproduce.needed(["memory", "speedups"]) == ("kfac_reduce",)
+    assert reproduce.needed(reproduce.FIGURES) == reproduce.OPERATIONS
+
+
+def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = reproduce.layers(quick=True)
+    smallest = (min(few, key=lambda layer: layer.spec.in_channels * layer.spec.input_size[0]),)
+    monkeypatch.setattr("lensor.bench.commands.reproduce_layers", lambda quick: smallest)
+    arguments = ["--quick", "--batch", "1", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]
+    assert invoke("memory", *arguments).exit_code == 0
+    first = read(tmp_path / reproduce.RUNS)
+    assert len(first) == 4
+    assert invoke("speedups", "memory", *arguments).exit_code == 0
+    assert read(tmp_path / reproduce.RUNS) == first
+    assert invoke("runtime", *arguments).exit_code == 0
+    assert len(read(tmp_path / reproduce.RUNS)) == 4 * len(reproduce.OPERATIONS)
+
+
+def test_unknown_figures_are_answered_with_those_there_are() -> None:
+    found = invoke("figure9")
+    assert found.exit_code == 1
+    assert "unknown figure 'figure9', expected one of study, runtime, speedups, memory, all" in found.stderr

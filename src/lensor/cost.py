@@ -59,6 +59,18 @@ _CALLS_PER_CORRECTION = 12
 _SHORT_RUN, _SCATTERED = 16, 3
 """Copying in runs shorter than this moves so many entries more for each."""
 
+_WIDE_KERNEL = 25
+"""Kernels of this many positions that are larger than the output are slower than others."""
+
+_NEAR = 1 << 23
+"""Values of fewer bytes than this stay in a cache, which halves what moving them takes."""
+
+_POSITIONS = 300
+"""Positions of all examples together from which on a gradient by the weight reaches its rate."""
+
+_FRESH, _FAULTS = 1 << 26, 3
+"""Bytes from which on memory comes fresh from the system, and how many times as long it takes to write to then."""
+
 _KEPT = 1 << 18
 """Entries of a matrix that stays in a cache while a batch is worked through."""
 
@@ -131,7 +143,12 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
             moved += (1 + _SCATTERED) * sum(math.prod(plan.shapes[at]) for at in transposed)
         if isinstance(step, (s.MatMul, s.Gram)):
             moved += 2 * step_copies(step, [(plan.shapes[at], values[at].strides) for at in step.takes])[0]
-        work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, constants), 1.0)
+        size = math.prod(plan.shapes[place])
+        if values[place].copied and size * itemsize >= _FRESH:
+            moved += (_FAULTS - 1) * size
+        elif size * itemsize < _NEAR:
+            moved /= 2
+        work = step.flops(shapes, plan.shapes[place]) / max(_rate(step, shapes, plan.shapes[place], constants), 1.0)
         calls = 0.25 if not values[place].copied else 1
         if isinstance(step, s.PatchGram):
             # Every entry of the result is written for every border that concerns it, one pair of offsets a call.
@@ -162,7 +179,7 @@ def _repeated(shapes: Sequence[s.Shape]) -> int:
     return sum((most - 1) * size for batch, size in zip(batches, sizes, strict=True) if batch == 1 and size > _KEPT)
 
 
-def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
+def _rate(step: s.Step, shapes: list[s.Shape], result: s.Shape, constants: Machine) -> float:
     match step:
         case s.MatMul():
             (*_, m, k), (*_, n) = shapes[0], shapes[1]
@@ -177,6 +194,10 @@ def _rate(step: s.Step, shapes: list[s.Shape], constants: Machine) -> float:
             # Frameworks reach their rate with few channels, too, but not with few in a group, or with huge kernels.
             channels, inner, *kernel = step.kernel(shapes)
             rate = constants.convolutions * (0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0)
+            if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
+                rate *= 0.4
+            if step.kind == "weight_grad":  # few positions are little to sum over
+                rate *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
             if groups == 1:
                 return rate if step.kind != "input_grad" else rate * (0.35 if inner < 16 else 0.85)
             few = min(channels // groups, inner)

@@ -62,7 +62,7 @@ def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
     values: list[Value] = []
     for place, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
         own = Value(contiguous(shape), place, not isinstance(step, (s.Input, s.Constant)))
-        if isinstance(step, s.Multiple) and step.owned:
+        if isinstance(step, (s.Multiple, s.Add)) and step.owned:
             before = values[step.takes[0]]
             own = Value(before.strides, before.source, False)
         elif step.is_view and step.takes:

@@ -769,6 +769,10 @@ class _Lowering:
         free_a = [index for index in a.indices if index not in shared]
         free_b = [index for index in b.indices if index not in shared]
         indices = (*batch, *free_a, *free_b)
+        if a == b and contracted:
+            axes = tuple(a.indices.index(index) for index in contracted)
+            kept = tuple(index for index in a.indices if index not in contracted)
+            return _Tensor(self.program.add(s.SumSquares((a.value,), axes)), kept)
         if not contracted:
             left = self.matrix(a, [*batch, *free_a], (*self.shape(batch), *self.shape(free_a), *[1] * len(free_b)))
             right = self.matrix(b, [*batch, *free_b], (*self.shape(batch), *[1] * len(free_a), *self.shape(free_b)))
@@ -809,13 +813,16 @@ class _Lowering:
             return None
         blocks = [(held, list(group)) for held, group in itertools.groupby(front, lambda index: index in batch)]
         free = [index for index in small.indices if index not in batch and index not in contracted]
+        indices = (*front, *free, *behind)
+        last = set(indices) == set(self.open) and list(indices) != sorted(indices, key=self.open.index)
+        if last and math.prod(self.shape(indices)) > math.prod(self.shape(big.indices)):
+            return None  # to put the result in order would cost more than the copy that is saved
         own = [index for index in front if index in batch]
         axes = tuple(math.prod(self.shape(group)) if held else 1 for held, group in blocks)
         ends = [math.prod(self.shape(group)) for group in (free, inner, behind)]
         left = self.matrix(small, [*own, *free, *inner], (*axes, ends[0], ends[1]))
         axes = tuple(math.prod(self.shape(group)) for _, group in blocks)
         right = self.matrix(big, list(big.indices), (*axes, ends[1], ends[2]))
-        indices = (*front, *free, *behind)
         value = self.program.add(s.MatMul((left, right)))
         return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
 
@@ -868,7 +875,25 @@ def candidates(net: AnyNetwork) -> list[Plan]:
     for strategy in STRATEGIES:
         plan = lower(simplified, strategy)
         plans.setdefault(plan.steps, plan)
+    for plan in list(plans.values()):
+        # What is squared and summed need never be there as a whole: a part of an index at a time stays in fast memory.
+        strategy = next(strategy for strategy in STRATEGIES if strategy.name == plan.name)
+        index = _summed_by_all(net) if any(isinstance(step, s.SumSquares) for step in plan.steps) else None
+        if index is not None:
+            sliced = lower_sliced(net, strategy, index, min(net.sizes[index] or 0, _PARTS_OF_SQUARES))
+            plans.setdefault(sliced.steps, sliced)
     return list(plans.values())
+
+
+_PARTS_OF_SQUARES = 32
+"""A sum of squares is worked through in no more parts than this."""
+
+
+def _summed_by_all(net: AnyNetwork) -> str | None:
+    """A summed index that every operand has, the largest of them."""
+    held = [set(indices_of(node)) for term in net.terms for node in term.nodes if isinstance(node, Operand)]
+    found = [index for index in sliceable(net) if index not in net.output_indices and all(index in one for one in held)]
+    return found[0] if found else None
 
 
 def compare_orders(plan: Plan) -> Orders:
@@ -973,7 +998,7 @@ def _pruned(text: str, program: Program, result: int, name: str) -> Plan:
     steps = [_moved(program.steps[place], new) for place in kept]
     shapes = tuple(program.shapes[place] for place in kept)
     for at, step in enumerate(steps):
-        if isinstance(step, s.Multiple) and _is_owned(steps, step.takes[0], at, new[result]):
+        if isinstance(step, (s.Multiple, s.Add)) and _is_owned(steps, step.takes[0], at, new[result]):
             steps[at] = replace(step, owned=True)
     return Plan(text, tuple(steps), shapes, new[result], name)
 

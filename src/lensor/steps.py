@@ -273,6 +273,23 @@ class SumAxes(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class SumSquares(Step):
+    """The sum over some axes of the squares of the entries, without conjugation."""
+
+    name: ClassVar[str] = "sum of squares"
+    axes: tuple[int, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return tuple(size for axis, size in enumerate(shapes[0]) if axis not in self.axes)
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return 2 * math.prod(shapes[0])
+
+    def settings(self) -> str:
+        return f"over {self.axes}"
+
+
+@dataclass(frozen=True, slots=True)
 class Expand(Step):
     """Axes of length 1 repeated to `size`."""
 
@@ -485,6 +502,8 @@ class Add(Step):
     """The sum of two arrays of one shape."""
 
     name: ClassVar[str] = "add"
+    owned: bool = False
+    """Whether nothing else looks at the first array, so that the second may be added to it in place."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]

@@ -42,6 +42,18 @@ def _multiple(step: s.Multiple) -> Callable[[np.ndarray], np.ndarray]:
     return multiple
 
 
+def _add(step: s.Add) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    return lambda a, b: np.add(a, b, out=a) if step.owned and a.flags.writeable else a + b
+
+
+def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
+    def sum_squares(x: np.ndarray) -> np.ndarray:
+        every, kept = list(range(x.ndim)), [axis for axis in range(x.ndim) if axis not in step.axes]
+        return np.einsum(x, every, x, every, kept)
+
+    return sum_squares
+
+
 def _slice(step: s.Slice) -> Callable[[np.ndarray], np.ndarray]:
     stop = step.start + (step.count - 1) * step.step + 1
     where = (*[slice(None)] * step.axis, slice(step.start, stop, step.step))
@@ -176,7 +188,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.PatchGram: _patch_gram,
     s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
     s.Convolution: _convolution,
-    s.Add: lambda step: np.add,
+    s.SumSquares: _sum_squares,
+    s.Add: _add,
     s.Multiple: _multiple,
 }
 

@@ -172,6 +172,36 @@ def _multiple(step: s.Multiple) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x * factor
 
 
+def _add(step: s.Add) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if step.owned:
+        return lambda a, b: a.add_(b) if _may_write(a) and _may_write(b) else a + b
+    return torch.add
+
+
+_MANY = 256
+"""More terms than this are squared before they are summed, in memory of their own."""
+
+
+def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Term by term added up, so that no squares are kept; all at once where terms are many or nobody may write."""
+    axes = step.axes
+
+    def sum_squares(x: torch.Tensor) -> torch.Tensor:
+        sizes = [x.shape[axis] for axis in axes]
+        if not 0 < math.prod(sizes) <= _MANY or not _may_write(x):
+            return (x * x).sum(axes)
+        kept = [axis for axis in range(x.ndim) if axis not in axes]
+        terms = x.permute(*axes, *kept)
+        first, *others = itertools.product(*map(range, sizes))
+        result = x.new_empty([x.shape[axis] for axis in kept])
+        torch.mul(terms[first], terms[first], out=result)
+        for place in others:
+            result.addcmul_(terms[place], terms[place])
+        return result
+
+    return sum_squares
+
+
 def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if step.factor == 1:
         return torch.matmul
@@ -406,7 +436,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.PatchGram: _patch_gram,
     s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
     s.Convolution: _convolution,
-    s.Add: lambda step: torch.add,
+    s.SumSquares: _sum_squares,
+    s.Add: _add,
     s.Multiple: _multiple,
 }
 
@@ -462,7 +493,9 @@ class _Transformed(_Planned):
 
     @staticmethod
     def forward(own: _Derivatives, *arrays: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return own.run(*arrays)
+        result = own.run(*arrays)
+        # A view takes a tangent of its own strides only.
+        return result.clone() if forward_ad._current_level >= 0 and result._is_view() else result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -22,9 +22,9 @@ import lensor
 from lensor import ConvSpec, IndexPattern, ops
 from lensor.cache import Cache
 from lensor.kernels import load
-from lensor.lower import STRATEGIES, lower
+from lensor.lower import STRATEGIES, candidates, lower
 from lensor.runtime import run
-from lensor.steps import Convolution, Gather
+from lensor.steps import Convolution, Gather, SumSquares
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 from tests.dense import evaluate_dense
 
@@ -554,6 +554,41 @@ def test_half_precision_of_torch() -> None:
     found = net(X=x.bfloat16())
     assert found.dtype == torch.bfloat16
     assert_close(found.double(), net(X=x.bfloat16().double()), 5e-2)
+
+
+# ------------------------------------------------------------------------------------------------------ sums of squares
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_sums_of_squares(axes: tuple[int, ...], backend: str) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 4, 3)).transpose(2, 0, 1)
+    array = torch.from_numpy(x) if backend == "torch" else x
+    found = load(backend).steps[SumSquares](SumSquares((0,), axes))(array)
+    assert_close(found, np.square(x).sum(axes))
+
+
+def test_sums_of_squares_in_half_precision_lose_no_digits() -> None:
+    """Terms of 2.25 to sums of which the nearest numbers are 2 apart."""
+    x = torch.full((200, 2), 1.5, dtype=torch.bfloat16)
+    found = load("torch").steps[SumSquares](SumSquares((0,), (0,)))(x)
+    assert found.dtype == torch.bfloat16
+    assert found.tolist() == [450.0, 450.0]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ggn_diagonals_part_by_part(name: str) -> None:
+    """Slices are candidates, each right, with one half of the square at a time in memory."""
+    net = bound(ops.ggn_diagonal(SPECS[name]))
+    operands = operands_of(net)
+    expected = evaluate_dense(net, operands)
+    sliced = [plan for plan in candidates(net) if "parts" in plan.name]
+    assert sliced
+    for plan in sliced:
+        assert any(isinstance(step, SumSquares) for step in plan.steps)
+        for arrays in (operands, {key: torch.from_numpy(array) for key, array in operands.items()}):
+            assert_close(run(plan, arrays), expected)
+    assert not any("parts" in plan.name for plan in candidates(net, in_parts=False))
+    half = net.plan(**{key: array.astype(np.float16) for key, array in operands.items()})
+    assert not any("parts" in candidate.name for candidate in half.candidates)
 
 
 # ------------------------------------------------------------------------------------------------------- empty batches

@@ -868,8 +868,14 @@ class _Lowering:
         return self.program.reshape(value, tuple(math.prod(self.shape(leg)) for leg in self.term.output))
 
 
-def candidates(net: AnyNetwork) -> list[Plan]:
-    """All candidate plans of a network whose sizes are known, without those that came out alike."""
+def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
+    """All candidate plans of a network whose sizes are known, without those that came out alike.
+
+    Args:
+        net: the network.
+        in_parts: also plans that work through an index part by part, though memory does not ask for it; in half
+            precision every part that is added costs digits.
+    """
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
     for strategy in STRATEGIES:
@@ -878,7 +884,7 @@ def candidates(net: AnyNetwork) -> list[Plan]:
     for plan in list(plans.values()):
         # What is squared and summed need never be there as a whole: a part of an index at a time stays in fast memory.
         strategy = next(strategy for strategy in STRATEGIES if strategy.name == plan.name)
-        index = _summed_by_all(net) if any(isinstance(step, s.SumSquares) for step in plan.steps) else None
+        index = _summed_by_all(net) if in_parts and any(isinstance(step, s.SumSquares) for step in plan.steps) else None
         if index is not None:
             sliced = lower_sliced(net, strategy, index, min(net.sizes[index] or 0, _PARTS_OF_SQUARES))
             plans.setdefault(sliced.steps, sliced)

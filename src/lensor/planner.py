@@ -110,7 +110,9 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
         ValueError: if no candidate fits the memory limit.
     """
     itemsize = backend.itemsize(kind) if backend is not None else 8
-    plans = [plan for plan in candidates(net) if backend is None or backend.can_run(plan.steps, kind)]
+    plans = [
+        plan for plan in candidates(net, in_parts=itemsize >= 4) if backend is None or backend.can_run(plan.steps, kind)
+    ]
     found = [(plan, estimate(plan, machine(), itemsize)) for plan in plans]
     found.sort(key=lambda pair: pair[1])
     if settings.max_bytes is not None:

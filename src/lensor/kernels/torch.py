@@ -193,11 +193,11 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
         kept = [axis for axis in range(x.ndim) if axis not in axes]
         terms = x.permute(*axes, *kept)
         first, *others = itertools.product(*map(range, sizes))
-        result = x.new_empty([x.shape[axis] for axis in kept])
-        torch.mul(terms[first], terms[first], out=result)
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype  # half precision adds up badly
+        result = torch.mul(*[terms[first].to(wide)] * 2, out=x.new_empty([x.shape[axis] for axis in kept], dtype=wide))
         for place in others:
-            result.addcmul_(terms[place], terms[place])
-        return result
+            result.addcmul_(*[terms[place].to(wide)] * 2)
+        return result.to(x.dtype)
 
     return sum_squares
 

@@ -7,21 +7,22 @@ called as its users would call it (`libraries`).
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import math
 import platform
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lensor.bench.definitions import WITHOUT_BATCH, Case, Convolution, expected
-from lensor.bench.errors import BenchError
+from lensor.bench.errors import choose, require
 from lensor.bench.libraries import LIBRARIES, Library
 from lensor.bench.measure import relative_error
 
@@ -174,6 +175,17 @@ COLUMNS: Mapping[str, tuple[Convolution, ...]] = {
 }
 """The hyper-parameters, with the convolutions that stand for each."""
 
+MEANINGS = {
+    "unread inputs": "strides that leave positions of the input unread",
+    "same": '`padding="same"`, also with even kernels, where the padding is uneven',
+    "uneven": "padding as (left, right) pairs; torch's modules cannot express them",
+    "large kernel": "kernels larger than the input, with padding",
+    "combined": 'groups together with padding modes, dilation, `padding="same"` or three dimensions',
+    "unbatched": "inputs without a batch axis",
+    "bias": "a bias; in input factors it is the last row and column",
+}
+"""What the names of some columns stand for."""
+
 WITH_BIAS = ("forward", "transposed_forward", "kfac_expand", "kfac_reduce")
 """What a bias changes; in an input factor it is the last row and column."""
 
@@ -250,9 +262,16 @@ class Matrix:
         return Counter(cell.status for cell in self.cells)
 
     def rows(self) -> Iterator[tuple[str, list[Cell]]]:
-        """The cells of each quantity."""
-        for quantity, cells in groupby(self.cells, lambda cell: cell.quantity):
-            yield quantity, list(cells)
+        """The cells of each quantity that the library has."""
+        for quantity, cells in itertools.groupby(self.cells, lambda cell: cell.quantity):
+            if quantity in self.library.ways:
+                yield quantity, list(cells)
+
+    @property
+    def absent(self) -> str:
+        """The quantities that the library has no function for, in one line."""
+        asked = dict.fromkeys(cell.quantity for cell in self.cells)
+        return ", ".join(QUANTITIES[quantity] for quantity in asked if quantity not in self.library.ways)
 
     @property
     def summary(self) -> str:
@@ -271,18 +290,19 @@ class Matrix:
         return found
 
     def refusals(self) -> list[tuple[str, ...]]:
-        """What was raised: message, and where, with the number of cases where not all of a cell are refused."""
-        places: dict[str, dict[str, list[str]]] = {}
+        """What was raised, messages that differ in numbers only as one, and where, with the number of cases."""
+        places: dict[str, tuple[str, dict[str, list[str]]]] = {}
         for cell in self.cells:
-            refused = cell.having(REFUSES)
-            for message in dict.fromkeys(answer.message for answer in refused):
-                count = sum(answer.message == message for answer in refused)
-                some = f" ({count} of {len(cell.answers)})" if count < len(cell.answers) else ""
-                columns = places.setdefault(message, {}).setdefault(QUANTITIES[cell.quantity], [])
-                columns.append(cell.column + some)
+            alike: dict[str, list[str]] = {}
+            for answer in cell.having(REFUSES):
+                alike.setdefault(re.sub(r"\d+", "0", answer.message), []).append(answer.message)
+            for kind, messages in alike.items():
+                some = f" ({len(messages)} of {len(cell.answers)})" if len(messages) < len(cell.answers) else ""
+                _, where = places.setdefault(kind, (messages[0], {}))
+                where.setdefault(QUANTITIES[cell.quantity], []).append(cell.column + some)
         return [
             (message, "; ".join(f"{quantity}: {', '.join(columns)}" for quantity, columns in where.items()))
-            for message, where in places.items()
+            for message, where in places.values()
         ]
 
 
@@ -308,28 +328,25 @@ def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
 def examine(
     library: Library, quantities: Iterable[str] = QUANTITIES, advance: Callable[[], None] = lambda: None
 ) -> Matrix:
-    """A library's matrix; `advance` is called after each cell.
-
-    Raises:
-        BenchError: if torch cannot make a case.
-    """
+    """A library's matrix; `advance` is called after each cell."""
     cells = []
-    for quantity in quantities:
-        for column in COLUMNS:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more than one would only get in each other's way on arrays this small
+    try:
+        for quantity, column in itertools.product(quantities, COLUMNS):
             held = cases(quantity, column) if quantity in library.ways else ()
             answers = tuple(ask(library, quantity, conv) for conv in held if not library.lacks(quantity, conv))
             cells.append(Cell(quantity, column, answers))
             advance()
+    finally:
+        torch.set_num_threads(threads)
     return Matrix(library, tuple(cells))
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-COMMAND = "lensor conformance --peer {names} --markdown docs/conformance.md"
-
-
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], centred: bool = False) -> list[str]:
     rule = ["---"] + [":-:" if centred else "---"] * (len(headings) - 1)
-    escaped = ([cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows)
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return [f"| {' | '.join(row)} |" for row in (headings, rule, *escaped)] + [""]
 
 
@@ -339,18 +356,26 @@ def section(matrix: Matrix) -> str:
     lines = [f"## {library.name}", "", f"Called by {library.called}", ""]
     rows = ([QUANTITIES[quantity], *(SYMBOLS[cell.status] for cell in cells)] for quantity, cells in matrix.rows())
     lines += _table(("", *COLUMNS), rows, centred=True)
-    lines += [f"Cells: {matrix.summary}.", ""]
+    lines += [f"Cells: {matrix.summary}." + (f" No function for: {matrix.absent}." if matrix.absent else ""), ""]
     wrong, refusals = matrix.wrong(), matrix.refusals()
     if wrong:
         lines += _table(("wrong", "hyper-parameter", "largest relative error", "cases", "first of them"), wrong)
     if refusals:
-        lines += _table(("raised", "where"), [(f"`{message}`", where) for message, where in refusals])
+        lines += _table(
+            ("raised", "where"), [(f"`{message.replace('`', chr(39))}`", where) for message, where in refusals]
+        )
     return "\n".join(lines)
 
 
-def markdown(matrices: Sequence[Matrix]) -> str:
-    """The page."""
-    names = ",".join(matrix.library.name for matrix in matrices)
+def command(matrices: Sequence[Matrix], file: str) -> str:
+    """The command that writes a page of these matrices."""
+    asked = dict.fromkeys(cell.quantity for matrix in matrices for cell in matrix.cells)
+    some = "" if set(asked) == set(QUANTITIES) else f" --quantity {','.join(asked)}"
+    return f"lensor conformance --peer {','.join(matrix.library.name for matrix in matrices)}{some} --markdown {file}"
+
+
+def markdown(matrices: Sequence[Matrix], file: str) -> str:
+    """The page, to be written to a file of this name."""
     versions = ", ".join(f"{matrix.library.name} {matrix.library.version}" for matrix in matrices)
     count = len({conv for column in COLUMNS.values() for conv in column})
     lines = [
@@ -358,20 +383,19 @@ def markdown(matrices: Sequence[Matrix]) -> str:
         "",
         "Which quantities of a convolution are right for which hyper-parameters. Written by",
         "",
-        f"    {COMMAND.format(names=names)}",
+        f"    {command(matrices, file)}",
         "",
         f"with {versions}, torch {torch.__version__}, Python {platform.python_version()}.",
         "",
-        f"A cell holds up to {max(map(len, COLUMNS.values()))} of {count} small convolutions, alone and combined with"
-        f" other hyper-parameters, and is right only if all of them are: relative error at most {TOLERANCE:g} in"
-        " float64. They are compared with explicit definitions: torch's own convolution on padded input, automatic"
+        f"A cell holds up to {max(map(len, COLUMNS.values()))} of {count} small convolutions, among them combinations"
+        f" with other hyper-parameters, and is right only if all are: relative error at most {TOLERANCE:g} in float64."
+        " Results are compared with explicit definitions: torch's own convolution on padded input, automatic"
         " differentiation of it, Jacobians as full arrays, and for Kronecker factors patches gathered entry by entry."
         " Libraries are called as their users would call them, one layer at a time; factors are compared at the paper's"
-        " scale. Columns: strides that leave inputs unread; `padding=\"same\"` also with even kernels; uneven padding"
-        " as (left, right) pairs, which torch's modules cannot express; kernels larger than the input; for transposed"
-        " convolutions output padding too; inputs without batch axis; a bias, in input factors as the last row.",
+        " scale. Messages that differ in numbers only are listed once.",
         "",
         *_table(("", "", "meaning"), [(SYMBOLS[status], status, LEGEND[status]) for status in SYMBOLS]),
+        *_table(("hyper-parameter", "meaning"), list(MEANINGS.items())),
     ]
     return "\n".join([*lines, *map(section, matrices)]).rstrip() + "\n"
 
@@ -392,27 +416,11 @@ def csv_rows(matrices: Iterable[Matrix]) -> Iterator[tuple[Any, ...]]:
                 yield (*head, str(answer.conv), answer.status, error, answer.message)
 
 
-def write(path: Path, text: Callable[[Any], object]) -> None:
-    """Write a file.
-
-    Raises:
-        BenchError: if that cannot be done.
-    """
-    try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            text(file)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def write_markdown(matrices: Sequence[Matrix], path: Path) -> None:
-    """Write the page to a file."""
-    write(path, lambda file: file.write(markdown(matrices)))
-
-
-def write_csv(matrices: Sequence[Matrix], path: Path) -> None:
-    """Write every case to a file."""
-    write(path, lambda file: csv.writer(file, lineterminator="\n").writerows([HEADER, *csv_rows(matrices)]))
+def csv_text(matrices: Sequence[Matrix]) -> str:
+    """Every case as CSV."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([HEADER, *csv_rows(matrices)])
+    return file.getvalue()
 
 
 def libraries_of(names: Sequence[str]) -> list[Library]:
@@ -421,8 +429,6 @@ def libraries_of(names: Sequence[str]) -> list[Library]:
     Raises:
         BenchError: for an unknown one, and for one that is not installed.
     """
-    from lensor.bench.errors import choose, require
-
     found = [LIBRARIES[name] for name in choose("peer", names or ["lensor"], LIBRARIES)]
     for library in found:
         require(library.module)

@@ -136,7 +136,7 @@ def weight_jacobian(conv: Convolution, x: Tensor, weight: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- by explicit patches
 def sources(conv: Convolution, d: int) -> Tensor:
-    """The input position that each kernel position reads for each output position of a dimension, I for none: [K, O]."""
+    """The input position that each kernel position reads for each output position, I for none: [K, O]."""
     size, stride, dilation = conv.input_size[d], conv.each(conv.stride)[d], conv.each(conv.dilation)[d]
     left, _ = conv.sides[d]
     table = torch.empty(conv.kernel_size[d], conv.output_size[d], dtype=torch.long)
@@ -242,13 +242,11 @@ def _forward(case: Case) -> Tensor:
 
 
 def _input_vjp(case: Case) -> Tensor:
-    _, vjp = torch.func.vjp(lambda x: forward(case.conv, x, case.W), case.X)
-    return vjp(case.V)[0]
+    return torch.func.vjp(lambda x: forward(case.conv, x, case.W), case.X)[1](case.V)[0]
 
 
 def _weight_vjp(case: Case) -> Tensor:
-    _, vjp = torch.func.vjp(lambda weight: forward(case.conv, case.X, weight), case.W)
-    return vjp(case.V)[0]
+    return torch.func.vjp(lambda weight: forward(case.conv, case.X, weight), case.W)[1](case.V)[0]
 
 
 def _per_example_weight_vjp(case: Case) -> Tensor:
@@ -288,8 +286,7 @@ def _ggn_diagonal(case: Case) -> Tensor:
 
 
 def _fold(case: Case) -> Tensor:
-    _, vjp = torch.func.vjp(lambda x: unfold(case.conv, x), case.X)
-    return vjp(case.U)[0]
+    return torch.func.vjp(lambda x: unfold(case.conv, x), case.X)[1](case.U)[0]
 
 
 DEFINITIONS: Mapping[str, Callable[[Case], Tensor]] = {

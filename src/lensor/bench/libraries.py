@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -40,7 +39,7 @@ class Library:
     module: str
     ways: Mapping[str, Way]
     called: str
-    lacks: Callable[[str, Convolution], bool] = lambda quantity, conv: False
+    lacks: Callable[[str, Convolution], bool]
 
     @property
     def version(self) -> str:
@@ -158,21 +157,24 @@ def _einconv_hyper(conv: Convolution, *but: str) -> dict[str, Any]:
 
 
 def _einconv_forward(case: Case) -> Tensor:
-    functionals = import_module("einconv.functionals")
-    return functionals.convNd(_input(case), case.W, case.b, **_einconv_hyper(case.conv))
+    from einconv.functionals import convNd  # type: ignore[import-not-found]
+
+    return convNd(_input(case), case.W, case.b, **_einconv_hyper(case.conv))
 
 
 def _einconv_unfold(case: Case) -> Tensor:
-    functionals = import_module("einconv.functionals")
-    found = functionals.unfoldNd(_input(case), case.conv.kernel_size, **_einconv_hyper(case.conv, "groups"))
-    return found
+    from einconv.functionals import unfoldNd  # type: ignore[import-not-found]
+
+    return unfoldNd(_input(case), case.conv.kernel_size, **_einconv_hyper(case.conv, "groups"))
 
 
 def _einconv(expression: str, arguments: Callable[[Case], tuple[Any, ...]]) -> Way:
     """Make an expression and contract it."""
 
     def way(case: Case) -> Tensor:
-        make = import_module(f"einconv.expressions.convNd_{expression}").einsum_expression
+        from einconv import expressions  # type: ignore[import-not-found]
+
+        make = getattr(expressions, f"convNd_{expression}").einsum_expression
         equation, operands, shape = make(*arguments(case), **_einconv_hyper(case.conv))
         return torch.einsum(equation, *operands).reshape(shape)
 
@@ -183,7 +185,7 @@ def _einconv_lacks(quantity: str, conv: Convolution) -> bool:
     return conv.transposed or (conv.bias and quantity.startswith("kfac"))
 
 
-# --------------------------------------------------------------------------------------------- libraries of torch modules
+# ------------------------------------------------------------------------------------------ libraries of torch modules
 def _module(case: Case) -> Any:
     """torch's module, with the case's parameters."""
     conv = case.conv
@@ -205,14 +207,14 @@ def _backpack(extension: str, saved: str) -> Callable[[Case], Any]:
     """What an extension of BackPACK leaves at the weight in the backward pass of the case's net."""
 
     def way(case: Case) -> Any:
-        extensions = import_module("backpack.extensions")
-        backpack = import_module("backpack")
+        from backpack import backpack, extend, extensions  # type: ignore[import-not-found]
+
         head = torch.nn.Linear(case.head.shape[1], case.head.shape[0], bias=False).double()
         head.load_state_dict({"weight": case.head})
         conv = _module(case)
-        model = backpack.extend(torch.nn.Sequential(conv, torch.nn.Sigmoid(), torch.nn.Flatten(), head))
-        loss = backpack.extend(torch.nn.MSELoss(reduction="sum"))
-        with backpack.backpack(getattr(extensions, extension)()):
+        model = extend(torch.nn.Sequential(conv, torch.nn.Sigmoid(), torch.nn.Flatten(), head))
+        loss = extend(torch.nn.MSELoss(reduction="sum"))
+        with backpack(getattr(extensions, extension)()):
             loss(model(case.X), case.target).backward()
         return getattr(conv.weight, saved)
 
@@ -231,13 +233,14 @@ def _backpack_kfac_output_reduce(case: Case) -> Tensor:
 
 
 def _opacus_per_example_weight_vjp(case: Case) -> Tensor:
-    wrapper = import_module("opacus.grad_sample").GradSampleModule
+    from opacus.grad_sample import GradSampleModule  # type: ignore[import-not-found]
+
     conv = _module(case)
-    (wrapper(conv, loss_reduction="sum")(case.X) * case.V).sum().backward()
+    (GradSampleModule(conv, loss_reduction="sum")(case.X) * case.V).sum().backward()
     return conv.weight.grad_sample
 
 
-# ----------------------------------------------------------------------------------------------------------------- table
+# --------------------------------------------------------------------------------------------------------------- table
 LIBRARIES = {
     found.name: found
     for found in (
@@ -292,8 +295,8 @@ LIBRARIES = {
                 "ggn_diagonal": _backpack("DiagGGNExact", "diag_ggn_exact"),
             },
             "`extend` on a net that begins with torch's module and on its loss, then a backward pass with `BatchGrad`,"
-            " `DiagGGNExact` or `KFLR`, whose factors are exact. Its input factor is the paper's, its output factor"
-            " sums positions before the outer product, which is the paper's for KFAC-reduce: both compared as they are.",
+            " `DiagGGNExact` or `KFLR`, whose factors are exact. Its input factor is the paper's for expand, its output"
+            " factor, which sums positions before the outer product, the paper's for reduce: compared as they are.",
             _modules_lack,
         ),
         Library(

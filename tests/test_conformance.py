@@ -79,8 +79,8 @@ def test_page_is_up_to_date(lensors: Matrix) -> None:
     assert names == list(LIBRARIES)
     written = conformance.markdown([lensors], "docs/conformance.md")
     heads = [text.partition("## lensor\n")[0].splitlines() for text in (page, written)]
-    # the command and the versions differ
-    kept = [[line for line in head if not line.startswith(("    lensor", "with "))] for head in heads]
+    several = ("    lensor", "with ", *(f"| {name} |" for name in LIBRARIES))  # what tells of all libraries
+    kept = [[line for line in head if not line.startswith(several)] for head in heads]
     assert kept[0] == kept[1]
     stale = "docs/conformance.md is stale: run the command that it names"
     assert (
@@ -133,6 +133,14 @@ def test_what_raises_refuses() -> None:
     assert message == "NotImplementedError: no groups, found 2"
     assert where == "forward: groups, depthwise, combined, unbatched (1 of 3)"
     assert len(found.refusals()) == 1
+
+
+def test_a_function_that_is_missing_is_no_answer() -> None:
+    def way(case: Case) -> torch.Tensor:
+        raise ModuleNotFoundError("no such version")
+
+    with pytest.raises(ModuleNotFoundError):
+        examine(library(forward=way), ["forward"])
 
 
 def test_wrong_weighs_more_than_refused() -> None:

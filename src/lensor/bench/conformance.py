@@ -143,6 +143,7 @@ COLUMNS: Mapping[str, tuple[Convolution, ...]] = {
         _conv(2, 2, (6, 7), (2, 3), groups=2, stride=2, padding=(2, 1), padding_mode="replicate"),
         _conv(4, 2, (7,), (4,), groups=2, padding="same", dilation=3),
         _conv(4, 2, (4, 5, 4), (2, 3, 2), groups=2, dilation=(2, 1, 1), padding=(1, 1, 0)),
+        _conv(4, 2, (3, 4), (3, 2), groups=2, stride=(3, 1), dilation=(1, 2), output_padding=(2, 1), transposed=True),
     ),
     "transposed": (
         _conv(3, 2, (4, 3), (3, 2), transposed=True),
@@ -160,7 +161,7 @@ COLUMNS: Mapping[str, tuple[Convolution, ...]] = {
     "transposed groups": (
         _conv(4, 2, (3, 4), (3, 2), groups=2, transposed=True),
         _conv(3, 3, (3, 4), (3, 2), stride=(2, 3), padding=(1, 0), groups=3, transposed=True),
-        _conv(4, 2, (3, 4), (3, 2), stride=(3, 1), output_padding=(2, 1), dilation=(1, 2), groups=2, transposed=True),
+        _conv(4, 2, (3, 4), (3, 2), stride=(3, 1), padding=(0, 1), dilation=(1, 2), groups=2, transposed=True),
     ),
     "unbatched": (
         _conv(2, 3, (6, 5), (3, 2), unbatched=True),
@@ -180,7 +181,7 @@ MEANINGS = {
     "same": '`padding="same"`, also with even kernels, where the padding is uneven',
     "uneven": "padding as (left, right) pairs; torch's modules cannot express them",
     "large kernel": "kernels larger than the input, with padding",
-    "combined": 'groups together with padding modes, dilation, `padding="same"` or three dimensions',
+    "combined": 'groups together with a padding mode, `padding="same"`, three dimensions or output padding',
     "unbatched": "inputs without a batch axis",
     "bias": "a bias; in input factors it is the last row and column",
 }
@@ -307,14 +308,20 @@ class Matrix:
 
 
 def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
-    """A library's answer to one case."""
+    """A library's answer to one case.
+
+    Raises:
+        ImportError: if the library does not have the functions that it is asked by.
+    """
     case = Case.draw(conv)
     right = expected(quantity, case)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = library.ways[quantity](case).detach()
-    except Exception as error:  # whatever it is, it is the library's answer
+    except ImportError:  # another version of the library than this module knows: no answer
+        raise
+    except Exception as error:  # whatever else it is, it is the library's answer
         lines = str(error).strip().splitlines() or [""]
         return Answer(conv, REFUSES, message=f"{type(error).__name__}: {lines[0]}".removesuffix(": "))
     if found.shape != right.shape:
@@ -376,7 +383,8 @@ def command(matrices: Sequence[Matrix], file: str) -> str:
 
 def markdown(matrices: Sequence[Matrix], file: str) -> str:
     """The page, to be written to a file of this name."""
-    versions = ", ".join(f"{matrix.library.name} {matrix.library.version}" for matrix in matrices)
+    counts = ([str(matrix.counts[status]) for status in SYMBOLS] for matrix in matrices)
+    names = ((matrix.library.name, matrix.library.version) for matrix in matrices)
     count = len({conv for column in COLUMNS.values() for conv in column})
     lines = [
         "# Conformance",
@@ -385,8 +393,9 @@ def markdown(matrices: Sequence[Matrix], file: str) -> str:
         "",
         f"    {command(matrices, file)}",
         "",
-        f"with {versions}, torch {torch.__version__}, Python {platform.python_version()}.",
+        f"with torch {torch.__version__} and Python {platform.python_version()}. Cells by what was found:",
         "",
+        *_table(("library", "version", *SYMBOLS), [(*name, *count) for name, count in zip(names, counts, strict=True)]),
         f"A cell holds up to {max(map(len, COLUMNS.values()))} of {count} small convolutions, among them combinations"
         f" with other hyper-parameters, and is right only if all are: relative error at most {TOLERANCE:g} in float64."
         " Results are compared with explicit definitions: torch's own convolution on padded input, automatic"

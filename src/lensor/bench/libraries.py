@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -172,9 +173,7 @@ def _einconv(expression: str, arguments: Callable[[Case], tuple[Any, ...]]) -> W
     """Make an expression and contract it."""
 
     def way(case: Case) -> Tensor:
-        from einconv import expressions  # type: ignore[import-not-found]
-
-        make = getattr(expressions, f"convNd_{expression}").einsum_expression
+        make = import_module(f"einconv.expressions.convNd_{expression}").einsum_expression
         equation, operands, shape = make(*arguments(case), **_einconv_hyper(case.conv))
         return torch.einsum(equation, *operands).reshape(shape)
 

@@ -1,4 +1,4 @@
-"""The commands `lensor convs`, `lensor bench` and `lensor reproduce`."""
+"""The commands `lensor convs`, `lensor bench`, `lensor reproduce` and `lensor conformance`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,7 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from lensor.bench.catalogue import NETS, layers_of
-from lensor.bench.errors import BenchError, require
+from lensor.bench.errors import BenchError, choose, require
 from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
 from lensor.bench.operations import OPERATIONS
 from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
@@ -31,6 +32,7 @@ from lensor.bench.results import ResultsFile, Row, read
 from lensor.bench.settings import Settings
 
 if TYPE_CHECKING:
+    from lensor.bench.conformance import Matrix
     from lensor.bench.run import Bench
 
 WIDE = 150
@@ -85,6 +87,29 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             fail(error, debug)
         except KeyboardInterrupt:
             raise stop(f"interrupted: what was measured is in {out / RUNS}, the same command goes on with it") from None
+
+    @app.command(
+        help="For each quantity and hyper-parameter: is Lensor, or another library, right, wrong, or does it refuse?"
+        " The exit status is 1 where Lensor is wrong."
+    )
+    def conformance(
+        peer: Annotated[
+            list[str] | None,
+            typer.Option(help="Libraries, of lensor (the default), einconv, backpack, opacus: a,b,c, or repeated."),
+        ] = None,
+        quantity: Annotated[
+            list[str] | None, typer.Option(help="Quantities; all unless given, an unknown one lists them.")
+        ] = None,
+        markdown: Annotated[Path | None, typer.Option(help="Write a page to this file too.")] = None,
+        csv: Annotated[Path | None, typer.Option(help="Write every case to this CSV file too.")] = None,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            wrong = _conformance(_names(peer), _names(quantity), markdown, csv)
+        except BenchError as error:
+            fail(error, debug)
+        if wrong:
+            raise stop(f"Lensor is wrong in {wrong} cells")
 
     bench = typer.Typer(invoke_without_command=True)
     app.add_typer(
@@ -277,6 +302,75 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool) ->
             table.add_row(*row)
         shown.print(table)
         shown.print(f"wrote {', '.join(map(str, found.paths))}", soft_wrap=True, highlight=False)
+
+
+def _conformance(peers: tuple[str, ...], quantities: tuple[str, ...], markdown: Path | None, csv: Path | None) -> int:
+    """Ask libraries, with a progress bar, print and write what they answer; the number of Lensor's wrong cells."""
+    require("torch")
+    from lensor.bench import conformance
+
+    libraries = conformance.libraries_of(peers)
+    asked = choose("quantity", quantities, conformance.QUANTITIES)
+    shown = console()
+    matrices = []
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
+        task = progress.add_task("", total=len(libraries) * len(asked) * len(conformance.COLUMNS))
+        for library in libraries:
+            progress.update(task, description=library.name)
+            matrices.append(conformance.examine(library, asked, lambda: progress.advance(task)))
+    for matrix in matrices:
+        _print_matrix(matrix, shown)
+    for name, what in conformance.LEGEND.items():
+        shown.print(f"{conformance.SYMBOLS[name]} {name}: {what}", soft_wrap=True, highlight=False)
+    texts = {markdown: conformance.markdown(matrices, str(markdown)), csv: conformance.csv_text(matrices)}
+    for path, text in texts.items():
+        if path is None:
+            continue
+        try:
+            path.write_text(text, encoding="utf-8", newline="")
+        except OSError as error:
+            raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
+        shown.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    return sum(matrix.counts[conformance.WRONG] for matrix in matrices if matrix.library.name == "lensor")
+
+
+_COLOURS = {"right": "green", "wrong": "bold red", "refuses": "yellow", "n/a": "dim"}
+
+
+def _print_matrix(matrix: Matrix, shown: Console) -> None:
+    """A library's table, in parts where it is wider than the console, and below it what was wrong or refused."""
+    from lensor.bench.conformance import COLUMNS, QUANTITIES, SYMBOLS
+
+    library, rows = matrix.library, list(matrix.rows())
+    shown.print(f"[bold]{library.name}[/] {library.version}: {matrix.summary}", highlight=False)
+    for part in _parts(list(COLUMNS), shown.width - 6 - max(map(len, QUANTITIES.values()))) if rows else []:
+        table = Table(Column(no_wrap=True), *(Column(name, justify="center") for name in part), box=SIMPLE)
+        for quantity, cells in rows:
+            symbols = (f"[{_COLOURS[cell.status]}]{SYMBOLS[cell.status]}[/]" for cell in cells if cell.column in part)
+            table.add_row(QUANTITIES[quantity], *symbols)
+        shown.print(table)
+    if matrix.absent:
+        shown.print(f"no function for: {matrix.absent}", soft_wrap=True, highlight=False)
+    for quantity, column, error, cases, first in matrix.wrong():
+        text = f"wrong: {quantity}, {column}: relative error up to {error} in {cases} cases, first {first}"
+        shown.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    for message, where in matrix.refusals():
+        shown.print(f"refuses: {message} [{where}]", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    shown.print()
+
+
+def _parts(names: list[str], width: int) -> list[list[str]]:
+    """Column headings in parts that fit a width, as wide as their longest word and a margin."""
+    parts: list[list[str]] = [[]]
+    left = width
+    for name in names:
+        needed = max(map(len, name.split())) + 3
+        if needed > left and parts[-1]:
+            parts.append([])
+            left = width
+        parts[-1].append(name)
+        left -= needed
+    return parts
 
 
 def _overhead(threads: int, seconds: float) -> None:

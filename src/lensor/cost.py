@@ -198,6 +198,7 @@ def _rate(step: s.Step, shapes: list[s.Shape], result: s.Shape, constants: Machi
                 rate *= 0.4
             if step.kind == "weight_grad":  # few positions are little to sum over
                 rate *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
+                rate *= 0.1 if groups == 1 == inner else 1.0
             if groups == 1:
                 return rate if step.kind != "input_grad" else rate * (0.35 if inner < 16 else 0.85)
             few = min(channels // groups, inner)

@@ -240,7 +240,7 @@ def test_averages_stay_over_the_full_index() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- factorised kernels
-C, F, K, R = 20, 28, 3, 4
+C, F, K, R = 5, 7, 3, 2
 
 
 def kernels() -> dict[str, tuple[lensor.Network, dict[str, tuple[int, ...]], Any]]:

@@ -217,29 +217,48 @@ def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], t
 
 
 _BLOCK = 192
-"""Rows of a block of a Gram matrix; smaller blocks lose to the overhead of a call."""
+"""Rows from which on a Gram matrix is halved; smaller blocks lose to the overhead of a call."""
 
 _LONG = 512
 """Shorter rows make a Gram matrix a matter of writing the result, where one triangle saves nothing."""
 
+_WIDE = 1024
+"""Gram matrices of more rows are halved for shorter rows, too, but less often."""
+
 
 def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Blocks on and below the diagonal, then mirrored; in one product where that is no gain or nobody may write."""
+    """Halves of the rows with themselves and with each other; whole where that is no gain or nobody may write."""
     multiply = _matmul(step)
+    factor = float(step.factor)
+
+    def fill(out: torch.Tensor, x: torch.Tensor, least: int) -> None:
+        size = x.shape[-2]
+        if size < least:
+            _product_into(out, x, x, factor)
+            return
+        half = size // 2
+        low, high = slice(0, half), slice(half, size)
+        fill(out[..., low, low], x[..., low, :], least)
+        fill(out[..., high, high], x[..., high, :], least)
+        _product_into(out[..., high, low], x[..., high, :], x[..., low, :], factor)
+        out[..., low, high] = out[..., high, low].mT
 
     def gram(x: torch.Tensor) -> torch.Tensor:
-        size = x.shape[-2]
-        blocks = min(size // _BLOCK, 8)
-        if blocks < 2 or x.shape[-1] < _LONG or x.is_cuda or not _may_write(x):
+        size, length = x.shape[-2:]
+        least = _BLOCK if length >= _LONG else _WIDE if length >= _LONG // 2 else size + 1
+        if size < least or x.is_cuda or not _may_write(x):
             return multiply(x, x.mT)
         out = x.new_empty((*x.shape[:-1], size))
-        bounds = [size * at // blocks for at in range(blocks + 1)]
-        for low, high in itertools.pairwise(bounds):
-            out[..., low:high, :high] = multiply(x[..., low:high, :], x[..., :high, :].mT)
-            out[..., :low, low:high] = out[..., low:high, :low].mT
+        fill(out, x, least)
         return out
 
     return gram
+
+
+def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float) -> None:
+    """factor · a bᵀ, written where `out` lies: batch by batch, for a batched product wants one piece of memory."""
+    for place in itertools.product(*map(range, out.shape[:-2])):
+        torch.addmm(out[place], a[place], b[place].mT, beta=0, alpha=factor, out=out[place])
 
 
 def _may_write(x: torch.Tensor) -> bool:

@@ -54,8 +54,17 @@ def operands(operation: str, spec: lensor.ConvSpec) -> dict[str, torch.Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------- implementations
+OTHER_SPECS = [
+    lensor.ConvSpec(2, 2, (7, 6), 3, padding=((2, 1), (0, 1))),
+    lensor.ConvSpec(4, 6, 9, 3, stride=2, padding=1, groups=2),
+    lensor.ConvSpec(2, 3, (4, 5, 3), 2, stride=(1, 2, 1), padding=1),
+    lensor.ConvSpec(4, 6, (4, 3), (3, 2), stride=(2, 3), padding=1, output_padding=1, groups=2, transposed=True),
+    lensor.ConvSpec(3, 2, 5, 3, stride=2, padding=2, dilation=2, transposed=True),
+]
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("spec", [*SPECS, lensor.ConvSpec(2, 2, (7, 6), 3, padding=((2, 1), (0, 1)))], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *OTHER_SPECS], ids=str)
 def test_standard_ways_are_their_networks(operation: str, spec: lensor.ConvSpec) -> None:
     given = operands(operation, spec)
     found = IMPLEMENTATIONS[STANDARD].ways[operation](given, spec)()
@@ -71,7 +80,7 @@ def test_implementations_agree(operation: str, name: str) -> None:
         pytest.skip(f"{one.package} is not installed")
     if operation not in one.ways:
         pytest.skip(f"{name} has no {operation}")
-    for spec in SPECS:
+    for spec in [*SPECS, *(OTHER_SPECS if one.package == "lensor" else ())]:
         given = operands(operation, spec)
         torch.testing.assert_close(
             one.ways[operation](given, spec)(), IMPLEMENTATIONS[STANDARD].ways[operation](given, spec)()

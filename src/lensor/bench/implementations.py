@@ -12,6 +12,7 @@ import torch
 import lensor
 from lensor.bench import peers, standard
 from lensor.bench.networks import network
+from lensor.bench.operations import OPERATIONS
 from lensor.bench.peers import Way
 from lensor.bench.standard import Operands
 from lensor.spec import ConvSpec
@@ -51,6 +52,9 @@ class Implementation:
 
 def _call(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
     """Lensor's function for an operation."""
+    if spec.transposed:  # torch's names are for the forward pass only, the networks are for all
+        net = OPERATIONS[operation].network(spec)
+        return lambda: net(**given)
     f = lensor.functional
     hyper = (spec.stride, spec.padding, spec.dilation, spec.groups)
     mode, size = spec.padding_mode, spec.weight_shape

@@ -2,7 +2,8 @@
 
 - forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only.
 - kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, for reduce the mean over positions, and one matrix
-  product for each group.
+  product for each group. Where torch has no unfold (one or three dimensions, transposed convolutions) `Tensor.unfold`
+  along each axis, for transposed convolutions of the input with zeros between its positions.
 - per_example_weight_vjp: `torch.func.vmap` over torch's weight gradient. That is what `vmap(grad(...))` runs, without
   the forward pass that it would run too.
 - ggn_diagonal: unfold, an einsum that gives Jᵀ S for every example and column, squares, and a sum.
@@ -24,6 +25,8 @@ def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
     """The input, padded if torch's operators cannot, and the padding that is left to them."""
     if spec.padding_mode == "zeros" and all(left == right for left, right in spec.padding):
         return x, tuple(left for left, _ in spec.padding)
+    if spec.transposed:
+        raise NotImplementedError(f"torch has no transposed convolution with padding {spec.padding}")
     mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
     widths = [width for pair in reversed(spec.padding) for width in pair]
     return torch.nn.functional.pad(x, widths, mode=mode), (0,) * spec.ndim
@@ -31,17 +34,15 @@ def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
 
 def _gradient(of: int, x: Tensor, weight: Tensor, v: Tensor, spec: ConvSpec, padding: tuple[int, ...]) -> Tensor:
     """torch's gradient of a convolution by its input (0) or its weight (1)."""
-    hyper = (spec.stride, padding, spec.dilation, False, (0,) * spec.ndim, spec.groups)
+    hyper = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups)
     return torch.ops.aten.convolution_backward(v, x, weight, None, *hyper, [of == 0, of == 1, False])[of]
 
 
 def forward(given: Operands, spec: ConvSpec) -> Tensor:
     """The convolution."""
     x, padding = _padded(given["X"], spec)
-    no_output_padding = (0,) * spec.ndim
-    return torch.convolution(
-        x, given["W"], None, spec.stride, padding, spec.dilation, False, no_output_padding, spec.groups
-    )
+    hyper = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups)
+    return torch.convolution(x, given["W"], None, *hyper)
 
 
 def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
@@ -77,10 +78,36 @@ def per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
 
 
 def patches(x: Tensor, spec: ConvSpec) -> Tensor:
-    """[batch, groups, c_in/groups · ΠK, ΠO]."""
-    x, padding = _padded(x, spec)
-    found = torch.nn.functional.unfold(x, spec.kernel_size, spec.dilation, padding, spec.stride)
-    return found.reshape(len(x), spec.groups, -1, found.shape[2])
+    """[batch, groups, channels/groups · ΠK, positions]; the positions are the output's, as the weight sees them."""
+    if spec.transposed or spec.ndim != 2:
+        found = _windows(x, spec)
+    else:
+        x, padding = _padded(x, spec)
+        found = torch.nn.functional.unfold(x, spec.kernel_size, spec.dilation, padding, spec.stride)
+    return found.reshape(len(x), spec.groups, -1, found.shape[-1])
+
+
+def _windows(x: Tensor, spec: ConvSpec) -> Tensor:
+    """The same in any number of dimensions: [batch, channels, ΠK, positions]."""
+    sides = [side for pair in reversed(spec.padding) for side in pair]
+    stride = spec.stride
+    if spec.transposed:  # zeros between the positions; then a convolution of stride 1 with the flipped kernel
+        sizes = [(size - 1) * step + 1 for size, step in zip(spec.input_size, stride, strict=True)]
+        stuffed = x.new_zeros((*x.shape[:2], *sizes))
+        stuffed[(..., *(slice(None, None, step) for step in stride))] = x
+        x, stride, sides = stuffed, (1,) * spec.ndim, []
+        every = zip(sizes, spec.output_size, spec.kernel_size, spec.dilation, spec.padding, strict=True)
+        for size, positions, kernel, dilation, (left, _) in reversed(list(every)):
+            span = dilation * (kernel - 1)
+            sides += [span - left, positions + left - size]
+    x = torch.nn.functional.pad(x, sides, mode="constant" if spec.padding_mode == "zeros" else spec.padding_mode)
+    for axis, (kernel, step, dilation) in enumerate(zip(spec.kernel_size, stride, spec.dilation, strict=True), start=2):
+        x = x.unfold(axis, dilation * (kernel - 1) + 1, step)[..., ::dilation]
+    taps = range(2 + spec.ndim, 2 + 2 * spec.ndim)
+    x = x.permute(0, 1, *taps, *range(2, 2 + spec.ndim))
+    if spec.transposed:
+        x = x.flip(tuple(range(2, 2 + spec.ndim)))
+    return x.flatten(2, 1 + spec.ndim).flatten(3)
 
 
 def kfac_expand(given: Operands, spec: ConvSpec) -> Tensor:
@@ -103,7 +130,10 @@ def ggn_diagonal(given: Operands, spec: ConvSpec) -> Tensor:
     columns, batch = s.shape[:2]
     s = s.reshape(columns, batch, spec.groups, spec.out_channels // spec.groups, -1)
     roots = torch.einsum("vngol,ngkl->vngok", s, patches(given["X"], spec))  # one matrix product for each n and g
-    return roots.square_().sum((0, 1)).reshape(spec.weight_shape)
+    found = roots.square_().sum((0, 1))
+    if spec.transposed:  # its weight has the input's channels first
+        found = found.unflatten(2, (spec.in_channels // spec.groups, -1)).transpose(1, 2)
+    return found.reshape(spec.weight_shape)
 
 
 WAYS = {

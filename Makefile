@@ -5,7 +5,7 @@ STAMP := .venv/.made
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint browser clean
 
 $(STAMP): pyproject.toml constraints.txt
 	rm -rf .venv
@@ -28,6 +28,11 @@ test: lint
 test-all: lint
 	$(BIN)/python -m tests.sweep
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# One test looks at a page in a browser; without one it is skipped. Debian's, which only root may install.
+browser:
+	apt-get update -qq
+	apt-get install -qq --no-install-recommends chromium chromium-driver >/dev/null
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist docs/_build

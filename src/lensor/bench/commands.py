@@ -1,9 +1,11 @@
-"""The commands `lensor convs`, `lensor bench`, `lensor reproduce` and `lensor conformance`."""
+"""The commands `lensor convs`, `explain`, `bench`, `reproduce` and `conformance`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -18,12 +20,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
-from lensor.bench.catalogue import NETS, layers_of
+from lensor.bench.catalogue import NETS, layers_of, merged
 from lensor.bench.errors import BenchError, choose, require
 from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
-from lensor.bench.operations import OPERATIONS
-from lensor.bench.report import HEADINGS, STANDARD, Options, parse_target, settings_of, summaries, write
+from lensor.bench.operations import EXPLAINED, OPERATIONS
+from lensor.bench.report import HEADINGS, STANDARD, Options, digits, parse_target, settings_of, summaries, write
 from lensor.bench.reproduce import FIGURES, RUNS, figures, needed
 from lensor.bench.reproduce import layers as reproduce_layers
 from lensor.bench.reproduce import settings as reproduce_settings
@@ -33,7 +36,11 @@ from lensor.bench.settings import Settings
 
 if TYPE_CHECKING:
     from lensor.bench.conformance import Matrix
+    from lensor.bench.explain import Explanation, Total
     from lensor.bench.run import Bench
+
+MODEL = "A net of the catalogue, an import path pkg.mod:factory, or a file of torch.export (.pt2)."
+INPUT = "Shape of one input, without batch axis: 3x224x224."
 
 WIDE = 150
 """The width of tables where there is no terminal."""
@@ -49,10 +56,8 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
 
     @app.command(help="The convolutions of a CNN: of the catalogue, or any torch model that can be imported.")
     def convs(
-        model: Annotated[str, typer.Argument(help="A net of the catalogue, or an import path pkg.mod:factory.")],
-        input_shape: Annotated[
-            str | None, typer.Option(help="Shape of one input, without batch axis: 3x224x224.")
-        ] = None,
+        model: Annotated[str, typer.Argument(help=MODEL)],
+        input_shape: Annotated[str | None, typer.Option(help=INPUT)] = None,
         csv: Annotated[Path | None, typer.Option(help="Write the convolutions to this CSV file too.")] = None,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
@@ -64,6 +69,47 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
         _show(layers, shape)
+
+    @app.command(
+        help="What Lensor makes of each convolution of a model: network, what the rules leave of it, plan, time."
+    )
+    def explain(
+        model: Annotated[str, typer.Argument(help=MODEL)],
+        input_shape: Annotated[str | None, typer.Option(help=INPUT)] = None,
+        html: Annotated[Path | None, typer.Option(help="Write a page to this file: one file, no network.")] = None,
+        ops: Annotated[
+            list[str] | None,
+            typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}; unless given {', '.join(EXPLAINED)}."),
+        ] = None,
+        kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+        columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
+        dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.1,
+        times: Annotated[bool, typer.Option("--times/--no-times", help="Whether anything is measured.")] = True,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        settings = Settings(
+            operations=_names(ops) or EXPLAINED,
+            implementations=("lensor",),
+            kinds=_names(kinds),
+            batch=batch,
+            columns=columns,
+            dtype=dtype,
+            threads=threads,
+            device=device,
+            repeats=repeats,
+            seconds=seconds,
+        )
+        try:
+            _explain(model, parse_sizes(input_shape) if input_shape else None, settings, html, times)
+        except BenchError as error:
+            fail(error, debug)
+        except KeyboardInterrupt:
+            raise stop("interrupted: nothing was written") from None
 
     @app.command(
         help="The paper's figures and tables, each with what the paper says: study, runtime, speedups, memory, all."
@@ -245,6 +291,70 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
     shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
 
 
+def _explain(model: str, shape: tuple[int, ...] | None, settings: Settings, html: Path | None, timed: bool) -> None:
+    """Measure the convolutions of a model unless told not to, print what was found, and write the page if asked."""
+    require("torch", *(["jinja2"] if html is not None else []))
+    from lensor.bench.explain import explained, totals
+    from lensor.bench.run import Bench
+
+    layers, shape = _find(model, shape)
+    bench = Bench(settings, merged(layers))
+    layers = tuple(dict.fromkeys(case.layer for case in bench.cases))
+    if not layers:
+        raise BenchError(f"{model} has no convolution{' of these kinds' if settings.kinds else ''}")
+    if html is not None and not html.parent.is_dir():
+        raise BenchError(f"cannot write {html}: there is no folder {html.parent}")
+    shown = console()
+    rows: list[Row] = []
+    if timed:
+        with TemporaryDirectory() as folder:
+            results = ResultsFile(Path(folder) / "rows.csv", bench.machine, resume=False)
+            _measure([bench], results, shown)
+            rows = list(results.rows)
+    found = list(explained(layers, replace(settings, operations=bench.operations), rows))
+    lead = (
+        f"input {format_sizes(shape)}, {len(layers)} distinct convolutions, {sum(one.count for one in layers)} in all"
+    )
+    lines = settings_of(rows) or [f"batch {settings.batch}, {settings.dtype}, nothing measured"]
+    _print_explanations(found, totals(found), shown)
+    for line in (lead, *lines):
+        shown.print(line, soft_wrap=True, highlight=False)
+    if html is not None:
+        from lensor.bench.page import page
+
+        try:
+            html.write_text(page(found, layers[0].model, lead, lines), encoding="utf-8")
+        except OSError as error:
+            raise BenchError(f"cannot write {html}: {error.strerror or error}") from None
+        shown.print(f"wrote {html}", soft_wrap=True, highlight=False)
+
+
+def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], shown: Console) -> None:
+    """A table with a row for each operation of each convolution, and one of the whole model."""
+    from lensor.bench.page import HEADINGS as COLUMNS_OF_PAGE
+    from lensor.bench.page import cells, millions, milliseconds, pace
+
+    styles = {"slow": "yellow", "fast": "green", "": ""}
+    table = Table(*(Column(name, justify="right" if number else "left") for name, number in COLUMNS_OF_PAGE))
+    for one, following in zip(found, [*found[1:], None], strict=True):
+        row = cells(one)
+        end = following is None or following.layer != one.layer
+        table.add_row(*(Text(cell.text, style=styles[cell.style]) for cell in row), end_section=end)
+    shown.print(table)
+    headings = ("the whole model", "Mflop", "standard, ms", "Lensor, ms", "ratio", "without a time")
+    table = Table(headings[0], *(Column(name, justify="right") for name in headings[1:]))
+    for total in sums:
+        times, style = ["–"] * 3, ""
+        if total.seconds is not None and total.ratio is not None:
+            times = [*map(milliseconds, total.seconds), digits(total.ratio)]
+            style = styles[pace(total.ratio)]
+        missing = str(total.missing) if total.missing else ""
+        table.add_row(total.operation, millions(total.flops), *times[:2], Text(times[2], style=style), missing)
+    shown.print(table)
+    for trouble in dict.fromkeys(one.trouble for one in found if one.trouble):
+        shown.print(trouble, style="red", highlight=False, markup=False, soft_wrap=True)
+
+
 def _growth(settings: Settings, out: Path, resume: bool) -> None:
     """Measure the convolutions of `lensor bench growth`, with a progress bar, and plot them."""
     require("torch")
@@ -419,6 +529,14 @@ def console() -> Console:
 
 def _find(model: str, shape: tuple[int, ...] | None) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
     """The unique convolutions of a model, and the shape of its input."""
+    if model.endswith(".pt2"):
+        if shape is not None:
+            raise BenchError(f"{model} holds the sizes that it was exported with: leave --input-shape out")
+        require("torch")
+        from lensor.bench.exported import exported
+
+        found, shape = exported(Path(model))
+        return tuple(found), shape
     if ":" not in model:
         name = layers_of(model)[0].model
         held = dict.fromkeys((NETS[name].census, NETS[name].speed))

@@ -72,3 +72,6 @@ OPERATIONS = {
     )
 }
 """The operations by name; kfac_expand is KFC."""
+
+EXPLAINED = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
+"""The operations that `lensor explain` shows unless others are asked for."""

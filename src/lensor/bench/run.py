@@ -52,7 +52,7 @@ class Bench:
     """
 
     def __init__(self, settings: Settings, layers: Sequence[Layer] | None = None) -> None:
-        operations = choose("operation", settings.operations, OPERATIONS)
+        self.operations = choose("operation", settings.operations, OPERATIONS)
         kinds = choose("kind", settings.kinds, KINDS)
         nets = choose("net", settings.nets, NETS) if settings.nets else PAPER
         (dtype,) = choose("dtype", [settings.dtype], TOLERANCES)
@@ -63,7 +63,7 @@ class Bench:
         if layers is None:
             layers = merged(layer for net in nets for layer in layers_of(net))
         layers = [layer for layer in layers if layer.spec.kind in kinds][: settings.limit]
-        self.cases = [Case(OPERATIONS[name], layer) for layer in layers for name in operations]
+        self.cases = [Case(OPERATIONS[name], layer) for layer in layers for name in self.operations]
         self.machine = Machine(
             *(_machine_name(self.device), os.cpu_count() or 1, platform.python_version()),
             *(torch.__version__, lensor.__version__),

@@ -774,6 +774,8 @@ class _Lowering:
             kept = tuple(index for index in a.indices if index not in contracted)
             return _Tensor(self.program.add(s.SumSquares((a.value,), axes)), kept)
         if not contracted:
+            free_a, free_b = (self.as_wanted(tensor, batch, []) for tensor in (a, b))
+            indices = (*batch, *free_a, *free_b)
             left = self.matrix(a, [*batch, *free_a], (*self.shape(batch), *self.shape(free_a), *[1] * len(free_b)))
             right = self.matrix(b, [*batch, *free_b], (*self.shape(batch), *[1] * len(free_a), *self.shape(free_b)))
             return _Tensor(self.program.add(s.Multiply((left, right))), indices)

@@ -6,6 +6,7 @@ array framework.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -21,6 +22,7 @@ from lensor.steps import (
     Input,
     MatMul,
     Multiple,
+    Multiply,
     Pad,
     PatchGram,
     Reshape,
@@ -73,7 +75,7 @@ class Program:
         return value if order == tuple(range(len(order))) else self.add(Transpose((value,), order))
 
     def scaled(self, value: int, factor: Fraction) -> int:
-        """The value times a number, which a product takes in at no cost."""
+        """The value times a number, which a product takes in at no cost, an outer one at little."""
         step = self.steps[value]
         match step:
             case MatMul() | Gram() | PatchGram():
@@ -82,6 +84,12 @@ class Program:
                 return self.reshape(self.scaled(step.takes[0], factor), size)
             case Transpose(order=order):
                 return self.transpose(self.scaled(step.takes[0], factor), order)
+            case Multiply(takes=takes):
+                sizes = [math.prod(self.shapes[at]) for at in takes]
+                if 2 * min(sizes) <= math.prod(self.shapes[value]):  # an outer product: scale what is small
+                    small = sizes.index(min(sizes))
+                    scaled = [self.scaled(at, factor) if place == small else at for place, at in enumerate(takes)]
+                    return self.add(Multiply(tuple(scaled)))
         return self.add(Multiple((value,), factor))
 
 

@@ -202,6 +202,14 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
     return sum_squares
 
 
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """In row-major order, where torch alone would take over the order of what it multiplies: a view comes next."""
+    if (a.is_contiguous() and b.is_contiguous()) or not (_may_write(a) and _may_write(b)):
+        return a * b
+    shape = [q if p == 1 else p for p, q in zip(a.shape, b.shape, strict=True)]
+    return torch.mul(a, b, out=a.new_empty(shape, dtype=torch.result_type(a, b)))
+
+
 def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if step.factor == 1:
         return torch.matmul
@@ -449,7 +457,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Diagonal: lambda step: lambda x: x.diagonal(dim1=step.first, dim2=step.second),
     s.SumAxes: lambda step: lambda x: x.sum(dim=step.axes),
     s.Expand: lambda step: lambda x: x.expand(step.size),
-    s.Multiply: lambda step: torch.mul,
+    s.Multiply: lambda step: _multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
     s.PatchGram: _patch_gram,

@@ -1,0 +1,561 @@
+"""Kronecker factors of a model as a mapping and as a linear operator: products, inverses, determinants, averages."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._C import _LinAlgError as LinAlgError  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+Vectors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of the curvature: kron(B, A) for every group, of a weight, a bias, or both together.
+
+    Rows are in the row-major order of `[groups, rows of B, rows of A]`. For a convolution that is the weight's own
+    order, `g c_out (c_in k)`; for a transposed convolution c_out stands first among a group's channels, too.
+
+    Args:
+        names: the parameters, the weight first.
+        shape: the first parameter's shape.
+        transposed: whether it has the input's channels first.
+        formed: A [groups, d, d], or None while its root is kept.
+        root: [groups, n, d] with A = rootᵀ root, or None.
+        B: [groups, c, c].
+        positions: positions of the layer's output.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+    formed: Tensor | None
+    root: Tensor | None
+    B: Tensor
+    positions: int
+
+    @property
+    def A(self) -> Tensor:
+        """The input factor, [groups, d, d]; formed anew where its root is kept."""
+        if self.formed is not None:
+            return self.formed
+        assert self.root is not None
+        return self.root.mT @ self.root
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels."""
+        return len(self.B)
+
+    @property
+    def d(self) -> int:
+        """Rows of A."""
+        known = self.formed if self.formed is not None else self.root
+        assert known is not None
+        return known.shape[-1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter."""
+        return dict(zip(self.names, (self.shape, (self.groups * self.B.shape[1],)), strict=False))
+
+    def to_rows(self, vectors: Vectors) -> Tensor:
+        """Parameters' values as [..., groups, rows of B, rows of A]; axes in front of the shapes are kept."""
+        first = vectors[self.names[0]]
+        front = first.shape[: first.ndim - len(self.shape)]
+        c = self.B.shape[1]
+        if self.transposed:
+            inner, kernel = self.shape[0] // self.groups, math.prod(self.shape[2:])
+            rows = first.reshape(*front, self.groups, inner, c, kernel).transpose(-3, -2)
+            rows = rows.reshape(*front, self.groups, c, inner * kernel)
+        else:
+            rows = first.reshape(*front, self.groups, c, -1)
+        if len(self.names) == 2:
+            rows = torch.cat([rows, vectors[self.names[1]].reshape(*front, self.groups, c, 1)], -1)
+        return rows
+
+    def from_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """The inverse of `to_rows`."""
+        front, c, found = rows.shape[:-3], self.B.shape[1], {}
+        if len(self.names) == 2:
+            found[self.names[1]] = rows[..., -1].reshape(*front, self.groups * c)
+            rows = rows[..., :-1]
+        if self.transposed:
+            inner, kernel = self.shape[0] // self.groups, math.prod(self.shape[2:])
+            rows = rows.reshape(*front, self.groups, c, inner, kernel).transpose(-3, -2)
+        return {self.names[0]: rows.reshape(*front, *self.shape)} | found
+
+    def product(self, rows: Tensor) -> Tensor:
+        """kron(B, A) times vectors in the form of rows."""
+        rows = self.B @ rows
+        if self.formed is not None:
+            return rows @ self.formed
+        assert self.root is not None
+        return (rows @ self.root.mT) @ self.root
+
+    def scaled(self, a: float, b: float) -> Block:
+        """A times a number, B times another."""
+        return replace(
+            self,
+            formed=None if self.formed is None else self.formed * a,
+            root=None if self.root is None else self.root * a**0.5,
+            B=self.B * b,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        found = {"A": self.formed, "root": self.root, "B": self.B}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def dense(self) -> Tensor:
+        """kron(B, A) for every group: [groups, c·d, c·d]; for tests and small layers."""
+        return torch.stack([torch.kron(b, a) for b, a in zip(self.B, self.A, strict=True)])
+
+
+class Operator(ABC):
+    """A symmetric block-diagonal operator on the parameters of a model's layers.
+
+    It takes and gives mappings from parameters' names to tensors of their shapes, with any number of axes in front (a
+    matrix–matrix product), or one tensor with all parameters flattened in order in its last axis.
+
+    Args:
+        blocks: the blocks by the name of their first parameter.
+    """
+
+    def __init__(self, blocks: Mapping[str, Block]) -> None:
+        self._blocks = dict(blocks)
+
+    @abstractmethod
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        """One block times vectors in the form of rows."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, in the order of flat vectors."""
+        return {name: shape for block in self._blocks.values() for name, shape in block.shapes.items()}
+
+    @property
+    def size(self) -> int:
+        """The number of all parameters together."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def __matmul__(self, vectors: Any) -> Any:
+        """The product with a vector, or with several.
+
+        Raises:
+            KeyError: if a parameter is missing or not known.
+            ValueError: if a shape does not fit.
+        """
+        if isinstance(vectors, Tensor):
+            return self.flatten(self @ self.unflatten(vectors))
+        self._check(vectors)
+        found: dict[str, Tensor] = {}
+        for name, block in self._blocks.items():
+            found |= block.from_rows(self._times(name, block.to_rows(vectors)))
+        return {name: found[name] for name in vectors}
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A tensor with all parameters in its last axis as a mapping.
+
+        Raises:
+            ValueError: if that axis has another size.
+        """
+        if vector.shape[-1:] != (self.size,):
+            raise ValueError(
+                f"the vector has shape {tuple(vector.shape)}, expected {self.size} entries in its last axis"
+            )
+        parts = vector.split([math.prod(shape) for shape in self.shapes.values()], -1)
+        front = vector.shape[:-1]
+        return {n: p.reshape(*front, *shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
+
+    def flatten(self, vectors: Vectors) -> Tensor:
+        """The inverse of `unflatten`."""
+        self._check(vectors)
+        flat = [vectors[name].flatten(vectors[name].ndim - len(shape)) for name, shape in self.shapes.items()]
+        return torch.cat(flat, -1)
+
+    def linear_operator(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors.
+
+        Raises:
+            ModuleNotFoundError: if SciPy is not installed.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        like = next(iter(self._blocks.values())).B
+
+        def product(vector: Any) -> Any:
+            tensor = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
+            columns = tensor.reshape(self.size, -1).mT
+            return (self @ columns).mT.reshape(tensor.shape).cpu().numpy()
+
+        kind = torch.zeros((), dtype=like.dtype).numpy().dtype
+        options: dict[str, Any] = {"matvec": product, "matmat": product, "rmatvec": product, "rmatmat": product}
+        return LinearOperator(shape=(self.size, self.size), dtype=kind, **options)  # type: ignore[call-arg]
+
+    def _check(self, vectors: Vectors) -> None:
+        shapes = self.shapes
+        if set(vectors) != set(shapes):
+            missing, more = sorted(set(shapes) - set(vectors)), sorted(set(vectors) - set(shapes))
+            raise KeyError(f"missing parameters: {missing}, unknown ones: {more}")
+        fronts = set()
+        for name, shape in shapes.items():
+            found = tuple(vectors[name].shape)
+            cut = len(found) - len(shape)
+            if cut < 0 or found[cut:] != shape:
+                raise ValueError(f"{name} has shape {found}, expected {shape}, with any axes in front")
+            fronts.add(found[:cut])
+        if len(fronts) > 1:
+            raise ValueError(f"the axes in front of the shapes differ: {sorted(fronts)}")
+
+
+class KroneckerFactors(Operator, Mapping[str, Block]):
+    """Kronecker factors of a model: a mapping from parameters' names to blocks, and the operator that they make up.
+
+    Made by `lensor.curvature.kfac`. `factors @ v` multiplies, `factors.inverse(damping)` solves.
+
+    Args:
+        blocks: the blocks by the name of their first parameter.
+        approx: "expand" or "reduce".
+        examples: how many examples they come from.
+        convention: whose normalisation.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> data = torch.randn(8, 3), torch.randn(8, 2)
+        >>> factors = kfac(model, torch.nn.MSELoss(), data)
+        >>> v = {"weight": torch.randn(2, 3)}
+        >>> solved = factors.inverse(damping=0.1) @ v
+        >>> back = (factors @ solved)["weight"] + 0.1 * solved["weight"]
+        >>> torch.allclose(back, v["weight"], atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self, blocks: Mapping[str, Block], approx: str = "expand", examples: int = 0, convention: str = "paper"
+    ) -> None:
+        super().__init__(blocks)
+        self.approx, self.examples, self.convention = approx, examples, convention
+
+    def __getitem__(self, name: str) -> Block:
+        return self._blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {name}: {block.groups} × kron(B {block.B.shape[1]}², A {block.d}²)"
+            + (f", A's root of {block.root.shape[1]} rows" if block.root is not None else "")
+            for name, block in self.items()
+        ]
+        head = f"KroneckerFactors(approx={self.approx!r}, examples={self.examples}, convention={self.convention!r})"
+        return "\n".join([head, *lines])
+
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        return self._blocks[name].product(rows)
+
+    def _with(self, blocks: Mapping[str, Block], **changes: Any) -> KroneckerFactors:
+        settings = {"approx": self.approx, "examples": self.examples, "convention": self.convention} | changes
+        return KroneckerFactors(blocks, **settings)
+
+    # ------------------------------------------------------------------------------------------------------- solving
+    def inverse(self, damping: float, method: str = "eigen") -> Inverse:
+        """The damped inverse.
+
+        Args:
+            damping: λ > 0.
+            method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of roots where they are kept); "cholesky":
+                (B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹ with π² = (tr A/d)/(tr B/c) (Martens & Grosse, 2015), by Cholesky
+                decompositions; "woodbury": the same with A's inverse by way of its root, and exactly (c A + λI)⁻¹ where
+                B is c times the identity.
+
+        Raises:
+            ValueError: for a damping that is not positive, an unknown method, or "woodbury" where no root is kept.
+            torch.linalg.LinAlgError: if a damped factor is not positive definite in its dtype.
+        """
+        return Inverse(self._blocks, damping, method)
+
+    def eigh(self) -> EigenFactors:
+        """Eigenvectors and eigenvalues of every block."""
+        blocks, parts = self._blocks, {}
+        for name, block in blocks.items():
+            a, q_a = torch.linalg.eigh(block.A)
+            b, q_b = torch.linalg.eigh(block.B)
+            parts[name] = q_a, q_b, b.clamp_min(0)[..., :, None] * a.clamp_min(0)[..., None, :]
+        return EigenFactors(blocks, parts)
+
+    # ------------------------------------------------------------------------------------------------------- numbers
+    def trace(self) -> Tensor:
+        """The sum of the blocks' traces."""
+        found = []
+        for block in self.values():
+            a = block.root.square().sum((1, 2)) if block.root is not None else _traces(block.A)
+            found.append((a * _traces(block.B)).sum())
+        return torch.stack(found).sum()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """log det of all blocks with the damping on the diagonal; -inf for singular ones without it."""
+        found = []
+        for block in self.values():
+            b = torch.linalg.eigvalsh(block.B).clamp_min(0)
+            if block.root is not None:
+                a = torch.linalg.svdvals(block.root).square()
+                rest = (block.d - a.shape[1]) * b.numel()
+                found.append(rest * torch.log(b.new_tensor(damping)) if rest else b.new_zeros(()))
+            else:
+                a = torch.linalg.eigvalsh(block.A).clamp_min(0)
+            found.append(torch.log(b[:, :, None] * a[:, None, :] + damping).sum())
+        return torch.stack(found).sum()
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """The diagonal, in the parameters' shapes."""
+        found: dict[str, Tensor] = {}
+        for block in self.values():
+            a = block.root.square().sum(1) if block.root is not None else block.A.diagonal(dim1=1, dim2=2)
+            found |= block.from_rows(block.B.diagonal(dim1=1, dim2=2)[:, :, None] * a[:, None, :])
+        return found
+
+    def check_finite(self) -> None:
+        """Raise if a factor holds NaN or infinity.
+
+        Raises:
+            FloatingPointError: with its name.
+        """
+        for name, block in self.items():
+            for which, tensor in block.tensors().items():
+                if not bool(tensor.isfinite().all()):
+                    raise FloatingPointError(f"factor {which} of {name} is not finite")
+
+    # ------------------------------------------------------------------------------------------------- other versions
+    def in_convention(self, convention: str) -> KroneckerFactors:
+        """The same factors with another library's normalisation; their Kronecker product stays the same.
+
+        Args:
+            convention: "paper": expand's A is over N only, its B over the positions; "curvlinops": A is over both, and
+                so is kfac-jax's and ASDL's. They agree for "reduce".
+
+        Raises:
+            ValueError: for another convention.
+        """
+        if convention not in ("paper", "curvlinops"):
+            raise ValueError(f"convention must be 'paper' or 'curvlinops', found {convention!r}")
+        if convention == self.convention:
+            return self
+        blocks = self._blocks
+        if self.approx == "expand":
+            power = -1 if convention == "curvlinops" else 1
+            blocks = {n: b.scaled(float(b.positions) ** power, float(b.positions) ** -power) for n, b in blocks.items()}
+        return self._with(blocks, convention=convention)
+
+    def to(self, *arguments: Any, **named: Any) -> KroneckerFactors:
+        """On another device, or of another dtype; arguments as of `torch.Tensor.to`."""
+        return self._with({name: _each(block, lambda t: t.to(*arguments, **named)) for name, block in self.items()})
+
+    def ema_(self, other: KroneckerFactors, decay: float) -> Self:
+        """decay · self + (1 − decay) · other, in place; roots are kept as roots of more rows.
+
+        Raises:
+            ValueError: if they are of other parameters, another approx or convention.
+        """
+        if self.shapes != other.shapes or (self.approx, self.convention) != (other.approx, other.convention):
+            raise ValueError("an average is of factors of the same parameters, approx and convention")
+        for name, block in self._blocks.items():
+            new = other[name]
+            b = block.B.mul(decay).add_(new.B, alpha=1 - decay)
+            root = formed = None
+            if block.root is not None and new.root is not None and block.root.shape[1] + new.root.shape[1] < block.d:
+                root = torch.cat([block.root * decay**0.5, new.root * (1 - decay) ** 0.5], 1)
+            else:
+                formed = block.A.mul(decay).add_(new.A, alpha=1 - decay)
+            self._blocks[name] = replace(block, formed=formed, root=root, B=b)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes; it can be saved with `torch.save`."""
+        blocks = {
+            name: {
+                "names": list(block.names),
+                "shape": list(block.shape),
+                "transposed": block.transposed,
+                "positions": block.positions,
+                **block.tensors(),
+            }
+            for name, block in self.items()
+        }
+        settings = {"approx": self.approx, "examples": self.examples, "convention": self.convention}
+        return {"version": 1, **settings, "blocks": blocks}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """Factors from what `state_dict` gave.
+
+        Raises:
+            ValueError: for a state of another kind or version.
+        """
+        if state.get("version") != 1 or "blocks" not in state:
+            raise ValueError("this is no state of Kronecker factors that this version reads")
+        blocks = {
+            name: Block(
+                tuple(one["names"]),
+                tuple(one["shape"]),
+                bool(one["transposed"]),
+                one.get("A"),
+                one.get("root"),
+                one["B"],
+                int(one["positions"]),
+            )
+            for name, one in state["blocks"].items()
+        }
+        return cls(blocks, state["approx"], state["examples"], state["convention"])
+
+
+class EigenFactors(Operator):
+    """Q_B ⊗ Q_A times a diagonal times its transpose, for every block.
+
+    Args:
+        blocks: the blocks.
+        parts: for each Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d].
+        damping: is added to the eigenvalues.
+        power: of the eigenvalues, 1 or −1.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        parts: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+        damping: float = 0.0,
+        power: int = 1,
+    ) -> None:
+        super().__init__(blocks)
+        self.parts, self.damping, self.power = dict(parts), damping, power
+
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        q_a, q_b, values = self.parts[name]
+        turned = (q_b.mT @ rows @ q_a) * (values + self.damping) ** self.power
+        return q_b @ turned @ q_a.mT
+
+    def inverse(self, damping: float) -> EigenFactors:
+        """(self + λI)⁻¹.
+
+        Raises:
+            ValueError: for a damping that is not positive.
+        """
+        _require_damping(damping)
+        return EigenFactors(self._blocks, self.parts, damping, -1)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """log det with the damping on the diagonal."""
+        return torch.stack([torch.log(values + damping).sum() for _, _, values in self.parts.values()]).sum()
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return torch.stack([values.sum() for _, _, values in self.parts.values()]).sum()
+
+
+class Inverse(Operator):
+    """The damped inverse of Kronecker factors; see `KroneckerFactors.inverse`."""
+
+    def __init__(self, blocks: Mapping[str, Block], damping: float, method: str) -> None:
+        super().__init__(blocks)
+        _require_damping(damping)
+        ways = {"eigen": _eigen, "cholesky": _cholesky, "woodbury": _woodbury}
+        if method not in ways:
+            raise ValueError(f"method must be one of {', '.join(map(repr, ways))}, found {method!r}")
+        self._solvers = {name: ways[method](name, block, damping) for name, block in blocks.items()}
+
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        return self._solvers[name](rows)
+
+
+def _eigen(name: str, block: Block, damping: float) -> Any:
+    b, q_b = torch.linalg.eigh(block.B)
+    b = b.clamp_min(0)
+    if block.root is None:
+        a, q_a = torch.linalg.eigh(block.A)
+    else:  # the complement of the root's rows has the eigenvalue 0
+        _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
+        a, q_a = singular.square(), q_at.mT
+    over = 1 / (b[:, :, None] * a.clamp_min(0)[:, None, :] + damping)
+
+    def solve(rows: Tensor) -> Tensor:
+        turned = rows @ q_a
+        if block.root is None:
+            return q_b @ ((q_b.mT @ turned) * over) @ q_a.mT
+        inside = q_b @ ((q_b.mT @ turned) * (over - 1 / damping)) @ q_a.mT
+        return inside + rows / damping
+
+    return solve
+
+
+def _cholesky(name: str, block: Block, damping: float) -> Any:
+    on_a, on_b = _factored(block, damping)
+    a, b = _damped_inverse(f"A of {name}", block.A, on_a), _damped_inverse(f"B of {name}", block.B, on_b)
+    return lambda rows: b @ rows @ a
+
+
+def _woodbury(name: str, block: Block, damping: float) -> Any:
+    root = block.root
+    if root is None:
+        raise ValueError(f"{name} has no root: it is kept for approx='reduce' and fewer examples than rows of A")
+    c = block.B[:, :1, :1]
+    eye = torch.eye(block.B.shape[1], dtype=c.dtype, device=c.device)
+    plain = bool((c * eye == block.B).all()) and bool((c > 0).all())
+    if plain:
+        on_a, b = damping / c, 1 / c
+    else:
+        on_a, on_b = _factored(block, damping)
+        b = _damped_inverse(f"B of {name}", block.B, on_b)
+    inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
+
+    def solve(rows: Tensor) -> Tensor:
+        solved = (rows - ((rows @ root.mT) @ inner) @ root) / on_a
+        return solved * b if plain else b @ solved
+
+    return solve
+
+
+def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
+    """What is added to the diagonals of A and of B, [groups, 1, 1]."""
+    a = block.root.square().sum((1, 2)) if block.root is not None else _traces(block.A)
+    mean_a, mean_b = a / block.d, _traces(block.B) / block.B.shape[1]
+    ratio = (mean_a / mean_b).sqrt()
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))[:, None, None]
+    return ratio * damping**0.5, damping**0.5 / ratio
+
+
+def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    lower, info = torch.linalg.cholesky_ex(matrix + damping * eye)
+    if bool(info.any()):
+        raise LinAlgError(f"{what} is not positive definite with this damping: take a larger one")
+    return torch.cholesky_inverse(lower)
+
+
+def _require_damping(damping: float) -> None:
+    if not damping > 0 or not math.isfinite(damping):
+        raise ValueError(f"damping must be positive, found {damping}")
+
+
+def _traces(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _each(block: Block, function: Any) -> Block:
+    return replace(
+        block,
+        formed=None if block.formed is None else function(block.formed),
+        root=None if block.root is None else function(block.root),
+        B=function(block.B),
+    )

@@ -1,0 +1,240 @@
+"""Kronecker factors of whole models, in one pass over the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor import ops
+from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
+from lensor.curvature.factors import Block, KroneckerFactors
+from lensor.curvature.losses import FISHERS, LossRoot, require_loss
+from lensor.curvature.networks import network
+
+APPROXIMATIONS = ("expand", "reduce")
+
+
+def kfac(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    *,
+    approx: str = "expand",
+    fisher: str = "type-2",
+    bias: str = "separate",
+    convention: str = "paper",
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    check_finite: bool = True,
+) -> KroneckerFactors:
+    """Kronecker-factored approximation of the generalised Gauss-Newton matrix of a model's loss, in one pass over data.
+
+    For every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and linear layer, and
+    every group of its channels: kron(B, A) approximates the diagonal block of the loss as given, with its own mean or
+    sum over all of the data. The model is left as it was: no gradient is accumulated, statistics of normalisation are
+    put back.
+
+    Args:
+        model: the model, in training or evaluation mode, which is kept.
+        loss: `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum"; class
+            weights, label smoothing, `ignore_index` and `pos_weight` count.
+        data: a pair (inputs, targets) of tensors, or an iterable of pairs, such as a DataLoader. Inputs that are a
+            tuple or a mapping are the model's arguments.
+        approx: "expand" treats the positions of a layer as examples, "reduce" sums over them first.
+        fisher: "type-2": the exact Hessian of the loss by the outputs, one backward pass for each output; "mc": sampled
+            from the model's own distribution, unbiased; "empirical": gradients of the loss itself; "forward-only":
+            B is the identity, no backward pass at all.
+        bias: "separate": a block of its own for each bias; "joint": one block for weight and bias, the bias last in A.
+        convention: "paper" (A has the 1/N, expand's B the 1/O), or "curvlinops" (A has the 1/O).
+        layers: names of modules; all known layers unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        mc_samples: draws for each example, for "mc".
+        generator: where they are drawn from.
+        check_finite: whether factors that are not finite raise; this waits for the device.
+
+    Returns:
+        A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`
+        [groups, c_out/groups, c_out/groups]; products, inverses, determinants and more for all together.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(72, 10))
+        >>> data = torch.randn(4, 3, 5, 5), torch.tensor([1, 5, 0, 3])
+        >>> factors = kfac(model, torch.nn.CrossEntropyLoss(), data, approx="reduce")
+        >>> factors["0.weight"].A.shape, factors["0.weight"].B.shape
+        (torch.Size([1, 27, 27]), torch.Size([1, 8, 8]))
+        >>> list(factors)
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+
+    Raises:
+        TypeError: for a loss, model or data of another kind.
+        ValueError: for choices and names that are not known, tied weights, layers that do not run once, shapes that do
+            not fit.
+        FloatingPointError: if a factor is not finite: an input, weight or loss holds NaN or infinity.
+
+    Equation:
+        A = 1/N Σ [X][X]ᵀ and B = 1/O Σ s sᵀ (expand), A = 1/N Σ x̄ x̄ᵀ with x̄ the mean patch and B = Σ (s1)(s1)ᵀ
+        (reduce); s are columns of the loss Hessian's square root at the layer's output (Martens & Grosse, 2015; Grosse
+        & Martens, 2016; Eschenhagen et al., 2023).
+    """
+    require_loss(loss)
+    _require("approx", approx, APPROXIMATIONS)
+    _require("fisher", fisher, FISHERS)
+    _require("bias", bias, ("separate", "joint"))
+    _require("convention", convention, ("paper", "curvlinops"))
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
+    chosen = layers_of(model, layers, strict)
+    collected = Collector(chosen, approx, joint=bias == "joint")
+    with undisturbed(model):
+        for inputs, targets in batches(data):
+            collected.add(model, loss, inputs, targets, fisher, mc_samples, generator)
+    factors = collected.factors(mean=loss.reduction == "mean")
+    if check_finite:
+        factors.check_finite()
+    return factors.in_convention(convention)
+
+
+@dataclass
+class _Sums:
+    """What is summed for a layer: A times the examples, roots of it while they are fewer than its rows, B."""
+
+    roots: list[Tensor] | None
+    a: Tensor | None
+    b: Tensor | None
+    positions: int
+
+
+class Collector:
+    """Kronecker factors batch by batch.
+
+    Args:
+        layers: the layers.
+        approx: "expand" or "reduce".
+        joint: whether a block holds weight and bias.
+    """
+
+    def __init__(self, layers: list[Layer], approx: str, joint: bool) -> None:
+        self.layers, self.approx, self.joint = layers, approx, joint
+        self.sums = {layer.weight: _Sums([] if approx == "reduce" else None, None, None, 1) for layer in layers}
+        self.examples = 0
+        self.weight = 0.0
+
+    def add(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        inputs: Any,
+        targets: Tensor,
+        fisher: str,
+        mc_samples: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        """One batch: a forward pass, and a backward pass to the layers' outputs for each column of the root."""
+        batch = size_of(inputs)
+        if batch == 0:
+            raise ValueError("a batch holds no example")
+        capture = Capture(self.layers, self.add_input, batch)
+        with capture.attached(), torch.set_grad_enabled(fisher != "forward-only"):
+            outputs = call(model, inputs)
+        capture.check()
+        root = LossRoot(loss, outputs, targets)
+        self.examples += batch
+        if fisher == "forward-only":
+            self.weight += root.normaliser
+            return
+        columns = iter(root.of(fisher, mc_samples, generator))
+        column: Tensor | None = next(columns)
+        weight = root.normaliser if loss.reduction == "mean" else 1.0
+        while column is not None:
+            following = next(columns, None)
+            gradients = capture.gradients(outputs, column, keep=following is not None)
+            with torch.no_grad():
+                for layer in self.layers:
+                    self.add_output(layer, gradients[layer.weight], weight)
+            column = following
+        self.weight += root.normaliser
+
+    @torch.no_grad()
+    def add_input(self, layer: Layer, x: Tensor) -> None:
+        """A layer's input, in the layout of convolutions."""
+        sums, spec = self.sums[layer.weight], layer.spec(x)
+        joint = self.joint and layer.bias is not None
+        sums.positions = math.prod(spec.output_size)
+        if sums.roots is not None:
+            root = network(ops.kfac_input_root, spec)(X=x)
+            if joint:
+                root = torch.cat([root, root.new_ones((*root.shape[:2], 1))], 2)
+            sums.roots.append(root)
+            if sum(root.shape[1] for root in sums.roots) >= root.shape[2]:
+                formed = torch.cat(sums.roots, 1)
+                formed = formed.mT @ formed
+                sums.a = formed if sums.a is None else sums.a.add_(formed)
+                sums.roots = []
+            return
+        factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
+        factor = factor * len(x) if sums.a is None else factor
+        sums.a = factor if sums.a is None else sums.a.add_(factor, alpha=len(x))
+
+    @torch.no_grad()
+    def add_output(self, layer: Layer, gradient: Tensor, weight: float) -> None:
+        """One column of the root at a layer's output."""
+        sums = self.sums[layer.weight]
+        # Only the output matters, so a convolution with a kernel of size 1 stands for any.
+        spec = layer.output_spec(gradient)
+        factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
+        sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
+
+    def factors(self, mean: bool) -> KroneckerFactors:
+        """The factors of all batches together."""
+        blocks: dict[str, Block] = {}
+        for layer in self.layers:
+            sums = self.sums[layer.weight]
+            a, root = sums.a, None
+            if sums.roots:
+                root = torch.cat(sums.roots, 1)
+                if a is not None:
+                    a.add_(root.mT @ root)
+                    root = None
+            if a is not None:
+                a = a / self.examples
+            if root is not None:
+                root = root * self.examples**-0.5
+            b = sums.b
+            if b is not None:
+                b = b / self.weight if mean else b
+            blocks |= _blocks(layer, a, root, b, self.joint, self.approx, sums.positions)
+        return KroneckerFactors(blocks, approx=self.approx, examples=self.examples)
+
+
+def _blocks(
+    layer: Layer, a: Tensor | None, root: Tensor | None, b: Tensor | None, joint: bool, approx: str, positions: int
+) -> dict[str, Block]:
+    """The blocks of one layer."""
+    like = a if a is not None else root
+    assert like is not None
+    if b is None:  # forward only
+        c_out = layer.output_channels // layer.groups
+        b = torch.eye(c_out, dtype=like.dtype, device=like.device).expand(layer.groups, c_out, c_out).contiguous()
+    joint = joint and layer.bias is not None
+    names = (layer.weight, layer.bias) if joint and layer.bias is not None else (layer.weight,)
+    found = {layer.weight: Block(names, layer.weight_shape, layer.is_transposed, a, root, b, positions)}
+    if layer.bias is not None and not joint:
+        # The input of a bias is 1 at every position.
+        ones = b.new_full((layer.groups, 1, 1), positions if approx == "expand" else 1)
+        shape = (layer.output_channels,)
+        found[layer.bias] = Block((layer.bias,), shape, False, ones, None, b, positions)
+    return found
+
+
+def _require(name: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, found {found!r}")

@@ -1,0 +1,163 @@
+"""Square roots of a loss's Hessian by the model's outputs: exact, sampled, or from the gradients.
+
+With the loss written as Σ_n l_n / Z (Z = 1 for `reduction="sum"`), a root S has one column s of the outputs' shape for
+each v, different examples never share an entry, and Σ_v s_v s_vᵀ is the Hessian (or its estimate) of the loss as given.
+
+- Cross entropy with target weights t (one-hot, smoothed, class-weighted or given as probabilities, T = Σ t):
+  T (diag(p) − p pᵀ), root √T (√p ⊙ e_c − p √p_c).
+- Squared error: 2 I.
+- Binary cross entropy with logits: σ(1 − σ), times the entry's weight and, with `pos_weight` w, 1 + (w − 1) y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+FISHERS = ("type-2", "mc", "empirical", "forward-only")
+"""What may stand for the Hessian of the loss by the outputs."""
+
+
+class LossRoot:
+    """The root of one batch's Hessian.
+
+    Args:
+        loss: an nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, with reduction "mean" or "sum".
+        outputs: the model's outputs for the batch, with a graph if gradients are asked for.
+        targets: the targets.
+
+    Raises:
+        TypeError: for other losses.
+        ValueError: for other reductions, or shapes that do not fit.
+    """
+
+    def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> None:
+        require_loss(loss)
+        self.loss, self.outputs, self.targets = loss, outputs, targets
+        f = outputs.detach()
+        self.f = f if f.dtype in (torch.float32, torch.float64) else f.float()
+        if isinstance(loss, nn.CrossEntropyLoss):
+            self.total, self.normaliser = _class_weights(loss, f, targets)
+        else:
+            if targets.shape != outputs.shape:
+                raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(outputs.shape)}")
+            self.total, self.normaliser = None, float(outputs.numel())
+        if loss.reduction == "sum":
+            self.normaliser = 1.0
+        if self.normaliser == 0:
+            raise ValueError("no target of the batch counts: the mean loss is not defined")
+
+    @property
+    def _scale(self) -> float:
+        return self.normaliser**-0.5
+
+    def columns(self) -> Iterator[Tensor]:
+        """The exact root, column by column."""
+        diagonal, p = self._diagonal_root(), None
+        if self.total is not None:
+            p = self.f.softmax(1)
+        axes = self.outputs.shape[1:]
+        for place in range(axes.numel()):
+            column = torch.zeros_like(self.f)
+            flat = column.view(len(column), -1)
+            if p is None:
+                flat[:, place] = diagonal.reshape(len(column), -1)[:, place]
+            else:
+                assert self.total is not None
+                positions = axes[1:].numel()
+                channel, position = divmod(place, positions)
+                spread = flat.view(len(column), axes[0], positions)
+                those = p.reshape(len(column), axes[0], positions)[..., position]
+                root = (self.total.reshape(len(column), positions)[:, position] * those[:, channel]).sqrt()
+                spread[..., position] = -those * root[:, None]
+                spread[:, channel, position] += root
+            yield (column * self._scale).to(self.outputs.dtype)
+
+    def samples(self, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """Gradients for outputs drawn from the model's own distribution: a root in expectation."""
+        for _ in range(count):
+            if self.total is not None:
+                p = self.f.softmax(1).movedim(1, -1)
+                drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+                hot = nn.functional.one_hot(drawn, p.shape[-1]).to(p.dtype)
+                column = ((p - hot) * self.total.sqrt()[..., None]).movedim(-1, 1)
+            elif isinstance(self.loss, nn.MSELoss):
+                noise = torch.randn(self.f.shape, generator=generator, dtype=self.f.dtype, device=self.f.device)
+                column = noise * 2**0.5
+            else:
+                p = self.f.sigmoid()
+                hot = torch.bernoulli(p, generator=generator)
+                column = (p - hot) * self._weights().sqrt()
+            yield (column * (self._scale * count**-0.5)).to(self.outputs.dtype)
+
+    def gradient(self) -> Iterator[Tensor]:
+        """The gradients of the examples' own losses: one column."""
+        with torch.enable_grad():
+            f = self.outputs.detach().requires_grad_()
+            (found,) = torch.autograd.grad(self.loss(f, self.targets), f)
+        yield found * self.normaliser**0.5
+
+    def of(self, fisher: str, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """The root that a Fisher matrix is made of; nothing for "forward-only"."""
+        ways: dict[str, Callable[[], Iterator[Tensor]]] = {
+            "type-2": self.columns,
+            "mc": lambda: self.samples(count, generator),
+            "empirical": self.gradient,
+            "forward-only": lambda: iter(()),
+        }
+        return ways[fisher]()
+
+    def _weights(self) -> Tensor:
+        """What each entry of a binary cross entropy counts."""
+        found = torch.ones_like(self.f)
+        weight, positive = getattr(self.loss, "weight", None), getattr(self.loss, "pos_weight", None)
+        if weight is not None:
+            found = found * weight
+        if positive is not None:
+            found = found * (1 + (positive - 1) * self.targets)
+        return found
+
+    def _diagonal_root(self) -> Tensor:
+        if isinstance(self.loss, nn.MSELoss):
+            return torch.full_like(self.f, 2**0.5)
+        if isinstance(self.loss, nn.BCEWithLogitsLoss):
+            p = self.f.sigmoid()
+            return (p * (1 - p) * self._weights()).sqrt()
+        return self.f
+
+
+def require_loss(loss: nn.Module) -> None:
+    """Raise for a loss whose Hessian is not known.
+
+    Raises:
+        TypeError: for other losses.
+        ValueError: for other reductions.
+    """
+    if not isinstance(loss, (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)):
+        raise TypeError(
+            f"loss is a {type(loss).__name__}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss"
+        )
+    if loss.reduction not in ("mean", "sum"):
+        raise ValueError(f"loss has reduction={loss.reduction!r}, expected 'mean' or 'sum'")
+
+
+def _class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """What each position's log-probabilities count together, [batch, *positions], and what the mean divides by."""
+    if f.ndim < 2:
+        raise ValueError(f"outputs have shape {tuple(f.shape)}, expected [batch, classes, ...]")
+    classes, smoothing = f.shape[1], loss.label_smoothing
+    weight = torch.ones(classes, dtype=f.dtype, device=f.device) if loss.weight is None else loss.weight.to(f.dtype)
+    if targets.is_floating_point():
+        if targets.shape != f.shape:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(f.shape)}")
+        shares = targets * (1 - smoothing) + smoothing / classes
+        total = (shares.movedim(1, -1) * weight).sum(-1)
+        return total, float(total.numel())
+    if targets.shape != (len(f), *f.shape[2:]):
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {(len(f), *f.shape[2:])}")
+    counted = targets != loss.ignore_index
+    own = weight[targets.where(counted, torch.zeros_like(targets))] * counted
+    total = own * (1 - smoothing) + counted * (weight.sum() * smoothing / classes)
+    return total, float(own.sum())

@@ -1,0 +1,649 @@
+"""Curvature of whole models against explicit Jacobians and Hessians in double precision."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+
+from lensor import curvature
+from lensor.curvature import KroneckerFactors, kfac
+
+N, CLASSES = 5, 3
+
+
+def _models() -> dict[str, tuple[nn.Sequential, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    return {
+        "groups, circular, transposed": (
+            nn.Sequential(
+                nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2, padding_mode="circular"),
+                nn.Tanh(),
+                nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2, output_padding=1),
+                nn.ReLU(inplace=True),
+                nn.Flatten(),
+                nn.Linear(4 * 8 * 8, CLASSES),
+            ).double(),
+            (4, 6, 6),
+        ),
+        "1d, dilation, uneven same, shared linear": (
+            nn.Sequential(
+                nn.Conv1d(3, 4, 4, dilation=3, padding="same"),
+                nn.Tanh(),
+                nn.Linear(7, 5),
+                nn.Tanh(),
+                nn.Flatten(),
+                nn.Linear(20, CLASSES),
+            ).double(),
+            (3, 7),
+        ),
+        "3d, no bias": (
+            nn.Sequential(
+                nn.Conv3d(2, 4, 2, bias=False),
+                nn.Tanh(),
+                nn.ConvTranspose3d(4, 2, 2, bias=False),
+                nn.Flatten(),
+                nn.Linear(54, CLASSES, bias=False),
+            ).double(),
+            (2, 3, 3, 3),
+        ),
+        "depthwise, reflect": (
+            nn.Sequential(
+                nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"),
+                nn.Softplus(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(4, CLASSES),
+            ).double(),
+            (4, 5, 4),
+        ),
+    }
+
+
+MODELS = _models()
+LOSSES: dict[str, nn.Module] = {
+    "cross entropy": nn.CrossEntropyLoss(),
+    "cross entropy, sum": nn.CrossEntropyLoss(reduction="sum"),
+    "cross entropy, weights, smoothing": nn.CrossEntropyLoss(
+        weight=torch.tensor([0.5, 1.0, 2.0]).double(), label_smoothing=0.2
+    ),
+    "cross entropy, ignored": nn.CrossEntropyLoss(ignore_index=1),
+    "squared error": nn.MSELoss(),
+    "squared error, sum": nn.MSELoss(reduction="sum"),
+    "binary": nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 1.0, 2.0]).double()),
+    "binary, weights": nn.BCEWithLogitsLoss(weight=torch.tensor([0.5, 1.0, 2.0]).double()),
+}
+
+
+def data_for(shape: tuple[int, ...], loss: nn.Module, batch: int = N, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return x, torch.arange(batch) % CLASSES
+    if isinstance(loss, nn.MSELoss):
+        return x, torch.randn(batch, CLASSES, generator=generator, dtype=torch.float64)
+    return x, torch.randint(2, (batch, CLASSES), generator=generator).double()
+
+
+def close(found: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=atol)
+
+
+def ggn(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor], name: str) -> Tensor:
+    """The block of a parameter of the GGN, from Jacobians and the loss's Hessian by the outputs."""
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+    x, y = data
+
+    def outputs(value: Tensor) -> Tensor:
+        return functional_call(model, parameters | {name: value}, (x,))
+
+    f = outputs(parameters[name])
+    jacobian = jacrev(outputs)(parameters[name]).reshape(f.numel(), -1)
+    curved = hessian(lambda out: loss(out, y))(f).reshape(f.numel(), f.numel())
+    return jacobian.T @ curved @ jacobian
+
+
+# ---------------------------------------------------------------------------------------------------------- the factors
+def explicit_factors(
+    model: nn.Sequential, at: int, loss: nn.Module, data: tuple[Tensor, Tensor], approx: str, joint: bool
+) -> tuple[Tensor, Tensor]:
+    """A and B of a layer of a sequential model, from the layer's own Jacobian and the Hessian at its output."""
+    layer: Any = model[at]
+    x, y = data
+    with torch.no_grad():
+        before = copy.deepcopy(model[:at])(x)
+        out = layer(before)
+    weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
+    transposed = getattr(layer, "transposed", False)
+    linear = isinstance(layer, nn.Linear)
+    places = out if not linear or out.ndim == 2 else out.movedim(-1, 1)
+    positions = places.shape[2:].numel()
+    channels = places.shape[1]
+
+    def outputs(value: Tensor) -> Tensor:
+        found = functional_call(layer, {"weight": value}, (before,))
+        found = found if not linear or found.ndim == 2 else found.movedim(-1, 1)
+        return found.reshape(len(x), groups, channels // groups, positions)[:, :, 0]  # the same for all rows of a group
+
+    jacobian = jacrev(outputs)(weight)  # [n, g, o, *weight]
+    if transposed:
+        inner = weight.shape[0] // groups
+        patches = torch.stack([jacobian[:, g, :, g * inner : (g + 1) * inner, 0].flatten(2) for g in range(groups)], 1)
+    else:
+        rows = channels // groups
+        patches = torch.stack([jacobian[:, g, :, g * rows].flatten(2) for g in range(groups)], 1)  # [n, g, o, d]
+    if joint and layer.bias is not None:
+        patches = torch.cat([patches, torch.ones_like(patches[..., :1])], -1)
+    rest = copy.deepcopy(model[at + 1 :])
+    size = out.numel()
+    curved = ggn_at_output(rest, loss, out, y).reshape(*(len(x), channels, positions) * 2)
+    if linear and out.ndim > 2:
+        curved = ggn_at_output(rest, loss, out, y).reshape(*(len(x), positions, channels) * 2).permute(0, 2, 1, 3, 5, 4)
+    assert curved.numel() == size * size
+    c = channels // groups
+    curved = curved.reshape(*(len(x), groups, c, positions) * 2)
+    if approx == "expand":
+        a = torch.einsum("ngod,ngoe->gde", patches, patches) / len(x)
+        b = torch.stack([torch.einsum("nconeo->ce", curved[:, g, :, :, :, g]) for g in range(groups)]) / positions
+    else:
+        mean = patches.mean(2)
+        a = torch.einsum("ngd,nge->gde", mean, mean) / len(x)
+        b = torch.stack([torch.einsum("nconep->ce", curved[:, g, :, :, :, g]) for g in range(groups)])
+    return a, b
+
+
+def ggn_at_output(rest: nn.Module, loss: nn.Module, out: Tensor, y: Tensor) -> Tensor:
+    f = rest(out.clone()).detach()
+    jacobian = jacrev(lambda value: rest(value.clone()))(out).reshape(f.numel(), out.numel())
+    curved = hessian(lambda outputs: loss(outputs, y))(f).reshape(f.numel(), f.numel())
+    return jacobian.T @ curved @ jacobian
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+@pytest.mark.parametrize("model", MODELS)
+def test_factors_are_their_definitions(model: str, bias: str, approx: str) -> None:
+    net, shape = MODELS[model]
+    loss = LOSSES["cross entropy, weights, smoothing"]
+    data = data_for(shape, loss)
+    found = kfac(net, loss, data, approx=approx, bias=bias)
+    seen = 0
+    for at, layer in enumerate(net):
+        if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            continue
+        a, b = explicit_factors(net, at, loss, data, approx, bias == "joint")
+        block = found[f"{at}.weight"]
+        close(block.A, a)
+        close(block.B, b)
+        seen += 1
+        assert (f"{at}.bias" in found) == (bias == "separate" and layer.bias is not None)
+    assert seen == len([name for name in found if name.endswith("weight")])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_factors_of_every_loss(loss: str, approx: str) -> None:
+    net, shape = MODELS["1d, dilation, uneven same, shared linear"]
+    data = data_for(shape, LOSSES[loss])
+    found = kfac(net, LOSSES[loss], data, approx=approx)
+    a, b = explicit_factors(net, 0, LOSSES[loss], data, approx, False)
+    close(found["0.weight"].A, a)
+    close(found["0.weight"].B, b)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_a_loader_is_one_batch_with_all_of_it(loss: str, approx: str, fisher: str) -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    x, y = data_for(shape, LOSSES[loss], batch=6)
+    parts = [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:], y[4:])]
+    if loss == "cross entropy, ignored":
+        parts = [(x[:3], y[:3]), (x[3:], y[3:])]  # a mean over no target is not defined
+    whole = kfac(net, LOSSES[loss], (x, y), approx=approx, fisher=fisher)
+    found = kfac(net, LOSSES[loss], parts, approx=approx, fisher=fisher)
+    assert found.examples == 6
+    for name, block in whole.items():
+        close(found[name].A, block.A)
+        close(found[name].B, block.B)
+
+
+@pytest.mark.parametrize("loss", ["squared error", "squared error, sum", "cross entropy", "cross entropy, sum"])
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_linear_networks_with_squared_error_are_exact(loss: str, bias: str) -> None:
+    """The Hessian by the outputs is the same for every example, so the expectation of the product is the product."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, CLASSES)).double()
+    batch = N if loss.startswith("squared") else 1  # with one example the product is exact for any loss
+    data = data_for((4,), LOSSES[loss], batch=batch)
+    for approx in ("expand", "reduce"):
+        found = kfac(net, LOSSES[loss], data, approx=approx, bias=bias)
+        for at in (0, 1):
+            exact = ggn(net, LOSSES[loss], data, f"{at}.weight")
+            dense = found[f"{at}.weight"].dense()[0]
+            if bias == "joint":
+                inputs = net[at].in_features
+                keep = [row * (inputs + 1) + column for row in range(3) for column in range(inputs)]
+                dense = dense[keep][:, keep]
+            else:
+                close(found[f"{at}.bias"].dense()[0], ggn(net, LOSSES[loss], data, f"{at}.bias"))
+            close(dense, exact)
+
+
+def test_expand_is_exact_where_positions_are_examples() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, CLASSES)).double()
+    loss = nn.MSELoss()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    data = (x, torch.randn(2, 6, CLASSES, generator=generator, dtype=torch.float64))
+    found = kfac(net, loss, data, approx="expand")
+    for name in found:
+        close(found[name].dense()[0], ggn(net, loss, data, name))
+
+
+def test_reduce_is_exact_where_positions_are_averaged() -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).double()
+    loss = nn.MSELoss()
+    data = data_for((4, 5, 6), loss)
+    found = kfac(net, loss, data, approx="reduce")
+    exact = ggn(net, loss, data, "0.weight").reshape(2, 54, 2, 54)
+    for g in range(2):
+        close(found["0.weight"].dense()[g], exact[g, :, g])
+    exact = ggn(net, loss, data, "0.bias").reshape(2, 3, 2, 3)
+    for g in range(2):
+        close(found["0.bias"].dense()[g], exact[g, :, g])
+
+
+def test_one_position_of_a_convolution_is_a_linear_layer() -> None:
+    torch.manual_seed(4)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, CLASSES)).double()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(27, 4), nn.Linear(4, CLASSES)).double()
+    with torch.no_grad():
+        linear[1].weight.copy_(conv[0].weight.flatten(1))
+        linear[1].bias.copy_(conv[0].bias)
+        linear[2].load_state_dict(conv[2].state_dict())
+    data = data_for((3, 3, 3), nn.CrossEntropyLoss())
+    a, b = (kfac(net, nn.CrossEntropyLoss(), data) for net in (conv, linear))
+    close(a["0.weight"].A, b["1.weight"].A)
+    close(a["0.weight"].B, b["1.weight"].B)
+
+
+def test_sampled_fisher_is_unbiased() -> None:
+    net, shape = MODELS["depthwise, reflect"]
+    for name in ("cross entropy, weights, smoothing", "squared error", "binary, weights"):
+        loss = LOSSES[name]
+        data = data_for(shape, loss)
+        exact = kfac(net, loss, data)
+        generator = torch.Generator().manual_seed(0)
+        sampled = kfac(net, loss, data, fisher="mc", mc_samples=4000, generator=generator)
+        for key, block in exact.items():
+            scale = float(block.B.abs().max())
+            close(sampled[key].A, block.A)
+            assert float((sampled[key].B - block.B).abs().max()) < 0.08 * scale, (name, key)
+        again = kfac(net, loss, data, fisher="mc", mc_samples=4000, generator=torch.Generator().manual_seed(0))
+        close(again["0.weight"].B, sampled["0.weight"].B)
+
+
+def test_empirical_fisher_is_made_of_the_examples_own_gradients() -> None:
+    net = nn.Sequential(nn.Linear(4, CLASSES)).double()
+    for name, scale in (("cross entropy", N), ("cross entropy, sum", 1), ("squared error", N * CLASSES)):
+        loss = LOSSES[name]
+        data = data_for((4,), loss)
+        found = kfac(net, loss, data, fisher="empirical", bias="separate")
+        rows = curvature.per_example_gradients(net, loss, data)["0.bias"]
+        close(found["0.bias"].dense()[0], rows.T @ rows * scale)
+
+
+def test_forward_only_needs_no_gradient_and_has_the_identity() -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    data = data_for(shape, nn.CrossEntropyLoss())
+    found = kfac(net, nn.CrossEntropyLoss(), data, fisher="forward-only", approx="reduce")
+    assert torch.equal(found["0.weight"].B, torch.eye(3).double().expand(2, 3, 3))
+    assert found["0.weight"].root is not None
+    close(found["0.weight"].A, kfac(net, nn.CrossEntropyLoss(), data, approx="reduce")["0.weight"].A)
+
+
+def test_dense_outputs_have_a_target_at_every_position() -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(2, CLASSES, 1)).double()
+    loss = nn.CrossEntropyLoss(ignore_index=0)
+    data = torch.randn(2, 2, 2, 3).double(), torch.randint(CLASSES, (2, 2, 3))
+    exact = ggn(net, loss, data, "0.weight").diagonal().reshape(CLASSES, 2, 1, 1)
+    close(curvature.ggn_diagonal(net, loss, data)["0.weight"], exact)
+
+
+# ------------------------------------------------------------------------------------------------ the model as it was
+def test_model_is_left_as_found() -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3))
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before = copy.deepcopy(net.state_dict())
+    data = torch.randn(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
+    with pytest.warns(UserWarning, match=r"1 \(BatchNorm2d\)"):
+        kfac(net, nn.CrossEntropyLoss(), data)
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight))
+    assert net[4].weight.grad is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    with pytest.raises((RuntimeError, ValueError)):
+        kfac(net, nn.CrossEntropyLoss(), (torch.randn(4, 2, 5, 5), data[1]), layers=["0", "4"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_frozen_parameters_have_factors_too() -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    frozen = copy.deepcopy(net)
+    for parameter in frozen[:3].parameters():
+        parameter.requires_grad_(False)
+    data = data_for(shape, nn.CrossEntropyLoss())
+    a, b = (kfac(one, nn.CrossEntropyLoss(), data) for one in (net, frozen))
+    for name in a:
+        close(a[name].B, b[name].B)
+    with torch.no_grad():
+        c = kfac(net, nn.CrossEntropyLoss(), data)
+    close(c["0.weight"].B, a["0.weight"].B)
+
+
+# -------------------------------------------------------------------------------------------------------- other answers
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_quantities_are_their_definitions(model: str, loss: str) -> None:
+    net, shape = MODELS[model]
+    criterion = LOSSES[loss]
+    data = data_for(shape, criterion)
+    diagonal = curvature.ggn_diagonal(net, criterion, data)
+    gradients = curvature.per_example_gradients(net, criterion, data)
+    norms = curvature.per_example_gradient_norms(net, criterion, data)
+    blocks = curvature.ggn_mini_blocks(net, criterion, data)
+    whole = torch.autograd.grad(criterion(net(data[0]), data[1]), list(net.parameters()))
+    for (name, parameter), gradient in zip(net.named_parameters(), whole, strict=True):
+        exact = ggn(net, criterion, data, name)
+        close(diagonal[name], exact.diagonal().reshape(parameter.shape))
+        close(gradients[name].sum(0), gradient)
+        close(norms[name], gradients[name].flatten(1).norm(dim=1))
+        layer: Any = net.get_submodule(name.rpartition(".")[0])
+        if name.endswith("weight") and not getattr(layer, "transposed", False):
+            c = parameter.shape[0]
+            filters = torch.stack([exact.reshape(c, -1, c, parameter[0].numel())[i, :, i] for i in range(c)])
+            close(blocks[name], filters)
+
+
+def test_per_example_gradients_are_those_of_single_examples() -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    x, y = data_for(shape, nn.CrossEntropyLoss())
+    found = curvature.per_example_gradients(net, nn.CrossEntropyLoss(reduction="sum"), (x, y))
+    for n in range(N):
+        value = nn.CrossEntropyLoss(reduction="sum")(net(x[n : n + 1]), y[n : n + 1])
+        for (name, _), one in zip(
+            net.named_parameters(), torch.autograd.grad(value, list(net.parameters())), strict=True
+        ):
+            close(found[name][n], one)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_hessian_diagonal(model: str) -> None:
+    net, shape = MODELS[model]
+    loss = LOSSES["cross entropy, weights, smoothing"]
+    x, y = data_for(shape, loss)
+    found = curvature.hessian_diagonal(net, loss, [(x[:2], y[:2]), (x[2:], y[2:])])
+    parameters = list(net.parameters())
+    gradients = torch.autograd.grad(loss(net(x), y), parameters, create_graph=True)
+    for (name, parameter), gradient in zip(net.named_parameters(), gradients, strict=True):
+        for place in range(0, parameter.numel(), max(parameter.numel() // 7, 1)):
+            (row,) = torch.autograd.grad(gradient.reshape(-1)[place], parameter, retain_graph=True)
+            close(found[name].reshape(-1)[place], row.reshape(-1)[place])
+
+
+def test_hessian_diagonal_by_draws_is_unbiased() -> None:
+    net, shape = MODELS["depthwise, reflect"]
+    data = data_for(shape, nn.CrossEntropyLoss())
+    exact = curvature.hessian_diagonal(net, nn.CrossEntropyLoss(), data)
+    drawn = curvature.hessian_diagonal(
+        net, nn.CrossEntropyLoss(), data, samples=3000, generator=torch.Generator().manual_seed(0)
+    )
+    for name, value in exact.items():
+        assert float((drawn[name] - value).abs().max()) < 0.15 * float(value.abs().max()), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_empirical_ntk(model: str) -> None:
+    net, shape = MODELS[model]
+    x, _ = data_for(shape, nn.MSELoss())
+    parameters = {name: value.detach() for name, value in net.named_parameters()}
+    jacobians = jacrev(lambda p: functional_call(net, p, (x,)))(parameters)
+    flat = torch.cat([j.reshape(N * CLASSES, -1) for j in jacobians.values()], 1)
+    expected = (flat @ flat.T).reshape(N, CLASSES, N, CLASSES).permute(0, 2, 1, 3)
+    close(curvature.empirical_ntk(net, x), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ as an operator
+def factors(approx: str = "expand", bias: str = "separate", **options: Any) -> KroneckerFactors:
+    net, shape = MODELS["groups, circular, transposed"]
+    data = data_for(shape, nn.CrossEntropyLoss())
+    return kfac(net, nn.CrossEntropyLoss(), data, approx=approx, bias=bias, **options)
+
+
+def dense(found: KroneckerFactors) -> Tensor:
+    """The operator as a matrix on flat vectors of parameters in their own layouts, from its blocks."""
+    matrix = torch.zeros(found.size, found.size).double()
+    ends = list(itertools.accumulate([0, *(int(np.prod(shape)) for shape in found.shapes.values())]))
+    starts = dict(zip(found.shapes, ends, strict=False))
+    index = {
+        name: torch.arange(int(np.prod(shape))).reshape(shape) + starts[name] for name, shape in found.shapes.items()
+    }
+    for block in found.values():
+        places = block.to_rows({name: index[name] for name in block.names}).flatten(1)
+        for g, kron in enumerate(block.dense()):
+            matrix[places[g][:, None], places[g][None]] = kron
+    return matrix
+
+
+@pytest.mark.parametrize(("approx", "bias"), list(itertools.product(["expand", "reduce"], ["separate", "joint"])))
+def test_operator_is_its_matrix(approx: str, bias: str) -> None:
+    found = factors(approx, bias)
+    matrix = dense(found)
+    vectors = torch.randn(2, 3, found.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close(found @ vectors, vectors @ matrix)
+    damped = matrix + 0.1 * torch.eye(len(matrix)).double()
+    close(found.inverse(0.1) @ vectors, torch.linalg.solve(damped, vectors, left=False))
+    close(found.logdet(0.1), torch.linalg.slogdet(damped)[1], atol=1e-7)
+    close(found.trace(), matrix.trace())
+    close(found.flatten(found.diagonal()), matrix.diagonal())
+    eigen = found.eigh()
+    close(eigen @ vectors, vectors @ matrix)
+    close(eigen.inverse(0.1) @ vectors, torch.linalg.solve(damped, vectors, left=False))
+    close(eigen.logdet(0.1), torch.linalg.slogdet(damped)[1], atol=1e-7)
+    close(eigen.trace(), matrix.trace())
+    linear = found.inverse(0.1).linear_operator()
+    columns = vectors[0].T.numpy()
+    np.testing.assert_allclose(linear @ columns, np.linalg.solve(damped.numpy(), columns), atol=1e-9)
+    np.testing.assert_allclose(linear @ columns[:, 0], np.linalg.solve(damped.numpy(), columns[:, 0]), atol=1e-9)
+
+
+def test_a_block_is_in_the_order_of_the_weight() -> None:
+    """kron(B, A) on the weight's own view, as documented: [g, c_out, (c_in k)]."""
+    found = factors()
+    block = found["0.weight"]
+    w = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zeros = {name: torch.zeros(shape).double() for name, shape in found.shapes.items()}
+    product = (found @ (zeros | {"0.weight": w}))["0.weight"]
+    view = w.reshape(2, 3, 18)
+    expected = torch.stack([torch.kron(block.B[g], block.A[g]) @ view[g].reshape(-1) for g in range(2)])
+    close(product.reshape(2, -1), expected)
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_factored_damping(bias: str) -> None:
+    found = factors("reduce", bias)
+    inverse = found.inverse(0.01, "cholesky")
+    v = {name: torch.randn(shape).double() for name, shape in found.shapes.items()}
+    solved = inverse @ v
+    block = found["2.weight"]
+    rows = block.to_rows(solved)
+    for g in range(2):
+        a, b = block.A[g], block.B[g]
+        pi = ((a.trace() / len(a)) / (b.trace() / len(b))) ** 0.5
+        on_b, on_a = (torch.eye(len(matrix)).double() for matrix in (b, a))
+        back = (b + 0.1 / pi * on_b) @ rows[g] @ (a + 0.1 * pi * on_a)
+        close(back, block.to_rows(v)[g], atol=1e-8)
+    if bias == "joint":
+        by_root = found.inverse(0.01, "woodbury") @ v
+        for name, value in solved.items():
+            close(by_root[name], value, atol=1e-8)
+
+
+def test_woodbury_is_exact_for_a_multiple_of_the_identity() -> None:
+    found = factors("reduce", "joint", fisher="forward-only")
+    v = torch.randn(found.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close(found.inverse(0.05, "woodbury") @ v, found.inverse(0.05, "eigen") @ v, atol=1e-8)
+
+
+def test_roots_are_kept_while_they_are_smaller() -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    for batch, kept in ((5, True), (17, True), (18, False), (40, False)):
+        found = kfac(net, nn.CrossEntropyLoss(), data_for(shape, nn.CrossEntropyLoss(), batch=batch), approx="reduce")
+        assert (found["0.weight"].root is not None) == kept
+        if kept:
+            assert found["0.weight"].root.shape == (2, batch, 18)
+
+
+def test_averages() -> None:
+    for approx in ("expand", "reduce"):
+        old, new = factors(approx), factors(approx, fisher="empirical")
+        expected = {
+            name: (0.9 * block.A + 0.1 * new[name].A, 0.9 * block.B + 0.1 * new[name].B) for name, block in old.items()
+        }
+        assert old.ema_(new, 0.9) is old
+        for name, (a, b) in expected.items():
+            close(old[name].A, a)
+            close(old[name].B, b)
+    with pytest.raises(ValueError, match="same parameters"):
+        factors("expand").ema_(factors("reduce"), 0.9)
+
+
+def test_state_goes_through_a_file(tmp_path: Any) -> None:
+    for approx, bias in itertools.product(["expand", "reduce"], ["separate", "joint"]):
+        found = factors(approx, bias)
+        torch.save(found.state_dict(), tmp_path / "factors.pt")
+        again = KroneckerFactors.from_state_dict(torch.load(tmp_path / "factors.pt", weights_only=True))
+        v = torch.randn(found.size).double()
+        assert torch.equal(again @ v, found @ v)
+        assert repr(again) == repr(found)
+    with pytest.raises(ValueError, match="no state"):
+        KroneckerFactors.from_state_dict({"version": 2, "blocks": {}})
+
+
+def test_conventions_leave_the_product_alone() -> None:
+    paper, other = factors(), factors(convention="curvlinops")
+    assert other.convention == "curvlinops"
+    close(dense(paper), dense(other))
+    positions = paper["0.weight"].positions
+    assert positions == 9
+    close(other["0.weight"].A * positions, paper["0.weight"].A)
+    close(other.in_convention("paper")["0.weight"].B, paper["0.weight"].B)
+
+
+def test_other_devices_and_dtypes() -> None:
+    single = factors().to(torch.float32)
+    assert single["0.weight"].A.dtype == torch.float32
+    assert single.to("meta")["0.weight"].B.device.type == "meta"
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+def _tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    return net
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x))
+
+
+class _Idle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no module": (lambda: kfac(3, nn.MSELoss(), (X, X)), TypeError, "torch.nn.Module, found int"),
+    "no layer": (lambda: kfac(nn.ReLU(), nn.MSELoss(), (X, X)), ValueError, "no convolution"),
+    "loss": (lambda: kfac(nn.Linear(3, 3), nn.L1Loss(), (X, X)), TypeError, "L1Loss, expected torch.nn.CrossEntropy"),
+    "reduction": (
+        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(reduction="none"), (X, X)),
+        ValueError,
+        "reduction='none', expected 'mean' or 'sum'",
+    ),
+    "approx": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), approx="kfc"), ValueError, "'expand', 'reduce'"),
+    "fisher": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), fisher="ef"), ValueError, "'type-2', 'mc'"),
+    "tied": (lambda: kfac(_tied(), nn.MSELoss(), (X, X)), ValueError, "tied parameters are not supported: 0.weight"),
+    "twice": (lambda: kfac(_Twice(), nn.MSELoss(), (X, X)), ValueError, "twice"),
+    "idle": (lambda: kfac(_Idle(), nn.MSELoss(), (X, X)), ValueError, "did not run on the data.*idle"),
+    "layer": (
+        lambda: kfac(_Idle(), nn.MSELoss(), (X, X), layers=["nope"]),
+        ValueError,
+        "'nope', expected some of used",
+    ),
+    "data": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), X), TypeError, "data is a tensor, expected a pair"),
+    "empty": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), []), ValueError, "no batch"),
+    "targets": (
+        lambda: kfac(nn.Linear(3, 3), nn.CrossEntropyLoss(), (X, Y[:3])),
+        ValueError,
+        r"targets have shape \(3,\), expected \(4,\)",
+    ),
+    "unbatched": (
+        lambda: kfac(nn.Conv1d(1, 1, 1), nn.MSELoss(), (torch.ones(1, 5), torch.ones(1, 5))),
+        ValueError,
+        r"shape \(1, 5\), expected a batch of 1 examples first",
+    ),
+    "nan": (
+        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X * torch.nan, X)),
+        FloatingPointError,
+        "factor A of weight is not finite",
+    ),
+    "lazy": (lambda: kfac(nn.LazyLinear(3), nn.MSELoss(), (X, X)), ValueError, "lazy"),
+    "strict": (
+        lambda: kfac(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), nn.MSELoss(), (X, X), strict=True),
+        ValueError,
+        r"no curvature is computed for the parameters of 1 \(LayerNorm\)",
+    ),
+    "mixing": (
+        lambda: curvature.per_example_gradients(
+            nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), nn.MSELoss(), (X, X)
+        ),
+        ValueError,
+        r"mixed by the statistics of 1: call model.eval\(\) first",
+    ),
+    "damping": (lambda: factors().inverse(0.0), ValueError, "damping must be positive, found 0.0"),
+    "method": (lambda: factors().inverse(1.0, "lu"), ValueError, "'eigen', 'cholesky', 'woodbury', found 'lu'"),
+    "no root": (lambda: factors().inverse(1.0, "woodbury"), ValueError, "0.weight has no root"),
+    "missing": (lambda: factors() @ {}, KeyError, "missing parameters"),
+    "size": (lambda: factors() @ torch.ones(3), ValueError, "in its last axis"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input(case: str) -> None:
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()

@@ -59,7 +59,7 @@ _CALLS_PER_CORRECTION = 12
 _SHORT_RUN, _SCATTERED = 16, 3
 """Copying in runs shorter than this moves so many entries more for each."""
 
-_WIDE_KERNEL = 25
+_WIDE_KERNEL = 8
 """Kernels of this many positions that are larger than the output are slower than others."""
 
 _NEAR = 1 << 23
@@ -199,6 +199,9 @@ def _rate(step: s.Step, shapes: list[s.Shape], result: s.Shape, constants: Machi
             if step.kind == "weight_grad":  # few positions are little to sum over
                 rate *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
                 rate *= 0.1 if groups == 1 == inner else 1.0
+                rate *= 0.6 if groups == 1 == shapes[1][0] else 1.0  # threads work on an example or group each
+                line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
+                rate *= 0.6 if groups > 1 and line and max(kernel) > 1 else 1.0
             if groups == 1:
                 return rate if step.kind != "input_grad" else rate * (0.35 if inner < 16 else 0.85)
             few = min(channels // groups, inner)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from lensor.spec import ConvSpec
 
@@ -163,23 +164,31 @@ class Capture:
 
     Args:
         layers: the layers.
-        on_input: is called with a layer and its input, in the layout of convolutions, when the layer runs.
+        on_input: is called with a layer and its input, in the layout of convolutions, when the layer runs. Half
+            precision is widened to single, here and below.
         batch: the number of examples.
+        on_output: is called with a layer and the gradient at its output when somebody propagates through the graph.
     """
 
     layers: Sequence[Layer]
     on_input: OnInput
     batch: int
+    on_output: OnInput | None = None
     _edges: dict[str, GradientEdge] = field(default_factory=dict)
     _shapes: dict[str, torch.Size] = field(default_factory=dict)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks on the layers while the block runs."""
+    def attach(self) -> list[RemovableHandle]:
+        """Hooks on the layers."""
         handles = []
         for layer in self.layers:
             handles.append(layer.module.register_forward_pre_hook(self._before(layer), with_kwargs=True))
             handles.append(layer.module.register_forward_hook(self._after(layer)))
+        return handles
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on the layers while the block runs."""
+        handles = self.attach()
         try:
             yield
         finally:
@@ -191,7 +200,8 @@ class Capture:
             if layer.weight in self._shapes:
                 raise ValueError(f"layer {layer.name!r} runs twice on one input: its weight is shared, not supported")
             x = arguments[0] if arguments else named["input"]
-            self.on_input(layer, layer.as_convolution(x.detach(), self.batch))
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self.on_input(layer, layer.as_convolution(_widened(x.detach()), self.batch))
 
         return hook
 
@@ -202,7 +212,16 @@ class Capture:
             self._shapes[layer.weight] = out.shape
             if out.requires_grad:
                 self._edges[layer.weight] = get_gradient_edge(out)
+                if self.on_output is not None:
+                    out.register_hook(self._backward(layer, self.on_output))
             return out
+
+        return hook
+
+    def _backward(self, layer: Layer, on_output: OnInput) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                on_output(layer, layer.as_convolution(_widened(gradient), self.batch))
 
         return hook
 
@@ -235,8 +254,12 @@ class Capture:
         for layer, gradient in zip(layers, found, strict=True):
             if gradient is None:
                 gradient = vector.new_zeros(self._shapes[layer.weight])
-            result[layer.weight] = layer.as_convolution(gradient, self.batch)
+            result[layer.weight] = layer.as_convolution(_widened(gradient), self.batch)
         return result
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 @contextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lensor import ops
 from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
+from lensor.curvature.distribution import gather
 from lensor.curvature.factors import Block, KroneckerFactors
 from lensor.curvature.losses import FISHERS, LossRoot, require_loss
 from lensor.curvature.networks import network
@@ -33,6 +35,7 @@ def kfac(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     check_finite: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> KroneckerFactors:
     """Kronecker-factored approximation of the generalised Gauss-Newton matrix of a model's loss, in one pass over data.
 
@@ -58,6 +61,7 @@ def kfac(
         mc_samples: draws for each example, for "mc".
         generator: where they are drawn from.
         check_finite: whether factors that are not finite raise; this waits for the device.
+        group: ranks of torch.distributed that have a part of the data each; all get the factors of all of it.
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`
@@ -97,14 +101,14 @@ def kfac(
     with undisturbed(model):
         for inputs, targets in batches(data):
             collected.add(model, loss, inputs, targets, fisher, mc_samples, generator)
-    factors = collected.factors(mean=loss.reduction == "mean")
+    factors = collected.factors(loss.reduction == "mean", group)
     if check_finite:
         factors.check_finite()
     return factors.in_convention(convention)
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What is summed for a layer: A times the examples, roots of it while they are fewer than its rows, B."""
 
     roots: list[Tensor] | None
@@ -120,11 +124,12 @@ class Collector:
         layers: the layers.
         approx: "expand" or "reduce".
         joint: whether a block holds weight and bias.
+        keep_graph: whether somebody else propagates through the graph after.
     """
 
-    def __init__(self, layers: list[Layer], approx: str, joint: bool) -> None:
-        self.layers, self.approx, self.joint = layers, approx, joint
-        self.sums = {layer.weight: _Sums([] if approx == "reduce" else None, None, None, 1) for layer in layers}
+    def __init__(self, layers: list[Layer], approx: str, joint: bool, keep_graph: bool = False) -> None:
+        self.layers, self.approx, self.joint, self.keep_graph = layers, approx, joint, keep_graph
+        self.sums = {layer.weight: Sums([] if approx == "reduce" else None, None, None, 1) for layer in layers}
         self.examples = 0
         self.weight = 0.0
 
@@ -147,21 +152,26 @@ class Collector:
             outputs = call(model, inputs)
         capture.check()
         root = LossRoot(loss, outputs, targets)
+        self.count(batch, root.normaliser)
+        if fisher != "forward-only":
+            self.add_columns(capture, outputs, root.of(fisher, mc_samples, generator), root)
+
+    def count(self, batch: int, normaliser: float) -> None:
+        """Count the examples of a batch, and what its mean loss is divided by."""
         self.examples += batch
-        if fisher == "forward-only":
-            self.weight += root.normaliser
-            return
-        columns = iter(root.of(fisher, mc_samples, generator))
+        self.weight += normaliser
+
+    def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], root: LossRoot) -> None:
+        """A backward pass to the layers' outputs for each column of the root; the last one frees the graph's memory."""
+        weight = root.normaliser if root.loss.reduction == "mean" else 1.0
         column: Tensor | None = next(columns)
-        weight = root.normaliser if loss.reduction == "mean" else 1.0
         while column is not None:
             following = next(columns, None)
-            gradients = capture.gradients(outputs, column, keep=following is not None)
+            gradients = capture.gradients(outputs, column, keep=self.keep_graph or following is not None)
             with torch.no_grad():
                 for layer in self.layers:
                     self.add_output(layer, gradients[layer.weight], weight)
             column = following
-        self.weight += root.normaliser
 
     @torch.no_grad()
     def add_input(self, layer: Layer, x: Tensor) -> None:
@@ -193,9 +203,11 @@ class Collector:
         factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
-    def factors(self, mean: bool) -> KroneckerFactors:
-        """The factors of all batches together."""
+    def factors(self, mean: bool, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
+        """The factors of all batches together, and of all ranks of a group."""
         blocks: dict[str, Block] = {}
+        if group is not None:
+            gather(self, group)
         for layer in self.layers:
             sums = self.sums[layer.weight]
             a, root = sums.a, None

@@ -26,14 +26,14 @@ class LossRoot:
     Args:
         loss: an nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, with reduction "mean" or "sum".
         outputs: the model's outputs for the batch, with a graph if gradients are asked for.
-        targets: the targets.
+        targets: the targets; None if they are not at hand and every example counts the same.
 
     Raises:
         TypeError: for other losses.
         ValueError: for other reductions, or shapes that do not fit.
     """
 
-    def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor) -> None:
+    def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor | None) -> None:
         require_loss(loss)
         self.loss, self.outputs, self.targets = loss, outputs, targets
         f = outputs.detach()
@@ -41,7 +41,7 @@ class LossRoot:
         if isinstance(loss, nn.CrossEntropyLoss):
             self.total, self.normaliser = _class_weights(loss, f, targets)
         else:
-            if targets.shape != outputs.shape:
+            if targets is not None and targets.shape != outputs.shape:
                 raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(outputs.shape)}")
             self.total, self.normaliser = None, float(outputs.numel())
         if loss.reduction == "sum":
@@ -94,6 +94,7 @@ class LossRoot:
 
     def gradient(self) -> Iterator[Tensor]:
         """The gradients of the examples' own losses: one column."""
+        assert self.targets is not None
         with torch.enable_grad():
             f = self.outputs.detach().requires_grad_()
             (found,) = torch.autograd.grad(self.loss(f, self.targets), f)
@@ -116,6 +117,7 @@ class LossRoot:
         if weight is not None:
             found = found * weight
         if positive is not None:
+            assert self.targets is not None
             found = found * (1 + (positive - 1) * self.targets)
         return found
 
@@ -143,12 +145,14 @@ def require_loss(loss: nn.Module) -> None:
         raise ValueError(f"loss has reduction={loss.reduction!r}, expected 'mean' or 'sum'")
 
 
-def _class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+def _class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None) -> tuple[Tensor, float]:
     """What each position's log-probabilities count together, [batch, *positions], and what the mean divides by."""
     if f.ndim < 2:
         raise ValueError(f"outputs have shape {tuple(f.shape)}, expected [batch, classes, ...]")
     classes, smoothing = f.shape[1], loss.label_smoothing
     weight = torch.ones(classes, dtype=f.dtype, device=f.device) if loss.weight is None else loss.weight.to(f.dtype)
+    if targets is None:
+        return f.new_ones((len(f), *f.shape[2:])), float(f[:, 0].numel())
     if targets.is_floating_point():
         if targets.shape != f.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(f.shape)}")

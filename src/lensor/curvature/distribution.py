@@ -1,0 +1,70 @@
+"""Sums over the ranks of a torch.distributed group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather(collected: Any, group: dist.ProcessGroup) -> None:
+    """Make what a Collector summed on every rank the sum of all ranks, the same on each.
+
+    Roots are put together while all of them are fewer rows than columns, as one process would; else A is summed.
+
+    Args:
+        collected: the Collector; it is changed in place.
+        group: the ranks.
+    """
+    like = next(sums.a if sums.a is not None else sums.roots[0] for sums in collected.sums.values())
+    counts = torch.tensor([collected.examples, collected.weight], dtype=torch.float64, device=like.device)
+    dist.all_reduce(counts, group=group)
+    collected.examples, collected.weight = round(counts[0].item()), float(counts[1])
+    for sums in collected.sums.values():
+        if sums.b is not None:
+            dist.all_reduce(sums.b, group=group)
+        if sums.roots is None:
+            dist.all_reduce(sums.a, group=group)
+            continue
+        root = torch.cat(sums.roots, 1) if sums.roots else None
+        rows = 0 if root is None else root.shape[1]
+        known = torch.tensor([rows, sums.a is not None], device=like.device)
+        every = [torch.zeros_like(known) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, known, group=group)
+        formed = any(bool(one[1]) for one in every)
+        width = root.shape[2] if root is not None else sums.a.shape[2]
+        if not formed and sum(int(one[0]) for one in every) < width:
+            assert root is not None
+            sums.roots = [_gathered(root, [int(one[0]) for one in every], group)]
+            continue
+        total = torch.zeros_like(sums.a) if root is None else root.mT @ root
+        if sums.a is not None:
+            total = total + sums.a
+        dist.all_reduce(total, group=group)
+        sums.a, sums.roots = total, []
+
+
+def _gathered(root: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Roots of all ranks, [groups, n, d], one below the other; ranks may have several numbers of rows."""
+    padded = root.new_zeros((root.shape[0], max(rows), root.shape[2]))
+    padded[:, : root.shape[1]] = root
+    every = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(every, padded, group=group)
+    return torch.cat([one[:, :count] for one, count in zip(every, rows, strict=True)], 1)
+
+
+def shares(costs: list[float], ranks: int) -> list[int]:
+    """Which rank does which piece of work: the most expensive first, each to the rank with the least so far.
+
+    Example:
+        >>> from lensor.curvature.distribution import shares
+        >>> shares([1.0, 5.0, 3.0, 3.0], 2)
+        [1, 0, 1, 1]
+    """
+    loads, found = [0.0] * ranks, [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
+        rank = loads.index(min(loads))
+        found[place], loads[rank] = rank, loads[rank] + costs[place]
+    return found

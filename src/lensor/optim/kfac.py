@@ -1,0 +1,375 @@
+"""KFAC as an optimizer of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lensor.curvature.capture import Capture, Layer, layers_of, size_of
+from lensor.curvature.distribution import shares
+from lensor.curvature.factors import Block, Inverse, KroneckerFactors
+from lensor.curvature.kfac import APPROXIMATIONS, Collector
+from lensor.curvature.losses import FISHERS, LossRoot, require_loss
+
+METHODS = ("cholesky", "eigen", "woodbury")
+NONFINITE = ("raise", "skip")
+
+
+class KFAC(torch.optim.Optimizer):
+    """Gradient descent with gradients multiplied by the damped inverse of Kronecker factors.
+
+    Factors are collected while the model runs in training mode: no closure, no change to the training loop. Parameters
+    without factors (normalisation, embeddings) are updated by the gradient itself.
+
+    Args:
+        model: the model, or a DistributedDataParallel one.
+        loss: the loss that is minimised: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, mean or sum.
+        lr: learning rate.
+        momentum: of the steps.
+        damping: is added to the curvature.
+        weight_decay: parameters shrink by `lr · weight_decay` in a step, whatever the curvature.
+        kl_clip: the longest step in the curvature's norm, as a bound on lr²·Σ step·gradient; None for no bound.
+        approx: "expand" or "reduce".
+        fisher: "empirical" uses the backward pass that there is; "mc" and "type-2" make passes of their own during the
+            forward pass; "forward-only" needs none: B is the identity.
+        bias: "joint" or "separate".
+        method: how factors are inverted: "cholesky", "eigen", or "woodbury" (where roots are kept; else "cholesky").
+        ema: how much of the old factors is kept at an update; 0 takes the new ones alone.
+        factor_interval: steps between updates of factors.
+        inverse_interval: steps between inversions.
+        accumulation_steps: backward passes before a step, each with the loss divided by this number.
+        layers: names of modules with factors; all known unless given.
+        params: parameter groups with options of their own (lr, momentum, damping, weight_decay); one unless given.
+        mc_samples: draws for each example, for "mc".
+        seed: of the draws.
+        nonfinite: what to do where a gradient or factor holds NaN or infinity: "raise" a FloatingPointError, or "skip"
+            the step; in both cases parameters and state stay as they are.
+        grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
+        group: ranks of torch.distributed that train together: factors are summed over them, inversions shared out.
+
+    Example:
+        >>> import torch
+        >>> from lensor.optim import KFAC
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator ...>
+        >>> model, loss = torch.nn.Linear(5, 3), torch.nn.CrossEntropyLoss()
+        >>> optimizer = KFAC(model, loss, lr=0.5, damping=0.01)
+        >>> x = torch.randn(64, 5)
+        >>> y = x[:, :3].argmax(1)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     value = loss(model(x), y)
+        ...     value.backward()
+        ...     optimizer.step()
+        >>> float(value) < 0.4
+        True
+
+    Raises:
+        TypeError, ValueError: for a model, loss, choice or number that makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        weight_decay: float = 0.0,
+        *,
+        kl_clip: float | None = None,
+        approx: str = "expand",
+        fisher: str = "empirical",
+        bias: str = "joint",
+        method: str = "cholesky",
+        ema: float = 0.95,
+        factor_interval: int = 1,
+        inverse_interval: int = 1,
+        accumulation_steps: int = 1,
+        layers: Iterable[str] | None = None,
+        params: Any = None,
+        mc_samples: int = 1,
+        seed: int = 0,
+        nonfinite: str = "raise",
+        grad_scaler: Any = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        require_loss(loss)
+        chosen = {"approx": (approx, APPROXIMATIONS), "fisher": (fisher, FISHERS), "method": (method, METHODS)}
+        chosen |= {"bias": (bias, ("joint", "separate")), "nonfinite": (nonfinite, NONFINITE)}
+        for name, (value, known) in chosen.items():
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, found {value!r}")
+        counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
+        for name, count in (counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples}).items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, found {count}")
+        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, found {value}")
+        if not damping > 0:
+            raise ValueError(f"damping must be positive, found {damping}")
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema must be in [0, 1), found {ema}")
+        if fisher in ("mc", "type-2") and _needs_targets(loss):
+            raise ValueError(f"fisher={fisher!r} does not see targets, which this loss needs: take 'empirical'")
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.loss, self.approx, self.fisher, self.method = loss, approx, fisher, method
+        self.kl_clip, self.ema, self.mc_samples, self.nonfinite = kl_clip, ema, mc_samples, nonfinite
+        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.accumulation_steps, self.grad_scaler, self.group = accumulation_steps, grad_scaler, group
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        super().__init__(list(named.values()) if params is None else params, options)
+        held = {id(p) for one in self.param_groups for p in one["params"]}
+        self._names = {name: p for name, p in named.items() if id(p) in held}
+        layers_here = [layer for layer in layers_of(self.model, layers) if layer.weight in self._names]
+        self.layers = [layer for layer in layers_here if not (layer.bias and layer.bias not in self._names)]
+        self._joint = bias == "joint"
+        self.steps = 0
+        self.factors: KroneckerFactors | None = None
+        self._pending: Collector | None = None
+        self._inverted: dict[str, Block] = {}
+        self._inverse: dict[str, Inverse] = {}
+        self._generator: torch.Generator | None = None
+        self._seed = seed
+        self._capture: Capture | None = None
+        self._handles: list[RemovableHandle] = []
+        self._columns: Tensor | None = None
+        self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.model.register_forward_hook(self._after, always_call=True)
+
+    # ------------------------------------------------------------------------------------------------------ collecting
+    def _before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._detach()
+        if not (self.model.training and torch.is_grad_enabled() and self.steps % self.factor_interval == 0):
+            return
+        batch = size_of(arguments if arguments else named)
+        if self._pending is None:
+            self._pending = Collector(self.layers, self.approx, self._joint, keep_graph=True)
+        on_output = self._add_output if self.fisher == "empirical" else None
+        self._capture = Capture(self.layers, self._pending.add_input, batch, on_output)
+        self._handles = self._capture.attach()
+
+    def _after(self, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+        capture = self._capture
+        self._detach()
+        if capture is None or self._pending is None or out is None:
+            return
+        capture.check()
+        outputs = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+        if outputs is None:
+            raise TypeError(f"the model returns a {type(out).__name__}, expected a tensor, or something with logits")
+        root = LossRoot(self.loss, outputs, None)
+        self._normaliser = root.normaliser
+        self._pending.count(capture.batch, root.normaliser)
+        if self.fisher in ("mc", "type-2"):
+            if self._generator is None:
+                self._generator = torch.Generator(outputs.device).manual_seed(self._seed)
+            self._pending.add_columns(capture, outputs, root.of(self.fisher, self.mc_samples, self._generator), root)
+
+    def _add_output(self, layer: Layer, gradient: Tensor) -> None:
+        """The gradient at a layer's output in the user's own backward pass: an example's own times √normaliser."""
+        scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
+        factor = self._normaliser * (self.accumulation_steps / scale) ** 2
+        weight = factor * (self._normaliser if self.loss.reduction == "mean" else 1.0)
+        if self._pending is not None:
+            self._pending.add_output(layer, gradient, weight)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._capture = [], None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, and factors that were collected for a step that was not made."""
+        self._pending = None
+        super().zero_grad(set_to_none)
+
+    # -------------------------------------------------------------------------------------------------------- stepping
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step.
+
+        Args:
+            closure: computes the loss and its gradients, if they are not there yet.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            FloatingPointError: if a gradient or factor is not finite and nonfinite="raise"; it names the parameter.
+            torch.linalg.LinAlgError: if a damped factor is not positive definite: the damping is too small.
+        """
+        found = None
+        if closure is not None:
+            with torch.enable_grad():
+                found = closure()
+        pending, self._pending = self._pending, None
+        new = None
+        if pending is not None and pending.examples and self.steps % self.factor_interval == 0:
+            new = pending.factors(self.loss.reduction == "mean", self.group)
+        trouble = self._nonfinite(new)
+        if trouble:
+            if self.nonfinite == "raise":
+                raise FloatingPointError(trouble)
+            return found
+        if new is not None:
+            old = self.factors
+            self.factors = new if old is None or self.ema == 0 else old.ema_(new, self.ema)
+        if self.factors is not None and (not self._inverse or self.steps % self.inverse_interval == 0):
+            self._invert()
+        directions = self._directions()
+        clip = self._clip(directions)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                direction: Tensor = directions.get(id(parameter), parameter.grad)
+                if clip is not None:
+                    direction = direction * clip
+                if group["momentum"]:
+                    state = self.state[parameter]
+                    known = state.get("momentum_buffer")
+                    if known is None:
+                        state["momentum_buffer"] = direction.clone()
+                    else:
+                        known.mul_(group["momentum"]).add_(direction)
+                    direction = state["momentum_buffer"]
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
+        self.steps += 1
+        return found
+
+    def _nonfinite(self, new: KroneckerFactors | None) -> str:
+        """The first gradient or factor that is not finite; the same answer on every rank."""
+        flags = [(name, p.grad) for name, p in self._names.items() if p.grad is not None]
+        if new is not None:
+            flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
+        if not flags:
+            return ""
+        # A sum of absolute values is finite if all are; one number of the device for all of them.
+        good = torch.stack([torch.linalg.vector_norm(tensor, 1).isfinite() for _, tensor in flags])
+        if self.group is not None:
+            kept = good.to(torch.int32)
+            dist.all_reduce(kept, dist.ReduceOp.MIN, group=self.group)
+            good = kept.bool()
+        if bool(good.all()):
+            return ""
+        name = next(name for (name, _), fine in zip(flags, good.tolist(), strict=True) if not fine)
+        return f"the gradient or factor of {name} is not finite: no step was made"
+
+    def _damping(self, block: Block) -> float:
+        parameter = self._names[block.names[0]]
+        for group in self.param_groups:
+            if any(one is parameter for one in group["params"]):
+                return group["damping"]
+        raise AssertionError("unreachable")
+
+    def _mine(self) -> dict[str, int]:
+        """The rank that inverts each block: shared out by cost."""
+        assert self.factors is not None
+        blocks = self.factors
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        costs = [float(one.groups * (one.d**3 + one.B.shape[1] ** 3)) for one in blocks.values()]
+        return dict(zip(blocks, shares(costs, ranks), strict=True))
+
+    def _invert(self) -> None:
+        assert self.factors is not None
+        self._inverted = dict(self.factors)
+        me = 0 if self.group is None else dist.get_rank(self.group)
+        mine = [name for name, rank in self._mine().items() if rank == me]
+        self._inverse = {name: self._inverse_of(name) for name in mine}
+
+    def _inverse_of(self, name: str) -> Inverse:
+        block = self._inverted[name]
+        method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
+        return Inverse({name: block}, self._damping(block), method)
+
+    def _directions(self) -> dict[int, Tensor]:
+        """Gradients times the inverse, for parameters with factors."""
+        if self.factors is None:
+            return {}
+        found: dict[int, Tensor] = {}
+        owners = self._mine()
+        for name, block in self._inverted.items():
+            parameters = [self._names[one] for one in block.names]
+            if any(p.grad is None for p in parameters):
+                continue
+            gradients = {one: p.grad for one, p in zip(block.names, parameters, strict=True)}
+            wide = {one: g.to(block.B.dtype) for one, g in gradients.items() if g is not None}
+            if name in self._inverse:
+                solved = self._inverse[name] @ wide
+            else:
+                solved = {one: torch.empty_like(g) for one, g in wide.items()}
+            if self.group is not None:
+                source = dist.get_global_rank(self.group, owners[name])
+                for one in block.names:
+                    solved[one] = solved[one].contiguous()
+                    dist.broadcast(solved[one], source, group=self.group)
+            for one, parameter in zip(block.names, parameters, strict=True):
+                found[id(parameter)] = solved[one]
+        return found
+
+    def _clip(self, directions: Mapping[int, Tensor]) -> Tensor | None:
+        """What the steps are multiplied by, so that lr²·Σ step·gradient stays below the bound."""
+        if self.kl_clip is None:
+            return None
+        parts = [
+            group["lr"] ** 2 * (directions.get(id(p), p.grad) * p.grad).sum()
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        if not parts:
+            return None
+        length = torch.stack(parts).sum().clamp_min(torch.finfo(parts[0].dtype).tiny)
+        return (self.kl_clip / length).sqrt().clamp_max(1.0)
+
+    # ----------------------------------------------------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer: momentum, groups, factors, those that were inverted, and the generator."""
+        inverted = KroneckerFactors(self._inverted).state_dict() if self._inverted else None
+        own = {
+            "steps": self.steps,
+            "factors": None if self.factors is None else self.factors.state_dict(),
+            "inverted": inverted,
+            "generator": None if self._generator is None else self._generator.get_state(),
+        }
+        return {**super().state_dict(), "kfac": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state: the same steps follow, bit for bit on a CPU with estimated plans.
+
+        Raises:
+            KeyError: if it is the state of another optimizer.
+        """
+        if "kfac" not in state_dict:
+            raise KeyError("this is no state of lensor.optim.KFAC")
+        own = state_dict["kfac"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+        self.steps, self._pending, self._inverse = own["steps"], None, {}
+        read = KroneckerFactors.from_state_dict
+        self.factors = None if own["factors"] is None else read(own["factors"])
+        self._inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
+        if self._inverted:
+            me = 0 if self.group is None else dist.get_rank(self.group)
+            mine = [name for name, rank in self._mine().items() if rank == me]
+            self._inverse = {name: self._inverse_of(name) for name in mine}
+        if own["generator"] is not None:
+            device = next(iter(self._names.values())).device
+            self._generator = torch.Generator(device)
+            self._generator.set_state(own["generator"])
+
+
+def _needs_targets(loss: nn.Module) -> bool:
+    """Whether the Hessian by the outputs depends on the targets."""
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return loss.weight is not None
+    return getattr(loss, "pos_weight", None) is not None

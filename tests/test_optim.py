@@ -1,0 +1,365 @@
+"""KFAC as an optimizer: steps are what the factors say, in every setting, and training can be resumed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from lensor.curvature import kfac
+from lensor.optim import KFAC
+
+CE = nn.CrossEntropyLoss()
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, groups=2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)
+    ).to(dtype)
+
+
+def batch(seed: int = 0, count: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 2, 7, 7, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (count,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range, loss: nn.Module = CE) -> list[Tensor]:
+    found = []
+    for seed in seeds:
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        optimizer.step()
+        found.append(value.detach())
+    return found
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+@pytest.mark.parametrize("loss", [CE, nn.CrossEntropyLoss(reduction="sum")], ids=["mean", "sum"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("fisher", ["empirical", "type-2", "forward-only"])
+@pytest.mark.parametrize("method", ["cholesky", "eigen", "woodbury"])
+def test_first_step_is_the_inverse_times_the_gradient(
+    loss: nn.Module, approx: str, bias: str, fisher: str, method: str
+) -> None:
+    model = network()
+    x, y = batch()
+    expected_factors = kfac(model, loss, (x, y), approx=approx, fisher=fisher, bias=bias)
+    gradients = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    v = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+    if method == "woodbury":
+        inverses = {
+            name: type(expected_factors)({name: block}).inverse(
+                0.1, "woodbury" if block.root is not None else "cholesky"
+            )
+            for name, block in expected_factors.items()
+        }
+        solved: dict[str, Tensor] = {}
+        for inverse in inverses.values():
+            solved |= inverse @ {name: v[name] for name in inverse.shapes}
+    else:
+        solved = expected_factors.inverse(0.1, method) @ v
+    before = parameters(model)
+    options = {"approx": approx, "fisher": fisher, "bias": bias, "method": method}
+    optimizer = KFAC(model, loss, lr=0.3, momentum=0.9, damping=0.1, weight_decay=0.05, **options)
+    loss(model(x), y).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        close(p.detach(), before[name] * (1 - 0.3 * 0.05) - 0.3 * solved[name])
+
+
+def test_momentum_averages_and_intervals() -> None:
+    """Five steps by hand, factors every second, inverses every third step."""
+    model, by_hand = network(), network()
+    optimizer = KFAC(
+        model, CE, lr=0.1, momentum=0.8, damping=0.1, ema=0.7, factor_interval=2, inverse_interval=3, kl_clip=1e-3
+    )
+    train(model, optimizer, range(5))
+    factors, inverse, buffers = None, None, {}
+    for step in range(5):
+        x, y = batch(step)
+        gradients = torch.autograd.grad(CE(by_hand(x), y), list(by_hand.parameters()))
+        v = dict(zip(dict(by_hand.named_parameters()), gradients, strict=True))
+        if step % 2 == 0:
+            new = kfac(by_hand, CE, (x, y), fisher="empirical", bias="joint")
+            factors = new if factors is None else factors.ema_(new, 0.7)
+        if step % 3 == 0:
+            assert factors is not None
+            inverse = factors.inverse(0.1, "cholesky")
+        assert inverse is not None
+        solved = inverse @ v
+        length = 0.1**2 * sum((solved[name] * v[name]).sum() for name in v)
+        clip = min(1.0, (1e-3 / float(length)) ** 0.5)
+        assert clip < 1
+        with torch.no_grad():
+            for name, p in by_hand.named_parameters():
+                buffers[name] = 0.8 * buffers.get(name, 0) + clip * solved[name]
+                p -= 0.1 * buffers[name]
+    for (name, a), b in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_parameters_without_factors_follow_their_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(100, 3)).double()
+    with pytest.warns(UserWarning, match="BatchNorm2d"):
+        optimizer = KFAC(model, CE, lr=0.1, momentum=0, layers=None)
+    x, y = batch()
+    CE(model(x), y).backward()
+    before, gradient = model[1].weight.detach().clone(), model[1].weight.grad
+    assert gradient is not None
+    optimizer.step()
+    close(model[1].weight.detach(), before - 0.1 * gradient)
+
+
+def test_groups_have_options_of_their_own() -> None:
+    model, other = network(), network()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[3].parameters(), "damping": 1.0}]
+    optimizer = KFAC(model, CE, lr=0.1, damping=0.1, params=groups)
+    before = parameters(model)
+    train(model, optimizer, range(1))
+    close(parameters(model)["0.weight"], before["0.weight"])
+    single = KFAC(other, CE, lr=0.1, damping=1.0)
+    train(other, single, range(1))
+    close(parameters(model)["3.weight"], parameters(other)["3.weight"])
+    scheduler = torch.optim.lr_scheduler.StepLR(single, step_size=1, gamma=0.1)
+    scheduler.step()
+    assert single.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type-2", "forward-only"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_accumulated_gradients_are_one_batch(fisher: str, approx: str) -> None:
+    whole, parts = network(), network()
+    options = {"lr": 0.1, "damping": 0.1, "fisher": fisher, "approx": approx}
+    one, four = KFAC(whole, CE, **options), KFAC(parts, CE, accumulation_steps=4, **options)
+    train(whole, one, range(3))
+    for seed in range(3):
+        x, y = batch(seed)
+        four.zero_grad()
+        for part in range(4):
+            (CE(parts(x[2 * part : 2 * part + 2]), y[2 * part : 2 * part + 2]) / 4).backward()
+        four.step()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_evaluation_and_inference_collect_nothing() -> None:
+    model, other = network(), network()
+    a, b = KFAC(model, CE, damping=0.1), KFAC(other, CE, damping=0.1)
+    for seed in range(3):
+        x, y = batch(seed)
+        for one, optimizer in ((model, a), (other, b)):
+            optimizer.zero_grad()
+            CE(one(x), y).backward()
+            if one is other:
+                with torch.no_grad():
+                    one(batch(77)[0])
+                one.eval()
+                one(batch(78, count=3)[0])
+                one.train()
+            optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        close(p, q)
+
+
+# ----------------------------------------------------------------------------------------------------- mixed precision
+def test_scaled_losses_give_the_same_steps() -> None:
+    model, other = network(), network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plain, scaled = KFAC(model, CE, damping=0.1), KFAC(other, CE, damping=0.1, grad_scaler=scaler)
+    train(model, plain, range(4))
+    for seed in range(4):
+        x, y = batch(seed)
+        scaled.zero_grad()
+        scaler.scale(CE(other(x), y)).backward()
+        scaler.step(scaled)
+        scaler.update()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_autocast_keeps_factors_in_single_precision() -> None:
+    model, reference = network(torch.float32), network(torch.float32)
+    optimizer, exact = (KFAC(one, CE, lr=0.05, damping=0.1) for one in (model, reference))
+    for seed in range(5):
+        x, y = batch(seed, dtype=torch.float32)
+        for one, steps, cast in ((model, optimizer, True), (reference, exact, False)):
+            steps.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+                value = CE(one(x), y)
+            value.backward()
+            steps.step()
+    assert optimizer.factors is not None
+    assert all(t.dtype == torch.float32 for block in optimizer.factors.values() for t in block.tensors().values())
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert float((a - b).norm()) < 0.05 * float(b.norm())
+
+
+# --------------------------------------------------------------------------------------------------------- bad batches
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_bad_batches_leave_everything_as_it_was(bad: float, nonfinite: str) -> None:
+    model = network()
+    optimizer = KFAC(model, CE, damping=0.1, nonfinite=nonfinite)
+    train(model, optimizer, range(2))
+    before, state = parameters(model), copy.deepcopy(optimizer.state_dict())
+    x, y = batch(2)
+    x[3, 0, 2, 2] = bad
+    optimizer.zero_grad()
+    CE(model(x), y).backward()
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match=r"0\.weight.* is not finite: no step was made"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    for name, p in parameters(model).items():
+        assert torch.equal(p, before[name])
+    assert str(optimizer.state_dict()) == str(state)
+    train(model, optimizer, range(3, 4))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "forward-only"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_training_goes_on_bit_for_bit(fisher: str, approx: str, tmp_path: Path) -> None:
+    options = {"lr": 0.1, "damping": 0.1, "fisher": fisher, "approx": approx, "factor_interval": 2, "seed": 5}
+    options |= {"inverse_interval": 3, "method": "woodbury" if approx == "reduce" else "eigen"}
+    model = network()
+    optimizer = KFAC(model, CE, **options)
+    train(model, optimizer, range(4))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    rest = train(model, optimizer, range(4, 9))
+
+    again = network()
+    resumed = KFAC(again, CE, **options)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for a, b in zip(train(again, resumed, range(4, 9)), rest, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_states_of_other_optimizers_are_refused() -> None:
+    model = network()
+    with pytest.raises(KeyError, match="no state of lensor"):
+        KFAC(model, CE).load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+def _rank(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{file}", world_size=2, rank=rank)
+    group = dist.group.WORLD
+    assert group is not None
+    found = {}
+    for approx in ("expand", "reduce"):
+        model = network()
+        x, y = batch(0, count=10)
+        share = slice(0, 4) if rank == 0 else slice(4, 10)
+        factors = kfac(model, CE, (x[share], y[share]), approx=approx, group=group)
+        found[f"factors {approx}"] = {name: (block.A, block.B) for name, block in factors.items()}
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        method = "woodbury" if approx == "reduce" else "cholesky"
+        optimizer = KFAC(wrapped, CE, lr=0.1, damping=0.1, approx=approx, method=method, group=group)
+        for seed in range(4):
+            x, y = batch(seed)
+            half = slice(4 * rank, 4 * rank + 4)
+            optimizer.zero_grad()
+            CE(wrapped(x[half]), y[half]).backward()
+            optimizer.step()
+        found[f"parameters {approx}"] = parameters(model)
+        found[f"shared {approx}"] = sorted(optimizer._inverse)
+    torch.save(found, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    mp.start_processes(_rank, (str(tmp_path / "meet"), str(tmp_path / "found")), nprocs=2, start_method="spawn")
+    found = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(2)]
+    for approx in ("expand", "reduce"):
+        whole = kfac(network(), CE, batch(0, count=10), approx=approx)
+        model = network()
+        method = "woodbury" if approx == "reduce" else "cholesky"
+        train(model, KFAC(model, CE, lr=0.1, damping=0.1, approx=approx, method=method), range(4))
+        for one in found:
+            for name, (a, b) in one[f"factors {approx}"].items():
+                torch.testing.assert_close(a, whole[name].A, rtol=1e-6, atol=1e-9)
+                torch.testing.assert_close(b, whole[name].B, rtol=1e-6, atol=1e-9)
+            for name, p in one[f"parameters {approx}"].items():
+                torch.testing.assert_close(p, parameters(model)[name], rtol=1e-6, atol=1e-8)
+        shared = [one[f"shared {approx}"] for one in found]
+        assert sorted(shared[0] + shared[1]) == ["0.weight", "3.weight"]  # each layer's inverse is with one of them
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "forward-only"])
+def test_digits_are_learnt_in_fewer_steps(fisher: str) -> None:
+    """Against gradient descent at the same number of steps, from the same start."""
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    y = torch.tensor(digits.target)
+
+    def run(make: Any) -> float:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten())
+        model.append(nn.Linear(256, 10))
+        optimizer = make(model)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(40):
+            index = torch.randint(len(x), (128,), generator=generator)
+            optimizer.zero_grad()
+            CE(model(x[index]), y[index]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            return float(CE(model(x), y))
+
+    plain = min(run(lambda m, lr=lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9)) for lr in (0.03, 0.1, 0.3))
+    options = {"approx": "reduce", "method": "woodbury", "ema": 0.0} if fisher == "forward-only" else {}
+    rates = (1e-3, 3e-3, 1e-2) if fisher == "forward-only" else (0.03, 0.1)
+    kfac_loss = min(run(lambda m, lr=lr: KFAC(m, CE, lr=lr, damping=0.03, fisher=fisher, **options)) for lr in rates)
+    assert kfac_loss < plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be positive, found 0.0"),
+        ({"ema": 1.0}, "ema must be in"),
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"fisher": "ef"}, "fisher must be one of"),
+        ({"method": "lu"}, "method must be one of 'cholesky', 'eigen', 'woodbury', found 'lu'"),
+        ({"factor_interval": 0}, "factor_interval must be at least 1, found 0"),
+        ({"layers": ["nope"]}, "no layer named 'nope'"),
+    ],
+)
+def test_bad_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KFAC(network(), CE, **options)
+
+
+def test_losses_that_need_targets_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ValueError, match="does not see targets"):
+        KFAC(network(), nn.CrossEntropyLoss(weight=torch.ones(3)), fisher="mc")

@@ -516,6 +516,31 @@ def test_roots_are_kept_while_they_are_smaller() -> None:
             assert found["0.weight"].root.shape == (2, batch, 18)
 
 
+@pytest.mark.parametrize("loss", ["cross entropy", "squared error, sum"])
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_corrected_eigenvalues_are_the_diagonal_of_the_ggn_in_the_eigenbasis(bias: str, loss: str) -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    criterion = LOSSES[loss]
+    x, y = data_for(shape, criterion)
+    found = kfac(net, criterion, (x, y), bias=bias)
+    corrected = curvature.ekfac(net, criterion, [(x[:2], y[:2]), (x[2:], y[2:])], found)
+    parameters = {name: value.detach() for name, value in net.named_parameters()}
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        return functional_call(net, values, (x,))
+
+    jacobians = {name: j.flatten(0, 1) for name, j in jacrev(outputs)(parameters).items()}
+    f = outputs(parameters)
+    curved = hessian(lambda out: criterion(out, y))(f).reshape(f.numel(), f.numel())
+    for name, block in found.items():
+        q_a, q_b, values = corrected.parts[name]
+        rows = q_b.mT @ block.to_rows(jacobians) @ q_a
+        close(values, torch.einsum("iabc,ij,jabc->abc", rows, curved, rows))
+    v = torch.randn(found.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solved = corrected.inverse(0.2) @ v
+    close(corrected @ solved + 0.2 * solved, v)
+
+
 def test_averages() -> None:
     for approx in ("expand", "reduce"):
         old, new = factors(approx), factors(approx, fisher="empirical")
@@ -550,6 +575,12 @@ def test_conventions_leave_the_product_alone() -> None:
     assert positions == 9
     close(other["0.weight"].A * positions, paper["0.weight"].A)
     close(other.in_convention("paper")["0.weight"].B, paper["0.weight"].B)
+    jax = other.in_convention("kfac-jax")
+    close(jax["0.weight"].dense() * positions, paper["0.weight"].dense())
+    with pytest.raises(ValueError, match="convention must be one of 'paper', 'curvlinops', 'kfac-jax', found 'asdl'"):
+        paper.in_convention("asdl")
+    with pytest.raises(ValueError, match="does not define factors with approx='reduce'"):
+        factors("reduce").in_convention("kfac-jax")
 
 
 def test_other_devices_and_dtypes() -> None:

@@ -396,6 +396,10 @@ def test_conventions_differ_from_the_paper_by_their_scale() -> None:
     assert_close(kfac_output_factor(v, convention="curvlinops", approx="reduce"), b["reduce"])
     assert_close(kfac_output_factor(v, convention="backpack", approx="reduce"), b["reduce"])
     assert_close(kfac_output_factor(v, convention="kfac-pytorch"), b["expand"] / (2 * 9))
+    assert_close(kfac_input_factor(x, 3, convention="asdl"), a["expand"] / 3)
+    assert_close(kfac_output_factor(v, convention="asdl"), b["expand"] * 3)
+    assert_close(kfac_input_factor(x, 3, convention="kfac-jax"), a["expand"] / 3)
+    assert_close(kfac_output_factor(v, convention="kfac-jax"), b["expand"])
 
 
 @all_cases

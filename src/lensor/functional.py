@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lensor import execute, kernels, ops, planner, runtime
 from lensor.cache import Cache
+from lensor.conventions import CONVENTIONS
 from lensor.network import AnyNetwork
 from lensor.pattern import as_positive
 from lensor.plan import Plan
@@ -876,38 +877,12 @@ def conv_weight_vjp_per_example(
 
 
 # --------------------------------------------------------------------------------------------------------- curvature
-class _Convention(NamedTuple):
-    """How a library normalises the factors: powers of (batch size, number of positions) times the paper's, by `approx`.
-
-    `grouped` tells whether its factors are one for each group.
-    """
-
-    input: Mapping[str, tuple[int, int]]
-    output: Mapping[str, tuple[int, int]]
-    grouped: bool = False
-
-
-# The paper's factors: A = 1/N Σ p pᵀ (expand), 1/(N·O²) Σ (Σ p)(Σ p)ᵀ (reduce); B = 1/O Σ g gᵀ (expand),
-# Σ (Σ g)(Σ g)ᵀ (reduce). What a library does not define is left out.
-_CONVENTIONS: Mapping[str, _Convention] = {
-    "paper": _Convention({"expand": (0, 0), "reduce": (0, 0)}, {"expand": (0, 0), "reduce": (0, 0)}, grouped=True),
-    # A = Σ p pᵀ/(N·O), B = Σ g gᵀ.
-    "curvlinops": _Convention({"expand": (0, -1), "reduce": (0, 0)}, {"expand": (0, 1), "reduce": (0, 0)}),
-    # A from x/√(N·O) and from the averaged patches/√N; B depends on how the loss was averaged.
-    "singd": _Convention({"expand": (0, -1), "reduce": (0, 0)}, {}),
-    # A = Σ p pᵀ/N, B sums over positions first.
-    "backpack": _Convention({"expand": (0, 0)}, {"reduce": (0, 0)}),
-    # A = Σ p pᵀ/(N·O³), B = Σ g gᵀ/(N·O³).
-    "kfac-pytorch": _Convention({"expand": (0, -3)}, {"expand": (-1, -2)}),
-}
-
-
 def _convert(
     net: AnyNetwork, side: str, approx: str, convention: str, groups: int, positions: int
 ) -> tuple[AnyNetwork, bool]:
     """The paper's factor in a convention, and whether that changed it."""
-    _check_choice("convention", convention, tuple(_CONVENTIONS))
-    known = _CONVENTIONS[convention]
+    _check_choice("convention", convention, tuple(CONVENTIONS))
+    known = CONVENTIONS[convention]
     powers = getattr(known, side).get(approx)
     if powers is None:
         raise ValueError(f"convention={convention!r} has no {side} factor with approx={approx!r}, expected 'paper'")
@@ -1001,7 +976,8 @@ def kfac_input_factor(
         transposed: whether the convolution is a transposed one (zero padding only).
         output_padding: of a transposed convolution.
         convention: whose normalisation; "paper" divides by the batch size only. Others are "curvlinops", "singd",
-            "backpack" and "kfac-pytorch", for one group and without a bias, the data being this batch.
+            "backpack", "asdl", "kfac-jax" and "kfac-pytorch", for one group and without a bias, the data being this
+            batch.
         form: "factor", or, for "reduce", "root": the mean patches over √batch, so that `root.mT @ root` is the factor.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
 
@@ -1059,7 +1035,7 @@ def kfac_output_factor(
         groups: number of groups of channels.
         approx: "expand" averages over positions the outer products of all vectors; "reduce" sums the vectors of an
             example over positions first.
-        convention: as in `kfac_input_factor`; "paper", "curvlinops", "backpack" and "kfac-pytorch" define this one.
+        convention: as in `kfac_input_factor`; "singd" does not define this one.
         padding_mode: has no influence on this factor; here so that the same arguments do for both.
 
     Returns:

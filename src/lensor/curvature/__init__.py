@@ -6,6 +6,7 @@ Importing this package imports torch.
 from lensor.curvature.factors import Block, EigenFactors, Inverse, KroneckerFactors
 from lensor.curvature.kfac import kfac
 from lensor.curvature.quantities import (
+    ekfac,
     empirical_ntk,
     ggn_diagonal,
     ggn_mini_blocks,
@@ -19,6 +20,7 @@ __all__ = [
     "EigenFactors",
     "Inverse",
     "KroneckerFactors",
+    "ekfac",
     "empirical_ntk",
     "ggn_diagonal",
     "ggn_mini_blocks",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C import _LinAlgError as LinAlgError  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
+from lensor.conventions import CONVENTIONS
+
 Vectors = Mapping[str, Tensor]
 
 
@@ -340,23 +342,26 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
     # ------------------------------------------------------------------------------------------------- other versions
     def in_convention(self, convention: str) -> KroneckerFactors:
-        """The same factors with another library's normalisation; their Kronecker product stays the same.
+        """The same factors with another library's normalisation; see `docs/conventions.md`.
 
         Args:
-            convention: "paper": expand's A is over N only, its B over the positions; "curvlinops": A is over both, and
-                so is kfac-jax's and ASDL's. They agree for "reduce".
+            convention: "paper": expand's A is over N only, its B over the positions; "curvlinops": A is over both, B
+                over none; "kfac-jax": both are over the positions, so the product is the block divided by them.
 
         Raises:
-            ValueError: for another convention.
+            ValueError: for another convention, or one that does not define these factors.
         """
-        if convention not in ("paper", "curvlinops"):
-            raise ValueError(f"convention must be 'paper' or 'curvlinops', found {convention!r}")
-        if convention == self.convention:
-            return self
-        blocks = self._blocks
-        if self.approx == "expand":
-            power = -1 if convention == "curvlinops" else 1
-            blocks = {n: b.scaled(float(b.positions) ** power, float(b.positions) ** -power) for n, b in blocks.items()}
+        known = {name: CONVENTIONS[name] for name in ("paper", "curvlinops", "kfac-jax")}
+        if convention not in known:
+            raise ValueError(f"convention must be one of {', '.join(map(repr, known))}, found {convention!r}")
+        if self.approx not in known[convention].input:
+            raise ValueError(f"convention={convention!r} does not define factors with approx={self.approx!r}")
+        (_, a), (_, b) = (side[self.approx] for side in known[convention][:2])
+        (_, a0), (_, b0) = (side[self.approx] for side in known[self.convention][:2])
+        blocks = {
+            name: block.scaled(float(block.positions) ** (a - a0), float(block.positions) ** (b - b0))
+            for name, block in self.items()
+        }
         return self._with(blocks, convention=convention)
 
     def to(self, *arguments: Any, **named: Any) -> KroneckerFactors:

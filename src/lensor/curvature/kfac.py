@@ -55,7 +55,7 @@ def kfac(
             from the model's own distribution, unbiased; "empirical": gradients of the loss itself; "forward-only":
             B is the identity, no backward pass at all.
         bias: "separate": a block of its own for each bias; "joint": one block for weight and bias, the bias last in A.
-        convention: "paper" (A has the 1/N, expand's B the 1/O), or "curvlinops" (A has the 1/O).
+        convention: "paper" (A has the 1/N, expand's B the 1/O), "curvlinops" (A has the 1/O) or "kfac-jax" (both).
         layers: names of modules; all known layers unless given.
         strict: whether parametrised layers of other kinds are an error instead of a warning.
         mc_samples: draws for each example, for "mc".
@@ -93,7 +93,7 @@ def kfac(
     _require("approx", approx, APPROXIMATIONS)
     _require("fisher", fisher, FISHERS)
     _require("bias", bias, ("separate", "joint"))
-    _require("convention", convention, ("paper", "curvlinops"))
+    _require("convention", convention, ("paper", "curvlinops", "kfac-jax"))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     chosen = layers_of(model, layers, strict)
@@ -104,7 +104,7 @@ def kfac(
     factors = collected.factors(loss.reduction == "mean", group)
     if check_finite:
         factors.check_finite()
-    return factors.in_convention(convention)
+    return factors if convention == "paper" else factors.in_convention(convention)
 
 
 @dataclass

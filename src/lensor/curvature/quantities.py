@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
+from lensor.curvature.factors import EigenFactors, KroneckerFactors
 from lensor.curvature.losses import LossRoot, require_loss
 from lensor.curvature.networks import network
 from lensor.network import AnyNetwork
@@ -228,6 +229,72 @@ def ggn_mini_blocks(
     return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights, biases)
 
 
+def ekfac(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    factors: KroneckerFactors,
+    *,
+    fisher: str = "type-2",
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> EigenFactors:
+    """Kronecker factors with corrected eigenvalues: the diagonal of the GGN in the factors' own eigenbasis.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples.
+        loss: as for `kfac`.
+        data: a pair (inputs, targets), or an iterable of pairs.
+        factors: of `kfac` for this model.
+        fisher: "type-2", "mc" or "empirical", as for `kfac`.
+        mc_samples: draws for each example, for "mc".
+        generator: where they are drawn from.
+
+    Returns:
+        An operator like the factors, with the same eigenvectors.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import ekfac, kfac
+        >>> model, data = torch.nn.Conv1d(2, 3, 3), (torch.randn(4, 2, 9), torch.randn(4, 3, 7))
+        >>> factors = kfac(model, torch.nn.MSELoss(), data)
+        >>> corrected = ekfac(model, torch.nn.MSELoss(), data, factors)
+        >>> corrected.inverse(damping=0.1).size
+        21
+
+    Raises:
+        TypeError: for a loss, model or data of another kind.
+        ValueError: for choices that are not known, layers that do not run once, or a model that mixes examples.
+
+    Equation:
+        Λ = Σ_n,v (Q_Bᵀ G Q_A)² with G the gradient of an example's column as rows and columns (George et al., 2018).
+    """
+    chosen = [layer for layer in layers_of(model) if layer.weight in factors]
+    _refuse_mixing(model)
+    _check_roots(loss, fisher, mc_samples)
+    eigen = factors.eigh()
+    values = {name: torch.zeros_like(part[2]) for name, part in eigen.parts.items()}
+    total = 0.0
+    for inputs, targets in batches(data):
+        batch = _Batch(model, chosen, inputs)
+        root = LossRoot(loss, batch.outputs, targets)
+        total += root.normaliser
+        for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
+            with torch.no_grad():
+                for layer, s in itertools.product(chosen, range(len(next(iter(stacks.values()))))):
+                    v = stacks[layer.weight][s]
+                    gradients = {layer.weight: _gradients(layer, batch.inputs[layer.weight], v)}
+                    if layer.bias is not None:
+                        gradients[layer.bias] = v.flatten(2).sum(2) if v.ndim > 2 else v
+                    for name in (one for one in gradients if one in factors):
+                        q_a, q_b, _ = eigen.parts[name]
+                        turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a
+                        values[name] += turned.square().sum(0) * root.normaliser
+    share = total if loss.reduction == "mean" else 1.0
+    parts = {name: (q_a, q_b, values[name] / share) for name, (q_a, q_b, _) in eigen.parts.items()}
+    return EigenFactors(dict(factors), parts)
+
+
 def empirical_ntk(
     model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = None, strict: bool = False
 ) -> Tensor:
@@ -415,11 +482,7 @@ def _of_roots(
     biases: Callable[[Tensor, int], Tensor],
 ) -> dict[str, Tensor]:
     """What is a sum over columns of the root and over examples, over all of the data."""
-    require_loss(loss)
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}, found {fisher!r}")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
+    _check_roots(loss, fisher, mc_samples)
     chosen = layers_of(model, layers, strict)
     _refuse_mixing(model)
     found: dict[str, Tensor] = {}
@@ -438,6 +501,14 @@ def _of_roots(
                         parts[layer.bias] = biases(s.flatten(3).sum(3) if s.ndim > 3 else s, layer.groups)
                     _add(found, layer, parts, share)
     return {name: value / total if loss.reduction == "mean" else value for name, value in found.items()}
+
+
+def _check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:
+    require_loss(loss)
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}, found {fisher!r}")
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
 
 
 def _refuse_mixing(model: nn.Module) -> None:

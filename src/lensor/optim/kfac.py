@@ -33,7 +33,8 @@ class KFAC(torch.optim.Optimizer):
         momentum: of the steps.
         damping: is added to the curvature.
         weight_decay: parameters shrink by `lr · weight_decay` in a step, whatever the curvature.
-        kl_clip: the longest step in the curvature's norm, as a bound on lr²·Σ step·gradient; None for no bound.
+        kl_clip: the longest step in the curvature's norm, as a bound on lr²·Σ step·gradient; longer ones are shortened
+            to it. None for no bound.
         approx: "expand" or "reduce".
         fisher: "empirical" uses the backward pass that there is; "mc" and "type-2" make passes of their own during the
             forward pass; "forward-only" needs none: B is the identity.
@@ -82,7 +83,7 @@ class KFAC(torch.optim.Optimizer):
         damping: float = 1e-2,
         weight_decay: float = 0.0,
         *,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-3,
         approx: str = "expand",
         fisher: str = "empirical",
         bias: str = "joint",
@@ -230,7 +231,9 @@ class KFAC(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                direction: Tensor = directions.get(id(parameter), parameter.grad)
+                direction = directions.get(id(parameter))
+                if direction is None:
+                    direction = parameter.grad
                 if clip is not None:
                     direction = direction * clip
                 if group["momentum"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from csv import writer
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -238,6 +239,22 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             fail(error, debug)
         except KeyboardInterrupt:
             raise stop(f"interrupted: finished rows are in {out}, go on with --resume") from None
+
+    @bench.command(help="Kronecker factors of whole models, beside curvlinops and BackPACK where they are installed.")
+    def models(
+        names: Annotated[list[str] | None, typer.Argument(help="Models; an unknown one lists them.")] = None,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+        size: Annotated[int, typer.Option(min=32, help="Height and width of the pictures.")] = 224,
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 10,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 5.0,
+        csv: Annotated[Path | None, typer.Option(help="Write the table to this CSV file too.")] = None,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            _models(names or [], batch, size, seconds, repeats, threads, csv)
+        except BenchError as error:
+            fail(error, debug)
 
     @bench.command(help="A results file as a Markdown report with plots.")
     def report(
@@ -500,6 +517,36 @@ def _overhead(threads: int, seconds: float) -> None:
     finally:
         torch.set_num_threads(before)
     console().print(table)
+
+
+def _models(
+    names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int, csv: Path | None
+) -> None:
+    require("torch", "transformers")
+    from lensor.bench.models import measure
+
+    if csv is not None and not csv.parent.is_dir():
+        raise BenchError(f"cannot write {csv}: there is no folder {csv.parent}")
+    headings = ("model", "way", "s", "beyond one pass, s", "peak, MB", "")
+    table = Table(*headings[:2], *(Column(name, justify="right") for name in headings[2:5]), headings[5])
+    lines: list[tuple[str, ...]] = [headings]
+    shown = console()
+    with shown.status("measuring"):
+        for one in measure(names, batch, size, seconds, repeats, threads):
+            numbers = [
+                "–" if value is None else text.format(value)
+                for text, value in (
+                    ("{:.3f}", one.seconds),
+                    ("{:.3f}", one.beyond),
+                    ("{:,.0f}", one.peak and one.peak / 1e6),
+                )
+            ]
+            lines.append((one.model, one.way, *numbers, one.message))
+            table.add_row(*lines[-1])
+    shown.print(table)
+    if csv is not None:
+        with csv.open("w", encoding="utf-8", newline="") as file:
+            writer(file).writerows(lines)
 
 
 def _print_summaries(rows: list[Row], options: Options, shown: Console) -> None:

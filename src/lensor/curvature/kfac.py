@@ -191,8 +191,7 @@ class Collector:
                 sums.roots = []
             return
         factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
-        factor = factor * len(x) if sums.a is None else factor
-        sums.a = factor if sums.a is None else sums.a.add_(factor, alpha=len(x))
+        sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
     @torch.no_grad()
     def add_output(self, layer: Layer, gradient: Tensor, weight: float) -> None:
@@ -217,12 +216,12 @@ class Collector:
                     a.add_(root.mT @ root)
                     root = None
             if a is not None:
-                a = a / self.examples
+                a = a.div_(self.examples)
             if root is not None:
                 root = root * self.examples**-0.5
             b = sums.b
             if b is not None:
-                b = b / self.weight if mean else b
+                b = b.div_(self.weight) if mean else b
             blocks |= _blocks(layer, a, root, b, self.joint, self.approx, sums.positions)
         return KroneckerFactors(blocks, approx=self.approx, examples=self.examples)
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, Layer, growth
+from lensor.bench import BenchError, Layer, growth, models
 from lensor.bench import run as run_module
 from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
 from lensor.bench.layers import KINDS
@@ -29,6 +29,7 @@ from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios
 from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from lensor.bench.run import Bench
 from lensor.bench.settings import Settings
+from lensor.bench.training import Point, reached
 from tests.dense import evaluate_dense
 
 CPU = torch.device("cpu")
@@ -523,3 +524,53 @@ def test_growth_measures_plots_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
 def test_growth_without_times_is_told(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no row"):
         growth.plot([], tmp_path / "growth.png")
+
+
+# ------------------------------------------------------------------------------------------------- models and training
+def test_factors_of_whole_models_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Small(torch.nn.Sequential):
+        pass
+
+    def small() -> torch.nn.Module:
+        layers = (torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
+        return Small(*layers, torch.nn.Flatten(), torch.nn.Linear(4, models.CLASSES))
+
+    monkeypatch.setattr(models, "MODELS", {"small": small})
+    table = tmp_path / "models.csv"
+    fast = ("--batch", "2", "--size", "32", "--threads", "1", "--repeats", "1", "--seconds", "0")
+    found = invoke("bench", "models", "small", *fast, "--csv", str(table))
+    assert found.exit_code == 0, found.output
+    lines = table.read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines[1:5]] == ["small"] * 4
+    assert "DIFFERS" not in table.read_text(encoding="utf-8")
+    unknown = invoke("bench", "models", "vgg", *fast)
+    assert unknown.exit_code == 1
+    assert "unknown model 'vgg', expected one of small" in unknown.stderr
+
+
+def test_training_is_tuned_run_and_plotted(tmp_path: Path) -> None:
+    arguments = ("--tasks", "digits", "--steps", "10", "--seeds", "1", "--batch", "8", "--threads", "1")
+    found = invoke("bench", "training", str(tmp_path), *arguments)
+    assert found.exit_code == 0, found.output
+    assert all(name in found.output for name in ("SGD", "AdamW", "KFAC, reduce", "KFAC, forward-only"))
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    assert len((tmp_path / "training.csv").read_text(encoding="utf-8").splitlines()) == 1 + 5 * 2
+    unknown = invoke("bench", "training", str(tmp_path), "--tasks", "mnist")
+    assert unknown.exit_code == 1
+    assert "unknown task 'mnist', expected one of digits, crops" in unknown.stderr
+
+
+def test_steps_to_a_loss_are_counted_from_the_first_validation_there() -> None:
+    def points(name: str, seed: int, losses: list[float]) -> list[Point]:
+        return [
+            Point("task", name, "lr", seed, 10 * at, 0.5 * at, loss, 1 - loss / 10) for at, loss in enumerate(losses)
+        ]
+
+    every = [
+        *(points("SGD", 0, [3.0, 2.0, 1.0]) + points("SGD", 1, [3.0, 2.0, 2.0])),
+        *(points("KFAC", 0, [3.0, 1.0, 0.5]) + points("KFAC", 1, [3.0, 2.5, 2.0])),
+    ]
+    sgd, kfac = reached(every, "task")
+    assert sgd[:2] == ("SGD", "lr")
+    assert sgd[2:7] == ("1.5000", "0.850", "1/2", "20", "1.00")
+    assert kfac[2:7] == ("1.2500", "0.875", "1/2", "10", "0.50")

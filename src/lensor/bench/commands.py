@@ -256,6 +256,21 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
 
+    @bench.command(help="Training on real data: KFAC beside tuned SGD and AdamW, plotted.")
+    def training(
+        out: Annotated[Path, typer.Argument(help="Folder for training.csv and training.png.")],
+        tasks: Annotated[list[str] | None, typer.Option(help="Tasks, of digits, crops.")] = None,
+        steps: Annotated[int, typer.Option(min=10, help="Steps of a run.")] = 300,
+        seeds: Annotated[int, typer.Option(min=1, help="Runs of each optimizer.")] = 3,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 128,
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            _training(_names(tasks), steps, seeds, batch, threads, out)
+        except BenchError as error:
+            fail(error, debug)
+
     @bench.command(help="A results file as a Markdown report with plots.")
     def report(
         file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
@@ -547,6 +562,24 @@ def _models(
     if csv is not None:
         with csv.open("w", encoding="utf-8", newline="") as file:
             writer(file).writerows(lines)
+
+
+def _training(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int, out: Path) -> None:
+    require("torch", "matplotlib")
+    from lensor.bench.training import HEADINGS as OF_TRAINING
+    from lensor.bench.training import reached, run
+    from lensor.bench.training import write as write_training
+
+    shown = console()
+    with shown.status("training"):
+        points = list(run(tasks, steps, seeds, batch, threads))
+    for task in dict.fromkeys(point.task for point in points):
+        table = Table(*OF_TRAINING, title=f"{task}: to the best loss of SGD and AdamW")
+        for line in reached(points, task):
+            table.add_row(*line)
+        shown.print(table)
+    for path in write_training(points, out):
+        shown.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 def _print_summaries(rows: list[Row], options: Options, shown: Console) -> None:

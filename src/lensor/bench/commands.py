@@ -256,6 +256,19 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
 
+    @bench.command(help="What a training step with KFAC costs beside one of plain gradient descent.")
+    def steps(
+        names: Annotated[list[str] | None, typer.Argument(help="Of resnet18, all-cnn-c.")] = None,
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 3,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one optimizer.")] = 20.0,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            _steps(names or [], seconds, repeats, threads)
+        except BenchError as error:
+            fail(error, debug)
+
     @bench.command(help="Training on real data: KFAC beside tuned SGD and AdamW, plotted.")
     def training(
         out: Annotated[Path, typer.Argument(help="Folder for training.csv and training.png.")],
@@ -562,6 +575,18 @@ def _models(
     if csv is not None:
         with csv.open("w", encoding="utf-8", newline="") as file:
             writer(file).writerows(lines)
+
+
+def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> None:
+    require("torch")
+    from lensor.bench.steps import measure
+
+    table = Table("model", "optimizer", *(Column(name, justify="right") for name in ("ms a step", "over SGD's")))
+    shown = console()
+    with shown.status("measuring"):
+        for one in measure(names, seconds, repeats, threads):
+            table.add_row(one.model, one.optimizer, f"{one.seconds * 1e3:.1f}", digits(one.ratio))
+    shown.print(table)
 
 
 def _training(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int, out: Path) -> None:

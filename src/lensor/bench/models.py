@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lensor.bench.errors import choose, require
 from lensor.bench.measure import interleaved, peak_bytes
 from lensor.curvature import KroneckerFactors, kfac
-from lensor.curvature.capture import layers_of
+from lensor.curvature.capture import Layer, layers_of
 
 CLASSES = 10
 TOLERANCE = 1e-3
@@ -94,7 +94,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # normalisation has no factors, here as there
         layers = layers_of(model)
-    parameters = [p for layer in layers for p in layer.module.parameters(recurse=False)]
+    plain = [layer for layer in layers if layer.groups == 1]
 
     def passes() -> Tensor:
         for p in model.parameters():
@@ -103,11 +103,13 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         value.backward()
         return value.detach()
 
-    def own(approx: str, formed: bool = False) -> Callable[[], Any]:
+    def own(approx: str, formed: bool = False, some: Sequence[Layer] | None = None) -> Callable[[], Any]:
+        names = None if some is None else [layer.name for layer in some]
+
         def call() -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = kfac(model, loss, data, approx=approx, fisher="empirical")
+                found = kfac(model, loss, data, approx=approx, fisher="empirical", layers=names)
             return {n: block.A for n, block in found.items()} if formed else found
 
         return call
@@ -120,7 +122,11 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     }
     failed: dict[str, str] = {}
     if _installed("curvlinops"):
-        ways |= {f"curvlinops, {approx}": _curvlinops(model, loss, parameters, data, approx) for approx in _APPROX}
+        ways |= {f"curvlinops, {approx}": _curvlinops(model, loss, layers, data, approx) for approx in _APPROX}
+    if len(plain) < len(layers):  # curvlinops takes the mean of a layer's groups first, which is less work
+        ways["lensor, expand, ungrouped layers"] = own("expand", some=plain)
+        if _installed("curvlinops"):
+            ways["curvlinops, expand, ungrouped layers"] = _curvlinops(model, loss, plain, data, "expand")
     if _installed("backpack"):
         ways["backpack, KFAC"] = _backpack(MODELS[name], loss, data)
     results, peaks = {}, {}
@@ -180,8 +186,10 @@ def _installed(module: str) -> bool:
 
 
 def _curvlinops(
-    model: nn.Module, loss: nn.Module, parameters: list[nn.Parameter], data: tuple[Tensor, Tensor], approx: str
+    model: nn.Module, loss: nn.Module, layers: Sequence[Layer], data: tuple[Tensor, Tensor], approx: str
 ) -> Callable[[], Any]:
+    parameters = [p for layer in layers for p in layer.module.parameters(recurse=False)]
+
     def call() -> Any:
         made = import_module("curvlinops").KFACLinearOperator(
             model, loss, parameters, [data], fisher_type="empirical", kfac_approx=approx, check_deterministic=False

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, Layer, growth, models
+from lensor.bench import BenchError, Layer, growth, models, steps
 from lensor.bench import run as run_module
 from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
 from lensor.bench.layers import KINDS
@@ -574,3 +574,18 @@ def test_steps_to_a_loss_are_counted_from_the_first_validation_there() -> None:
     assert sgd[:2] == ("SGD", "lr")
     assert sgd[2:7] == ("1.5000", "0.850", "1/2", "20", "1.00")
     assert kfac[2:7] == ("1.2500", "0.875", "1/2", "10", "0.50")
+
+
+def test_steps_are_timed_beside_gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small() -> torch.nn.Module:
+        layers = (torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1))
+        return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4, models.CLASSES))
+
+    monkeypatch.setattr(steps, "SETUPS", {"small": steps.Setup(small, 4, 8)})
+    found = list(steps.measure(["small"], seconds=0.0, repeats=1, threads=1))
+    assert [one.optimizer for one in found] == ["SGD", *steps.OPTIMIZERS]
+    assert found[0].ratio == 1.0
+    assert all(one.seconds > 0 and one.ratio == pytest.approx(one.seconds / found[0].seconds) for one in found)
+    unknown = invoke("bench", "steps", "vgg")
+    assert unknown.exit_code == 1
+    assert "unknown model 'vgg', expected one of small" in unknown.stderr

@@ -1,6 +1,6 @@
 """Whole-model curvature beside libraries, on what they support, in their own conventions; skipped where they are not.
 
-The extra `lensor[bench]` installs them. CI runs without: BackPACK asks for a torchvision, over which transformers trips.
+The extra `lensor[bench]` installs them. CI runs without: BackPACK asks for a torchvision, which breaks transformers.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,34 @@ def test_evaluation_and_inference_collect_nothing() -> None:
             optimizer.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         close(p, q)
+
+
+def test_copies_of_the_model_are_models_of_their_own() -> None:
+    model, other = network(), network()
+    a, b = KFAC(model, CE, damping=0.1), KFAC(other, CE, damping=0.1)
+    for seed in range(3):
+        x, y = batch(seed)
+        for one, optimizer in ((model, a), (other, b)):
+            optimizer.zero_grad()
+            CE(one(x), y).backward()
+            if one is other:
+                copied = copy.deepcopy(other)
+                CE(copied(batch(77)[0]), y).backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        close(p, q)
+
+
+def test_a_model_outlives_its_optimizer() -> None:
+    model = network()
+    first = KFAC(model, CE, damping=0.1)
+    train(model, first, range(1))
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+    again = KFAC(model, CE, damping=0.1)
+    train(model, again, range(1, 3))
 
 
 # ----------------------------------------------------------------------------------------------------- mixed precision

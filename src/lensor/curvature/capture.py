@@ -213,15 +213,8 @@ class Capture:
             if out.requires_grad:
                 self._edges[layer.weight] = get_gradient_edge(out)
                 if self.on_output is not None:
-                    out.register_hook(self._backward(layer, self.on_output))
+                    out.register_hook(_telling(layer, self.on_output, self.batch))
             return out
-
-        return hook
-
-    def _backward(self, layer: Layer, on_output: OnInput) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                on_output(layer, layer.as_convolution(_widened(gradient), self.batch))
 
         return hook
 
@@ -256,6 +249,16 @@ class Capture:
                 gradient = vector.new_zeros(self._shapes[layer.weight])
             result[layer.weight] = layer.as_convolution(_widened(gradient), self.batch)
         return result
+
+
+def _telling(layer: Layer, on_output: OnInput, batch: int) -> Callable[[Tensor], None]:
+    """A hook of a tensor. It must not know a Capture, which knows the graph that keeps the hook: nothing frees that."""
+
+    def hook(gradient: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            on_output(layer, layer.as_convolution(_widened(gradient), batch))
+
+    return hook
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -142,11 +143,13 @@ class KFAC(torch.optim.Optimizer):
         self._capture: Capture | None = None
         self._handles: list[RemovableHandle] = []
         self._columns: Tensor | None = None
-        self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-        self.model.register_forward_hook(self._after, always_call=True)
+        self._normaliser = 1.0
+        before, after = _hooks(weakref.ref(self))
+        self.model.register_forward_pre_hook(before, with_kwargs=True)
+        self.model.register_forward_hook(after, always_call=True)
 
     # ------------------------------------------------------------------------------------------------------ collecting
-    def _before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _before(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._detach()
         if not (self.model.training and torch.is_grad_enabled() and self.steps % self.factor_interval == 0):
             return
@@ -157,7 +160,7 @@ class KFAC(torch.optim.Optimizer):
         self._capture = Capture(self.layers, self._pending.add_input, batch, on_output)
         self._handles = self._capture.attach()
 
-    def _after(self, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+    def _after(self, out: Any) -> None:
         capture = self._capture
         self._detach()
         if capture is None or self._pending is None or out is None:
@@ -369,6 +372,22 @@ class KFAC(torch.optim.Optimizer):
             device = next(iter(self._names.values())).device
             self._generator = torch.Generator(device)
             self._generator.set_state(own["generator"])
+
+
+def _hooks(reference: weakref.ref[KFAC]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks on a model for an optimizer that may be gone, and that copies of the model take over and must not use."""
+
+    def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        optimizer = reference()
+        if optimizer is not None and optimizer.model is module:
+            optimizer._before(arguments, named)
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+        optimizer = reference()
+        if optimizer is not None and optimizer.model is module:
+            optimizer._after(out)
+
+    return before, after
 
 
 def _needs_targets(loss: nn.Module) -> bool:

@@ -34,8 +34,8 @@ def evaluate(
 
     Example:
         >>> import lensor.distributed, tempfile, torch
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     torch.distributed.init_process_group("gloo", f"file://{file.name}", world_size=1, rank=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=1, rank=0)
         ...     net = lensor.contraction("n i, n j -> i j", "X", "X")
         ...     print(lensor.distributed.evaluate(net, X=torch.ones(4, 2)))
         ...     torch.distributed.destroy_process_group()

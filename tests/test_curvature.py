@@ -110,6 +110,19 @@ def ggn(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor], name: st
     return jacobian.T @ curved @ jacobian
 
 
+def own_gradients(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor], name: str) -> Tensor:
+    """Every example's part of the gradient: its rows of the outputs' Jacobian, times the loss's gradient there."""
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+    x, y = data
+
+    def outputs(value: Tensor) -> Tensor:
+        return functional_call(model, parameters | {name: value}, (x,))
+
+    f = outputs(parameters[name]).requires_grad_()
+    (slope,) = torch.autograd.grad(loss(f, y), f)
+    return torch.einsum("nc...,nc->n...", jacrev(outputs)(parameters[name]), slope)
+
+
 # ---------------------------------------------------------------------------------------------------------- the factors
 def explicit_factors(
     model: nn.Sequential, at: int, loss: nn.Module, data: tuple[Tensor, Tensor], approx: str, joint: bool
@@ -339,6 +352,93 @@ def test_model_is_left_as_found() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
+QUANTITIES: dict[str, Callable[..., Any]] = {
+    "kfac": kfac,
+    "ggn_diagonal": curvature.ggn_diagonal,
+    "ggn_mini_blocks": curvature.ggn_mini_blocks,
+    "per_example_gradients": curvature.per_example_gradients,
+    "per_example_gradient_norms": curvature.per_example_gradient_norms,
+    "hessian_diagonal": curvature.hessian_diagonal,
+}
+
+
+def values_of(found: Any) -> dict[str, Tensor]:
+    return {name: one.A if isinstance(one, curvature.Block) else one for name, one in found.items()}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_normalisation_may_be_frozen_in_a_model_that_trains(quantity: str) -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).double()
+    data = torch.randn(4, 3, 5, 5).double(), torch.tensor([0, 1, 2, 0])
+    expected = values_of(QUANTITIES[quantity](net.eval(), nn.CrossEntropyLoss(), data, layers=["0", "4"]))
+    net.train()[1].eval()
+    for name, value in values_of(QUANTITIES[quantity](net, nn.CrossEntropyLoss(), data, layers=["0", "4"])).items():
+        close(value, expected[name])
+
+
+def test_statistics_are_kept_where_a_part_of_the_model_trains() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)).eval()
+    net[1].train()
+    before = copy.deepcopy(net.state_dict())
+    data = torch.randn(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
+    kfac(net, nn.CrossEntropyLoss(), data, layers=["0", "3"])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_gradients_need_not_be_enabled(quantity: str) -> None:
+    net, shape = MODELS["depthwise, reflect"]
+    data = data_for(shape, nn.CrossEntropyLoss())
+    expected = values_of(QUANTITIES[quantity](net, nn.CrossEntropyLoss(), data))
+    with torch.no_grad():
+        found = values_of(QUANTITIES[quantity](net, nn.CrossEntropyLoss(), data))
+    for name, value in found.items():
+        close(value, expected[name])
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_one_example_and_inputs_that_are_not_contiguous(quantity: str) -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    x, y = data_for(shape, nn.CrossEntropyLoss())
+    for inputs, targets in ((x[:1], y[:1]), (x, y)):
+        plain = values_of(QUANTITIES[quantity](net, nn.CrossEntropyLoss(), (inputs, targets)))
+        strided = inputs.to(memory_format=torch.channels_last)
+        for name, value in values_of(QUANTITIES[quantity](net, nn.CrossEntropyLoss(), (strided, targets))).items():
+            close(value, plain[name])
+
+
+def test_half_precision_models_have_factors_in_single_precision() -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    x, y = data_for(shape, nn.CrossEntropyLoss())
+    half, x = copy.deepcopy(net).bfloat16(), x.bfloat16().double()
+    same = copy.deepcopy(half).double()
+    for approx in ("expand", "reduce"):
+        exact = kfac(same, nn.CrossEntropyLoss(), (x, y), approx=approx)
+        for name, block in kfac(half, nn.CrossEntropyLoss(), (x.bfloat16(), y), approx=approx).items():
+            assert block.A.dtype == block.B.dtype == torch.float32
+            for value, expected in ((block.A, exact[name].A), (block.B, exact[name].B)):
+                assert float((value - expected).abs().max()) < 0.03 * float(expected.abs().max()), name
+
+
+def test_inputs_may_be_written_to_after_a_layer() -> None:
+    class Reused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x * 1.0
+            first = self.a(hidden.detach())
+            return first + self.b(hidden.mul_(3.0))
+
+    x, y = torch.randn(3, 6).double(), torch.tensor([0, 1, 2])
+    for approx in ("expand", "reduce"):
+        found = kfac(Reused().double(), nn.CrossEntropyLoss(), (x, y), approx=approx, fisher="forward-only")
+        close(found["a.weight"].A[0], x.T @ x / 3)
+        close(found["b.weight"].A[0], 9 * x.T @ x / 3)
+
+
 def test_frozen_parameters_have_factors_too() -> None:
     net, shape = MODELS["groups, circular, transposed"]
     frozen = copy.deepcopy(net)
@@ -369,7 +469,9 @@ def test_quantities_are_their_definitions(model: str, loss: str) -> None:
         exact = ggn(net, criterion, data, name)
         close(diagonal[name], exact.diagonal().reshape(parameter.shape))
         close(gradients[name].sum(0), gradient)
-        close(norms[name], gradients[name].flatten(1).norm(dim=1))
+        parts = own_gradients(net, criterion, data, name)
+        close(gradients[name], parts)
+        close(norms[name], parts.flatten(1).norm(dim=1))
         layer: Any = net.get_submodule(name.rpartition(".")[0])
         if name.endswith("weight") and not getattr(layer, "transposed", False):
             c = parameter.shape[0]
@@ -577,7 +679,7 @@ def test_conventions_leave_the_product_alone() -> None:
     close(other.in_convention("paper")["0.weight"].B, paper["0.weight"].B)
     jax = other.in_convention("kfac-jax")
     close(jax["0.weight"].dense() * positions, paper["0.weight"].dense())
-    with pytest.raises(ValueError, match="convention must be one of 'paper', 'curvlinops', 'kfac-jax', found 'asdl'"):
+    with pytest.raises(ValueError, match="convention is 'asdl', expected one of 'paper', 'curvlinops', 'kfac-jax'"):
         paper.in_convention("asdl")
     with pytest.raises(ValueError, match="does not define factors with approx='reduce'"):
         factors("reduce").in_convention("kfac-jax")
@@ -665,7 +767,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"mixed by the statistics of 1: call model.eval\(\) first",
     ),
     "damping": (lambda: factors().inverse(0.0), ValueError, "damping must be positive, found 0.0"),
-    "method": (lambda: factors().inverse(1.0, "lu"), ValueError, "'eigen', 'cholesky', 'woodbury', found 'lu'"),
+    "method": (
+        lambda: factors().inverse(1.0, "lu"),
+        ValueError,
+        "method is 'lu', expected one of 'eigen', 'cholesky', 'woodbury'",
+    ),
     "no root": (lambda: factors().inverse(1.0, "woodbury"), ValueError, "0.weight has no root"),
     "missing": (lambda: factors() @ {}, KeyError, "missing parameters"),
     "size": (lambda: factors() @ torch.ones(3), ValueError, "in its last axis"),

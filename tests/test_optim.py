@@ -378,8 +378,8 @@ def test_digits_are_learnt_in_fewer_steps(fisher: str) -> None:
         ({"damping": 0.0}, "damping must be positive, found 0.0"),
         ({"ema": 1.0}, "ema must be in"),
         ({"lr": -1.0}, "lr must not be negative"),
-        ({"fisher": "ef"}, "fisher must be one of"),
-        ({"method": "lu"}, "method must be one of 'cholesky', 'eigen', 'woodbury', found 'lu'"),
+        ({"fisher": "ef"}, "fisher is 'ef', expected one of"),
+        ({"method": "lu"}, "method is 'lu', expected one of 'cholesky', 'eigen', 'woodbury'"),
         ({"factor_interval": 0}, "factor_interval must be at least 1, found 0"),
         ({"layers": ["nope"]}, "no layer named 'nope'"),
     ],
@@ -392,3 +392,5 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 def test_losses_that_need_targets_are_refused_where_there_are_none() -> None:
     with pytest.raises(ValueError, match="does not see targets"):
         KFAC(network(), nn.CrossEntropyLoss(weight=torch.ones(3)), fisher="mc")
+    with pytest.raises(ValueError, match="does not see targets"):
+        KFAC(network(), nn.CrossEntropyLoss(ignore_index=0), fisher="type-2")

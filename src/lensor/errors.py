@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -69,3 +70,19 @@ def require_type(value: Any, name: str, *kinds: type) -> None:
         names = [kind.__name__ for kind in kinds]
         expected = " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
         raise TypeError(f"{name} must be {expected}, found {value!r} of type {type(value).__name__}")
+
+
+def require_choice(name: str, found: str, choices: Sequence[str]) -> None:
+    """Raise unless an argument is one of some words.
+
+    Example:
+        >>> from lensor.errors import require_choice
+        >>> require_choice("approx", "kfc", ("expand", "reduce"))
+        Traceback (most recent call last):
+        ValueError: approx is 'kfc', expected one of 'expand', 'reduce'
+
+    Raises:
+        ValueError: with the choices.
+    """
+    if found not in choices:
+        raise ValueError(f"{name} is {found!r}, expected one of {', '.join(map(repr, choices))}")

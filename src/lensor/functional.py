@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 from lensor import execute, kernels, ops, planner, runtime
 from lensor.cache import Cache
 from lensor.conventions import CONVENTIONS
+from lensor.errors import require_choice
 from lensor.network import AnyNetwork
 from lensor.pattern import as_positive
 from lensor.plan import Plan
@@ -237,11 +238,6 @@ def _check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
 def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None:
     if found != expected:
         raise ValueError(f"{name} has shape {found}, expected {expected}: {meaning}")
-
-
-def _check_choice(name: str, found: str, choices: Sequence[str]) -> None:
-    if found not in choices:
-        raise ValueError(f"{name} is {found!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def _sizes(name: str, sizes: Any) -> Shape:
@@ -881,7 +877,7 @@ def _convert(
     net: AnyNetwork, side: str, approx: str, convention: str, groups: int, positions: int
 ) -> tuple[AnyNetwork, bool]:
     """The paper's factor in a convention, and whether that changed it."""
-    _check_choice("convention", convention, tuple(CONVENTIONS))
+    require_choice("convention", convention, tuple(CONVENTIONS))
     known = CONVENTIONS[convention]
     powers = getattr(known, side).get(approx)
     if powers is None:
@@ -909,8 +905,8 @@ def _kfac_input_factor(
     form: str,
     padding_mode: str,
 ) -> _Request:
-    _check_choice("approx", approx, ("expand", "reduce"))
-    _check_choice("form", form, ("factor", "root"))
+    require_choice("approx", approx, ("expand", "reduce"))
+    require_choice("form", form, ("factor", "root"))
     if form == "root" and approx != "reduce":
         raise ValueError(
             f"form='root' with approx={approx!r}, expected approx='reduce': only that factor has this root"
@@ -998,7 +994,7 @@ def kfac_input_factor(
 
 @_operation("grad_output", real=True)
 def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention: str, padding_mode: str) -> _Request:
-    _check_choice("approx", approx, ("expand", "reduce"))
+    require_choice("approx", approx, ("expand", "reduce"))
     if len(grad_output) < 4:
         raise ValueError(
             f"grad_output has shape {grad_output} with {len(grad_output)} axes, expected at least 4 axes"

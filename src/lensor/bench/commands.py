@@ -529,21 +529,16 @@ def _parts(names: list[str], width: int) -> list[list[str]]:
 
 
 def _overhead(threads: int, seconds: float) -> None:
-    import torch
-
+    from lensor.bench.measure import threads as using
     from lensor.bench.overhead import measure
 
     table = Table(
         "function", "gradient", *(Column(name, justify="right") for name in ("plan, µs", "call, µs", "added, µs"))
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
         for found in measure(seconds):
             times = (f"{time:.1f}" for time in (found.raw, found.call, found.added))
             table.add_row(found.name, "yes" if found.gradient else "no", *times)
-    finally:
-        torch.set_num_threads(before)
     console().print(table)
 
 

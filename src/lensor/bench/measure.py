@@ -16,7 +16,8 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -103,6 +104,17 @@ def _cuda_traced(call: Call) -> tuple[int, int, torch.Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------------------- times
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch while the block runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def interleaved(
     calls: Sequence[Call], seconds: float, least: int = 5, most: int = 40, device: torch.device | None = None
 ) -> list[Times]:

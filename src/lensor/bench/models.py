@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lensor.bench.errors import choose, require
 from lensor.bench.measure import interleaved, peak_bytes
+from lensor.bench.measure import threads as using
 from lensor.curvature import KroneckerFactors, kfac
 from lensor.curvature.capture import Layer, layers_of
 
@@ -77,13 +78,9 @@ def measure(
         BenchError: for models that are not known, or packages that are missing.
     """
     require("torch", "transformers")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
         for name in choose("model", names, MODELS):
             yield from _model(name, batch, size, seconds, repeats)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> Iterator[Measured]:

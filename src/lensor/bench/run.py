@@ -18,7 +18,7 @@ from lensor.bench.catalogue import NETS, PAPER, layers_of, merged
 from lensor.bench.errors import BenchError, choose
 from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
 from lensor.bench.layers import KINDS, Layer
-from lensor.bench.measure import Call, bytes_of, extra_bytes, interleaved, relative_error
+from lensor.bench.measure import Call, bytes_of, extra_bytes, interleaved, relative_error, threads
 from lensor.bench.operations import OPERATIONS, Operation
 from lensor.bench.results import OK, Found, Machine, ResultsFile, Row, Setting
 from lensor.bench.settings import Settings
@@ -82,7 +82,7 @@ class Bench:
 
     def run(self, results: ResultsFile) -> Iterator[Case]:
         """Measure what is missing, and write it down; yields each case before it is measured."""
-        with _threads(self.settings.threads), _memory_limit(self.device):
+        with threads(self.settings.threads), _memory_limit(self.device):
             for case, missing in self.pending(results):
                 yield case
                 results.append(self.measure(case, missing))
@@ -199,16 +199,6 @@ def _device(name: str) -> torch.device:
 
 def _machine_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else processor()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lensor.bench.errors import choose, require
 from lensor.bench.measure import interleaved
+from lensor.bench.measure import threads as using
 from lensor.bench.models import CLASSES, MODELS
 from lensor.bench.nets import all_cnn_c
 from lensor.optim import KFAC
@@ -66,9 +67,7 @@ def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) ->
         BenchError: for models that are not known, or packages that are missing.
     """
     require("torch", "transformers")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
         for name in choose("model", names, SETUPS):
             setup = SETUPS[name]
             calls = {"SGD": _steps(setup, None)}
@@ -76,8 +75,6 @@ def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) ->
             times = interleaved(list(calls.values()), seconds * len(calls), min(2, repeats), repeats)
             for optimizer, found in zip(calls, times, strict=True):
                 yield StepTime(name, optimizer, found.minimum / INTERVAL, found.minimum / times[0].minimum)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _steps(setup: Setup, options: Mapping[str, Any] | None) -> Callable[[], Tensor]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lensor.bench.errors import choose, require
+from lensor.bench.measure import threads as using
+from lensor.curvature import LinAlgError
 from lensor.optim import KFAC
 
 PICTURES = (
@@ -162,9 +164,7 @@ def run(names: Sequence[str], steps: int, seeds: int, batch: int, threads: int) 
         BenchError: for tasks that are not known, or packages that are missing.
     """
     require("torch", "sklearn", "skimage")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
         for name in choose("task", names, TASKS):
             task = TASKS[name]()
             for optimizer, grid in _optimizers().items():
@@ -175,8 +175,6 @@ def run(names: Sequence[str], steps: int, seeds: int, batch: int, threads: int) 
                 best = min(tuned, key=lambda settings: statistics.mean(tuned[settings][len(tuned[settings]) // 2 :]))
                 for seed in range(seeds):
                     yield from _train(name, task, optimizer, best, grid[best], seed, steps, batch)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _train(
@@ -203,7 +201,7 @@ def _train(
             chosen.zero_grad()
             loss(model(inputs), targets).backward()
             chosen.step()
-        except (FloatingPointError, RuntimeError):  # diverged
+        except (FloatingPointError, LinAlgError):  # diverged
             failed = True
         seconds += perf_counter() - start
     return found

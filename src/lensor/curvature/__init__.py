@@ -3,7 +3,7 @@
 Importing this package imports torch.
 """
 
-from lensor.curvature.factors import Block, EigenFactors, Inverse, KroneckerFactors
+from lensor.curvature.factors import Block, EigenFactors, Inverse, KroneckerFactors, LinAlgError
 from lensor.curvature.kfac import kfac
 from lensor.curvature.quantities import (
     ekfac,
@@ -20,6 +20,7 @@ __all__ = [
     "EigenFactors",
     "Inverse",
     "KroneckerFactors",
+    "LinAlgError",
     "ekfac",
     "empirical_ntk",
     "ggn_diagonal",

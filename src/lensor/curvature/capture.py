@@ -267,15 +267,21 @@ def _widened(x: Tensor) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model and leave its buffers (statistics of normalisation in training mode) as they were."""
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if model.training else {}
+    """Run a model and leave its buffers (statistics of normalisation in training mode) as they were.
+
+    What did not change is not written: a graph may need it. Values are compared, for normalisation writes its
+    statistics past torch's count of versions.
+    """
+    training = any(module.training for module in model.modules())
+    before = {name: buffer.detach().clone() for name, buffer in (model.named_buffers() if training else ())}
     try:
         yield
     finally:
         buffers = dict(model.named_buffers())
         with torch.no_grad():
             for name, value in before.items():
-                buffers[name].copy_(value)
+                if not torch.equal(buffers[name], value):
+                    buffers[name].copy_(value)
 
 
 Inputs = Any
@@ -298,6 +304,11 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     if not isinstance(found, Tensor):
         raise TypeError(f"the model returns a {type(found).__name__}, expected a tensor, or something with logits")
     return found
+
+
+def over_positions(v: Tensor, front: int = 2) -> Tensor:
+    """The sum over positions: the axes behind the first `front`, which end with the channels."""
+    return v.flatten(front).sum(front) if v.ndim > front else v
 
 
 def size_of(inputs: Inputs) -> int:

@@ -10,9 +10,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
 from lensor.conventions import CONVENTIONS
+from lensor.errors import require_choice
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 Vectors = Mapping[str, Tensor]
 
@@ -352,8 +354,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             ValueError: for another convention, or one that does not define these factors.
         """
         known = {name: CONVENTIONS[name] for name in ("paper", "curvlinops", "kfac-jax")}
-        if convention not in known:
-            raise ValueError(f"convention must be one of {', '.join(map(repr, known))}, found {convention!r}")
+        require_choice("convention", convention, tuple(known))
         if self.approx not in known[convention].input:
             raise ValueError(f"convention={convention!r} does not define factors with approx={self.approx!r}")
         (_, a), (_, b) = (side[self.approx] for side in known[convention][:2])
@@ -476,8 +477,7 @@ class Inverse(Operator):
         super().__init__(blocks)
         _require_damping(damping)
         ways = {"eigen": _eigen, "cholesky": _cholesky, "woodbury": _woodbury}
-        if method not in ways:
-            raise ValueError(f"method must be one of {', '.join(map(repr, ways))}, found {method!r}")
+        require_choice("method", method, tuple(ways))
         self._solvers = {name: ways[method](name, block, damping) for name, block in blocks.items()}
 
     def _times(self, name: str, rows: Tensor) -> Tensor:

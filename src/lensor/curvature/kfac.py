@@ -17,6 +17,7 @@ from lensor.curvature.distribution import gather
 from lensor.curvature.factors import Block, KroneckerFactors
 from lensor.curvature.losses import FISHERS, LossRoot, require_loss
 from lensor.curvature.networks import network
+from lensor.errors import require_choice
 
 APPROXIMATIONS = ("expand", "reduce")
 
@@ -90,10 +91,10 @@ def kfac(
         & Martens, 2016; Eschenhagen et al., 2023).
     """
     require_loss(loss)
-    _require("approx", approx, APPROXIMATIONS)
-    _require("fisher", fisher, FISHERS)
-    _require("bias", bias, ("separate", "joint"))
-    _require("convention", convention, ("paper", "curvlinops", "kfac-jax"))
+    require_choice("approx", approx, APPROXIMATIONS)
+    require_choice("fisher", fisher, FISHERS)
+    require_choice("bias", bias, ("separate", "joint"))
+    require_choice("convention", convention, ("paper", "curvlinops", "kfac-jax"))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     chosen = layers_of(model, layers, strict)
@@ -244,8 +245,3 @@ def _blocks(
         shape = (layer.output_channels,)
         found[layer.bias] = Block((layer.bias,), shape, False, ones, None, b, positions)
     return found
-
-
-def _require(name: str, found: str, known: tuple[str, ...]) -> None:
-    if found not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, found {found!r}")

@@ -54,26 +54,28 @@ class LossRoot:
         return self.normaliser**-0.5
 
     def columns(self) -> Iterator[Tensor]:
-        """The exact root, column by column."""
-        diagonal, p = self._diagonal_root(), None
-        if self.total is not None:
-            p = self.f.softmax(1)
-        axes = self.outputs.shape[1:]
-        for place in range(axes.numel()):
-            column = torch.zeros_like(self.f)
-            flat = column.view(len(column), -1)
-            if p is None:
-                flat[:, place] = diagonal.reshape(len(column), -1)[:, place]
+        """The exact root, column by column: one for each entry of an example's outputs."""
+        batch, entries = len(self.f), self.outputs.shape[1:].numel()
+        diagonal = None if self.total is not None else self._diagonal_root().reshape(batch, entries)
+        for place in range(entries):
+            if diagonal is not None:
+                column = torch.zeros_like(diagonal)
+                column[:, place] = diagonal[:, place]
             else:
-                assert self.total is not None
-                positions = axes[1:].numel()
-                channel, position = divmod(place, positions)
-                spread = flat.view(len(column), axes[0], positions)
-                those = p.reshape(len(column), axes[0], positions)[..., position]
-                root = (self.total.reshape(len(column), positions)[:, position] * those[:, channel]).sqrt()
-                spread[..., position] = -those * root[:, None]
-                spread[:, channel, position] += root
-            yield (column * self._scale).to(self.outputs.dtype)
+                column = self._class_column(place)
+            yield (column.reshape(self.f.shape) * self._scale).to(self.outputs.dtype)
+
+    def _class_column(self, place: int) -> Tensor:
+        """√T (√p ⊙ e_c − p √p_c) at one position, for class c; zero at the others."""
+        assert self.total is not None
+        p = self.f.softmax(1).flatten(2) if self.f.ndim > 2 else self.f.softmax(1)[..., None]
+        c, position = divmod(place, p.shape[2])
+        those = p[..., position]
+        root = (self.total.reshape(len(p), -1)[:, position] * those[:, c]).sqrt()
+        column = torch.zeros_like(p)
+        column[..., position] = -those * root[:, None]
+        column[:, c, position] += root
+        return column
 
     def samples(self, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
         """Gradients for outputs drawn from the model's own distribution: a root in expectation."""
@@ -122,12 +124,11 @@ class LossRoot:
         return found
 
     def _diagonal_root(self) -> Tensor:
+        """The root of a Hessian that is diagonal: squared error's and binary cross entropy's."""
         if isinstance(self.loss, nn.MSELoss):
             return torch.full_like(self.f, 2**0.5)
-        if isinstance(self.loss, nn.BCEWithLogitsLoss):
-            p = self.f.sigmoid()
-            return (p * (1 - p) * self._weights()).sqrt()
-        return self.f
+        p = self.f.sigmoid()
+        return (p * (1 - p) * self._weights()).sqrt()
 
 
 def require_loss(loss: nn.Module) -> None:

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from lensor import ops
-from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
+from lensor.curvature.capture import (
+    Capture,
+    Layer,
+    batches,
+    call,
+    layers_of,
+    over_positions,
+    size_of,
+    undisturbed,
+)
 from lensor.curvature.factors import EigenFactors, KroneckerFactors
 from lensor.curvature.losses import LossRoot, require_loss
 from lensor.curvature.networks import network
+from lensor.errors import require_choice
 from lensor.network import AnyNetwork
 from lensor.notation import format_legs
 from lensor.ops.derivatives import weight_vjp
@@ -80,7 +90,7 @@ def per_example_gradients(
     for layer, x, v in _propagated(model, loss, data, layers, strict):
         found[layer.weight] = _gradients(layer, x, v)
         if layer.bias is not None:
-            found[layer.bias] = v.flatten(2).sum(2) if v.ndim > 2 else v
+            found[layer.bias] = over_positions(v)
     return found
 
 
@@ -114,7 +124,7 @@ def per_example_gradient_norms(
     for layer, x, v in _propagated(model, loss, data, layers, strict):
         found[layer.weight] = network(_squared_norms, layer.spec(x))(X=x, V=v).clamp_min(0).sqrt()
         if layer.bias is not None:
-            found[layer.bias] = (v.flatten(2).sum(2) if v.ndim > 2 else v).norm(dim=1)
+            found[layer.bias] = over_positions(v).norm(dim=1)
     return found
 
 
@@ -172,10 +182,7 @@ def ggn_diagonal(
     def weights(layer: Layer, spec: ConvSpec, x: Tensor, s: Tensor) -> Tensor:
         return network(ops.ggn_diagonal, spec)(X=x, S=s).reshape(layer.weight_shape)
 
-    def biases(s: Tensor, groups: int) -> Tensor:
-        return s.square().sum((0, 1))
-
-    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights, biases)
+    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights)
 
 
 def ggn_mini_blocks(
@@ -223,10 +230,7 @@ def ggn_mini_blocks(
     def weights(layer: Layer, spec: ConvSpec, x: Tensor, s: Tensor) -> Tensor:
         return network(ops.ggn_mini_block, spec, block)(X=x, S=s)
 
-    def biases(s: Tensor, groups: int) -> Tensor:
-        return s.square().sum((0, 1))
-
-    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights, biases)
+    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights)
 
 
 def ekfac(
@@ -269,7 +273,8 @@ def ekfac(
     Equation:
         Λ = Σ_n,v (Q_Bᵀ G Q_A)² with G the gradient of an example's column as rows and columns (George et al., 2018).
     """
-    chosen = [layer for layer in layers_of(model) if layer.weight in factors]
+    modules = [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"]
+    chosen = layers_of(model, modules)
     _refuse_mixing(model)
     _check_roots(loss, fisher, mc_samples)
     eigen = factors.eigh()
@@ -285,7 +290,7 @@ def ekfac(
                     v = stacks[layer.weight][s]
                     gradients = {layer.weight: _gradients(layer, batch.inputs[layer.weight], v)}
                     if layer.bias is not None:
-                        gradients[layer.bias] = v.flatten(2).sum(2) if v.ndim > 2 else v
+                        gradients[layer.bias] = over_positions(v)
                     for name in (one for one in gradients if one in factors):
                         q_a, q_b, _ = eigen.parts[name]
                         turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a
@@ -337,7 +342,7 @@ def empirical_ntk(
             s = torch.stack([one.pop(layer.weight) for one in stacked])
             found += network(ops.ggn_gram, batch.spec(layer))(X=batch.inputs[layer.weight], S=s)
             if layer.bias is not None:
-                flat = (s.flatten(3).sum(3) if s.ndim > 3 else s).flatten(0, 1)
+                flat = over_positions(s, 3).flatten(0, 1)
                 found += flat @ flat.mT
     return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
 
@@ -393,19 +398,17 @@ def hessian_diagonal(
         batch = _Batch(model, chosen, inputs)
         share = _share(loss, batch.outputs, targets)
         total += share
-        value = loss(batch.outputs, targets)
-        gradients = batch.capture.gradients(value, torch.ones_like(value), keep=True, again=True)
+        with torch.enable_grad():
+            value = loss(batch.outputs, targets)
+            gradients = batch.capture.gradients(value, torch.ones_like(value), keep=True, again=True)
         for layer in chosen:
             gradient, x = gradients[layer.weight], batch.inputs[layer.weight]
             for z in _directions(gradient, samples, generator):
-                if not gradient.requires_grad:
-                    break
-                curved = batch.capture.gradients(gradient, z, keep=True, only=layer)[layer.weight]
+                curved = torch.zeros_like(z)
+                if gradient.requires_grad:  # a loss that is linear in the outputs has no Hessian behind the last layer
+                    curved = batch.capture.gradients(gradient, z, keep=True, only=layer)[layer.weight]
                 with torch.no_grad():
-                    _add(found, layer, _quadratic(layer, x, z, curved), share / (samples or 1))
-            if layer.weight not in found:
-                with torch.no_grad():
-                    _add(found, layer, _quadratic(layer, x, torch.zeros_like(gradient), torch.zeros_like(gradient)), 1)
+                    _add(found, _quadratic(layer, x, z, curved), share / (samples or 1))
     mean = getattr(loss, "reduction", "mean") == "mean"
     return {name: value / total if mean else value for name, value in found.items()}
 
@@ -414,12 +417,12 @@ def _quadratic(layer: Layer, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, 
     """Σ over examples of (Jᵀ z) ⊙ (Jᵀ H z), by parameter."""
     found = {layer.weight: (_gradients(layer, x, z) * _gradients(layer, x, curved)).sum(0)}
     if layer.bias is not None:
-        sides = [v.flatten(2).sum(2) if v.ndim > 2 else v for v in (z, curved)]
+        sides = [over_positions(v) for v in (z, curved)]
         found[layer.bias] = (sides[0] * sides[1]).sum(0)
     return found
 
 
-def _add(found: dict[str, Tensor], layer: Layer, parts: dict[str, Tensor], share: float) -> None:
+def _add(found: dict[str, Tensor], parts: dict[str, Tensor], share: float) -> None:
     for name, part in parts.items():
         found[name] = part * share if name not in found else found[name].add_(part, alpha=share)
 
@@ -479,9 +482,8 @@ def _of_roots(
     mc_samples: int,
     generator: torch.Generator | None,
     weights: Callable[[Layer, ConvSpec, Tensor, Tensor], Tensor],
-    biases: Callable[[Tensor, int], Tensor],
 ) -> dict[str, Tensor]:
-    """What is a sum over columns of the root and over examples, over all of the data."""
+    """What is a sum over columns of the root and over examples, over all of the data; of biases the diagonal."""
     _check_roots(loss, fisher, mc_samples)
     chosen = layers_of(model, layers, strict)
     _refuse_mixing(model)
@@ -498,15 +500,14 @@ def _of_roots(
                     s = stacks[layer.weight]
                     parts = {layer.weight: weights(layer, batch.spec(layer), batch.inputs[layer.weight], s)}
                     if layer.bias is not None:
-                        parts[layer.bias] = biases(s.flatten(3).sum(3) if s.ndim > 3 else s, layer.groups)
-                    _add(found, layer, parts, share)
+                        parts[layer.bias] = over_positions(s, 3).square().sum((0, 1))
+                    _add(found, parts, share)
     return {name: value / total if loss.reduction == "mean" else value for name, value in found.items()}
 
 
 def _check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:
     require_loss(loss)
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}, found {fisher!r}")
+    require_choice("fisher", fisher, FISHERS)
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
 

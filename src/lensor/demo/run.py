@@ -58,6 +58,7 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lensor.bench.extract import record
+    from lensor.bench.measure import threads
     from lensor.demo.measure import compare
     from lensor.demo.models import MODELS, build
     from lensor.demo.pictures import photographs
@@ -67,23 +68,18 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
         if name not in MODELS:
             raise DemoError(f"unknown model {name!r}, expected one of {', '.join(MODELS)}")
     _make_folder(settings.out)
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("photographs through CNNs", total=None)
-            batch = torch.from_numpy(photographs(settings.batch, settings.size))
-            layers = [found for name in settings.models for found in record(build(name), name, batch)]
-            progress.update(task, description="factors of convolutions", total=2 * len(layers))
-            comparisons = []
-            for layer, x in layers:
-                for approx in ("expand", "reduce"):
-                    progress.update(task, description=f"{layer.label} {approx}"[:44].ljust(44))
-                    comparisons.append(compare(layer, x, approx, settings.seconds, settings.least))
-                    progress.advance(task)
-    finally:
-        torch.set_num_threads(before)
+    with threads(settings.threads), Progress(*columns, console=console) as progress:
+        task = progress.add_task("photographs through CNNs", total=None)
+        batch = torch.from_numpy(photographs(settings.batch, settings.size))
+        layers = [found for name in settings.models for found in record(build(name), name, batch)]
+        progress.update(task, description="factors of convolutions", total=2 * len(layers))
+        comparisons = []
+        for layer, x in layers:
+            for approx in ("expand", "reduce"):
+                progress.update(task, description=f"{layer.label} {approx}"[:44].ljust(44))
+                comparisons.append(compare(layer, x, approx, settings.seconds, settings.least))
+                progress.advance(task)
     show(comparisons, settings, console)
     for path in write(comparisons, settings):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

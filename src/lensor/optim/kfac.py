@@ -16,6 +16,7 @@ from lensor.curvature.distribution import shares
 from lensor.curvature.factors import Block, Inverse, KroneckerFactors
 from lensor.curvature.kfac import APPROXIMATIONS, Collector
 from lensor.curvature.losses import FISHERS, LossRoot, require_loss
+from lensor.errors import require_choice
 
 METHODS = ("cholesky", "eigen", "woodbury")
 NONFINITE = ("raise", "skip")
@@ -29,7 +30,9 @@ class KFAC(torch.optim.Optimizer):
 
     Args:
         model: the model, or a DistributedDataParallel one.
-        loss: the loss that is minimised: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, mean or sum.
+        loss: the loss that is minimised: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, mean or sum. Its targets
+            are not seen here: with class weights or ignored targets, which only "empirical" and "forward-only" allow, B
+            is scaled as if every target counted one.
         lr: learning rate.
         momentum: of the steps.
         damping: is added to the curvature.
@@ -105,8 +108,7 @@ class KFAC(torch.optim.Optimizer):
         chosen = {"approx": (approx, APPROXIMATIONS), "fisher": (fisher, FISHERS), "method": (method, METHODS)}
         chosen |= {"bias": (bias, ("joint", "separate")), "nonfinite": (nonfinite, NONFINITE)}
         for name, (value, known) in chosen.items():
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, found {value!r}")
+            require_choice(name, value, known)
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
         for name, count in (counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples}).items():
             if count < 1:
@@ -289,6 +291,10 @@ class KFAC(torch.optim.Optimizer):
     def _invert(self) -> None:
         assert self.factors is not None
         self._inverted = dict(self.factors)
+        self._solve_mine()
+
+    def _solve_mine(self) -> None:
+        """The inverses of this rank's share of the blocks."""
         me = 0 if self.group is None else dist.get_rank(self.group)
         mine = [name for name, rank in self._mine().items() if rank == me]
         self._inverse = {name: self._inverse_of(name) for name in mine}
@@ -365,9 +371,7 @@ class KFAC(torch.optim.Optimizer):
         self.factors = None if own["factors"] is None else read(own["factors"])
         self._inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
         if self._inverted:
-            me = 0 if self.group is None else dist.get_rank(self.group)
-            mine = [name for name, rank in self._mine().items() if rank == me]
-            self._inverse = {name: self._inverse_of(name) for name in mine}
+            self._solve_mine()
         if own["generator"] is not None:
             device = next(iter(self._names.values())).device
             self._generator = torch.Generator(device)
@@ -393,5 +397,5 @@ def _hooks(reference: weakref.ref[KFAC]) -> tuple[Callable[..., None], Callable[
 def _needs_targets(loss: nn.Module) -> bool:
     """Whether the Hessian by the outputs depends on the targets."""
     if isinstance(loss, nn.CrossEntropyLoss):
-        return loss.weight is not None
+        return loss.weight is not None or loss.ignore_index >= 0
     return getattr(loss, "pos_weight", None) is not None

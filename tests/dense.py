@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from opt_einsum import contract
 
-from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern
+from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, Select
 
 
 def evaluate_dense(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> np.ndarray:
@@ -29,7 +29,8 @@ def _sizes(net: AnyNetwork, arrays: Mapping[str, np.ndarray], given: Mapping[str
         for term, sizes in zip(net.terms, known, strict=True):
             for node in term.nodes:
                 if isinstance(node, Operand):
-                    for leg, length in zip(node.legs, arrays[node.name].shape, strict=True):
+                    legs = node.legs[1:] if isinstance(node, Select) else node.legs
+                    for leg, length in zip(legs, arrays[node.name].shape, strict=True):
                         unknown = [index for index in leg if index not in sizes]
                         rest = math.prod(sizes[index] for index in leg if index in sizes)
                         if len(unknown) == 1 and rest:
@@ -49,6 +50,10 @@ def _dense_term(term: Network, arrays: Mapping[str, np.ndarray], sizes: Mapping[
     arguments: list[Any] = []
     for node in term.nodes:
         match node:
+            case Select(name, (i, j)):
+                below = math.prod(sizes[index] for index in i)
+                array = (np.arange(below)[:, None] == arrays[name]).astype(np.float64)
+                assert len(arrays[name]) == math.prod(sizes[index] for index in j)
             case Operand(name):
                 array = arrays[name].astype(np.result_type(arrays[name].dtype, np.float64))
             case Pattern(pattern):

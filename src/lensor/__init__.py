@@ -13,7 +13,7 @@ from lensor.cache import clear_caches
 from lensor.cost import Machine, calibrate, machine
 from lensor.errors import LensorError, NetworkError, SubscriptsError
 from lensor.execute import einsum
-from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Sum
+from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Select, Sum
 from lensor.notation import contraction, parse
 from lensor.passes import simplify
 from lensor.pattern import IndexPattern
@@ -49,6 +49,7 @@ __all__ = [
     "Pattern",
     "Plan",
     "Scale",
+    "Select",
     "SubscriptsError",
     "Sum",
     "calibrate",

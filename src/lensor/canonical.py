@@ -26,7 +26,7 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
     kind = type(node).__name__
     if kind == "Delta":
         return (kind, tuple(sorted(legs)))
-    if kind == "Operand":
+    if kind in ("Operand", "Select"):
         return (kind, node.name, legs)
     if kind == "Pattern":
         p = node.pattern

@@ -12,7 +12,7 @@ import numpy as np
 from lensor.cache import Cache
 from lensor.errors import SubscriptsError
 from lensor.kernels import Backend, backend_of, load
-from lensor.network import AnyNetwork, Network, Operand, verb
+from lensor.network import AnyNetwork, Network, Operand, Select, verb
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
 from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
@@ -105,7 +105,18 @@ def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetw
 
 
 def _occurrences(term: Network) -> list[tuple[str, tuple]]:
-    return [(node.name, node.legs) for node in term.nodes if isinstance(node, Operand)]
+    """(name, the legs that its array's axes are) of every operand; a selection's vector has the second only."""
+    return [
+        (node.name, node.legs[1:] if isinstance(node, Select) else node.legs)
+        for node in term.nodes
+        if isinstance(node, Operand)
+    ]
+
+
+def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
+    """An array that tells framework, dtype and device; positions do not."""
+    chosen = net.selections
+    return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
 
 
 @verb
@@ -134,7 +145,8 @@ def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = 
         settings = current()
     arrays, sizes = split_sizes(net, operands)
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in arrays.items()}
-    like = next((value for value in arrays.values() if hasattr(value, "dtype")), np.zeros((), np.float32))
+    like = _reference(net, arrays)
+    like = np.zeros((), np.float32) if like is None else like
     return compile(net, shapes, sizes, like, settings)
 
 
@@ -160,7 +172,7 @@ def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, i
     """
     require_operands(net.operand_names, operands)
     backend_of(*operands.values())
-    like = next(iter(operands.values()), None)
+    like = _reference(net, operands)
     return run(compile(net, {name: array.shape for name, array in operands.items()}, sizes, like), operands)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from lensor import steps as s
-from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, indices_of
+from lensor.network import AnyNetwork, Delta, Group, Network, Ones, Operand, Pattern, Select, indices_of
 from lensor.notation import to_text
 from lensor.orders import ORDERS, Order, Orders, feynman, find_order
 from lensor.passes.composition import compose, share, undo
@@ -46,6 +46,8 @@ class Strategy:
             copied to merge the two; if it is summed, the products are added up.
         composed: with patterns put together again that simplification took apart, before selections are read.
         undone: with patterns even where the network could do without them.
+        placed: put what was selected at run time back into its positions, zeros elsewhere, instead of reading at those
+            positions; only where there are selections.
         order: where the order of the contractions comes from, as `find_order` takes it.
     """
 
@@ -58,6 +60,7 @@ class Strategy:
     halves: bool = False
     composed: bool = False
     undone: bool = False
+    placed: bool = False
     order: str = "auto"
 
 
@@ -72,6 +75,8 @@ STRATEGIES = (
     Strategy("lags", lags=True),
     Strategy("halves", halves=True),
     Strategy("halves, composed", halves=True, composed=True),
+    Strategy("placed, convolution", placed=True, convolutions=True),
+    Strategy("placed, windows", placed=True),
 )
 """The candidates that are lowered for every network."""
 
@@ -121,6 +126,7 @@ class _Lowering:
         self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
         self.tensors: list[_Tensor] = []
         self.patterns: list[Pattern] = []
+        self.selections: list[tuple[int, Group, Group]] = []
         self.late: list[_Late] = []
         self.expanded: list[str] = []
         self.open: list[str] = list(term.output_indices)
@@ -169,6 +175,7 @@ class _Lowering:
                 held |= {node.index} if isinstance(node, Ones) else set()
         if self.factor == 0:
             return self.zeros()
+        self.apply_chosen()
         if self.strategy.convolutions and self.strategy.composed:
             self.apply_convolutions()
         self.apply_selections()
@@ -186,6 +193,9 @@ class _Lowering:
     def zeros(self) -> int:
         """Zeros that still hang together with every operand, so that frameworks find zero derivatives."""
         self.factor = _ONE
+        waiting, self.selections = self.selections, []
+        for selection in waiting:
+            self.place(*selection)
         value = self.program.add(s.Fill((), (), Fraction(0)))
         for tensor in self.tensors:
             nothing = tensor.value
@@ -198,6 +208,9 @@ class _Lowering:
 
     def take(self, node: Operand | Pattern | Delta | Ones) -> None:
         match node:
+            case Select(name, (i, j)):
+                count, below = math.prod(self.shape(j)), math.prod(self.shape(i))
+                self.selections.append((self.program.add(s.Positions((), name, (count,), below)), i, j))
             case Operand(name, legs):
                 shape = tuple(math.prod(self.shape(leg)) for leg in legs)
                 value = self.program.add(s.Input((), name, shape))
@@ -223,6 +236,101 @@ class _Lowering:
             value = self.program.add(s.Diagonal((value,), first, second))
             indices = [i for at, i in enumerate(indices) if at not in (first, second)] + [index]
         return _Tensor(value, tuple(indices))
+
+    # ------------------------------------------------------------------ selections given at run time
+    def apply_chosen(self) -> None:
+        """Read at the chosen positions whatever stands at all of them, or put what was chosen back into its place."""
+        reads: list[tuple[Pattern, int, int, int, Group]] = []
+        waiting, self.selections = self.selections, []
+        while waiting:
+            value, i, j = waiting.pop(0)
+            others = [leg for _, one, two in waiting for leg in (one, two)]
+            found = None if self.strategy.placed else self.readings(i, j, others, reads)
+            if found is None:
+                self.place(value, i, j)
+                continue
+            for tensor in [tensor for tensor in self.tensors if i and set(i) <= set(tensor.indices)]:
+                merged, axis, rest = self.merged(tensor, i)
+                new = self.ungrouped(self.program.add(s.Pick((merged, value), axis)), rest[:axis], j, rest[axis:])
+                self.tensors[self.tensors.index(tensor)] = self.without_repeats(new.value, list(new.indices))
+            for node, target in found:
+                reads.append((node, target, node.legs.index(i), value, j))
+                self.patterns.remove(node)
+        for at, tensor in enumerate(self.tensors):
+            mine = [read for read in reads if set(read[0].legs[read[1]]) & set(tensor.indices)]
+            if mine:
+                self.tensors[at] = self.read_chosen(tensor, mine)
+
+    def readings(
+        self, i: Group, j: Group, others: Sequence[Group], reads: Sequence[tuple[Pattern, int, int, int, Group]]
+    ) -> list[tuple[Pattern, int]] | None:
+        """(pattern, the leg to read) for all patterns that hold the positions; None if these cannot be read at."""
+        inner = set(i)
+        taken = inner.union(*others)
+        holders = [tensor for tensor in self.tensors if inner & set(tensor.indices)]
+        held = [node for node in self.patterns if inner & set(indices_of(node))]
+        if not i or inner & set(self.open) or any(not inner <= set(tensor.indices) for tensor in holders):
+            return None
+        if any(inner & set(leg) for leg in others) or not (holders or held):
+            return None
+        found = []
+        for node in held:
+            flat = list(indices_of(node))
+            target = None
+            if node.legs.count(i) == 1 and len(set(flat)) == len(flat) and not set(flat) & set(j):
+                target = self.target(node, node.legs.index(i), {*j, *taken}, [read[0] for read in reads])
+            if target is None:
+                return None
+            found.append((node, target))
+        return found
+
+    def target(self, node: Pattern, chosen: int, taken: set[str], gone: Sequence[Pattern]) -> int | None:
+        """The leg of a pattern that can be read from tensors alone once another leg's positions are chosen."""
+        for target in (1,) if chosen == 0 else (0,) if chosen == 1 else (0, 1):
+            if target == 1 and node.pattern.padding_mode != "zeros":
+                continue  # a position may be read by several outputs then
+            leg = set(node.legs[target])
+            rest = {index for place, other in enumerate(node.legs) if place not in (target, chosen) for index in other}
+            nodes = [other for other in (*self.patterns, *gone) if other is not node]
+            holders = [tensor for tensor in self.tensors if leg & set(tensor.indices)]
+            if not leg or leg & {*self.open, *taken} or any(leg & set(indices_of(other)) for other in nodes):
+                continue
+            if holders and all(leg <= set(one.indices) and not {*taken, *rest} & set(one.indices) for one in holders):
+                return target
+        return None
+
+    def read_chosen(self, tensor: _Tensor, reads: Sequence[tuple[Pattern, int, int, int, Group]]) -> _Tensor:
+        """A tensor read through patterns at chosen positions of another leg of each."""
+        reads = sorted(reads, key=lambda read: tensor.indices.index(read[0].legs[read[1]][0]))
+        targets = [node.legs[target] for node, target, *_ in reads]
+        rest = [index for index in tensor.indices if not any(index in leg for leg in targets)]
+        order = [*rest, *(index for leg in targets for index in leg)]
+        merged = self.matrix(tensor, order, (*self.shape(rest), *(math.prod(self.shape(leg)) for leg in targets)))
+        axes, firsts, seconds = [], [], []
+        for at, (node, target, chosen, _, j) in enumerate(reads, start=1):
+            free = 3 - target - chosen
+            axes.append(s.Through(node.pattern, target, free, chosen, at))
+            firsts += node.legs[free]
+            seconds += j
+        value = self.program.add(s.Read((merged, *(value for *_, value, _ in reads)), tuple(axes)))
+        return self.without_repeats(
+            self.program.reshape(value, self.shape([*rest, *firsts, *seconds])), [*rest, *firsts, *seconds]
+        )
+
+    def place(self, value: int, i: Group, j: Group) -> None:
+        """A selection as a matrix of zeros and ones, contracted with what was selected if that is one tensor."""
+        size = math.prod(self.shape(i))
+        picked = self.program.add(s.Pick((self.program.add(s.Identity((), size)), value), 1))
+        matrix = self.without_repeats(self.program.reshape(picked, self.shape([*i, *j])), [*i, *j])
+        holders = [tensor for tensor in self.tensors if set(j) & set(tensor.indices)]
+        inside = {index for node in self.patterns for index in indices_of(node)}.union(self.open)
+        waiting = {index for _, one, two in self.selections for index in (*one, *two)}
+        fits = len(holders) == 1 and set(j) <= set(holders[0].indices) and not set(j) & (inside | waiting)
+        if j and fits and not set(i) & set(holders[0].indices):
+            needed = {*holders[0].indices, *matrix.indices} - set(j)
+            self.tensors[self.tensors.index(holders[0])] = self.multiply(holders[0], matrix, needed)
+        else:
+            self.tensors.append(matrix)
 
     def apply_selections(self) -> None:
         progress = True
@@ -881,6 +989,8 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
     for strategy in STRATEGIES:
+        if strategy.placed and not net.selections:
+            continue
         plan = lower(simplified, strategy)
         plans.setdefault(plan.steps, plan)
     for plan in list(plans.values()):

@@ -60,6 +60,32 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
+class Select(Operand):
+    """A selection given at run time, [i = positions[j]] with legs (i, j), of which the user supplies the positions.
+
+    It is an operand to every transform and rule. Only its array differs: an integer vector as long as the second leg,
+    whose entries are positions in the first; plans read what it selects, and never depend on its values.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> nodes = [lensor.Operand("X", (("n",), ("i",))), lensor.Select("S", (("i",), ("j",)))]
+        >>> net = lensor.Network.make(nodes, [("n",), ("j",)], {"n": None, "i": 3, "j": None})
+        >>> print(net)
+        X[n i] select S[i j] -> n j
+        >>> net(X=np.array([[1.0, 2.0, 3.0]]), S=np.array([2, 0]))
+        array([[3., 1.]])
+
+    Raises:
+        NetworkError: for a name that no operand can have, or other than two legs.
+    """
+
+    def __post_init__(self) -> None:
+        Operand.__post_init__(self)
+        if len(self.legs) != 2:
+            raise NetworkError(f"a selection has 2 legs, positions and what is selected, found {len(self.legs)}")
+
+
+@dataclass(frozen=True, slots=True)
 class Pattern:
     """An index pattern Π with its legs (i, o, k): 1 where i = k·dilation + o·stride − padding, else 0.
 
@@ -234,6 +260,15 @@ class Verbs:
         def diagonal(self, first: str, second: str) -> Any: ...
         def block_diagonal(self, first: str, second: str, block_size: int) -> Any: ...
         def narrow(self, index: str, start: int, length: int) -> Any: ...
+        def sample(
+            self,
+            index: str,
+            keep: Any = None,
+            *,
+            positions: str | None = None,
+            weights: str | None = None,
+            stored: Sequence[str] = (),
+        ) -> Any: ...
         def select(self, index: str, position: int) -> Any: ...
         def slice(self, index: str, start: int, stop: int, step: int = 1) -> Any: ...
         def substitute(self, operand: str, network: Any) -> Any: ...
@@ -367,8 +402,21 @@ class Network(Verbs):
         return MappingProxyType(legs)
 
     @property
+    def selections(self) -> frozenset[str]:
+        """The names of the operands that are positions, not arrays (see `Select`).
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i -> n", "X").sample("i", positions="S").selections
+            frozenset({'S'})
+        """
+        return frozenset(node.name for node in self.nodes if isinstance(node, Select))
+
+    @property
     def operands(self) -> tuple[str | IndexPattern, ...]:
         """Operand names and index patterns in the order of `subscripts`; a delta is "δ", ones are "1".
+
+        The name of a selection S is "select S".
 
         Example:
             >>> import lensor
@@ -377,7 +425,13 @@ class Network(Verbs):
         """
         names = {Delta: "δ", Ones: "1"}
         return tuple(
-            node.name if isinstance(node, Operand) else node.pattern if isinstance(node, Pattern) else names[type(node)]
+            f"select {node.name}"
+            if isinstance(node, Select)
+            else node.name
+            if isinstance(node, Operand)
+            else node.pattern
+            if isinstance(node, Pattern)
+            else names[type(node)]
             for node in self.nodes
         )
 
@@ -529,7 +583,10 @@ class Network(Verbs):
             if index not in held:
                 raise NetworkError(f"output index {index!r} occurs in no node; indices of nodes: {sorted(held)}")
         shapes: dict[str, tuple[int | None, ...]] = {}
+        kinds: dict[str, type[Operand]] = {}
         for node in self.nodes:
+            if isinstance(node, Operand) and kinds.setdefault(node.name, type(node)) is not type(node):
+                raise NetworkError(f"operand {node.name!r} is an array in one place and a selection in another")
             match node:
                 case Pattern(pattern, legs):
                     found = tuple(self.group_size(leg) for leg in legs)
@@ -672,6 +729,18 @@ class Sum(Verbs):
     def operand_names(self) -> tuple[str, ...]:
         """The names of the arrays the sum needs, each once, in order of appearance."""
         return tuple(dict.fromkeys(name for term in self.terms for name in term.operand_names))
+
+    @property
+    def selections(self) -> frozenset[str]:
+        """The names of the operands that are positions, not arrays.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 2, bias=True))
+            >>> net.sample("o1", 0.5, positions="S").selections
+            frozenset({'S'})
+        """
+        return frozenset().union(*(term.selections for term in self.terms))
 
     @property
     def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:

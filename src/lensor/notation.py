@@ -19,6 +19,7 @@ from lensor.network import (
     Operand,
     Pattern,
     Scale,
+    Select,
     Verbs,
     sum_of,
 )
@@ -315,6 +316,10 @@ def make_node(operand: str | IndexPattern, legs: tuple[Group, ...], text: str, s
         if len(legs) != 1 or len(legs[0]) != 1:
             raise SubscriptsError("ones have one single index", text, start)
         return Ones(legs[0][0])
+    if operand.startswith("select "):
+        if len(legs) != 2:
+            raise SubscriptsError(f"a selection has 2 legs, found {len(legs)}", text, start)
+        return Select(operand.removeprefix("select "), legs)
     if not operand.isidentifier():
         raise SubscriptsError(f"an operand's name must be an identifier, found {operand!r}", text, start)
     return Operand(operand, legs)
@@ -349,6 +354,8 @@ def _format_term(term: Network, names: Mapping[tuple, str]) -> str:
     parts = _format_scale(term.scale)
     for node in term.nodes:
         match node:
+            case Select(name, legs):
+                parts.append(f"select {name}[{format_legs(legs)}]")
             case Operand(name, legs):
                 parts.append(f"{name}[{format_legs(legs)}]")
             case Pattern(_, legs):
@@ -526,16 +533,20 @@ def _read_term(reader: _Reader, patterns: Mapping[str, IndexPattern]) -> tuple[l
         if token.kind not in ("name", "number"):
             return nodes, scale
         reader.at += 1
-        if token.kind == "name" and reader.take("^"):
+        if token.text == "select" and reader.next.kind == "name":
+            name = reader.next.text
+            reader.at += 1
+            if not reader.take("["):
+                raise reader.error("'['")
+            nodes.append(make_node(f"select {name}", _bracketed(reader), reader.text, token.position))
+        elif token.kind == "name" and reader.take("^"):
             power = reader.next
             if power.kind != "number" or "/" in power.text:
                 raise reader.error("a whole power")
             reader.at += 1
             scale = scale * Scale(powers=((token.text, int(power.text)),))
         elif reader.take("["):
-            legs = reader.legs()
-            if not reader.take("]"):
-                raise reader.error("an index or ']'")
+            legs = _bracketed(reader)
             named = patterns.get(token.text, token.text)
             if isinstance(named, str) and re.fullmatch(r"Π\d+", named):
                 raise SubscriptsError(f"no index pattern is given for {named}", reader.text, token.position)
@@ -547,6 +558,13 @@ def _read_term(reader: _Reader, patterns: Mapping[str, IndexPattern]) -> tuple[l
                 raise reader.error("a number", token) from None
         else:
             raise reader.error("'[' or '^'")
+
+
+def _bracketed(reader: _Reader) -> tuple[Group, ...]:
+    legs = reader.legs()
+    if not reader.take("]"):
+        raise reader.error("an index or ']'")
+    return legs
 
 
 def _assemble(

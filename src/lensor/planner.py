@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -197,10 +197,13 @@ def measure(
 
     All together take about `_BUDGET` runs of the fastest; each plan that is worth it runs at least twice.
     """
-    shapes: Mapping[str, s.Shape] = {
-        step.operand: step.size for plan in plans for step in plan.steps if isinstance(step, s.Input)
+    inputs = {step.operand: step for plan in plans for step in plan.steps if isinstance(step, s.Input)}
+    arrays = {
+        name: backend.spread(math.prod(step.size), step.below, kind)
+        if isinstance(step, s.Positions)
+        else backend.random(step.size, kind)
+        for name, step in inputs.items()
     }
-    arrays = {name: backend.random(shape, kind) for name, shape in shapes.items()}
     shortest: list[float | None] = [None] * len(plans)
     hopeful = [at for at in range(len(plans)) if estimates[at] <= _HOPELESS * estimates[0]]
     runs = {at: Runnable(plans[at], backend) for at in hopeful}

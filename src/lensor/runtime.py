@@ -35,8 +35,8 @@ class Runnable:
 
     def __init__(self, plan: Plan, backend: Backend) -> None:
         self.plan, self.backend = plan, backend
-        self.inputs = [(step.operand, step.size) for step in plan.steps if isinstance(step, s.Input)]
-        self.names = [name for name, _ in self.inputs]
+        self.inputs = [step for step in plan.steps if isinstance(step, s.Input)]
+        self.names = [step.operand for step in self.inputs]
         self.steps = self.unchecked = _compiled(plan, backend)
         if plan.deriver is not None and self.names:
             self.unchecked = backend.differentiable(self.steps, self.derivative, _needs(plan.network, self.names))
@@ -47,12 +47,18 @@ class Runnable:
         if len(operands) != len(self.names) or any(name not in operands for name in self.names):
             require_operands(self.names, operands)
         arrays = [operands[name] for name in self.names]
-        for (name, shape), array in zip(self.inputs, arrays, strict=True):
-            if tuple(array.shape) != shape:
-                raise ValueError(f"operand {name!r} has shape {tuple(array.shape)}, expected {shape}")
-        self.backend.check(arrays, self.names)
-        if arrays and not self.backend.can_run(self.plan.steps, self.backend.kind(arrays[0])):
-            raise TypeError(f"the plan has steps that {self.backend.name} lacks for {arrays[0].dtype}: plan for arrays")
+        names, values = [], []
+        for step, array in zip(self.inputs, arrays, strict=True):
+            if tuple(array.shape) != step.size:
+                raise ValueError(f"operand {step.operand!r} has shape {tuple(array.shape)}, expected {step.size}")
+            if isinstance(step, s.Positions):
+                self.backend.check_positions(array, step.operand, step.below)
+            else:
+                names.append(step.operand)
+                values.append(array)
+        self.backend.check(values, names)
+        if values and not self.backend.can_run(self.plan.steps, self.backend.kind(values[0])):
+            raise TypeError(f"the plan has steps that {self.backend.name} lacks for {values[0].dtype}: plan for arrays")
         return self.unchecked(*arrays)
 
     def derivative(self, kind: str, place: int, arrays: Sequence[Any], direction: Any) -> Any:
@@ -71,7 +77,10 @@ class Runnable:
             found = self.plan.deriver(self.plan, self.backend, kind, self.names[place], direction)
             self._derivatives[key] = found
         if kind == "vjp" and self.backend.is_complex(direction):
-            arrays = [None if array is None else self.backend.conj(array) for array in arrays]
+            arrays = [
+                array if array is None or isinstance(step, s.Positions) else self.backend.conj(array)
+                for step, array in zip(self.inputs, arrays, strict=True)
+            ]
         return found(arrays, direction)
 
 
@@ -95,13 +104,14 @@ def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
     """
     steps = plan.steps
     names = [f"v{place}" for place, step in enumerate(steps) if isinstance(step, s.Input)]
+    values = [f"v{place}" for place, step in enumerate(steps) if type(step) is s.Input]
     space: dict[str, Any] = {"default": backend.default_reference, "copy": backend.copy, "owned": backend.owned}
     lines = [f"def call({', '.join(names)}):"]
-    if not names:
+    if not values:
         lines.append("    like = default()")
-    like = names[0] if names else "like"
-    if any(not step.takes and not isinstance(step, s.Input) for step in steps) and names:
-        lines.append(f"    like = {names[0]}")
+    like = values[0] if values else "like"
+    if any(not step.takes and not isinstance(step, s.Input) for step in steps) and values:
+        lines.append(f"    like = {values[0]}")
         like = "like"
     last = last_uses(steps, plan.result)
     kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # the caller holds them anyway

@@ -56,6 +56,14 @@ class Input(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Positions(Input):
+    """An operand that is a vector of positions below some size."""
+
+    name: ClassVar[str] = "positions"
+    below: int
+
+
+@dataclass(frozen=True, slots=True)
 class Constant(Step):
     """A materialized pattern, summed over some of its legs (0: i, 1: o, 2: k); made once and kept."""
 
@@ -200,6 +208,62 @@ class Gather(Step):
 
     def settings(self) -> str:
         return f"axis {self.axis} by {self.pattern}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pick(Step):
+    """The positions of an axis that a vector, the second operand, names."""
+
+    name: ClassVar[str] = "pick"
+    axis: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return (*shapes[0][: self.axis], *shapes[1], *shapes[0][self.axis + 1 :])
+
+    def settings(self) -> str:
+        return f"axis {self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
+class Through:
+    """How one axis is read through a pattern: at which of its positions, for which of those of the other two legs.
+
+    Args:
+        pattern: the pattern.
+        target: the leg (0: i, 1: o, 2: k) that is the axis.
+        first: a leg of which all positions are meant.
+        second: the leg whose positions are given.
+        positions: the operand of the step that gives them.
+    """
+
+    pattern: IndexPattern
+    target: int
+    first: int
+    second: int
+    positions: int
+
+    @property
+    def sizes(self) -> Shape:
+        """The sizes of the legs i, o, k."""
+        return (self.pattern.input_size, self.pattern.output_size, self.pattern.kernel_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Step):
+    """The last axes read through a pattern each, zero where nothing is: the free legs' axes, then the chosen ones'."""
+
+    name: ClassVar[str] = "read"
+    axes: tuple[Through, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        firsts = [axis.sizes[axis.first] for axis in self.axes]
+        seconds = [math.prod(shapes[axis.positions]) for axis in self.axes]
+        return (*shapes[0][: len(shapes[0]) - len(self.axes)], *firsts, *seconds)
+
+    def settings(self) -> str:
+        return f"at chosen {' '.join('iok'[axis.second] for axis in self.axes)} of " + " ".join(
+            str(axis.pattern) for axis in self.axes
+        )
 
 
 @dataclass(frozen=True, slots=True)

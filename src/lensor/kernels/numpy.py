@@ -10,6 +10,7 @@ import numpy as np
 
 from lensor import steps as s
 from lensor.kernels.constants import materialize_summed
+from lensor.kernels.selection import read_at
 
 
 def _constant(step: s.Constant) -> Callable[[np.ndarray], np.ndarray]:
@@ -52,6 +53,17 @@ def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
         return np.einsum(x, every, x, every, kept)
 
     return sum_squares
+
+
+def _read(step: s.Read) -> Callable[..., np.ndarray]:
+    def read(x: np.ndarray, *positions: np.ndarray) -> np.ndarray:
+        ordered = [positions[axis.positions - 1] for axis in step.axes]
+        places = read_at(step, ordered, np.arange, lambda axis: axis.pattern.reads(), np.where)
+        lead = x.shape[: x.ndim - len(step.axes)]
+        flat = np.concatenate([x.reshape(*lead, -1), np.zeros((*lead, 1), x.dtype)], axis=-1)
+        return flat[..., places].reshape(step.shape([x.shape, *(each.shape for each in positions)]))
+
+    return read
 
 
 def _slice(step: s.Slice) -> Callable[[np.ndarray], np.ndarray]:
@@ -182,6 +194,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Diagonal: lambda step: lambda x: x.diagonal(axis1=step.first, axis2=step.second),
     s.SumAxes: lambda step: lambda x: x.sum(axis=step.axes),
     s.Expand: lambda step: lambda x: np.broadcast_to(x, step.size),
+    s.Pick: lambda step: lambda x, positions: np.take(x, positions, axis=step.axis),
+    s.Read: _read,
     s.Multiply: lambda step: np.multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
@@ -215,6 +229,12 @@ class NumpyBackend:
                     f"{name} has dtype {array.dtype}, expected {arrays[0].dtype} as {names[0]} has: one dtype for all"
                 )
 
+    def check_positions(self, array: Any, name: str, below: int) -> None:
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
+        if array.size and (array.min() < 0 or array.max() >= below):
+            raise ValueError(f"{name} has positions {array.min()} to {array.max()}, expected 0 to {below - 1}")
+
     def default_reference(self) -> Any:
         return np.zeros((), np.float64)
 
@@ -242,6 +262,9 @@ class NumpyBackend:
 
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize
+
+    def spread(self, count: int, below: int, kind: Sequence[Any]) -> Any:
+        return np.linspace(0, max(below - 1, 0), count).astype(np.int64)
 
     def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
         values = np.random.default_rng(0).standard_normal(shape, np.float32)

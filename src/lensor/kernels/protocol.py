@@ -33,6 +33,15 @@ class Backend(Protocol):
         """
         ...
 
+    def check_positions(self, array: Any, name: str, below: int) -> None:
+        """Check a vector of positions as far as its values are known.
+
+        Raises:
+            TypeError: if its dtype is no integer that the framework indexes with.
+            ValueError: if an entry is negative or not below `below`.
+        """
+        ...
+
     def default_reference(self) -> Any:
         """The reference of a network without operands: double precision."""
         ...
@@ -75,6 +84,10 @@ class Backend(Protocol):
 
     def itemsize(self, kind: Sequence[Any]) -> int:
         """Bytes of one entry."""
+        ...
+
+    def spread(self, count: int, below: int, kind: Sequence[Any]) -> Any:
+        """Positions from 0 to `below` − 1 at equal distances, for timing."""
         ...
 
     def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from lensor import steps as s
 from lensor.cache import Cache
 from lensor.kernels.constants import materialize_summed
+from lensor.kernels.selection import read_at
 
 _constants = Cache(maxsize=256)
 
@@ -155,6 +156,24 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: torch.cat([_run(x, axis, *one) for one in runs], axis)
     reads = _Constant(("reads", step.pattern), lambda: torch.tensor(step.pattern.reads()[:, 0], device="cpu"))
     return lambda x: x.index_select(step.axis, reads(x))
+
+
+def _read(step: s.Read) -> Callable[..., torch.Tensor]:
+    constants = {axis: _numbers_of(("all reads", axis.pattern), axis.pattern.reads()) for axis in step.axes}
+
+    def read(x: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
+        ordered = [positions[axis.positions - 1] for axis in step.axes]
+        places = read_at(
+            step,
+            ordered,
+            lambda size: torch.arange(size, device=x.device),
+            lambda axis: constants[axis](x),
+            torch.where,
+        )
+        flat = torch.nn.functional.pad(x.flatten(x.ndim - len(step.axes)), (0, 1))
+        return flat.index_select(-1, places).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
+
+    return read
 
 
 def _run(x: torch.Tensor, axis: int, start: int, step: int, length: int) -> torch.Tensor:
@@ -452,6 +471,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Pad: _pad,
     s.Stuff: _stuff,
     s.Gather: _gather,
+    s.Pick: lambda step: lambda x, positions: x.index_select(step.axis, positions),
+    s.Read: _read,
     s.Window: _window,
     s.OverlapAdd: _overlap_add,
     s.Diagonal: lambda step: lambda x: x.diagonal(dim1=step.first, dim2=step.second),
@@ -492,7 +513,7 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: _Derivatives, *arrays: torch.Tensor) -> torch.Tensor:
-        ctx.own, ctx.casts = own, _casts(arrays[0])
+        ctx.own, ctx.casts = own, _casts(next(array for array in arrays if not _is_positions(array)))
         ctx.save_for_backward(*own.kept(arrays, ctx.needs_input_grad))
         return own.run(*arrays)
 
@@ -527,7 +548,7 @@ class _Transformed(_Planned):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.own, *arrays = inputs
-        ctx.casts = _casts(arrays[0])
+        ctx.casts = _casts(next(array for array in arrays if not _is_positions(array)))
         ctx.save_for_backward(*arrays)  # all, because they want the same for both modes
         ctx.save_for_forward(*arrays)
 
@@ -551,6 +572,10 @@ class _Casts(NamedTuple):
 
     def again(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device, self.to)
+
+
+def _is_positions(x: torch.Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex())
 
 
 def _casts(x: torch.Tensor) -> _Casts | None:
@@ -586,6 +611,15 @@ class TorchBackend:
                 )
             if array.device != arrays[0].device:
                 raise ValueError(f"{name} is on {array.device}, expected {arrays[0].device} as {names[0]} is")
+
+    def check_positions(self, array: Any, name: str, below: int) -> None:
+        if array.dtype != torch.int64:
+            raise TypeError(f"{name} has dtype {array.dtype}, expected positions of dtype torch.int64")
+        if not array.numel() or self.is_traced(array):
+            return
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= below:
+            raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
 
     def default_reference(self) -> Any:
         return torch.zeros((), dtype=torch.float64)
@@ -635,6 +669,9 @@ class TorchBackend:
 
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize
+
+    def spread(self, count: int, below: int, kind: Sequence[Any]) -> Any:
+        return torch.linspace(0, max(below - 1, 0), count, device=kind[2]).long()
 
     def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
         generator = torch.Generator(device="cpu").manual_seed(0)

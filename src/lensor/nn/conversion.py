@@ -61,7 +61,7 @@ def convert(model: Model, inplace: bool = False) -> Model:
                 " run it once on an input before converting it"
             )
     if not inplace:
-        model = _copied(model)
+        model = copied(model)
     for name, module in _convolutions(model):
         new = _converted_class(type_before_parametrizations(module))
         if new is None:
@@ -70,7 +70,7 @@ def convert(model: Model, inplace: bool = False) -> Model:
                 stacklevel=2,
             )
         elif is_parametrized(module):
-            module.__class__ = _with_base(type(module), new)
+            module.__class__ = with_base(type(module), new)
         else:
             module.__class__ = new
     return model
@@ -83,7 +83,8 @@ def _convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
             yield repr(name) if name else "the model", module
 
 
-def _copied(model: Model) -> Model:
+def copied(model: Model) -> Model:
+    """A deep copy; ValueError where torch cannot make one."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
@@ -122,7 +123,7 @@ def _new(cls: type) -> Any:
     return converted.__new__(converted)
 
 
-def _with_base(parametrized: type, base: type) -> type:
+def with_base(parametrized: type, base: type) -> type:
     """The class that torch's parametrizations made for a module, on another base.
 
     A new class rather than new bases: torch lets copies of a module share the class.

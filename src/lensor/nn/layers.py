@@ -43,7 +43,7 @@ def _each_padding(padding: Padding, dims: int) -> str | tuple:
     return padding if isinstance(padding, str) else _each("padding", padding, dims)
 
 
-def _as_autocast(*tensors: Any) -> tuple[Any, ...]:
+def as_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Tensors (or None) in the dtype that `torch.autocast`, if it is on, asks of a convolution."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -63,7 +63,7 @@ class Convolution:
     """What makes a torch convolution compute with Lensor: a mixin before torch's class."""
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, weight, bias = _as_autocast(input, weight, bias)
+        input, weight, bias = as_autocast(input, weight, bias)
         return functional.conv(
             input,
             weight,
@@ -85,14 +85,14 @@ class TransposedConvolution:
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
-        output_padding = self.output_padding if output_size is None else _output_padding(self, input, output_size)
-        input, weight, bias = _as_autocast(input, self.weight, self.bias)
+        output_padding = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
+        input, weight, bias = as_autocast(input, self.weight, self.bias)
         return functional.conv_transpose(
             input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
         )
 
 
-def _output_padding(module: Any, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
     """The output padding that gives a spatial size; ValueError if none does."""
     dims = len(module.kernel_size)
     size = tuple(output_size)

@@ -7,6 +7,8 @@ would else need an intermediate array.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lensor.network import AnyNetwork, Group, Network, Operand, Pattern, indices_of, sum_of
@@ -173,7 +175,7 @@ def undo_unit_kernel(net: Network) -> Network | None:
             name = net.fresh("unit")
             legs = tuple((name,) if number == units[0] else leg for number, leg in enumerate(kernel.legs))
             net = net.replace(
-                nodes=[Operand(kernel.name, legs) if place == at else node for place, node in enumerate(net.nodes)],
+                nodes=[replace(kernel, legs=legs) if place == at else node for place, node in enumerate(net.nodes)],
                 sizes={name: 1},
             )
             if through is not None:
@@ -234,7 +236,7 @@ def _with_leg(
     if place is not None:
         node = nodes[place]
         assert isinstance(node, Operand)
-        nodes[place] = Operand(node.name, replaced(node.legs))
+        nodes[place] = replace(node, legs=replaced(node.legs))
     output = replaced(net.output) if place is None else net.output
     return net.replace(nodes=[*nodes, added], output=output, sizes=sizes)
 

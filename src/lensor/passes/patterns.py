@@ -7,20 +7,29 @@ slice, crop, pad or embedding, which costs no arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 
-from lensor.network import Delta, Group, Network, Node, Ones, Operand, Pattern, Scale, indices_of, relabel_node
+from lensor.network import Delta, Group, Network, Node, Ones, Operand, Pattern, Scale, Select, indices_of, relabel_node
 from lensor.passes.rule import RuleList, rule
 from lensor.pattern import IndexPattern
 from lensor.transforms.indices import contract_deltas, equate
 
 
 def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
-    """(node, pattern, legs) of every index pattern."""
+    """(node, pattern, legs) of every index pattern that rules may take apart.
+
+    One whose positions are selected at run time stays whole unless it is the identity: plans read at the positions
+    through it. Where it pads by values from inside they do not, and it is split like any other.
+    """
+    chosen = {index for node in net.nodes if isinstance(node, Select) for index in node.legs[0]}
     for at, node in enumerate(net.nodes):
-        if isinstance(node, Pattern):
+        if not isinstance(node, Pattern):
+            continue
+        held = bool(chosen) and not chosen.isdisjoint(indices_of(node)) and node.pattern.padding_mode == "zeros"
+        if not held or node.pattern.is_identity:
             yield at, node.pattern, node.legs
 
 
@@ -188,7 +197,7 @@ def zero(net: Network) -> Network | None:
 
     for node in net.nodes:
         if isinstance(node, Operand):
-            nodes.append(Operand(node.name, tuple(loose(leg) for leg in node.legs)))
+            nodes.append(replace(node, legs=tuple(loose(leg) for leg in node.legs)))
         elif isinstance(node, Delta) and net.sizes[node.indices[0]] is None:
             nodes.append(node)  # it tells a size
     output = tuple(loose(leg) for leg in net.output)

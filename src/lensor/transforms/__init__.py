@@ -1,6 +1,6 @@
 """Networks from networks: derivatives, batching, sub-tensors, composition. One file a family."""
 
-from lensor.transforms.access import block_diagonal, diagonal, keep, narrow, select, slice
+from lensor.transforms.access import block_diagonal, diagonal, keep, narrow, sample, select, slice
 from lensor.transforms.composition import batch, components, merge, substitute
 from lensor.transforms.derivatives import jacobian, jvp, vjp
 from lensor.transforms.indices import contract_deltas, equate, refine
@@ -24,6 +24,7 @@ __all__ = [
     "regroup",
     "rename",
     "rename_operands",
+    "sample",
     "scaled",
     "select",
     "slice",

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 from lensor.errors import NetworkError
-from lensor.network import AnyNetwork, Group, Network, Pattern, sum_of, verb
+from lensor.network import (
+    AnyNetwork,
+    Group,
+    Network,
+    Node,
+    Operand,
+    Pattern,
+    Scale,
+    Select,
+    indices_of,
+    relabel_node,
+    sum_of,
+    verb,
+)
 from lensor.pattern import IndexPattern, as_integer
 from lensor.transforms._transform import require_index, require_size, transform
 from lensor.transforms.indices import contract_deltas, refine
@@ -159,6 +174,81 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
     at %= size
     picked = net.slice(index, at, at + 1)
     return sum_of([term.replace(output=_without(term.output, index)) for term in picked.terms])
+
+
+@verb
+def sample(
+    net: AnyNetwork,
+    index: str,
+    keep: Fraction | float | str | None = None,
+    *,
+    positions: str | None = None,
+    weights: str | None = None,
+    stored: Sequence[str] = (),
+) -> AnyNetwork:
+    """Sample an index: only positions that are given at run time are summed, or stand in the output.
+
+    With positions that are kept with probability `keep`, and the factor 1/keep, this is the paper's unbiased column-row
+    sampling: of a summed index the expectation of the sum is the whole sum, of an output index the expectation of the
+    sub-tensor, put into zeros at its positions, is the whole tensor.
+
+    Args:
+        net: the network; in a sum, terms without the index stay as they are.
+        index: any index; it keeps its name for the sampled positions, all positions are `{index}_full`.
+        keep: the result is divided by this probability; None leaves it as it is.
+        positions: the name of the operand that holds the positions, an integer vector; by default
+            `{index}_positions`.
+        weights: the name of an operand with one factor for each position kept, if there is to be one.
+        stored: operands that hold the index and are given as their sub-tensor at these positions, already sampled.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.weight_vjp(lensor.ConvSpec(1, 1, 9, 3)).sample("i1", 0.25, stored=["X"])
+        >>> print(net)
+        4 X[n (g c_in) i1] Π1[i1_full o1 k1] V[n (g c_out) o1] select i1_positions[i1_full i1] -> (g c_out) c_in k1
+
+    Raises:
+        NetworkError: for an unknown index, a keep outside (0, 1], a name that is taken, or stored operands that do not
+            hold the index.
+    """
+    require_index(net, index)
+    share = None if keep is None else Fraction(keep)
+    if share is not None and not 0 < share <= 1:
+        raise NetworkError(f"keep is a probability: expected 0 < keep <= 1, got {keep}")
+    if isinstance(stored, str):
+        raise TypeError(f"stored must be a sequence of names, found the str {stored!r}")
+    chosen = positions or f"{index}_positions"
+    for name in (chosen, weights):
+        if name is not None and name in net.operand_names:
+            raise NetworkError(f"operand {name!r} is there already; operands are {list(net.operand_names)}")
+    for name in stored:
+        if not any(_holds(node, name, index) for term in net.terms for node in term.nodes):
+            raise NetworkError(f"stored operand {name!r} does not hold index {index!r}")
+    return sum_of(
+        [_sampled(term, index, share, chosen, weights, stored) if index in term.sizes else term for term in net.terms]
+    )
+
+
+def _holds(node: Node, name: str, index: str) -> bool:
+    return isinstance(node, Operand) and node.name == name and index in indices_of(node)
+
+
+def _sampled(
+    net: Network, index: str, keep: Fraction | None, positions: str, weights: str | None, stored: Sequence[str]
+) -> Network:
+    size = net.sizes[index]
+    if any(index == held for held, _ in net.scale.powers):
+        size = require_size(net, index)
+    full = net.fresh(f"{index}_full")
+    nodes: list[Node] = []
+    for node in net.nodes:
+        kept = any(_holds(node, name, index) for name in stored)
+        nodes += [node] if kept else relabel_node(node, {index: (full,)})
+    nodes.append(Select(positions, ((full,), (index,))))
+    if weights is not None:
+        nodes.append(Operand(weights, ((index,),)))
+    scale = net.scale.bind({index: size}) * Scale(1 / keep if keep is not None else Fraction(1))
+    return contract_deltas(net.replace(nodes=nodes, sizes={full: size, index: None}, scale=scale))
 
 
 @transform

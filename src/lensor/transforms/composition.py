@@ -31,6 +31,8 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
         raise NetworkError(f"index {index!r} is already there; indices are {sorted(net.sizes)}")
     for name in operands:
         require_operand(net, name)
+        if name in net.selections:
+            raise NetworkError(f"operand {name!r} is a selection, which has one vector of positions for all examples")
     terms = []
     for term in net.terms:
         nodes = [

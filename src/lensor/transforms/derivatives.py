@@ -12,6 +12,11 @@ def _occurrences(net: Network, name: str) -> list[int]:
     return [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and node.name == name]
 
 
+def _require_array(net: AnyNetwork, name: str) -> None:
+    if name in net.selections:
+        raise NetworkError(f"operand {name!r} is a selection: its positions have no derivative")
+
+
 def _require_new(net: Network, name: str, argument: str) -> None:
     if name in net.operand_names:
         raise NetworkError(f"{argument} {name!r} is an operand already; operands are {list(net.operand_names)}")
@@ -56,8 +61,9 @@ def jacobian(net: Network, operand: str) -> AnyNetwork | None:
         X[n (g c_in) i1] Π1[i1 o1 k1] δ[g g_] δ[c_out c_out_] -> n (g c_out) o1 (g_ c_out_) c_in k1
 
     Raises:
-        NetworkError: if there is no such operand.
+        NetworkError: if there is no such operand, or it is a selection.
     """
+    _require_array(net, operand)
     terms = [term for at in _occurrences(net, operand) for term in cut(net, at, net.output).terms]
     return sum_of(terms) if terms else None
 
@@ -72,8 +78,9 @@ def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
         X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> (g c_out) c_in k1
 
     Raises:
-        NetworkError: if there is no such operand, or the new one's name is taken.
+        NetworkError: if there is no such operand, it is a selection, or the new one's name is taken.
     """
+    _require_array(net, operand)
     _require_new(net, cotangent, "cotangent")
     vector = Operand(cotangent, net.output)
     terms = [term for at in _occurrences(net, operand) for term in cut(net, at, (), (vector,)).terms]
@@ -90,8 +97,9 @@ def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
         T[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_out) o1
 
     Raises:
-        NetworkError: if there is no such operand, or the new one's name is taken.
+        NetworkError: if there is no such operand, it is a selection, or the new one's name is taken.
     """
+    _require_array(net, operand)
     _require_new(net, tangent, "tangent")
     terms = []
     for at in _occurrences(net, operand):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 
 from lensor.errors import NetworkError
@@ -70,7 +71,7 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
         [
             term.replace(
                 nodes=[
-                    Operand(names.get(node.name, node.name), node.legs) if isinstance(node, Operand) else node
+                    replace(node, name=names.get(node.name, node.name)) if isinstance(node, Operand) else node
                     for node in term.nodes
                 ]
             )

@@ -1,0 +1,51 @@
+"""Where an array is read through patterns at positions that are known at run time; the same for every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lensor import steps as s
+
+
+def read_at(
+    step: s.Read,
+    positions: Sequence[Any],
+    everywhere: Callable[[int], Any],
+    reads: Callable[[s.Through], Any],
+    where: Callable[[Any, Any, int], Any],
+) -> Any:
+    """Flat positions within the last axes, for all free legs and then all chosen ones; their product where nothing is.
+
+    Args:
+        step: the step.
+        positions: the vectors of positions, one for each axis.
+        everywhere: a framework's range(n) as a vector.
+        reads: a pattern's input positions [o, k] as an array, where it pads by values from inside.
+        where: a framework's choice between an array and a number.
+    """
+    count, flat, inside, total = len(step.axes), 0, True, 1
+    for at, axis in enumerate(step.axes):
+        before, behind = (1,) * at, (1,) * (count - 1 - at)
+        first = everywhere(axis.sizes[axis.first]).reshape(*before, -1, *behind, *(1,) * count)
+        second = positions[at].reshape(*(1,) * count, *before, -1, *behind)
+        place, valid = _position(axis, {axis.first: first, axis.second: second}, reads)
+        size = axis.sizes[axis.target]
+        flat, inside, total = flat * size + place, valid & inside, total * size
+    return where(inside, flat, total).reshape(-1)
+
+
+def _position(axis: s.Through, at: dict[int, Any], reads: Callable[[s.Through], Any]) -> tuple[Any, Any]:
+    """The position of the target leg at those of the two others, and whether there is one."""
+    pattern, left = axis.pattern, axis.pattern.padding[0]
+    if pattern.padding_mode != "zeros":
+        place = reads(axis)[at[1], at[2]]
+        return place, place >= 0
+    if axis.target == 0:
+        place = at[2] * pattern.dilation + at[1] * pattern.stride - left
+        return place, (place >= 0) & (place < pattern.input_size)
+    if axis.target == 1:
+        unit, found = pattern.stride, at[0] + left - at[2] * pattern.dilation
+    else:
+        unit, found = pattern.dilation, at[0] + left - at[1] * pattern.stride
+    return found // unit, (found >= 0) & (found < axis.sizes[axis.target] * unit) & (found % unit == 0)

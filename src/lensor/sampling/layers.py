@@ -1,0 +1,409 @@
+"""Modules whose weight gradient is sampled, and models made of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from lensor import nn
+from lensor.nn.conversion import copied, with_base
+from lensor.nn.layers import output_padding_of
+from lensor.sampling.functional import (
+    BilinearMap,
+    Forward,
+    Keep,
+    Scheme,
+    apply,
+    convolution,
+    linear_map,
+    names_of,
+    rates_of,
+    schemes_of,
+)
+from lensor.spec import ConvSpec
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+class Sampled:
+    """What makes a module sample its weight gradient in training mode: a mixin before the module's own class.
+
+    Args:
+        keep: the share of positions to keep of some indices of the input; its other arguments are the module's.
+        scheme: how they are drawn, of `lensor.sampling.SCHEMES`: one, or one for each index.
+        generator: a generator on the CPU, by default torch's.
+    """
+
+    keep: Keep
+    scheme: Scheme
+    generator: torch.Generator | None
+
+    def __init__(
+        self,
+        *args: Any,
+        keep: Keep,
+        scheme: Scheme = "bernoulli",
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self.set_sampling(keep, scheme, generator)
+
+    def set_sampling(self, keep: Keep, scheme: Scheme = "bernoulli", generator: torch.Generator | None = None) -> None:
+        """Change what is sampled.
+
+        Raises:
+            TypeError: if keep is no mapping.
+            ValueError: for an unknown index or scheme, or a keep outside (0, 1].
+        """
+        rates_of(keep, self._sampled_names())
+        schemes_of(scheme, self._sampled_names())
+        self.keep, self.scheme, self.generator = dict(keep), scheme, generator
+
+    def _sampled_names(self) -> tuple[str, ...]:
+        """The names of the indices that can be sampled."""
+        raise NotImplementedError
+
+    def _bilinear(self, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
+        """The map that the module computes of an input with a batch axis."""
+        raise NotImplementedError
+
+    def _sample(
+        self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
+    ) -> Tensor:
+        """`forward`, with its weight gradient sampled where the module is in training mode."""
+        if not self.training:
+            return forward(x, weight, bias)
+        if not batched:
+            return self._sample(
+                lambda x, weight, bias: forward(x[0], weight, bias)[None], x[None], weight, bias, *more, batched=True
+            )[0]
+        bilinear = self._bilinear(x, *more)
+        return apply(bilinear, forward, x, weight, bias, self.keep, self.scheme, self.generator)
+
+    def extra_repr(self) -> str:
+        """The module's own arguments, then what is sampled."""
+        keep = {name: float(rate) for name, rate in self.keep.items()}
+        return f"{super().extra_repr()}, keep={keep}, scheme={self.scheme!r}"  # type: ignore[misc]
+
+
+def _spec(module: Any, x: Tensor, **more: Any) -> ConvSpec:
+    dims = len(module.kernel_size)
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return ConvSpec(
+        module.in_channels,
+        module.out_channels,
+        tuple(x.shape[-dims:]),
+        module.kernel_size,
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+        **more,
+    )
+
+
+class SampledConvolution(Sampled):
+    """A convolution whose weight gradient is sampled."""
+
+    def _sampled_names(self: Any) -> tuple[str, ...]:
+        return names_of(len(self.kernel_size))
+
+    def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
+        spec = _spec(self, x)
+        return convolution(spec, self.padding if isinstance(self.padding, str) else tuple(self.padding))
+
+    def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        batched = input.ndim == len(self.kernel_size) + 2
+        return self._sample(super()._conv_forward, input, weight, bias, batched=batched)  # type: ignore[misc]
+
+
+class SampledTransposedConvolution(Sampled):
+    """A transposed convolution whose weight gradient is sampled."""
+
+    def _sampled_names(self: Any) -> tuple[str, ...]:
+        return names_of(len(self.kernel_size))
+
+    def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
+        spec = _spec(self, x, transposed=True, output_padding=tuple(output_padding or self.output_padding))
+        return convolution(spec, tuple(self.padding))
+
+    def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
+        dims = len(self.kernel_size)
+        chosen = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
+        function = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[dims - 1]
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return function(x, weight, bias, self.stride, self.padding, chosen, self.groups, self.dilation)
+
+        return self._sample(run, input, self.weight, self.bias, chosen, batched=input.ndim == dims + 2)
+
+
+class Conv1d(SampledConvolution, torch.nn.Conv1d):
+    """`torch.nn.Conv1d` with a sampled weight gradient.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> layer = lensor.sampling.Conv1d(2, 4, 3, keep={"i1": 0.5})
+        >>> layer(torch.zeros(1, 2, 9)).shape
+        torch.Size([1, 4, 7])
+    """
+
+
+class Conv2d(SampledConvolution, torch.nn.Conv2d):
+    """`torch.nn.Conv2d` with a sampled weight gradient.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> lensor.sampling.Conv2d(2, 4, 3, keep={"i1": 0.5, "i2": 0.5}, scheme="fixed")
+        Conv2d(2, 4, kernel_size=(3, 3), stride=(1, 1), keep={'i1': 0.5, 'i2': 0.5}, scheme='fixed')
+    """
+
+
+class Conv3d(SampledConvolution, torch.nn.Conv3d):
+    """`torch.nn.Conv3d` with a sampled weight gradient.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> layer = lensor.sampling.Conv3d(1, 2, 3, keep={"i1": 0.5})
+        >>> layer(torch.zeros(1, 1, 5, 5, 5)).shape
+        torch.Size([1, 2, 3, 3, 3])
+    """
+
+
+class ConvTranspose1d(SampledTransposedConvolution, torch.nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with a sampled weight gradient.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> layer = lensor.sampling.ConvTranspose1d(2, 4, 3, keep={"i1": 0.5})
+        >>> layer(torch.zeros(1, 2, 7)).shape
+        torch.Size([1, 4, 9])
+    """
+
+
+class ConvTranspose2d(SampledTransposedConvolution, torch.nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with a sampled weight gradient.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> layer = lensor.sampling.ConvTranspose2d(2, 4, 2, stride=2, keep={"c_in": 0.5})
+        >>> layer(torch.zeros(1, 2, 7, 7)).shape
+        torch.Size([1, 4, 14, 14])
+    """
+
+
+class ConvTranspose3d(SampledTransposedConvolution, torch.nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with a sampled weight gradient.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> layer = lensor.sampling.ConvTranspose3d(1, 2, 2, keep={"i1": 0.5})
+        >>> layer(torch.zeros(1, 1, 3, 3, 3)).shape
+        torch.Size([1, 2, 4, 4, 4])
+    """
+
+
+class Linear(Sampled, torch.nn.Linear):
+    """`torch.nn.Linear` with a sampled weight gradient.
+
+    Its indices are n (the first axis), c_in (the last), and i1, i2, ... (those between, as many as the input has).
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> layer = lensor.sampling.Linear(5, 2, keep={"n": 0.5})
+        >>> layer(torch.zeros(4, 5)).shape
+        torch.Size([4, 2])
+    """
+
+    def _sampled_names(self) -> tuple[str, ...]:
+        return ("n", *(f"i{axis}" for axis in range(1, _MOST_AXES)), "c_in")
+
+    def _bilinear(self, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
+        return linear_map(self.in_features, self.out_features, x.ndim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The linear map along the last axis."""
+        return self._sample(torch.nn.functional.linear, input, self.weight, self.bias, batched=input.ndim > 1)
+
+
+class _Rectified(torch.autograd.Function):
+    """max(x, 0) that keeps where x is positive, one byte an entry, and not its result."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, inplace: bool) -> Tensor:  # type: ignore[override]
+        return torch.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(output > 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (positive,) = ctx.saved_tensors
+        return grads[0] * positive, None
+
+
+class ReLU(torch.nn.ReLU):
+    """`torch.nn.ReLU` that keeps one byte an entry for its backward pass, not its result.
+
+    torch's keeps its result, which is the next layer's input: a layer that samples its input would save nothing. Values
+    and gradients are the same.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> lensor.sampling.ReLU()(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """max(input, 0)."""
+        if not (self.training and torch.is_grad_enabled() and input.requires_grad):
+            return super().forward(input)
+        return _Rectified.apply(input, self.inplace)  # type: ignore[return-value]
+
+
+_SAMPLED: dict[type, type] = {
+    torch.nn.Conv1d: Conv1d,
+    torch.nn.Conv2d: Conv2d,
+    torch.nn.Conv3d: Conv3d,
+    torch.nn.ConvTranspose1d: ConvTranspose1d,
+    torch.nn.ConvTranspose2d: ConvTranspose2d,
+    torch.nn.ConvTranspose3d: ConvTranspose3d,
+    torch.nn.Linear: Linear,
+}
+_MOST_AXES = 64
+"""torch's tensors have no more axes; which of them an input has is known when it comes."""
+
+_LAYERS = (_ConvNd, torch.nn.Linear)
+
+
+def convert(
+    model: Model,
+    keep: Keep | Mapping[str, Keep],
+    *,
+    scheme: Scheme = "bernoulli",
+    generator: torch.Generator | None = None,
+    activations: bool = True,
+    inplace: bool = False,
+) -> Model:
+    """The model with the weight gradients of its convolutions and linear layers sampled in training mode.
+
+    Outputs and the gradients of inputs and biases stay exact, parameters and state_dict the same; in evaluation mode
+    nothing changes. A layer samples those indices of `keep` that it has; a module used in several places stays one.
+
+    Args:
+        model: any torch module.
+        keep: keep rates by index, for all layers; or a mapping from names of layers to keep rates, for these layers
+            only.
+        scheme: how positions are drawn, of `lensor.sampling.SCHEMES`: one, or one for each index.
+        generator: a generator on the CPU, by default torch's.
+        activations: whether every torch.nn.ReLU is made one that keeps a byte an entry and not its result (see
+            `lensor.sampling.ReLU`); without, the inputs behind them are kept whole for their sake.
+        inplace: whether to change `model` itself instead of a copy of it.
+
+    Returns:
+        The copy, or `model` itself.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> lensor.sampling.convert(model, {"i1": 0.5, "i2": 0.5})[0]
+        Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), keep={'i1': 0.5, 'i2': 0.5}, scheme='bernoulli')
+
+    Raises:
+        TypeError: if `model` is no torch module, or keep no mapping.
+        ValueError: for a keep outside (0, 1], an unknown scheme, an index that no layer has, the name of no layer, a
+            lazy module, or a model that cannot be copied.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(keep, Mapping) or not keep:
+        raise TypeError(f"keep is {keep!r}, expected a mapping of indices to rates, e.g. {{'i1': 0.5}}")
+    if not inplace:
+        model = copied(model)
+    layers = dict(_layers(model))
+    by_layer = isinstance(next(iter(keep.values())), Mapping)
+    for name in keep if by_layer else ():
+        if name not in layers:
+            raise ValueError(f"keep names layer {name!r}, expected of {', '.join(layers)}")
+    used: set[str] = set()
+    for name, module in layers.items():
+        rates: Any = keep.get(name) if by_layer else keep
+        if rates is None:
+            continue
+        mine = {index: rate for index, rate in rates.items() if by_layer or index in _names(module)}
+        used.update(mine)
+        if mine:
+            _convert_layer(name, module, mine, scheme, generator)
+    unused = [] if by_layer else [index for index in keep if index not in used]
+    if unused:
+        known = sorted({index for module in layers.values() for index in _names(module)})
+        raise ValueError(f"keep names index {unused[0]!r}, which no layer has; expected of {', '.join(known)}")
+    for module in list(model.modules()) if activations else ():
+        if type(module) is torch.nn.ReLU:
+            module.__class__ = ReLU
+    return model
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Convolutions and linear layers, each once; those that compute in a way of their own are named in a warning."""
+    for name, module in model.named_modules():
+        if not isinstance(module, _LAYERS):
+            continue
+        if isinstance(module, LazyModuleMixin):
+            raise ValueError(
+                f"{name!r} is a {type(module).__name__} that waits for its first input: run it once before"
+            )
+        if isinstance(module, Sampled) or _sampled_class(type_before_parametrizations(module)) is not None:
+            yield name, module
+        else:
+            warnings.warn(
+                f"{name!r} is left as it is: {type(module).__name__} may compute in a way of its own", stacklevel=3
+            )
+
+
+def _sampled_class(cls: type) -> type | None:
+    """The sampled class for torch's own layers, and for Lensor's, which are the same up to how they are computed."""
+    base = next((base for base in cls.__mro__ if base in _SAMPLED), None)
+    own = base is not None and (cls is base or cls is getattr(nn, base.__name__, None))
+    return _SAMPLED[base] if own and base is not None else None
+
+
+def _names(module: torch.nn.Module) -> tuple[str, ...]:
+    """The indices that a layer may have."""
+    if isinstance(module, torch.nn.Linear):
+        return ("n", "c_in")
+    assert isinstance(module, _ConvNd)
+    return names_of(len(module.kernel_size))
+
+
+def _convert_layer(
+    name: str,
+    module: torch.nn.Module,
+    keep: Mapping[str, float | Fraction],
+    scheme: Scheme,
+    generator: torch.Generator | None,
+) -> None:
+    if not isinstance(module, Sampled):
+        new = _sampled_class(type_before_parametrizations(module))
+        assert new is not None
+        module.__class__ = with_base(type(module), new) if is_parametrized(module) else new
+    if not isinstance(scheme, str):
+        scheme = {index: value for index, value in scheme.items() if index in _names(module) or index in keep}
+    try:
+        module.set_sampling(keep, scheme, generator)  # type: ignore[operator]
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None

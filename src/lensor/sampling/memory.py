@@ -1,0 +1,94 @@
+"""What a model keeps for its backward pass, and the keep rate that fits a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lensor.curvature.capture import Inputs, call
+from lensor.sampling.layers import Sampled, convert
+
+_STEPS = 64
+"""Keep rates are multiples of one over this."""
+
+
+def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
+    """The bytes that one forward pass keeps for the backward pass, each memory once, without parameters and buffers.
+
+    Args:
+        model: the model, in the mode it is in.
+        inputs: what it is called with: a tensor, a tuple of arguments, or a mapping of named ones.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> lensor.sampling.saved_bytes(torch.nn.Conv2d(1, 1, 3), torch.zeros(1, 1, 5, 5))
+        100
+
+    Raises:
+        TypeError: if the model returns no tensor.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    kept: list[torch.Tensor] = []  # alive, so that no memory is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own and memory.nbytes():
+            found[memory.data_ptr()] = memory.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call(model, inputs)
+    return sum(found.values())
+
+
+def recommend(
+    model: torch.nn.Module, inputs: Inputs, max_bytes: int, *, indices: Sequence[str] = ("i1", "i2")
+) -> dict[str, float]:
+    """Keep rates with which a training step keeps at most `max_bytes` for its backward pass.
+
+    Every index gets the same rate. What is counted is what `saved_bytes` counts of the converted model with the scheme
+    "fixed", whose counts do not scatter; "bernoulli" keeps as much in the mean.
+
+    Args:
+        model: the model as it is, not converted; nothing about it is changed.
+        inputs: a batch as large as those of the training.
+        max_bytes: the budget.
+        indices: the indices to sample.
+
+    Returns:
+        A mapping for `convert`; rates of 1 if nothing needs to be sampled.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
+        >>> lensor.sampling.recommend(model, torch.zeros(4, 3, 16, 16), 30_000)
+        {'i1': 0.75, 'i2': 0.75}
+
+    Raises:
+        ValueError: if what cannot be sampled needs more than the budget alone, or no layer has the indices.
+    """
+    sampled = convert(model, dict.fromkeys(indices, 0.5), scheme="fixed").train()
+    every = [module for module in sampled.modules() if isinstance(module, Sampled)]
+
+    def needed(rate: int) -> int:
+        for module in every:
+            module.set_sampling(dict.fromkeys(module.keep, rate / _STEPS), "fixed")
+        with torch.random.fork_rng():
+            return saved_bytes(sampled, inputs)
+
+    low, high = 1, _STEPS
+    least, most = needed(low), needed(high)
+    if most <= max_bytes:
+        return dict.fromkeys(indices, 1.0)
+    if least > max_bytes:
+        raise ValueError(
+            f"max_bytes is {max_bytes}, but with a keep rate of 1/{_STEPS} of {', '.join(indices)} {least} bytes are"
+            f" needed, and {most} without sampling"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle) <= max_bytes else (low, middle)
+    return dict.fromkeys(indices, low / _STEPS)

@@ -1,0 +1,107 @@
+"""How far sampled networks scatter: the variance of every scheme as a tensor network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from lensor.errors import NetworkError, require_choice
+from lensor.network import Network, Node, Operand
+from lensor.sampling.schemes import SCHEMES, inclusion, kept_count, require_keep
+
+
+def second_moments(
+    size: int, keep: float | Fraction, scheme: str = "bernoulli", *, norms: Tensor | None = None
+) -> Tensor:
+    """E[z_i z_j] of the factors z that a scheme multiplies positions with (zero for those not kept).
+
+    Args:
+        size: the number of positions.
+        keep: the keep rate, as in `draw`.
+        scheme: one of `SCHEMES`.
+        norms: for "importance", the norm of each position.
+
+    Returns:
+        [size, size], float64; every mean is 1.
+
+    Example:
+        >>> import lensor.sampling
+        >>> lensor.sampling.second_moments(2, 0.25)
+        tensor([[4., 1.],
+                [1., 4.]], dtype=torch.float64)
+
+    Raises:
+        ValueError: for a keep outside (0, 1], an unknown scheme, or missing norms.
+
+    Equation:
+        With probabilities π of a position and π' of a pair: π_ij / (π_i π_j).
+    """
+    require_choice("scheme", scheme, SCHEMES)
+    rate = require_keep(keep, "the moments")
+    ones, same = torch.ones(size, size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
+    if scheme == "bernoulli":
+        return ones + same * (1 / float(rate) - 1)
+    if scheme == "importance":
+        if norms is None:
+            raise ValueError("scheme 'importance' needs norms")
+        rates = inclusion(norms.detach().cpu(), rate)
+        return ones + torch.diag(torch.where(rates > 0, 1 / rates.clamp(min=1e-300) - 1, 0.0))
+    count = kept_count(size, rate)
+    if scheme == "fixed":
+        pair = (count - 1) / (size - 1) * size / count if size > 1 else 1.0
+        return ones * pair + same * (size / count - pair)
+    apart = (torch.arange(size)[:, None] - torch.arange(size)).abs()
+    runs = (count - apart).clamp(min=0) + (count - (size - apart)).clamp(min=0) * (apart > 0)
+    return size / count**2 * runs.double()
+
+
+def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) -> float:
+    """The variance of a sampled network, summed over all entries of its result: E‖ĝ‖² − ‖g‖².
+
+    Args:
+        net: the network that is to be sampled, as it stands.
+        moments: for each index that is sampled the `second_moments` of its scheme.
+        operands: its operands.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> net = lensor.contraction("n i, n o -> o i", "X", "V").bind(n=2)
+        >>> moments = lensor.sampling.second_moments(2, 0.5)
+        >>> one = torch.ones(2, 1, dtype=torch.float64)
+        >>> lensor.sampling.variance(net, {"n": moments}, X=one, V=one)
+        2.0
+
+    Raises:
+        NetworkError: for an unknown index, or a sum of networks.
+
+    Equation:
+        Σ M1[i,i'] M2[j,j'] ⟨g_ij, g_i'j'⟩ − ‖g‖², where g_ij is what positions i, j contribute; of an index that the
+        result has, only i = i' meet.
+    """
+    if not isinstance(net, Network):
+        raise NetworkError("the variance is defined for one network, found a sum: ask for its terms")
+    for index in moments:
+        if index not in net.sizes:
+            raise NetworkError(f"unknown index {index!r}, expected one of {sorted(net.sizes)}")
+    inner = {index: net.fresh(f"{index}_other") for index in moments if index in net.inner_indices}
+    opened = net
+    for index in inner:
+        opened = opened.keep(index)
+    weighted: list[Node] = [
+        Operand(f"moments_{index}", ((index,), (inner[index],)) if index in inner else ((index,),)) for index in moments
+    ]
+    sizes = {other: net.sizes[index] for index, other in inner.items()}
+    output = [leg for leg in opened.output if leg[0] not in inner] if inner else list(opened.output)
+    one = opened.replace(
+        nodes=(*opened.nodes, *weighted), output=(*output, *((other,) for other in inner.values())), sizes=sizes
+    )
+    square = one.merge(opened.rename(inner), share=one.output_indices, output="")
+    matrices = {
+        f"moments_{index}": matrix if index in inner else matrix.diagonal() for index, matrix in moments.items()
+    }
+    like = next(iter(operands.values()))
+    given = {**operands, **{name: matrix.to(like) for name, matrix in matrices.items()}}
+    return float(square(**given)) - float(net(**operands).square().sum())

@@ -1,8 +1,14 @@
-"""Hypothesis draws the same examples in every run; HYPOTHESIS_PROFILE=search draws many new ones."""
+"""Hypothesis draws the same examples in every run; HYPOTHESIS_PROFILE=search draws many new ones.
+
+Tests that run side by side have one thread each: those of several would wait for each other.
+"""
 
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and torch are loaded
 
 from hypothesis import HealthCheck, settings
 

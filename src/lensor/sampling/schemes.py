@@ -39,7 +39,7 @@ def require_keep(keep: float | Fraction, name: str) -> Fraction:
 
 def kept_count(size: int, keep: Fraction) -> int:
     """How many positions the schemes of fixed counts keep: the nearest whole number, at least one."""
-    return max(1, round(size * keep)) if size else 0
+    return max(1, round(size * float(keep))) if size else 0
 
 
 def draw(

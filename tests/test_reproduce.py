@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lensor import cli
-from lensor.bench import BenchError, reproduce
+from lensor.bench import BenchError, crs, reproduce
+from lensor.bench import sampling as bench_sampling
 from lensor.bench.layers import KINDS
 from lensor.bench.results import OK, Found, Machine, Row, Setting, read
 from lensor.bench.settings import Settings
@@ -75,7 +76,7 @@ def test_a_census_that_differs_says_what_the_paper_has(tmp_path: Path, monkeypat
 
 
 def test_figures_show_what_was_measured(tmp_path: Path) -> None:
-    found = {one.title: one for one in reproduce.write(["runtime", "speedups", "memory"], rows(), tmp_path)}
+    found = {one.title: one for one in reproduce.write(["runtime", "speedups", "memory"], rows(), [], tmp_path)}
     assert len(found) == 3
     assert all(path.stat().st_size for one in found.values() for path in one.paths)
     medians = {
@@ -101,13 +102,13 @@ def test_what_has_no_time_is_told(tmp_path: Path) -> None:
     some = rows()
     at = next(at for at, row in enumerate(some) if row.implementation == "network")
     some[at] = replace(some[at], found=Found("failed", "MemoryError: too | large"))
-    list(reproduce.write(["runtime"], some, tmp_path))
+    list(reproduce.write(["runtime"], some, [], tmp_path))
     assert "MemoryError: too ¦ large" in (tmp_path / "runtime.md").read_text(encoding="utf-8")
 
 
 def test_nothing_measured_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no time was measured"):
-        list(reproduce.write(["memory"], [], tmp_path))
+        list(reproduce.write(["memory"], [], [], tmp_path))
 
 
 def test_quick_runs_have_every_kind_and_full_ones_every_convolution() -> None:
@@ -143,4 +144,67 @@ def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.Monke
 def test_unknown_figures_are_answered_with_those_there_are() -> None:
     found = invoke("figure9")
     assert found.exit_code == 1
-    assert "unknown figure 'figure9', expected one of study, runtime, speedups, memory, all" in found.stderr
+    assert "unknown figure 'figure9', expected one of study, runtime, speedups, memory, crs, all" in found.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------- crs
+def crs_points(factor: float = 1.0) -> list[Any]:
+    """Errors √(1/p − 1), smaller by a factor for positions."""
+    found = []
+    for data in (crs.REAL, crs.SYNTHETIC):
+        for (indices, scheme), scale in zip(crs.PAPER, (1.0, factor), strict=True):
+            for share in crs.Settings().shares:
+                for seed in range(2):
+                    error = scale * (1 / share - 1) ** 0.5
+                    found.append(crs.Point(data, 8, " ".join(indices), scheme, share, seed, error, 1.0, 2.0))
+    return found
+
+
+def test_the_share_that_is_as_good_is_read_from_the_curves() -> None:
+    assert crs.equal_share(crs_points(), crs.REAL) == pytest.approx(0.75)
+    # Positions half as far off: √(1/p − 1)/2 = √(1/3) at p = 3/7.
+    assert crs.equal_share(crs_points(0.5), crs.SYNTHETIC) == pytest.approx(3 / 7, abs=0.01)
+    assert crs.equal_share(crs_points(0.01), crs.REAL) is None
+
+
+def test_sampled_gradients_are_measured_once_and_shown(tmp_path: Path) -> None:
+    path = tmp_path / "crs.csv"
+    settings = crs.Settings(batch=2, shares=(0.5, 1.0), few=(0.5,), seeds=1, others=1, threads=1)
+    points = list(crs.run(settings, []))
+    assert {point.key for point in points} == crs.wanted_keys(settings)
+    assert all(point.error == 0.0 for point in points if point.share == 1.0)
+    assert all(point.error > 0.0 for point in points if point.share < 1.0)
+    for point in points[:3]:
+        crs.append(path, point)
+    assert crs.read(path) == points[:3]
+    assert [point.key for point in crs.run(settings, crs.read(path))] == [point.key for point in points[3:]]
+    for point in points[3:]:
+        crs.append(path, point)
+    (found,) = reproduce.write(["crs"], [], crs_points(0.5), tmp_path)
+    text = (tmp_path / "crs.md").read_text(encoding="utf-8")
+    assert "43% of positions are as good as 75 % of channels" in text
+    assert (tmp_path / "crs.png").stat().st_size > 10_000
+    assert found.summary[0] == crs.HEADINGS
+
+
+def test_a_foreign_or_damaged_file_of_points_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "crs.csv"
+    for text, message in (("a,b\n1,2\n", "is no file of"), (None, "is damaged behind line")):
+        if text is None:
+            crs_file = ",".join(field.name for field in fields(crs.Point))
+            text = f"{crs_file}\ncrops of pictures,8\n"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(BenchError, match=message):
+            crs.read(path)
+        assert path.read_text(encoding="utf-8") == text
+
+
+def test_figures_of_sampled_backpropagation_are_written(tmp_path: Path) -> None:
+    steps = bench_sampling.steps(2, 0.0, 1, 1)
+    assert [row.way for row in steps][:3] == ["torch", "checkpointing", "rectifiers keep a byte"]
+    saved = {row.way: row.saved for row in steps}
+    assert saved["positions, keep 0.25"] < saved["positions, keep 0.5"] < saved["torch"]
+    trained = list(bench_sampling.train(20, 1, 4, 1))
+    assert [row[0] for row in bench_sampling.summary(trained)] == ["1", "0.5", "0.25"]
+    assert bench_sampling.plot(trained, tmp_path / "training.png").stat().st_size > 10_000
+    assert len(table_of(bench_sampling.write_csv(trained, tmp_path / "training.csv"))) == len(trained)

@@ -59,6 +59,9 @@ _CALLS_PER_CORRECTION = 12
 _SHORT_RUN, _SCATTERED = 16, 3
 """Copying in runs shorter than this moves so many entries more for each."""
 
+_SINGLE = 4
+"""Entries that are read one by one move so many entries more for each."""
+
 _WIDE_KERNEL = 8
 """Kernels of this many positions that are larger than the output are slower than others."""
 
@@ -135,7 +138,7 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         if isinstance(step, s.Reshape) and values[place].copied and _run(plan, values, step.takes[0]) < _SHORT_RUN:
             moved += _SCATTERED * math.prod(plan.shapes[place])
         if isinstance(step, s.Read):
-            moved += math.prod(shapes[0]) + _SCATTERED * math.prod(plan.shapes[place])
+            moved += math.prod(shapes[0]) + _SINGLE * math.prod(plan.shapes[place])
         if isinstance(step, s.OverlapAdd):
             moved += _SCATTERED * sum(math.prod(shape) for shape in shapes)
         if isinstance(step, s.MatMul):

@@ -37,6 +37,7 @@ from lensor.bench.settings import Settings
 
 if TYPE_CHECKING:
     from lensor.bench.conformance import Matrix
+    from lensor.bench.crs import Point as CrsPoint
     from lensor.bench.explain import Explanation, Total
     from lensor.bench.run import Bench
 
@@ -284,6 +285,22 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
 
+    @bench.command(help="Sampled backpropagation: bytes and time of steps and gradients, and training, plotted.")
+    def sampling(
+        out: Annotated[Path, typer.Argument(help="Folder for CSV files and training.png.")],
+        steps: Annotated[int, typer.Option(min=20, help="Steps of a training run.")] = 300,
+        seeds: Annotated[int, typer.Option(min=1, help="Training runs for each keep rate.")] = 3,
+        batch: Annotated[int, typer.Option(min=1, help="Batch size of steps and of training.")] = 128,
+        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+        repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 5,
+        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 2.0,
+        debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    ) -> None:
+        try:
+            _sampling(out, steps, seeds, batch, seconds, repeats, threads)
+        except BenchError as error:
+            fail(error, debug)
+
     @bench.command(help="A results file as a Markdown report with plots.")
     def report(
         file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
@@ -450,13 +467,66 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool) ->
         _measure([bench], results, shown)
         specs = {case.layer.spec for case in bench.cases}
         rows = [row for row in results.rows if row.setting == bench.setting and row.layer.spec in specs]
-    for found in write_figures(names, rows, out):
+    points = _crs_points(given, out, quick, shown) if "crs" in names else []
+    for found in write_figures(names, rows, points, out):
         headings, *cells = found.summary
         table = Table(*headings, title=found.title)
         for row in cells:
             table.add_row(*row)
         shown.print(table)
         shown.print(f"wrote {', '.join(map(str, found.paths))}", soft_wrap=True, highlight=False)
+
+
+def _crs_points(given: Settings, out: Path, quick: bool, shown: Console) -> Sequence[CrsPoint]:
+    """Measure the errors of sampled gradients that are not in the folder yet; all that the settings ask for."""
+    require("torch", "matplotlib", "skimage")
+    from lensor.bench import crs
+
+    settings = crs.Settings.quick(given.threads) if quick else crs.Settings(threads=given.threads)
+    path = out / "crs.csv"
+    known = crs.read(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
+            wanted = crs.wanted_keys(settings)
+            task = progress.add_task("sampled gradients", total=len(wanted))
+            progress.advance(task, sum(point.key in wanted for point in known))
+            for point in crs.run(settings, known):
+                crs.append(path, point)
+                progress.advance(task)
+    except OSError as error:
+        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
+    return [point for point in crs.read(path) if point.key in wanted]
+
+
+def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, repeats: int, threads: int) -> None:
+    """Measure sampled backpropagation, print tables and write them."""
+    require("torch", "matplotlib", "skimage")
+    from lensor.bench import sampling
+
+    shown = console()
+    try:
+        made = sampling.steps(batch, seconds, repeats, threads)
+        cells = [(row.way, f"{row.saved / 2**20:.1f}", f"{row.peak / 2**20:.1f}", f"{row.ratio:.2f}") for row in made]
+        _print(shown, "A training step of All-CNN-C", ("way", "saved, MiB", "peak, MiB", "time, × torch's"), cells)
+        paths = [sampling.write_csv(made, out / "steps.csv")]
+        found = list(sampling.gradients(8, seconds / 10, 4 * repeats, threads))
+        cells = [(row.layer, row.indices, f"{row.keep:g}", digits(row.ratio)) for row in found]
+        _print(shown, "Weight gradients, batch 8", ("layer", "indices", "keep", "time, × exact"), cells)
+        paths.append(sampling.write_csv(found, out / "gradients.csv"))
+        trained = list(sampling.train(steps, seeds, batch, threads))
+        _print(shown, "Training on crops of pictures", sampling.SUMMARY, sampling.summary(trained))
+        paths += [sampling.write_csv(trained, out / "training.csv"), sampling.plot(trained, out / "training.png")]
+    except OSError as error:
+        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
+    shown.print(f"wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
+
+
+def _print(shown: Console, title: str, headings: Sequence[str], cells: Sequence[tuple[str, ...]]) -> None:
+    table = Table(*headings, title=title)
+    for row in cells:
+        table.add_row(*row)
+    shown.print(table)
 
 
 def _conformance(peers: tuple[str, ...], quantities: tuple[str, ...], markdown: Path | None, csv: Path | None) -> int:

@@ -1,0 +1,306 @@
+"""The paper's figure 8: how far sampled gradients are from exact ones, against the share of the input that is kept.
+
+The untrained All-CNN-C without dropout; the gradients of all kernels, flattened into one vector g, and their sampled
+proxies ĝ: ‖ĝ − g‖ / ‖g‖, mean and standard deviation over initialisations of the model and the batch. Beside the
+paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) by Bernoulli sampling: other indices and schemes, and
+the error against the time of the backward pass.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from lensor import sampling
+from lensor.bench.errors import BenchError, require
+from lensor.bench.measure import threads as using
+from lensor.bench.nets import all_cnn_c
+from lensor.bench.training import TASKS
+from lensor.sampling.layers import Sampled
+
+CHANNELS, POSITIONS, EXAMPLES = ("c_in",), ("i1", "i2"), ("n",)
+PAPER = ((CHANNELS, "bernoulli"), (POSITIONS, "bernoulli"))
+OTHERS = (
+    (CHANNELS, "fixed"),
+    (CHANNELS, "importance"),
+    (POSITIONS, "fixed"),
+    (POSITIONS, "blocks"),
+    (POSITIONS, "importance"),
+    (EXAMPLES, "fixed"),
+    (EXAMPLES, "importance"),
+)
+"""(indices, scheme): each index is kept at the rate whose product is the share of the input."""
+
+REAL, SYNTHETIC = "crops of pictures", "normal numbers"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        batch: the batch size.
+        shares: of the input that is kept, for the paper's two curves.
+        few: the same for the other indices and schemes.
+        seeds: initialisations of the model and the batch for the paper's curves.
+        others: the same for the other indices and schemes.
+        threads: threads for torch.
+    """
+
+    batch: int = 128
+    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 0.9)
+    few: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
+    seeds: int = 10
+    others: int = 3
+    threads: int = 2
+
+    @classmethod
+    def quick(cls, threads: int) -> Settings:
+        """Small batches and few shares."""
+        return cls(batch=16, shares=(0.1, 0.35, 0.75), few=(0.25, 0.75), seeds=3, others=1, threads=threads)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sampled gradient.
+
+    Args:
+        data: what the inputs are.
+        batch: the batch size.
+        indices: the indices sampled, joined by spaces.
+        scheme: how.
+        share: of the input that is kept.
+        seed: of model and batch.
+        error: ‖ĝ − g‖ / ‖g‖.
+        seconds: of the backward pass with its plans made, not a number where it was not timed.
+        exact_seconds: of the exact one.
+    """
+
+    data: str
+    batch: int
+    indices: str
+    scheme: str
+    share: float
+    seed: int
+    error: float
+    seconds: float
+    exact_seconds: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from all others."""
+        return (self.data, self.batch, self.indices, self.scheme, self.share, self.seed)
+
+
+Batch = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(batch size, seed) -> inputs and labels."""
+
+
+def _data() -> dict[str, Batch]:
+    x, y = TASKS["crops"]().train
+
+    def real(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
+        return x[chosen], y[chosen]
+
+    def synthetic(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(count, 3, 32, 32, generator=generator)
+        return inputs, torch.randint(100, (count,), generator=generator)
+
+    return {REAL: real, SYNTHETIC: synthetic}
+
+
+def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """The gradients of all kernels as one vector, and the seconds of the backward pass."""
+    loss = nn.functional.cross_entropy(model(x), y)
+    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    start = perf_counter()
+    found = torch.autograd.grad(loss, kernels)
+    return torch.cat([one.flatten() for one in found]), perf_counter() - start
+
+
+def _wanted(settings: Settings) -> Iterator[tuple[str, int, list[tuple[tuple[str, ...], str, float]]]]:
+    """For each data and seed (indices, scheme, share) of all points."""
+    for seed in range(settings.seeds):
+        for data in (REAL, SYNTHETIC):
+            found = [(indices, scheme, share) for indices, scheme in PAPER for share in settings.shares]
+            if data == REAL and seed < settings.others:
+                found += [(indices, scheme, share) for indices, scheme in OTHERS for share in settings.few]
+            yield data, seed, found
+
+
+def wanted_keys(settings: Settings) -> set[tuple[object, ...]]:
+    """The keys of all points."""
+    return {
+        (data, settings.batch, " ".join(indices), scheme, share, seed)
+        for data, seed, found in _wanted(settings)
+        for indices, scheme, share in found
+    }
+
+
+def run(settings: Settings, known: Sequence[Point]) -> Iterator[Point]:
+    """Measure what is not known yet."""
+    require("torch", "skimage")
+    done = {point.key for point in known}
+    batches = _data()
+    with using(settings.threads):
+        for data, seed, wanted in _wanted(settings):
+            missing = [
+                (indices, scheme, share)
+                for indices, scheme, share in wanted
+                if (data, settings.batch, " ".join(indices), scheme, share, seed) not in done
+            ]
+            if not missing:
+                continue
+            torch.manual_seed(seed)
+            model = all_cnn_c()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            sampled = sampling.convert(model, {"i1": 1.0}, activations=False)
+            layers = [module for module in sampled.modules() if isinstance(module, Sampled)]
+            x, y = batches[data](settings.batch, seed)
+            exact, _ = _gradient(model, x, y)
+            exact, exact_seconds = _gradient(model, x, y)
+            for indices, scheme, share in missing:
+                for layer in layers:
+                    layer.set_sampling({index: share ** (1 / len(indices)) for index in indices}, scheme)
+                state = torch.get_rng_state()
+                found, seconds = _gradient(sampled, x, y)
+                if seed < settings.others:  # once more with the same draws, now that all plans are made
+                    torch.set_rng_state(state)
+                    found, seconds = _gradient(sampled, x, y)
+                else:
+                    seconds = math.nan
+                error = float((found - exact).norm() / exact.norm())
+                yield Point(data, settings.batch, " ".join(indices), scheme, share, seed, error, seconds, exact_seconds)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def read(path: Path) -> list[Point]:
+    """The points of a file that an earlier run wrote; none if there is no file.
+
+    Raises:
+        BenchError: if the file is none of these.
+    """
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file)
+        if lines.fieldnames != [field.name for field in fields(Point)]:
+            raise BenchError(f"{path} is no file of `lensor reproduce crs`: remove it, or take another folder")
+        kinds = {"batch": int, "seed": int, "share": float, "error": float, "seconds": float, "exact_seconds": float}
+        try:
+            return [Point(**{name: kinds.get(name, str)(value) for name, value in line.items()}) for line in lines]
+        except (TypeError, ValueError):
+            raise BenchError(f"{path} is damaged behind line {lines.line_num - 1}: mend or remove it") from None
+
+
+def append(path: Path, point: Point) -> None:
+    """Add a point to a file, which is made if it is not there."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Point)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(point))
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+def errors(points: Sequence[Point], data: str, indices: Sequence[str], scheme: str) -> dict[float, list[float]]:
+    """Errors by share."""
+    found: dict[float, list[float]] = {}
+    for point in points:
+        if (point.data, point.indices, point.scheme) == (data, " ".join(indices), scheme):
+            found.setdefault(point.share, []).append(point.error)
+    return dict(sorted(found.items()))
+
+
+def equal_share(points: Sequence[Point], data: str, channels: float = 0.75) -> float | None:
+    """The share of positions whose mean error is that of a share of channels; None if the curves do not tell.
+
+    Between measured shares log(error) is interpolated linearly.
+    """
+    reference = errors(points, data, *PAPER[0]).get(channels)
+    curve = [(share, math.log(statistics.mean(values))) for share, values in errors(points, data, *PAPER[1]).items()]
+    if reference is None:
+        return None
+    wanted = math.log(statistics.mean(reference))
+    for (low, above), (high, below) in itertools.pairwise(curve):
+        if above >= wanted >= below:
+            return low + (high - low) * (above - wanted) / (above - below) if above > below else low
+    return None
+
+
+def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Rows of text: data, indices, scheme, share, error with its standard deviation, backward time over the exact."""
+    groups: dict[tuple[str, str, str, float], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.data, point.indices, point.scheme, point.share), []).append(point)
+    rows = []
+    for (data, indices, scheme, share), own in sorted(groups.items()):
+        values = [point.error for point in own]
+        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        time = _time(own)
+        error = f"{statistics.mean(values):.3f}{deviation}"
+        rows.append((data, indices, scheme, f"{share:g}", error, "" if math.isnan(time) else f"{time:.2f}"))
+    return rows
+
+
+def _time(points: Sequence[Point]) -> float:
+    """The median of backward times over the exact ones; not a number if none was timed."""
+    found = [point.seconds / point.exact_seconds for point in points if not math.isnan(point.seconds)]
+    return statistics.median(found) if found else math.nan
+
+
+HEADINGS = ("data", "indices", "scheme", "share kept", "error", "backward, × exact")
+
+
+def plot(points: Sequence[Point], path: Path) -> None:
+    """Error against share for both data, for all schemes, and against time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    names = {CHANNELS: "channels (p, 1, 1)", POSITIONS: "positions (1, √p, √p)", EXAMPLES: "examples"}
+    for axis, data in zip(axes[0], (REAL, SYNTHETIC), strict=True):
+        for indices, scheme in PAPER:
+            found = errors(points, data, indices, scheme)
+            means = [statistics.mean(values) for values in found.values()]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+            axis.errorbar([*found], means, yerr=spread, capsize=3, marker="o", markersize=3, label=names[indices])
+        same = equal_share(points, data)
+        if same is not None:
+            axis.set_title(f"{data}: {same:.0%} of positions are as good as 75 % of channels", fontsize=10)
+        axis.set_xlabel("share of the input that is kept, p")
+    for indices, scheme in (*PAPER, *OTHERS):
+        own = [point for point in points if point.data == REAL and point.indices == " ".join(indices)]
+        own = [point for point in own if point.scheme == scheme]
+        shares = sorted({point.share for point in own})
+        means = [statistics.mean(point.error for point in own if point.share == share) for share in shares]
+        times = [_time([point for point in own if point.share == share]) for share in shares]
+        style = {CHANNELS: "--", POSITIONS: "-", EXAMPLES: ":"}[indices]
+        color = {"bernoulli": "C0", "fixed": "C1", "blocks": "C2", "importance": "C3"}[scheme]
+        text = f"{names[indices].split(' ')[0]}, {scheme}"
+        axes[1][0].plot(shares, means, style, color=color, marker="o", markersize=3, label=text)
+        axes[1][1].plot(times, means, style, color=color, marker="o", markersize=3, label=text)
+    axes[1][0].set_xlabel(f"share of the input that is kept ({REAL})")
+    axes[1][1].set_xlabel(f"time of the backward pass over the exact one's ({REAL})")
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        axis.set_ylabel("‖ĝ − g‖ / ‖g‖")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,280 @@
+"""What sampled backpropagation costs and saves: bytes and time of a step, times of weight gradients, training.
+
+The model is All-CNN-C without dropout on a batch of 32×32 pictures; weight gradients are those of the 3×3 convolutions
+of ResNet-18; training is that of a small CNN on crops of pictures, to be told apart by picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+from torch.utils.checkpoint import checkpoint_sequential
+
+from lensor import ops, sampling
+from lensor.bench.errors import require
+from lensor.bench.measure import interleaved, peak_bytes
+from lensor.bench.measure import threads as using
+from lensor.bench.nets import all_cnn_c
+from lensor.bench.training import TASKS
+from lensor.sampling.schemes import draw
+from lensor.spec import ConvSpec
+
+KEEPS = (0.75, 0.5, 0.25, 0.1)
+LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
+"""Channels and size of general 3×3 convolutions."""
+
+_SEGMENTS = 3
+"""Parts of a checkpointed model."""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One way to make a training step.
+
+    Args:
+        way: what it is.
+        saved: bytes kept for the backward pass.
+        peak: the most bytes alive at once beside parameters and inputs.
+        ratio: its time over that of torch's.
+    """
+
+    way: str
+    saved: int
+    peak: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """One sampled weight gradient: its time over the exact one's, the faster of torch's and Lensor's."""
+
+    layer: str
+    indices: str
+    keep: float
+    milliseconds: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One validation of one run."""
+
+    keep: float
+    seed: int
+    step: int
+    seconds: float
+    loss: float
+    accuracy: float
+    peak: int
+
+
+def _spatial(keep: float) -> dict[str, float]:
+    return {"i1": keep**0.5, "i2": keep**0.5}
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRow]:
+    """Bytes and time of a training step of All-CNN-C: torch's, checkpointed, sampled."""
+    require("torch")
+    torch.manual_seed(0)
+    model = all_cnn_c()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(100, (batch,))
+    ways: dict[str, nn.Module] = {"torch": model, "checkpointing": _Checkpointed(model)}
+    ways["rectifiers keep a byte"] = sampling.convert(model, {"i1": 1.0})
+    for keep in KEEPS:
+        for name, rates in (("channels", {"c_in": keep}), ("positions", _spatial(keep))):
+            ways[f"{name}, keep {keep:g}"] = sampling.convert(model, rates, scheme="fixed")
+
+    def step(one: nn.Module) -> Tensor:
+        one.zero_grad()
+        loss = nn.functional.cross_entropy(one(x), y)
+        loss.backward()
+        return loss.detach()
+
+    with using(threads):
+        calls = {name: partial(step, one) for name, one in ways.items()}
+        for call in calls.values():
+            call()  # plans
+        times = interleaved(list(calls.values()), seconds * len(calls), min(2, repeats), repeats)
+        rows = []
+        for (name, call), found in zip(calls.items(), times, strict=True):
+            saved = sampling.saved_bytes(ways[name], x)
+            rows.append(StepRow(name, saved, peak_bytes(call)[0], found.minimum / times[0].minimum))
+    return rows
+
+
+class _Checkpointed(nn.Module):
+    """A sequence in segments that are computed again in the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint_sequential(list(self.model.children()), _SEGMENTS, x, use_reentrant=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterator[GradientRow]:
+    """Times of sampled weight gradients of general convolutions, each beside the exact one in one run."""
+    require("torch")
+    with using(threads):
+        for channels, size in LAYERS:
+            spec = ConvSpec(channels, channels, (size, size), 3, padding=1)
+            x, v = torch.randn(batch, channels, size, size), torch.randn(batch, channels, size, size)
+            net = ops.weight_vjp(spec)
+            weight = (channels, channels, 3, 3)
+            calls: list[Any] = [
+                partial(conv2d_weight, x, weight, v, padding=1),
+                partial(net, X=x, V=v),
+            ]
+            named = []
+            for keep in KEEPS:
+                for rates in (_spatial(keep), {"i1": keep}, {"c_in": keep}):
+                    sampled, part, given = net.bind(n=batch), x, {}
+                    for index, rate in rates.items():
+                        axis = {"c_in": 1, "i1": 2, "i2": 3}[index]
+                        found = draw(x.shape[axis], rate, "fixed", generator=torch.Generator().manual_seed(0))
+                        sampled = sampled.sample(index, found.keep, stored=["X"])
+                        if index == "c_in":
+                            sampled = sampled.bind(c_in_full=channels)
+                        part = part.index_select(axis, found.positions)
+                        given[f"{index}_positions"] = found.positions
+                    calls.append(partial(sampled, X=part, V=v, **given))
+                    named.append((" ".join(rates), keep))
+            times = interleaved(calls, seconds * len(calls), min(5, repeats), repeats)
+            exact = min(times[0].minimum, times[1].minimum)
+            for (indices, keep), found in zip(named, times[2:], strict=True):
+                layer = f"{channels}→{channels} 3×3 @{size}²"
+                yield GradientRow(layer, indices, keep, 1e3 * found.minimum, found.minimum / exact)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def train(steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
+    """The crops with stochastic gradient descent, positions kept at 1, 0.5 and 0.25."""
+    require("torch", "skimage")
+    task = TASKS["crops"]()
+    with using(threads):
+        for keep in (1.0, 0.5, 0.25):
+            for seed in range(seeds):
+                torch.manual_seed(seed)
+                model = task.model()
+                if keep < 1:
+                    model = sampling.convert(model, _spatial(keep))
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+                yield from _run(task, model, optimizer, keep, seed, steps, batch)
+
+
+def _run(
+    task: Any, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, seed: int, steps: int, batch: int
+) -> Iterator[TrainingRow]:
+    generator, taken, peak = torch.Generator().manual_seed(seed), 0.0, 0
+    (x, y), (other, labels) = task.train, task.validate
+
+    def step() -> Tensor:
+        chosen = torch.randint(len(x), (batch,), generator=generator)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    for at in range(steps + 1):
+        if at % 20 == 0:
+            model.eval()
+            with torch.no_grad():
+                outputs = model(other)
+            model.train()
+            loss = float(nn.functional.cross_entropy(outputs, labels))
+            accuracy = float((outputs.argmax(1) == labels).float().mean())
+            yield TrainingRow(keep, seed, at, taken, loss, accuracy, peak)
+        if at == 1:
+            peak = peak_bytes(step)[0]
+            continue
+        start = perf_counter()
+        step()
+        taken += perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def write_csv(rows: Sequence[Any], path: Path) -> Path:
+    """Write rows of one kind to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(asdict(row) for row in rows)
+    return path
+
+
+def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
+    """For each keep rate: accuracy at the end, steps and seconds to the exact run's accuracy less one point, peak."""
+    exact = [row for row in rows if row.keep == 1.0]
+    last = max(row.step for row in rows)
+    target = statistics.mean(row.accuracy for row in exact if row.step == last) - 0.01
+    found = []
+    for keep in sorted({row.keep for row in rows}, reverse=True):
+        own = [row for row in rows if row.keep == keep]
+        ends = [row.accuracy for row in own if row.step == last]
+        hits = [
+            next((row for row in own if row.seed == seed and row.accuracy >= target), None)
+            for seed in sorted({row.seed for row in own})
+        ]
+        there = [hit for hit in hits if hit is not None]
+        spread = f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
+        found.append(
+            (
+                f"{keep:g}",
+                f"{statistics.mean(ends):.3f}{spread}",
+                f"{len(there)}/{len(hits)}",
+                f"{statistics.median(hit.step for hit in there):.0f}" if there else "–",
+                f"{statistics.median(hit.seconds for hit in there):.1f}" if there else "–",
+                f"{max(row.peak for row in own) / 2**20:.0f}",
+            )
+        )
+    return found
+
+
+SUMMARY = ("keep", "accuracy at the end", "runs there", "steps", "seconds", "peak of a step, MiB")
+"""The columns of `summary`: there is one point below the accuracy that the exact runs end with."""
+
+
+def plot(rows: Sequence[TrainingRow], path: Path) -> Path:
+    """Validation accuracy against steps and seconds, with the peak of memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.0, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps, seconds, memory = figure.subplots(1, 3, width_ratios=(3, 3, 1.4))
+    keeps = sorted({row.keep for row in rows}, reverse=True)
+    for at, keep in enumerate(keeps):
+        for seed in sorted({row.seed for row in rows}):
+            own = [row for row in rows if (row.keep, row.seed) == (keep, seed)]
+            label = f"keep {keep:g}" if seed == 0 else None
+            steps.plot([row.step for row in own], [row.accuracy for row in own], color=f"C{at}", label=label)
+            seconds.plot([row.seconds for row in own], [row.accuracy for row in own], color=f"C{at}")
+    peaks = [max(row.peak for row in rows if row.keep == keep) / 2**20 for keep in keeps]
+    memory.bar([f"{keep:g}" for keep in keeps], peaks, color=[f"C{at}" for at in range(len(keeps))])
+    memory.set_xlabel("keep")
+    memory.set_ylabel("peak of a training step, MiB")
+    for axis, text in ((steps, "steps"), (seconds, "seconds of training")):
+        axis.set_xlabel(text)
+        axis.set_ylabel("validation accuracy")
+        axis.grid(alpha=0.3)
+    steps.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return path

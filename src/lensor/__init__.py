@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lensor import functional, ops, wisdom
 from lensor.cache import clear_caches
 from lensor.cost import Machine, calibrate, machine
+from lensor.draw import draw
 from lensor.errors import LensorError, NetworkError, SubscriptsError
 from lensor.execute import einsum
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Select, Sum
@@ -56,6 +57,7 @@ __all__ = [
     "clear_caches",
     "contraction",
     "distributed",
+    "draw",
     "einsum",
     "functional",
     "machine",

@@ -341,6 +341,12 @@ def _pattern_names(terms: Sequence[Network]) -> dict[tuple, str]:
     return names
 
 
+def pattern_names(terms: Sequence[Network]) -> dict[Pattern, str]:
+    """The name of every pattern node in the text of these terms."""
+    names = _pattern_names(terms)
+    return {node: names[_pattern_key(node)] for term in terms for node in term.nodes if isinstance(node, Pattern)}
+
+
 def _pattern_key(node: Pattern) -> tuple:
     return node.pattern, tuple(tuple(index.rstrip("_") for index in leg) for leg in node.legs)
 

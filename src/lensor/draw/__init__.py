@@ -1,0 +1,204 @@
+"""Diagrams of networks, sums, simplifications and plans, as SVG, PNG and TikZ.
+
+The paper's notation: tensors are rounded boxes, index patterns hexagons, indices lines with their names; an index of
+more than two nodes is a dot, an output leg an open end, or a black triangle where it groups indices. Needs networkx,
+and matplotlib for PNG: `lensor[draw]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lensor.errors import NetworkError, require_choice
+from lensor.network import AnyNetwork, Verbs, verb
+from lensor.plan import Plan
+
+if TYPE_CHECKING:
+    from lensor.draw.scene import Scene
+
+FORMATS = (".svg", ".png", ".tex")
+"""The endings of files that a drawing can be saved to."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A diagram; notebooks show it.
+
+    Args:
+        scene: its shapes and places.
+        title: what it shows, as text.
+
+    Example:
+        >>> import lensor
+        >>> drawing = lensor.draw(lensor.ops.conv(lensor.ConvSpec(2, 4, (9, 9), 3)))
+        >>> drawing.crossings, drawing.svg.startswith("<svg")
+        (0, True)
+    """
+
+    scene: Scene
+    title: str
+
+    @property
+    def svg(self) -> str:
+        """An SVG document, with colours for light and dark pages."""
+        from lensor.draw.writers import svg
+
+        return svg(self.scene, self.title)
+
+    @property
+    def tikz(self) -> str:
+        """A TeX document that compiles by itself."""
+        from lensor.draw.writers import tikz
+
+        return tikz(self.scene)
+
+    @property
+    def crossings(self) -> int:
+        """How many pairs of lines cross."""
+        return self.scene.crossings
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def __repr__(self) -> str:
+        return f"<Drawing of {self.title}>"
+
+    def save(self, path: str | Path) -> Path:
+        """Write it to a file.
+
+        Args:
+            path: the file; its ending, .svg, .png or .tex, tells the format.
+
+        Example:
+            >>> import lensor, tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = lensor.draw(lensor.contraction("n i -> i", "X")).save(f"{folder}/sum.svg")
+            ...     file.name
+            'sum.svg'
+
+        Raises:
+            ValueError: for another ending.
+            ImportError: if matplotlib is missing, for PNG.
+            OSError: if the file cannot be written.
+        """
+        from lensor.draw.writers import png
+
+        file = Path(path)
+        require_choice("the ending of the file", file.suffix, FORMATS)
+        if file.suffix == ".png":
+            _require("matplotlib")
+            png(self.scene, file)
+        else:
+            file.write_text(self.svg if file.suffix == ".svg" else self.tikz, encoding="utf-8")
+        return file
+
+
+def draw(
+    what: AnyNetwork | Plan | Sequence[AnyNetwork],
+    path: str | Path | None = None,
+    *,
+    shade: Sequence[Collection[int]] = (),
+) -> Drawing:
+    """The diagram of a network, a sum, a plan, or of several networks with arrows between them.
+
+    Layout is deterministic and free of crossings wherever it can be (`Drawing.crossings` tells); equal halves are
+    mirrored.
+
+    Args:
+        what: the network; of a sequence, one picture with arrows between its parts: before and after.
+        path: a file to write it to as well: .svg, .png or .tex.
+        shade: for one network, sets of its nodes, by their numbers, to lay a shade behind.
+
+    Returns:
+        The drawing; it has `svg` and `tikz`, and notebooks show it.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.kfac_input_factor(lensor.ConvSpec(2, 4, (9,), 3), approx="reduce")
+        >>> lensor.draw([net, net.simplify()])  # doctest: +ELLIPSIS
+        <Drawing of ... → ...>
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a file of another ending, or nodes to shade that are not there.
+        ImportError: if networkx is missing, or matplotlib for PNG.
+    """
+    _require("networkx")
+    drawing = _drawing(what, shade)
+    if path is not None:
+        drawing.save(path)
+    return drawing
+
+
+def _drawing(what: AnyNetwork | Plan | Sequence[AnyNetwork], shade: Sequence[Collection[int]]) -> Drawing:
+    from lensor.draw.plans import scene_of_plan
+    from lensor.draw.scene import row
+
+    if isinstance(what, Plan):
+        return Drawing(scene_of_plan(what), f"the plan of {what.subscripts}")
+    if isinstance(what, Verbs):
+        return Drawing(row(_parts(what, shade)), str(what))  # type: ignore[arg-type]
+    if not isinstance(what, Sequence) or isinstance(what, str) or not all(isinstance(one, Verbs) for one in what):
+        raise TypeError(f"expected a network, a plan, or a sequence of networks to draw, found {type(what).__name__}")
+    parts: list[Scene | str] = []
+    for at, net in enumerate(what):
+        parts += ["→"] * (at > 0) + _parts(net, ())
+    return Drawing(row(parts), " → ".join(map(str, what)))
+
+
+def _parts(net: AnyNetwork, shade: Sequence[Collection[int]]) -> list[Scene | str]:
+    """The terms of a network as scenes, with their scales and signs between them."""
+    from lensor.draw.graph import graph_of
+    from lensor.draw.scene import scene_of
+
+    parts: list[Scene | str] = []
+    for at, term in enumerate(net.terms):
+        for nodes in shade:
+            if not nodes or len(net.terms) > 1 or not set(nodes) <= set(range(len(term.nodes))):
+                raise ValueError(f"shade names nodes {sorted(nodes)}, expected of 0 to {len(term.nodes) - 1}")
+        parts += ["+"] * (at > 0)
+        scale = " ".join(
+            [*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *(f"{i}^{p}" for i, p in term.scale.powers)]
+        )
+        parts += [f"{scale} ×"] * bool(scale)
+        parts.append(scene_of(graph_of(term), shade))
+    return parts
+
+
+@verb
+def to_tikz(net: AnyNetwork) -> str:
+    r"""The diagram as a TeX document that compiles by itself.
+
+    Example:
+        >>> import lensor
+        >>> lensor.contraction("n i -> i", "X").to_tikz().splitlines()[1]
+        '\\begin{document}'
+
+    Raises:
+        ImportError: if networkx is missing.
+    """
+    return draw(net).tikz
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise ImportError(f"drawing needs {package}: install lensor[draw]")
+
+
+def _repr_svg(net: AnyNetwork) -> str | None:
+    """What notebooks show of a network; its text alone where it cannot be drawn."""
+    if find_spec("networkx") is None:
+        return None
+    try:
+        return draw(net).svg
+    except NetworkError:
+        return None
+
+
+verb(draw)
+for _name, _method in (("_repr_svg_", _repr_svg), ("draw", draw)):
+    setattr(Verbs if _name == "_repr_svg_" else Plan, _name, _method)

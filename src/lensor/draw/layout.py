@@ -1,0 +1,421 @@
+"""Where the vertices of a drawing stand.
+
+Distances in the drawing are to be those in the graph (stress). A planar graph starts from Tutte's drawing of an
+embedding, in which every vertex stands in the middle of its neighbours, for several outer faces; open ends point into
+the widest gaps. Vertices then move towards their best places only as far as no line is crossed. A graph that is not
+planar, or too flat for that, starts from a circle, from layers and from random places, and majorisation minimises its
+stress. The two halves of a symmetric network are mirrored and move together. Fewest crossings win, then room, symmetry
+and stress. All is deterministic.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import networkx as nx
+import numpy as np
+
+from lensor.draw.graph import DOT, END, GROUP, Graph
+
+Positions = np.ndarray
+"""[vertices, 2]; a line of the graph is about 1 long."""
+
+_ROUNDS = 150
+"""Rounds of majorisation."""
+
+_CLEAR = 0.28
+"""Vertices and lines that they are not an end of stay so far apart."""
+
+_MOVES = 40
+"""Rounds of moves that cross nothing."""
+
+_ANNEALED, _ATTEMPTS = 2, 800
+"""So many of the best layouts that are not clear are annealed, with so many moves."""
+
+_FACES = 3
+"""So many faces are tried as the outer one."""
+
+_MOST_MAPPINGS = 400
+"""So many symmetries of a graph are looked at."""
+
+
+def positions(graph: Graph) -> Positions:
+    """The positions of all vertices; connected parts side by side."""
+    found = np.zeros((len(graph.vertices), 2))
+    right = 0.0
+    for part in graph.components():
+        place = _part(graph, part)
+        place -= place.min(0)
+        place[:, 1] -= place[:, 1].max() / 2
+        found[part] = place + np.array([right, 0.0])
+        right += place[:, 0].max() + 0.9
+    return found
+
+
+def crossings(graph: Graph, place: Positions) -> int:
+    """Pairs of lines without a common vertex that meet."""
+    ends = np.array([(line.first, line.second) for line in graph.lines], int).reshape(-1, 2)
+    return _crossings(ends, place)
+
+
+def is_planar(graph: Graph) -> bool:
+    """Whether the graph can be drawn without crossings."""
+    return nx.check_planarity(_networkx(graph))[0]
+
+
+def _networkx(graph: Graph, part: Sequence[int] | None = None) -> nx.Graph:
+    found = nx.Graph()
+    kept = range(len(graph.vertices)) if part is None else part
+    found.add_nodes_from(kept)
+    found.add_edges_from((line.first, line.second) for line in graph.lines if line.first in found)
+    return found
+
+
+def _part(graph: Graph, part: Sequence[int]) -> Positions:
+    """The positions of one connected part."""
+    count = len(part)
+    if count == 1:
+        return np.zeros((1, 2))
+    number = {vertex: at for at, vertex in enumerate(part)}
+    ends = np.array([(number[line.first], number[line.second]) for line in graph.lines if line.first in number], int)
+    wanted = _distances(graph, part, ends)
+    mirror = _mirror(graph, part, ends)
+    planar = nx.check_planarity(_networkx(graph, part))[0]
+    tried: list[tuple[tuple[int, int, bool, float], Positions]] = []
+
+    def keep(place: Positions, symmetric: bool) -> None:
+        count, touching = _crossings(ends, place), _touching(ends, place)
+        tried.append(((count + (0 if planar else touching), touching, not symmetric, _stress(place, wanted)), place))
+
+    for start, symmetric in _planar_starts(count, ends, mirror):
+        relaxed = _relaxed(start, wanted, ends, mirror if symmetric else None)
+        keep(relaxed, symmetric)
+    for start in _starts(count, ends, mirror):
+        place = _majorised(start, wanted)
+        keep(place, False)
+        if mirror is not None:
+            keep(_mirrored(place, mirror), True)
+    tried.sort(key=lambda one: one[0])
+    for score, place in tried[:_ANNEALED] if tried[0][0][:2] != (0, 0) else ():
+        keep(_annealed(place, wanted, ends, None if score[2] else mirror), not score[2])
+    best = min(tried, key=lambda one: one[0])
+    return _turned(best[1], not best[0][2])
+
+
+def _distances(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray:
+    """The lengths of shortest paths; lines to open ends and dots are shorter."""
+    count = len(part)
+    found = np.full((count, count), np.inf)
+    np.fill_diagonal(found, 0.0)
+    for a, b in ends:
+        shapes = {graph.vertices[part[a]].shape, graph.vertices[part[b]].shape}
+        found[a, b] = found[b, a] = 0.75 if shapes & {END, GROUP, DOT} else 1.0
+    for middle in range(count):
+        found = np.minimum(found, found[:, middle, None] + found[None, middle])
+    return found
+
+
+def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator[Positions]:
+    angles = 2 * np.pi * np.arange(count) / count
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1) * count / 4
+    if mirror is not None:
+        half = circle.copy()
+        for at in range(count):
+            other = mirror[at]
+            if other == at:
+                half[at] = (0.0, at - count / 2)
+            elif at < other:
+                half[at] = (-1.0 - 0.1 * at, at - count / 2)
+                half[other] = (1.0 + 0.1 * at, at - count / 2)
+        yield half
+        half = half[:, ::-1].copy()
+        yield half + 0.01 * circle
+    yield circle
+    order = np.random.default_rng(0)
+    for _ in range(6):
+        yield order.normal(size=(count, 2)) * count / 4
+    layers = np.zeros((count, 2))
+    depth = _depths(count, ends)
+    for level in range(depth.max() + 1):
+        own = np.flatnonzero(depth == level)
+        layers[own, 0] = level
+        layers[own, 1] = np.arange(len(own)) - (len(own) - 1) / 2
+    yield layers
+
+
+def _depths(count: int, ends: np.ndarray) -> np.ndarray:
+    """Steps from the first vertex."""
+    depth = np.full(count, -1)
+    depth[0] = 0
+    for level in range(count):
+        for a, b in (*ends, *ends[:, ::-1]):
+            if depth[a] == level and depth[b] < 0:
+                depth[b] = level + 1
+    return depth
+
+
+def _majorised(place: Positions, wanted: np.ndarray) -> Positions:
+    """Stress majorisation with weights 1/d²."""
+    weights = 1 / np.maximum(wanted, 1e-9) ** 2
+    np.fill_diagonal(weights, 0.0)
+    laplacian = np.diag(weights.sum(1)) - weights
+    inverse = np.linalg.pinv(laplacian)
+    for _ in range(_ROUNDS):
+        gaps = np.linalg.norm(place[:, None] - place[None], axis=-1)
+        ratio = weights * wanted / np.maximum(gaps, 1e-6)
+        np.fill_diagonal(ratio, 0.0)
+        place = inverse @ ((np.diag(ratio.sum(1)) - ratio) @ place)
+    return place
+
+
+def _stress(place: Positions, wanted: np.ndarray) -> float:
+    gaps = np.linalg.norm(place[:, None] - place[None], axis=-1)
+    weights = 1 / np.maximum(wanted, 1e-9) ** 2
+    np.fill_diagonal(weights, 0.0)
+    return round(float((weights * (gaps - wanted) ** 2).sum()), 6)
+
+
+# ------------------------------------------------------------------------------------------------------------- symmetry
+def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray | None:
+    """The symmetry of the graph that is its own inverse and moves most vertices; None if there is none."""
+    named = nx.Graph()
+    for at, vertex in enumerate(part):
+        one = graph.vertices[vertex]
+        named.add_node(at, what=(one.shape, one.text))
+    named.add_edges_from(map(tuple, ends))
+    matcher = nx.isomorphism.GraphMatcher(named, named, node_match=lambda a, b: a["what"] == b["what"])
+    best, moved = None, 0
+    for mapping in itertools.islice(matcher.isomorphisms_iter(), _MOST_MAPPINGS):
+        count = sum(a != b for a, b in mapping.items())
+        if count > moved and all(mapping[b] == a for a, b in mapping.items()):
+            best, moved = mapping, count
+    tensors = [at for at, vertex in enumerate(part) if graph.vertices[vertex].text]
+    if best is None or not any(best[at] != at for at in tensors):
+        return None
+    return np.array([best[at] for at in range(len(part))])
+
+
+def _mirrored(place: Positions, mirror: np.ndarray) -> Positions:
+    """The positions made symmetric about the axis that suits them best, which becomes the vertical one."""
+    place = place - place.mean(0)
+    moved = place - place[mirror]
+    values, vectors = np.linalg.eigh(moved.T @ moved)
+    across = vectors[:, 1] if values[1] > 0 else np.array([1.0, 0.0])
+    along = np.array([-across[1], across[0]])
+    x, y = place @ across, place @ along
+    return np.stack([(x - x[mirror]) / 2, (y + y[mirror]) / 2], 1)
+
+
+def _turned(place: Positions, symmetric: bool) -> Positions:
+    """Turned so that it is wide rather than high; a symmetric one keeps its axis upright, or lies on it."""
+    place = place - place.mean(0)
+    if symmetric:
+        high, wide = np.ptp(place[:, 1]), np.ptp(place[:, 0])
+        return place if wide >= 0.6 * high else place[:, ::-1].copy()
+    _, vectors = np.linalg.eigh(place.T @ place)
+    place = place @ vectors[:, ::-1]
+    flip = np.where(place[0] > 0, -1.0, 1.0)  # the first vertex on the left
+    return place * flip
+
+
+# ------------------------------------------------------------------------------------------------------------ crossings
+def _sides(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+
+
+def _crossing_pairs(ends: np.ndarray, place: Positions) -> np.ndarray:
+    """[lines, lines]: which lines without a common vertex meet."""
+    a, b = place[ends[:, 0]], place[ends[:, 1]]
+    a1, b1, a2, b2 = a[:, None], b[:, None], a[None], b[None]
+    one = _sides(a1, b1, a2) * _sides(a1, b1, b2)
+    two = _sides(a2, b2, a1) * _sides(a2, b2, b1)
+    shared = (ends[:, None, :, None] == ends[None, :, None, :]).any((-1, -2))
+    return (one <= 0) & (two <= 0) & ~shared & ((one < 0) | (two < 0))
+
+
+def _crossings(ends: np.ndarray, place: Positions) -> int:
+    return int(np.triu(_crossing_pairs(ends, place), 1).sum()) if len(ends) > 1 else 0
+
+
+def _clearances(ends: np.ndarray, place: Positions) -> np.ndarray:
+    """[vertices, lines]: distances of vertices to lines they are not an end of."""
+    a, b = place[ends[:, 0]][None], place[ends[:, 1]][None]
+    along = b - a
+    t = ((place[:, None] - a) * along).sum(-1) / np.maximum((along**2).sum(-1), 1e-12)
+    near = a + np.clip(t, 0, 1)[..., None] * along
+    gaps = np.linalg.norm(place[:, None] - near, axis=-1)
+    own = (np.arange(len(place))[:, None, None] == ends[None]).any(-1)
+    return np.where(own, np.inf, gaps)
+
+
+def _touching(ends: np.ndarray, place: Positions) -> int:
+    """How many vertices stand on a line, or on another vertex."""
+    gaps = np.linalg.norm(place[:, None] - place[None], axis=-1) + 9 * np.eye(len(place))
+    return int((_clearances(ends, place) < _CLEAR).sum()) + int((gaps < _CLEAR).sum()) // 2
+
+
+def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
+    """Vertices moved towards where stress wants them, one after another, as far as nothing comes to cross or touch."""
+    lengths = np.linalg.norm(place[ends[:, 0]] - place[ends[:, 1]], axis=-1)
+    place = place / max(float(np.median(lengths)), 1e-9) * 1.2
+    weights = 1 / np.maximum(wanted, 1e-9) ** 2
+    np.fill_diagonal(weights, 0.0)
+
+    def room(at: Positions) -> float:
+        gaps = np.linalg.norm(at[:, None] - at[None], axis=-1) + 9 * np.eye(len(at))
+        return min(float(_clearances(ends, at).min(initial=9.0)), float(gaps.min()))
+
+    least = room(place)
+    for _ in range(_MOVES):
+        moved = False
+        for vertex in range(len(place)):
+            away = place[vertex] - place
+            gaps = np.maximum(np.linalg.norm(away, axis=-1, keepdims=True), 1e-6)
+            target = place + away / gaps * wanted[vertex][:, None]
+            goal = (weights[vertex][:, None] * target).sum(0) / weights[vertex].sum()
+            for step in (1.0, 0.4):
+                after = place.copy()
+                after[vertex] += step * (goal - place[vertex])
+                if mirror is not None and mirror[vertex] == vertex:
+                    after[vertex, 0] = 0.0
+                elif mirror is not None:
+                    after[mirror[vertex]] = after[vertex] * (-1.0, 1.0)
+                if np.linalg.norm(after[vertex] - place[vertex]) < 5e-3:
+                    break
+                space = room(after)
+                if space >= min(least, _CLEAR) and _crossings(ends, after) == 0:
+                    place, moved, least = after, True, max(least, min(space, _CLEAR))
+                    break
+        if not moved:
+            break
+    return place
+
+
+def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
+    """Random moves, ever shorter, kept where fewer lines cross and fewer vertices touch at little more stress."""
+    random = np.random.default_rng(0)
+
+    def cost(at: Positions) -> float:
+        near = np.maximum(_CLEAR - _clearances(ends, at), 0).sum() / _CLEAR
+        gaps = np.linalg.norm(at[:, None] - at[None], axis=-1) + 9 * np.eye(len(at))
+        near += np.maximum(2 * _CLEAR - gaps, 0).sum() / _CLEAR
+        return float(_crossings(ends, at) + near) + 0.02 * _stress(at, wanted)
+
+    best = cost(place)
+    for length in np.geomspace(1.5, 0.05, _ATTEMPTS):
+        vertex = int(random.integers(len(place)))
+        after = place.copy()
+        after[vertex] += random.normal(size=2) * length
+        if mirror is not None and mirror[vertex] == vertex:
+            after[vertex, 0] = 0.0
+        elif mirror is not None:
+            after[mirror[vertex]] = after[vertex] * (-1.0, 1.0)
+        found = cost(after)
+        if found < best:
+            place, best = after, found
+    return place
+
+
+# -------------------------------------------------------------------------------------------------------- planar starts
+def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator[tuple[Positions, bool]]:
+    """Tutte's drawings for several outer faces, and whether they are symmetric; none if the graph is not planar."""
+    degree = np.bincount(ends.ravel(), minlength=count)
+    leaves = [at for at in range(count) if degree[at] == 1 and count > 2]
+    core = nx.Graph()
+    core.add_nodes_from(at for at in range(count) if at not in leaves)
+    core.add_edges_from((int(a), int(b)) for a, b in ends if a in core and b in core)
+    planar, embedding = nx.check_planarity(core)
+    if not planar or len(core) < 3:
+        return
+    faces, seen = [], set[tuple[int, int]]()
+    for edge in embedding.edges():
+        if edge not in seen:
+            faces.append(embedding.traverse_face(*edge, mark_half_edges=seen))
+    simple = [face for face in faces if len(set(face)) == len(face) >= 3]
+    carriers = {int(b if a in leaves else a) for a, b in ends if (a in leaves) != (b in leaves)}
+    simple.sort(key=lambda face: (-len(carriers & set(face)), -len(face), face))
+    for outer in simple[:_FACES]:
+        own = mirror is not None and {int(mirror[at]) for at in outer} == set(outer)
+        for symmetric in (True, False) if own else (False,):
+            place = _tutte(core, faces, outer, count, mirror if symmetric else None)
+            if place is None:
+                continue
+            full = _with_leaves(place, leaves, ends, mirror if symmetric else None)
+            if _crossings(ends, full) == 0:
+                yield full, symmetric
+
+
+def _tutte(
+    core: nx.Graph, faces: Sequence[list[int]], outer: list[int], count: int, mirror: np.ndarray | None
+) -> Positions | None:
+    """Every vertex in the middle of its neighbours, the outer face a regular polygon; inner faces have a middle."""
+    place = np.zeros((count, 2))
+    angles = 2 * np.pi * np.arange(len(outer)) / len(outer)
+    if mirror is not None:
+        first = outer.index(int(mirror[outer[0]]))
+        angles = angles + np.pi / 2 - (angles[0] + angles[first]) / 2
+        images = np.array([angles[outer.index(int(mirror[at]))] for at in outer])
+        if not np.allclose(np.cos(np.pi - angles), np.cos(images), atol=1e-6):
+            return None  # the symmetry turns the face instead of reflecting it
+    size = len(core) / 3
+    place[outer] = np.stack([np.cos(angles), np.sin(angles)], 1) * size
+    inner = [face for face in faces if set(face) != set(outer)]
+    near: list[set[int]] = [set() for _ in range(count + len(inner))]
+    for a, b in core.edges:
+        near[a].add(b)
+        near[b].add(a)
+    for at, face in enumerate(inner, start=count):
+        for vertex in face:
+            near[at].add(vertex)
+            near[vertex].add(at)
+    free = [at for at in (*core.nodes, *range(count, len(near))) if at not in outer]
+    number = {vertex: at for at, vertex in enumerate(free)}
+    matrix, right = np.zeros((len(free), len(free))), np.zeros((len(free), 2))
+    for vertex in free:
+        matrix[number[vertex], number[vertex]] = max(len(near[vertex]), 1)
+        for other in near[vertex]:
+            if other in number:
+                matrix[number[vertex], number[other]] -= 1
+            else:
+                right[number[vertex]] += place[other]
+    if free:
+        solved = np.linalg.lstsq(matrix, right, rcond=None)[0]
+        for vertex in free:
+            if vertex < count:
+                place[vertex] = solved[number[vertex]]
+    if mirror is not None:
+        place = (place + place[mirror] * (-1.0, 1.0)) / 2
+    return place
+
+
+def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
+    """Open ends in the widest gaps around their vertex, as long as no line is in the way."""
+    place, done = place.copy(), set[int]()
+    for leaf in leaves:
+        if leaf in done:
+            continue
+        (own,) = (int(b if a == leaf else a) for a, b in ends if leaf in (a, b))
+        twin = leaf if mirror is None else int(mirror[leaf])
+        there = [(int(a), int(b)) for a, b in ends if not ({int(a), int(b)} & {*leaves} - done)]
+        placed = np.array([*there, (own, leaf)])
+        around = [b if a == own else a for a, b in there if own in (a, b)]
+        angles = sorted(float(np.arctan2(*(place[other] - place[own])[::-1])) for other in around)
+        gaps = [(angles[(at + 1) % len(angles)] - angle) % (2 * np.pi) or 2 * np.pi for at, angle in enumerate(angles)]
+        tries = [
+            (angles[at] + share * gaps[at], length)
+            for at in sorted(range(len(gaps)), key=lambda at: -gaps[at])
+            for length in (0.75, 0.45, 0.25, 0.12)
+            for share in (0.5, 0.35, 0.65)
+        ] or [(0.0, 0.75)]
+        if twin == leaf and mirror is not None:  # on the axis
+            tries = [(sign * np.pi / 2, length) for length in (0.75, 0.45, 0.25, 0.12) for sign in (1, -1)]
+        for angle, length in tries:
+            place[leaf] = place[own] + length * np.array([np.cos(angle), np.sin(angle)])
+            if _crossings(placed, place) == 0 and _clearances(placed, place[[*range(len(place))]])[leaf].min() > 0.02:
+                break
+        done.add(leaf)
+        if twin != leaf:
+            place[twin] = place[leaf] * (-1.0, 1.0)
+            done.add(twin)
+    return place

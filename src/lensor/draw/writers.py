@@ -1,0 +1,234 @@
+"""A scene as SVG, as TikZ, and as a PNG file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from lensor.draw.graph import DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
+from lensor.draw.scene import Box, Label, Scene, Shape
+
+STYLE = (
+    ".lensor{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
+    "@media (prefers-color-scheme:dark){.lensor{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;"
+    "--selection:#2c4a21;--shade:#24272d}}"
+    ".lensor text{font-family:ui-monospace,Menlo,Consolas,monospace;fill:var(--ink);text-anchor:middle;"
+    "dominant-baseline:central}"
+    ".lensor .node{font-size:13px}.lensor .index{font-size:9.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3}"
+    ".lensor .sign{font-size:18px}.lensor .line{stroke:var(--ink);stroke-width:1.3}"
+    ".lensor .gap{stroke:var(--paper);stroke-width:6}"
+    ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
+    ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
+    ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
+    ".lensor .shade{fill:var(--shade)}"
+)
+"""Colours for light and dark pages."""
+
+_COLOURS = {TENSOR: "#dbe9ff", STEP: "#dbe9ff", PATTERN: "#ffe3b8", SELECTION: "#e3f5d6", ONES: "#ffffff"}
+
+
+def corners(shape: Shape) -> list[tuple[float, float]]:
+    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices)."""
+    box = shape.box
+    if shape.kind == GROUP:
+        turns = (0.0, 2.3, -2.3)
+        radius = box.width / 2
+        return [
+            (box.x + radius * math.cos(shape.angle + turn), box.y + radius * math.sin(shape.angle + turn))
+            for turn in turns
+        ]
+    half, cut, high = box.width / 2, 7.0, box.height / 2
+    return [
+        (box.x - half, box.y),
+        (box.x - half + cut, box.y - high),
+        (box.x + half - cut, box.y - high),
+        (box.x + half, box.y),
+        (box.x + half - cut, box.y + high),
+        (box.x - half + cut, box.y + high),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------ SVG
+def svg(scene: Scene, title: str) -> str:
+    """The scene as an SVG document with colours for light and dark pages."""
+    left, top, width, height = scene.bounds()
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="lensor" role="img" width="{width:.0f}" height="{height:.0f}"'
+        f' viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+    ]
+    parts += [f'<rect class="shade" {_rectangle(box)} rx="10"/>' for box in scene.shades]
+    parts += [
+        f'<line class="line" x1="{one.x1:.1f}" y1="{one.y1:.1f}" x2="{one.x2:.1f}" y2="{one.y2:.1f}"/>'
+        for one in scene.segments
+    ]
+    parts += [
+        f'<line class="{style}" x1="{one.x1:.1f}" y1="{one.y1:.1f}" x2="{one.x2:.1f}" y2="{one.y2:.1f}"/>'
+        for one in scene.bridges
+        for style in ("gap", "line")
+    ]
+    parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
+    parts += [
+        f'<text class="{"sign" if label.large else "index"}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
+        f"{escape(label.text)}</text>"
+        for label in scene.labels
+    ]
+    return "\n".join([*parts, "</svg>"])
+
+
+def _rectangle(box: Box) -> str:
+    return (
+        f'x="{box.x - box.width / 2:.1f}" y="{box.y - box.height / 2:.1f}" width="{box.width:.1f}"'
+        f' height="{box.height:.1f}"'
+    )
+
+
+def _svg_shape(shape: Shape) -> str:
+    box = shape.box
+    text = f'<text class="node" x="{box.x:.1f}" y="{box.y:.1f}">{escape(shape.text)}</text>' if shape.text else ""
+    match shape.kind:
+        case "end":
+            return ""
+        case "dot":
+            return f'<circle class="dot" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>'
+        case "ones":
+            return f'<circle class="box ones" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>{text}'
+        case "pattern" | "group":
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners(shape))
+            return f'<polygon class="{"dot" if shape.kind == GROUP else "box pattern"}" points="{points}"/>{text}'
+    return f'<rect class="box {shape.kind}" {_rectangle(box)} rx="{2 if shape.kind == SELECTION else 8}"/>{text}'
+
+
+# ----------------------------------------------------------------------------------------------------------------- TikZ
+_GREEK = {"Π": r"$\Pi$", "δ": r"$\delta$", "×": r"$\times$", "→": r"$\rightarrow$", "·": r"$\cdot$"}
+
+
+def tex(text: str) -> str:
+    """A text for TeX: Greek letters and arrows in mathematics, the rest escaped."""
+    special = {"_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "^": r"\^{}"}
+    return "".join(_GREEK.get(letter) or special.get(letter, letter) for letter in text)
+
+
+def tikz(scene: Scene) -> str:
+    """The scene as a TeX document that compiles by itself; copy its tikzpicture into a paper."""
+    lines = [
+        r"\documentclass[tikz,border=4pt]{standalone}",
+        r"\begin{document}",
+        r"\begin{tikzpicture}[x=1pt,y=-1pt,font=\small,",
+        r"  box/.style={draw,line width=0.5pt,inner sep=0pt},index/.style={font=\tiny,inner sep=1pt,fill=white}]",
+        *(
+            rf"\definecolor{{lensor{name}}}{{HTML}}{{{colour[1:].upper()}}}"
+            for name, colour in {**_COLOURS, "shade": "#f1f2f4"}.items()
+        ),
+    ]
+    for box in scene.shades:
+        x, y, width, height = box.x - box.width / 2, box.y - box.height / 2, box.width, box.height
+        lines.append(
+            rf"\fill[lensorshade,rounded corners=6pt] ({x:.1f},{y:.1f}) rectangle ({x + width:.1f},{y + height:.1f});"
+        )
+    lines += [rf"\draw ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});" for one in scene.segments]
+    lines += [
+        rf"\draw[{style}] ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
+        for one in scene.bridges
+        for style in ("white,line width=4pt", "")
+    ]
+    lines += [found for shape in scene.shapes if (found := _tikz_shape(shape))]
+    lines += [
+        rf"\node[{'font=' + chr(92) + 'large' if label.large else 'index'}] at ({label.box.x:.1f},{label.box.y:.1f})"
+        rf" {{{tex(label.text)}}};"
+        for label in scene.labels
+    ]
+    return "\n".join([*lines, r"\end{tikzpicture}", r"\end{document}", ""])
+
+
+def _tikz_shape(shape: Shape) -> str:
+    box, text = shape.box, tex(shape.text)
+    at = f"({box.x:.1f},{box.y:.1f})"
+    size = f"minimum width={box.width:.1f}pt,minimum height={box.height:.1f}pt"
+    match shape.kind:
+        case "end":
+            return ""
+        case "dot":
+            return rf"\fill {at} circle ({box.width / 2:.1f}pt);"
+        case "ones":
+            return rf"\node[box,circle,fill=white,{size}] at {at} {{{text}}};"
+        case "group":
+            return rf"\fill {' -- '.join(f'({x:.1f},{y:.1f})' for x, y in corners(shape))} -- cycle;"
+        case "pattern":
+            path = " -- ".join(f"({x:.1f},{y:.1f})" for x, y in corners(shape))
+            return rf"\filldraw[fill=lensorpattern] {path} -- cycle;" + "\n" + rf"\node at {at} {{{text}}};"
+    style = "dashed" if shape.kind == SELECTION else "rounded corners=4pt"
+    return rf"\node[box,{style},fill=lensor{shape.kind},{size}] at {at} {{{text}}};"
+
+
+# ------------------------------------------------------------------------------------------------------------------ PNG
+def png(scene: Scene, path: Path, dpi: int = 160) -> None:
+    """Write the scene as a PNG file."""
+    from matplotlib import patches
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    left, top, width, height = scene.bounds()
+    figure = Figure(figsize=(width / 72, height / 72))
+    FigureCanvasAgg(figure)
+    axis: Any = figure.add_axes((0, 0, 1, 1))
+    axis.set_xlim(left, left + width)
+    axis.set_ylim(top + height, top)
+    axis.axis("off")
+    ink = "#1b1f24"
+    for box in scene.shades:
+        axis.add_patch(_patch(patches, box, "#f1f2f4", None, 8))
+    for one in scene.segments:
+        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1, solid_capstyle="round")
+    for one in scene.bridges:
+        axis.plot([one.x1, one.x2], [one.y1, one.y2], color="white", linewidth=5, zorder=1.1, solid_capstyle="butt")
+        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1.2)
+    for shape in scene.shapes:
+        box = shape.box
+        if shape.kind == END:
+            continue
+        if shape.kind in (DOT, ONES):
+            colour = ink if shape.kind == DOT else "white"
+            axis.add_patch(patches.Circle((box.x, box.y), box.width / 2, facecolor=colour, edgecolor=ink, zorder=2))
+        elif shape.kind in (PATTERN, GROUP):
+            colour = ink if shape.kind == GROUP else _COLOURS[PATTERN]
+            axis.add_patch(patches.Polygon(corners(shape), facecolor=colour, edgecolor=ink, zorder=2))
+        else:
+            axis.add_patch(_patch(patches, box, _COLOURS[shape.kind], ink, 2 if shape.kind == SELECTION else 6))
+        if shape.text:
+            axis.text(box.x, box.y, shape.text, ha="center", va="center", fontsize=9.5, family="monospace", zorder=3)
+    for label in scene.labels:
+        _text(axis, label, ink)
+    figure.savefig(path, dpi=dpi, facecolor="white")
+
+
+def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -> Any:
+    return patches.FancyBboxPatch(
+        (box.x - box.width / 2 + radius, box.y - box.height / 2 + radius),
+        box.width - 2 * radius,
+        box.height - 2 * radius,
+        boxstyle=f"round,pad={radius}",
+        facecolor=face,
+        edgecolor=edge or "none",
+        zorder=2 if edge else 0,
+    )
+
+
+def _text(axis: Any, label: Label, ink: str) -> None:
+    halo = {} if label.large else {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}}
+    size = 14 if label.large else 7
+    axis.text(
+        label.box.x,
+        label.box.y,
+        label.text,
+        ha="center",
+        va="center",
+        fontsize=size,
+        family="monospace",
+        color=ink,
+        zorder=4,
+        **halo,
+    )

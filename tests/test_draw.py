@@ -1,0 +1,203 @@
+"""Diagrams: what is in them, that nothing overlaps, that planar networks do not cross, and the files they become."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import networkx
+import numpy as np
+import pytest
+from PIL import Image
+
+import lensor
+from lensor.draw.graph import DOT, END, GROUP, Graph, graph_of
+from lensor.draw.layout import crossings, is_planar, positions
+from lensor.draw.scene import Scene, scene_of
+from tests.strategies import random_spec
+
+SPECS = {
+    "1-d": {"in_channels": 4, "out_channels": 6, "input_size": (9,), "kernel_size": 3, "groups": 2},
+    "2-d": {"in_channels": 4, "out_channels": 6, "input_size": (9, 9), "kernel_size": 3, "padding": 1, "groups": 2},
+}
+OPERATIONS = sorted(lensor.ops.__all__)
+
+
+def network(op: str, spec: dict[str, Any]) -> Any:
+    """The network of an operation with its required options."""
+    options: dict[str, Any] = {}
+    if op.startswith("kfac_") and "root" not in op:
+        options = {"approx": "expand"}
+    if op == "ggn_mini_block":
+        options = {"block": "filter"}
+    return getattr(lensor.ops, op)(lensor.ConvSpec(**spec), **options)
+
+
+def check_scene(graph: Graph, scene: Scene) -> None:
+    """No box of a vertex or label overlaps another, and the count of crossings is that of the lines as they are."""
+    boxes = [shape.box for shape in scene.shapes if shape.kind != END] + [label.box for label in scene.labels]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other), (one, other)
+    ends = {line_ends for line in graph.lines for line_ends in ((line.first, line.second),)}
+    assert len(scene.segments) == len(graph.lines) == len(ends)
+    found = 0
+    for (i, a), (j, b) in itertools.combinations(enumerate(scene.segments), 2):
+        if {graph.lines[i].first, graph.lines[i].second} & {graph.lines[j].first, graph.lines[j].second}:
+            continue
+        p, q = (complex(a.x1, a.y1), complex(a.x2, a.y2)), (complex(b.x1, b.y1), complex(b.x2, b.y2))
+        sides = [
+            ((end[1] - end[0]).conjugate() * (point - end[0])).imag
+            for end, other in ((p, q), (q, p))
+            for point in other
+        ]
+        found += sides[0] * sides[1] < 0 and sides[2] * sides[3] < 0
+    assert found == scene.crossings == len(scene.bridges)
+
+
+def check_network(net: lensor.Network) -> Scene:
+    graph = graph_of(net)
+    scene = scene_of(graph)
+    check_scene(graph, scene)
+    whole = networkx.Graph([(line.first, line.second) for line in graph.lines])
+    if networkx.check_planarity(whole)[0]:
+        assert is_planar(graph)
+        assert scene.crossings == 0, str(net)
+    named = [index for line in graph.lines for index in line.indices]
+    assert set(named) == set(net.sizes)
+    assert sum(vertex.node is not None for vertex in graph.vertices) == len(net.nodes)
+    return scene
+
+
+@pytest.mark.parametrize("dims", SPECS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_operation_is_drawn_without_overlaps_and_needless_crossings(op: str, dims: str) -> None:
+    for net in (network(op, SPECS[dims]), network(op, SPECS[dims]).simplify()):
+        for term in net.terms:
+            check_network(term)
+
+
+def random_networks(seeds: range) -> None:
+    for seed in seeds:
+        rng = np.random.default_rng([7, seed])
+        spec = random_spec(rng, 2)
+        op = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+        for term in network(op, spec).terms:
+            check_network(term)
+
+
+def test_random_networks_are_drawn_without_overlaps_and_needless_crossings() -> None:
+    random_networks(range(15))
+
+
+@pytest.mark.slow
+def test_two_hundred_random_networks() -> None:
+    random_networks(range(30, 230))
+
+
+def test_drawings_are_the_same_every_time() -> None:
+    net = network("ggn_diagonal", SPECS["2-d"])
+    assert lensor.draw(net).svg == lensor.draw(net).svg
+
+
+def test_equal_halves_are_mirrored() -> None:
+    graph = graph_of(network("kfac_input_factor", SPECS["2-d"]))
+    place = positions(graph)
+    tensors = [at for at, vertex in enumerate(graph.vertices) if vertex.text]
+    middle = place[tensors, 0].mean()
+    texts = {at: graph.vertices[at].text for at in tensors}
+
+    def points(sign: float) -> set[tuple[float, float, str]]:
+        return {(round(sign * (place[at, 0] - middle), 6), round(place[at, 1], 6), texts[at]) for at in tensors}
+
+    assert points(1.0) == points(-1.0)
+    assert crossings(graph, place) == 0
+
+
+def test_groups_dots_and_open_ends() -> None:
+    graph = graph_of(lensor.contraction("n (g c) i, n g, i -> (n c) g", "X", "Y", "Z"))
+    kinds = [vertex.shape for vertex in graph.vertices]
+    assert kinds.count(GROUP) == 1
+    assert kinds.count(END) == 1
+    assert kinds.count(DOT) == 2  # n and g are in three places
+    jacobian = graph_of(network("weight_jacobian", SPECS["1-d"]))
+    assert sum(vertex.shape == DOT and vertex.node is not None for vertex in jacobian.vertices) == 2
+
+
+def test_files(tmp_path: Path) -> None:
+    net = network("kfac_input_factor", SPECS["2-d"])
+    drawing = net.draw(tmp_path / "net.svg", shade=[{0, 1, 2}])
+    root = ElementTree.fromstring((tmp_path / "net.svg").read_text(encoding="utf-8"))
+    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"X", "Π1", "Π2", "n", "g", "o1"} <= set(texts)
+    assert len([element for element in root.iter() if element.get("class") == "shade"]) == 1
+    assert "prefers-color-scheme:dark" in drawing.svg
+    assert net._repr_svg_() == net.draw().svg
+    drawing.save(tmp_path / "net.png")
+    with Image.open(tmp_path / "net.png") as picture:
+        assert min(picture.size) > 200
+        assert len(picture.getcolors(1 << 20) or ()) > 3
+    drawing.save(tmp_path / "net.tex")
+    text = (tmp_path / "net.tex").read_text(encoding="utf-8")
+    assert text == drawing.tikz
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert text.count("{") == text.count("}")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_tikz_compiles(op: str, tmp_path: Path) -> None:
+    lensor.draw(network(op, SPECS["2-d"]), tmp_path / "net.tex")
+    found = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "net.tex"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
+def test_sums_pairs_and_plans() -> None:
+    with_bias = lensor.ops.conv(lensor.ConvSpec(2, 4, (9,), 3, bias=True))
+    signs = [label.text for label in lensor.draw(with_bias).scene.labels if label.large]
+    assert signs == ["+"]
+    factor = network("kfac_input_factor", SPECS["1-d"])
+    signs = [label.text for label in lensor.draw([factor, factor.simplify()]).scene.labels if label.large]
+    assert signs == ["n^-1 ×", "→", "n^-1 ×"]
+    plan = lensor.ops.conv(lensor.ConvSpec(2, 4, (9,), 3)).plan(X=(1, 2, 9), W=(4, 2, 3))
+    texts = [shape.text for shape in plan.draw().scene.shapes]
+    assert texts[:2] == ["X", "W"]
+    assert "convolution" in texts or "matmul" in texts
+
+
+def test_large_networks_stay_readable() -> None:
+    chain = ", ".join(f"i{at} i{at + 1}" for at in range(40))
+    net = lensor.contraction(f"{chain} -> i0 i40", *(f"A{at}" for at in range(40)))
+    scene = check_network(net)
+    assert len(scene.shapes) == 42
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lensor.draw(3), TypeError, "found int"),
+        (lambda: lensor.draw("X"), TypeError, "found str"),
+        (
+            lambda: lensor.contraction("n -> ", "X").draw("net.bmp"),
+            ValueError,
+            "'.bmp', expected one of '.svg'",
+        ),
+        (lambda: lensor.contraction("n -> ", "X").draw(shade=[{4}]), ValueError, r"shade names nodes \[4\]"),
+    ],
+)
+def test_bad_input_is_refused(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_lines_are_about_as_long_as_each_other() -> None:
+    graph = graph_of(network("conv", SPECS["2-d"]))
+    place = positions(graph)
+    lengths = [math.dist(place[line.first], place[line.second]) for line in graph.lines]
+    assert max(lengths) < 4 * min(lengths)

@@ -5,7 +5,7 @@ STAMP := .venv/.made
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint browser clean
+.PHONY: demo test test-all lint docs browser clean
 
 $(STAMP): pyproject.toml constraints.txt
 	rm -rf .venv
@@ -28,6 +28,10 @@ test: lint
 test-all: lint
 	$(BIN)/python -m tests.sweep
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The site, in docs/_build; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 # One test looks at a page in a browser; without one it is skipped. Debian's, which only root may install.
 browser:

@@ -75,6 +75,18 @@ def make_app() -> Any:
 
     add_commands(app, stop)
 
+    @app.command(help="The paper's figures and every operation as diagrams, and a page that shows them.")
+    def gallery(
+        out: Annotated[Path, typer.Argument(help="Folder for the pictures; gallery.md is written beside it.")],
+    ) -> None:
+        from lensor.bench import gallery
+
+        try:
+            for path in gallery.write(out):
+                typer.echo(f"wrote {path}")
+        except (OSError, ImportError) as error:
+            raise stop(str(error)) from None
+
     @app.command(help="The rules of simplification, each with a worked example, as a Markdown table.")
     def rules(
         markdown: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,

@@ -12,6 +12,7 @@ from lensor.bench.operations import OPERATIONS
 from lensor.bench.results import OK, Row
 from lensor.bench.settings import Settings
 from lensor.execute import bind_shapes
+from lensor.network import AnyNetwork
 from lensor.plan import Plan
 
 
@@ -22,8 +23,8 @@ class Explanation:
     Args:
         layer: the convolution.
         operation: the operation's name.
-        written: its network, as the operation defines it.
-        simplified: what the rules leave of it.
+        network: its network, as the operation defines it.
+        rest: what the rules leave of it.
         plan: the plan that was chosen.
         standard: the standard way's row, if times were asked for.
         lensor: Lensor's row, if times were asked for.
@@ -31,11 +32,21 @@ class Explanation:
 
     layer: Layer
     operation: str
-    written: str
-    simplified: str
+    network: AnyNetwork
+    rest: AnyNetwork
     plan: Plan
     standard: Row | None = None
     lensor: Row | None = None
+
+    @property
+    def written(self) -> str:
+        """The network as text."""
+        return str(self.network)
+
+    @property
+    def simplified(self) -> str:
+        """What the rules leave of it as text."""
+        return str(self.rest)
 
     @property
     def peak_bytes(self) -> int:
@@ -114,8 +125,8 @@ def explained(layers: Sequence[Layer], settings: Settings, rows: Iterable[Row] =
             yield Explanation(
                 layer,
                 name,
-                str(net),
-                str(bind_shapes(net, shapes).simplify()),
+                net,
+                bind_shapes(net, shapes).simplify(),
                 net.plan(**like),
                 *(known.get((name, one, layer.spec)) for one in ("standard", "lensor")),
             )

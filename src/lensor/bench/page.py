@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from lensor.bench.explain import Explanation, totals
 from lensor.bench.layers import label
 from lensor.bench.report import digits
+from lensor.draw import draw
+from lensor.network import AnyNetwork
 
 HEADINGS = (
     *(("module", False), ("convolution", False), ("kind", False), ("count", True), ("operation", False)),
@@ -68,6 +71,7 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
         "pace": pace,
         "share": lambda seconds, every: f"{100 * seconds / max(every):.1f}",
     }
+    drawn: dict[str, Markup] = {}
     rows = [
         {
             "operation": one.operation,
@@ -75,6 +79,7 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
             "trouble": one.trouble,
             "written": one.written,
             "simplified": one.simplified,
+            "diagrams": [_diagram(one.network, one.written, drawn), _diagram(one.rest, one.simplified, drawn)],
             "plan": str(one.plan),
         }
         for one in explanations
@@ -88,6 +93,14 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
         totals=totals(explanations),
         timed=any(one.seconds is not None for one in explanations),
     )
+
+
+def _diagram(net: AnyNetwork, text: str, drawn: dict[str, Markup]) -> Markup:
+    """The diagram of a network; networks of one text are drawn once."""
+    if text not in drawn:
+        # Inside a page an SVG element needs no name space, which is an address.
+        drawn[text] = Markup(draw(net).svg.replace(' xmlns="http://www.w3.org/2000/svg"', ""))
+    return drawn[text]
 
 
 def milliseconds(seconds: float) -> str:

@@ -1,0 +1,159 @@
+"""The gallery: the paper's figures and every operation, drawn from the live objects by one command.
+
+Every entry is the code that makes it, evaluated here; its subscripts and flops are those of the object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lensor
+from lensor.draw import Drawing, draw
+from lensor.errors import NetworkError
+from lensor.network import AnyNetwork, Network
+
+SETUP = "spec = lensor.ConvSpec(4, 6, input_size=(9, 9), kernel_size=3, padding=1, groups=2)"
+"""The convolution that all entries are of, unless they say otherwise."""
+
+SIZES = {"n": 2, "v": 3, "m": 2, "w": 3}
+"""Sizes of indices that a spec does not tell, for the flops."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture: its name, what it shows, and the code of the network, or of (before, after)."""
+
+    name: str
+    title: str
+    code: str
+
+
+_PLAIN = "lensor.ConvSpec(4, 6, (9, 9), 3)"
+_ONE = "lensor.ConvSpec(4, 6, (9,), 3)"
+
+FIGURES = (
+    Entry(
+        "figure-1", "Figure 1: the KFC factor of an input", f'lensor.ops.kfac_input_factor({_PLAIN}, approx="expand")'
+    ),
+    Entry("figure-2", "Figure 2: a convolution in two dimensions with groups", "lensor.ops.conv(spec)"),
+    Entry("figure-3", "Figure 3: the weight Jacobian: the kernel is cut out", 'lensor.ops.conv(spec).jacobian("W")'),
+    Entry("figure-4a", "Figure 4a: the weight VJP", 'lensor.ops.conv(spec).vjp("W")'),
+    Entry("figure-4b", "Figure 4b: the input VJP, a transposed convolution", 'lensor.ops.conv(spec).vjp("X")'),
+    Entry("figure-5a", "Figure 5a: KFAC-expand", 'lensor.ops.kfac_input_factor(spec, approx="expand")'),
+    Entry("figure-5b", "Figure 5b: KFAC-reduce", 'lensor.ops.kfac_input_factor(spec, approx="reduce")'),
+    Entry(
+        "figure-6a",
+        "Figure 6: a dense convolution becomes a reshape",
+        "(net := lensor.ops.conv(lensor.ConvSpec(4, 6, (9,), 3, stride=3)), net.simplify())",
+    ),
+    Entry(
+        "figure-6b",
+        "Figure 6: a down-sampling convolution becomes a slice",
+        "(net := lensor.ops.conv(lensor.ConvSpec(4, 6, (9,), 1, stride=2)), net.simplify())",
+    ),
+    Entry(
+        "figure-6c",
+        "Figure 6: KFAC-reduce needs no patches",
+        f'(net := lensor.ops.kfac_input_factor({_ONE}, approx="reduce"), net.simplify())',
+    ),
+)
+"""The paper's figures."""
+
+_OPTIONS = {
+    "kfac_input_factor": ', approx="expand"',
+    "kfac_output_factor": ', approx="expand"',
+    "ggn_mini_block": ', block="filter"',
+}
+
+OPERATIONS = tuple(
+    Entry(name.replace("_", "-"), name, f"lensor.ops.{name}(spec{_OPTIONS.get(name, '')})")
+    for name in lensor.ops.__all__
+)
+"""Every operation."""
+
+OTHERS = (
+    Entry("cp-kernel", "A kernel in CP form", 'lensor.ops.conv(spec1).substitute("W", cp).simplify()'),
+    Entry(
+        "sampled",
+        "A weight gradient from sampled positions",
+        'lensor.ops.weight_vjp(spec1).sample("i1", 0.25, stored=["X"])',
+    ),
+)
+"""What else networks do."""
+
+
+def entries() -> tuple[Entry, ...]:
+    """All entries."""
+    return (*FIGURES, *OPERATIONS, *OTHERS)
+
+
+def made(entry: Entry) -> tuple[AnyNetwork, ...]:
+    """The networks of an entry: its code evaluated."""
+    space = {
+        "lensor": lensor,
+        "spec": lensor.ConvSpec(4, 6, (9, 9), 3, padding=1, groups=2),
+        "spec1": lensor.ConvSpec(4, 6, (9,), 3),
+        "cp": lensor.contraction("o r, i r, k r -> o i k", "A", "B", "C", o=6, i=4, k=3, r=2),
+    }
+    found = eval(entry.code, space)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def flops(net: AnyNetwork) -> int | None:
+    """The flops of the plan with two examples and three columns; None where a size stays open."""
+    sizes = {index: SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
+    try:
+        bound = net.bind(sizes)
+        shapes = {
+            name: tuple(math.prod(bound.sizes[index] or 1 for index in leg) for leg in _axes(bound, name))
+            for name in bound.operand_names
+        }
+        return bound.plan(**shapes).flops
+    except (NetworkError, ValueError):
+        return None
+
+
+def _axes(net: AnyNetwork, name: str) -> tuple[tuple[str, ...], ...]:
+    legs = net.operand_legs[name]
+    return legs[1:] if name in net.selections else legs
+
+
+def write(folder: Path) -> Iterator[Path]:
+    """Write every picture as SVG, and `gallery.md` beside the folder, which shows them all.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [
+        "# Gallery",
+        "",
+        "Made by `lensor gallery` from the objects themselves. Rounded boxes are tensors, hexagons index patterns, dots"
+        " indices of more than two nodes or deltas, black triangles output legs that group indices; an arrow leads from"
+        " a network to what the rules leave of it. Flops are those of the plan for 2 examples and 3 columns. The"
+        " pictures are of one convolution:",
+        "",
+        f"    {SETUP}",
+    ]
+    for heading, part in (("The paper's figures", FIGURES), ("Operations", OPERATIONS), ("More", OTHERS)):
+        text += ["", f"## {heading}"]
+        for entry in part:
+            nets = made(entry)
+            drawing: Drawing = draw(nets[0] if len(nets) == 1 else nets)
+            yield drawing.save(folder / f"{entry.name}.svg")
+            text += ["", f"### {entry.title}", "", f"![{entry.title}]({folder.name}/{entry.name}.svg)", ""]
+            text += [f"    {entry.code}", ""]
+            for net in nets:
+                count = flops(net)
+                cost = "" if count is None else f" ({count:,} flops)"
+                text += [f"`{net.subscripts}`{cost}", ""]
+            if drawing.crossings:
+                planar = all(isinstance(net, Network) for net in nets)
+                why = "its graph is not planar" if planar else "the graphs of its terms are not planar"
+                text += [f"{drawing.crossings} crossings: {why}.", ""]
+    page = folder.with_name("gallery.md")
+    page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    yield page

@@ -18,11 +18,11 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Equation", "notes_style")]
 
 
-def setup(app):  # noqa: ANN001, ANN201, D103, Sphinx calls it
+def setup(app):  # noqa: D103, Sphinx calls it
     app.connect("autodoc-process-docstring", _as_restructured_text)
 
 
-def _as_restructured_text(app, what, name, obj, options, lines) -> None:  # noqa: ANN001
+def _as_restructured_text(app, what, name, obj, options, lines) -> None:
     """Docstrings mark code by single backticks and have shapes like [n, *output_size]: spell both for Sphinx."""
     import re
 

@@ -23,7 +23,18 @@ MODULES = (
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "-q", str(ROOT / "docs"), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "-q",
+        str(ROOT / "docs"),
+        str(folder),
+    ]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-4000:]
     return folder
@@ -51,7 +62,9 @@ def test_no_public_name_is_missing(site: Path) -> None:
     shown = set(re.findall(r'\bid="(lensor[\w.]*)"', text))
     for module in MODULES:
         package = importlib.import_module(module)
-        functions = [name for name in vars(package) if not name.startswith("_")] if module.endswith("functional") else []
+        functions = (
+            [name for name in vars(package) if not name.startswith("_")] if module.endswith("functional") else []
+        )
         for name in getattr(package, "__all__", functions):
             value = getattr(package, name)
             if type(value).__name__ == "module" or not getattr(value, "__doc__", None) or isinstance(value, tuple):

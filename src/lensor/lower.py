@@ -318,19 +318,19 @@ class _Lowering:
         )
 
     def place(self, value: int, i: Group, j: Group) -> None:
-        """A selection as a matrix of zeros and ones, contracted with what was selected if that is one tensor."""
+        """What was selected put back into zeros if it is one tensor, else the selection as a matrix."""
         size = math.prod(self.shape(i))
-        picked = self.program.add(s.Pick((self.program.add(s.Identity((), size)), value), 1))
-        matrix = self.without_repeats(self.program.reshape(picked, self.shape([*i, *j])), [*i, *j])
         holders = [tensor for tensor in self.tensors if set(j) & set(tensor.indices)]
         inside = {index for node in self.patterns for index in indices_of(node)}.union(self.open)
         waiting = {index for _, one, two in self.selections for index in (*one, *two)}
         fits = len(holders) == 1 and set(j) <= set(holders[0].indices) and not set(j) & (inside | waiting)
-        if j and fits and not set(i) & set(holders[0].indices):
-            needed = {*holders[0].indices, *matrix.indices} - set(j)
-            self.tensors[self.tensors.index(holders[0])] = self.multiply(holders[0], matrix, needed)
-        else:
-            self.tensors.append(matrix)
+        if i and j and fits and not set(i) & set(holders[0].indices):
+            merged, axis, rest = self.merged(holders[0], j)
+            put = self.program.add(s.Put((merged, value), axis, size))
+            self.tensors[self.tensors.index(holders[0])] = self.ungrouped(put, rest[:axis], i, rest[axis:])
+            return
+        picked = self.program.add(s.Pick((self.program.add(s.Identity((), size)), value), 1))
+        self.tensors.append(self.without_repeats(self.program.reshape(picked, self.shape([*i, *j])), [*i, *j]))
 
     def apply_selections(self) -> None:
         progress = True

@@ -225,6 +225,21 @@ class Pick(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Put(Step):
+    """An axis put into the positions that a vector, the second operand, names, of one of `size`; zeros elsewhere."""
+
+    name: ClassVar[str] = "put"
+    axis: int
+    size: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return (*shapes[0][: self.axis], self.size, *shapes[0][self.axis + 1 :])
+
+    def settings(self) -> str:
+        return f"axis {self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
 class Through:
     """How one axis is read through a pattern: at which of its positions, for which of those of the other two legs.
 

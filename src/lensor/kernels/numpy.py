@@ -55,6 +55,15 @@ def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
     return sum_squares
 
 
+def _put(step: s.Put) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def put(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        whole = np.zeros(step.shape([x.shape]), x.dtype)
+        np.add.at(np.moveaxis(whole, step.axis, 0), positions, np.moveaxis(x, step.axis, 0))
+        return whole
+
+    return put
+
+
 def _read(step: s.Read) -> Callable[..., np.ndarray]:
     def read(x: np.ndarray, *positions: np.ndarray) -> np.ndarray:
         ordered = [positions[axis.positions - 1] for axis in step.axes]
@@ -195,6 +204,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.SumAxes: lambda step: lambda x: x.sum(axis=step.axes),
     s.Expand: lambda step: lambda x: np.broadcast_to(x, step.size),
     s.Pick: lambda step: lambda x, positions: np.take(x, positions, axis=step.axis),
+    s.Put: _put,
     s.Read: _read,
     s.Multiply: lambda step: np.multiply,
     s.MatMul: _matmul,

@@ -158,6 +158,10 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.index_select(step.axis, reads(x))
 
 
+def _put(step: s.Put) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda x, positions: x.new_zeros(step.shape([x.shape])).index_add(step.axis, positions, x)
+
+
 def _read(step: s.Read) -> Callable[..., torch.Tensor]:
     constants = {axis: _numbers_of(("all reads", axis.pattern), axis.pattern.reads()) for axis in step.axes}
 
@@ -472,6 +476,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Stuff: _stuff,
     s.Gather: _gather,
     s.Pick: lambda step: lambda x, positions: x.index_select(step.axis, positions),
+    s.Put: _put,
     s.Read: _read,
     s.Window: _window,
     s.OverlapAdd: _overlap_add,

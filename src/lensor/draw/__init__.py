@@ -200,5 +200,5 @@ def _repr_svg(net: AnyNetwork) -> str | None:
 
 
 verb(draw)
-for _name, _method in (("_repr_svg_", _repr_svg), ("draw", draw)):
-    setattr(Verbs if _name == "_repr_svg_" else Plan, _name, _method)
+Verbs._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]
+Plan.draw = draw  # pyright: ignore[reportAttributeAccessIssue]

@@ -243,7 +243,7 @@ class _Rectified(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, inplace: bool) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
         return torch.relu(x)
 
     @staticmethod
@@ -253,7 +253,7 @@ class _Rectified(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (positive,) = ctx.saved_tensors
-        return grads[0] * positive, None
+        return grads[0] * positive
 
 
 class ReLU(torch.nn.ReLU):
@@ -272,7 +272,7 @@ class ReLU(torch.nn.ReLU):
         """max(input, 0)."""
         if not (self.training and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
-        return _Rectified.apply(input, self.inplace)  # type: ignore[return-value]
+        return _Rectified.apply(input)  # type: ignore[return-value]
 
 
 _SAMPLED: dict[type, type] = {

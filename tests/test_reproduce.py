@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from lensor import cli
 from lensor.bench import BenchError, crs, reproduce
 from lensor.bench import sampling as bench_sampling
+from lensor.bench.cifar import cifar100
 from lensor.bench.layers import KINDS
 from lensor.bench.results import OK, Found, Machine, Row, Setting, read
 from lensor.bench.settings import Settings
@@ -208,3 +211,38 @@ def test_figures_of_sampled_backpropagation_are_written(tmp_path: Path) -> None:
     assert [row[0] for row in bench_sampling.summary(trained)] == ["1", "0.5", "0.25"]
     assert bench_sampling.plot(trained, tmp_path / "training.png").stat().st_size > 10_000
     assert len(table_of(bench_sampling.write_csv(trained, tmp_path / "training.csv"))) == len(trained)
+
+
+def test_sampled_gradients_of_cifar_from_a_folder(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    pictures, labels = draw.integers(256, size=(6, 3072), dtype=np.uint8), [3, 99, 0, 7, 7, 41]
+    binary, python = tmp_path / "cifar-100-binary", tmp_path / "cifar-100-python"
+    binary.mkdir()
+    records = [bytes([5, label]) + picture.tobytes() for picture, label in zip(pictures, labels, strict=True)]
+    (binary / "train.bin").write_bytes(b"".join(records))
+    python.mkdir()
+    (python / "train").write_bytes(pickle.dumps({b"data": pictures, b"fine_labels": labels}))
+    for folder in (tmp_path, binary, python):
+        found, fine = cifar100(folder)
+        assert (found.reshape(6, -1) == pictures).all()
+        assert fine.tolist() == labels
+    settings = crs.Settings(batch=2, shares=(0.5,), few=(), seeds=1, others=0, threads=1, cifar=tmp_path)
+    points = list(crs.run(settings, []))
+    assert {point.key for point in points} == crs.wanted_keys(settings)
+    assert sum(point.data == crs.CIFAR for point in points) == 2
+    crs.plot(points, tmp_path / "crs.png")
+    assert (tmp_path / "crs.png").stat().st_size > 10_000
+
+
+def test_a_folder_without_cifar_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"no CIFAR-100 in .*: expected one of cifar-100-binary/train.bin"):
+        cifar100(tmp_path)
+    (tmp_path / "train").write_bytes(pickle.dumps({b"data": print}))
+    with pytest.raises(BenchError, match=r"is no CIFAR-100: it holds builtins.print"):
+        cifar100(tmp_path)
+    (tmp_path / "train").write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}))
+    with pytest.raises(BenchError, match=r"expected a label below 100 for each of 2 pictures"):
+        cifar100(tmp_path)
+    (tmp_path / "train.bin").write_bytes(bytes(3000))
+    with pytest.raises(BenchError, match=r"train.bin is no CIFAR-100: cannot reshape"):
+        cifar100(tmp_path)

@@ -126,11 +126,14 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
         seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.2,
+        cifar: Annotated[
+            Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs measures too.")
+        ] = None,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
         settings = Settings(batch=batch, dtype=dtype, threads=threads, device=device, repeats=repeats, seconds=seconds)
         try:
-            _reproduce(figures(figure), settings, out, quick)
+            _reproduce(figures(figure), settings, out, quick, cifar)
         except BenchError as error:
             fail(error, debug)
         except KeyboardInterrupt:
@@ -453,7 +456,7 @@ def _measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> 
         progress.update(task, completed=total, description="")
 
 
-def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool) -> None:
+def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, cifar: Path | None) -> None:
     """Measure what figures need and is not measured yet, and write them."""
     shown = console()
     rows: list[Row] = []
@@ -467,7 +470,7 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool) ->
         _measure([bench], results, shown)
         specs = {case.layer.spec for case in bench.cases}
         rows = [row for row in results.rows if row.setting == bench.setting and row.layer.spec in specs]
-    points = _crs_points(given, out, quick, shown) if "crs" in names else []
+    points = _crs_points(given, out, quick, cifar, shown) if "crs" in names else []
     for found in write_figures(names, rows, points, out):
         headings, *cells = found.summary
         table = Table(*headings, title=found.title)
@@ -477,12 +480,13 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool) ->
         shown.print(f"wrote {', '.join(map(str, found.paths))}", soft_wrap=True, highlight=False)
 
 
-def _crs_points(given: Settings, out: Path, quick: bool, shown: Console) -> Sequence[CrsPoint]:
+def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, shown: Console) -> Sequence[CrsPoint]:
     """Measure the errors of sampled gradients that are not in the folder yet; all that the settings ask for."""
     require("torch", "matplotlib", "skimage")
     from lensor.bench import crs
 
-    settings = crs.Settings.quick(given.threads) if quick else crs.Settings(threads=given.threads)
+    make = crs.Settings.quick if quick else crs.Settings
+    settings = make(threads=given.threads, cifar=cifar)
     path = out / "crs.csv"
     known = crs.read(path)
     try:

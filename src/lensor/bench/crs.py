@@ -3,7 +3,7 @@
 The untrained All-CNN-C without dropout; the gradients of all kernels, flattened into one vector g, and their sampled
 proxies ĝ: ‖ĝ − g‖ / ‖g‖, mean and standard deviation over initialisations of the model and the batch. Beside the
 paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) by Bernoulli sampling: other indices and schemes, and
-the error against the time of the backward pass.
+the error against the time of the backward pass, which is measured for the first seed beside the exact one, in turns.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
 from lensor import sampling
+from lensor.bench.cifar import cifar100
 from lensor.bench.errors import BenchError, require
+from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
 from lensor.bench.training import TASKS
@@ -40,7 +42,10 @@ OTHERS = (
 )
 """(indices, scheme): each index is kept at the rate whose product is the share of the input."""
 
-REAL, SYNTHETIC = "crops of pictures", "normal numbers"
+_ROUNDS = 3
+"""Timed rounds of a backward pass and the exact one."""
+
+REAL, SYNTHETIC, CIFAR = "crops of pictures", "normal numbers", "CIFAR-100"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Settings:
         seeds: initialisations of the model and the batch for the paper's curves.
         others: the same for the other indices and schemes.
         threads: threads for torch.
+        cifar: a folder with CIFAR-100, which is measured too; None for without.
     """
 
     batch: int = 128
@@ -62,11 +68,17 @@ class Settings:
     seeds: int = 10
     others: int = 3
     threads: int = 2
+    cifar: Path | None = None
 
     @classmethod
-    def quick(cls, threads: int) -> Settings:
+    def quick(cls, threads: int, cifar: Path | None = None) -> Settings:
         """Small batches and few shares."""
-        return cls(batch=16, shares=(0.1, 0.35, 0.75), few=(0.25, 0.75), seeds=3, others=1, threads=threads)
+        return cls(16, (0.1, 0.35, 0.75), (0.25, 0.75), seeds=3, others=1, threads=threads, cifar=cifar)
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The names of the data."""
+        return (REAL, SYNTHETIC) if self.cifar is None else (REAL, SYNTHETIC, CIFAR)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Point:
         seed: of model and batch.
         error: ‖ĝ − g‖ / ‖g‖.
         seconds: of the backward pass with its plans made, not a number where it was not timed.
-        exact_seconds: of the exact one.
+        exact_seconds: of the exact one, in turns with it.
     """
 
     data: str
@@ -105,34 +117,63 @@ Batch = Callable[[int, int], tuple[Tensor, Tensor]]
 """(batch size, seed) -> inputs and labels."""
 
 
-def _data() -> dict[str, Batch]:
-    x, y = TASKS["crops"]().train
-
-    def real(count: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
-        return x[chosen], y[chosen]
-
+def _data(settings: Settings) -> dict[str, Batch]:
     def synthetic(count: int, seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         inputs = torch.randn(count, 3, 32, 32, generator=generator)
         return inputs, torch.randint(100, (count,), generator=generator)
 
-    return {REAL: real, SYNTHETIC: synthetic}
+    found = {REAL: _drawn(*TASKS["crops"]().train), SYNTHETIC: synthetic}
+    if settings.cifar is not None:
+        pictures, labels = map(torch.from_numpy, cifar100(settings.cifar))
+        some = pictures[:10_000].float()
+        mean, deviation = some.mean((0, 2, 3), keepdim=True), some.std((0, 2, 3), keepdim=True)
+        draw = _drawn(pictures, labels)
+
+        def cifar(count: int, seed: int) -> tuple[Tensor, Tensor]:
+            x, y = draw(count, seed)
+            return (x.float() - mean) / deviation, y
+
+        found[CIFAR] = cifar
+    return found
 
 
-def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
-    """The gradients of all kernels as one vector, and the seconds of the backward pass."""
-    loss = nn.functional.cross_entropy(model(x), y)
-    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-    start = perf_counter()
-    found = torch.autograd.grad(loss, kernels)
-    return torch.cat([one.flatten() for one in found]), perf_counter() - start
+def _drawn(x: Tensor, y: Tensor) -> Batch:
+    def batch(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
+        return x[chosen], y[chosen]
+
+    return batch
+
+
+def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradients of all kernels as one vector."""
+    return _backward(*_forward(model, x, y))
+
+
+def _forward(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    kernels: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return nn.functional.cross_entropy(model(x), y), kernels
+
+
+def _backward(loss: Tensor, kernels: list[Tensor]) -> Tensor:
+    found = torch.autograd.grad(loss, kernels, retain_graph=True)
+    return torch.cat([one.flatten() for one in found])
+
+
+def _timed(sampled: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Seconds of the sampled backward pass and of the exact one, in turns; one draw, whose plans are made first."""
+    calls = [partial(_backward, *_forward(one, x, y)) for one in (sampled, model)]
+    for call in calls:
+        call()
+    first, second = interleaved(calls, 0.0, _ROUNDS)
+    return first.minimum, second.minimum
 
 
 def _wanted(settings: Settings) -> Iterator[tuple[str, int, list[tuple[tuple[str, ...], str, float]]]]:
     """For each data and seed (indices, scheme, share) of all points."""
     for seed in range(settings.seeds):
-        for data in (REAL, SYNTHETIC):
+        for data in settings.data:
             found = [(indices, scheme, share) for indices, scheme in PAPER for share in settings.shares]
             if data == REAL and seed < settings.others:
                 found += [(indices, scheme, share) for indices, scheme in OTHERS for share in settings.few]
@@ -152,7 +193,7 @@ def run(settings: Settings, known: Sequence[Point]) -> Iterator[Point]:
     """Measure what is not known yet."""
     require("torch", "skimage")
     done = {point.key for point in known}
-    batches = _data()
+    batches = _data(settings)
     with using(settings.threads):
         for data, seed, wanted in _wanted(settings):
             missing = [
@@ -170,18 +211,13 @@ def run(settings: Settings, known: Sequence[Point]) -> Iterator[Point]:
             sampled = sampling.convert(model, {"i1": 1.0}, activations=False)
             layers = [module for module in sampled.modules() if isinstance(module, Sampled)]
             x, y = batches[data](settings.batch, seed)
-            exact, _ = _gradient(model, x, y)
-            exact, exact_seconds = _gradient(model, x, y)
+            exact = _gradient(model, x, y)
             for indices, scheme, share in missing:
                 for layer in layers:
                     layer.set_sampling({index: share ** (1 / len(indices)) for index in indices}, scheme)
-                state = torch.get_rng_state()
-                found, seconds = _gradient(sampled, x, y)
-                if seed < settings.others:  # once more with the same draws, now that all plans are made
-                    torch.set_rng_state(state)
-                    found, seconds = _gradient(sampled, x, y)
-                else:
-                    seconds = math.nan
+                timed = seed == 0 and data == REAL
+                seconds, exact_seconds = _timed(sampled, model, x, y) if timed else (math.nan, math.nan)
+                found = _gradient(sampled, x, y)
                 error = float((found - exact).norm() / exact.norm())
                 yield Point(data, settings.batch, " ".join(indices), scheme, share, seed, error, seconds, exact_seconds)
 
@@ -267,15 +303,19 @@ HEADINGS = ("data", "indices", "scheme", "share kept", "error", "backward, × ex
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
-    """Error against share for both data, for all schemes, and against time."""
+    """Error against share for each data, for all schemes, and against time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
+    kinds = [data for data in (REAL, SYNTHETIC, CIFAR) if any(point.data == data for point in points)]
+    columns = max(2, len(kinds))
+    figure = Figure(figsize=(5.5 * columns, 8.0), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
+    axes = figure.subplots(2, columns)
+    for unused in (*axes[0][len(kinds) :], *axes[1][2:]):
+        unused.remove()
     names = {CHANNELS: "channels (p, 1, 1)", POSITIONS: "positions (1, √p, √p)", EXAMPLES: "examples"}
-    for axis, data in zip(axes[0], (REAL, SYNTHETIC), strict=True):
+    for axis, data in zip(axes[0], kinds, strict=False):
         for indices, scheme in PAPER:
             found = errors(points, data, indices, scheme)
             means = [statistics.mean(values) for values in found.values()]
@@ -298,7 +338,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axes[1][1].plot(times, means, style, color=color, marker="o", markersize=3, label=text)
     axes[1][0].set_xlabel(f"share of the input that is kept ({REAL})")
     axes[1][1].set_xlabel(f"time of the backward pass over the exact one's ({REAL})")
-    for axis in axes.flat:
+    for axis in figure.axes:
         axis.set_yscale("log")
         axis.set_ylabel("‖ĝ − g‖ / ‖g‖")
         axis.grid(alpha=0.3)

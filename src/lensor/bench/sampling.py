@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,13 +24,16 @@ from lensor.bench.errors import require
 from lensor.bench.measure import interleaved, peak_bytes
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
-from lensor.bench.training import TASKS
+from lensor.bench.training import TASKS, Task, step_seconds, training_step, validated
 from lensor.sampling.schemes import draw
 from lensor.spec import ConvSpec
 
 KEEPS = (0.75, 0.5, 0.25, 0.1)
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 """Channels and size of general 3×3 convolutions."""
+
+TRAINED = (1.0, 0.5, 0.25)
+"""Shares of the positions that are kept in training."""
 
 _SEGMENTS = 3
 """Parts of a checkpointed model."""
@@ -164,49 +166,45 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
 
 # ------------------------------------------------------------------------------------------------------------- training
 def train(steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
-    """The crops with stochastic gradient descent, positions kept at 1, 0.5 and 0.25."""
+    """The crops with stochastic gradient descent, positions kept at 1, 0.5 and 0.25.
+
+    Seconds are steps times the seconds of a step, measured for all rates interleaved before the runs.
+    """
     require("torch", "skimage")
     task = TASKS["crops"]()
     with using(threads):
-        for keep in (1.0, 0.5, 0.25):
+        models = {f"{keep:g}": _model(task, keep, 0) for keep in TRAINED}
+        runs = {name: (model, _optimizer(model)) for name, model in models.items()}
+        each = step_seconds(task, runs, batch)
+        x, y = task.train[0][:batch], task.train[1][:batch]
+        for keep in TRAINED:
+            peak = peak_bytes(partial(training_step, *runs[f"{keep:g}"], x, y))[0]
             for seed in range(seeds):
-                torch.manual_seed(seed)
-                model = task.model()
-                if keep < 1:
-                    model = sampling.convert(model, _spatial(keep))
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-                yield from _run(task, model, optimizer, keep, seed, steps, batch)
+                model = _model(task, keep, seed)
+                for step, loss, accuracy in _run(task, model, seed, steps, batch):
+                    yield TrainingRow(keep, seed, step, step * each[f"{keep:g}"], loss, accuracy, peak)
 
 
-def _run(
-    task: Any, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, seed: int, steps: int, batch: int
-) -> Iterator[TrainingRow]:
-    generator, taken, peak = torch.Generator().manual_seed(seed), 0.0, 0
-    (x, y), (other, labels) = task.train, task.validate
+def _model(task: Task, keep: float, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = task.model()
+    return sampling.convert(model, _spatial(keep)) if keep < 1 else model
 
-    def step() -> Tensor:
-        chosen = torch.randint(len(x), (batch,), generator=generator)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
 
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+
+
+def _run(task: Task, model: nn.Module, seed: int, steps: int, batch: int) -> Iterator[tuple[int, float, float]]:
+    """Step, validation loss and accuracy, at every twentieth step."""
+    generator, optimizer = torch.Generator().manual_seed(seed), _optimizer(model)
+    x, y = task.train
     for at in range(steps + 1):
         if at % 20 == 0:
-            model.eval()
-            with torch.no_grad():
-                outputs = model(other)
-            model.train()
-            loss = float(nn.functional.cross_entropy(outputs, labels))
-            accuracy = float((outputs.argmax(1) == labels).float().mean())
-            yield TrainingRow(keep, seed, at, taken, loss, accuracy, peak)
-        if at == 1:
-            peak = peak_bytes(step)[0]
-            continue
-        start = perf_counter()
-        step()
-        taken += perf_counter() - start
+            yield (at, *validated(model, task.validate))
+        if at < steps:
+            chosen = torch.randint(len(x), (batch,), generator=generator)
+            training_step(model, optimizer, x[chosen], y[chosen])
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

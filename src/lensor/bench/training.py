@@ -2,8 +2,8 @@
 
 Two tasks whose data come with packages: the digits of scikit-learn, and 32×32 crops of scikit-image's pictures, to be
 told apart by picture; crops for validation come from a part of each picture that training does not see. Every optimizer
-is tuned on the first seed over a grid of its own, all grids of the same size, then run with all seeds. Times are those
-of training steps alone.
+is tuned on the first seed over a grid of its own, all grids of the same size, then run with all seeds. Seconds are
+steps times the seconds of a step, which are measured for all optimizers of a task interleaved, when all runs are done.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lensor.bench.errors import choose, require
+from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
 from lensor.curvature import LinAlgError
 from lensor.optim import KFAC
@@ -34,6 +35,8 @@ PICTURES = (
 _SIDE, _CROPS, _HELD_OUT = 32, 200, 50
 _EVERY = 10
 """Steps between two validations."""
+_BLOCK, _ROUNDS = 10, 7
+"""Steps that are timed together, a multiple of all intervals of updates, and how often."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Point:
         settings: what tuning chose.
         seed: the run's seed.
         step: steps made.
-        seconds: they took, together.
+        seconds: they take, together.
         loss: the validation loss.
         accuracy: the share of validation examples that are told right.
     """
@@ -167,51 +170,78 @@ def run(names: Sequence[str], steps: int, seeds: int, batch: int, threads: int) 
     with using(threads):
         for name in choose("task", names, TASKS):
             task = TASKS[name]()
+            found, best = [], {}
             for optimizer, grid in _optimizers().items():
                 tuned = {
                     settings: [point.loss for point in _train(name, task, optimizer, settings, make, 0, steps, batch)]
                     for settings, make in grid.items()
                 }
-                best = min(tuned, key=lambda settings: statistics.mean(tuned[settings][len(tuned[settings]) // 2 :]))
+                chosen = min(tuned, key=lambda settings: statistics.mean(tuned[settings][len(tuned[settings]) // 2 :]))
+                best[optimizer] = grid[chosen]
                 for seed in range(seeds):
-                    yield from _train(name, task, optimizer, best, grid[best], seed, steps, batch)
+                    found += _train(name, task, optimizer, chosen, grid[chosen], seed, steps, batch)
+            models = {optimizer: task.model() for optimizer in best}
+            loss = nn.CrossEntropyLoss()
+            each = step_seconds(task, {one: (models[one], best[one](models[one], loss)) for one in best}, batch)
+            yield from (replace(point, seconds=point.step * each[point.optimizer]) for point in found)
+
+
+def step_seconds(
+    task: Task, runs: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], batch: int
+) -> dict[str, float]:
+    """Seconds of a training step of each model with its optimizer, interleaved: of the shortest block of steps."""
+    x, y = task.train[0][:batch], task.train[1][:batch]
+
+    def block(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        return torch.stack([training_step(model, optimizer, x, y) for _ in range(_BLOCK)])
+
+    calls = [partial(block, *one) for one in runs.values()]
+    for call in calls:
+        call()  # plans
+    times = interleaved(calls, 0.0, _ROUNDS)
+    return {name: found.minimum / _BLOCK for name, found in zip(runs, times, strict=True)}
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    """One step with the cross-entropy of a batch, which is returned."""
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def _train(
     name: str, task: Task, optimizer: str, settings: str, make: Make, seed: int, steps: int, batch: int
 ) -> list[Point]:
-    """One run; a run that diverges goes on with an infinite loss."""
+    """One run, not timed; a run that diverges goes on with an infinite loss."""
     torch.manual_seed(seed)
-    model, loss = task.model(), nn.CrossEntropyLoss()
-    chosen = make(model, loss)
+    model = task.model()
+    chosen = make(model, nn.CrossEntropyLoss())
     x, y = task.train
     draw = torch.Generator().manual_seed(seed)
-    seconds, found = 0.0, []
+    found = []
     failed = False
     for step in range(steps + 1):
         if step % _EVERY == 0:
-            value, accuracy = _validated(model, loss, task.validate) if not failed else (float("inf"), 0.0)
-            found.append(Point(name, optimizer, settings, seed, step, seconds, value, accuracy))
+            value, accuracy = validated(model, task.validate) if not failed else (float("inf"), 0.0)
+            found.append(Point(name, optimizer, settings, seed, step, 0.0, value, accuracy))
         if failed or step == steps:
             continue
         index = torch.randint(len(x), (batch,), generator=draw)
-        inputs, targets = x[index], y[index]
-        start = perf_counter()
         try:
-            chosen.zero_grad()
-            loss(model(inputs), targets).backward()
-            chosen.step()
+            training_step(model, chosen, x[index], y[index])
         except (FloatingPointError, LinAlgError):  # diverged
             failed = True
-        seconds += perf_counter() - start
     return found
 
 
-def _validated(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def validated(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The cross-entropy, infinite if it is not finite, and the share of examples that are told right."""
     model.eval()
     with torch.no_grad():
         outputs = model(data[0])
-        value = float(loss(outputs, data[1]))
+        value = float(nn.functional.cross_entropy(outputs, data[1]))
         accuracy = float((outputs.argmax(1) == data[1]).float().mean())
     model.train()
     return (value if np.isfinite(value) else float("inf")), accuracy

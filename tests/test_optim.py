@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import os
+import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +169,20 @@ def test_accumulated_gradients_are_one_batch(fisher: str, approx: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_evaluation_and_inference_collect_nothing() -> None:
+def _evaluate(model: nn.Module, y: Tensor) -> None:
+    with torch.no_grad():
+        model(batch(77)[0])
+    model.eval()
+    model(batch(78, count=3)[0])
+    model.train()
+
+
+def _train_a_copy(model: nn.Module, y: Tensor) -> None:
+    CE(copy.deepcopy(model)(batch(77)[0]), y).backward()
+
+
+@pytest.mark.parametrize("aside", [_evaluate, _train_a_copy])
+def test_what_is_done_between_backward_and_step_collects_nothing(aside: Callable[[nn.Module, Tensor], None]) -> None:
     model, other = network(), network()
     a, b = KFAC(model, CE, damping=0.1), KFAC(other, CE, damping=0.1)
     for seed in range(3):
@@ -174,27 +191,7 @@ def test_evaluation_and_inference_collect_nothing() -> None:
             optimizer.zero_grad()
             CE(one(x), y).backward()
             if one is other:
-                with torch.no_grad():
-                    one(batch(77)[0])
-                one.eval()
-                one(batch(78, count=3)[0])
-                one.train()
-            optimizer.step()
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        close(p, q)
-
-
-def test_copies_of_the_model_are_models_of_their_own() -> None:
-    model, other = network(), network()
-    a, b = KFAC(model, CE, damping=0.1), KFAC(other, CE, damping=0.1)
-    for seed in range(3):
-        x, y = batch(seed)
-        for one, optimizer in ((model, a), (other, b)):
-            optimizer.zero_grad()
-            CE(one(x), y).backward()
-            if one is other:
-                copied = copy.deepcopy(other)
-                CE(copied(batch(77)[0]), y).backward()
+                aside(other, y)
             optimizer.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         close(p, q)
@@ -288,6 +285,48 @@ def test_training_goes_on_bit_for_bit(fisher: str, approx: str, tmp_path: Path) 
     resumed.load_state_dict(saved["optimizer"])
     for a, b in zip(train(again, resumed, range(4, 9)), rest, strict=True):
         assert torch.equal(a, b)
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _saved_steps(file: str) -> None:
+    """Train for ever, and save after each step."""
+    torch.set_num_threads(1)
+    model = network()
+    optimizer = KFAC(model, CE, **KILLED)
+    for seed in itertools.count():
+        train(model, optimizer, range(seed, seed + 1))
+        state = {"steps": seed + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, f"{file}.new")
+        os.replace(f"{file}.new", file)
+
+
+KILLED: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "fisher": "mc", "factor_interval": 2, "inverse_interval": 3, "seed": 5}
+
+
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    process = mp.get_context("spawn").Process(target=_saved_steps, args=(str(file),), daemon=True)
+    process.start()
+    end = time.monotonic() + 120
+    while not (file.exists() and torch.load(file, weights_only=True)["steps"] >= 4):
+        assert process.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    saved = torch.load(file, weights_only=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, again = network(), network()
+        train(model, KFAC(model, CE, **KILLED), range(saved["steps"] + 5))
+        resumed = KFAC(again, CE, **KILLED)
+        again.load_state_dict(saved["model"])
+        resumed.load_state_dict(saved["optimizer"])
+        train(again, resumed, range(saved["steps"], saved["steps"] + 5))
+    finally:
+        torch.set_num_threads(threads)
     for a, b in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 

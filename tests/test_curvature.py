@@ -679,10 +679,49 @@ def test_conventions_leave_the_product_alone() -> None:
     close(other.in_convention("paper")["0.weight"].B, paper["0.weight"].B)
     jax = other.in_convention("kfac-jax")
     close(jax["0.weight"].dense() * positions, paper["0.weight"].dense())
-    with pytest.raises(ValueError, match="convention is 'asdl', expected one of 'paper', 'curvlinops', 'kfac-jax'"):
-        paper.in_convention("asdl")
+    with pytest.raises(ValueError, match="convention is 'k-fac', expected one of 'paper', 'curvlinops', 'singd'"):
+        paper.in_convention("k-fac")
+    with pytest.raises(ValueError, match="input factors of approx='expand' and the output factors of approx='reduce'"):
+        paper.in_convention("backpack")
     with pytest.raises(ValueError, match="does not define factors with approx='reduce'"):
         factors("reduce").in_convention("kfac-jax")
+
+
+# (A, B) from P = Σ p pᵀ, G = Σ g gᵀ of the summed loss, M = Σ g gᵀ of the mean one, N examples, O positions, C outputs.
+LIBRARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "curvlinops": lambda p, g, m, n, o, c, mean: (p / (n * o), g / n if mean else g),
+    "singd": lambda p, g, m, n, o, c, mean: (p / (n * o), m * n if mean else g),
+    "asdl": lambda p, g, m, n, o, c, mean: (p / o / n, g / n),
+    "nngeometry": lambda p, g, m, n, o, c, mean: (c**0.5 * p / n, g / (o * n * c**0.5)),
+    "kfac-jax": lambda p, g, m, n, o, c, mean: (p / (n * o), g / (n * o) if mean else g / o),
+    "kfac-pytorch": lambda p, g, m, n, o, c, mean: (p / (n * o**3), (m if mean else g) / (n * o**3)),
+    "laplace": lambda p, g, m, n, o, c, mean: (p / n, g / o),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("convention", list(LIBRARIES))
+def test_conventions_by_their_definitions(convention: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    n, o, c = 6, 12, 5
+    conv, linear = nn.Conv2d(2, 3, (2, 3), bias=False).double(), nn.Linear(36, c).double()
+    x, y = torch.randn(n, 2, 4, 6, dtype=torch.float64), torch.arange(n) % c
+    patches = nn.functional.unfold(x, (2, 3)).movedim(1, 2).flatten(0, 1)
+    middle = conv(x)
+    value = nn.functional.cross_entropy(linear(middle.flatten(1)), y, reduction="sum")
+    (g,) = torch.autograd.grad(value, middle)
+    g = g.flatten(2).movedim(1, 2).flatten(0, 1)
+    sums = patches.mT @ patches, g.mT @ g, g.mT @ g / n**2
+    a, b = LIBRARIES[convention](*sums, n, o, c, reduction == "mean")
+    model, loss = nn.Sequential(conv, nn.Flatten(), linear), nn.CrossEntropyLoss(reduction=reduction)
+    found = kfac(model, loss, (x, y), fisher="empirical", convention=convention)
+    close(found["0.weight"].A[0], a)
+    close(found["0.weight"].B[0], b)
+    again = KroneckerFactors.from_state_dict(found.state_dict()).in_convention("paper")
+    paper = kfac(model, loss, (x, y), fisher="empirical")
+    for name, block in again.items():
+        close(block.A, paper[name].A)
+        close(block.B, paper[name].B)
 
 
 def test_other_devices_and_dtypes() -> None:

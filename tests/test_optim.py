@@ -289,6 +289,16 @@ def test_training_goes_on_bit_for_bit(fisher: str, approx: str, tmp_path: Path) 
         assert torch.equal(a, b)
 
 
+KILLED: dict[str, Any] = {
+    "lr": 0.1,
+    "damping": 0.1,
+    "fisher": "mc",
+    "seed": 5,
+    "factor_interval": 2,
+    "inverse_interval": 3,
+}
+
+
 def _saved_steps(file: str) -> None:
     """Train for ever, and save after each step."""
     torch.set_num_threads(1)
@@ -299,9 +309,6 @@ def _saved_steps(file: str) -> None:
         state = {"steps": seed + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, f"{file}.new")
         os.replace(f"{file}.new", file)
-
-
-KILLED: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "fisher": "mc", "factor_interval": 2, "inverse_interval": 3, "seed": 5}
 
 
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -21,6 +21,20 @@ class Convention(NamedTuple):
     grouped: bool = False
 
 
+class ModelConvention(NamedTuple):
+    """The same for factors of a whole model, whose output factors carry the reduction of the model's loss.
+
+    Args:
+        positions: powers of the number of positions for input and output factor, by `approx`.
+        examples: powers of the number of examples for the output factor, of a mean loss and of a summed one.
+        outputs: power of the number of the model's outputs for the input factor; the output factor has its inverse.
+    """
+
+    positions: Mapping[str, tuple[int, int]]
+    examples: Mapping[str, int] = {"mean": 0, "sum": 0}
+    outputs: float = 0.0
+
+
 CONVENTIONS: Mapping[str, Convention] = {
     "paper": Convention({"expand": (0, 0), "reduce": (0, 0)}, {"expand": (0, 0), "reduce": (0, 0)}, grouped=True),
     # A = Σ p pᵀ/(N·O), B = Σ g gᵀ.
@@ -37,3 +51,22 @@ CONVENTIONS: Mapping[str, Convention] = {
     "kfac-pytorch": Convention({"expand": (0, -3)}, {"expand": (-1, -2)}),
 }
 """The conventions by the library's name."""
+
+MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
+    "paper": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}),
+    # A = Σ p pᵀ/(N·O), B = Σ g gᵀ, corrected for the loss's reduction.
+    "curvlinops": ModelConvention({"expand": (-1, 1), "reduce": (0, 0)}),
+    # The same; gradients are multiplied by √N where the loss is a mean.
+    "singd": ModelConvention({"expand": (-1, 1), "reduce": (0, 0)}),
+    # A = Σ p pᵀ/(N·O), B = Σ g gᵀ/N with gradients of the summed loss.
+    "asdl": ModelConvention({"expand": (-1, 1)}, {"mean": 0, "sum": -1}),
+    # A = √C·Σ p pᵀ/N, B = Σ g gᵀ/(N·O·√C) with gradients of the summed loss and C outputs.
+    "nngeometry": ModelConvention({"expand": (0, 0)}, {"mean": 0, "sum": -1}, outputs=0.5),
+    # A = Σ p pᵀ/(N·O), B = Σ g gᵀ/(N·O).
+    "kfac-jax": ModelConvention({"expand": (-1, 0)}),
+    # A = Σ p pᵀ/(N·O³), B = Σ g gᵀ/(N·O³) with gradients of the loss as given.
+    "kfac-pytorch": ModelConvention({"expand": (-3, -2)}, {"mean": -2, "sum": -1}),
+    # A = Σ p pᵀ/N, B of the summed loss.
+    "laplace": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}, {"mean": 1, "sum": 0}),
+}
+"""The conventions of whole models' factors by the library's name."""

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lensor.conventions import CONVENTIONS
+from lensor.conventions import MODEL_CONVENTIONS
 from lensor.errors import require_choice
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
@@ -229,6 +229,8 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         approx: "expand" or "reduce".
         examples: how many examples they come from.
         convention: whose normalisation.
+        reduction: of the loss, "mean" or "sum".
+        outputs: how many numbers the model gives for an example.
 
     Example:
         >>> import torch
@@ -244,10 +246,17 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
     """
 
     def __init__(
-        self, blocks: Mapping[str, Block], approx: str = "expand", examples: int = 0, convention: str = "paper"
+        self,
+        blocks: Mapping[str, Block],
+        approx: str = "expand",
+        examples: int = 0,
+        convention: str = "paper",
+        reduction: str = "mean",
+        outputs: int = 1,
     ) -> None:
         super().__init__(blocks)
         self.approx, self.examples, self.convention = approx, examples, convention
+        self.reduction, self.outputs = reduction, outputs
 
     def __getitem__(self, name: str) -> Block:
         return self._blocks[name]
@@ -271,8 +280,10 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return self._blocks[name].product(rows)
 
     def _with(self, blocks: Mapping[str, Block], **changes: Any) -> KroneckerFactors:
-        settings = {"approx": self.approx, "examples": self.examples, "convention": self.convention} | changes
-        return KroneckerFactors(blocks, **settings)
+        return KroneckerFactors(blocks, **(self._settings() | changes))
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("approx", "examples", "convention", "reduction", "outputs")}
 
     # ------------------------------------------------------------------------------------------------------- solving
     def inverse(self, damping: float, method: str = "eigen") -> Inverse:
@@ -344,23 +355,32 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
     # ------------------------------------------------------------------------------------------------- other versions
     def in_convention(self, convention: str) -> KroneckerFactors:
-        """The same factors with another library's normalisation; see `docs/conventions.md`.
+        """The same factors with another library's normalisation.
 
         Args:
-            convention: "paper": expand's A is over N only, its B over the positions; "curvlinops": A is over both, B
-                over none; "kfac-jax": both are over the positions, so the product is the block divided by them.
+            convention: "paper", "curvlinops", "singd", "asdl", "nngeometry", "kfac-jax", "kfac-pytorch" or "laplace".
+                `docs/conventions.md` has their scales. The product of the factors is the same, but for "kfac-jax" (over
+                the positions), "kfac-pytorch" (over their fifth power and N²) and "laplace" (of the summed loss).
 
         Raises:
             ValueError: for another convention, or one that does not define these factors.
         """
-        known = {name: CONVENTIONS[name] for name in ("paper", "curvlinops", "kfac-jax")}
-        require_choice("convention", convention, tuple(known))
-        if self.approx not in known[convention].input:
+        if convention == "backpack":
+            raise ValueError(
+                "convention='backpack' has the input factors of approx='expand' and the output factors of"
+                " approx='reduce': take both, and A of the one, B of the other (docs/conventions.md)"
+            )
+        require_choice("convention", convention, tuple(MODEL_CONVENTIONS))
+        new, old = MODEL_CONVENTIONS[convention], MODEL_CONVENTIONS[self.convention]
+        if self.approx not in new.positions:
             raise ValueError(f"convention={convention!r} does not define factors with approx={self.approx!r}")
-        (_, a), (_, b) = (side[self.approx] for side in known[convention][:2])
-        (_, a0), (_, b0) = (side[self.approx] for side in known[self.convention][:2])
+        (a, b), (a0, b0) = new.positions[self.approx], old.positions[self.approx]
+        outputs = float(self.outputs) ** (new.outputs - old.outputs)
+        examples = float(self.examples) ** (new.examples[self.reduction] - old.examples[self.reduction])
         blocks = {
-            name: block.scaled(float(block.positions) ** (a - a0), float(block.positions) ** (b - b0))
+            name: block.scaled(
+                outputs * float(block.positions) ** (a - a0), examples / outputs * float(block.positions) ** (b - b0)
+            )
             for name, block in self.items()
         }
         return self._with(blocks, convention=convention)
@@ -400,8 +420,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             }
             for name, block in self.items()
         }
-        settings = {"approx": self.approx, "examples": self.examples, "convention": self.convention}
-        return {"version": 1, **settings, "blocks": blocks}
+        return {"version": 1, **self._settings(), "blocks": blocks}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
@@ -424,7 +443,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             )
             for name, one in state["blocks"].items()
         }
-        return cls(blocks, state["approx"], state["examples"], state["convention"])
+        return cls(blocks, *(state[name] for name in ("approx", "examples", "convention", "reduction", "outputs")))
 
 
 class EigenFactors(Operator):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lensor import ops
+from lensor.conventions import MODEL_CONVENTIONS
 from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
 from lensor.curvature.distribution import gather
 from lensor.curvature.factors import Block, KroneckerFactors
@@ -56,7 +57,8 @@ def kfac(
             from the model's own distribution, unbiased; "empirical": gradients of the loss itself; "forward-only":
             B is the identity, no backward pass at all.
         bias: "separate": a block of its own for each bias; "joint": one block for weight and bias, the bias last in A.
-        convention: "paper" (A has the 1/N, expand's B the 1/O), "curvlinops" (A has the 1/O) or "kfac-jax" (both).
+        convention: "paper" (A has the 1/N, expand's B the 1/O), or whose normalisation: see `in_convention` of the
+            result.
         layers: names of modules; all known layers unless given.
         strict: whether parametrised layers of other kinds are an error instead of a warning.
         mc_samples: draws for each example, for "mc".
@@ -94,7 +96,7 @@ def kfac(
     require_choice("approx", approx, APPROXIMATIONS)
     require_choice("fisher", fisher, FISHERS)
     require_choice("bias", bias, ("separate", "joint"))
-    require_choice("convention", convention, ("paper", "curvlinops", "kfac-jax"))
+    require_choice("convention", convention, tuple(MODEL_CONVENTIONS))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     chosen = layers_of(model, layers, strict)
@@ -102,7 +104,7 @@ def kfac(
     with undisturbed(model):
         for inputs, targets in batches(data):
             collected.add(model, loss, inputs, targets, fisher, mc_samples, generator)
-    factors = collected.factors(loss.reduction == "mean", group)
+    factors = collected.factors(str(loss.reduction), group)
     if check_finite:
         factors.check_finite()
     return factors if convention == "paper" else factors.in_convention(convention)
@@ -131,7 +133,7 @@ class Collector:
     def __init__(self, layers: list[Layer], approx: str, joint: bool, keep_graph: bool = False) -> None:
         self.layers, self.approx, self.joint, self.keep_graph = layers, approx, joint, keep_graph
         self.sums = {layer.weight: Sums([] if approx == "reduce" else None, None, None, 1) for layer in layers}
-        self.examples = 0
+        self.examples, self.outputs = 0, 1
         self.weight = 0.0
 
     def add(
@@ -154,6 +156,7 @@ class Collector:
         capture.check()
         root = LossRoot(loss, outputs, targets)
         self.count(batch, root.normaliser)
+        self.outputs = outputs.numel() // batch
         if fisher != "forward-only":
             self.add_columns(capture, outputs, root.of(fisher, mc_samples, generator), root)
 
@@ -203,7 +206,7 @@ class Collector:
         factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
-    def factors(self, mean: bool, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
+    def factors(self, reduction: str, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
         """The factors of all batches together, and of all ranks of a group."""
         blocks: dict[str, Block] = {}
         if group is not None:
@@ -222,9 +225,9 @@ class Collector:
                 root = root * self.examples**-0.5
             b = sums.b
             if b is not None:
-                b = b.div_(self.weight) if mean else b
+                b = b.div_(self.weight) if reduction == "mean" else b
             blocks |= _blocks(layer, a, root, b, self.joint, self.approx, sums.positions)
-        return KroneckerFactors(blocks, approx=self.approx, examples=self.examples)
+        return KroneckerFactors(blocks, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
 
 
 def _blocks(

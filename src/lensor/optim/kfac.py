@@ -219,7 +219,7 @@ class KFAC(torch.optim.Optimizer):
         pending, self._pending = self._pending, None
         new = None
         if pending is not None and pending.examples and self.steps % self.factor_interval == 0:
-            new = pending.factors(self.loss.reduction == "mean", self.group)
+            new = pending.factors(str(self.loss.reduction), self.group)
         trouble = self._nonfinite(new)
         if trouble:
             if self.nonfinite == "raise":

@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 import lensor
-from lensor.draw.graph import DOT, END, GROUP, Graph, graph_of
+from lensor.bench import gallery
+from lensor.draw.graph import CUT, DOT, END, GROUP, Graph, graph_of
 from lensor.draw.layout import crossings, is_planar, positions
+from lensor.draw.match import occurrences
 from lensor.draw.scene import Scene, scene_of
 from tests.strategies import random_spec
 
@@ -171,6 +173,61 @@ def test_sums_pairs_and_plans() -> None:
     assert "convolution" in texts or "matmul" in texts
 
 
+def test_a_shade_lies_behind_each_unfolded_input() -> None:
+    for spec in SPECS.values():
+        factor, unfolded = network("kfac_input_factor", spec), lensor.ops.unfold(lensor.ConvSpec(**spec))
+        halves = occurrences(factor, unfolded)
+        assert len(halves) == 2
+        assert frozenset.union(*halves) == set(range(len(factor.nodes)))
+        scene = lensor.draw(factor, shade=[unfolded]).scene
+        for half, shade in zip(halves, scene.shades, strict=True):
+            for shape in scene.shapes:
+                if shape.node is not None:
+                    assert shade.overlaps(shape.box) == (shape.node in half)
+
+
+def test_what_a_shade_needs() -> None:
+    assert occurrences(lensor.contraction("n i, i o -> n o", "X", "W"), lensor.contraction("a b -> a b", "X")) == [{0}]
+    # The part sums over b, which something else holds.
+    assert occurrences(lensor.contraction("n i, i o -> n o", "X", "W"), lensor.contraction("a b -> a", "X")) == []
+    # One index cannot stand for two.
+    assert occurrences(lensor.contraction("n n -> n", "X"), lensor.contraction("a b -> a b", "X")) == []
+    # A group for one index that is kept, none for one that is summed over.
+    grouped = lensor.contraction("n (g c) -> n g c", "X")
+    assert occurrences(grouped, lensor.contraction("a b -> a b", "X")) == [{0}]
+    assert occurrences(lensor.contraction("n (g c) -> n", "X"), lensor.contraction("a b -> a", "X")) == []
+
+
+def test_arguments_of_a_jacobian_are_cut_out(tmp_path: Path) -> None:
+    net = network("conv", SPECS["2-d"])
+    drawing = lensor.draw(net, cut=["W"])
+    weight = next(shape for shape in drawing.scene.shapes if shape.text == "W")
+    assert [shape.text for shape in drawing.scene.shapes if shape.kind == CUT] == ["W"]
+    dashed = [line for line in drawing.scene.segments if line.dashed]
+    assert len(dashed) == len({index for leg in net.operand_legs["W"] for index in leg}) == 5  # g, c_out, c_in, k1, k2
+    for line in dashed:
+        assert (weight.box.x, weight.box.y) in ((line.x1, line.y1), (line.x2, line.y2))
+    assert drawing.svg.count('class="line dashed"') == drawing.tikz.count(r"\draw[dashed]") == 5
+    drawing.save(tmp_path / "cut.png")
+    assert (tmp_path / "cut.png").stat().st_size > 5000
+
+
+def test_the_gallery_in_the_docs_is_what_the_command_makes(tmp_path: Path) -> None:
+    written = list(gallery.write(tmp_path / "gallery"))
+    docs = Path(__file__).parents[1] / "docs"
+    assert (tmp_path / "gallery.md").read_text(encoding="utf-8") == (docs / "gallery.md").read_text(encoding="utf-8")
+    pictures = {path.name for path in written if path.suffix == ".svg"}
+    assert len(pictures) == len(gallery.entries())
+    assert pictures == {path.name for path in (docs / "gallery").iterdir()}
+
+    def content(path: Path) -> list[tuple[str, str | None, str]]:  # places may differ in the last digit
+        elements = ElementTree.parse(path).getroot().iter()
+        return sorted((one.tag, one.get("class"), one.text or "") for one in elements)
+
+    for name in pictures:
+        assert content(tmp_path / "gallery" / name) == content(docs / "gallery" / name)
+
+
 def test_large_networks_stay_readable() -> None:
     chain = ", ".join(f"i{at} i{at + 1}" for at in range(40))
     net = lensor.contraction(f"{chain} -> i0 i40", *(f"A{at}" for at in range(40)))
@@ -189,6 +246,12 @@ def test_large_networks_stay_readable() -> None:
             "'.bmp', expected one of '.svg'",
         ),
         (lambda: lensor.contraction("n -> ", "X").draw(shade=[{4}]), ValueError, r"shade names nodes \[4\]"),
+        (
+            lambda: lensor.contraction("n -> ", "X").draw(shade=[lensor.contraction("n -> ", "Y")]),
+            ValueError,
+            r"the network to shade, Y\[n\] ->, occurs nowhere in what is drawn",
+        ),
+        (lambda: lensor.contraction("n -> ", "X").draw(cut=["W"]), ValueError, "cut names 'W', expected of X"),
     ],
 )
 def test_bad_input_is_refused(call: Any, error: type[Exception], message: str) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lensor
 from lensor.draw import Drawing, draw
@@ -24,26 +25,47 @@ SIZES = {"n": 2, "v": 3, "m": 2, "w": 3}
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture: its name, what it shows, and the code of the network, or of (before, after)."""
+    """A picture.
+
+    Args:
+        name: of its file.
+        title: what it shows.
+        code: of the network, or of (before, after).
+        shade: code of a network that a shade is laid behind.
+        cut: operands that are cut out.
+    """
 
     name: str
     title: str
     code: str
+    shade: str | None = None
+    cut: tuple[str, ...] = ()
+
+    @property
+    def call(self) -> str:
+        """The code of the picture."""
+        options = f", shade=[{self.shade}]" * (self.shade is not None) + f", cut={list(self.cut)}" * bool(self.cut)
+        return f"lensor.draw({self.code}{options})"
 
 
 _PLAIN = "lensor.ConvSpec(4, 6, (9, 9), 3)"
+_UNFOLDED = "lensor.ops.unfold(spec)"
 _ONE = "lensor.ConvSpec(4, 6, (9,), 3)"
 
 FIGURES = (
     Entry(
-        "figure-1", "Figure 1: the KFC factor of an input", f'lensor.ops.kfac_input_factor({_PLAIN}, approx="expand")'
+        "figure-1",
+        "Figure 1: the KFC factor of an input, two unfolded inputs",
+        f'lensor.ops.kfac_input_factor({_PLAIN}, approx="expand")',
+        f"lensor.ops.unfold({_PLAIN})",
     ),
     Entry("figure-2", "Figure 2: a convolution in two dimensions with groups", "lensor.ops.conv(spec)"),
-    Entry("figure-3", "Figure 3: the weight Jacobian: the kernel is cut out", 'lensor.ops.conv(spec).jacobian("W")'),
+    Entry("figure-3a", "Figure 3: the weight Jacobian: the kernel is cut out", "lensor.ops.conv(spec)", cut=("W",)),
+    Entry("figure-3b", "Figure 3: the weight Jacobian as a network", 'lensor.ops.conv(spec).jacobian("W")'),
     Entry("figure-4a", "Figure 4a: the weight VJP", 'lensor.ops.conv(spec).vjp("W")'),
     Entry("figure-4b", "Figure 4b: the input VJP, a transposed convolution", 'lensor.ops.conv(spec).vjp("X")'),
-    Entry("figure-5a", "Figure 5a: KFAC-expand", 'lensor.ops.kfac_input_factor(spec, approx="expand")'),
-    Entry("figure-5b", "Figure 5b: KFAC-reduce", 'lensor.ops.kfac_input_factor(spec, approx="reduce")'),
+    Entry("figure-5a", "Figure 5a: KFAC-expand", 'lensor.ops.kfac_input_factor(spec, approx="expand")', _UNFOLDED),
+    Entry("figure-5b", "Figure 5b: KFAC-reduce", 'lensor.ops.kfac_input_factor(spec, approx="reduce")', _UNFOLDED),
     Entry(
         "figure-6a",
         "Figure 6: a dense convolution becomes a reshape",
@@ -69,7 +91,12 @@ _OPTIONS = {
 }
 
 OPERATIONS = tuple(
-    Entry(name.replace("_", "-"), name, f"lensor.ops.{name}(spec{_OPTIONS.get(name, '')})")
+    Entry(
+        name.replace("_", "-"),
+        name,
+        f"lensor.ops.{name}(spec{_OPTIONS.get(name, '')})",
+        _UNFOLDED if name.startswith("kfac_input") else None,
+    )
     for name in lensor.ops.__all__
 )
 """Every operation."""
@@ -92,14 +119,25 @@ def entries() -> tuple[Entry, ...]:
 
 def made(entry: Entry) -> tuple[AnyNetwork, ...]:
     """The networks of an entry: its code evaluated."""
+    found = _evaluated(entry.code)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def drawn(entry: Entry) -> Drawing:
+    """The picture of an entry."""
+    nets = made(entry)
+    shade = [] if entry.shade is None else [_evaluated(entry.shade)]
+    return draw(nets[0] if len(nets) == 1 else nets, shade=shade, cut=entry.cut)
+
+
+def _evaluated(code: str) -> Any:
     space = {
         "lensor": lensor,
         "spec": lensor.ConvSpec(4, 6, (9, 9), 3, padding=1, groups=2),
         "spec1": lensor.ConvSpec(4, 6, (9,), 3),
         "cp": lensor.contraction("o r, i r, k r -> o i k", "A", "B", "C", o=6, i=4, k=3, r=2),
     }
-    found = eval(entry.code, space)
-    return found if isinstance(found, tuple) else (found,)
+    return eval(code, space)
 
 
 def flops(net: AnyNetwork) -> int | None:
@@ -132,9 +170,9 @@ def write(folder: Path) -> Iterator[Path]:
         "# Gallery",
         "",
         "Made by `lensor gallery` from the objects themselves. Rounded boxes are tensors, hexagons index patterns, dots"
-        " indices of more than two nodes or deltas, black triangles output legs that group indices; an arrow leads from"
-        " a network to what the rules leave of it. Flops are those of the plan for 2 examples and 3 columns. The"
-        " pictures are of one convolution:",
+        " indices of more than two nodes or deltas, black triangles output legs that group indices. An arrow leads from"
+        " a network to what the rules leave of it; a shade lies behind unfolded inputs; what is cut out is dashed."
+        " Flops are those of the plan for 2 examples and 3 columns. The pictures are of one convolution:",
         "",
         f"    {SETUP}",
     ]
@@ -142,10 +180,10 @@ def write(folder: Path) -> Iterator[Path]:
         text += ["", f"## {heading}"]
         for entry in part:
             nets = made(entry)
-            drawing: Drawing = draw(nets[0] if len(nets) == 1 else nets)
+            drawing = drawn(entry)
             yield drawing.save(folder / f"{entry.name}.svg")
             text += ["", f"### {entry.title}", "", f"![{entry.title}]({folder.name}/{entry.name}.svg)", ""]
-            text += [f"    {entry.code}", ""]
+            text += [f"    {entry.call}", ""]
             for net in nets:
                 count = flops(net)
                 cost = "" if count is None else f" ({count:,} flops)"

@@ -7,14 +7,14 @@ and matplotlib for PNG: `lensor[draw]`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lensor.errors import NetworkError, require_choice
-from lensor.network import AnyNetwork, Verbs, verb
+from lensor.network import AnyNetwork, Network, Verbs, verb
 from lensor.plan import Plan
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def draw(
     what: AnyNetwork | Plan | Sequence[AnyNetwork],
     path: str | Path | None = None,
     *,
-    shade: Sequence[Collection[int]] = (),
+    shade: Sequence[Collection[int] | Network] = (),
+    cut: Collection[str] = (),
 ) -> Drawing:
     """The diagram of a network, a sum, a plan, or of several networks with arrows between them.
 
@@ -111,7 +112,10 @@ def draw(
     Args:
         what: the network; of a sequence, one picture with arrows between its parts: before and after.
         path: a file to write it to as well: .svg, .png or .tex.
-        shade: for one network, sets of its nodes, by their numbers, to lay a shade behind.
+        shade: what to lay a shade behind, wherever it occurs: networks, such as the unfolded input inside of a factor;
+            or, for one network, sets of its nodes by their numbers.
+        cut: names of operands that are cut out, drawn as ghosts with dashed lines: the arguments of a Jacobian, whose
+            legs these lines are.
 
     Returns:
         The drawing; it has `svg` and `tikz`, and notebooks show it.
@@ -121,51 +125,85 @@ def draw(
         >>> net = lensor.ops.kfac_input_factor(lensor.ConvSpec(2, 4, (9,), 3), approx="reduce")
         >>> lensor.draw([net, net.simplify()])  # doctest: +ELLIPSIS
         <Drawing of ... → ...>
+        >>> spec = lensor.ConvSpec(2, 4, (9,), 3)
+        >>> factor = lensor.draw(lensor.ops.kfac_input_factor(spec), shade=[lensor.ops.unfold(spec)])
+        >>> len(factor.scene.shades)
+        2
+        >>> weight_jacobian = lensor.draw(lensor.ops.conv(spec), cut=["W"])
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a file of another ending, or nodes to shade that are not there.
+        ValueError: for a file of another ending, nodes or networks to shade or operands to cut that are not there.
         ImportError: if networkx is missing, or matplotlib for PNG.
     """
     _require("networkx")
-    drawing = _drawing(what, shade)
+    drawing = _drawing(what, shade, cut)
     if path is not None:
         drawing.save(path)
     return drawing
 
 
-def _drawing(what: AnyNetwork | Plan | Sequence[AnyNetwork], shade: Sequence[Collection[int]]) -> Drawing:
+def _drawing(
+    what: AnyNetwork | Plan | Sequence[AnyNetwork], shade: Sequence[Collection[int] | Network], cut: Collection[str]
+) -> Drawing:
     from lensor.draw.plans import scene_of_plan
     from lensor.draw.scene import row
 
     if isinstance(what, Plan):
+        if shade or cut:
+            raise ValueError("a plan has nothing to shade or to cut: draw its network")
         return Drawing(scene_of_plan(what), f"the plan of {what.subscripts}")
-    if isinstance(what, Verbs):
-        return Drawing(row(_parts(what, shade)), str(what))  # type: ignore[arg-type]
-    if not isinstance(what, Sequence) or isinstance(what, str) or not all(isinstance(one, Verbs) for one in what):
+    nets = [what] if isinstance(what, Verbs) else what
+    if not isinstance(nets, Sequence) or isinstance(nets, str) or not all(isinstance(one, Verbs) for one in nets):
         raise TypeError(f"expected a network, a plan, or a sequence of networks to draw, found {type(what).__name__}")
+    terms = [term for net in nets for term in net.terms]
+    _check_cut(terms, cut)
+    shades = _shades(terms, shade)
     parts: list[Scene | str] = []
-    for at, net in enumerate(what):
-        parts += ["→"] * (at > 0) + _parts(net, ())
-    return Drawing(row(parts), " → ".join(map(str, what)))
+    for at, net in enumerate(nets):
+        parts += ["→"] * (at > 0) + _parts(net, [next(shades) for _ in net.terms], cut)
+    return Drawing(row(parts), " → ".join(map(str, nets)))
 
 
-def _parts(net: AnyNetwork, shade: Sequence[Collection[int]]) -> list[Scene | str]:
+def _check_cut(terms: Sequence[Network], cut: Collection[str]) -> None:
+    known = list(dict.fromkeys(name for term in terms for name in term.operand_names))
+    for name in cut:
+        if name not in known:
+            raise ValueError(f"cut names {name!r}, expected of {', '.join(known)}")
+
+
+def _shades(terms: Sequence[Network], shade: Sequence[Collection[int] | Network]) -> Iterator[list[Collection[int]]]:
+    """For each term the sets of its nodes that are shaded."""
+    from lensor.draw.match import occurrences
+
+    found: list[list[Collection[int]]] = [[] for _ in terms]
+    for one in shade:
+        if isinstance(one, Network):
+            for term, own in zip(terms, found, strict=True):
+                own += occurrences(term, one)
+            if not any(occurrences(term, one) for term in terms):
+                raise ValueError(f"the network to shade, {one}, occurs nowhere in what is drawn")
+        elif len(terms) > 1 or not one or not set(one) <= set(range(len(terms[0].nodes))):
+            several = f"one network, not {len(terms)}" if len(terms) > 1 else f"0 to {len(terms[0].nodes) - 1}"
+            raise ValueError(f"shade names nodes {sorted(one)}, expected of {several}")
+        else:
+            found[0].append(one)
+    return iter(found)
+
+
+def _parts(net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collection[str]) -> list[Scene | str]:
     """The terms of a network as scenes, with their scales and signs between them."""
     from lensor.draw.graph import graph_of
     from lensor.draw.scene import scene_of
 
     parts: list[Scene | str] = []
-    for at, term in enumerate(net.terms):
-        for nodes in shade:
-            if not nodes or len(net.terms) > 1 or not set(nodes) <= set(range(len(term.nodes))):
-                raise ValueError(f"shade names nodes {sorted(nodes)}, expected of 0 to {len(term.nodes) - 1}")
+    for at, (term, shade) in enumerate(zip(net.terms, shades, strict=True)):
         parts += ["+"] * (at > 0)
         scale = " ".join(
             [*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *(f"{i}^{p}" for i, p in term.scale.powers)]
         )
         parts += [f"{scale} ×"] * bool(scale)
-        parts.append(scene_of(graph_of(term), shade))
+        parts.append(scene_of(graph_of(term, cut), shade))
     return parts
 
 

@@ -1,18 +1,20 @@
 """A network as a graph that can be drawn: vertices with a shape, lines with labels.
 
 An index of two nodes is a line between them; one of more is a dot that lines lead to (a hyperindex), and so is a delta.
-An output leg is an open end; a leg that groups indices is a triangle at which their lines meet.
+An output leg is an open end; a leg that groups indices is a triangle at which their lines meet. Operands that are cut
+out, the arguments of a Jacobian, stay as ghosts: their lines are legs of the Jacobian.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Select
 from lensor.notation import pattern_names
 
-TENSOR, PATTERN, SELECTION, ONES, DOT, END, GROUP, STEP = (
-    *("tensor", "pattern", "selection", "ones", "dot", "end", "group"),
+TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, STEP = (
+    *("tensor", "cut", "pattern", "selection", "ones", "dot", "end", "group"),
     "step",
 )
 """The shapes of vertices."""
@@ -91,8 +93,8 @@ class Graph:
         return parts
 
 
-def graph_of(net: Network) -> Graph:
-    """The graph of a network."""
+def graph_of(net: Network, cut: Collection[str] = ()) -> Graph:
+    """The graph of a network, with some operands cut out."""
     graph, holders = Graph(), dict[str, list[int]]()
     names = pattern_names([net])
     shapes = {Operand: TENSOR, Select: SELECTION, Pattern: PATTERN, Ones: ONES, Delta: DOT}
@@ -106,7 +108,8 @@ def graph_of(net: Network) -> Graph:
                 text = "1"
             case _:
                 text = ""
-        vertex = graph.add(Vertex(shapes[type(node)], text, node=at))
+        shape = CUT if isinstance(node, Operand) and node.name in cut else shapes[type(node)]
+        vertex = graph.add(Vertex(shape, text, node=at))
         for leg in node.legs:
             for index in leg:
                 holders.setdefault(index, []).append(vertex)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lensor.draw.graph import DOT, END, GROUP, ONES, STEP, Graph
+from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, STEP, Graph, Line
 from lensor.draw.layout import Positions, crossings, positions
 
 UNIT = 58.0
@@ -65,22 +65,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Segment:
-    """A line from one point to another."""
+    """A line from one point to another, dashed if it leads to what is cut out."""
 
     x1: float
     y1: float
     x2: float
     y2: float
+    dashed: bool = False
 
     def moved(self, x: float, y: float) -> Segment:
         """The line at another place."""
-        return Segment(self.x1 + x, self.y1 + y, self.x2 + x, self.y2 + y)
+        return Segment(self.x1 + x, self.y1 + y, self.x2 + x, self.y2 + y, self.dashed)
 
     def around(self, x: float, y: float, reach: float) -> Segment:
         """The piece of the line around one of its points."""
         length = math.hypot(self.x2 - self.x1, self.y2 - self.y1)
         ux, uy = reach * (self.x2 - self.x1) / length, reach * (self.y2 - self.y1) / length
-        return Segment(x - ux, y - uy, x + ux, y + uy)
+        return Segment(x - ux, y - uy, x + ux, y + uy, self.dashed)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,10 @@ def _at_scale(graph: Graph, place: Positions, count: int) -> Scene | None:
     for one, other in itertools.combinations(shapes, 2):
         if one.box.overlaps(other.box, 3.0):
             return None
-    segments = [Segment(*map(float, place[line.first]), *map(float, place[line.second])) for line in graph.lines]
+    segments = [
+        Segment(*map(float, place[line.first]), *map(float, place[line.second]), dashed=_is_cut(graph, line))
+        for line in graph.lines
+    ]
     for (first, second), segment in zip(ends_of(graph), segments, strict=True):
         for at, shape in enumerate(shapes):
             if count == 0 and at not in (first, second) and _cuts(segment, shape.box):
@@ -230,6 +234,10 @@ def _at_scale(graph: Graph, place: Positions, count: int) -> Scene | None:
         segments[second].around(*point, _BRIDGE) for (first, second), point in meetings(graph, segments).items()
     )
     return Scene(tuple(shapes), tuple(segments), tuple(labels), (), bridges, count)
+
+
+def _is_cut(graph: Graph, line: Line) -> bool:
+    return CUT in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
 
 
 def meetings(graph: Graph, segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:

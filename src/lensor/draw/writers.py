@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from lensor.draw.graph import DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
-from lensor.draw.scene import Box, Label, Scene, Shape
+from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
+from lensor.draw.scene import Box, Label, Scene, Segment, Shape
 
 STYLE = (
     ".lensor{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
@@ -18,6 +18,8 @@ STYLE = (
     "dominant-baseline:central}"
     ".lensor .node{font-size:13px}.lensor .index{font-size:9.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3}"
     ".lensor .sign{font-size:18px}.lensor .line{stroke:var(--ink);stroke-width:1.3}"
+    ".lensor .dashed{stroke-dasharray:3 3}.lensor .cut{fill:var(--paper);stroke-dasharray:3 3}"
+    ".lensor .cut+text{fill-opacity:.55}"
     ".lensor .gap{stroke:var(--paper);stroke-width:6}"
     ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
     ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
@@ -26,7 +28,14 @@ STYLE = (
 )
 """Colours for light and dark pages."""
 
-_COLOURS = {TENSOR: "#dbe9ff", STEP: "#dbe9ff", PATTERN: "#ffe3b8", SELECTION: "#e3f5d6", ONES: "#ffffff"}
+_COLOURS = {
+    TENSOR: "#dbe9ff",
+    STEP: "#dbe9ff",
+    PATTERN: "#ffe3b8",
+    SELECTION: "#e3f5d6",
+    ONES: "#ffffff",
+    CUT: "#ffffff",
+}
 
 
 def corners(shape: Shape) -> list[tuple[float, float]]:
@@ -61,15 +70,8 @@ def svg(scene: Scene, title: str) -> str:
         f"<style>{STYLE}</style>",
     ]
     parts += [f'<rect class="shade" {_rectangle(box)} rx="10"/>' for box in scene.shades]
-    parts += [
-        f'<line class="line" x1="{one.x1:.1f}" y1="{one.y1:.1f}" x2="{one.x2:.1f}" y2="{one.y2:.1f}"/>'
-        for one in scene.segments
-    ]
-    parts += [
-        f'<line class="{style}" x1="{one.x1:.1f}" y1="{one.y1:.1f}" x2="{one.x2:.1f}" y2="{one.y2:.1f}"/>'
-        for one in scene.bridges
-        for style in ("gap", "line")
-    ]
+    parts += [_svg_line(one, "line") for one in scene.segments]
+    parts += [_svg_line(one, style) for one in scene.bridges for style in ("gap", "line")]
     parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
     parts += [
         f'<text class="{"sign" if label.large else "index"}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
@@ -77,6 +79,11 @@ def svg(scene: Scene, title: str) -> str:
         for label in scene.labels
     ]
     return "\n".join([*parts, "</svg>"])
+
+
+def _svg_line(one: Segment, style: str) -> str:
+    style += " dashed" * (one.dashed and style == "line")
+    return f'<line class="{style}" x1="{one.x1:.1f}" y1="{one.y1:.1f}" x2="{one.x2:.1f}" y2="{one.y2:.1f}"/>'
 
 
 def _rectangle(box: Box) -> str:
@@ -129,7 +136,10 @@ def tikz(scene: Scene) -> str:
         lines.append(
             rf"\fill[lensorshade,rounded corners=6pt] ({x:.1f},{y:.1f}) rectangle ({x + width:.1f},{y + height:.1f});"
         )
-    lines += [rf"\draw ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});" for one in scene.segments]
+    lines += [
+        rf"\draw{'[dashed]' * one.dashed} ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
+        for one in scene.segments
+    ]
     lines += [
         rf"\draw[{style}] ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
         for one in scene.bridges
@@ -160,7 +170,7 @@ def _tikz_shape(shape: Shape) -> str:
         case "pattern":
             path = " -- ".join(f"({x:.1f},{y:.1f})" for x, y in corners(shape))
             return rf"\filldraw[fill=lensorpattern] {path} -- cycle;" + "\n" + rf"\node at {at} {{{text}}};"
-    style = "dashed" if shape.kind == SELECTION else "rounded corners=4pt"
+    style = {SELECTION: "dashed", CUT: "dashed,rounded corners=4pt,text=gray"}.get(shape.kind, "rounded corners=4pt")
     return rf"\node[box,{style},fill=lensor{shape.kind},{size}] at {at} {{{text}}};"
 
 
@@ -182,7 +192,8 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     for box in scene.shades:
         axis.add_patch(_patch(patches, box, "#f1f2f4", None, 8))
     for one in scene.segments:
-        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1, solid_capstyle="round")
+        style = "--" if one.dashed else "-"
+        axis.plot([one.x1, one.x2], [one.y1, one.y2], style, color=ink, linewidth=1.2, zorder=1)
     for one in scene.bridges:
         axis.plot([one.x1, one.x2], [one.y1, one.y2], color="white", linewidth=5, zorder=1.1, solid_capstyle="butt")
         axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1.2)
@@ -197,9 +208,12 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
             colour = ink if shape.kind == GROUP else _COLOURS[PATTERN]
             axis.add_patch(patches.Polygon(corners(shape), facecolor=colour, edgecolor=ink, zorder=2))
         else:
-            axis.add_patch(_patch(patches, box, _COLOURS[shape.kind], ink, 2 if shape.kind == SELECTION else 6))
+            patch = _patch(patches, box, _COLOURS[shape.kind], ink, 2 if shape.kind == SELECTION else 6)
+            patch.set_linestyle("--" if shape.kind in (CUT, SELECTION) else "-")
+            axis.add_patch(patch)
         if shape.text:
-            axis.text(box.x, box.y, shape.text, ha="center", va="center", fontsize=9.5, family="monospace", zorder=3)
+            style = {"ha": "center", "va": "center", "fontsize": 9.5, "family": "monospace", "zorder": 3}
+            axis.text(box.x, box.y, shape.text, color="gray" if shape.kind == CUT else ink, **style)
     for label in scene.labels:
         _text(axis, label, ink)
     figure.savefig(path, dpi=dpi, facecolor="white")

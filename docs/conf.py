@@ -5,6 +5,7 @@ copyright = "the Lensor authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = "Lensor"
+html_favicon = "favicon.svg"
 html_static_path: list[str] = []
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3

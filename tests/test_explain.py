@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,31 +210,6 @@ def test_page_holds_everything_and_refers_to_nothing() -> None:
     for one in found:
         assert one.simplified.replace(">", "&gt;") in text
     assert "0.25×" in text
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """Headless Chromium with a log of what it fetches."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("Chromium and its driver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for name in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-sync"):
-        options.add_argument(f"--{name}")
-    for name in ("background-networking", "component-update"):
-        options.add_argument(f"--disable-{name}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    found.set_page_load_timeout(60)
-    found.set_window_size(1300, 1100)
-    try:
-        yield found
-    finally:
-        found.quit()
 
 
 def test_page_of_a_resnet_in_a_browser(browser: Any, tmp_path: Path) -> None:

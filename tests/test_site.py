@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
 from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -75,5 +81,54 @@ def test_no_public_name_is_missing(site: Path) -> None:
             assert {f"{module}.{name}", f"{home}.{name}"} & shown, f"{module}.{name}"
 
 
-def test_search_has_an_index(site: Path) -> None:
-    assert "kfac" in (site / "searchindex.js").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """The site served on the loopback interface while the tests run."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1300, 1000), (420, 900)], ids=["desktop", "phone"])
+def test_pages_in_a_browser(browser: Any, site: Path, address: str, width: int, height: int, tmp_path: Path) -> None:
+    browser.set_window_size(width, height)
+    pages = [*sorted(path.name for path in site.glob("*.html")), "evaluation/index.html", "evaluation/crs.html"]
+    assert {"index.html", "gallery.html", "tutorial-kfac.html", "reference.html"} <= set(pages)
+    for page in pages:
+        browser.get(f"{address}/{page}")
+        sizes = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert sizes[0] <= sizes[1], f"{page} is {sizes[0]} wide in a window of {sizes[1]}"
+        broken = browser.execute_script(
+            "return [...document.images].filter(i => i.loading != 'lazy' && !(i.complete && i.naturalWidth))"
+            ".map(i => i.src)"
+        )
+        assert not broken, page
+        assert not browser.get_log("browser"), page
+    browser.get(f"{address}/index.html")
+    assert browser.save_screenshot(str(tmp_path / "index.png"))
+    assert (tmp_path / "index.png").stat().st_size > 20_000
+    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    fetched = [one["params"]["request"]["url"] for one in requests if one["method"] == "Network.requestWillBeSent"]
+    assert not [url for url in fetched if not url.startswith((address, "data:"))]  # the site needs no other host
+
+
+def test_search_finds_pages(browser: Any, address: str) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.get(f"{address}/index.html")
+    field = browser.find_element("css selector", "input[name=q]")
+    field.send_keys("woodbury")
+    field.submit()
+    results = "#search-results ul.search a"
+    WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", results))
+    names = [link.get_attribute("href") for link in browser.find_elements("css selector", results)]
+    assert any("curvature.html" in name for name in names)
+    browser.get(names[0])
+    assert "woodbury" in browser.page_source.lower()
+    assert not browser.get_log("browser")

@@ -18,6 +18,11 @@ from lensor.pattern import IndexPattern
 Shape: TypeAlias = tuple[int, ...]
 
 
+def _with_axis(shape: Shape, axis: int, *sizes: int) -> Shape:
+    """A shape with one axis of another size, or several for one."""
+    return (*shape[:axis], *sizes, *shape[axis + 1 :])
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step: a name, the values it takes, and (in subclasses) its settings."""
@@ -142,7 +147,7 @@ class Slice(Step):
     count: int
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        return (*shapes[0][: self.axis], self.count, *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, self.count)
 
     def settings(self) -> str:
         return f"axis {self.axis} from {self.start} step {self.step}"
@@ -159,7 +164,7 @@ class Pad(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         size = shapes[0][self.axis] + self.left + self.right
-        return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, size)
 
     def settings(self) -> str:
         return f"axis {self.axis} by {self.left}, {self.right}"
@@ -175,7 +180,7 @@ class Stuff(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         size = (shapes[0][self.axis] - 1) * self.step + 1
-        return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, size)
 
     def settings(self) -> str:
         return f"axis {self.axis} step {self.step}"
@@ -190,7 +195,7 @@ class Gather(Step):
     pattern: IndexPattern
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        return (*shapes[0][: self.axis], self.pattern.output_size, *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, self.pattern.output_size)
 
     def runs(self) -> list[tuple[int, int, int]]:
         """The positions it reads as runs of equal steps, (start, step, length), one after another."""
@@ -218,7 +223,7 @@ class Pick(Step):
     axis: int
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        return (*shapes[0][: self.axis], *shapes[1], *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, *shapes[1])
 
     def settings(self) -> str:
         return f"axis {self.axis}"
@@ -233,7 +238,7 @@ class Put(Step):
     size: int
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        return (*shapes[0][: self.axis], self.size, *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, self.size)
 
     def settings(self) -> str:
         return f"axis {self.axis}"
@@ -532,7 +537,7 @@ class Concat(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         size = sum(shape[self.axis] for shape in shapes)
-        return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
+        return _with_axis(shapes[0], self.axis, size)
 
     def settings(self) -> str:
         return f"axis {self.axis}"

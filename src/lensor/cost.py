@@ -138,7 +138,8 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         if isinstance(step, s.Reshape) and values[place].copied and _run(plan, values, step.takes[0]) < _SHORT_RUN:
             moved += _SCATTERED * math.prod(plan.shapes[place])
         if isinstance(step, s.Read):
-            moved += math.prod(shapes[0]) + _SINGLE * math.prod(plan.shapes[place])
+            row = math.prod(shapes[0][step.axis + len(step.axes) :])
+            moved += math.prod(shapes[0]) + (_SINGLE * math.prod(plan.shapes[place]) if row == 1 else 0)
         if isinstance(step, s.OverlapAdd):
             moved += _SCATTERED * sum(math.prod(shape) for shape in shapes)
         if isinstance(step, s.MatMul):

@@ -26,6 +26,9 @@ _ONE = Fraction(1)
 _MOST_DIMENSIONS = 3
 """Frameworks have convolutions of this many dimensions at most."""
 
+_ROW = 16
+"""Rows of this many entries are read at chosen positions as a whole."""
+
 _LARGEST_HALVES = 24
 """Two equal halves are looked for among at most this many tensors and patterns."""
 
@@ -300,22 +303,31 @@ class _Lowering:
         return None
 
     def read_chosen(self, tensor: _Tensor, reads: Sequence[tuple[Pattern, int, int, int, Group]]) -> _Tensor:
-        """A tensor read through patterns at chosen positions of another leg of each."""
+        """A tensor read through patterns at chosen positions of another leg of each.
+
+        The innermost of its other axes stays behind what is read if it is long enough: whole rows are read then, not
+        single entries. Chosen positions stand before those of kernels where a product over them follows at once, and
+        behind them, one row after the other, where another pattern reads the rows first.
+        """
         reads = sorted(reads, key=lambda read: tensor.indices.index(read[0].legs[read[1]][0]))
         targets = [node.legs[target] for node, target, *_ in reads]
         rest = [index for index in tensor.indices if not any(index in leg for leg in targets)]
-        order = [*rest, *(index for leg in targets for index in leg)]
-        merged = self.matrix(tensor, order, (*self.shape(rest), *(math.prod(self.shape(leg)) for leg in targets)))
+        row = [index for index in rest[-1:] if self.shape([index])[0] >= _ROW]
+        rest = rest[: len(rest) - len(row)]
+        order = [*rest, *(index for leg in targets for index in leg), *row]
+        sizes = (*self.shape(rest), *(math.prod(self.shape(leg)) for leg in targets), *self.shape(row))
+        merged = self.matrix(tensor, order, sizes)
+        chosen_first = bool(row) and not any(row[0] in indices_of(other) for other in self.patterns)
         axes, firsts, seconds = [], [], []
         for at, (node, target, chosen, _, j) in enumerate(reads, start=1):
             free = 3 - target - chosen
             axes.append(s.Through(node.pattern, target, free, chosen, at))
             firsts += node.legs[free]
             seconds += j
-        value = self.program.add(s.Read((merged, *(value for *_, value, _ in reads)), tuple(axes)))
-        return self.without_repeats(
-            self.program.reshape(value, self.shape([*rest, *firsts, *seconds])), [*rest, *firsts, *seconds]
-        )
+        takes = (merged, *(value for *_, value, _ in reads))
+        value = self.program.add(s.Read(takes, tuple(axes), len(rest), chosen_first))
+        found = [*rest, *(seconds + firsts if chosen_first else firsts + seconds), *row]
+        return self.without_repeats(self.program.reshape(value, self.shape(found)), found)
 
     def place(self, value: int, i: Group, j: Group) -> None:
         """What was selected put back into zeros if it is one tensor, else the selection as a matrix."""

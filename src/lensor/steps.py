@@ -270,20 +270,29 @@ class Through:
 
 @dataclass(frozen=True, slots=True)
 class Read(Step):
-    """The last axes read through a pattern each, zero where nothing is: the free legs' axes, then the chosen ones'."""
+    """Neighbouring axes read through a pattern each, zero where nothing is.
+
+    Args:
+        takes: the array and the positions.
+        axes: how each axis is read.
+        axis: the first of the axes.
+        chosen_first: whether the chosen legs' axes stand before the free ones' in the result, or behind them.
+    """
 
     name: ClassVar[str] = "read"
     axes: tuple[Through, ...]
+    axis: int
+    chosen_first: bool
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         firsts = [axis.sizes[axis.first] for axis in self.axes]
         seconds = [math.prod(shapes[axis.positions]) for axis in self.axes]
-        return (*shapes[0][: len(shapes[0]) - len(self.axes)], *firsts, *seconds)
+        sizes = [*seconds, *firsts] if self.chosen_first else [*firsts, *seconds]
+        return (*shapes[0][: self.axis], *sizes, *shapes[0][self.axis + len(self.axes) :])
 
     def settings(self) -> str:
-        return f"at chosen {' '.join('iok'[axis.second] for axis in self.axes)} of " + " ".join(
-            str(axis.pattern) for axis in self.axes
-        )
+        chosen = " ".join("iok"[axis.second] for axis in self.axes)
+        return f"axis {self.axis} at chosen {chosen} of {' '.join(str(axis.pattern) for axis in self.axes)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,9 +68,9 @@ def _read(step: s.Read) -> Callable[..., np.ndarray]:
     def read(x: np.ndarray, *positions: np.ndarray) -> np.ndarray:
         ordered = [positions[axis.positions - 1] for axis in step.axes]
         places = read_at(step, ordered, np.arange, lambda axis: axis.pattern.reads(), np.where)
-        lead = x.shape[: x.ndim - len(step.axes)]
-        flat = np.concatenate([x.reshape(*lead, -1), np.zeros((*lead, 1), x.dtype)], axis=-1)
-        return flat[..., places].reshape(step.shape([x.shape, *(each.shape for each in positions)]))
+        lead, tail = x.shape[: step.axis], x.shape[step.axis + len(step.axes) :]
+        flat = np.concatenate([x.reshape(*lead, -1, *tail), np.zeros((*lead, 1, *tail), x.dtype)], axis=step.axis)
+        return flat.take(places, step.axis).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
 
     return read
 

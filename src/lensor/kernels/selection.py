@@ -15,7 +15,7 @@ def read_at(
     reads: Callable[[s.Through], Any],
     where: Callable[[Any, Any, int], Any],
 ) -> Any:
-    """Flat positions within the last axes, for all free legs and then all chosen ones; their product where nothing is.
+    """Flat positions within the axes, in the order of the result's; the product of their sizes where nothing is.
 
     Args:
         step: the step.
@@ -26,9 +26,12 @@ def read_at(
     """
     count, flat, inside, total = len(step.axes), 0, True, 1
     for at, axis in enumerate(step.axes):
-        before, behind = (1,) * at, (1,) * (count - 1 - at)
-        first = everywhere(axis.sizes[axis.first]).reshape(*before, -1, *behind, *(1,) * count)
-        second = positions[at].reshape(*(1,) * count, *before, -1, *behind)
+        before, behind, others = (1,) * at, (1,) * (count - 1 - at), (1,) * count
+        free, chosen = everywhere(axis.sizes[axis.first]), positions[at]
+        if step.chosen_first:
+            first, second = free.reshape(*others, *before, -1, *behind), chosen.reshape(*before, -1, *behind, *others)
+        else:
+            first, second = free.reshape(*before, -1, *behind, *others), chosen.reshape(*others, *before, -1, *behind)
         place, valid = _position(axis, {axis.first: first, axis.second: second}, reads)
         size = axis.sizes[axis.target]
         flat, inside, total = flat * size + place, valid & inside, total * size

@@ -174,8 +174,9 @@ def _read(step: s.Read) -> Callable[..., torch.Tensor]:
             lambda axis: constants[axis](x),
             torch.where,
         )
-        flat = torch.nn.functional.pad(x.flatten(x.ndim - len(step.axes)), (0, 1))
-        return flat.index_select(-1, places).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
+        last = step.axis + len(step.axes) - 1
+        flat = torch.nn.functional.pad(x.flatten(step.axis, last), (*(0, 0) * (x.ndim - 1 - last), 0, 1))
+        return flat.index_select(step.axis, places).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
 
     return read
 

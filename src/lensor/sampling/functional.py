@@ -215,6 +215,11 @@ def apply(
     return _Sampled.apply(bilinear, forward, tuple(chosen), x, weight, bias, part, *drawn)  # type: ignore[return-value]
 
 
+def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
+    """The call for an input of at least so many axes, the first of which is the batch; one axis less is one example."""
+    return call(x) if x.ndim >= dims else call(x[None])[0]
+
+
 def _norms(x: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], index: str) -> Tensor:
     """The norm of what stands at each position of an index."""
     flat = [name for leg in legs for name in leg]
@@ -345,7 +350,8 @@ def conv(
         padding_mode,
         None,
     )
-    return _batched(convolution(spec, _frozen(padding)), forward, input, weight, bias, keep, scheme, generator)
+    found = convolution(spec, _frozen(padding))
+    return batched(lambda x: apply(found, forward, x, weight, bias, keep, scheme, generator), input, weight.ndim)
 
 
 def conv_transpose(
@@ -413,7 +419,8 @@ def conv_transpose(
         "zeros",
         _frozen(output_padding),
     )
-    return _batched(convolution(spec, _frozen(padding)), forward, input, weight, bias, keep, scheme, generator)
+    found = convolution(spec, _frozen(padding))
+    return batched(lambda x: apply(found, forward, x, weight, bias, keep, scheme, generator), input, weight.ndim)
 
 
 def linear(
@@ -456,26 +463,8 @@ def linear(
     forward = torch.nn.functional.linear
     if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
         return forward(input, weight, bias)  # which says what is wrong
-    if input.ndim == 1:
-        return linear(input[None], weight, bias, keep=keep, scheme=scheme, generator=generator)[0]
-    bilinear = linear_map(weight.shape[1], weight.shape[0], input.ndim)
-    return apply(bilinear, forward, input, weight, bias, keep, scheme, generator)
-
-
-def _batched(
-    bilinear: BilinearMap,
-    forward: Forward,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    keep: Keep,
-    scheme: Scheme,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """`apply` for an input with or without a batch axis."""
-    if x.ndim == weight.ndim:
-        return apply(bilinear, forward, x, weight, bias, keep, scheme, generator)
-    return apply(bilinear, forward, x[None], weight, bias, keep, scheme, generator)[0]
+    bilinear = linear_map(weight.shape[1], weight.shape[0], max(input.ndim, 2))
+    return batched(lambda x: apply(bilinear, forward, x, weight, bias, keep, scheme, generator), input, 2)
 
 
 @functools.lru_cache(maxsize=1024)

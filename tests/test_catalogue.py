@@ -165,12 +165,54 @@ def test_what_makes_no_model() -> None:
         convolutions(lambda: torch.nn.Conv2d(3, 3, 3), "net", (4, 8, 8))
 
 
+class _Calls(torch.nn.Module):
+    """Convolutions by torch's functions, beside modules, of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.module(x)
+        h = torch.nn.functional.conv2d(h, h.new_zeros(6, 2, 3, 1), None, 2, padding=(1, 0), groups=2)
+        h = torch.conv_transpose2d(h, h.new_zeros(6, 5, 2, 3), h.new_zeros(5), [3], [0, 1], 1, 1, 2)
+        z = torch.nn.functional.conv1d(input=y, weight=y.new_zeros(1, 2, 4), padding="same")
+        return h.sum() + torch.nn.functional.conv1d(z, z.new_zeros(3, 1, 2), bias=z.new_zeros(3)).sum()
+
+
+def test_calls_of_functions_are_found_as_modules_are() -> None:
+    found = convolutions(_Calls, "net", (3, 8, 8), (2, 10))
+    assert [(layer.name, layer.spec, layer.count) for layer in found] == [
+        ("module", lensor.ConvSpec(3, 4, (8, 8), 3, padding=1, padding_mode="circular", bias=True), 1),
+        ("torch.conv2d", lensor.ConvSpec(4, 6, (8, 8), (3, 1), stride=2, padding=(1, 0), groups=2), 1),
+        (
+            "torch.conv_transpose2d",
+            lensor.ConvSpec(
+                *(6, 5, (4, 4), (2, 3)),
+                stride=3,
+                padding=(0, 1),
+                output_padding=1,
+                dilation=2,
+                transposed=True,
+                bias=True,
+            ),
+            1,
+        ),
+        ("torch.conv1d", lensor.ConvSpec(2, 1, (10,), 4, padding="same"), 1),
+        ("torch.conv1d", lensor.ConvSpec(1, 3, (10,), 2, bias=True), 1),
+    ]
+    with pytest.raises(BenchError, match=r"net cannot run on inputs of shapes \(3, 8, 8\) and \(1, 10\): RuntimeError"):
+        convolutions(_Calls, "net", (3, 8, 8), (1, 10))
+
+
 # ------------------------------------------------------------------------------------------------------- lensor convs
 def test_convs_shows_a_net_of_the_catalogue() -> None:
     result = invoke("convs", "ResNet18")
     assert result.exit_code == 0, result.output
     assert "3→64 7×7 s2 @224²" in result.stdout
     assert "20 convolutions, 11 of them unique" in result.stdout
+    result = invoke("convs", "tests.test_catalogue:_Calls", "--input-shape", "3x8x8", "--input-shape", "2x10")
+    assert "5 convolutions, 5 of them unique, for an input of 3x8x8 and 2x10" in result.stdout
     result = invoke("convs", "resnet18", "--input-shape", "3x256x256")
     assert "general: 17 (8), down-sampling: 3 (3)" in result.stdout
 

@@ -7,7 +7,7 @@ from csv import writer
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
 
 import typer
 from rich.box import SIMPLE
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from lensor.bench.run import Bench
 
 MODEL = "A net of the catalogue, an import path pkg.mod:factory, or a file of torch.export (.pt2)."
-INPUT = "Shape of one input, without batch axis: 3x224x224."
+INPUT = "Shape of one example, without batch axis: 3x224x224; repeated for models of several arguments."
+
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+"""The shapes of a model's arguments."""
 
 WIDE = 150
 """The width of tables where there is no terminal."""
@@ -59,25 +62,24 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
     @app.command(help="The convolutions of a CNN: of the catalogue, or any torch model that can be imported.")
     def convs(
         model: Annotated[str, typer.Argument(help=MODEL)],
-        input_shape: Annotated[str | None, typer.Option(help=INPUT)] = None,
+        input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
         csv: Annotated[Path | None, typer.Option(help="Write the convolutions to this CSV file too.")] = None,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
         try:
-            shape = parse_sizes(input_shape) if input_shape else None
-            layers, shape = _find(model, shape)
+            layers, shapes = _find(model, _shapes(input_shape))
             if csv is not None:
-                _write(csv, layers, shape)
+                _write(csv, layers, shapes)
         except BenchError as error:
             fail(error, debug)
-        _show(layers, shape)
+        _show(layers, shapes)
 
     @app.command(
         help="What Lensor makes of each convolution of a model: network, what the rules leave of it, plan, time."
     )
     def explain(
         model: Annotated[str, typer.Argument(help=MODEL)],
-        input_shape: Annotated[str | None, typer.Option(help=INPUT)] = None,
+        input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
         html: Annotated[Path | None, typer.Option(help="Write a page to this file: one file, no network.")] = None,
         ops: Annotated[
             list[str] | None,
@@ -107,7 +109,7 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             seconds=seconds,
         )
         try:
-            _explain(model, parse_sizes(input_shape) if input_shape else None, settings, html, times)
+            _explain(model, _shapes(input_shape), settings, html, times)
         except BenchError as error:
             fail(error, debug)
         except KeyboardInterrupt:
@@ -356,13 +358,13 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
     shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
 
 
-def _explain(model: str, shape: tuple[int, ...] | None, settings: Settings, html: Path | None, timed: bool) -> None:
+def _explain(model: str, shapes: Shapes, settings: Settings, html: Path | None, timed: bool) -> None:
     """Measure the convolutions of a model unless told not to, print what was found, and write the page if asked."""
     require("torch", *(["jinja2"] if html is not None else []))
     from lensor.bench.explain import explained, totals
     from lensor.bench.run import Bench
 
-    layers, shape = _find(model, shape)
+    layers, shapes = _find(model, shapes)
     bench = Bench(settings, merged(layers))
     layers = tuple(dict.fromkeys(case.layer for case in bench.cases))
     if not layers:
@@ -377,9 +379,7 @@ def _explain(model: str, shape: tuple[int, ...] | None, settings: Settings, html
             _measure([bench], results, shown)
             rows = list(results.rows)
     found = list(explained(layers, replace(settings, operations=bench.operations), rows))
-    lead = (
-        f"input {format_sizes(shape)}, {len(layers)} distinct convolutions, {sum(one.count for one in layers)} in all"
-    )
+    lead = f"input {_shown(shapes)}, {len(layers)} distinct convolutions, {sum(one.count for one in layers)} in all"
     lines = settings_of(rows) or [f"batch {settings.batch}, {settings.dtype}, nothing measured"]
     _print_explanations(found, totals(found), shown)
     for line in (lead, *lines):
@@ -701,42 +701,51 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=WIDE)
 
 
-def _find(model: str, shape: tuple[int, ...] | None) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-    """The unique convolutions of a model, and the shape of its input."""
+def _shapes(given: list[str] | None) -> Shapes:
+    """The shapes of a model's arguments, without batch axes."""
+    return tuple(map(parse_sizes, given or ()))
+
+
+def _shown(shapes: Shapes) -> str:
+    return " and ".join(map(format_sizes, shapes))
+
+
+def _find(model: str, shapes: Shapes) -> tuple[tuple[Layer, ...], Shapes]:
+    """The unique convolutions of a model, and the shapes of its inputs."""
     if model.endswith(".pt2"):
-        if shape is not None:
+        if shapes:
             raise BenchError(f"{model} holds the sizes that it was exported with: leave --input-shape out")
         require("torch")
         from lensor.bench.exported import exported
 
         found, shape = exported(Path(model))
-        return tuple(found), shape
+        return tuple(found), (shape,)
     if ":" not in model:
         name = layers_of(model)[0].model
         held = dict.fromkeys((NETS[name].census, NETS[name].speed))
-        if shape is not None and shape not in held:
-            shapes = " and ".join(map(format_sizes, held))
-            raise BenchError(f"{name} is held for {shapes}, for other inputs give {NETS[name].factory}")
-        shape = shape or NETS[name].speed
-        return layers_of(name, shape), shape
-    if shape is None:
+        if len(shapes) > 1 or not set(shapes) <= set(held):
+            known = " and ".join(map(format_sizes, held))
+            raise BenchError(f"{name} is held for {known}, for other inputs give {NETS[name].factory}")
+        shape = shapes[0] if shapes else NETS[name].speed
+        return layers_of(name, shape), (shape,)
+    if not shapes:
         raise BenchError(f"which input does {model} take? give --input-shape, such as 3x224x224")
     require("torch")
     from lensor.bench.extract import convolutions, import_factory
 
-    return tuple(convolutions(import_factory(model), model.rpartition(":")[2], shape)), shape
+    return tuple(convolutions(import_factory(model), model.rpartition(":")[2], *shapes)), shapes
 
 
-def _write(path: Path, layers: tuple[Layer, ...], shape: tuple[int, ...]) -> None:
+def _write(path: Path, layers: tuple[Layer, ...], shapes: Shapes) -> None:
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             file.write(",".join(COLUMNS) + "\n")
-            write_layers(file, layers, shape)
+            write_layers(file, layers, _shown(shapes))
     except OSError as error:
         raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _show(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> None:
+def _show(layers: tuple[Layer, ...], shapes: Shapes) -> None:
     headings = ("first module", "convolution", "kind", "stride", "padding", "dilation", "bias")
     table = Table(*headings, Column("count", justify="right"))
     for layer in layers:
@@ -750,7 +759,7 @@ def _show(layers: tuple[Layer, ...], shape: tuple[int, ...]) -> None:
     total = sum(layer.count for layer in layers)
     kinds = ", ".join(f"{kind}: {total} ({unique})" for kind, (total, unique) in census(layers).items())
     out.print(
-        f"{total} convolutions, {len(layers)} of them unique, for an input of {format_sizes(shape)}; of each kind, "
+        f"{total} convolutions, {len(layers)} of them unique, for an input of {_shown(shapes)}; of each kind, "
         f"total (unique): {kinds or 'none'}",
         soft_wrap=True,
         highlight=False,

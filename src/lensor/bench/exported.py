@@ -13,6 +13,7 @@ import torch
 from torch.fx.operator_schemas import normalize_function
 
 from lensor.bench.errors import BenchError
+from lensor.bench.extract import spec_of
 from lensor.bench.layers import Layer
 from lensor.spec import ConvSpec
 
@@ -75,29 +76,8 @@ def _spec(node: Any) -> ConvSpec | None:
         raise BenchError(f"cannot read the arguments of {node.name}: {node.target}")
     given = dict(normalized.kwargs)
     x, weight = (given[key].meta["val"].shape for key in ("input", "weight"))
-    dims = len(weight) - 2
     transposed = name in _TRANSPOSED or bool(given.get("transposed"))
-    groups = given.get("groups", 1)
-    inner = _sizes(weight[:2], node.name)
-    hyper = {key: _each(given[key], dims) for key in ("stride", "padding", "dilation") if given.get(key) is not None}
-    more = {"transposed": True, "output_padding": _each(given.get("output_padding", 0), dims)} if transposed else {}
-    return ConvSpec(
-        inner[0] if transposed else inner[1] * groups,
-        inner[1] * groups if transposed else inner[0],
-        _sizes(x[-dims:], node.name),
-        _sizes(weight[2:], node.name),
-        **hyper,
-        groups=groups,
-        bias=given.get("bias") is not None,
-        **more,
-    )
-
-
-def _each(value: int | str | Sequence[int], dims: int) -> str | tuple[int, ...]:
-    """A hyper-parameter for each dimension; lists of one number stand for all of them."""
-    if isinstance(value, (str, int)):
-        return value if isinstance(value, str) else (value,) * dims
-    return tuple(value) * dims if len(value) == 1 else tuple(value)
+    return spec_of(_sizes(x[2 - len(weight) :], node.name), _sizes(weight, node.name), given, transposed)
 
 
 def _sizes(shape: Sequence[Any], name: str) -> tuple[int, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lensor.bench.errors import BenchError
 from lensor.bench.layers import Layer
@@ -18,11 +19,19 @@ from lensor.spec import ConvSpec
 _Conv = torch.nn.modules.conv._ConvNd
 
 
-def record(model: torch.nn.Module, name: str, batch: torch.Tensor) -> list[tuple[Layer, torch.Tensor]]:
+_ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+FUNCTIONS = {f"conv{dims}d": _ORDER for dims in (1, 2, 3)} | {
+    f"conv_transpose{dims}d": _ORDER_TRANSPOSED for dims in (1, 2, 3)
+}
+"""torch's functions, with the order of their arguments."""
+
+
+def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tuple[Layer, torch.Tensor]]:
     """The distinct convolutions of a model in the order in which they run, each with the first input it was given.
 
-    Convolutions and transposed convolutions of any number of dimensions are found, one that runs twice is counted
-    twice. A model and a batch on the meta device cost neither memory nor time.
+    Convolutions and transposed convolutions of any number of dimensions are found, modules and calls of torch's
+    functions; one that runs twice is counted twice. A model and inputs on the meta device cost neither memory nor time.
 
     Example:
         >>> import torch
@@ -33,40 +42,89 @@ def record(model: torch.nn.Module, name: str, batch: torch.Tensor) -> list[tuple
         0 1 net 3→8 3×3 @9²
         1 2 net 8→8 1×1 @7²
     """
-    found: dict[ConvSpec, tuple[Layer, torch.Tensor]] = {}
+    calls = _Calls(name)
 
     def recorder(path: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
             x = arguments[0] if arguments else named["input"]
-            spec = ConvSpec.from_module(module, input_size=tuple(x.shape[-len(module.kernel_size) :]))
-            known = found.get(spec)
-            if known is None:
-                found[spec] = Layer(name, path, spec, 1), x.detach().contiguous().clone()
-            else:
-                found[spec] = replace(known[0], count=known[0].count + 1), known[1]
+            calls.add(ConvSpec.from_module(module, input_size=tuple(x.shape[-len(module.kernel_size) :])), path, x)
+            calls.inside = True
 
         return hook
 
+    def leave(*_: Any) -> None:
+        calls.inside = False
+
     convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, _Conv)]
     hooks = [module.register_forward_pre_hook(recorder(path), with_kwargs=True) for path, module in convolutions]
+    hooks += [module.register_forward_hook(leave) for _, module in convolutions]
     try:
-        with torch.no_grad():
-            model(batch)
+        with torch.no_grad(), calls:
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(found.values())
+    return list(calls.found.values())
 
 
-def convolutions(factory: Callable[[], torch.nn.Module], name: str, input_shape: Sequence[int]) -> list[Layer]:
-    """The distinct convolutions of the model that `factory` makes, in evaluation mode, for inputs of a shape.
+class _Calls(TorchFunctionMode):
+    """What was found, and the convolutions that are calls of functions outside of torch's modules."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model, self.inside = model, False
+        self.found: dict[ConvSpec, tuple[Layer, torch.Tensor]] = {}
+
+    def add(self, spec: ConvSpec, path: str, x: torch.Tensor) -> None:
+        known = self.found.get(spec)
+        if known is None:
+            self.found[spec] = Layer(self.model, path, spec, 1), x.detach().contiguous().clone()
+        else:
+            self.found[spec] = replace(known[0], count=known[0].count + 1), known[1]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        result = func(*args, **(kwargs or {}))
+        if name in FUNCTIONS and not self.inside:
+            given = {**dict(zip(FUNCTIONS[name], args, strict=False)), **(kwargs or {})}
+            x, weight = given["input"], given["weight"]
+            self.add(spec_of(x.shape, weight.shape, given, name.startswith("conv_transpose")), f"torch.{name}", x)
+        return result
+
+
+def spec_of(x: Sequence[int], weight: Sequence[int], given: Mapping[str, Any], transposed: bool) -> ConvSpec:
+    """The convolution of a call, from the shapes of its input and weight and the other arguments, by torch's names."""
+    dims, groups = len(weight) - 2, given.get("groups", 1)
+    hyper = {key: _each(given[key], dims) for key in ("stride", "padding", "dilation") if given.get(key) is not None}
+    more = {"transposed": True, "output_padding": _each(given.get("output_padding", 0), dims)} if transposed else {}
+    return ConvSpec(
+        weight[0] if transposed else weight[1] * groups,
+        weight[1] * groups if transposed else weight[0],
+        tuple(x[-dims:]),
+        tuple(weight[2:]),
+        **hyper,
+        groups=groups,
+        bias=given.get("bias") is not None,
+        **more,
+    )
+
+
+def _each(value: int | str | Sequence[int], dims: int) -> str | tuple[int, ...]:
+    """A hyper-parameter for each dimension; lists of one number stand for all of them."""
+    if isinstance(value, (str, int)):
+        return value if isinstance(value, str) else (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shapes: Sequence[int]) -> list[Layer]:
+    """The distinct convolutions of the model that `factory` makes, in evaluation mode, for inputs of these shapes.
 
     The model is made and run on the meta device; on the CPU if it cannot run there.
 
     Args:
         factory: makes the model.
         name: what to call it.
-        input_shape: the shape of one example, without a batch axis.
+        input_shapes: for each argument of the model the shape of one example, without a batch axis.
 
     Example:
         >>> import torch
@@ -83,14 +141,15 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, input_shape:
                 model = factory()
             if not isinstance(model, torch.nn.Module):
                 raise BenchError(f"{name} made a {type(model).__name__}, expected a torch.nn.Module")
-            return [layer for layer, _ in record(model.eval(), name, torch.zeros((1, *input_shape), device=device))]
+            inputs = [torch.zeros((1, *shape), device=device) for shape in input_shapes]
+            return [layer for layer, _ in record(model.eval(), name, *inputs)]
         except BenchError:
             raise
         except Exception as error:
             if device == "cpu":
-                raise BenchError(
-                    f"{name} cannot run on an input of shape {tuple(input_shape)}: {_line(error)}"
-                ) from error
+                shapes = " and ".join(str(tuple(shape)) for shape in input_shapes)
+                inputs = "an input of shape" if len(input_shapes) == 1 else "inputs of shapes"
+                raise BenchError(f"{name} cannot run on {inputs} {shapes}: {_line(error)}") from error
     raise AssertionError("unreachable")
 
 

@@ -199,9 +199,9 @@ def spec_of(row: dict[str, str]) -> ConvSpec:
     return spec
 
 
-def write_layers(file: IO[str], layers: Iterable[Layer], input_shape: Sequence[int]) -> None:
+def write_layers(file: IO[str], layers: Iterable[Layer], input_shape: str) -> None:
     """Write convolutions as rows of CSV, without a header."""
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     for layer in layers:
-        shown = {"net": layer.model, "input_shape": format_sizes(input_shape), "name": layer.name, "count": layer.count}
+        shown = {"net": layer.model, "input_shape": input_shape, "name": layer.name, "count": layer.count}
         writer.writerow(shown | spec_record(layer.spec))

@@ -17,7 +17,7 @@ import torch
 
 from lensor.bench.catalogue import NETS, Net
 from lensor.bench.extract import convolutions, import_factory
-from lensor.bench.layers import COLUMNS, write_layers
+from lensor.bench.layers import COLUMNS, format_sizes, write_layers
 
 _OPTIONS: dict[str, dict[str, Any]] = {"inceptionv3": {"init_weights": False}}
 """Drawing InceptionV3's weights takes a minute, even on the meta device."""
@@ -53,7 +53,7 @@ def main(path: Path) -> None:
         file.write(",".join(COLUMNS) + "\n")
         for net in NETS.values():
             for shape in dict.fromkeys((net.census, net.speed)):
-                write_layers(file, convolutions(factory_of(net), net.name, shape), shape)
+                write_layers(file, convolutions(factory_of(net), net.name, shape), format_sizes(shape))
 
 
 if __name__ == "__main__":

@@ -202,6 +202,18 @@ def test_a_foreign_or_damaged_file_of_points_is_refused_and_kept(tmp_path: Path)
         assert path.read_text(encoding="utf-8") == text
 
 
+def test_a_line_that_was_not_finished_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "crs.csv"
+    points = crs_points()
+    for point in points[:3]:
+        crs.append(path, point)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[:-9], encoding="utf-8")
+    assert crs.read(path) == points[:2]
+    crs.append(path, points[2])
+    assert path.read_text(encoding="utf-8") == text
+
+
 def test_figures_of_sampled_backpropagation_are_written(tmp_path: Path) -> None:
     steps = bench_sampling.steps(2, 0.0, 1, 1)
     assert [row.way for row in steps][:3] == ["torch", "checkpointing", "rectifiers keep a byte"]

@@ -84,7 +84,9 @@ def make_app() -> Any:
         try:
             for path in gallery.write(out):
                 typer.echo(f"wrote {path}")
-        except (OSError, ImportError) as error:
+        except OSError as error:
+            raise stop(f"cannot write {error.filename or out}: {error.strerror or error}") from None
+        except ImportError as error:
             raise stop(str(error)) from None
 
     @app.command(help="The rules of simplification, each with a worked example, as a Markdown table.")

@@ -26,6 +26,7 @@ from lensor.bench.errors import BenchError, require
 from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
+from lensor.bench.results import finished
 from lensor.bench.training import TASKS
 from lensor.sampling.layers import Sampled
 
@@ -226,20 +227,27 @@ def run(settings: Settings, known: Sequence[Point]) -> Iterator[Point]:
 def read(path: Path) -> list[Point]:
     """The points of a file that an earlier run wrote; none if there is no file.
 
+    A last line that was not finished is not read, and is cut off.
+
     Raises:
-        BenchError: if the file is none of these.
+        BenchError: if the file is none of these; it is left as it was.
     """
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.DictReader(file)
-        if lines.fieldnames != [field.name for field in fields(Point)]:
-            raise BenchError(f"{path} is no file of `lensor reproduce crs`: remove it, or take another folder")
-        kinds = {"batch": int, "seed": int, "share": float, "error": float, "seconds": float, "exact_seconds": float}
-        try:
-            return [Point(**{name: kinds.get(name, str)(value) for name, value in line.items()}) for line in lines]
-        except (TypeError, ValueError):
-            raise BenchError(f"{path} is damaged behind line {lines.line_num - 1}: mend or remove it") from None
+    data = path.read_bytes()
+    whole = finished(data)
+    lines = csv.DictReader(whole.decode("utf-8", "replace").splitlines())
+    if lines.fieldnames != [field.name for field in fields(Point)]:
+        raise BenchError(f"{path} is no file of `lensor reproduce crs`: remove it, or take another folder")
+    kinds = {"batch": int, "seed": int, "share": float, "error": float, "seconds": float, "exact_seconds": float}
+    try:
+        points = [Point(**{name: kinds.get(name, str)(value) for name, value in line.items()}) for line in lines]
+    except (TypeError, ValueError):
+        raise BenchError(f"{path} is damaged behind line {lines.line_num - 1}: mend or remove it") from None
+    if whole != data:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return points
 
 
 def append(path: Path, point: Point) -> None:

@@ -165,7 +165,7 @@ def _scan(path: Path) -> tuple[list[Row], int]:
         data = path.read_bytes()
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror or error}") from None
-    whole = data[: data.rfind(b"\n") + 1]
+    whole = finished(data)
     try:
         lines = whole.decode("utf-8").splitlines()
     except UnicodeDecodeError:
@@ -179,6 +179,11 @@ def _scan(path: Path) -> tuple[list[Row], int]:
         except (BenchError, TypeError, ValueError) as error:
             raise BenchError(f"{path} is damaged in line {number} ({error}); it was left as it is") from None
     return rows, len(whole)
+
+
+def finished(data: bytes) -> bytes:
+    """What a file holds without a last line that was not finished."""
+    return data[: data.rfind(b"\n") + 1]
 
 
 class ResultsFile:

@@ -205,6 +205,29 @@ def test_calls_of_functions_are_found_as_modules_are() -> None:
         convolutions(_Calls, "net", (3, 8, 8), (1, 10))
 
 
+class _Words(torch.nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Embedding(9, 4), torch.nn.Conv1d(7, 2, 3))
+
+
+DOUBLE = torch.nn.Conv1d(2, 3, 3).double()
+
+
+def _leave() -> None:
+    raise SystemExit(3)
+
+
+def test_models_of_other_dtypes_and_models_that_are_made_already() -> None:
+    (layer,) = convolutions(_Words, "words", (7,))
+    assert layer.spec == lensor.ConvSpec(7, 2, (4,), 3, bias=True)
+    (layer,) = convolutions(import_factory("tests.test_catalogue:DOUBLE"), "double", (2, 5))
+    assert layer.spec == lensor.ConvSpec(2, 3, (5,), 3, bias=True)
+    (layer,) = convolutions(lambda: torch.nn.Conv1d(2, 3, 3).to(torch.complex64), "complex", (2, 5))
+    assert layer.spec == lensor.ConvSpec(2, 3, (5,), 3, bias=True)
+    with pytest.raises(BenchError, match=r"leaves cannot run on an input of shape .*: SystemExit: 3"):
+        convolutions(_leave, "leaves", (2, 5))
+
+
 # ------------------------------------------------------------------------------------------------------- lensor convs
 def test_convs_shows_a_net_of_the_catalogue() -> None:
     result = invoke("convs", "ResNet18")

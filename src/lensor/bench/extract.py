@@ -119,7 +119,8 @@ def _each(value: int | str | Sequence[int], dims: int) -> str | tuple[int, ...]:
 def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shapes: Sequence[int]) -> list[Layer]:
     """The distinct convolutions of the model that `factory` makes, in evaluation mode, for inputs of these shapes.
 
-    The model is made and run on the meta device; on the CPU if it cannot run there.
+    The model is made and run on the meta device; on the CPU if it cannot run there. Inputs are zeros of the parameters'
+    dtype; integers if the model does not run on those.
 
     Args:
         factory: makes the model.
@@ -135,26 +136,30 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
     Raises:
         BenchError: if the model cannot be made or run; the reason in one line.
     """
-    for device in ("meta", "cpu"):
+    failed: BaseException | None = None
+    for device, integers in (("meta", False), ("cpu", False), ("cpu", True)):
         try:
             with torch.device(device):
                 model = factory()
             if not isinstance(model, torch.nn.Module):
                 raise BenchError(f"{name} made a {type(model).__name__}, expected a torch.nn.Module")
-            inputs = [torch.zeros((1, *shape), device=device) for shape in input_shapes]
+            floating = (one.dtype for one in model.parameters() if one.is_floating_point() or one.is_complex())
+            dtype = torch.int64 if integers else next(floating, torch.float32)
+            inputs = [torch.zeros((1, *shape), device=device, dtype=dtype) for shape in input_shapes]
             return [layer for layer, _ in record(model.eval(), name, *inputs)]
         except BenchError:
             raise
-        except Exception as error:
-            if device == "cpu":
-                shapes = " and ".join(str(tuple(shape)) for shape in input_shapes)
-                inputs = "an input of shape" if len(input_shapes) == 1 else "inputs of shapes"
-                raise BenchError(f"{name} cannot run on {inputs} {shapes}: {_line(error)}") from error
-    raise AssertionError("unreachable")
+        except (Exception, SystemExit) as error:
+            failed = failed if integers else error
+    shapes = " and ".join(str(tuple(shape)) for shape in input_shapes)
+    given = "an input of shape" if len(input_shapes) == 1 else "inputs of shapes"
+    raise BenchError(f"{name} cannot run on {given} {shapes}: {_line(failed)}") from failed
 
 
 def import_factory(path: str) -> Callable[..., Any]:
-    """The model factory at an import path `pkg.mod:factory`; the current folder is searched too.
+    """The model factory, or a function that gives the model, at an import path `pkg.mod:name`.
+
+    The current folder is searched too.
 
     Example:
         >>> from lensor.bench.extract import import_factory
@@ -172,18 +177,20 @@ def import_factory(path: str) -> Callable[..., Any]:
         sys.path.insert(0, folder)
     try:
         factory: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
         raise BenchError(f"cannot import {module_name}: {_line(error)}") from error
     for part in name.split("."):
         if not hasattr(factory, part):
             raise BenchError(f"{module_name} has no {name}")
         factory = getattr(factory, part)
+    if isinstance(factory, torch.nn.Module):
+        return lambda: factory
     if not callable(factory):
         raise BenchError(f"{path} is a {type(factory).__name__}, expected a function or class that makes a model")
     return factory
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException | None) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

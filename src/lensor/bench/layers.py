@@ -137,12 +137,12 @@ def format_sizes(sizes: Sequence[int | Sequence[int]]) -> str:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """Sizes from text; `x`, `×` or `,` between them.
+    """Sizes from text; `x` or `×` between them, or `,`.
 
     Raises:
         BenchError: for anything else.
     """
-    parts = re.split("[x×,]", text.strip())
+    parts = re.split("[x×]" if "," not in text else ",", text.strip())
     if not all(part.strip().isdecimal() for part in parts):
         raise BenchError(f"{text!r} is no shape, expected sizes such as 3x224x224")
     return tuple(map(int, parts))

@@ -334,11 +334,24 @@ def test_damage_is_told_by_its_line(tmp_path: Path) -> None:
     file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
     file.append([row(), row(implementation="other")])
     text = file.path.read_text(encoding="utf-8")
-    for old, new in (("general", "dense"), ("9x8", "9x"), (",3,1,1,", ",x,1,1,")):
+    for old, new in (("general", "dense"), ("9x8", "9x"), (",3,1,1,", ",x,1,1,"), (",ok,", ",okk,")):
         assert old in text
         file.path.write_text(text.replace(old, new), encoding="utf-8")
         with pytest.raises(BenchError, match="damaged in line 2"):
             read(file.path)
+    file.path.write_text(text + text.splitlines(keepends=True)[1], encoding="utf-8")
+    with pytest.raises(BenchError, match=r"damaged in line 4 \(what it measures is measured above\)"):
+        read(file.path)
+    with pytest.raises(ValueError, match=r"minimum is -1.0, expected no negative number"):
+        Found(OK, minimum=-1.0)
+
+
+def test_nothing_to_measure_is_told_before_a_file_is_made(tmp_path: Path) -> None:
+    asked = ("bench", "--nets", "3c3d", "--kinds", "down-sampling", "--out", str(tmp_path / "r.csv"))
+    found = CliRunner().invoke(cli.make_app(), list(asked))
+    assert found.exit_code == 1
+    assert "there is nothing to measure: no convolution is of these nets and kinds" in found.stderr
+    assert not (tmp_path / "r.csv").exists()
 
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:

@@ -345,6 +345,8 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
     from lensor.bench.run import Bench
 
     bench = Bench(settings)
+    if not bench.cases:
+        raise BenchError("there is nothing to measure: no convolution is of these nets and kinds")
     results = ResultsFile(out, bench.machine, resume)
     shown = console()
     _measure([bench], results, shown)

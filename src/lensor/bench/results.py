@@ -20,7 +20,10 @@ from lensor.bench.errors import BenchError
 from lensor.bench.layers import SPEC_COLUMNS, Layer, label, spec_of, spec_record
 
 OK = "ok"
-"""The status of a row whose result was right; others are "wrong", "refused" and "failed"."""
+"""The status of a row whose result was right."""
+
+STATUSES = (OK, "wrong", "refused", "failed")
+"""All of them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,14 @@ class Found:
     extra_bytes: int | None = None
     standard_extra_bytes: int | None = None
     result_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}, expected one of {', '.join(STATUSES)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"{field.name} is {value}, expected no negative number")
 
     @property
     def ratio(self) -> float | None:
@@ -173,9 +184,14 @@ def _scan(path: Path) -> tuple[list[Row], int]:
     if not lines or lines[0] != ",".join(HEADER):
         raise BenchError(f"{path} is no results file of this version of lensor bench; it was left as it is")
     rows: list[Row] = []
+    seen = set()
     for number, cells in enumerate(csv.reader(lines[1:]), start=2):
         try:
-            rows.append(_row(dict(zip(HEADER, cells, strict=True))))
+            row = _row(dict(zip(HEADER, cells, strict=True)))
+            if row.key in seen:
+                raise ValueError("what it measures is measured above")
+            seen.add(row.key)
+            rows.append(row)
         except (BenchError, TypeError, ValueError) as error:
             raise BenchError(f"{path} is damaged in line {number} ({error}); it was left as it is") from None
     return rows, len(whole)

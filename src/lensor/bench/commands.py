@@ -371,8 +371,9 @@ def _explain(model: str, shapes: Shapes, settings: Settings, html: Path | None, 
     layers = tuple(dict.fromkeys(case.layer for case in bench.cases))
     if not layers:
         raise BenchError(f"{model} has no convolution{' of these kinds' if settings.kinds else ''}")
-    if html is not None and not html.parent.is_dir():
-        raise BenchError(f"cannot write {html}: there is no folder {html.parent}")
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        why = "it is a folder" if html.is_dir() else f"there is no folder {html.parent}"
+        raise BenchError(f"cannot write {html}: {why}")
     shown = console()
     rows: list[Row] = []
     if timed:

@@ -65,7 +65,7 @@ def peak_bytes(call: Call) -> tuple[int, torch.Tensor]:
 
 
 def extra_bytes(call: Call, device: torch.device) -> tuple[int, torch.Tensor]:
-    """The most bytes beside operands and result that are alive at once, with what the first call leaves for later ones.
+    """The most bytes alive at once beside the operands, less the result's, with what the first call leaves for later.
 
     The call is run twice: what the first leaves behind (constants that are kept) is counted as if it were made anew,
     what only the first needs (planning, and the runs of effort="measure") is not.

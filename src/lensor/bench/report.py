@@ -211,7 +211,8 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         "",
         f"Ratios are shortest times over those of `{options.against}`, both from the same interleaved rounds: below 1"
         " is faster. Every result was checked against the standard way's before it was timed. Memory is the most bytes"
-        " beside operands and result.",
+        " alive at once beside the operands, less those of the result: scratch that is gone before the result is made"
+        " does not count as far as it fits into the result's place.",
         "",
     ]
     lines += [f"![{name}]({name})\n" for name in pictures]

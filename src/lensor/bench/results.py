@@ -69,7 +69,7 @@ class Found:
         median: the median time.
         standard_minimum: the standard's shortest time.
         standard_median: the standard's median time.
-        extra_bytes: the most bytes beside operands and result.
+        extra_bytes: the most bytes alive at once beside the operands, less those of the result.
         standard_extra_bytes: the standard's.
         result_bytes: the result's.
     """

@@ -187,6 +187,7 @@ def test_transposed_and_one_dimensional_layers_are_measured() -> None:
         (("2c2d", "--ops", "hessian"), "unknown operation 'hessian', expected one of forward,"),
         (("2c2d", "--device", "tpu"), "unknown device 'tpu', expected one of cpu"),
         (("2c2d", "--html", "no/such/folder/page.html"), "cannot write no/such/folder/page.html"),
+        (("2c2d", "--html", "."), "cannot write .: it is a folder"),
         (("x.pt2", "--input-shape", "3x8x8"), "leave --input-shape out"),
         (("x.pt2",), "there is no file x.pt2"),
     ],

@@ -410,7 +410,7 @@ class _Lowering:
     def put_off(self, node: Pattern) -> bool:
         """Put a selection into the output off until everything is contracted."""
         pattern, (i, o, _) = node.pattern, node.legs
-        if pattern.padding_mode != "zeros" or pattern.is_zero or not i or len({*i, *o}) < len((*i, *o)):
+        if pattern.is_zero or not i or len({*i, *o}) < len((*i, *o)):
             return False
         others = [other for other in self.patterns if other is not node]
         inside = any(set(i) & set(tensor.indices) for tensor in self.tensors)
@@ -478,6 +478,9 @@ class _Lowering:
         else:  # one number into one position
             value, axis, rest = tensor.value, len(tensor.indices), tensor.indices
             value = self.program.reshape(value, (*self.shape(rest), 1))
+        if pattern.padding_mode != "zeros":
+            value = self.program.add(s.ScatterAdd((value,), axis, pattern))
+            return self.ungrouped(value, rest[:axis], scatter.after, rest[axis:])
         low, count = self.valid_positions(pattern)
         if count != pattern.output_size:
             value = self.program.along(s.Slice((value,), axis, low, 1, count))

@@ -216,6 +216,24 @@ class Gather(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ScatterAdd(Step):
+    """The adjoint of `Gather`: each position of an axis is added to the one that a selection reads there."""
+
+    name: ClassVar[str] = "scatter-add"
+    axis: int
+    pattern: IndexPattern
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return _with_axis(shapes[0], self.axis, self.pattern.input_size)
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(shapes[0])
+
+    def settings(self) -> str:
+        return f"axis {self.axis} by {self.pattern}"
+
+
+@dataclass(frozen=True, slots=True)
 class Pick(Step):
     """The positions of an axis that a vector, the second operand, names."""
 

@@ -55,6 +55,17 @@ def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
     return sum_squares
 
 
+def _scatter_add(step: s.ScatterAdd) -> Callable[[np.ndarray], np.ndarray]:
+    reads = step.pattern.reads()[:, 0]
+
+    def scatter_add(x: np.ndarray) -> np.ndarray:
+        whole = np.zeros(step.shape([x.shape]), x.dtype)
+        np.add.at(np.moveaxis(whole, step.axis, 0), reads, np.moveaxis(x, step.axis, 0))
+        return whole
+
+    return scatter_add
+
+
 def _put(step: s.Put) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     def put(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         whole = np.zeros(step.shape([x.shape]), x.dtype)
@@ -204,6 +215,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.SumAxes: lambda step: lambda x: x.sum(axis=step.axes),
     s.Expand: lambda step: lambda x: np.broadcast_to(x, step.size),
     s.Pick: lambda step: lambda x, positions: np.take(x, positions, axis=step.axis),
+    s.ScatterAdd: _scatter_add,
     s.Put: _put,
     s.Read: _read,
     s.Multiply: lambda step: np.multiply,

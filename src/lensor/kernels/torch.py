@@ -158,6 +158,11 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.index_select(step.axis, reads(x))
 
 
+def _scatter_add(step: s.ScatterAdd) -> Callable[[torch.Tensor], torch.Tensor]:
+    reads = _Constant(("reads", step.pattern), lambda: torch.tensor(step.pattern.reads()[:, 0], device="cpu"))
+    return lambda x: x.new_zeros(step.shape([x.shape])).index_add(step.axis, reads(x), x)
+
+
 def _put(step: s.Put) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return lambda x, positions: x.new_zeros(step.shape([x.shape])).index_add(step.axis, positions, x)
 
@@ -477,6 +482,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Stuff: _stuff,
     s.Gather: _gather,
     s.Pick: lambda step: lambda x, positions: x.index_select(step.axis, positions),
+    s.ScatterAdd: _scatter_add,
     s.Put: _put,
     s.Read: _read,
     s.Window: _window,

@@ -136,12 +136,12 @@ def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("lensor.bench.commands.reproduce_layers", lambda quick: smallest)
     arguments = ["--quick", "--batch", "1", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]
     assert invoke("memory", *arguments).exit_code == 0
-    first = read(tmp_path / reproduce.RUNS)
+    first = read(tmp_path / reproduce.QUICK_RUNS)
     assert len(first) == 4
     assert invoke("speedups", "memory", *arguments).exit_code == 0
-    assert read(tmp_path / reproduce.RUNS) == first
+    assert read(tmp_path / reproduce.QUICK_RUNS) == first
     assert invoke("runtime", *arguments).exit_code == 0
-    assert len(read(tmp_path / reproduce.RUNS)) == 4 * len(reproduce.OPERATIONS)
+    assert len(read(tmp_path / reproduce.QUICK_RUNS)) == 4 * len(reproduce.OPERATIONS)
 
 
 def test_unknown_figures_are_answered_with_those_there_are() -> None:

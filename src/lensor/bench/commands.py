@@ -28,7 +28,7 @@ from lensor.bench.errors import BenchError, choose, require
 from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
 from lensor.bench.operations import EXPLAINED, OPERATIONS
 from lensor.bench.report import HEADINGS, STANDARD, Options, digits, parse_target, settings_of, summaries, write
-from lensor.bench.reproduce import FIGURES, RUNS, figures, needed
+from lensor.bench.reproduce import FIGURES, QUICK_RUNS, RUNS, figures, needed
 from lensor.bench.reproduce import layers as reproduce_layers
 from lensor.bench.reproduce import settings as reproduce_settings
 from lensor.bench.reproduce import write as write_figures
@@ -139,7 +139,8 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         except BenchError as error:
             fail(error, debug)
         except KeyboardInterrupt:
-            raise stop(f"interrupted: what was measured is in {out / RUNS}, the same command goes on with it") from None
+            file = out / (QUICK_RUNS if quick else RUNS)
+            raise stop(f"interrupted: what was measured is in {file}, the same command goes on with it") from None
 
     @app.command(
         help="For each quantity and hyper-parameter: is Lensor, or another library, right, wrong, or does it refuse?"
@@ -403,7 +404,8 @@ def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], sho
     from lensor.bench.page import cells, millions, milliseconds, pace
 
     styles = {"slow": "yellow", "fast": "green", "": ""}
-    table = Table(*(Column(name, justify="right" if number else "left") for name, number in COLUMNS_OF_PAGE))
+    columns = (Column(name, justify="right" if number else "left", overflow="fold") for name, number in COLUMNS_OF_PAGE)
+    table = Table(*columns)
     for one, following in zip(found, [*found[1:], None], strict=True):
         row = cells(one)
         end = following is None or following.layer != one.layer
@@ -469,7 +471,7 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, ci
         from lensor.bench.run import Bench
 
         bench = Bench(reproduce_settings(operations, given, quick), reproduce_layers(quick))
-        results = ResultsFile(out / RUNS, bench.machine, resume=True)
+        results = ResultsFile(out / (QUICK_RUNS if quick else RUNS), bench.machine, resume=True)
         _measure([bench], results, shown)
         specs = {case.layer.spec for case in bench.cases}
         rows = [row for row in results.rows if row.setting == bench.setting and row.layer.spec in specs]

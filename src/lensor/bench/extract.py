@@ -143,6 +143,8 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
                 model = factory()
             if not isinstance(model, torch.nn.Module):
                 raise BenchError(f"{name} made a {type(model).__name__}, expected a torch.nn.Module")
+            if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+                raise BenchError(f"{name} holds TorchScript, whose convolutions are not seen: give the model itself")
             floating = (one.dtype for one in model.parameters() if one.is_floating_point() or one.is_complex())
             dtype = torch.int64 if integers else next(floating, torch.float32)
             inputs = [torch.zeros((1, *shape), device=device, dtype=dtype) for shape in input_shapes]

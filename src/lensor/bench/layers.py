@@ -62,6 +62,8 @@ def label(spec: ConvSpec) -> str:
         parts.append("d" + "×".join(map(str, dict.fromkeys(spec.dilation))))
     sizes = spec.input_size
     square = len(set(sizes)) == 1 and len(sizes) == 2
+    if spec.padding_mode != "zeros":
+        parts.append(spec.padding_mode)
     return " ".join([*parts, f"@{sizes[0]}²" if square else "@" + "×".join(map(str, sizes))])
 
 

@@ -32,7 +32,7 @@ FIGURES = ("study", "runtime", "speedups", "memory", "crs")
 TN, SIMPLIFIED, PLANNED = "network", "network-simplified", "lensor"
 IMPLEMENTATIONS = (TN, SIMPLIFIED, PLANNED)
 OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
-RUNS = "runs.csv"
+RUNS, QUICK_RUNS = "runs.csv", "runs-quick.csv"
 
 CENSUS = {
     "3c3d": {"general": (3, 3)},
@@ -203,7 +203,8 @@ def runtime(rows: Sequence[Row], out: Path) -> Written:
         *_opening("Run times", "runtime", rows),
         "Shortest times over those of the standard way, from the same interleaved rounds; below 1 is faster."
         f" `{TN}` contracts the network as it stands, `{SIMPLIFIED}` what the rules leave of it, both with patterns as"
-        f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` does.",
+        f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` does. Convolutions that two nets have in"
+        " common are measured once, so there are fewer than the nets' unique ones together.",
         "",
         "![ratios of times](runtime.png)",
         "",
@@ -293,13 +294,19 @@ def memory(rows: Sequence[Row], out: Path) -> Written:
         name: max(0, *(bytes_of[STANDARD, spec] - bytes_of.get((name, spec), math.inf) for spec in specs))
         for name in IMPLEMENTATIONS
     }
+    more = {
+        name: sum(bytes_of[STANDARD, spec] < bytes_of.get((name, spec), 0) for spec in specs)
+        for name in IMPLEMENTATIONS
+    }
     batch = mine[0].setting.batch
     text = [
         *_opening("Memory of KFAC-reduce", "memory", rows),
-        "The most bytes beside operand and result. The paper, on an Nvidia T4 with larger batches: up to 3 GiB less"
-        f" than the standard way. Here, with a batch of {batch}, the most that is saved on one convolution:",
+        "The most bytes alive at once beside the operand, less the result's: scratch that is gone before the result is"
+        " made does not count as far as it fits into the result's place. The paper, on an Nvidia T4, batches larger:"
+        f" up to 3 GiB less than the standard way. Here, with a batch of {batch}, the most that is saved on one"
+        f" convolution, and how many of {len(specs)} convolutions need more than the standard way:",
         "",
-        *(f"- `{name}`: {saved[name] / 2**20:,.0f} MiB" for name in IMPLEMENTATIONS),
+        *(f"- `{name}`: {saved[name] / 2**20:,.0f} MiB saved, {more[name]} need more" for name in IMPLEMENTATIONS),
         "",
         "![memory](memory.png)",
         "",
@@ -313,7 +320,7 @@ def memory(rows: Sequence[Row], out: Path) -> Written:
         axis.plot(range(len(specs)), values, ".", color="black" if name == STANDARD else f"C{at - 1}", label=name)
     axis.set_yscale("log")
     axis.set_xlabel("convolutions, by what the standard way needs")
-    axis.set_ylabel("MiB beside operand and result")
+    axis.set_ylabel("MiB beside operand, less the result")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(out / "memory.png", dpi=130)

@@ -19,6 +19,7 @@ from lensor.execute import evaluate
 from lensor.network import Group, Network
 from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.notation import contraction
+from lensor.planner import current, planning
 from lensor.sampling.schemes import SCHEMES, draw, require_keep
 from lensor.spec import ConvSpec
 
@@ -27,6 +28,9 @@ Keep: TypeAlias = Mapping[str, float | Fraction]
 
 Scheme: TypeAlias = str | Mapping[str, str]
 """One scheme for all indices, or one for each."""
+
+_SMALL = 1 << 22
+"""Bytes that a gradient may always take."""
 
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -163,7 +167,10 @@ def _weight_gradient(
     part: Tensor,
     *drawn: Tensor,
 ) -> Tensor:
-    """The sampled weight gradient: a network on the part, put into zeros where an index of the weight was sampled."""
+    """The sampled weight gradient: a network on the part, put into zeros where an index of the weight was sampled.
+
+    Who samples wants memory first: reading may take no more than twice what the whole input and the gradient take.
+    """
     if not part.numel():
         return grad.new_zeros(tuple(shapes[1]))
     operands, rest = {"X": part, "V": grad}, list(drawn)
@@ -173,7 +180,10 @@ def _weight_gradient(
             operands[f"{index}_weights"] = rest.pop(0).to(part.dtype)
     full = bilinear.sizes(shapes[0])
     net = _sampled(bilinear.gradient, chosen, tuple(sorted(full.items())))
-    found = evaluate(net, operands)
+    entries = 2 * (math.prod(shapes[0]) + grad.numel()) + math.prod(shapes[1])
+    own, given = max(entries * grad.element_size(), _SMALL), current().max_bytes
+    with planning(max_bytes=own if given is None else min(own, given)):
+        found = evaluate(net, operands)
     sizes = {**full, **{index: len(operands[f"{index}_positions"]) for index, _ in chosen}}
     for index, _ in chosen:
         if index in net.output_indices:

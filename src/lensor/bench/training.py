@@ -321,11 +321,11 @@ def write(points: Sequence[Point], folder: Path) -> list[Path]:
                 color = drawn.get_color()
                 row[1].plot([p.seconds for p in line], losses, color=color, lw=1.2)
         row[0].set_ylabel(f"{task}: validation loss")
-        row[0].legend(frameon=False)
         for axis, what in zip(row, ("steps", "seconds of training"), strict=True):
             axis.set_yscale("log")
             axis.set_xlabel(what)
             axis.grid(alpha=0.3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     picture = folder / "training.png"
     figure.savefig(picture, dpi=120)
     plt.close(figure)

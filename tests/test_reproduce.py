@@ -219,8 +219,8 @@ def test_figures_of_sampled_backpropagation_are_written(tmp_path: Path) -> None:
     assert [row.way for row in steps][:3] == ["torch", "checkpointing", "rectifiers keep a byte"]
     saved = {row.way: row.saved for row in steps}
     assert saved["positions, keep 0.25"] < saved["positions, keep 0.5"] < saved["torch"]
-    trained = list(bench_sampling.train(20, 1, 4, 1))
-    assert [row[0] for row in bench_sampling.summary(trained)] == ["1", "0.5", "0.25"]
+    trained = list(bench_sampling.train(["digits"], 20, 1, 4, 1))
+    assert [row[:2] for row in bench_sampling.summary(trained)] == [("digits", k) for k in ("1", "0.5", "0.25")]
     assert bench_sampling.plot(trained, tmp_path / "training.png").stat().st_size > 10_000
     assert len(table_of(bench_sampling.write_csv(trained, tmp_path / "training.csv"))) == len(trained)
 

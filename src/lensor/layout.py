@@ -175,8 +175,6 @@ def scratch(step: s.Step, taken: Sequence[tuple[s.Shape, Strides]], result: s.Sh
         return _patch_gram_scratch(step, taken[0][0])
     if isinstance(step, s.OverlapAdd):
         return 2 * math.prod(result)
-    if isinstance(step, (s.Put, s.ScatterAdd)):  # the zeros that are added to
-        return math.prod(result)
     if isinstance(step, s.Read):
         return math.prod(taken[0][0])
     return 0

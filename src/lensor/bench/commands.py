@@ -523,8 +523,8 @@ def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, rep
         cells = [(row.layer, row.indices, f"{row.keep:g}", digits(row.ratio)) for row in found]
         _print(shown, "Weight gradients, batch 8", ("layer", "indices", "keep", "time, × exact"), cells)
         paths.append(sampling.write_csv(found, out / "gradients.csv"))
-        trained = list(sampling.train(steps, seeds, batch, threads))
-        _print(shown, "Training on crops of pictures", sampling.SUMMARY, sampling.summary(trained))
+        trained = list(sampling.train((), steps, seeds, batch, threads))
+        _print(shown, "Training", sampling.SUMMARY, sampling.summary(trained))
         paths += [sampling.write_csv(trained, out / "training.csv"), sampling.plot(trained, out / "training.png")]
     except OSError as error:
         raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None

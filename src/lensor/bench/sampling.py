@@ -1,7 +1,7 @@
 """What sampled backpropagation costs and saves: bytes and time of a step, times of weight gradients, training.
 
 The model is All-CNN-C without dropout on a batch of 32×32 pictures; weight gradients are those of the 3×3 convolutions
-of ResNet-18; training is that of a small CNN on crops of pictures, to be told apart by picture.
+of ResNet-18; training is that of small CNNs on the digits of scikit-learn and on crops of pictures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.grad import conv2d_weight
 from torch.utils.checkpoint import checkpoint_sequential
 
 from lensor import ops, sampling
-from lensor.bench.errors import require
+from lensor.bench.errors import choose, require
 from lensor.bench.measure import interleaved, peak_bytes
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
@@ -71,6 +71,7 @@ class GradientRow:
 class TrainingRow:
     """One validation of one run."""
 
+    task: str
     keep: float
     seed: int
     step: int
@@ -165,34 +166,38 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-def train(steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
-    """The crops with stochastic gradient descent, positions kept at 1, 0.5 and 0.25.
+def train(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
+    """Tasks of `lensor bench training` with AdamW, positions kept at 1, 0.5 and 0.25 by a fixed count.
 
     Seconds are steps times the seconds of a step, measured for all rates interleaved before the runs.
+
+    Raises:
+        BenchError: for tasks that are not known, or packages that are missing.
     """
-    require("torch", "skimage")
-    task = TASKS["crops"]()
+    require("torch", "sklearn", "skimage")
     with using(threads):
-        models = {f"{keep:g}": _model(task, keep, 0) for keep in TRAINED}
-        runs = {name: (model, _optimizer(model)) for name, model in models.items()}
-        each = step_seconds(task, runs, batch)
-        x, y = task.train[0][:batch], task.train[1][:batch]
-        for keep in TRAINED:
-            peak = peak_bytes(partial(training_step, *runs[f"{keep:g}"], x, y))[0]
-            for seed in range(seeds):
-                model = _model(task, keep, seed)
-                for step, loss, accuracy in _run(task, model, seed, steps, batch):
-                    yield TrainingRow(keep, seed, step, step * each[f"{keep:g}"], loss, accuracy, peak)
+        for name in choose("task", tasks, TASKS):
+            task = TASKS[name]()
+            models = {f"{keep:g}": _model(task, keep, 0) for keep in TRAINED}
+            runs = {keep: (model, _optimizer(model)) for keep, model in models.items()}
+            each = step_seconds(task, runs, batch)
+            x, y = task.train[0][:batch], task.train[1][:batch]
+            for keep in TRAINED:
+                peak = peak_bytes(partial(training_step, *runs[f"{keep:g}"], x, y))[0]
+                for seed in range(seeds):
+                    model = _model(task, keep, seed)
+                    for step, loss, accuracy in _run(task, model, seed, steps, batch):
+                        yield TrainingRow(name, keep, seed, step, step * each[f"{keep:g}"], loss, accuracy, peak)
 
 
 def _model(task: Task, keep: float, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = task.model()
-    return sampling.convert(model, _spatial(keep)) if keep < 1 else model
+    return sampling.convert(model, _spatial(keep), scheme="fixed") if keep < 1 else model
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=2e-3)
 
 
 def _run(task: Task, model: nn.Module, seed: int, steps: int, batch: int) -> Iterator[tuple[int, float, float]]:
@@ -219,34 +224,33 @@ def write_csv(rows: Sequence[Any], path: Path) -> Path:
 
 
 def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
-    """For each keep rate: accuracy at the end, steps and seconds to the exact run's accuracy less one point, peak."""
-    exact = [row for row in rows if row.keep == 1.0]
-    last = max(row.step for row in rows)
-    target = statistics.mean(row.accuracy for row in exact if row.step == last) - 0.01
+    """For each task and keep rate the accuracy at the end, steps and seconds to the exact runs' less a point, peak."""
     found = []
-    for keep in sorted({row.keep for row in rows}, reverse=True):
-        own = [row for row in rows if row.keep == keep]
-        ends = [row.accuracy for row in own if row.step == last]
-        hits = [
-            next((row for row in own if row.seed == seed and row.accuracy >= target), None)
-            for seed in sorted({row.seed for row in own})
-        ]
-        there = [hit for hit in hits if hit is not None]
-        spread = f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
-        found.append(
-            (
-                f"{keep:g}",
-                f"{statistics.mean(ends):.3f}{spread}",
-                f"{len(there)}/{len(hits)}",
-                f"{statistics.median(hit.step for hit in there):.0f}" if there else "–",
-                f"{statistics.median(hit.seconds for hit in there):.1f}" if there else "–",
-                f"{max(row.peak for row in own) / 2**20:.0f}",
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        last = max(row.step for row in mine)
+        target = statistics.mean(row.accuracy for row in mine if row.keep == 1.0 and row.step == last) - 0.01
+        for keep in sorted({row.keep for row in mine}, reverse=True):
+            own = [row for row in mine if row.keep == keep]
+            ends = [row.accuracy for row in own if row.step == last]
+            hits = [
+                next((row for row in own if row.seed == seed and row.accuracy >= target), None)
+                for seed in sorted({row.seed for row in own})
+            ]
+            there = [hit for hit in hits if hit is not None]
+            spread = f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
+            found.append(
+                (
+                    *(task, f"{keep:g}", f"{statistics.mean(ends):.3f}{spread}", f"{len(there)}/{len(hits)}"),
+                    f"{statistics.median(hit.step for hit in there):.0f}" if there else "–",
+                    f"{statistics.median(hit.seconds for hit in there):.1f}" if there else "–",
+                    f"{max(row.peak for row in own) / 2**20:.1f}",
+                )
             )
-        )
     return found
 
 
-SUMMARY = ("keep", "accuracy at the end", "runs there", "steps", "seconds", "peak of a step, MiB")
+SUMMARY = ("task", "keep", "accuracy at the end", "runs there", "steps", "seconds", "peak of a step, MiB")
 """The columns of `summary`: there is one point below the accuracy that the exact runs end with."""
 
 
@@ -255,24 +259,27 @@ def plot(rows: Sequence[TrainingRow], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.0, 3.8), layout="constrained")
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    figure = Figure(figsize=(12.0, 3.6 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
-    steps, seconds, memory = figure.subplots(1, 3, width_ratios=(3, 3, 1.4))
-    keeps = sorted({row.keep for row in rows}, reverse=True)
-    for at, keep in enumerate(keeps):
-        for seed in sorted({row.seed for row in rows}):
-            own = [row for row in rows if (row.keep, row.seed) == (keep, seed)]
-            label = f"keep {keep:g}" if seed == 0 else None
-            steps.plot([row.step for row in own], [row.accuracy for row in own], color=f"C{at}", label=label)
-            seconds.plot([row.seconds for row in own], [row.accuracy for row in own], color=f"C{at}")
-    peaks = [max(row.peak for row in rows if row.keep == keep) / 2**20 for keep in keeps]
-    memory.bar([f"{keep:g}" for keep in keeps], peaks, color=[f"C{at}" for at in range(len(keeps))])
-    memory.set_xlabel("keep")
-    memory.set_ylabel("peak of a training step, MiB")
-    for axis, text in ((steps, "steps"), (seconds, "seconds of training")):
-        axis.set_xlabel(text)
-        axis.set_ylabel("validation accuracy")
-        axis.grid(alpha=0.3)
-    steps.legend(frameon=False)
+    axes = figure.subplots(len(tasks), 3, width_ratios=(3, 3, 1.4), squeeze=False)
+    for (steps, seconds, memory), task in zip(axes, tasks, strict=True):
+        mine = [row for row in rows if row.task == task]
+        keeps = sorted({row.keep for row in mine}, reverse=True)
+        for at, keep in enumerate(keeps):
+            for seed in sorted({row.seed for row in mine}):
+                own = [row for row in mine if (row.keep, row.seed) == (keep, seed)]
+                label = f"keep {keep:g}" if seed == 0 else None
+                steps.plot([row.step for row in own], [row.accuracy for row in own], color=f"C{at}", label=label)
+                seconds.plot([row.seconds for row in own], [row.accuracy for row in own], color=f"C{at}")
+        peaks = [max(row.peak for row in mine if row.keep == keep) / 2**20 for keep in keeps]
+        memory.bar([f"{keep:g}" for keep in keeps], peaks, color=[f"C{at}" for at in range(len(keeps))])
+        memory.set_xlabel("keep")
+        memory.set_ylabel("peak of a training step, MiB")
+        for axis, text in ((steps, "steps"), (seconds, "seconds of training")):
+            axis.set_xlabel(text)
+            axis.set_ylabel(f"{task}: validation accuracy")
+            axis.grid(alpha=0.3)
+        steps.legend(frameon=False)
     figure.savefig(path, dpi=120)
     return path

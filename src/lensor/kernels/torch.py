@@ -160,11 +160,11 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _scatter_add(step: s.ScatterAdd) -> Callable[[torch.Tensor], torch.Tensor]:
     reads = _Constant(("reads", step.pattern), lambda: torch.tensor(step.pattern.reads()[:, 0], device="cpu"))
-    return lambda x: x.new_zeros(step.shape([x.shape])).index_add(step.axis, reads(x), x)
+    return lambda x: x.new_zeros(step.shape([x.shape])).index_add_(step.axis, reads(x), x)
 
 
 def _put(step: s.Put) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return lambda x, positions: x.new_zeros(step.shape([x.shape])).index_add(step.axis, positions, x)
+    return lambda x, positions: x.new_zeros(step.shape([x.shape])).index_add_(step.axis, positions, x)
 
 
 def _read(step: s.Read) -> Callable[..., torch.Tensor]:

@@ -153,8 +153,9 @@ class _Sampled(torch.autograd.Function):
         _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         others = [axis for axis in range(grad.ndim) if axis != bilinear.channels % grad.ndim]
         with torch.autocast(grad.device.type, enabled=False):
-            x_grad = bilinear.input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
+            # The weight's first: what it needs beside is gone before the input's gradient, which is large, is made.
             weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
+            x_grad = bilinear.input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
             bias_grad = grad.sum(others) if ctx.has_bias and needs_bias else None
         return None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 6)
 

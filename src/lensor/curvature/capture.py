@@ -74,6 +74,10 @@ class Layer:
         channels = self.output_channels
         return ConvSpec(channels, channels, tuple(gradient.shape[2:]), kernel, groups=self.groups)
 
+    def as_examples(self, x: Tensor) -> Tensor:
+        """A linear layer's input or output, its positions as examples: a view, for its channels are innermost."""
+        return x.movedim(1, -1).flatten(0, -2) if self.is_linear and x.ndim > 2 else x
+
     def as_convolution(self, x: Tensor, batch: int) -> Tensor:
         """The layer's input or output with the layout [batch, channels, *positions]; a view.
 

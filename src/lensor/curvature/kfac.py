@@ -194,6 +194,9 @@ class Collector:
                 sums.a = formed if sums.a is None else sums.a.add_(formed)
                 sums.roots = []
             return
+        if self.approx == "expand":  # which treats positions as examples
+            x = layer.as_examples(x)
+            spec = layer.spec(x)
         factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
         sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
@@ -201,6 +204,10 @@ class Collector:
     def add_output(self, layer: Layer, gradient: Tensor, weight: float) -> None:
         """One column of the root at a layer's output."""
         sums = self.sums[layer.weight]
+        if self.approx == "expand":
+            examples = len(gradient)
+            gradient = layer.as_examples(gradient)
+            weight *= examples / len(gradient)
         # Only the output matters, so a convolution with a kernel of size 1 stands for any.
         spec = layer.output_spec(gradient)
         factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])

@@ -285,7 +285,7 @@ def row(
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    odd = replace(row(), found=Found("failed", 'RuntimeError: "a, b" failed'))
+    odd = replace(row(implementation="other"), found=Found("failed", 'RuntimeError: "a, b" failed'))
     uneven = row(spec=lensor.ConvSpec(2, 2, (7, 6), 3, padding=((2, 1), (0, 1))))
     file = ResultsFile(tmp_path / "new" / "r.csv", HERE, resume=False)
     file.append([row(), odd])

@@ -413,6 +413,14 @@ def test_rows_of_two_sittings_are_compared_by_way_of_the_standard() -> None:
     assert found == 0.5
 
 
+def test_slower_rows_of_a_later_sitting_stay_slower() -> None:
+    later = row(minimum=1.5, standard=0.5)  # the machine was four times as fast
+    (found,) = [one.value for one in ratios([row(implementation=STANDARD, minimum=2.0), later], Options()).values()][1:]
+    assert found == 3.0
+    with pytest.raises(BenchError, match="unknown implementation 'Standard', expected one of"):
+        ratios([later], Options("Standard"))
+
+
 def test_markdown_has_the_worst_cases_with_their_limits() -> None:
     rows = some_rows()
     text = markdown(rows, Options(), ["times.png"])

@@ -128,8 +128,9 @@ def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
         BenchError: if nothing was measured by the implementation that is compared with.
     """
     known = {row.implementation for row in rows}
-    if options.against != FASTEST:
-        choose("implementation", [options.against], (*sorted(known), FASTEST))
+    if options.against not in (*known, FASTEST):
+        names = ", ".join((*sorted(known), FASTEST))
+        raise BenchError(f"unknown implementation {options.against!r}, expected one of {names}")
     bases: dict[tuple[object, ...], Row] = {}
     for row in rows:
         counts = (
@@ -150,7 +151,7 @@ def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
         if row.found.standard_minimum and base.found.standard_minimum:
             drift = base.found.standard_minimum / row.found.standard_minimum
         value = drift * row.found.minimum / base.found.minimum
-        if value > 1 and row.found.minimum - base.found.minimum <= options.slack:
+        if value > 1 and drift * row.found.minimum - base.found.minimum <= options.slack:
             value = 1.0
         mine, theirs = row.found.extra_bytes, base.found.extra_bytes
         found[row] = Ratio(row, value, mine / theirs if mine is not None and theirs else None)

@@ -153,7 +153,11 @@ class Bench:
                 self.device,
             )
         except Exception as error:
-            return found | dict.fromkeys(calls, _failure(error))
+            failed = {name: _failure(why) for name, call in calls.items() if (why := _raised(call)) is not None}
+            first = next(iter(calls))
+            if not failed or first in failed:
+                return found | dict.fromkeys(calls, _failure(error))
+            return self._timed({name: calls[name] for name in calls if name not in failed}, found | failed)
         first = next(iter(calls))  # the standard way: nothing is timed without it
         standard = times[0]
         for name, mine in zip(calls, times, strict=True):
@@ -170,6 +174,15 @@ class Bench:
 
     def _row(self, case: Case, one: Implementation, found: Found) -> Row:
         return Row(case.operation.name, one.name, one.version, case.layer, self.setting, found, self.machine)
+
+
+def _raised(call: Call) -> Exception | None:
+    """What a call raises when it runs once more."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
 
 
 def _failure(error: Exception) -> Found:

@@ -54,7 +54,7 @@ def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
     extra = [0 if even else left + right for left, right in spec.padding]
     sizes = [size + more for size, more in zip(spec.input_size, extra, strict=True)]
     padding = tuple(left if even else 0 for left, _ in spec.padding)
-    x = v.new_empty(1).expand(len(v), spec.in_channels, *sizes)  # only its shape is read
+    x = v.new_empty(1).expand(len(v), spec.in_channels, *sizes)  # torch copies it: see docs/performance.md
     found = _gradient(0, x, weight, v, spec, padding)
     if not even:
         for axis, ((left, _), size) in enumerate(zip(spec.padding, spec.input_size, strict=True), start=2):

@@ -19,7 +19,8 @@ pages = Sybil(
 )
 docstrings = Sybil(
     parsers=[DocTestParser(FLAGS)],
-    patterns=["src/**/*.py"],
+    path="src",
+    patterns=["*.py"],  # at any depth: patterns are matched from the right
     document_types={".py": PythonDocStringDocument},
 )
 pytest_collect_file = SybilCollection([pages, docstrings]).pytest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import opt_einsum
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -19,11 +23,12 @@ from typer.testing import CliRunner
 import lensor
 from lensor import cli
 from lensor.bench import BenchError, Layer, growth, models, steps
+from lensor.bench import implementations as implementations_module
 from lensor.bench import run as run_module
-from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
+from lensor.bench.implementations import IMPLEMENTATIONS, Implementation
 from lensor.bench.layers import KINDS
 from lensor.bench.measure import bytes_of, extra_bytes, interleaved, relative_error
-from lensor.bench.operations import OPERATIONS
+from lensor.bench.operations import OPERATIONS, STANDARD
 from lensor.bench.overhead import CASES
 from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios, summaries, worst
 from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
@@ -88,6 +93,41 @@ def test_implementations_agree(operation: str, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_efforts_are_what_the_names_say(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def call() -> torch.Tensor:
+        with lensor.planning() as settings:
+            seen.append(settings.effort)
+        return torch.zeros(())
+
+    monkeypatch.setattr(implementations_module, "_call", lambda *_: call)
+    for name in ("lensor", "lensor-measure"):
+        IMPLEMENTATIONS[name].ways[operation]({}, SPECS[0])()
+    assert seen == ["estimate", "measure"]
+
+
+def test_networks_are_contracted_as_they_stand_and_as_the_rules_leave_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[int, ...], ...]] = []
+    expression = opt_einsum.contract_expression
+
+    def recorded(equation: str, *operands: Any, constants: list[int]) -> Any:
+        asked.append(tuple(tuple(operand.shape) if hasattr(operand, "shape") else operand for operand in operands))
+        return expression(equation, *operands, constants=constants)
+
+    monkeypatch.setattr(opt_einsum, "contract_expression", recorded)
+    spec = lensor.ConvSpec(4, 8, (6, 7), 1, stride=2)  # 3 × 4 positions are read
+    given = operands("forward", spec)
+    for name in ("network", "network-simplified"):
+        IMPLEMENTATIONS[name].ways["forward"](given, spec)
+    whole, simplified = asked
+    assert sorted(map(len, whole)) == [3, 3, 5, 5]  # two patterns beside the operands, which have an index for groups
+    assert math.prod(max(whole, key=math.prod)) == 2 * 4 * 6 * 7
+    assert len(simplified) == 2
+    assert math.prod(max(simplified, key=math.prod)) == 2 * 4 * 3 * 4  # the positions that are read, sliced
+
+
 def test_physical_limit_counts_operands_and_result() -> None:
     spec = lensor.ConvSpec(4, 8, (6, 6), 3)
     flops, moved = OPERATIONS["weight_vjp"].physical_limit(spec, batch=2, columns=1, itemsize=4)
@@ -138,6 +178,45 @@ def test_memory_limit_makes_an_exception_of_what_does_not_fit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
+def test_ratios_are_over_the_standard_of_the_same_rounds(extra: Callable[..., None]) -> None:
+    def late(y: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return y
+
+    extra(late=late, scratch=lambda y: y + torch.zeros(2**20).sum())
+    bench = Bench(replace(TINY, operations=("forward",), implementations=("late", "scratch"), repeats=3))
+    standard, slow, large = bench.measure(bench.cases[0], bench.implementations)
+    assert standard.found.minimum is not None
+    assert slow.found.minimum is not None
+    assert slow.found.minimum >= 0.05
+    assert {one.found.standard_minimum for one in (standard, slow, large)} == {standard.found.minimum}
+    assert {one.found.standard_median for one in (standard, slow, large)} == {standard.found.median}
+    assert standard.found.minimum < slow.found.minimum
+    assert {one.found.standard_extra_bytes for one in (standard, slow, large)} == {standard.found.extra_bytes}
+    assert large.found.extra_bytes is not None
+    assert standard.found.extra_bytes is not None
+    assert large.found.extra_bytes >= 4 * 2**20 - bytes_of(torch.empty(32, 28, 28)) > standard.found.extra_bytes
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_what_counts_as_right_is_a_few_roundings(dtype: str, tolerance: float, extra: Callable[..., None]) -> None:
+    extra(near=lambda y: y + y.abs().max() * tolerance / 2, far=lambda y: y + y.abs().max() * tolerance * 2)
+    bench = Bench(replace(TINY, operations=("forward",), implementations=("near", "far"), dtype=dtype))
+    rows = bench.measure(bench.cases[0], bench.implementations)
+    assert [row.found.status for row in rows] == [OK, OK, "wrong"]
+
+
+def test_memory_does_not_depend_on_what_ran_before() -> None:
+    layer = Layer("net", "conv", lensor.ConvSpec(4, 4, (16, 16), 5, padding=2), 1)
+    found = []
+    lensor.clear_caches()
+    for names in (("lensor",), ("lensor-measure", "lensor"), ("lensor", "lensor-measure")):
+        bench = Bench(replace(TINY, operations=("kfac_reduce",), implementations=names), [layer])
+        rows = bench.measure(bench.cases[0], bench.implementations)
+        found.append(next(row.found.extra_bytes for row in rows if row.implementation == "lensor"))
+    assert len(set(found)) == 1, found
+
+
 @pytest.fixture
 def extra(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Adds implementations made of one function of the standard's result."""
@@ -308,6 +387,50 @@ def test_a_line_that_was_not_finished_is_no_row(tmp_path: Path) -> None:
     assert len(read(file.path)) == 2
 
 
+def test_a_start_that_was_killed_is_started_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes(",".join(HEADER).encode()[:40])
+    ResultsFile(path, HERE, resume=False).append([row()])
+    assert read(path) == [row()]
+
+
+def test_two_writers_lose_and_repeat_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    one = ResultsFile(path, HERE, resume=False)
+    two = ResultsFile(path, HERE, resume=True)
+    two.append([row()])
+    with pytest.raises(BenchError, match="was changed by another process; it was left as it is"):
+        one.append([row()])
+    assert one.rows == []
+    assert read(path) == two.rows == [row()]
+
+
+def test_a_disk_that_is_full_is_told_in_a_line(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no full disk on this system")
+    file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
+    file.path, file._length = Path("/dev/full"), 0
+    with pytest.raises(BenchError, match="cannot write /dev/full: No space left"):
+        file.append([row()])
+    assert file.rows == []
+
+
+def test_rows_of_another_version_of_a_peer_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: Callable[..., None]
+) -> None:
+    extra(peer=lambda y: y)
+    bench = Bench(replace(TINY, operations=("forward",), implementations=("peer",)))
+    results = ResultsFile(tmp_path / "r.csv", bench.machine, resume=False)
+    list(bench.run(results))
+    assert bench.pending(results) == []
+    older = replace(results.rows[1], version="0.1")
+    results.rows[1] = older
+    with pytest.raises(
+        BenchError, match=rf"measured with peer 0.1, here {re.escape(torch.__version__)}: give another --out"
+    ):
+        bench.pending(results)
+
+
 def damaged() -> list[bytes]:
     header = (",".join(HEADER) + "\n").encode()
     return [
@@ -317,6 +440,7 @@ def damaged() -> list[bytes]:
         header.replace(b"operation", b"op"),
         header + b"forward,lensor\n",
         header + b"\x00" * 40 + b"\n",
+        header + b"x" * 140_000 + b"\n",
     ]
 
 
@@ -432,6 +556,8 @@ def test_markdown_has_the_worst_cases_with_their_limits() -> None:
     assert [float(cell) for cell in cells[7:9]] == pytest.approx([flops / 1e6, moved / 1e6], rel=1e-2)
     assert "![times.png](times.png)" in text
     assert "a ¦ b" in text
+    assert "counts as equal" not in text
+    assert "no more than 7 µs counts as equal" in markdown(rows, Options(slack=7e-6))
     assert "batch 8, 4 columns" in text
 
 
@@ -467,6 +593,8 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
         (["--device", "tpu"], "unknown device 'tpu', expected one of cpu"),
         (["report", "no-such-file.csv"], "cannot read no-such-file.csv: No such file"),
         (["report", "README.md"], "README.md is no results file"),
+        (["--ops", "forward", "growth", "out"], "--ops before growth is ignored: give options behind the command"),
+        (["models", "--csv", "."], "cannot write .: it is a folder"),
     ],
 )
 def test_bench_errors_are_one_line(arguments: list[str], words: str) -> None:
@@ -538,13 +666,35 @@ def test_growth_measures_plots_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
         assert [axis.of(row) for row in mine] == list(axis.values)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "is there already" in invoke(*arguments).output
+    shown: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: shown.append(figure))
+    other = replace(
+        rows[1], setting=replace(rows[1].setting, dtype="float64"), found=replace(rows[1].found, minimum=9.0)
+    )
+    names = [f"way {number}" for number in range(6)]
+    many = [replace(row, implementation=name) for name in names for row in rows if row.implementation == "lensor"]
+    growth.plot([*rows, *many, other], {row.setting for row in rows}, tmp_path / "other.png")
+    axes_of = shown[0].axes
+    assert [axis.get_ylabel().partition(",")[0] for axis in (axes_of[0], axes_of[4])] == [
+        "shortest time",
+        "memory beside operands and result",
+    ]
+    for column, axis in enumerate(axes):
+        mine = [row for row in growth.along(rows, axis) if row.implementation == "lensor"]
+        time_line, memory_line = (panel.get_lines()[1] for panel in (axes_of[column], axes_of[4 + column]))
+        assert list(time_line.get_ydata()) == [1e3 * (row.found.minimum or 0) for row in mine]
+        assert list(memory_line.get_ydata()) == pytest.approx(
+            [(row.found.extra_bytes or math.nan) / 2**20 for row in mine], nan_ok=True
+        )
+        assert len({line.get_linestyle() for line in axes_of[column].get_lines()[:4]}) == 4
+        assert len(axes_of[column].get_lines()) == 8
     assert invoke(*arguments, "--resume").exit_code == 0
     assert read(tmp_path / "growth.csv") == rows
 
 
 def test_growth_without_times_is_told(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no row"):
-        growth.plot([], tmp_path / "growth.png")
+        growth.plot([], (), tmp_path / "growth.png")
 
 
 # ------------------------------------------------------------------------------------------------- models and training
@@ -567,6 +717,22 @@ def test_factors_of_whole_models_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_
     unknown = invoke("bench", "models", "vgg", *fast)
     assert unknown.exit_code == 1
     assert "unknown model 'vgg', expected one of small" in unknown.stderr
+
+
+def test_factors_are_compared_with_those_of_curvlinops() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 9, 5))
+    data = torch.randn(2, 3, 5, 5), torch.tensor([1, 3])
+    own = lensor.curvature.kfac(model, torch.nn.CrossEntropyLoss(), data, fisher="empirical")
+    theirs = own.in_convention("curvlinops")
+    blocks = {name.rpartition(".")[0]: block for name, block in theirs.items() if name.endswith("weight")}
+    fake = SimpleNamespace(
+        _input_covariances={name: block.A[0].clone() for name, block in blocks.items()},
+        _gradient_covariances={name: block.B[0].clone() for name, block in blocks.items()},
+    )
+    assert models._compared(own, fake).startswith("equal to curvlinops' in 2 layers, largest difference 0e+00")
+    fake._gradient_covariances["2"][0, 0] *= 1.1
+    assert models._compared(own, fake).startswith("DIFFERS from curvlinops' in 2 layers")
 
 
 def test_training_is_tuned_run_and_plotted(tmp_path: Path) -> None:

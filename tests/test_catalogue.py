@@ -124,6 +124,20 @@ def test_extractor_takes_any_convolution() -> None:
     ]
 
 
+def test_extractor_knows_the_output_size_that_a_call_asks_for() -> None:
+    class Up(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.ConvTranspose2d(3, 4, 3, stride=3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x, output_size=(16, 17)) + self.up(x)[..., :1, :1]
+
+    asked, plain = convolutions(Up, "up", (3, 5, 5))
+    assert (asked.name, asked.spec.output_size, asked.spec.output_padding) == ("up", (16, 17), (1, 2))
+    assert (plain.name, plain.spec.output_size, plain.spec.bias) == ("up", (15, 15), True)
+
+
 def test_extractor_leaves_no_hooks() -> None:
     model = Odd()
     record(model, "odd", torch.zeros(1, 3, 9, 9))

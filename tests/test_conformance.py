@@ -139,7 +139,7 @@ def test_a_function_that_is_missing_is_no_answer() -> None:
     def way(case: Case) -> torch.Tensor:
         raise ModuleNotFoundError("no such version")
 
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(BenchError, match="another version than this command knows: ModuleNotFoundError: no such"):
         examine(library(forward=way), ["forward"])
 
 
@@ -198,12 +198,24 @@ def test_exit_status_tells_that_lensor_is_wrong() -> None:
             "unknown quantity 'hessian', expected one of forward, transposed_forward, input_vjp",
         ),
         (["--quantity", "fold", "--markdown", "/no/such/folder.md"], "cannot write /no/such/folder.md"),
+        (["--markdown", "/tmp/f", "--csv", "/tmp/f"], "/tmp/f cannot be both the page and the CSV file"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     found = invoke("conformance", *arguments)
     assert found.exit_code == 1
     assert found.stderr.startswith(f"lensor: {message}")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_peer_of_another_version_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object) -> None:
+        raise ImportError("cannot import name 'gone'")
+
+    monkeypatch.setitem(LIBRARIES, "lensor", replace(LIBRARIES["lensor"], ways={"fold": gone}))
+    found = invoke("conformance", "--quantity", "fold")
+    assert found.exit_code == 1
+    assert "another version than this command knows: ImportError: cannot import name 'gone'" in found.stderr
     assert found.stderr.count("\n") == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
+from torch.utils.checkpoint import checkpoint
 
+import lensor
 from lensor import curvature
 from lensor.curvature import KroneckerFactors, kfac
+from lensor.curvature.losses import LossRoot
 
 N, CLASSES = 5, 3
 
@@ -755,6 +759,161 @@ class _Idle(nn.Module):
         return self.used(x)
 
 
+class _Standardised(nn.Conv1d):
+    """A layer that computes with another weight than its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean()
+        return nn.functional.conv1d(input, weight, self.bias)
+
+
+class _Scaled(nn.Linear):
+    """A layer with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class _Without(nn.Module):
+    """A first layer at whose output no gradient is recorded."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                x = self.first(x)
+        else:
+            x = checkpoint(self.first, x.requires_grad_(), use_reentrant=True)
+        return self.last(x)
+
+
+class _Sized(nn.Module):
+    """A transposed convolution that is asked for a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(1, 1, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x[:, None], output_size=(8,))[:, 0]
+
+
+class _Summed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sum(0)
+
+
+class _TimeFirst(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_other_functions_of_a_weight_are_no_layers() -> None:
+    """Subclasses with a forward pass of their own and parametrisations: named, never taken for the plain layer."""
+    parametrized, old = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    nn.utils.parametrizations.weight_norm(parametrized[0])
+    nn.utils.spectral_norm(old[0])
+    names = {
+        "0 (_Standardised)": nn.Sequential(_Standardised(4, 3, 1), nn.Flatten(), nn.Linear(9, 3)),
+        "0 (_Scaled)": nn.Sequential(_Scaled(), nn.Linear(3, 3)),
+        "0 (ParametrizedLinear)": parametrized,
+        "0 (Linear)": old,
+    }
+    for name, net in names.items():
+        x = torch.randn(4, 4, 3) if "Standard" in name else torch.randn(4, 3)
+        for call in (kfac, curvature.ggn_diagonal, curvature.per_example_gradients):
+            with pytest.warns(UserWarning, match=f"no curvature is computed for the parameters of .*{re.escape(name)}"):
+                found = call(net, nn.CrossEntropyLoss(), (x, Y))
+            assert not any(key.startswith("0.") for key in found)
+        with pytest.raises(ValueError, match=re.escape(name)):
+            kfac(net, nn.CrossEntropyLoss(), (x, Y), strict=True)
+    own = nn.Sequential(lensor.nn.Conv1d(4, 3, 1), nn.Flatten(), lensor.sampling.Linear(9, 3, keep={"n": 0.5}))
+    assert set(kfac(own.eval(), nn.CrossEntropyLoss(), (torch.randn(4, 4, 3), Y), strict=True)) >= {
+        "0.weight",
+        "2.weight",
+    }
+
+
+def test_batches_may_differ_in_their_positions() -> None:
+    """A linear layer that is the model: expand is exact, whatever the order of batches with 3 and 5 positions."""
+    net, loss = nn.Linear(3, 2).double(), nn.MSELoss(reduction="sum")
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(2, o, 3, generator=generator).double(), torch.zeros(2, o, 2).double()) for o in (3, 5)]
+    expected = {name: sum(ggn(net, loss, one, name) for one in data) for name in ("weight", "bias")}
+    for pairs in (data, data[::-1]):
+        found = kfac(net, loss, pairs, convention="paper")
+        for name, block in found.items():
+            close(block.dense()[0], expected[name])
+        with pytest.raises(ValueError, match="needs one number of positions, which differs in weight"):
+            found.in_convention("curvlinops")
+        assert found.in_convention("paper")["weight"].positions == 0
+
+
+def test_outputs_may_have_rows_for_each_example() -> None:
+    """[batch · positions, classes], the examples outermost, as [batch, classes, positions]."""
+
+    class Folded(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(1, 2).reshape(-1, CLASSES)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Conv1d(3, CLASSES, 1)).double()
+    x, y = torch.randn(N, 2, 5).double(), torch.randint(CLASSES, (N, 4))
+    other = Folded(*net)
+    for loss in (nn.CrossEntropyLoss(), nn.MSELoss()):
+        targets = y if isinstance(loss, nn.CrossEntropyLoss) else nn.functional.one_hot(y).movedim(-1, 1).double()
+        rows = targets.flatten() if targets.ndim == 2 else targets.transpose(1, 2).reshape(-1, CLASSES)
+        for approx in ("expand", "reduce"):
+            a, b = kfac(net, loss, (x, targets), approx=approx), kfac(other, loss, (x, rows), approx=approx)
+            for name in a:
+                close(a[name].A, b[name].A)
+                close(a[name].B, b[name].B)
+        a, b = curvature.ggn_diagonal(net, loss, (x, targets)), curvature.ggn_diagonal(other, loss, (x, rows))
+        for name in a:
+            close(a[name], b[name])
+            close(b[name].flatten(), ggn(other, loss, (x, rows), name).diagonal())
+
+
+def test_an_inverse_of_eigenfactors_has_a_trace_a_determinant_and_an_inverse() -> None:
+    found = factors().eigh()
+    inverse = found.inverse(0.1)
+    matrix = torch.linalg.inv(dense(factors()) + 0.1 * torch.eye(found.size).double())
+    close(inverse.trace(), matrix.trace())
+    close(inverse.logdet(0.2), torch.linalg.slogdet(matrix + 0.2 * torch.eye(len(matrix)).double())[1])
+    vector = torch.randn(found.size, generator=torch.Generator().manual_seed(0)).double()
+    close(inverse.inverse(0.5) @ vector, torch.linalg.solve(matrix + 0.5 * torch.eye(len(matrix)).double(), vector))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_s_divisor_is_not_rounded(dtype: torch.dtype) -> None:
+    net = nn.Conv2d(1, 2, 1).to(dtype)
+    x, y = torch.randn(1, 1, 300, 300).to(dtype), torch.randint(2, (1, 300, 300))
+    half = kfac(net, nn.CrossEntropyLoss(), (x, y), fisher="empirical")["weight"].B
+    whole = kfac(copy.deepcopy(net).double(), nn.CrossEntropyLoss(), (x.double(), y), fisher="empirical")["weight"].B
+    assert LossRoot(nn.CrossEntropyLoss(), net(x), y, 1).normaliser == 90_000
+    torch.testing.assert_close(half.double(), whole, rtol=3e-2, atol=1e-3 * float(whole.max()))
+
+
+def test_inputs_may_be_several_or_named() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.layer(a + b)
+
+    net = Two()
+    expected = kfac(net.layer, nn.CrossEntropyLoss(), (2 * X, Y))["weight"].A
+    for inputs in ((X, X), [X, X], {"a": X, "b": X}):
+        torch.testing.assert_close(kfac(net, nn.CrossEntropyLoss(), (inputs, Y))["layer.weight"].A, expected)
+        torch.testing.assert_close(kfac(net, nn.CrossEntropyLoss(), [(inputs, Y)])["layer.weight"].A, expected)
+
+
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no module": (lambda: kfac(3, nn.MSELoss(), (X, X)), TypeError, "torch.nn.Module, found int"),
@@ -791,6 +950,59 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X * torch.nan, X)),
         FloatingPointError,
         "factor A of weight is not finite",
+    ),
+    "nan, drawn": (
+        lambda: kfac(nn.Linear(3, 3), nn.CrossEntropyLoss(), (X * torch.nan, Y), fisher="mc"),
+        FloatingPointError,
+        "factor A of weight is not finite",
+    ),
+    "nan, drawn, binary": (
+        lambda: kfac(nn.Linear(3, 3), nn.BCEWithLogitsLoss(), (X * torch.nan, X), fisher="mc"),
+        FloatingPointError,
+        "factor A of weight is not finite",
+    ),
+    "no gradient": (
+        lambda: kfac(_Without("no_grad"), nn.CrossEntropyLoss(), (X, Y)),
+        ValueError,
+        "gradients are not recorded .* leave them out with layers=: first",
+    ),
+    "reentrant checkpoint": (
+        lambda: curvature.ggn_diagonal(_Without("checkpoint"), nn.CrossEntropyLoss(), (X, Y)),
+        ValueError,
+        "gradients are not recorded .* leave them out with layers=: first",
+    ),
+    "output_size": (
+        lambda: kfac(_Sized(), nn.MSELoss(), (X, torch.ones(4, 8))),
+        ValueError,
+        r"layer 'up' returned positions \(8,\), its hyper-parameters tell \(7,\): an output_size",
+    ),
+    "sequence first": (
+        lambda: kfac(_TimeFirst(nn.Linear(3, 3)), nn.MSELoss(), (torch.ones(2, 4, 3), torch.ones(2, 4, 3))),
+        ValueError,
+        r"shape \(4, 2, 3\), expected a batch of 2 examples first",
+    ),
+    "rows": (
+        lambda: kfac(_Summed(nn.Linear(3, 3)), nn.MSELoss(), (X, torch.ones(3))),
+        ValueError,
+        r"the model returns \(3,\) for 4 examples, expected that many rows",
+    ),
+    "no example": (
+        lambda: curvature.ggn_diagonal(nn.Linear(3, 3), nn.MSELoss(), (X[:0], X[:0])),
+        ValueError,
+        "a batch holds no example",
+    ),
+    "no layers": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), layers=[]), ValueError, "layers names no layer"),
+    "batches without reduction": (
+        lambda: curvature.hessian_diagonal(nn.Linear(3, 3), lambda f, t: (f - t).square().sum(), [(X, X), (X, X)]),
+        ValueError,
+        "several batches need a loss whose reduction is 'mean' or 'sum'",
+    ),
+    "ntk of rows": (
+        lambda: curvature.empirical_ntk(
+            nn.Sequential(nn.Flatten(), nn.Unflatten(1, (3, 1)), nn.Flatten(0, 1), nn.Linear(1, 1)), X
+        ),
+        ValueError,
+        r"outputs have shape \(12, 1\), expected \[batch, c\]",
     ),
     "lazy": (lambda: kfac(nn.LazyLinear(3), nn.MSELoss(), (X, X)), ValueError, "lazy"),
     "strict": (

@@ -17,7 +17,7 @@ from lensor import cli
 from lensor.bench import BenchError, Layer
 from lensor.bench.explain import explained, totals
 from lensor.bench.exported import exported
-from lensor.bench.operations import EXPLAINED, OPERATIONS
+from lensor.bench.operations import OPERATIONS, PAPER_OPERATIONS
 from lensor.bench.page import HEADINGS, cells, page
 from lensor.bench.results import OK, Found, Machine, Row, Setting
 from lensor.bench.settings import Settings
@@ -152,7 +152,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, caplog: pytest.Lo
 def test_in_the_terminal() -> None:
     found = invoke("explain", "2c2d", *FAST)
     assert found.exit_code == 0, found.output
-    assert all(operation in found.output for operation in EXPLAINED)
+    assert all(operation in found.output for operation in PAPER_OPERATIONS)
     assert "the whole model" in found.output
     assert "batch 1" in found.output
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import os
+import pickle
 import time
 import weakref
 from collections.abc import Callable
@@ -209,6 +210,160 @@ def test_a_model_outlives_its_optimizer() -> None:
     train(model, again, range(1, 3))
 
 
+def _usual(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    CE(model(x), y).backward()
+
+
+def _zero_between(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
+    value = CE(model(x), y)
+    optimizer.zero_grad()
+    value.backward()
+
+
+def _failed_before(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    handle = model[3].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        model(100 * x)
+    handle.remove()
+    CE(model(x), y).backward()
+
+
+def _logged_before(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    CE(model(100 * x), y).item()
+    CE(model(x), y).backward()
+
+
+def _given_up_before(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
+    CE(model(x * torch.nan), y).backward()
+    model.zero_grad()
+    CE(model(x), y).backward()
+
+
+def _two_passes_first(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    parts = [(x[:6], y[:6], 0.75), (x[6:], y[6:], 0.25)]
+    sum(CE(model(a), b) * share for a, b, share in parts).backward()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type-2", "forward-only"])
+@pytest.mark.parametrize("loop", [_zero_between, _failed_before, _logged_before, _given_up_before])
+def test_a_pass_counts_if_its_gradients_are_those_of_the_step(
+    loop: Callable[[nn.Module, KFAC, Tensor, Tensor], None], fisher: str
+) -> None:
+    model, other = network(), network()
+    a, b = (KFAC(one, CE, damping=0.1, fisher=fisher) for one in (model, other))
+    for seed in range(3):
+        x, y = batch(seed)
+        _usual(model, a, x, y)
+        a.step()
+        loop(other, b, x, y)
+        b.step()
+    assert b.factors is not None
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        close(p, q)
+
+
+def test_two_forward_passes_may_come_before_one_backward_pass() -> None:
+    """With a sum, passes of 6 and 2 examples are one of 8."""
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    model, other = network(), network()
+    a, b = KFAC(model, loss, damping=0.1), KFAC(other, loss, damping=0.1)
+    x, y = batch()
+    loss(model(x), y).backward()
+    (loss(other(x[:6]), y[:6]) + loss(other(x[6:]), y[6:])).backward()
+    a.step()
+    b.step()
+    assert a.factors is not None
+    assert b.factors is not None
+    for name in a.factors:
+        close(a.factors[name].A, b.factors[name].A)
+        close(a.factors[name].B, b.factors[name].B)
+
+
+def test_a_sum_is_accumulated_as_it_is() -> None:
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    whole, parts = network(), network()
+    one, two = KFAC(whole, loss, damping=0.1), KFAC(parts, loss, damping=0.1, accumulation_steps=2)
+    for seed in range(3):
+        x, y = batch(seed)
+        one.zero_grad()
+        loss(whole(x), y).backward()
+        one.step()
+        two.zero_grad()
+        for part in (slice(0, 5), slice(5, 8)):
+            loss(parts(x[part]), y[part]).backward()
+        two.step()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+def test_a_model_that_is_a_layer_has_factors() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model, CE, fisher="empirical")
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    CE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.factors is not None
+    expected = torch.cat([x, torch.ones(6, 1)], 1)
+    torch.testing.assert_close(optimizer.factors["weight"].A[0], expected.T @ expected / 6)
+
+
+def test_a_model_with_an_optimizer_is_pickled_and_copied() -> None:
+    model = network()
+    optimizer = KFAC(model, CE, damping=0.1)
+    train(model, optimizer, range(1))
+    before = optimizer.state_dict()["kfac"]["factors"]["blocks"]["0.weight"]["A"].clone()
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        CE(other(batch(7)[0]), batch(7)[1]).backward()
+        assert [p.grad is not None for p in other.parameters()] == [True] * 4
+    assert optimizer._pending is None
+    assert torch.equal(before, optimizer.state_dict()["kfac"]["factors"]["blocks"]["0.weight"]["A"])
+    hooks = len(model[0]._forward_hooks), len(model._forward_pre_hooks)
+    assert hooks == (1, 1)
+    del optimizer
+    gc.collect()
+    assert (len(model[0]._forward_hooks), len(model._forward_pre_hooks)) == (0, 0)
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_a_bias_that_is_not_trained_is_none_of_the_block_s(bias: str) -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    optimizer = KFAC(model, CE, bias=bias)
+    before = model[0].bias.clone()
+    train(model, optimizer, range(2))
+    assert optimizer.factors is not None
+    assert optimizer.factors["0.weight"].names == ("0.weight",)
+    assert "3.weight" in optimizer.factors
+    assert torch.equal(before, model[0].bias)
+    only = KFAC(model, CE, params=[model[3].weight])
+    train(model, only, range(1))
+    assert list(only.factors or ()) == ["3.weight"]
+
+
+def test_steps_without_factors_are_told() -> None:
+    model = network().eval()
+    optimizer = KFAC(model, CE)
+    with pytest.warns(UserWarning, match="no factors were collected"):
+        train(model, optimizer, range(1))
+
+
+def test_layers_where_no_gradient_is_recorded_are_refused() -> None:
+    class Frozen(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self[0](x)
+            return self[3](self[2](x))
+
+    model = Frozen(*network())
+    KFAC(model, CE, fisher="forward-only")
+    with pytest.raises(ValueError, match=r"gradients are not recorded .*layers=: 0$"):
+        train(model, KFAC(model, CE), range(1))
+
+
 # ----------------------------------------------------------------------------------------------------- mixed precision
 def test_scaled_losses_give_the_same_steps() -> None:
     model, other = network(), network()
@@ -286,6 +441,29 @@ def test_training_goes_on_bit_for_bit(fisher: str, approx: str, tmp_path: Path) 
     for a, b in zip(train(again, resumed, range(4, 9)), rest, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_goes_on_bit_for_bit_in_half_precision_and_after_a_change_of_damping() -> None:
+    model = network(torch.bfloat16)
+    optimizer = KFAC(model, CE, damping=0.1, inverse_interval=4)
+
+    def run(net: nn.Module, one: KFAC, seeds: range) -> None:
+        for seed in seeds:
+            x, y = batch(seed, dtype=torch.bfloat16)
+            one.zero_grad()
+            CE(net(x), y).backward()
+            one.step()
+
+    run(model, optimizer, range(5))
+    optimizer.param_groups[0]["damping"] = 0.3  # counts from the next inversion on
+    run(model, optimizer, range(5, 6))
+    again = copy.deepcopy(model)
+    resumed = KFAC(again, CE, damping=0.1, inverse_interval=4)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(model, optimizer, range(6, 11))
+    run(again, resumed, range(6, 11))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -428,6 +606,8 @@ def test_digits_are_learnt_in_fewer_steps(fisher: str) -> None:
         ({"method": "lu"}, "method is 'lu', expected one of 'cholesky', 'eigen', 'woodbury'"),
         ({"factor_interval": 0}, "factor_interval must be at least 1, found 0"),
         ({"layers": ["nope"]}, "no layer named 'nope'"),
+        ({"params": [nn.Parameter(torch.ones(3))]}, "params holds none of the model's parameters"),
+        ({"params": [{"params": network().parameters()}]}, "params holds none of the model's parameters"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import pickle
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lensor.bench import BenchError, crs, reproduce
 from lensor.bench import sampling as bench_sampling
 from lensor.bench.cifar import cifar100
 from lensor.bench.layers import KINDS
+from lensor.bench.operations import PAPER_OPERATIONS
 from lensor.bench.results import OK, Found, Machine, Row, Setting, read
 from lensor.bench.settings import Settings
 
@@ -29,7 +31,7 @@ def rows() -> list[Row]:
     found = []
     factors = {"standard": 1.0, "network": 2.0, "network-simplified": 0.5, "lensor": 0.125}
     for at, layer in enumerate(reproduce.layers(quick=True)):
-        for operation in reproduce.OPERATIONS:
+        for operation in PAPER_OPERATIONS:
             for name, factor in factors.items():
                 standard, memory = 1e-3 * (at + 1), 2**20 * (at + 1)
                 times = Found(
@@ -109,9 +111,48 @@ def test_what_has_no_time_is_told(tmp_path: Path) -> None:
     assert "MemoryError: too ¦ large" in (tmp_path / "runtime.md").read_text(encoding="utf-8")
 
 
+def test_what_failed_is_not_drawn_as_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = rows()
+    failed = [at for at, row in enumerate(some) if (row.operation, row.implementation) == ("kfac_reduce", "network")]
+    some[failed[0]] = replace(some[failed[0]], found=Found("failed", "MemoryError"))
+    shown: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: shown.append(figure))
+    list(reproduce.write(["memory"], some, [], tmp_path))
+    values = {line.get_label(): list(line.get_ydata()) for line in shown[0].axes[0].get_lines()}
+    assert [sum(math.isnan(value) for value in values[name]) for name in ("standard", "network", "lensor")] == [0, 1, 0]
+    assert min(value for value in values["network"] if not math.isnan(value)) > 1
+
+
+def test_pages_say_what_made_them(tmp_path: Path) -> None:
+    list(reproduce.write(["speedups"], rows(), [], tmp_path, " --quick --threads 1"))
+    page = (tmp_path / "speedups.md").read_text(encoding="utf-8")
+    assert "Made by `lensor reproduce speedups --quick --threads 1`." in page
+    assert f"- {len(reproduce.layers(quick=True))} convolutions, 3 to 3 rounds for each" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["crs", "--batch", "3"], "--batch is of runtime, speedups, memory, found crs"),
+        (["study", "crs", "--device", "tpu"], "--device is of runtime, speedups, memory, found study, crs"),
+        (["study", "--quick"], "--quick is of runtime, speedups, memory, crs, found study"),
+        (["runtime", "--cifar", "/data"], "--cifar is of crs, found runtime"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
+    found = invoke(*arguments, "--out", str(tmp_path))
+    assert found.exit_code == 1
+    assert words in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_measured_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no time was measured"):
         list(reproduce.write(["memory"], [], [], tmp_path))
+    others = [row for row in rows() if row.operation != "kfac_reduce"]
+    for name in ("memory", "speedups"):
+        with pytest.raises(BenchError, match=f"no time was measured that {name} could show"):
+            list(reproduce.write([name], others, [], tmp_path))
 
 
 def test_quick_runs_have_every_kind_and_full_ones_every_convolution() -> None:
@@ -127,7 +168,7 @@ def test_figures_and_what_they_need() -> None:
     assert reproduce.figures(["ALL"]) == reproduce.FIGURES
     assert reproduce.needed(["study"]) == ()
     assert reproduce.needed(["memory", "speedups"]) == ("kfac_reduce",)
-    assert reproduce.needed(reproduce.FIGURES) == reproduce.OPERATIONS
+    assert reproduce.needed(reproduce.FIGURES) == PAPER_OPERATIONS
 
 
 def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +182,7 @@ def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.Monke
     assert invoke("speedups", "memory", *arguments).exit_code == 0
     assert read(tmp_path / reproduce.QUICK_RUNS) == first
     assert invoke("runtime", *arguments).exit_code == 0
-    assert len(read(tmp_path / reproduce.QUICK_RUNS)) == 4 * len(reproduce.OPERATIONS)
+    assert len(read(tmp_path / reproduce.QUICK_RUNS)) == 4 * len(PAPER_OPERATIONS)
 
 
 def test_unknown_figures_are_answered_with_those_there_are() -> None:

@@ -23,7 +23,7 @@ from lensor.planner import planning
 from lensor.spec import ConvSpec
 
 if TYPE_CHECKING:
-    from lensor import distributed, nn
+    from lensor import curvature, distributed, nn, optim, sampling
 
 try:
     __version__ = version("lensor")
@@ -32,7 +32,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("distributed", "nn"):
+    if name in ("curvature", "distributed", "nn", "optim", "sampling"):
         return import_module(f"lensor.{name}")
     raise AttributeError(f"module 'lensor' has no attribute {name!r}")
 
@@ -56,6 +56,7 @@ __all__ = [
     "calibrate",
     "clear_caches",
     "contraction",
+    "curvature",
     "distributed",
     "draw",
     "einsum",
@@ -63,8 +64,10 @@ __all__ = [
     "machine",
     "nn",
     "ops",
+    "optim",
     "parse",
     "planning",
+    "sampling",
     "simplify",
     "wisdom",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `lensor demo`, `convs`, `conformance`, `bench`, `rules`, and `lensor --version`."""
+"""The command line: `lensor` with its commands."""
 
 import sys
 from pathlib import Path

@@ -24,11 +24,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lensor.bench.catalogue import NETS, layers_of, merged
-from lensor.bench.errors import BenchError, choose, require
+from lensor.bench.errors import BenchError, choose, require, writing
 from lensor.bench.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
-from lensor.bench.operations import EXPLAINED, OPERATIONS
-from lensor.bench.report import HEADINGS, STANDARD, Options, digits, parse_target, settings_of, summaries, write
-from lensor.bench.reproduce import FIGURES, QUICK_RUNS, RUNS, figures, needed
+from lensor.bench.operations import OPERATIONS, PAPER_OPERATIONS, STANDARD
+from lensor.bench.report import HEADINGS, Options, digits, parse_target, settings_of, summaries, write
+from lensor.bench.reproduce import FIGURES, OPTIONS, QUICK_RUNS, RUNS, figures, needed
 from lensor.bench.reproduce import layers as reproduce_layers
 from lensor.bench.reproduce import settings as reproduce_settings
 from lensor.bench.reproduce import write as write_figures
@@ -83,7 +83,7 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         html: Annotated[Path | None, typer.Option(help="Write a page to this file: one file, no network.")] = None,
         ops: Annotated[
             list[str] | None,
-            typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}; unless given {', '.join(EXPLAINED)}."),
+            typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}; unless given {', '.join(PAPER_OPERATIONS)}."),
         ] = None,
         kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
         batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
@@ -92,12 +92,14 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
-        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.1,
+        seconds: Annotated[
+            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+        ] = 0.1,
         times: Annotated[bool, typer.Option("--times/--no-times", help="Whether anything is measured.")] = True,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
         settings = Settings(
-            operations=_names(ops) or EXPLAINED,
+            operations=_names(ops) or PAPER_OPERATIONS,
             implementations=("lensor",),
             kinds=_names(kinds),
             batch=batch,
@@ -116,9 +118,10 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             raise stop("interrupted: nothing was written") from None
 
     @app.command(
-        help="The paper's figures and tables, each with what the paper says: study, runtime, speedups, memory, all."
+        help="The paper's figures and tables, with what the paper says: study, runtime, speedups, memory, crs, all."
     )
     def reproduce(
+        context: typer.Context,
         figure: Annotated[list[str], typer.Argument(help=f"Of {', '.join(FIGURES)}, all.")],
         out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and Markdown.")] = Path("reproduced"),
         quick: Annotated[bool, typer.Option("--quick", help="A few convolutions of each kind, few repeats.")] = False,
@@ -127,15 +130,22 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
-        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.2,
+        seconds: Annotated[
+            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+        ] = 0.2,
         cifar: Annotated[
             Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs measures too.")
         ] = None,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
         settings = Settings(batch=batch, dtype=dtype, threads=threads, device=device, repeats=repeats, seconds=seconds)
+        given = _given(context)
         try:
-            _reproduce(figures(figure), settings, out, quick, cifar)
+            names = figures(figure)
+            idle = [option for option, of in OPTIONS.items() if option in given and not {*of} & {*names}]
+            if idle:
+                raise BenchError(f"--{idle[0]} is of {', '.join(OPTIONS[idle[0]])}, found {', '.join(names)}")
+            _reproduce(names, settings, out, quick, cifar, _shown_options(given, ("figure", "out", "cifar")))
         except BenchError as error:
             fail(error, debug)
         except KeyboardInterrupt:
@@ -195,12 +205,18 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         limit: Annotated[int | None, typer.Option(min=1, help="No more convolutions than this.")] = None,
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
-        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.3,
+        seconds: Annotated[
+            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+        ] = 0.3,
         out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
         resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
         if context.invoked_subcommand is not None:
+            ignored = _given(context)
+            if ignored:
+                name = f"--{next(iter(ignored))}"
+                raise stop(f"{name} before {context.invoked_subcommand} is ignored: give options behind the command")
             return
         names = (_names(ops), _names(nets), _names(impl), _names(kinds))
         try:
@@ -227,7 +243,9 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
-        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one implementation.")] = 0.3,
+        seconds: Annotated[
+            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+        ] = 0.3,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
@@ -335,6 +353,21 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             fail(error, debug)
 
 
+def _given(context: typer.Context) -> dict[str, object]:
+    """The options of a command that were given, by name."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+
+
+def _shown_options(given: dict[str, object], without: Sequence[str]) -> str:
+    """Options as they were given, each behind a space."""
+    kept = {name: value for name, value in given.items() if name not in without}
+    return "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in kept.items())
+
+
 def _names(given: list[str] | None) -> tuple[str, ...]:
     """The names in options such as `--ops a,b --ops c`."""
     return tuple(name.strip() for one in given or () for name in one.split(",") if name.strip())
@@ -372,9 +405,8 @@ def _explain(model: str, shapes: Shapes, settings: Settings, html: Path | None, 
     layers = tuple(dict.fromkeys(case.layer for case in bench.cases))
     if not layers:
         raise BenchError(f"{model} has no convolution{' of these kinds' if settings.kinds else ''}")
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        why = "it is a folder" if html.is_dir() else f"there is no folder {html.parent}"
-        raise BenchError(f"cannot write {html}: {why}")
+    if html is not None:
+        _refuse_early(html)
     shown = console()
     rows: list[Row] = []
     if timed:
@@ -391,11 +423,16 @@ def _explain(model: str, shapes: Shapes, settings: Settings, html: Path | None, 
     if html is not None:
         from lensor.bench.page import page
 
-        try:
+        with writing(html):
             html.write_text(page(found, layers[0].model, lead, lines), encoding="utf-8")
-        except OSError as error:
-            raise BenchError(f"cannot write {html}: {error.strerror or error}") from None
         shown.print(f"wrote {html}", soft_wrap=True, highlight=False)
+
+
+def _refuse_early(path: Path) -> None:
+    """Raise for a file that cannot be written, before anything is measured for it."""
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise BenchError(f"cannot write {path}: {why}")
 
 
 def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], shown: Console) -> None:
@@ -433,14 +470,12 @@ def _growth(settings: Settings, out: Path, resume: bool) -> None:
     from lensor.bench.run import Bench
 
     benches = [Bench(one, layers) for one, layers in sittings(settings)]
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
     results = ResultsFile(out / "growth.csv", benches[0].machine, resume)
     shown = console()
     _measure(benches, results, shown)
-    plot(results.rows, out / "growth.png")
+    plot(results.rows, {bench.setting for bench in benches}, out / "growth.png")
     for name in ("growth.csv", "growth.png"):
         shown.print(f"wrote {out / name}", soft_wrap=True, highlight=False)
 
@@ -461,8 +496,8 @@ def _measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> 
         progress.update(task, completed=total, description="")
 
 
-def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, cifar: Path | None) -> None:
-    """Measure what figures need and is not measured yet, and write them."""
+def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, cifar: Path | None, options: str) -> None:
+    """Measure what figures need and is not measured yet, and write them with the options of the command."""
     shown = console()
     rows: list[Row] = []
     operations = needed(names)
@@ -476,7 +511,7 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, ci
         specs = {case.layer.spec for case in bench.cases}
         rows = [row for row in results.rows if row.setting == bench.setting and row.layer.spec in specs]
     points = _crs_points(given, out, quick, cifar, shown) if "crs" in names else []
-    for found in write_figures(names, rows, points, out):
+    for found in write_figures(names, rows, points, out, options):
         headings, *cells = found.summary
         table = Table(*headings, title=found.title)
         for row in cells:
@@ -494,17 +529,14 @@ def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, sho
     settings = make(threads=given.threads, cifar=cifar)
     path = out / "crs.csv"
     known = crs.read(path)
-    try:
+    with writing(out), Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
         out.mkdir(parents=True, exist_ok=True)
-        with Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
-            wanted = crs.wanted_keys(settings)
-            task = progress.add_task("sampled gradients", total=len(wanted))
-            progress.advance(task, sum(point.key in wanted for point in known))
-            for point in crs.run(settings, known):
-                crs.append(path, point)
-                progress.advance(task)
-    except OSError as error:
-        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
+        wanted = crs.wanted_keys(settings)
+        task = progress.add_task("sampled gradients", total=len(wanted))
+        progress.advance(task, sum(point.key in wanted for point in known))
+        for point in crs.run(settings, known):
+            crs.append(path, point)
+            progress.advance(task)
     return [point for point in crs.read(path) if point.key in wanted]
 
 
@@ -514,7 +546,7 @@ def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, rep
     from lensor.bench import sampling
 
     shown = console()
-    try:
+    with writing(out):
         made = sampling.steps(batch, seconds, repeats, threads)
         cells = [(row.way, f"{row.saved / 2**20:.1f}", f"{row.peak / 2**20:.1f}", f"{row.ratio:.2f}") for row in made]
         _print(shown, "A training step of All-CNN-C", ("way", "saved, MiB", "peak, MiB", "time, × torch's"), cells)
@@ -526,8 +558,6 @@ def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, rep
         trained = list(sampling.train((), steps, seeds, batch, threads))
         _print(shown, "Training", sampling.SUMMARY, sampling.summary(trained))
         paths += [sampling.write_csv(trained, out / "training.csv"), sampling.plot(trained, out / "training.png")]
-    except OSError as error:
-        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
     shown.print(f"wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 
 
@@ -543,6 +573,8 @@ def _conformance(peers: tuple[str, ...], quantities: tuple[str, ...], markdown: 
     require("torch")
     from lensor.bench import conformance
 
+    if markdown is not None and csv is not None and markdown.resolve() == csv.resolve():
+        raise BenchError(f"{markdown} cannot be both the page and the CSV file")
     libraries = conformance.libraries_of(peers)
     asked = choose("quantity", quantities, conformance.QUANTITIES)
     shown = console()
@@ -560,10 +592,8 @@ def _conformance(peers: tuple[str, ...], quantities: tuple[str, ...], markdown: 
     for path, text in texts.items():
         if path is None:
             continue
-        try:
+        with writing(path):
             path.write_text(text, encoding="utf-8", newline="")
-        except OSError as error:
-            raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
         shown.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return sum(matrix.counts[conformance.WRONG] for matrix in matrices if matrix.library.name == "lensor")
 
@@ -627,8 +657,8 @@ def _models(
     require("torch", "transformers")
     from lensor.bench.models import measure
 
-    if csv is not None and not csv.parent.is_dir():
-        raise BenchError(f"cannot write {csv}: there is no folder {csv.parent}")
+    if csv is not None:
+        _refuse_early(csv)
     headings = ("model", "way", "s", "beyond one pass, s", "peak, MB", "")
     table = Table(*headings[:2], *(Column(name, justify="right") for name in headings[2:5]), headings[5])
     lines: list[tuple[str, ...]] = [headings]
@@ -647,7 +677,7 @@ def _models(
             table.add_row(*lines[-1])
     shown.print(table)
     if csv is not None:
-        with csv.open("w", encoding="utf-8", newline="") as file:
+        with writing(csv), csv.open("w", encoding="utf-8", newline="") as file:
             writer(file).writerows(lines)
 
 
@@ -742,12 +772,9 @@ def _find(model: str, shapes: Shapes) -> tuple[tuple[Layer, ...], Shapes]:
 
 
 def _write(path: Path, layers: tuple[Layer, ...], shapes: Shapes) -> None:
-    try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            file.write(",".join(COLUMNS) + "\n")
-            write_layers(file, layers, _shown(shapes))
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path), path.open("w", encoding="utf-8", newline="") as file:
+        file.write(",".join(COLUMNS) + "\n")
+        write_layers(file, layers, _shown(shapes))
 
 
 def _show(layers: tuple[Layer, ...], shapes: Shapes) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lensor.bench.definitions import WITHOUT_BATCH, Case, Convolution, expected
-from lensor.bench.errors import choose, require
+from lensor.bench.errors import BenchError, choose, in_one_line, require
 from lensor.bench.libraries import LIBRARIES, Library
 from lensor.bench.measure import relative_error
 
@@ -319,11 +319,11 @@ def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = library.ways[quantity](case).detach()
-    except ImportError:  # another version of the library than this module knows: no answer
-        raise
+    except ImportError as error:  # no answer
+        known = f"{library.name} {library.version} is another version than this command knows"
+        raise BenchError(f"{known}: {in_one_line(error)}") from error
     except Exception as error:  # whatever else it is, it is the library's answer
-        lines = str(error).strip().splitlines() or [""]
-        return Answer(conv, REFUSES, message=f"{type(error).__name__}: {lines[0]}".removesuffix(": "))
+        return Answer(conv, REFUSES, message=in_one_line(error, None))
     if found.shape != right.shape:
         return Answer(conv, WRONG, math.inf, f"shape {tuple(found.shape)}, expected {tuple(right.shape)}")
     difference = relative_error(found, right)

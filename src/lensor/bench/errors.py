@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class BenchError(Exception):
@@ -40,3 +42,28 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise BenchError(f"this needs {', '.join(missing)}: install lensor[bench]")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make one line of what keeps a file or folder from being written.
+
+    Raises:
+        BenchError: for an OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def in_one_line(error: BaseException | None, most: int | None = 200) -> str:
+    r"""An error's type and the first line of its message.
+
+    Example:
+        >>> from lensor.bench.errors import in_one_line
+        >>> in_one_line(ValueError("no such thing\nmore")), in_one_line(KeyboardInterrupt())
+        ('ValueError: no such thing', 'KeyboardInterrupt')
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:most]}" if lines else type(error).__name__

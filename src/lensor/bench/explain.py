@@ -113,7 +113,7 @@ def explained(layers: Sequence[Layer], settings: Settings, rows: Iterable[Row] =
         >>> layer = Layer("net", "conv1", lensor.ConvSpec(2, 4, (5, 5), 1), 1)
         >>> (found,) = explained([layer], Settings(operations=("forward",)))
         >>> print(found.simplified)
-        X[n c_in i1 i2] W[c_out c_in () ()] -> n c_out i1 i2
+        X[n c_in o1 o2] W[c_out c_in () ()] -> n c_out o1 o2
     """
     dtype = getattr(torch, settings.dtype)
     known = {(row.operation, row.implementation, row.layer.spec): row for row in rows}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lensor.bench.errors import BenchError
+from lensor.bench.errors import BenchError, in_one_line
 from lensor.bench.layers import Layer
 from lensor.spec import ConvSpec
 
@@ -46,14 +46,18 @@ def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tup
 
     def recorder(path: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
-            x = arguments[0] if arguments else named["input"]
-            calls.add(ConvSpec.from_module(module, input_size=tuple(x.shape[-len(module.kernel_size) :])), path, x)
-            calls.inside = True
+            calls.module = path
+            if (
+                not module.transposed
+            ):  # of those the call that follows knows the output_padding that output_size asks for
+                x = arguments[0] if arguments else named["input"]
+                calls.add(ConvSpec.from_module(module, input_size=tuple(x.shape[-len(module.kernel_size) :])), path, x)
+                calls.inside = True
 
         return hook
 
     def leave(*_: Any) -> None:
-        calls.inside = False
+        calls.module, calls.inside = None, False
 
     convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, _Conv)]
     hooks = [module.register_forward_pre_hook(recorder(path), with_kwargs=True) for path, module in convolutions]
@@ -73,6 +77,7 @@ class _Calls(TorchFunctionMode):
     def __init__(self, model: str) -> None:
         super().__init__()
         self.model, self.inside = model, False
+        self.module: str | None = None
         self.found: dict[ConvSpec, tuple[Layer, torch.Tensor]] = {}
 
     def add(self, spec: ConvSpec, path: str, x: torch.Tensor) -> None:
@@ -88,7 +93,8 @@ class _Calls(TorchFunctionMode):
         if name in FUNCTIONS and not self.inside:
             given = {**dict(zip(FUNCTIONS[name], args, strict=False)), **(kwargs or {})}
             x, weight = given["input"], given["weight"]
-            self.add(spec_of(x.shape, weight.shape, given, name.startswith("conv_transpose")), f"torch.{name}", x)
+            path = f"torch.{name}" if self.module is None else self.module
+            self.add(spec_of(x.shape, weight.shape, given, name.startswith("conv_transpose")), path, x)
         return result
 
 
@@ -155,7 +161,7 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
             failed = failed if integers else error
     shapes = " and ".join(str(tuple(shape)) for shape in input_shapes)
     given = "an input of shape" if len(input_shapes) == 1 else "inputs of shapes"
-    raise BenchError(f"{name} cannot run on {given} {shapes}: {_line(failed)}") from failed
+    raise BenchError(f"{name} cannot run on {given} {shapes}: {in_one_line(failed)}") from failed
 
 
 def import_factory(path: str) -> Callable[..., Any]:
@@ -180,7 +186,7 @@ def import_factory(path: str) -> Callable[..., Any]:
     try:
         factory: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a user's module raises
-        raise BenchError(f"cannot import {module_name}: {_line(error)}") from error
+        raise BenchError(f"cannot import {module_name}: {in_one_line(error)}") from error
     for part in name.split("."):
         if not hasattr(factory, part):
             raise BenchError(f"{module_name} has no {name}")
@@ -190,9 +196,3 @@ def import_factory(path: str) -> Callable[..., Any]:
     if not callable(factory):
         raise BenchError(f"{path} is a {type(factory).__name__}, expected a function or class that makes a model")
     return factory
-
-
-def _line(error: BaseException | None) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
-from lensor.bench.errors import BenchError, require
+from lensor.bench.errors import BenchError, require, writing
 from lensor.bench.layers import Layer, label
-from lensor.bench.results import Row
+from lensor.bench.results import Row, Setting
 from lensor.bench.settings import Settings
 from lensor.spec import ConvSpec
 
@@ -71,19 +73,38 @@ def sittings(settings: Settings) -> Iterator[tuple[Settings, tuple[Layer, ...]]]
 
 
 def along(rows: Sequence[Row], axis: Axis) -> list[Row]:
-    """The rows of one panel, in the order of what it varies: those that agree with the base in all else."""
+    """The rows of one panel, in the order of what it varies: those of its sizes and of the base's batch."""
     specs = {axis.make(value) for value in axis.values}
     found = [row for row in rows if row.layer.spec in specs and (axis.name == "batch" or row.setting.batch == _BATCH)]
     return sorted(found, key=axis.of)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+_STYLES: tuple[Any, ...] = (
+    "--",
+    "-",
+    ":",
+    "-.",
+    (0, (5, 1)),
+    (0, (3, 1, 1, 1)),
+    (0, (1, 4)),
+    (0, (9, 3)),
+    (0, (3, 1, 1, 1, 1, 1)),
+)
+
+
+def plot(rows: Sequence[Row], settings: Collection[Setting], path: Path) -> None:
     """Time above, memory beside operands and result below; a column for each axis, a line for each implementation.
+
+    Args:
+        rows: of a results file.
+        settings: of the rows that are shown; a file may hold those of other dtypes or threads too.
+        path: the file.
 
     Raises:
         BenchError: if there is nothing to plot, matplotlib is missing, or the file cannot be written.
     """
-    rows = [row for row in rows if row.layer.model == MODEL and row.found.minimum is not None]
+    rows = [row for row in rows if row.layer.model == MODEL and row.setting in settings]
+    rows = [row for row in rows if row.found.minimum is not None]
     if not rows:
         raise BenchError("no row of lensor bench growth has a time")
     require("matplotlib")
@@ -94,7 +115,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     operations = list(dict.fromkeys(row.operation for row in rows))
     names = list(dict.fromkeys(row.implementation for row in rows))
-    styles = dict(zip(names, ("--", "-", ":", "-."), strict=False))
+    styles = dict(zip(names, cycle(_STYLES), strict=False))
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(AXES), sharex="col", sharey="row")
@@ -107,7 +128,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 times = [1e3 * (row.found.minimum or math.nan) for row in mine]
                 memory = [(row.found.extra_bytes or math.nan) / 2**20 for row in mine]
                 for panel, values in zip(panels[:, column], (times, memory), strict=True):
-                    panel.plot(places, values, styles[name], color=f"C{at}", marker=".", linewidth=1.4)
+                    panel.plot(places, values, linestyle=styles[name], color=f"C{at}", marker=".", linewidth=1.4)
         for panel in panels[:, column]:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
@@ -123,7 +144,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     handles += [Line2D([], [], color="black", linestyle=styles[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.suptitle(f"One convolution, {label(BASE)}, batch {_BATCH}: one of its sizes varied", fontsize=11)
-    try:
+    with writing(path):
         figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror or error}") from None

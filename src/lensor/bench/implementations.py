@@ -12,12 +12,10 @@ import torch
 import lensor
 from lensor.bench import peers, standard
 from lensor.bench.networks import network
-from lensor.bench.operations import OPERATIONS
+from lensor.bench.operations import OPERATIONS, PAPER_OPERATIONS, STANDARD
 from lensor.bench.peers import Way
 from lensor.bench.standard import Operands
 from lensor.spec import ConvSpec
-
-STANDARD = "standard"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +91,16 @@ def _measured(operation: str) -> Way:
 
 def _standard(operation: str) -> Way:
     way = standard.WAYS[operation]
-    return lambda given, spec: lambda: way(given, spec)
+
+    def made(given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
+        if operation == "input_vjp":
+            given = {**given, "X": standard.kept_input(given["V"], spec)}
+        return lambda: way(given, spec)
+
+    return made
 
 
 _EVERY = tuple(standard.WAYS)
-_NETWORKS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
 
 IMPLEMENTATIONS = {
     found.name: found
@@ -107,9 +110,9 @@ IMPLEMENTATIONS = {
         Implementation("lensor-measure", {name: _measured(name) for name in _EVERY}, "lensor", "lensor"),
         Implementation("network", {name: network(name, False) for name in _EVERY}, "lensor", "lensor"),
         Implementation("network-simplified", {name: network(name, True) for name in _EVERY}, "lensor", "lensor"),
-        Implementation("einconv", {name: peers.einconv(name) for name in _NETWORKS}, "einconv", "einconv"),
+        Implementation("einconv", {name: peers.einconv(name) for name in PAPER_OPERATIONS}, "einconv", "einconv"),
         Implementation(
-            "einconv-contract", {name: peers.einconv_contract(name) for name in _NETWORKS}, "einconv", "einconv"
+            "einconv-contract", {name: peers.einconv_contract(name) for name in PAPER_OPERATIONS}, "einconv", "einconv"
         ),
         Implementation(
             "backpack",

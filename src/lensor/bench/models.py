@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lensor.bench.errors import choose, require
+from lensor.bench.errors import choose, in_one_line, require
 from lensor.bench.measure import interleaved, peak_bytes
 from lensor.bench.measure import threads as using
 from lensor.curvature import KroneckerFactors, kfac
@@ -133,7 +134,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
             peaks[way] = _peak(call)
             results[way] = call()
         except Exception as error:  # whatever a library raises for a model that it does not know
-            failed[way] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            failed[way] = in_one_line(error, 120)
             del ways[way]
     messages = {
         f"lensor, {approx}{'' if approx == 'expand' else ', roots'}": _compared(
@@ -198,12 +199,17 @@ def _curvlinops(
 
 
 def _backpack(make: Callable[[], nn.Module], loss: nn.Module, data: tuple[Tensor, Tensor]) -> Callable[[], Any]:
-    def call() -> Any:
-        backpack, extensions = import_module("backpack"), import_module("backpack.extensions")
+    @cache
+    def extended() -> tuple[Any, Any]:
+        backpack = import_module("backpack")
         torch.manual_seed(0)
-        model = backpack.extend(make().eval(), use_converter=True)
-        criterion = backpack.extend(nn.CrossEntropyLoss())
-        with backpack.backpack(extensions.KFAC(mc_samples=1)):
+        return backpack.extend(make().eval(), use_converter=True), backpack.extend(nn.CrossEntropyLoss())
+
+    def call() -> Any:
+        model, criterion = extended()
+        for p in model.parameters():
+            p.grad = None
+        with import_module("backpack").backpack(import_module("backpack.extensions").KFAC(mc_samples=1)):
             criterion(model(data[0]), data[1]).backward()
         return [p.kfac for p in model.parameters()]
 

@@ -73,5 +73,8 @@ OPERATIONS = {
 }
 """The operations by name; kfac_expand is KFC."""
 
-EXPLAINED = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
-"""The operations that `lensor explain` shows unless others are asked for."""
+PAPER_OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
+"""The five that the paper measures."""
+
+STANDARD = "standard"
+"""The implementation that the others are checked against and measured by."""

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lensor.bench.errors import BenchError, choose, require
+from lensor.bench.errors import BenchError, choose, require, writing
 from lensor.bench.layers import KINDS
-from lensor.bench.operations import OPERATIONS
+from lensor.bench.operations import OPERATIONS, STANDARD
 from lensor.bench.results import OK, Row
 
-STANDARD = "standard"
 FASTEST = "fastest"
 ALL = "all"
 _ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -216,6 +215,11 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         " does not count as far as it fits into the result's place.",
         "",
     ]
+    if options.slack:
+        lines += [
+            f"A time that is longer by no more than {options.slack * 1e6:g} µs counts as equal: its ratio is 1.",
+            "",
+        ]
     lines += [f"![{name}]({name})\n" for name in pictures]
     lines += ["## By operation and kind", ""]
     lines += table(HEADINGS, (summary.cells for summary in summaries(rows, options)), 3)
@@ -227,15 +231,20 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
     ]
     headings = ("operation", "implementation", "nets", "convolution", "kind", "ratio", "ms", "Mflop", "MB", "Gflop/s")
     lines += table((*headings, "GB/s"), (_limits(ratio) for ratio in worst(rows, options)), 5)
-    without = [row for row in rows if row.found.status != OK]
-    if without:
-        lines += ["## Without a time", ""]
-        cells = (
-            (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message.replace("|", "¦"))
-            for row in without
-        )
-        lines += table(("operation", "implementation", "convolution", "status", "why"), cells, 5)
+    lines += without_time(rows)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def without_time(rows: Iterable[Row]) -> list[str]:
+    """A section on what has no time, and why; nothing if all have one."""
+    cells = [
+        (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message.replace("|", "¦"))
+        for row in rows
+        if row.found.status != OK
+    ]
+    if not cells:
+        return []
+    return ["## Without a time", "", *table(("operation", "implementation", "convolution", "status", "why"), cells, 5)]
 
 
 def worst(rows: Sequence[Row], options: Options) -> list[Ratio]:
@@ -338,11 +347,9 @@ def write(rows: Sequence[Row], folder: Path, options: Options) -> list[Path]:
     """
     require("matplotlib")
     paths = [folder / name for name in ("report.md", "times.png", "memory.png")]
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(markdown(rows, options, [path.name for path in paths[1:]]), encoding="utf-8")
         plot(rows, options, paths[1])
         plot(rows, options, paths[2], memory=True)
-    except OSError as error:
-        raise BenchError(f"cannot write to {folder}: {error.strerror or error}") from None
     return paths

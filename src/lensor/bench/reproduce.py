@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lensor.bench.catalogue import NETS, PAPER, layers_of, merged
-from lensor.bench.errors import BenchError, choose, require
+from lensor.bench.errors import BenchError, choose, require, writing
 from lensor.bench.layers import KINDS, Layer, census, format_sizes, label
-from lensor.bench.report import HEADINGS, STANDARD, Options, digits, plot, ratios, settings_of, summaries, table
+from lensor.bench.operations import PAPER_OPERATIONS, STANDARD
+from lensor.bench.report import HEADINGS, Options, digits, plot, ratios, settings_of, summaries, table, without_time
 from lensor.bench.results import OK, Row
 from lensor.bench.settings import Settings
 
@@ -29,9 +30,17 @@ if TYPE_CHECKING:
 FIGURES = ("study", "runtime", "speedups", "memory", "crs")
 """What can be reproduced, beside "all"."""
 
+_MEASURED = ("runtime", "speedups", "memory")
+OPTIONS = {
+    **dict.fromkeys(("batch", "dtype", "device", "repeats", "seconds"), _MEASURED),
+    "threads": (*_MEASURED, "crs"),
+    "quick": (*_MEASURED, "crs"),
+    "cifar": ("crs",),
+}
+"""Which figures an option is of."""
+
 TN, SIMPLIFIED, PLANNED = "network", "network-simplified", "lensor"
 IMPLEMENTATIONS = (TN, SIMPLIFIED, PLANNED)
-OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
 RUNS, QUICK_RUNS = "runs.csv", "runs-quick.csv"
 
 CENSUS = {
@@ -89,7 +98,7 @@ def figures(asked: Sequence[str]) -> tuple[str, ...]:
 def needed(names: Iterable[str]) -> tuple[str, ...]:
     """The operations that have to be measured for some figures."""
     if "runtime" in names:
-        return OPERATIONS
+        return PAPER_OPERATIONS
     return ("kfac_reduce",) if {"speedups", "memory"} & set(names) else ()
 
 
@@ -194,13 +203,12 @@ def _plot_study(counts: dict[str, dict[str, tuple[int, int]]], path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------------------------ runtime
-def runtime(rows: Sequence[Row], out: Path) -> Written:
+def runtime(rows: Sequence[Row], out: Path, options: str) -> Written:
     """Ratios of times by operation and kind, as box plots and a table, beside what the paper found."""
-    options = Options()
-    found = [one for one in summaries(rows, options) if one.operation in OPERATIONS]
+    found = [one for one in summaries(rows, Options()) if one.operation in PAPER_OPERATIONS]
     cells = [one.cells[:7] for one in found]
     text = [
-        *_opening("Run times", "runtime", rows),
+        *_opening("Run times", "runtime", options, rows),
         "Shortest times over those of the standard way, from the same interleaved rounds; below 1 is faster."
         f" `{TN}` contracts the network as it stands, `{SIMPLIFIED}` what the rules leave of it, both with patterns as"
         f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` does. Convolutions that two nets have in"
@@ -210,18 +218,18 @@ def runtime(rows: Sequence[Row], out: Path) -> Written:
         "",
         "What the paper found, on an Nvidia T4:",
         "",
-        *(f"- {operation}: {CLAIMS[operation]}" for operation in OPERATIONS),
+        *(f"- {operation}: {CLAIMS[operation]}" for operation in PAPER_OPERATIONS),
         "",
         *table(HEADINGS[:7], cells, 3),
-        *_without(rows),
+        *without_time(rows),
     ]
-    plot(rows, options, out / "runtime.png")
+    plot(rows, Options(), out / "runtime.png")
     _write_csv(out / "runtime.csv", HEADINGS[:7], cells)
     return _written("Run times", "runtime", out, text, (HEADINGS[:7], *cells))
 
 
 # ----------------------------------------------------------------------------------------------------------- speedups
-def speedups(rows: Sequence[Row], out: Path) -> Written:
+def speedups(rows: Sequence[Row], out: Path, options: str) -> Written:
     """The convolutions on which KFAC-reduce gains most, for each implementation."""
     known = {
         (row.implementation, row.layer.spec): one.value
@@ -246,11 +254,11 @@ def speedups(rows: Sequence[Row], out: Path) -> Written:
                 f" {digits(statistics.median(mine))}, worst {digits(max(mine))}"
             )
     text = [
-        *_opening("Speed-ups of KFAC-reduce", "speedups", rows),
+        *_opening("Speed-ups of KFAC-reduce", "speedups", options, rows),
         f"The {_BEST} convolutions on which `{PLANNED}` gains most over unfolding, and what the other two ways gain"
-        " there. All are in `speedups.csv`.",
+        " there. All that were measured are in `speedups.csv`.",
         "",
-        "The paper, on an Nvidia T4: ratios down to 0.22 (4.5 times faster). Here, over all convolutions:",
+        "The paper, on an Nvidia T4: ratios down to 0.22 (4.5 times faster). Here, over the convolutions measured:",
         "",
         *lines,
         "",
@@ -275,9 +283,11 @@ def speedups(rows: Sequence[Row], out: Path) -> Written:
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def memory(rows: Sequence[Row], out: Path) -> Written:
+def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
     """What KFAC-reduce needs beside its operand and its result."""
     mine = [row for row in rows if row.operation == "kfac_reduce" and row.found.status == OK]
+    if not any(row.implementation == STANDARD for row in mine):
+        raise BenchError("no memory of KFAC-reduce was measured that memory could show")
     names = (STANDARD, *IMPLEMENTATIONS)
     bytes_of = {(row.implementation, row.layer.spec): row.found.extra_bytes or 0 for row in mine}
     every = {row.layer.spec: row for row in mine if row.implementation == STANDARD}
@@ -300,7 +310,7 @@ def memory(rows: Sequence[Row], out: Path) -> Written:
     }
     batch = mine[0].setting.batch
     text = [
-        *_opening("Memory of KFAC-reduce", "memory", rows),
+        *_opening("Memory of KFAC-reduce", "memory", options, rows),
         "The most bytes alive at once beside the operand, less the result's: scratch that is gone before the result is"
         " made does not count as far as it fits into the result's place. The paper, on an Nvidia T4, batches larger:"
         f" up to 3 GiB less than the standard way. Here, with a batch of {batch}, the most that is saved on one"
@@ -316,7 +326,7 @@ def memory(rows: Sequence[Row], out: Path) -> Written:
     ]
     figure, axis = _figure()
     for at, name in enumerate(names):
-        values = [max(bytes_of.get((name, spec), 0) / 2**20, 2**-10) for spec in specs]
+        values = [max(bytes_of.get((name, spec), math.nan) / 2**20, 2**-10) for spec in specs]
         axis.plot(range(len(specs)), values, ".", color="black" if name == STANDARD else f"C{at - 1}", label=name)
     axis.set_yscale("log")
     axis.set_xlabel("convolutions, by what the standard way needs")
@@ -329,7 +339,7 @@ def memory(rows: Sequence[Row], out: Path) -> Written:
 
 
 # ---------------------------------------------------------------------------------------------------------------- crs
-def crs_figure(points: Sequence[Point], out: Path) -> Written:
+def crs_figure(points: Sequence[Point], out: Path, options: str) -> Written:
     """The error of sampled gradients, beside what the paper found."""
     from lensor.bench import crs
 
@@ -341,7 +351,7 @@ def crs_figure(points: Sequence[Point], out: Path) -> Written:
         lines.append(f"- {data}: {found} as good as 75 % of channels")
     batch, seeds = points[0].batch, 1 + max(point.seed for point in points)
     text = [
-        *_opening("Sampled gradients", "crs"),
+        *_opening("Sampled gradients", "crs", options),
         "The untrained All-CNN-C without dropout, cross-entropy, 100 classes: the distance ‖ĝ − g‖ / ‖g‖ of the sampled"
         f" gradients of all kernels from the exact ones. Batches of {batch}, {seeds} initialisations of model and batch"
         " for channels and positions by Bernoulli sampling, fewer for the rest; mean and standard deviation. Crops of"
@@ -362,7 +372,7 @@ def crs_figure(points: Sequence[Point], out: Path) -> Written:
     return _written("Sampled gradients", "crs", out, text, (crs.HEADINGS, *rows))
 
 
-VIEWS: dict[str, Callable[[Sequence[Row], Path], Written]] = {
+VIEWS: dict[str, Callable[[Sequence[Row], Path, str], Written]] = {
     "runtime": runtime,
     "speedups": speedups,
     "memory": memory,
@@ -370,7 +380,9 @@ VIEWS: dict[str, Callable[[Sequence[Row], Path], Written]] = {
 """The figures that show what was measured."""
 
 
-def write(names: Sequence[str], rows: Sequence[Row], points: Sequence[Point], out: Path) -> Iterator[Written]:
+def write(
+    names: Sequence[str], rows: Sequence[Row], points: Sequence[Point], out: Path, options: str = ""
+) -> Iterator[Written]:
     """Write figures to a folder, one after another.
 
     Args:
@@ -378,41 +390,34 @@ def write(names: Sequence[str], rows: Sequence[Row], points: Sequence[Point], ou
         rows: what was measured for them.
         points: what was measured for `crs`.
         out: the folder.
+        options: of the command, which the pages show.
 
     Raises:
         BenchError: if the folder cannot be written, matplotlib is missing, or nothing was measured.
     """
     require("matplotlib")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name in names:
             if name == "study":
                 yield study(out)
             elif name == "crs":
-                yield crs_figure(points, out)
-            elif not any(row.found.minimum for row in rows):
+                yield crs_figure(points, out, options)
+            elif not any(row.found.minimum for row in rows if row.operation in needed([name])):
                 raise BenchError(f"no time was measured that {name} could show")
             else:
-                yield VIEWS[name](rows, out)
-    except OSError as error:
-        raise BenchError(f"cannot write to {out}: {error.strerror or error}") from None
+                yield VIEWS[name](rows, out, options)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-def _opening(title: str, name: str, rows: Sequence[Row] = ()) -> list[str]:
-    return [f"# {title}", "", f"Made by `lensor reproduce {name}`.", "", *(f"- {one}" for one in settings_of(rows)), ""]
-
-
-def _without(rows: Sequence[Row]) -> list[str]:
-    """What has no time, and why."""
-    missing = [row for row in rows if row.found.status != OK]
-    if not missing:
-        return []
-    cells = [
-        (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message.replace("|", "¦"))
-        for row in missing
-    ]
-    return ["## Without a time", "", *table(("operation", "implementation", "convolution", "status", "why"), cells, 5)]
+def _opening(title: str, name: str, options: str = "", rows: Sequence[Row] = ()) -> list[str]:
+    lines = [f"# {title}", "", f"Made by `lensor reproduce {name}{options}`.", ""]
+    rounds = [row.found.repeats for row in rows if row.found.repeats]
+    lines += [f"- {one}" for one in settings_of(rows)]
+    if rounds:
+        specs = len({row.layer.spec for row in rows})
+        lines += [f"- {specs} convolutions, {min(rounds)} to {max(rounds)} rounds for each"]
+    return [*lines, ""]
 
 
 def _written(title: str, name: str, out: Path, text: Iterable[str], summary: tuple[tuple[str, ...], ...]) -> Written:

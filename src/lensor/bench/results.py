@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from lensor.bench.errors import BenchError
+from lensor.bench.errors import BenchError, writing
 from lensor.bench.layers import SPEC_COLUMNS, Layer, label, spec_of, spec_record
 
 OK = "ok"
@@ -93,13 +93,6 @@ class Found:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0:
                 raise ValueError(f"{field.name} is {value}, expected no negative number")
-
-    @property
-    def ratio(self) -> float | None:
-        """The shortest time over the standard's: below 1, faster."""
-        if self.minimum is None or not self.standard_minimum:
-            return None
-        return self.minimum / self.standard_minimum
 
 
 @dataclass(frozen=True)
@@ -185,15 +178,16 @@ def _scan(path: Path) -> tuple[list[Row], int]:
         raise BenchError(f"{path} is no results file of this version of lensor bench; it was left as it is")
     rows: list[Row] = []
     seen = set()
-    for number, cells in enumerate(csv.reader(lines[1:]), start=2):
-        try:
+    reader = csv.reader(lines[1:])
+    try:
+        for cells in reader:
             row = _row(dict(zip(HEADER, cells, strict=True)))
             if row.key in seen:
                 raise ValueError("what it measures is measured above")
             seen.add(row.key)
             rows.append(row)
-        except (BenchError, TypeError, ValueError) as error:
-            raise BenchError(f"{path} is damaged in line {number} ({error}); it was left as it is") from None
+    except (BenchError, csv.Error, TypeError, ValueError) as error:
+        raise BenchError(f"{path} is damaged in line {reader.line_num + 1} ({error}); it was left as it is") from None
     return rows, len(whole)
 
 
@@ -209,6 +203,8 @@ class ResultsFile:
         path: the file; made with its header if it is not there.
         resume: whether a file that is there is gone on with.
 
+    A file that another process has changed in the meantime is left as it is: no row of either is lost or repeated.
+
     Raises:
         BenchError: if it cannot be written, if it is there and `resume` is not set, if it is no results file or
             damaged, or if it comes from another machine or other versions.
@@ -217,18 +213,21 @@ class ResultsFile:
     def __init__(self, path: Path, machine: Machine, resume: bool) -> None:
         self.path = path
         self.rows: list[Row] = []
-        try:
-            if path.exists() and path.stat().st_size:
-                self._go_on(machine, resume)
-            else:
+        header = (",".join(HEADER) + "\n").encode()
+        with writing(path):
+            held = path.read_bytes() if path.exists() else b""
+            if held == header or not header.startswith(held):
+                self._length = self._go_on(machine, resume)
+            else:  # new, or killed while the header was written
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._append((",".join(HEADER) + "\n").encode())
-        except OSError as error:
-            raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
+                path.write_bytes(b"")
+                self._length = 0
+                self._append(header)
 
-    def _go_on(self, machine: Machine, resume: bool) -> None:
+    def _go_on(self, machine: Machine, resume: bool) -> int:
         if not resume:
             raise BenchError(f"{self.path} is there already: go on with it by --resume, or give another --out")
+        before = self.path.stat().st_size
         self.rows, length = _scan(self.path)
         for row in self.rows:
             if row.machine != machine:
@@ -236,23 +235,29 @@ class ResultsFile:
                     f"{self.path} was measured on another machine or with other versions ({_difference(row, machine)}):"
                     " give another --out"
                 )
-        with self.path.open("r+b") as file:
-            file.truncate(length)
+        if length < before and self.path.stat().st_size == before:
+            os.truncate(self.path, length)
+        return length
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows, in one piece, to the disk."""
         text = io.StringIO()
         writer = csv.DictWriter(text, HEADER, lineterminator="\n")
-        for row in rows:
+        new = list(rows)
+        for row in new:
             writer.writerow(_record(row))
-            self.rows.append(row)
-        self._append(text.getvalue().encode())
+        with writing(self.path):
+            self._append(text.getvalue().encode())
+        self.rows += new
 
     def _append(self, data: bytes) -> None:
         with self.path.open("ab") as file:
+            if file.tell() != self._length:
+                raise BenchError(f"{self.path} was changed by another process; it was left as it is")
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        self._length += len(data)
 
 
 def _difference(row: Row, machine: Machine) -> str:

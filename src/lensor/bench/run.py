@@ -15,7 +15,7 @@ import torch
 
 import lensor
 from lensor.bench.catalogue import NETS, PAPER, layers_of, merged
-from lensor.bench.errors import BenchError, choose
+from lensor.bench.errors import BenchError, choose, in_one_line
 from lensor.bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
 from lensor.bench.layers import KINDS, Layer
 from lensor.bench.measure import Call, bytes_of, extra_bytes, interleaved, relative_error, threads
@@ -70,7 +70,18 @@ class Bench:
         )
 
     def pending(self, results: ResultsFile) -> list[tuple[Case, tuple[Implementation, ...]]]:
-        """The cases of which rows are missing, each with the implementations whose they are."""
+        """The cases of which rows are missing, each with the implementations whose they are.
+
+        Raises:
+            BenchError: if the file has rows of another version of one of the implementations.
+        """
+        versions = {one.name: one.version for one in self.implementations}
+        for row in results.rows:
+            if row.version != versions.get(row.implementation, row.version):
+                raise BenchError(
+                    f"{results.path} was measured with {row.implementation} {row.version}, here"
+                    f" {versions[row.implementation]}: give another --out"
+                )
         done = {row.key for row in results.rows}
         found = []
         for case in self.cases:
@@ -188,8 +199,7 @@ def _raised(call: Call) -> Exception | None:
 def _failure(error: Exception) -> Found:
     """A row's answer for an implementation that raised."""
     status = "refused" if isinstance(error, NotImplementedError) else "failed"
-    lines = str(error).strip().splitlines() or [""]
-    return Found(status, f"{type(error).__name__}: {lines[0][:200]}")
+    return Found(status, in_one_line(error))
 
 
 def _implementations(asked: Sequence[str]) -> tuple[Implementation, ...]:

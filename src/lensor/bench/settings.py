@@ -21,7 +21,7 @@ class Settings:
         device: "cpu" or "cuda".
         limit: no more convolutions than this, the first.
         repeats: no more rounds than this.
-        seconds: time for the rounds of one implementation; at least three rounds are made.
+        seconds: rounds go on for so long, times the number of implementations; at least three are made.
     """
 
     operations: tuple[str, ...] = ()

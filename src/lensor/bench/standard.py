@@ -1,6 +1,7 @@
 """The standard way of each operation: what one writes with torch alone.
 
-- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only.
+- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only. For
+  input_vjp the input is there, as after a forward pass; it is made before the time starts.
 - kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, for reduce the mean over positions, and one matrix
   product for each group. Where torch has no unfold (one or three dimensions, transposed convolutions) `Tensor.unfold`
   along each axis, for transposed convolutions of the input with zeros between its positions.
@@ -23,7 +24,7 @@ Operands = Mapping[str, Tensor]
 
 def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
     """The input, padded if torch's operators cannot, and the padding that is left to them."""
-    if spec.padding_mode == "zeros" and all(left == right for left, right in spec.padding):
+    if spec.padding_mode == "zeros" and _is_even(spec):
         return x, tuple(left for left, _ in spec.padding)
     if spec.transposed:
         raise NotImplementedError(f"torch has no transposed convolution with padding {spec.padding}")
@@ -45,17 +46,27 @@ def forward(given: Operands, spec: ConvSpec) -> Tensor:
     return torch.convolution(x, given["W"], None, *hyper)
 
 
+def kept_input(v: Tensor, spec: ConvSpec) -> Tensor:
+    """The input that a forward pass has kept, padded if torch's operators cannot; entries arbitrary.
+
+    torch's backward pass reads its shape only, but makes a copy of one that is not contiguous.
+    """
+    extra = [0 if _is_even(spec) else left + right for left, right in spec.padding]
+    sizes = [size + more for size, more in zip(spec.input_size, extra, strict=True)]
+    return v.new_zeros((len(v), spec.in_channels, *sizes))
+
+
+def _is_even(spec: ConvSpec) -> bool:
+    return all(left == right for left, right in spec.padding)
+
+
 def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient by the input; zero padding only."""
-    weight, v = given["W"], given["V"]
+    """The gradient by the input; zero padding only. X is the input that was kept."""
     if spec.padding_mode != "zeros":
         raise NotImplementedError(f"the standard input VJP is for zero padding, found {spec.padding_mode}")
-    even = all(left == right for left, right in spec.padding)
-    extra = [0 if even else left + right for left, right in spec.padding]
-    sizes = [size + more for size, more in zip(spec.input_size, extra, strict=True)]
+    even = _is_even(spec)
     padding = tuple(left if even else 0 for left, _ in spec.padding)
-    x = v.new_empty(1).expand(len(v), spec.in_channels, *sizes)  # torch copies it: see docs/performance.md
-    found = _gradient(0, x, weight, v, spec, padding)
+    found = _gradient(0, given["X"], given["W"], given["V"], spec, padding)
     if not even:
         for axis, ((left, _), size) in enumerate(zip(spec.padding, spec.input_size, strict=True), start=2):
             found = found.narrow(axis, left, size)

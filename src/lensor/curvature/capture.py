@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Layer:
                     f" examples first, then channels and {dims} spatial axes"
                 )
             return x
-        if x.ndim < 2 or len(x) % batch:
+        if x.ndim < 2 or len(x) % batch or (x.ndim > 2 and len(x) > batch == x.shape[1]):
             raise ValueError(
                 f"layer {self.name!r} has an input or output of shape {tuple(x.shape)}, expected a batch of {batch}"
                 " examples first, or a multiple of it with the examples outermost"
@@ -121,7 +121,7 @@ def layers_of(model: nn.Module, layers: Iterable[str] | None = None, strict: boo
     unknown: list[str] = []
     for name, module in model.named_modules():
         own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
-        if isinstance(module, (_Conv, nn.Linear)):
+        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module):
             if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
                 raise ValueError(f"layer {name!r} is lazy and has seen no input yet: call the model first")
             prefix = f"{name}." if name else ""
@@ -140,10 +140,28 @@ def layers_of(model: nn.Module, layers: Iterable[str] | None = None, strict: boo
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
+    if layers is not None and not found:
+        raise ValueError("layers names no layer")
     if not found:
         raise ValueError("the model has no convolution, transposed convolution or linear layer")
     _refuse_tied(model, found)
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is computed as torch's layers are, with a weight and a bias that are its parameters.
+
+    A subclass with a forward pass of its own (standardised weights, padding of its own) is another function of its
+    parameters, and so is a layer with a parametrisation.
+    """
+    own = {key for key, _ in module.named_parameters(recurse=False)}
+    if "weight" not in own or not own <= {"weight", "bias"} or (module.bias is not None) != ("bias" in own):
+        return False
+    for method in ("forward", "_conv_forward"):
+        maker = next((one.__module__ for one in type(module).__mro__ if method in vars(one)), "torch.nn.")
+        if method in vars(module) or not maker.startswith(("torch.nn.", "lensor.")):
+            return False
+    return True
 
 
 def _refuse_tied(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -180,47 +198,57 @@ class Capture:
     on_output: OnInput | None = None
     _edges: dict[str, GradientEdge] = field(default_factory=dict)
     _shapes: dict[str, torch.Size] = field(default_factory=dict)
-
-    def attach(self) -> list[RemovableHandle]:
-        """Hooks on the layers."""
-        handles = []
-        for layer in self.layers:
-            handles.append(layer.module.register_forward_pre_hook(self._before(layer), with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(self._after(layer)))
-        return handles
+    _expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on the layers while the block runs."""
-        handles = self.attach()
+        handles: list[RemovableHandle] = []
+        for layer in self.layers:
+            before, after = partial(_before, self, layer), partial(_after, self, layer)
+            handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.module.register_forward_hook(after))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _before(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if layer.weight in self._shapes:
-                raise ValueError(f"layer {layer.name!r} runs twice on one input: its weight is shared, not supported")
-            x = arguments[0] if arguments else named["input"]
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self.on_input(layer, layer.as_convolution(_widened(x.detach()), self.batch))
+    def before(self, layer: Layer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """What a layer is about to be called with.
 
-        return hook
+        Raises:
+            ValueError: if it has run already, or the input is no batch.
+        """
+        if layer.weight in self._shapes:
+            raise ValueError(f"layer {layer.name!r} runs twice on one input: its weight is shared, not supported")
+        x = arguments[0] if arguments else named["input"]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = layer.as_convolution(_widened(x.detach()), self.batch)
+            if not layer.is_linear:
+                self._expected[layer.weight] = layer.spec(x).output_size
+            self.on_input(layer, x)
 
-    def _after(self, layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
-            if not out.requires_grad and torch.is_grad_enabled():  # all before it is frozen
-                out = out.detach().requires_grad_().clone()  # what comes next may write into it, but not into a leaf
-            self._shapes[layer.weight] = out.shape
-            if out.requires_grad:
-                self._edges[layer.weight] = get_gradient_edge(out)
-                if self.on_output is not None:
-                    out.register_hook(_telling(layer, self.on_output, self.batch))
-            return out
+    def after(self, layer: Layer, out: Tensor) -> Tensor:
+        """What a layer has returned; returns what takes its place.
 
-        return hook
+        Raises:
+            ValueError: if it is not of the size that the layer's hyper-parameters tell.
+        """
+        expected = self._expected.get(layer.weight)
+        if expected is not None and tuple(out.shape[2:]) != expected:
+            raise ValueError(
+                f"layer {layer.name!r} returned positions {tuple(out.shape[2:])}, its hyper-parameters tell {expected}:"
+                " an output_size in the call is not supported, give the layer its output_padding"
+            )
+        if not out.requires_grad and torch.is_grad_enabled():  # all before it is frozen
+            out = out.detach().requires_grad_().clone()  # what comes next may write into it, but not into a leaf
+        self._shapes[layer.weight] = out.shape
+        if out.requires_grad:
+            self._edges[layer.weight] = get_gradient_edge(out)
+            if self.on_output is not None:
+                out.register_hook(_telling(layer, self.on_output, self.batch))
+        return out
 
     def check(self) -> None:
         """Raise for layers that did not run.
@@ -230,7 +258,20 @@ class Capture:
         """
         idle = [layer.name for layer in self.layers if layer.weight not in self._shapes]
         if idle:
-            raise ValueError(f"these layers did not run on the data, leave them out with layers=: {', '.join(idle)}")
+            raise ValueError(f"these layers did not run on the data, leave them out with layers=: {_listed(idle)}")
+
+    def require_gradients(self, layers: Sequence[Layer]) -> None:
+        """Raise for layers at whose outputs no gradient can be had.
+
+        Raises:
+            ValueError: with their names.
+        """
+        missing = [layer.name for layer in layers if layer.weight not in self._edges]
+        if missing:
+            raise ValueError(
+                "these layers ran where gradients are not recorded (torch.no_grad, or a checkpoint with"
+                f" use_reentrant=True), leave them out with layers=: {_listed(missing)}"
+            )
 
     def gradients(
         self, outputs: Tensor, vector: Tensor, keep: bool, again: bool = False, only: Layer | None = None
@@ -245,6 +286,7 @@ class Capture:
             only: one layer instead of all.
         """
         layers = self.layers if only is None else [only]
+        self.require_gradients(layers)
         edges = [self._edges[layer.weight] for layer in layers]
         found = torch.autograd.grad(outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True)
         result = {}
@@ -253,6 +295,20 @@ class Capture:
                 gradient = vector.new_zeros(self._shapes[layer.weight])
             result[layer.weight] = layer.as_convolution(_widened(gradient), self.batch)
         return result
+
+
+def _before(
+    capture: Capture, layer: Layer, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    capture.before(layer, arguments, named)
+
+
+def _after(capture: Capture, layer: Layer, module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+    return capture.after(layer, out)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(name or "(the model)" for name in names)
 
 
 def _telling(layer: Layer, on_output: OnInput, batch: int) -> Callable[[Tensor], None]:
@@ -319,12 +375,14 @@ def size_of(inputs: Inputs) -> int:
     """The number of examples.
 
     Raises:
-        ValueError: if there is no tensor with a batch axis.
+        ValueError: if there is no tensor with a batch axis, or no example.
     """
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
     if first is None or first.ndim == 0:
         raise ValueError("the inputs hold no tensor with a batch axis")
+    if len(first) == 0:
+        raise ValueError("a batch holds no example")
     return len(first)
 
 
@@ -337,7 +395,7 @@ def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
     """
     if isinstance(data, Tensor):
         raise TypeError("data is a tensor, expected a pair (inputs, targets) or an iterable of such pairs")
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
         data = [data]
     empty = True
     for pair in data:

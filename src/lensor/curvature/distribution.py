@@ -19,10 +19,17 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         group: the ranks.
     """
     like = next(sums.a if sums.a is not None else sums.roots[0] for sums in collected.sums.values())
-    counts = torch.tensor([collected.examples, collected.weight], dtype=torch.float64, device=like.device)
+    layers = list(collected.sums.values())
+    mine = [collected.examples, collected.weight, *(sums.ones for sums in layers)]
+    counts = torch.tensor(mine, dtype=torch.float64, device=like.device)
     dist.all_reduce(counts, group=group)
     collected.examples, collected.weight = round(counts[0].item()), float(counts[1])
-    for sums in collected.sums.values():
+    for sums, ones in zip(layers, counts[2:].tolist(), strict=True):
+        sums.ones = round(ones)
+        if sums.positions and sums.positions * collected.examples != sums.ones:
+            sums.positions = 0  # ranks differ
+        elif sums.positions is None:
+            sums.positions = 0
         if sums.b is not None:
             dist.all_reduce(sums.b, group=group)
         if sums.roots is None:
@@ -61,7 +68,7 @@ def shares(costs: list[float], ranks: int) -> list[int]:
     Example:
         >>> from lensor.curvature.distribution import shares
         >>> shares([1.0, 5.0, 3.0, 3.0], 2)
-        [1, 0, 1, 1]
+        [0, 0, 1, 1]
     """
     loads, found = [0.0] * ranks, [0] * len(costs)
     for place in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):

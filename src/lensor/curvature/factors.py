@@ -33,7 +33,7 @@ class Block:
         formed: A [groups, d, d], or None while its root is kept.
         root: [groups, n, d] with A = rootᵀ root, or None.
         B: [groups, c, c].
-        positions: positions of the layer's output.
+        positions: positions of the layer's output; 0 if they differ between batches.
     """
 
     names: tuple[str, ...]
@@ -375,11 +375,15 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         if self.approx not in new.positions:
             raise ValueError(f"convention={convention!r} does not define factors with approx={self.approx!r}")
         (a, b), (a0, b0) = new.positions[self.approx], old.positions[self.approx]
+        varied = [name for name, block in self.items() if block.positions == 0]
+        if varied and (a, b) != (a0, b0):
+            raise ValueError(f"convention={convention!r} needs one number of positions, which differs in {varied[0]}")
         outputs = float(self.outputs) ** (new.outputs - old.outputs)
         examples = float(self.examples) ** (new.examples[self.reduction] - old.examples[self.reduction])
         blocks = {
             name: block.scaled(
-                outputs * float(block.positions) ** (a - a0), examples / outputs * float(block.positions) ** (b - b0)
+                outputs * float(block.positions or 1) ** (a - a0),
+                examples / outputs * float(block.positions or 1) ** (b - b0),
             )
             for name, block in self.items()
         }
@@ -452,24 +456,15 @@ class EigenFactors(Operator):
     Args:
         blocks: the blocks.
         parts: for each Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d].
-        damping: is added to the eigenvalues.
-        power: of the eigenvalues, 1 or −1.
     """
 
-    def __init__(
-        self,
-        blocks: Mapping[str, Block],
-        parts: Mapping[str, tuple[Tensor, Tensor, Tensor]],
-        damping: float = 0.0,
-        power: int = 1,
-    ) -> None:
+    def __init__(self, blocks: Mapping[str, Block], parts: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         super().__init__(blocks)
-        self.parts, self.damping, self.power = dict(parts), damping, power
+        self.parts = dict(parts)
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
         q_a, q_b, values = self.parts[name]
-        turned = (q_b.mT @ rows @ q_a) * (values + self.damping) ** self.power
-        return q_b @ turned @ q_a.mT
+        return q_b @ ((q_b.mT @ rows @ q_a) * values) @ q_a.mT
 
     def inverse(self, damping: float) -> EigenFactors:
         """(self + λI)⁻¹.
@@ -478,7 +473,8 @@ class EigenFactors(Operator):
             ValueError: for a damping that is not positive.
         """
         _require_damping(damping)
-        return EigenFactors(self._blocks, self.parts, damping, -1)
+        parts = {name: (q_a, q_b, 1 / (values + damping)) for name, (q_a, q_b, values) in self.parts.items()}
+        return EigenFactors(self._blocks, parts)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det with the damping on the diagonal."""

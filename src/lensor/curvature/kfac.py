@@ -100,10 +100,10 @@ def kfac(
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     chosen = layers_of(model, layers, strict)
-    collected = Collector(chosen, approx, joint=bias == "joint")
+    collected = Collector(chosen, approx, bias == "joint", fisher)
     with undisturbed(model):
         for inputs, targets in batches(data):
-            collected.add(model, loss, inputs, targets, fisher, mc_samples, generator)
+            collected.add(model, loss, inputs, targets, mc_samples, generator)
     factors = collected.factors(str(loss.reduction), group)
     if check_finite:
         factors.check_finite()
@@ -112,12 +112,39 @@ def kfac(
 
 @dataclass
 class Sums:
-    """What is summed for a layer: A times the examples, roots of it while they are fewer than its rows, B."""
+    """What is summed for a layer: A times the examples, roots of it while they are fewer than its rows, B; positions.
+
+    `positions` is the number of the output's positions, 0 if batches differ in it; `ones` their sum over the examples.
+    """
 
     roots: list[Tensor] | None
-    a: Tensor | None
-    b: Tensor | None
-    positions: int
+    a: Tensor | None = None
+    b: Tensor | None = None
+    positions: int | None = None
+    ones: int = 0
+
+    def add_positions(self, positions: int, examples: int) -> None:
+        """Count the positions of some examples."""
+        self.positions = positions if self.positions in (None, positions) else 0
+        self.ones += positions * examples
+
+    def condense(self) -> None:
+        """Form A from the roots once they have as many rows as columns."""
+        if self.roots and sum(root.shape[1] for root in self.roots) >= self.roots[0].shape[2]:
+            formed = torch.cat(self.roots, 1)
+            formed = formed.mT @ formed
+            self.a = formed if self.a is None else self.a.add_(formed)
+            self.roots = []
+
+    def merge(self, other: Sums) -> None:
+        """Add what was summed elsewhere, which is not used after."""
+        self.a = other.a if self.a is None else self.a if other.a is None else self.a.add_(other.a)
+        self.b = other.b if self.b is None else self.b if other.b is None else self.b.add_(other.b)
+        if self.roots is not None:
+            self.roots += other.roots or []
+            self.condense()
+        self.positions = other.positions if self.positions in (None, other.positions) else 0
+        self.ones += other.ones
 
 
 class Collector:
@@ -127,12 +154,13 @@ class Collector:
         layers: the layers.
         approx: "expand" or "reduce".
         joint: whether a block holds weight and bias.
+        fisher: what stands for the Hessian of the loss; "forward-only" makes B the identity.
         keep_graph: whether somebody else propagates through the graph after.
     """
 
-    def __init__(self, layers: list[Layer], approx: str, joint: bool, keep_graph: bool = False) -> None:
-        self.layers, self.approx, self.joint, self.keep_graph = layers, approx, joint, keep_graph
-        self.sums = {layer.weight: Sums([] if approx == "reduce" else None, None, None, 1) for layer in layers}
+    def __init__(self, layers: list[Layer], approx: str, joint: bool, fisher: str, keep_graph: bool = False) -> None:
+        self.layers, self.approx, self.joint, self.fisher, self.keep_graph = layers, approx, joint, fisher, keep_graph
+        self.sums = {layer.weight: Sums([] if approx == "reduce" else None) for layer in layers}
         self.examples, self.outputs = 0, 1
         self.weight = 0.0
 
@@ -142,28 +170,32 @@ class Collector:
         loss: nn.Module,
         inputs: Any,
         targets: Tensor,
-        fisher: str,
         mc_samples: int,
         generator: torch.Generator | None,
     ) -> None:
         """One batch: a forward pass, and a backward pass to the layers' outputs for each column of the root."""
         batch = size_of(inputs)
-        if batch == 0:
-            raise ValueError("a batch holds no example")
         capture = Capture(self.layers, self.add_input, batch)
-        with capture.attached(), torch.set_grad_enabled(fisher != "forward-only"):
+        with capture.attached(), torch.set_grad_enabled(self.fisher != "forward-only"):
             outputs = call(model, inputs)
         capture.check()
-        root = LossRoot(loss, outputs, targets)
+        root = LossRoot(loss, outputs, targets, batch)
         self.count(batch, root.normaliser)
         self.outputs = outputs.numel() // batch
-        if fisher != "forward-only":
-            self.add_columns(capture, outputs, root.of(fisher, mc_samples, generator), root)
+        if self.fisher != "forward-only":
+            self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root)
 
     def count(self, batch: int, normaliser: float) -> None:
         """Count the examples of a batch, and what its mean loss is divided by."""
         self.examples += batch
         self.weight += normaliser
+
+    def merge(self, other: Collector) -> None:
+        """Add what another one collected of the same layers, which is not used after."""
+        self.count(other.examples, other.weight)
+        self.outputs = other.outputs
+        for name, sums in self.sums.items():
+            sums.merge(other.sums[name])
 
     def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], root: LossRoot) -> None:
         """A backward pass to the layers' outputs for each column of the root; the last one frees the graph's memory."""
@@ -182,17 +214,13 @@ class Collector:
         """A layer's input, in the layout of convolutions."""
         sums, spec = self.sums[layer.weight], layer.spec(x)
         joint = self.joint and layer.bias is not None
-        sums.positions = math.prod(spec.output_size)
+        sums.add_positions(math.prod(spec.output_size), len(x))
         if sums.roots is not None:
             root = network(ops.kfac_input_root, spec)(X=x)
             if joint:
                 root = torch.cat([root, root.new_ones((*root.shape[:2], 1))], 2)
             sums.roots.append(root)
-            if sum(root.shape[1] for root in sums.roots) >= root.shape[2]:
-                formed = torch.cat(sums.roots, 1)
-                formed = formed.mT @ formed
-                sums.a = formed if sums.a is None else sums.a.add_(formed)
-                sums.roots = []
+            sums.condense()
             return
         if self.approx == "expand":  # which treats positions as examples
             x = layer.as_examples(x)
@@ -233,25 +261,31 @@ class Collector:
             b = sums.b
             if b is not None:
                 b = b.div_(self.weight) if reduction == "mean" else b
-            blocks |= _blocks(layer, a, root, b, self.joint, self.approx, sums.positions)
+            if b is None:  # forward only, or no gradient has reached the layer
+                b = _constant(layer, a if a is not None else root, float(self.fisher == "forward-only"))
+            positions = sums.positions or 0
+            mean = sums.ones / self.examples
+            blocks |= _blocks(layer, a, root, b, self.joint, positions, mean if self.approx == "expand" else 1.0)
         return KroneckerFactors(blocks, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
 
 
-def _blocks(
-    layer: Layer, a: Tensor | None, root: Tensor | None, b: Tensor | None, joint: bool, approx: str, positions: int
-) -> dict[str, Block]:
-    """The blocks of one layer."""
-    like = a if a is not None else root
+def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:
+    """An output factor that is a multiple of the identity."""
     assert like is not None
-    if b is None:  # forward only
-        c_out = layer.output_channels // layer.groups
-        b = torch.eye(c_out, dtype=like.dtype, device=like.device).expand(layer.groups, c_out, c_out).contiguous()
+    c_out = layer.output_channels // layer.groups
+    return torch.eye(c_out, dtype=like.dtype, device=like.device).mul_(factor).repeat(layer.groups, 1, 1)
+
+
+def _blocks(
+    layer: Layer, a: Tensor | None, root: Tensor | None, b: Tensor, joint: bool, positions: int, ones: float
+) -> dict[str, Block]:
+    """The blocks of one layer; `ones` is the bias's input factor."""
     joint = joint and layer.bias is not None
     names = (layer.weight, layer.bias) if joint and layer.bias is not None else (layer.weight,)
     found = {layer.weight: Block(names, layer.weight_shape, layer.is_transposed, a, root, b, positions)}
     if layer.bias is not None and not joint:
         # The input of a bias is 1 at every position.
-        ones = b.new_full((layer.groups, 1, 1), positions if approx == "expand" else 1)
+        factor = b.new_full((layer.groups, 1, 1), ones)
         shape = (layer.output_channels,)
-        found[layer.bias] = Block((layer.bias,), shape, False, ones, None, b, positions)
+        found[layer.bias] = Block((layer.bias,), shape, False, factor, None, b, positions)
     return found

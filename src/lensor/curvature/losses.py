@@ -11,6 +11,7 @@ each v, different examples never share an entry, and Σ_v s_v s_vᵀ is the Hess
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,19 +28,26 @@ class LossRoot:
         loss: an nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, with reduction "mean" or "sum".
         outputs: the model's outputs for the batch, with a graph if gradients are asked for.
         targets: the targets; None if they are not at hand and every example counts the same.
+        examples: their number; the outputs may have several rows for each, the examples outermost.
 
     Raises:
         TypeError: for other losses.
         ValueError: for other reductions, or shapes that do not fit.
     """
 
-    def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor | None) -> None:
+    def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor | None, examples: int) -> None:
         require_loss(loss)
         self.loss, self.outputs, self.targets = loss, outputs, targets
+        if outputs.ndim == 0 or len(outputs) % examples:
+            raise ValueError(
+                f"the model returns {tuple(outputs.shape)} for {examples} examples, expected that many rows, or as many"
+                " for each example, the examples outermost"
+            )
+        self._rows = len(outputs) // examples
         f = outputs.detach()
         self.f = f if f.dtype in (torch.float32, torch.float64) else f.float()
         if isinstance(loss, nn.CrossEntropyLoss):
-            self.total, self.normaliser = _class_weights(loss, f, targets)
+            self.total, self.normaliser = _class_weights(loss, self.f, targets)
         else:
             if targets is not None and targets.shape != outputs.shape:
                 raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(outputs.shape)}")
@@ -54,7 +62,7 @@ class LossRoot:
         return self.normaliser**-0.5
 
     def columns(self) -> Iterator[Tensor]:
-        """The exact root, column by column: one for each entry of an example's outputs."""
+        """The exact root, column by column: one for each entry of an example's outputs, in each of its rows."""
         batch, entries = len(self.f), self.outputs.shape[1:].numel()
         diagonal = None if self.total is not None else self._diagonal_root().reshape(batch, entries)
         for place in range(entries):
@@ -63,7 +71,14 @@ class LossRoot:
                 column[:, place] = diagonal[:, place]
             else:
                 column = self._class_column(place)
-            yield (column.reshape(self.f.shape) * self._scale).to(self.outputs.dtype)
+            column = (column.reshape(self.f.shape) * self._scale).to(self.outputs.dtype)
+            if self._rows == 1:
+                yield column
+                continue
+            for row in range(self._rows):
+                alone = torch.zeros_like(column)
+                alone[row :: self._rows] = column[row :: self._rows]
+                yield alone
 
     def _class_column(self, place: int) -> Tensor:
         """√T (√p ⊙ e_c − p √p_c) at one position, for class c; zero at the others."""
@@ -82,7 +97,9 @@ class LossRoot:
         for _ in range(count):
             if self.total is not None:
                 p = self.f.softmax(1).movedim(1, -1)
-                drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+                drawn = torch.multinomial(p.nan_to_num(1.0).reshape(-1, p.shape[-1]), 1, generator=generator).reshape(
+                    p.shape[:-1]
+                )
                 hot = nn.functional.one_hot(drawn, p.shape[-1]).to(p.dtype)
                 column = ((p - hot) * self.total.sqrt()[..., None]).movedim(-1, 1)
             elif isinstance(self.loss, nn.MSELoss):
@@ -90,17 +107,21 @@ class LossRoot:
                 column = noise * 2**0.5
             else:
                 p = self.f.sigmoid()
-                hot = torch.bernoulli(p, generator=generator)
+                hot = torch.bernoulli(p.nan_to_num(0.5), generator=generator)
                 column = (p - hot) * self._weights().sqrt()
             yield (column * (self._scale * count**-0.5)).to(self.outputs.dtype)
 
     def gradient(self) -> Iterator[Tensor]:
         """The gradients of the examples' own losses: one column."""
         assert self.targets is not None
+        loss, targets, f = self.loss, self.targets, self.f
+        if f.dtype != self.outputs.dtype:  # half precision cannot count the targets of a mean
+            loss = copy.deepcopy(loss).to(f.dtype)
+            targets = targets.to(f.dtype) if targets.is_floating_point() else targets
         with torch.enable_grad():
-            f = self.outputs.detach().requires_grad_()
-            (found,) = torch.autograd.grad(self.loss(f, self.targets), f)
-        yield found * self.normaliser**0.5
+            f = f.detach().requires_grad_()
+            (found,) = torch.autograd.grad(loss(f, targets), f)
+        yield (found * self.normaliser**0.5).to(self.outputs.dtype)
 
     def of(self, fisher: str, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
         """The root that a Fisher matrix is made of; nothing for "forward-only"."""

@@ -171,8 +171,8 @@ def ggn_diagonal(
         >>> from lensor.curvature import ggn_diagonal
         >>> model, data = torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, 2))
         >>> ggn_diagonal(model, torch.nn.MSELoss(reduction="sum"), data)
-        {'weight': tensor([[8., 8., 8.],
-                [8., 8., 8.]]), 'bias': tensor([8., 8.])}
+        {'weight': tensor([[8.0000, 8.0000, 8.0000],
+                [8.0000, 8.0000, 8.0000]]), 'bias': tensor([8.0000, 8.0000])}
 
     Raises:
         TypeError: for a loss, model or data of another kind.
@@ -282,7 +282,7 @@ def ekfac(
     total = 0.0
     for inputs, targets in batches(data):
         batch = _Batch(model, chosen, inputs)
-        root = LossRoot(loss, batch.outputs, targets)
+        root = LossRoot(loss, batch.outputs, targets, batch.capture.batch)
         total += root.normaliser
         for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
             with torch.no_grad():
@@ -329,7 +329,7 @@ def empirical_ntk(
     _refuse_mixing(model)
     batch = _Batch(model, chosen, inputs)
     f = batch.outputs.detach()
-    if f.ndim != 2:
+    if f.ndim != 2 or len(f) != batch.capture.batch:
         raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
     n, c = f.shape
     units = [torch.zeros_like(f) for _ in range(c)]
@@ -365,7 +365,8 @@ def hessian_diagonal(
 
     Args:
         model: the model, in evaluation mode or without layers that mix examples.
-        loss: any loss of (outputs, targets) that is a sum or mean over examples and can be differentiated twice.
+        loss: any loss of (outputs, targets) that can be differentiated twice; for several batches one whose `reduction`
+            is "mean" or "sum".
         data: a pair (inputs, targets), or an iterable of pairs; the loss of all is that of each, averaged over examples
             for a mean.
         samples: number of draws; exact unless given.
@@ -386,7 +387,8 @@ def hessian_diagonal(
 
     Raises:
         TypeError: for a model or data of another kind.
-        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+        ValueError: for layers that are not known, tied, or do not run once, a model that mixes examples, or several
+            batches for a loss without reduction.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}, expected at least 1")
@@ -395,6 +397,8 @@ def hessian_diagonal(
     found: dict[str, Tensor] = {}
     total = 0.0
     for inputs, targets in batches(data):
+        if total and getattr(loss, "reduction", None) not in ("mean", "sum"):
+            raise ValueError("several batches need a loss whose reduction is 'mean' or 'sum', found none")
         batch = _Batch(model, chosen, inputs)
         share = _share(loss, batch.outputs, targets)
         total += share
@@ -448,7 +452,7 @@ def _share(loss: nn.Module, outputs: Tensor, targets: Tensor) -> float:
         require_loss(loss)
     except TypeError:
         return float(len(outputs))
-    return LossRoot(loss, outputs, targets).normaliser
+    return LossRoot(loss, outputs, targets, 1).normaliser
 
 
 def _propagated(
@@ -491,7 +495,7 @@ def _of_roots(
     total = 0.0
     for inputs, targets in batches(data):
         batch = _Batch(model, chosen, inputs)
-        root = LossRoot(loss, batch.outputs, targets)
+        root = LossRoot(loss, batch.outputs, targets, batch.capture.batch)
         share = root.normaliser
         total += share
         for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):

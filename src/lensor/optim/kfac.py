@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +28,9 @@ NONFINITE = ("raise", "skip")
 class KFAC(torch.optim.Optimizer):
     """Gradient descent with gradients multiplied by the damped inverse of Kronecker factors.
 
-    Factors are collected while the model runs in training mode: no closure, no change to the training loop. Parameters
-    without factors (normalisation, embeddings) are updated by the gradient itself.
+    Factors are collected while the model runs in training mode: no closure, no change to the training loop. A forward
+    pass counts if its gradients are those of the step. Parameters without factors (normalisation, embeddings) are
+    updated by the gradient itself.
 
     Args:
         model: the model, or a DistributedDataParallel one.
@@ -47,8 +51,10 @@ class KFAC(torch.optim.Optimizer):
         ema: how much of the old factors is kept at an update; 0 takes the new ones alone.
         factor_interval: steps between updates of factors.
         inverse_interval: steps between inversions.
-        accumulation_steps: backward passes before a step, each with the loss divided by this number.
-        layers: names of modules with factors; all known unless given.
+        accumulation_steps: backward passes before a step, each with the mean loss divided by this number (a sum stays
+            as it is).
+        layers: names of modules with factors; all known unless given. A bias that is not trained is left out of its
+            block.
         params: parameter groups with options of their own (lr, momentum, damping, weight_decay); one unless given.
         mc_samples: draws for each example, for "mc".
         seed: of the draws.
@@ -63,7 +69,7 @@ class KFAC(torch.optim.Optimizer):
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
         <torch._C.Generator ...>
         >>> model, loss = torch.nn.Linear(5, 3), torch.nn.CrossEntropyLoss()
-        >>> optimizer = KFAC(model, loss, lr=0.5, damping=0.01)
+        >>> optimizer = KFAC(model, loss, lr=0.5, damping=0.01, kl_clip=None)
         >>> x = torch.randn(64, 5)
         >>> y = x[:, :3].argmax(1)
         >>> for _ in range(10):
@@ -71,7 +77,7 @@ class KFAC(torch.optim.Optimizer):
         ...     value = loss(model(x), y)
         ...     value.backward()
         ...     optimizer.step()
-        >>> float(value) < 0.4
+        >>> value.item() < 0.2
         True
 
     Raises:
@@ -122,6 +128,8 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"ema must be in [0, 1), found {ema}")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
             raise ValueError(f"fisher={fisher!r} does not see targets, which this loss needs: take 'empirical'")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.loss, self.approx, self.fisher, self.method = loss, approx, fisher, method
         self.kl_clip, self.ema, self.mc_samples, self.nonfinite = kl_clip, ema, mc_samples, nonfinite
@@ -132,68 +140,110 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(list(named.values()) if params is None else params, options)
         held = {id(p) for one in self.param_groups for p in one["params"]}
         self._names = {name: p for name, p in named.items() if id(p) in held}
-        layers_here = [layer for layer in layers_of(self.model, layers) if layer.weight in self._names]
-        self.layers = [layer for layer in layers_here if not (layer.bias and layer.bias not in self._names)]
+        if not self._names:
+            raise ValueError("params holds none of the model's parameters that require gradients")
+        for one in self.param_groups:
+            if not one["damping"] > 0:
+                raise ValueError(f"damping must be positive, found {one['damping']} in a group of parameters")
+        self.layers = self._trained(layers)
         self._joint = bias == "joint"
         self.steps = 0
         self.factors: KroneckerFactors | None = None
         self._pending: Collector | None = None
         self._inverted: dict[str, Block] = {}
+        self._damped: dict[str, float] = {}
         self._inverse: dict[str, Inverse] = {}
         self._generator: torch.Generator | None = None
         self._seed = seed
-        self._capture: Capture | None = None
-        self._handles: list[RemovableHandle] = []
-        self._columns: Tensor | None = None
-        self._normaliser = 1.0
-        before, after = _hooks(weakref.ref(self))
-        self.model.register_forward_pre_hook(before, with_kwargs=True)
-        self.model.register_forward_hook(after, always_call=True)
+        self._running: tuple[_Pass, Capture] | None = None
+        self._warned = False
+        handles = self._hook()
+        weakref.finalize(self, _remove, handles)
+
+    def _trained(self, layers: Iterable[str] | None) -> list[Layer]:
+        """The layers whose weights this optimizer trains; a bias that it does not train is none of the block's."""
+        asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        found = []
+        for layer in layers_of(self.model, asked):
+            if layer.weight in self._names:
+                found.append(layer if layer.bias in self._names else replace(layer, bias=None))
+            elif asked is not None:
+                raise ValueError(f"layer {layer.name!r} has a weight that this optimizer does not train")
+        return found
 
     # ------------------------------------------------------------------------------------------------------ collecting
+    def _hook(self) -> list[RemovableHandle]:
+        """Hooks on model and layers for its whole life, in an order that lets the model be a layer itself."""
+        here: weakref.ref[KFAC] = weakref.ref(self)
+        handles = [self.model.register_forward_pre_hook(_Hook(here, "_before"), with_kwargs=True)]
+        for layer in self.layers:
+            before, after = _Hook(here, "_before_layer", layer), _Hook(here, "_after_layer", layer)
+            handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.module.register_forward_hook(after))
+        handles.append(self.model.register_forward_hook(_Hook(here, "_after"), always_call=True))
+        return handles
+
     def _before(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._detach()
+        self._running = None
         if not (self.model.training and torch.is_grad_enabled() and self.steps % self.factor_interval == 0):
             return
+        if all(p.grad is None for p in self._names.values()):
+            self._pending = None  # what was collected belongs to gradients that were given up
+        one = _Pass(Collector(self.layers, self.approx, self._joint, self.fisher, keep_graph=True))
+        on_output = partial(self._add_output, one) if self.fisher == "empirical" else None
         batch = size_of(arguments if arguments else named)
-        if self._pending is None:
-            self._pending = Collector(self.layers, self.approx, self._joint, keep_graph=True)
-        on_output = self._add_output if self.fisher == "empirical" else None
-        self._capture = Capture(self.layers, self._pending.add_input, batch, on_output)
-        self._handles = self._capture.attach()
+        self._running = one, Capture(self.layers, one.collected.add_input, batch, on_output)
 
-    def _after(self, out: Any) -> None:
-        capture = self._capture
-        self._detach()
-        if capture is None or self._pending is None or out is None:
+    def _before_layer(self, layer: Layer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self._running is not None:
+            self._running[1].before(layer, arguments, named)
+
+    def _after_layer(self, layer: Layer, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out if self._running is None else self._running[1].after(layer, out)
+
+    def _after(self, arguments: tuple[Any, ...], out: Any) -> None:
+        running, self._running = self._running, None
+        if running is None or out is None:  # None where the forward pass has raised
             return
+        one, capture = running
         capture.check()
         outputs = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if outputs is None:
             raise TypeError(f"the model returns a {type(out).__name__}, expected a tensor, or something with logits")
-        root = LossRoot(self.loss, outputs, None)
-        self._normaliser = root.normaliser
-        self._pending.count(capture.batch, root.normaliser)
-        if self.fisher in ("mc", "type-2"):
+        root = LossRoot(self.loss, outputs, None, capture.batch)
+        one.normaliser = root.normaliser
+        one.collected.count(capture.batch, root.normaliser)
+        if self.fisher == "empirical":
+            capture.require_gradients(self.layers)
+        elif self.fisher != "forward-only":
             if self._generator is None:
                 self._generator = torch.Generator(outputs.device).manual_seed(self._seed)
-            self._pending.add_columns(capture, outputs, root.of(self.fisher, self.mc_samples, self._generator), root)
+            columns = root.of(self.fisher, self.mc_samples, self._generator)
+            one.collected.add_columns(capture, outputs, columns, root)
+        if outputs.requires_grad:
+            outputs.register_hook(partial(self._use, one))
 
-    def _add_output(self, layer: Layer, gradient: Tensor) -> None:
+    def _use(self, one: _Pass, gradient: Tensor) -> None:
+        """Somebody propagates back through a pass: what it collected counts for the next step."""
+        if one.used_in is None:
+            if self._pending is None:
+                self._pending = one.collected
+            else:
+                self._pending.merge(one.collected)
+            one.used_in = self._pending
+
+    def _add_output(self, one: _Pass, layer: Layer, gradient: Tensor) -> None:
         """The gradient at a layer's output in the user's own backward pass: an example's own times √normaliser."""
+        self._use(one, gradient)
+        if one.used_in is not self._pending or self._pending is None:
+            return  # the step that it was for has been made or given up
         scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
-        factor = self._normaliser * (self.accumulation_steps / scale) ** 2
-        weight = factor * (self._normaliser if self.loss.reduction == "mean" else 1.0)
-        if self._pending is not None:
-            self._pending.add_output(layer, gradient, weight)
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._capture = [], None
+        mean = self.loss.reduction == "mean"
+        factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
+        self._pending.add_output(layer, gradient, factor * (one.normaliser if mean else 1.0))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, and factors that were collected for a step that was not made."""
+        """Forget gradients, and the factors that were collected with them; a pass yet to be propagated back stays."""
         self._pending = None
         super().zero_grad(set_to_none)
 
@@ -228,6 +278,16 @@ class KFAC(torch.optim.Optimizer):
         if new is not None:
             old = self.factors
             self.factors = new if old is None or self.ema == 0 else old.ema_(new, self.ema)
+        if (
+            self.factors is None
+            and not self._warned
+            and any(self._names[one.weight].grad is not None for one in self.layers)
+        ):
+            self._warned = True
+            warnings.warn(
+                "no factors were collected, steps are the gradient's: train() and forward() of the model given",
+                stacklevel=3,
+            )
         if self.factors is not None and (not self._inverse or self.steps % self.inverse_interval == 0):
             self._invert()
         directions = self._directions()
@@ -291,6 +351,7 @@ class KFAC(torch.optim.Optimizer):
     def _invert(self) -> None:
         assert self.factors is not None
         self._inverted = dict(self.factors)
+        self._damped = {name: self._damping(block) for name, block in self._inverted.items()}
         self._solve_mine()
 
     def _solve_mine(self) -> None:
@@ -302,7 +363,7 @@ class KFAC(torch.optim.Optimizer):
     def _inverse_of(self, name: str) -> Inverse:
         block = self._inverted[name]
         method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
-        return Inverse({name: block}, self._damping(block), method)
+        return Inverse({name: block}, self._damped[name], method)
 
     def _directions(self) -> dict[int, Tensor]:
         """Gradients times the inverse, for parameters with factors."""
@@ -352,6 +413,7 @@ class KFAC(torch.optim.Optimizer):
             "steps": self.steps,
             "factors": None if self.factors is None else self.factors.state_dict(),
             "inverted": inverted,
+            "damped": dict(self._damped),
             "generator": None if self._generator is None else self._generator.get_state(),
         }
         return {**super().state_dict(), "kfac": own}
@@ -366,10 +428,17 @@ class KFAC(torch.optim.Optimizer):
             raise KeyError("this is no state of lensor.optim.KFAC")
         own = state_dict["kfac"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+        ids = [one for group in state_dict["param_groups"] for one in group["params"]]
+        parameters = [one for group in self.param_groups for one in group["params"]]
+        for one, parameter in zip(ids, parameters, strict=True):  # torch has cast them to the parameters' dtype
+            known = state_dict["state"].get(one, {}).get("momentum_buffer")
+            if known is not None:
+                self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
         self.steps, self._pending, self._inverse = own["steps"], None, {}
         read = KroneckerFactors.from_state_dict
         self.factors = None if own["factors"] is None else read(own["factors"])
         self._inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
+        self._damped = dict(own["damped"])
         if self._inverted:
             self._solve_mine()
         if own["generator"] is not None:
@@ -378,20 +447,40 @@ class KFAC(torch.optim.Optimizer):
             self._generator.set_state(own["generator"])
 
 
-def _hooks(reference: weakref.ref[KFAC]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks on a model for an optimizer that may be gone, and that copies of the model take over and must not use."""
+@dataclass
+class _Pass:
+    """One forward pass: what it collected, what its mean loss is divided by, and for which step it counts."""
 
-    def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        optimizer = reference()
-        if optimizer is not None and optimizer.model is module:
-            optimizer._before(arguments, named)
+    collected: Collector
+    normaliser: float = 1.0
+    used_in: Collector | None = None
 
-    def after(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
-        optimizer = reference()
-        if optimizer is not None and optimizer.model is module:
-            optimizer._after(out)
 
-    return before, after
+class _Hook:
+    """A hook for an optimizer that may be gone. Copies and pickles of a model get one that does nothing."""
+
+    def __init__(self, optimizer: weakref.ref[KFAC], method: str, *given: Any) -> None:
+        self.optimizer, self.method, self.given = optimizer, method, given
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        optimizer = self.optimizer()
+        return None if optimizer is None else getattr(optimizer, self.method)(*self.given, *arguments)
+
+    def __reduce__(self) -> Any:
+        return _idle, ()
+
+
+def _idle() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _needs_targets(loss: nn.Module) -> bool:

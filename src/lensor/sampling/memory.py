@@ -65,7 +65,7 @@ def recommend(
         >>> import torch, lensor.sampling
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
         >>> lensor.sampling.recommend(model, torch.zeros(4, 3, 16, 16), 30_000)
-        {'i1': 0.75, 'i2': 0.75}
+        {'i1': 0.78125, 'i2': 0.78125}
 
     Raises:
         ValueError: if what cannot be sampled needs more than the budget alone, or no layer has the indices.

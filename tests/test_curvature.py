@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -221,15 +221,44 @@ def test_factors_of_every_loss(loss: str, approx: str) -> None:
 def test_a_loader_is_one_batch_with_all_of_it(loss: str, approx: str, fisher: str) -> None:
     net, shape = MODELS["groups, circular, transposed"]
     x, y = data_for(shape, LOSSES[loss], batch=6)
-    parts = [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:], y[4:])]
-    if loss == "cross entropy, ignored":
-        parts = [(x[:3], y[:3]), (x[3:], y[3:])]  # a mean over no target is not defined
+    parts = [(x[:1], y[:1]), (x[1:2], y[1:2]), (x[2:], y[2:])]  # with "ignored" no target of the second counts
     whole = kfac(net, LOSSES[loss], (x, y), approx=approx, fisher=fisher)
     found = kfac(net, LOSSES[loss], parts, approx=approx, fisher=fisher)
     assert found.examples == 6
     for name, block in whole.items():
         close(found[name].A, block.A)
         close(found[name].B, block.B)
+
+
+QUANTITIES: dict[str, Callable[..., Mapping[str, Tensor]]] = {
+    "ggn_diagonal": curvature.ggn_diagonal,
+    "ggn_mini_blocks": curvature.ggn_mini_blocks,
+    "hessian_diagonal": curvature.hessian_diagonal,
+    "ekfac": lambda net, loss, data: {"trace": curvature.ekfac(net, loss, data).trace()},
+}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_batch_of_which_no_target_counts_adds_nothing(quantity: str) -> None:
+    net, shape = MODELS["groups, circular, transposed"]
+    loss = nn.CrossEntropyLoss(ignore_index=1)
+    x, y = data_for(shape, loss, batch=6)
+    parts = [(x[:1], y[:1]), (x[1:2], y[1:2]), (x[2:], y[2:])]
+    whole, found = (QUANTITIES[quantity](net, loss, data) for data in ((x, y), parts))
+    for name, value in whole.items():
+        close(found[name], value)
+    with pytest.raises(ValueError, match="no target of the data counts"):
+        QUANTITIES[quantity](net, loss, parts[1])
+
+
+def test_batchmean_divides_by_examples() -> None:
+    net, loss = nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(1)).double(), nn.KLDivLoss(reduction="batchmean")
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
+    y = torch.cat([x, x[:, :1]], 1).softmax(1)
+    parts = [(x[:2], y[:2]), (x[2:], y[2:])]
+    whole, found = (curvature.hessian_diagonal(net, loss, data) for data in ((x, y), parts))
+    for name, value in whole.items():
+        close(found[name], value)
 
 
 @pytest.mark.parametrize("loss", ["squared error", "squared error, sum", "cross entropy", "cross entropy, sum"])
@@ -971,6 +1000,22 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "gradients are not recorded .* leave them out with layers=: first",
     ),
+    "no vector": (
+        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X)) @ 3,
+        TypeError,
+        "the vector is of type int, expected a tensor or a mapping from parameters to tensors",
+    ),
+    "a vector of another dtype": (
+        lambda: (
+            kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), bias="joint")
+            @ {
+                "weight": torch.ones(3, 3).double(),
+                "bias": torch.ones(3),
+            }
+        ),
+        TypeError,
+        "weight is of torch.float64, expected a tensor of the factors' torch.float32",
+    ),
     "output_size": (
         lambda: kfac(_Sized(), nn.MSELoss(), (X, torch.ones(4, 8))),
         ValueError,
@@ -995,7 +1040,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "batches without reduction": (
         lambda: curvature.hessian_diagonal(nn.Linear(3, 3), lambda f, t: (f - t).square().sum(), [(X, X), (X, X)]),
         ValueError,
-        "several batches need a loss whose reduction is 'mean' or 'sum'",
+        "several batches need a loss whose reduction is 'mean', 'batchmean' or 'sum'",
     ),
     "ntk of rows": (
         lambda: curvature.empirical_ntk(

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 
 import lensor
-from lensor import functional, ops, wisdom
+from lensor import ops, wisdom
 from lensor.network import Verbs
 
 pytest.importorskip("torch")  # lensor.nn and lensor.distributed need it
 
-MODULES = {"lensor": lensor, "lensor.ops": ops, "lensor.functional": functional, "lensor.nn": lensor.nn}
+PACKAGES = (lensor.curvature, lensor.functional, lensor.nn, lensor.ops, lensor.optim, lensor.sampling)
+MODULES = {"lensor": lensor} | {package.__name__: package for package in PACKAGES}
 
 WITHOUT_EXAMPLE = {
     "a module: what it holds has examples": {
-        *("lensor.distributed", "lensor.functional", "lensor.nn", "lensor.ops"),
+        *("lensor.curvature", "lensor.distributed", "lensor.functional", "lensor.nn", "lensor.ops"),
+        *("lensor.optim", "lensor.sampling"),
     },
     "a property that its one line describes": {
         *("lensor.ConvSpec.input_shape", "lensor.ConvSpec.ndim", "lensor.ConvSpec.output_shape"),
@@ -29,6 +31,7 @@ WITHOUT_EXAMPLE = {
         *("lensor.IndexPattern.is_identity", "lensor.IndexPattern.is_selection"),
         *("lensor.Network.canonical_order", "lensor.Plan.operands", "lensor.Plan.shape"),
     },
+    "a tuple of names": {"lensor.sampling.SCHEMES"},
     "as the property of Network": {
         f"lensor.Sum.{name}"
         for name in (
@@ -88,7 +91,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXEMPT))
 def test_an_exemption_is_needed(name: str) -> None:
     value = PUBLIC[name]
-    assert isinstance(value, (property, cached_property, ModuleType))
+    assert isinstance(value, (property, cached_property, ModuleType, tuple))
     assert ">>>" not in doc_of(value)
 
 

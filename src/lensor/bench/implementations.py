@@ -95,6 +95,8 @@ def _standard(operation: str) -> Way:
     def made(given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
         if operation == "input_vjp":
             given = {**given, "X": standard.kept_input(given["V"], spec)}
+        elif operation in ("weight_vjp", "per_example_weight_vjp"):
+            given = {**given, "W": standard.kept_weight(given["X"], spec)}
         return lambda: way(given, spec)
 
     return made

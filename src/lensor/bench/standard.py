@@ -1,7 +1,7 @@
 """The standard way of each operation: what one writes with torch alone.
 
-- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only. For
-  input_vjp the input is there, as after a forward pass; it is made before the time starts.
+- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only. The input
+  of input_vjp and the weight of weight_vjp are there, as after a forward pass; they are made before the time starts.
 - kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, for reduce the mean over positions, and one matrix
   product for each group. Where torch has no unfold (one or three dimensions, transposed convolutions) `Tensor.unfold`
   along each axis, for transposed convolutions of the input with zeros between its positions.
@@ -73,17 +73,22 @@ def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
     return found
 
 
+def kept_weight(x: Tensor, spec: ConvSpec) -> Tensor:
+    """The weight that the forward pass had; of which, too, torch's backward pass reads the shape only."""
+    return x.new_zeros(spec.weight_shape)
+
+
 def weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient by the weight."""
+    """The gradient by the weight. W is the weight that was kept."""
     x, padding = _padded(given["X"], spec)
-    return _gradient(1, x, x.new_empty(1).expand(spec.weight_shape), given["V"], spec, padding)
+    return _gradient(1, x, given["W"], given["V"], spec, padding)
 
 
 def per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient by the weight for every example."""
+    """The gradient by the weight for every example. W is the weight that was kept."""
 
     def one(x: Tensor, v: Tensor) -> Tensor:
-        return weight_vjp({"X": x[None], "V": v[None]}, spec)
+        return weight_vjp({"X": x[None], "W": given["W"], "V": v[None]}, spec)
 
     return torch.func.vmap(one)(given["X"], given["V"])
 

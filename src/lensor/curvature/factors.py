@@ -34,6 +34,14 @@ class Block:
         root: [groups, n, d] with A = rootᵀ root, or None.
         B: [groups, c, c].
         positions: positions of the layer's output; 0 if they differ between batches.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> data = torch.randn(5, 4, 6, 6), torch.randn(5, 2, 4, 4)
+        >>> block = kfac(torch.nn.Conv2d(4, 2, 3, groups=2), torch.nn.MSELoss(), data, bias="separate")["weight"]
+        >>> block.names, block.A.shape, block.B.shape, block.positions
+        (('weight',), torch.Size([2, 18, 18]), torch.Size([2, 1, 1]), 16)
     """
 
     names: tuple[str, ...]
@@ -153,6 +161,7 @@ class Operator(ABC):
         """The product with a vector, or with several.
 
         Raises:
+            TypeError: for what is no tensor nor a mapping of tensors of the factors' dtype.
             KeyError: if a parameter is missing or not known.
             ValueError: if a shape does not fit.
         """
@@ -185,7 +194,7 @@ class Operator(ABC):
         return torch.cat(flat, -1)
 
     def linear_operator(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors.
+        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors; of float32 for factors in bfloat16.
 
         Raises:
             ModuleNotFoundError: if SciPy is not installed.
@@ -197,19 +206,26 @@ class Operator(ABC):
         def product(vector: Any) -> Any:
             tensor = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
             columns = tensor.reshape(self.size, -1).mT
-            return (self @ columns).mT.reshape(tensor.shape).cpu().numpy()
+            return (self @ columns).mT.reshape(tensor.shape).cpu().to(outside).numpy()
 
-        kind = torch.zeros((), dtype=like.dtype).numpy().dtype
+        outside = torch.float32 if like.dtype == torch.bfloat16 else like.dtype  # which NumPy has not
+        kind = torch.zeros((), dtype=outside).numpy().dtype
         options: dict[str, Any] = {"matvec": product, "matmat": product, "rmatvec": product, "rmatmat": product}
         return LinearOperator(shape=(self.size, self.size), dtype=kind, **options)  # type: ignore[call-arg]
 
     def _check(self, vectors: Vectors) -> None:
-        shapes = self.shapes
+        if not isinstance(vectors, Mapping):
+            kind = type(vectors).__name__
+            raise TypeError(f"the vector is of type {kind}, expected a tensor or a mapping from parameters to tensors")
+        dtype, shapes = next(iter(self._blocks.values())).B.dtype, self.shapes
         if set(vectors) != set(shapes):
             missing, more = sorted(set(shapes) - set(vectors)), sorted(set(vectors) - set(shapes))
             raise KeyError(f"missing parameters: {missing}, unknown ones: {more}")
         fronts = set()
         for name, shape in shapes.items():
+            if not isinstance(vectors[name], Tensor) or vectors[name].dtype != dtype:
+                kind = getattr(vectors[name], "dtype", type(vectors[name]).__name__)
+                raise TypeError(f"{name} is of {kind}, expected a tensor of the factors' {dtype}")
             found = tuple(vectors[name].shape)
             cut = len(found) - len(shape)
             if cut < 0 or found[cut:] != shape:
@@ -413,7 +429,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes; it can be saved with `torch.save`."""
+        """What `from_state_dict` takes; it can be saved with `torch.save`."""
         blocks = {
             name: {
                 "names": list(block.names),
@@ -456,6 +472,15 @@ class EigenFactors(Operator):
     Args:
         blocks: the blocks.
         parts: for each Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d].
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> factors = kfac(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+        >>> eigen = factors.eigh()
+        >>> vector = torch.randn(factors.size)
+        >>> torch.allclose(eigen @ vector, factors @ vector, atol=1e-5)
+        True
     """
 
     def __init__(self, blocks: Mapping[str, Block], parts: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -486,7 +511,16 @@ class EigenFactors(Operator):
 
 
 class Inverse(Operator):
-    """The damped inverse of Kronecker factors; see `KroneckerFactors.inverse`."""
+    """The damped inverse of Kronecker factors; see `KroneckerFactors.inverse`.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> factors = kfac(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+        >>> inverse, vector = factors.inverse(damping=0.1), torch.randn(factors.size)
+        >>> torch.allclose(inverse @ (factors @ vector + 0.1 * vector), vector, atol=1e-4)
+        True
+    """
 
     def __init__(self, blocks: Mapping[str, Block], damping: float, method: str) -> None:
         super().__init__(blocks)

@@ -16,7 +16,7 @@ from lensor.conventions import MODEL_CONVENTIONS
 from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
 from lensor.curvature.distribution import gather
 from lensor.curvature.factors import Block, KroneckerFactors
-from lensor.curvature.losses import FISHERS, LossRoot, require_loss
+from lensor.curvature.losses import FISHERS, LossRoot, require_counted, require_loss
 from lensor.curvature.networks import network
 from lensor.errors import require_choice
 
@@ -260,7 +260,7 @@ class Collector:
                 root = root * self.examples**-0.5
             b = sums.b
             if b is not None:
-                b = b.div_(self.weight) if reduction == "mean" else b
+                b = b.div_(require_counted(self.weight)) if reduction == "mean" else b
             if b is None:  # forward only, or no gradient has reached the layer
                 b = _constant(layer, a if a is not None else root, float(self.fisher == "forward-only"))
             positions = sums.positions or 0

@@ -33,6 +33,9 @@ class LossRoot:
     Raises:
         TypeError: for other losses.
         ValueError: for other reductions, or shapes that do not fit.
+
+    Attributes:
+        normaliser: Z; zero if no target of the batch counts in a mean.
     """
 
     def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor | None, examples: int) -> None:
@@ -54,12 +57,11 @@ class LossRoot:
             self.total, self.normaliser = None, float(outputs.numel())
         if loss.reduction == "sum":
             self.normaliser = 1.0
-        if self.normaliser == 0:
-            raise ValueError("no target of the batch counts: the mean loss is not defined")
 
     @property
     def _scale(self) -> float:
-        return self.normaliser**-0.5
+        """What columns are divided by; a batch of which no target counts has columns of zeros."""
+        return self.normaliser**-0.5 if self.normaliser else 0.0
 
     def columns(self) -> Iterator[Tensor]:
         """The exact root, column by column: one for each entry of an example's outputs, in each of its rows."""
@@ -115,6 +117,9 @@ class LossRoot:
         """The gradients of the examples' own losses: one column."""
         assert self.targets is not None
         loss, targets, f = self.loss, self.targets, self.f
+        if not self.normaliser:  # where torch's mean is 0/0
+            yield torch.zeros_like(self.outputs)
+            return
         if f.dtype != self.outputs.dtype:  # half precision cannot count the targets of a mean
             loss = copy.deepcopy(loss).to(f.dtype)
             targets = targets.to(f.dtype) if targets.is_floating_point() else targets
@@ -150,6 +155,13 @@ class LossRoot:
             return torch.full_like(self.f, 2**0.5)
         p = self.f.sigmoid()
         return (p * (1 - p) * self._weights()).sqrt()
+
+
+def require_counted(total: float) -> float:
+    """What a mean over all of the data divides by; ValueError if it is zero."""
+    if not total:
+        raise ValueError("no target of the data counts: the mean loss is not defined")
+    return total
 
 
 def require_loss(loss: nn.Module) -> None:

@@ -21,7 +21,7 @@ from lensor.curvature.capture import (
     undisturbed,
 )
 from lensor.curvature.factors import EigenFactors, KroneckerFactors
-from lensor.curvature.losses import LossRoot, require_loss
+from lensor.curvature.losses import LossRoot, require_counted, require_loss
 from lensor.curvature.networks import network
 from lensor.errors import require_choice
 from lensor.network import AnyNetwork
@@ -295,7 +295,7 @@ def ekfac(
                         q_a, q_b, _ = eigen.parts[name]
                         turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a
                         values[name] += turned.square().sum(0) * root.normaliser
-    share = total if loss.reduction == "mean" else 1.0
+    share = require_counted(total) if loss.reduction == "mean" else 1.0
     parts = {name: (q_a, q_b, values[name] / share) for name, (q_a, q_b, _) in eigen.parts.items()}
     return EigenFactors(dict(factors), parts)
 
@@ -366,7 +366,7 @@ def hessian_diagonal(
     Args:
         model: the model, in evaluation mode or without layers that mix examples.
         loss: any loss of (outputs, targets) that can be differentiated twice; for several batches one whose `reduction`
-            is "mean" or "sum".
+            is "mean", "batchmean" or "sum".
         data: a pair (inputs, targets), or an iterable of pairs; the loss of all is that of each, averaged over examples
             for a mean.
         samples: number of draws; exact unless given.
@@ -397,10 +397,12 @@ def hessian_diagonal(
     found: dict[str, Tensor] = {}
     total = 0.0
     for inputs, targets in batches(data):
-        if total and getattr(loss, "reduction", None) not in ("mean", "sum"):
-            raise ValueError("several batches need a loss whose reduction is 'mean' or 'sum', found none")
+        if total and getattr(loss, "reduction", None) not in (*_MEANS, "sum"):
+            raise ValueError("several batches need a loss whose reduction is 'mean', 'batchmean' or 'sum', found none")
         batch = _Batch(model, chosen, inputs)
         share = _share(loss, batch.outputs, targets)
+        if not share:  # no target counts, and the batch's own loss is 0/0
+            continue
         total += share
         with torch.enable_grad():
             value = loss(batch.outputs, targets)
@@ -413,8 +415,8 @@ def hessian_diagonal(
                     curved = batch.capture.gradients(gradient, z, keep=True, only=layer)[layer.weight]
                 with torch.no_grad():
                     _add(found, _quadratic(layer, x, z, curved), share / (samples or 1))
-    mean = getattr(loss, "reduction", "mean") == "mean"
-    return {name: value / total if mean else value for name, value in found.items()}
+    share = require_counted(total) if getattr(loss, "reduction", "mean") in _MEANS else 1.0
+    return {name: value / share for name, value in found.items()}
 
 
 def _quadratic(layer: Layer, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:
@@ -444,9 +446,13 @@ def _directions(like: Tensor, samples: int | None, generator: torch.Generator | 
         yield unit
 
 
+_MEANS = ("mean", "batchmean")
+"""Reductions that divide by what a batch counts."""
+
+
 def _share(loss: nn.Module, outputs: Tensor, targets: Tensor) -> float:
     """What a batch counts in the mean over all of the data; 1 for a sum."""
-    if getattr(loss, "reduction", "mean") != "mean":
+    if getattr(loss, "reduction", "mean") not in _MEANS:
         return 1.0
     try:
         require_loss(loss)
@@ -506,7 +512,8 @@ def _of_roots(
                     if layer.bias is not None:
                         parts[layer.bias] = over_positions(s, 3).square().sum((0, 1))
                     _add(found, parts, share)
-    return {name: value / total if loss.reduction == "mean" else value for name, value in found.items()}
+    share = require_counted(total) if loss.reduction == "mean" else 1.0
+    return {name: value / share for name, value in found.items()}
 
 
 def _check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:

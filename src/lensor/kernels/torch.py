@@ -463,7 +463,7 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
         return input_grad
 
     def weight_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        like = x.new_empty(1).expand(step.size)
+        like = x.new_empty(step.size)  # read for its shape only; an expanded one would be copied
         return torch.ops.aten.convolution_backward(
             v, x, like, None, stride, padding, dilation, False, [0] * dims, groups, [False, True, False]
         )[1]

@@ -23,6 +23,12 @@ class Draw:
         positions: the positions, ascending, int64.
         keep: the probability with which each was kept; None if they differ.
         weights: one over the probability of each, if they differ.
+
+    Example:
+        >>> from lensor.sampling import draw
+        >>> kept = draw(8, 0.25, "fixed")
+        >>> kept.positions.shape, kept.keep, kept.weights
+        (torch.Size([2]), Fraction(1, 4), None)
     """
 
     positions: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from lensor.bench import implementations as implementations_module
 from lensor.bench import run as run_module
 from lensor.bench.implementations import IMPLEMENTATIONS, Implementation
 from lensor.bench.layers import KINDS
-from lensor.bench.measure import bytes_of, extra_bytes, interleaved, relative_error
+from lensor.bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
 from lensor.bench.operations import OPERATIONS, STANDARD
 from lensor.bench.overhead import CASES
 from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios, summaries, worst
@@ -147,6 +149,15 @@ def test_calls_are_interleaved_and_take_turns() -> None:
     assert [len(one.seconds) for one in times] == [3, 3, 3]
     assert all(one.minimum <= one.median for one in times)
     assert len(interleaved([call(0)], seconds=60.0, least=1, most=4)[0].seconds) == 4
+
+
+@pytest.mark.parametrize("count", range(2, 8))
+def test_every_call_comes_after_every_other_one_equally_often(count: int) -> None:
+    orders = balanced_orders(count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(pairs) == set(itertools.permutations(range(count), 2))
+    assert set(pairs.values()) == {1 + count % 2}
 
 
 def test_extra_bytes_are_beside_the_result_and_count_what_is_kept() -> None:

@@ -1,7 +1,8 @@
 """Times of several calls side by side, and the memory that a call takes.
 
-Times: all calls in one process, interleaved, in turns first and last, after a warm-up; minimum and median. On a GPU by
-device events.
+Times: all calls in one process, interleaved, after a warm-up; minimum and median. What a call leaves in the caches is
+the next one's start, so the order changes from round to round until each call has come right after each other one. On
+a GPU by device events.
 
 Memory on the CPU: the most bytes that are alive at once in torch's allocator while one call runs, from the allocations
 and releases that torch's profiler records, in the order of their times. Operands are not counted, the result is. It is
@@ -129,19 +130,35 @@ def interleaved(
     """
     once = _cuda_seconds if device is not None and device.type == "cuda" else _seconds
     found: list[list[float]] = [[] for _ in calls]
+    orders = balanced_orders(len(calls))
     gc.collect()
     gc.disable()
     try:
         end = perf_counter() + seconds
         rounds = 0
         while rounds < least or (rounds < most and perf_counter() < end):
-            for at in range(len(calls)):
-                side = (at + rounds) % len(calls)
+            for side in orders[rounds % len(orders)]:
                 found[side].append(once(calls[side]))
             rounds += 1
     finally:
         gc.enable()
     return [Times(tuple(seconds)) for seconds in found]
+
+
+def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:
+    """Orders of so many calls in which each comes right after each other one equally often.
+
+    Example:
+        >>> from lensor.bench.measure import balanced_orders
+        >>> balanced_orders(4)
+        ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
+
+    Equation:
+        Williams (1949): 0, 1, n−1, 2, n−2, … shifted by 0 to n−1; for odd n the same backwards, too.
+    """
+    first = [at // 2 + 1 if at % 2 else (count - at // 2) % count for at in range(count)]
+    orders = [tuple((at + shift) % count for at in first) for shift in range(count)]
+    return (*orders, *(order[::-1] for order in orders if count % 2))
 
 
 def _seconds(call: Call) -> float:

@@ -32,7 +32,7 @@ from lensor.bench.layers import KINDS
 from lensor.bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
 from lensor.bench.operations import OPERATIONS, STANDARD
 from lensor.bench.overhead import CASES
-from lensor.bench.report import FASTEST, Options, markdown, parse_target, ratios, summaries, worst
+from lensor.bench.report import FASTEST, Options, bounds, markdown, parse_target, ratios, summaries, worst
 from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from lensor.bench.run import Bench
 from lensor.bench.settings import Settings
@@ -604,6 +604,8 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
         (["--device", "tpu"], "unknown device 'tpu', expected one of cpu"),
         (["report", "no-such-file.csv"], "cannot read no-such-file.csv: No such file"),
         (["report", "README.md"], "README.md is no results file"),
+        (["report", "r.csv", "--roof", "1", "2"], "--roof is for report.md, which --out FOLDER writes"),
+        (["report", "r.csv", "--roof", "0", "2", "--out", "o"], "--roof is 0 2, expected two positive numbers"),
         (["--ops", "forward", "growth", "out"], "--ops before growth is ignored: give options behind the command"),
         (["models", "--csv", "."], "cannot write .: it is a folder"),
     ],
@@ -632,6 +634,16 @@ def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch)
     assert "peer" not in {one.name for one in Bench(TINY).implementations}
     with pytest.raises(BenchError, match=r"peer is not installed: install lensor\[bench\], or some-peer"):
         Bench(replace(TINY, implementations=("peer",)))
+
+
+def test_bounds_are_the_larger_of_flops_and_bytes_over_their_rates() -> None:
+    spec = lensor.ConvSpec(4, 8, (6, 6), 3)
+    one = replace(row("weight_vjp", spec=spec, minimum=0.5, standard=2.0), setting=Setting(2, 1, "float32", "cpu", 1))
+    flops, moved = 2 * 2 * 8 * 16 * 4 * 9, 4 * (2 * 4 * 36 + 2 * 8 * 16 + 8 * 4 * 9)
+    assert "| weight_vjp | general | lensor | 1 | 0.50 | 0.25 |" in bounds([one], (flops, 2 * moved))
+    assert "| weight_vjp | general | lensor | 1 | 2.00 | 0.25 |" in bounds([one], (flops, moved / 4))
+    standard = row("weight_vjp", STANDARD, spec, minimum=2.0)
+    assert "What bounds" in markdown([standard, one], Options(roof=(1.0, 1.0)))
 
 
 def test_relative_error_is_over_the_largest_entry() -> None:

@@ -338,10 +338,19 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
             list[str] | None, typer.Option(help="Median that is wanted: OPERATION=RATIO or OPERATION:KIND=RATIO.")
         ] = None,
         slack: Annotated[float, typer.Option(min=0.0, help="Microseconds that do not count as slower.")] = 0.0,
+        roof: Annotated[
+            tuple[float, float] | None,
+            typer.Option(help="Gflop/s and GB/s that the machine can reach: report.md says what they bound."),
+        ] = None,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
     ) -> None:
         try:
-            options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6)
+            if roof is not None and min(roof) <= 0:
+                raise BenchError(f"--roof is {roof[0]:g} {roof[1]:g}, expected two positive numbers")
+            if roof is not None and out is None:
+                raise BenchError("--roof is for report.md, which --out FOLDER writes")
+            rates = None if roof is None else (roof[0] * 1e9, roof[1] * 1e9)
+            options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6, rates)
             rows = read(file)
             if not rows:
                 raise BenchError(f"{file} holds no rows yet")

@@ -87,11 +87,14 @@ class Options:
         against: the implementation whose time is 1, or "fastest": for each convolution the fastest that is not Lensor.
         targets: medians that are wanted, under (operation, kind) with the kind "all" for all.
         slack: seconds by which a slower time counts as equal.
+        roof: the most flops and the most bytes of operands and result in a second, which bound times from below; None
+            to leave the bounds out.
     """
 
     against: str = STANDARD
     targets: tuple[tuple[tuple[str, str], float], ...] = ()
     slack: float = 0.0
+    roof: tuple[float, float] | None = None
 
 
 def parse_target(text: str) -> tuple[tuple[str, str], float]:
@@ -223,6 +226,8 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
     lines += [f"![{name}]({name})\n" for name in pictures]
     lines += ["## By operation and kind", ""]
     lines += table(HEADINGS, (summary.cells for summary in summaries(rows, options)), 3)
+    if options.roof is not None:
+        lines += bounds(rows, options.roof)
     lines += [f"## The {_WORST} worst ratios of Lensor", ""]
     lines += [
         "Beside the time, what is physically needed: the flops of the plan with the fewest, and the bytes of operands"
@@ -230,7 +235,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         "",
     ]
     headings = ("operation", "implementation", "nets", "convolution", "kind", "ratio", "ms", "Mflop", "MB", "Gflop/s")
-    lines += table((*headings, "GB/s"), (_limits(ratio) for ratio in worst(rows, options)), 5)
+    lines += table((*headings, "GB/s"), (_rates(ratio) for ratio in worst(rows, options)), 5)
     lines += without_time(rows)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -253,13 +258,50 @@ def worst(rows: Sequence[Row], options: Options) -> list[Ratio]:
     return sorted(mine, key=lambda ratio: -ratio.value)[:_WORST]
 
 
-def _limits(ratio: Ratio) -> tuple[object, ...]:
+def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
+    """A section on the least time that a machine could take, beside what Lensor takes: medians over convolutions.
+
+    Args:
+        rows: of a results file.
+        roof: the most flops and the most bytes in a second.
+    """
+    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        standard, mine = row.found.standard_minimum, row.found.minimum
+        if row.implementation.startswith("lensor") and standard and mine:
+            flops, moved = _limit(row)
+            least = max(flops / roof[0], moved / roof[1])
+            key = (row.operation, row.layer.spec.kind, row.implementation)
+            found.setdefault(key, []).append((least / standard, mine / standard))
+    cells = [
+        (operation, kind, name, len(of), *(digits(statistics.median(one)) for one in zip(*of, strict=True)))
+        for operation in OPERATIONS
+        for kind in KINDS
+        for (on, of_kind, name), of in found.items()
+        if (on, of_kind) == (operation, kind)
+    ]
+    return [
+        "## What bounds the times",
+        "",
+        f"The least time is that of the plan with the fewest flops at {roof[0] / 1e9:g} Gflop/s, or of moving operands"
+        f" and result once at {roof[1] / 1e9:g} GB/s, whichever is more; both columns are over the standard way's"
+        " time.",
+        "",
+        *table(("operation", "kind", "implementation", "n", "least, median", "found, median"), cells, 3),
+    ]
+
+
+def _limit(row: Row) -> tuple[int, int]:
+    """The fewest flops, and the bytes of operands and result."""
+    setting = row.setting
+    size = _ITEMSIZES[setting.dtype]
+    return OPERATIONS[row.operation].physical_limit(row.layer.spec, setting.batch, setting.columns, size)
+
+
+def _rates(ratio: Ratio) -> tuple[object, ...]:
     row = ratio.row
-    setting, seconds = row.setting, row.found.minimum or math.inf
-    limit = OPERATIONS[row.operation].physical_limit(
-        row.layer.spec, setting.batch, setting.columns, _ITEMSIZES[setting.dtype]
-    )
-    flops, moved = limit
+    seconds = row.found.minimum or math.inf
+    flops, moved = _limit(row)
     layer = row.layer
     return (
         *(row.operation, row.implementation, layer.model, layer.label.partition(" ")[2], layer.kind),

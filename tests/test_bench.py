@@ -151,6 +151,14 @@ def test_calls_are_interleaved_and_take_turns() -> None:
     assert len(interleaved([call(0)], seconds=60.0, least=1, most=4)[0].seconds) == 4
 
 
+def test_a_call_that_had_its_time_leaves_and_the_first_stays() -> None:
+    def waits(seconds: float) -> Callable[[], torch.Tensor]:
+        return lambda: time.sleep(seconds) or torch.zeros(())  # type: ignore[func-returns-value]
+
+    times = interleaved([waits(0.02), waits(0.03), waits(0.0)], seconds=0.05, least=2, most=6)
+    assert [len(one.seconds) for one in times] == [6, 2, 6]
+
+
 @pytest.mark.parametrize("count", range(2, 8))
 def test_every_call_comes_after_every_other_one_equally_often(count: int) -> None:
     orders = balanced_orders(count)

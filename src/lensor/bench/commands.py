@@ -93,7 +93,7 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
         seconds: Annotated[
-            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+            float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
         ] = 0.1,
         times: Annotated[bool, typer.Option("--times/--no-times", help="Whether anything is measured.")] = True,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
@@ -131,7 +131,7 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
         seconds: Annotated[
-            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+            float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
         ] = 0.2,
         cifar: Annotated[
             Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs measures too.")
@@ -206,7 +206,7 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         limit: Annotated[int | None, typer.Option(min=1, help="No more convolutions than this.")] = None,
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
         seconds: Annotated[
-            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+            float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
         ] = 0.3,
         out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
         resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
@@ -244,7 +244,7 @@ def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
         seconds: Annotated[
-            float, typer.Option(min=0.0, help="Rounds go on for so long, times the number of implementations.")
+            float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
         ] = 0.3,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,

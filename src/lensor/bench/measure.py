@@ -121,28 +121,34 @@ def interleaved(
 ) -> list[Times]:
     """Times of warm calls, interleaved.
 
+    A call that has had its time leaves the rounds; the first, with which the others are compared, stays to the end, so
+    that it has as many rounds as any.
+
     Args:
         calls: what is timed.
-        seconds: rounds go on while all of them together take less.
-        least: the least number of rounds.
+        seconds: how long each call is timed, all its rounds together.
+        least: the least number of rounds, whatever they take.
         most: the most.
         device: where the calls run, the CPU unless given.
     """
     once = _cuda_seconds if device is not None and device.type == "cuda" else _seconds
     found: list[list[float]] = [[] for _ in calls]
     orders = balanced_orders(len(calls))
+    left = set(range(len(calls)))
+    rounds = 0
     gc.collect()
     gc.disable()
     try:
-        end = perf_counter() + seconds
-        rounds = 0
-        while rounds < least or (rounds < most and perf_counter() < end):
+        while left:
             for side in orders[rounds % len(orders)]:
-                found[side].append(once(calls[side]))
+                if side in left or side == 0:
+                    found[side].append(once(calls[side]))
             rounds += 1
+            if rounds >= least:
+                left = {side for side in left if rounds < most and sum(found[side]) < seconds}
     finally:
         gc.enable()
-    return [Times(tuple(seconds)) for seconds in found]
+    return [Times(tuple(one)) for one in found]
 
 
 def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:

@@ -144,7 +144,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         for approx in _APPROX
     }
     del results
-    times = interleaved([_silent(call) for call in ways.values()], seconds * len(ways), 3, repeats)
+    times = interleaved([_silent(call) for call in ways.values()], seconds, 3, repeats)
     shortest = {way: found.minimum for way, found in zip(ways, times, strict=True)}
     for way, time in shortest.items():
         beyond = time - shortest["forward and backward"]

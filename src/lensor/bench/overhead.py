@@ -90,7 +90,7 @@ def measure(seconds: float = _SECONDS) -> Iterable[Overhead]:
             ready = runnable(compile(case.network, case.shapes, like=next(iter(arrays.values()))), load("torch"))
             raw = partial(ready.steps, *(arrays[name] for name in ready.names))
             call = partial(case.function, *arrays.values())
-            pair = interleaved([_repeated(raw), _repeated(call)], seconds, most=_ROUNDS)
+            pair = interleaved([_repeated(raw), _repeated(call)], seconds / 2, most=_ROUNDS)
             yield Overhead(name, gradient, *(1e6 * times.minimum / _CALLS for times in pair))
 
 

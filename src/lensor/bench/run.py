@@ -158,7 +158,7 @@ class Bench:
                 call()
             times = interleaved(
                 tuple(calls.values()),
-                self.settings.seconds * len(calls),
+                self.settings.seconds,
                 min(_LEAST, self.settings.repeats),
                 self.settings.repeats,
                 self.device,

@@ -111,7 +111,7 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
         calls = {name: partial(step, one) for name, one in ways.items()}
         for call in calls.values():
             call()  # plans
-        times = interleaved(list(calls.values()), seconds * len(calls), min(2, repeats), repeats)
+        times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
         rows = []
         for (name, call), found in zip(calls.items(), times, strict=True):
             saved = sampling.saved_bytes(ways[name], x)
@@ -158,7 +158,7 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
                         given[f"{index}_positions"] = found.positions
                     calls.append(partial(sampled, X=part, V=v, **given))
                     named.append((" ".join(rates), keep))
-            times = interleaved(calls, seconds * len(calls), min(5, repeats), repeats)
+            times = interleaved(calls, seconds, min(5, repeats), repeats)
             exact = min(times[0].minimum, times[1].minimum)
             for (indices, keep), found in zip(named, times[2:], strict=True):
                 layer = f"{channels}→{channels} 3×3 @{size}²"

@@ -21,7 +21,7 @@ class Settings:
         device: "cpu" or "cuda".
         limit: no more convolutions than this, the first.
         repeats: no more rounds than this.
-        seconds: rounds go on for so long, times the number of implementations; at least three are made.
+        seconds: for how long each implementation is timed, in at least three rounds.
     """
 
     operations: tuple[str, ...] = ()

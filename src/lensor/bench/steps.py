@@ -72,7 +72,7 @@ def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) ->
             setup = SETUPS[name]
             calls = {"SGD": _steps(setup, None)}
             calls |= {one: _steps(setup, options) for one, options in OPTIMIZERS.items()}
-            times = interleaved(list(calls.values()), seconds * len(calls), min(2, repeats), repeats)
+            times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
             for optimizer, found in zip(calls, times, strict=True):
                 yield StepTime(name, optimizer, found.minimum / INTERVAL, found.minimum / times[0].minimum)
 

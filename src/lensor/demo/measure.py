@@ -76,5 +76,5 @@ def compare(layer: Layer, x: torch.Tensor, approx: str, seconds: float, least: i
         (lensor_peak, found), (standard_peak, expected) = peak_bytes(mine), peak_bytes(theirs)  # and the warm-up
         error = relative_error(found, expected)
         del found, expected
-        one, two = interleaved((mine, theirs), seconds, least)
+        one, two = interleaved((mine, theirs), seconds / 2, least)
     return Comparison(layer, approx, error, one, two, lensor_peak, standard_peak)

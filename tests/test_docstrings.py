@@ -28,6 +28,7 @@ WITHOUT_EXAMPLE = {
     "a property that its one line describes": {
         *("lensor.ConvSpec.input_shape", "lensor.ConvSpec.ndim", "lensor.ConvSpec.output_shape"),
         *("lensor.Delta.legs", "lensor.Ones.legs"),
+        *("lensor.Drawing.crossings", "lensor.Drawing.svg", "lensor.Drawing.tikz"),
         *("lensor.IndexPattern.is_identity", "lensor.IndexPattern.is_selection"),
         *("lensor.Network.canonical_order", "lensor.Plan.operands", "lensor.Plan.shape"),
     },

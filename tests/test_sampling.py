@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lensor
 import lensor.sampling as sampling
+from lensor import execute
 from lensor.sampling import SCHEMES, Draw
 from lensor.sampling.functional import names_of
 from tests.strategies import specs
@@ -50,9 +51,10 @@ def draws_of(keep: Keep, sizes: Mapping[str, int], scheme: str, x: Tensor, seed:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, rate in keep.items():
-        if rate < 1:
+        whole = scheme in ("fixed", "blocks") and max(1, round(sizes[name] * rate)) >= sizes[name]
+        if rate < 1 and not whole:
             axes = [axis for axis, other in enumerate(sizes) if other != name]
-            norms = x.detach().reshape(tuple(sizes.values())).float().square().sum(axes).sqrt()
+            norms = x.detach().reshape(tuple(sizes.values())).square().sum(axes).sqrt()
             found[name] = sampling.draw(sizes[name], rate, scheme, norms=norms, generator=generator)
     return found
 
@@ -157,6 +159,40 @@ def test_functional_transposed_convolution_and_linear_map() -> None:
     expected = gradients(torch.conv_transpose1d(masked, w, None, **options), v, (w,))
     torch.testing.assert_close(gradients(found, v, (w,)), expected)
     assert sampling.linear(normal(5), normal(3, 5), keep={"c_in": 0.5}).shape == (3,)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_output_padding_of_a_stride_and_more(size: int) -> None:
+    x, w = normal(2, 1, size), normal(1, 2, 3, seed=1)
+    hyper = {"stride": 1, "output_padding": 1, "dilation": 2}
+    y = sampling.conv_transpose(x, w, **hyper, keep={"n": 0.5}, scheme="importance")
+    expected = nn.functional.conv_transpose1d(x, w, **hyper)
+    torch.testing.assert_close(y, expected)
+    v = normal(*y.shape, seed=2).detach()
+    torch.testing.assert_close(gradients(y, v, (x,)), gradients(expected, v, (x,)))
+
+
+def test_many_channels_of_a_weight_may_be_sampled() -> None:
+    """No matrix as large as all channels by all channels, and a limit that is none for what has to be."""
+    layer = sampling.Linear(2048, 1024, keep={"c_in": 0.5}, scheme="fixed")
+    layer(torch.randn(64, 2048)).sum().backward()
+    assert layer.weight.grad is not None
+    assert int((layer.weight.grad[0] != 0).sum()) == 1024
+    net = lensor.contraction("n i, n o -> o i", "X", "V").sample("i", 0.5, stored=["X"]).bind(i_full=512)
+    plan = net.plan(X=(4, 256), V=(4, 2), i_positions=(256,))
+    assert plan.flops == 2 * 4 * 256 * 2
+    assert plan.peak_size <= 2 * 256
+
+
+def test_counts_that_are_drawn_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Any] = []
+    choose = execute.choose
+    monkeypatch.setattr(execute, "choose", lambda *args: planned.append(0) or choose(*args))
+    layer = sampling.Conv2d(2, 3, 3, keep={"i1": 0.5, "i2": 0.5}).double()
+    x = normal(1, 2, 40, 40).detach()
+    for _ in range(60):
+        layer(x).sum().backward()
+    assert 0 < len(planned) < 40  # counts scatter by 3.2 around 20: more than 150 pairs are likely ones
 
 
 def test_one_keeps_every_bit() -> None:
@@ -324,6 +360,51 @@ def test_rectifiers_keep_a_byte_an_entry() -> None:
     assert sampling.saved_bytes(whole, x) == 4 * (image // 4 + hidden // 4) + 4 * hidden + drawn
 
 
+def test_rectifiers_that_write_in_place_still_do() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.conv = nn.ReLU(inplace=True), nn.Conv1d(2, 2, 3, padding=1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            return x + self.conv(self.relu(x))  # the sum is of the rectified input
+
+    block, x = Block(), normal(2, 2, 5)
+    converted = sampling.convert(block, {"i1": 1.0})
+    assert torch.equal(converted(x), block(x))
+    assert torch.equal(
+        gradients(converted(x), torch.ones_like(x), (x,))[0], gradients(block(x), torch.ones_like(x), (x,))[0]
+    )
+
+
+def test_rectifiers_have_the_gradients_of_torch_s() -> None:
+    x = torch.tensor([-1.0, 0.0, 2.0, math.nan], requires_grad=True)
+    v = torch.tensor([math.inf, math.nan, 3.0, 4.0])
+    (found,), (expected,) = gradients(sampling.ReLU()(x), v, (x,)), gradients(nn.ReLU()(x), v, (x,))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_importance_is_of_norms_of_any_size(scale: float) -> None:
+    layer = sampling.Linear(3, 1, keep={"n": 0.5}, scheme="importance", bias=False)
+    x = scale * torch.tensor([[1.0, 2.0, 0.5]]).expand(8, 3)
+    total = torch.zeros(1, 3)
+    for seed in range(400):
+        layer.generator = torch.Generator().manual_seed(seed)
+        total += torch.autograd.grad(layer(x).sum(), layer.weight)[0] / scale
+    torch.testing.assert_close(total / 400, 8 * x[:1] / scale, rtol=0.1, atol=0)  # 3 deviations of a mean are 0.053
+
+
+def test_importance_keeps_what_is_not_finite() -> None:
+    layer = sampling.Conv1d(1, 1, 1, keep={"i1": 0.5}, scheme="importance")
+    x = torch.zeros(1, 1, 6)
+    x[0, 0, 2] = math.inf
+    layer(x).nansum().backward()
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.isfinite().all()
+
+
 def test_a_recommended_rate_fits_the_budget() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
@@ -362,6 +443,49 @@ def test_second_derivatives_are_those_of_the_sampled_gradient() -> None:
             strict=True,
         ):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:3])
+def test_compiled_with_sizes_that_change(scheme: str) -> None:
+    model = sampling.convert(nn.Conv1d(3, 4, 3), {"i1": 0.5, "n": 0.5}, scheme=scheme)
+    compiled = torch.compile(model, backend="aot_eager")
+    for batch in (4, 5, 6):
+        x = torch.randn(batch, 3, 12)
+        output = compiled(x)
+        torch.testing.assert_close(output, nn.functional.conv1d(x, model.weight, model.bias))
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9), (2, 3, 4, 7), ()], ids=str)
+def test_modules_leave_inputs_that_do_not_fit_to_torch(shape: tuple[int, ...]) -> None:
+    for sampled, exact in (
+        (sampling.Conv1d(3, 2, 3, keep={"i1": 0.5}), nn.Conv1d(3, 2, 3)),
+        (sampling.ConvTranspose1d(3, 2, 3, keep={"i1": 0.5}), nn.ConvTranspose1d(3, 2, 3)),
+        (sampling.Linear(3, 2, keep={"n": 0.5}), nn.Linear(3, 2)),
+    ):
+        with pytest.raises(RuntimeError) as expected:
+            exact(torch.zeros(shape))
+        with pytest.raises(RuntimeError) as found:
+            sampled(torch.zeros(shape))
+        assert str(found.value) == str(expected.value)
+
+
+def test_variance_of_two_indices_and_of_a_scalar_leg() -> None:
+    net = lensor.parse("X[n i] -> n ()").bind(n=2, i=3)
+    x = normal(2, 3).detach()
+    moments = {"i": sampling.second_moments(3, 0.5)}
+    assert sampling.variance(net, moments, X=x) == pytest.approx(float(x.square().sum()))
+    net = lensor.parse("X[i j] -> ()").bind(i=2, j=3)
+    x = normal(2, 3).detach()
+    both = {"i": sampling.second_moments(2, 0.5), "j": sampling.second_moments(3, 0.5)}
+    squares = 0.0
+    for rows in itertools.product((0, 2), repeat=2):
+        for columns in itertools.product((0, 2), repeat=3):
+            factors = torch.tensor(rows, dtype=x.dtype)[:, None] * torch.tensor(columns, dtype=x.dtype)
+            squares += float((factors * x).sum()) ** 2 / 32
+    assert sampling.variance(net, both, X=x) == pytest.approx(squares - float(x.sum()) ** 2)
+    half = sampling.variance(net, both, X=x.bfloat16())
+    assert half == pytest.approx(sampling.variance(net, both, X=x), rel=0.05)
 
 
 def test_functional_transforms() -> None:
@@ -529,8 +653,17 @@ def test_layers_of_their_own_are_left_alone() -> None:
     assert type(found[1]) is Own
 
 
+def _converted(keep: Any = None, **options: Any) -> nn.Module:
+    model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.Conv1d(1, 1, 3))
+    return sampling.convert(model, {"i1": 0.5} if keep is None else keep, **options)
+
+
+def _recommended(max_bytes: Any = 9, **options: Any) -> dict[str, float]:
+    return sampling.recommend(nn.Conv1d(1, 1, 3), torch.ones(1, 1, 5), max_bytes, **options)
+
+
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: sampling.Conv2d(1, 1, 3, keep={"i1": 0}), ValueError, "keep of 'i1' is 0, expected a rate"),
+    (lambda: sampling.Conv2d(1, 1, 3, keep={"i1": 0}), ValueError, "keep of 'i1' is 0, expected a number"),
     (lambda: sampling.Conv2d(1, 1, 3, keep={"i1": 1.5}), ValueError, "keep of 'i1' is 1.5"),
     (lambda: sampling.Conv2d(1, 1, 3, keep={"i1": -0.5}), ValueError, "keep of 'i1' is -0.5"),
     (lambda: sampling.Conv2d(1, 1, 3, keep={"i1": float("nan")}), ValueError, "keep of 'i1' is nan"),
@@ -557,6 +690,14 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: sampling.convert(nn.Conv1d(1, 1, 3), {}), TypeError, "expected a mapping"),
     (lambda: sampling.convert(3, {"i1": 0.5}), TypeError, "model is a int"),  # type: ignore[type-var]
     (lambda: sampling.convert(nn.LazyConv2d(1, 3), {"i1": 0.5}), ValueError, "waits for its first input"),
+    (lambda: _converted(scheme={"z": "fixed"}), ValueError, "scheme names index 'z', which no layer has"),
+    (lambda: _converted(scheme=None), TypeError, "scheme is None"),
+    (lambda: _converted(generator=3), TypeError, "generator is 3"),
+    (lambda: _converted({"0": {"i1": 0.5}, "1": None}), TypeError, "keep of layer '1' is None"),
+    (lambda: _converted({"0": {}}), TypeError, "keep of layer '0' is {}"),
+    (lambda: _recommended(indices="i1"), TypeError, "indices is 'i1'"),
+    (lambda: _recommended(max_bytes=0.5), TypeError, "max_bytes is 0.5"),
+    (lambda: sampling.second_moments(2, 0.5, "importance", norms=torch.tensor([1.0, -1.0])), ValueError, "at least 0"),
     (lambda: sampling.draw(4, 0.5, "importance"), ValueError, "one norm for each of the 4 positions, found none"),
     (lambda: sampling.draw(4, 0.5, "importance", norms=torch.ones(3)), ValueError, r"found shape \(3,\)"),
     (lambda: sampling.draw(2, 0.5, "importance", norms=torch.tensor([1.0, float("nan")])), ValueError, "finite"),

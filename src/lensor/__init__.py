@@ -1,7 +1,7 @@
 """Lensor: convolutions and everything derived from them as tensor networks.
 
-Importing the package loads no array framework but NumPy; torch is loaded when `lensor.nn` or
-`lensor.distributed` is first used, or a tensor is passed.
+Importing the package loads no array framework but NumPy; torch is loaded when `lensor.nn` or another package that is
+made for it is first used, or a tensor is passed.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lensor import functional, ops, wisdom
 from lensor.cache import clear_caches
 from lensor.cost import Machine, calibrate, machine
-from lensor.draw import draw
+from lensor.draw import Drawing, draw
 from lensor.errors import LensorError, NetworkError, SubscriptsError
 from lensor.execute import einsum
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Select, Sum
@@ -40,6 +40,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ConvSpec",
     "Delta",
+    "Drawing",
     "IndexPattern",
     "LensorError",
     "Machine",

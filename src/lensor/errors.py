@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 
@@ -86,3 +88,23 @@ def require_choice(name: str, found: str, choices: Sequence[str]) -> None:
     """
     if found not in choices:
         raise ValueError(f"{name} is {found!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def require_share(found: Any, what: str, error: type[ValueError] = ValueError) -> Fraction:
+    """A number with 0 < found <= 1 as a fraction.
+
+    Example:
+        >>> from lensor.errors import require_share
+        >>> require_share(0.25, "keep")
+        Fraction(1, 4)
+        >>> require_share(1.5, "keep")
+        Traceback (most recent call last):
+        ValueError: keep is 1.5, expected a number with 0 < keep <= 1
+
+    Raises:
+        ValueError: for anything else, or the error given instead.
+    """
+    number = float(found) if isinstance(found, Real) and not isinstance(found, bool) else 0.0
+    if not 0 < number <= 1:
+        raise error(f"{what} is {found!r}, expected a number with 0 < keep <= 1")
+    return found if isinstance(found, Fraction) else Fraction(number)

@@ -96,7 +96,7 @@ class _Operation:
     def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
         """What a call depends on; the text of the options tells 1, 1.0 and True apart, which are equal."""
         settings = planner.current()
-        key = (self, repr(options), settings.effort, settings.max_bytes, settings.known)
+        key = (self, repr(options), settings.effort, settings.max_bytes, settings.preferred_bytes, settings.known)
         for array in arrays:
             key += (type(array), parts(array))
         return key

@@ -248,6 +248,12 @@ class _Lowering:
         while waiting:
             value, i, j = waiting.pop(0)
             others = [leg for _, one, two in waiting for leg in (one, two)]
+            if i and not set(i) & set(self.open) and not self.is_held(i, others):
+                # Every chosen position is one of all of them: Σ_i [i = p_j] = 1.
+                for index in j:
+                    if not self.is_held((index,), others):
+                        self.take(Ones(index))
+                continue
             found = None if self.strategy.placed else self.readings(i, j, others, reads)
             if found is None:
                 self.place(value, i, j)
@@ -263,6 +269,11 @@ class _Lowering:
             mine = [read for read in reads if set(read[0].legs[read[1]]) & set(tensor.indices)]
             if mine:
                 self.tensors[at] = self.read_chosen(tensor, mine)
+
+    def is_held(self, group: Group, others: Sequence[Group]) -> bool:
+        """Whether an index of a group stands in a tensor, a pattern, or among other legs."""
+        nodes = [*(tensor.indices for tensor in self.tensors), *map(indices_of, self.patterns)]
+        return any(set(group) & set(held) for held in (*nodes, *others))
 
     def readings(
         self, i: Group, j: Group, others: Sequence[Group], reads: Sequence[tuple[Pattern, int, int, int, Group]]
@@ -1119,8 +1130,9 @@ def sliceable(net: AnyNetwork) -> list[str]:
 
 
 def _pruned(text: str, program: Program, result: int, name: str) -> Plan:
-    """A plan of the steps that the result needs."""
-    needed, todo = set(), [result]
+    """A plan of the steps that the result needs, and of all positions, which are checked even where nothing is read."""
+    needed = set()
+    todo = [result, *(place for place, step in enumerate(program.steps) if isinstance(step, s.Positions))]
     while todo:
         place = todo.pop()
         if place not in needed:

@@ -44,11 +44,13 @@ class Settings:
         effort: `"estimate"`: by the cost model; `"measure"`: by timing candidates once on the user's shapes;
             `"remember"`: by what `lensor.wisdom` knows, else by the cost model, never by timing.
         max_bytes: no plan may need more memory than this beside operands and patterns (the result counts).
+        preferred_bytes: plans that need no more than this are chosen where there are any, else the smallest.
         known: which state of `lensor.wisdom` a choice by `"remember"` depends on.
     """
 
     effort: str = "estimate"
     max_bytes: int | None = None
+    preferred_bytes: int | None = None
     known: int = 0
 
     def __post_init__(self) -> None:
@@ -87,12 +89,27 @@ def planning(*, effort: str | None = None, max_bytes: int | None = None) -> Iter
         TypeError: for a limit that is no integer.
     """
     before = _settings.get()
-    settings = Settings(
-        before.effort if effort is None else effort, before.max_bytes if max_bytes is None else max_bytes
+    settings = replace(
+        before,
+        effort=before.effort if effort is None else effort,
+        max_bytes=before.max_bytes if max_bytes is None else max_bytes,
     )
+    with _set(settings):
+        yield settings
+
+
+@contextmanager
+def preferring(max_bytes: int) -> Iterator[None]:
+    """Prefer plans that need no more memory than this; where there are none, the smallest is taken."""
+    with _set(replace(_settings.get(), preferred_bytes=max_bytes)):
+        yield
+
+
+@contextmanager
+def _set(settings: Settings) -> Iterator[None]:
     token = _settings.set(settings)
     try:
-        yield settings
+        yield
     finally:
         _settings.reset(token)
 
@@ -115,8 +132,14 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
     ]
     found = [(plan, estimate(plan, machine(), itemsize)) for plan in plans]
     found.sort(key=lambda pair: pair[1])
+    if settings.preferred_bytes is not None:
+        fits, smallest = _within(net, found, settings.preferred_bytes, itemsize)
+        found = fits or [smallest]
     if settings.max_bytes is not None:
-        found = _within(net, found, settings.max_bytes, itemsize)
+        found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize)
+        if not found:
+            least = smallest.peak_size * itemsize
+            raise ValueError(f"max_bytes is {settings.max_bytes}, but the smallest plan needs {least} bytes")
     known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
     best = 0
     if settings.effort != "estimate" and backend is not None and len(found) > 1:
@@ -144,16 +167,18 @@ def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
     return f"the least {which} time of {len(known)} candidates{limit}"
 
 
-def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int) -> list[tuple[Plan, float]]:
-    """The plans that fit a memory limit; if none does, plans that work through an index in as few parts as needed.
+def _within(
+    net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int
+) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
+    """The plans that fit a memory limit, and the smallest there is.
 
-    Raises:
-        ValueError: if even the smallest of these does not fit.
+    If none of those found does, plans that work through an index in as few parts as needed; if none of these does,
+    there are no plans.
     """
+    smallest = min(found, key=lambda pair: pair[0].peak_size)
     fits = [(plan, seconds) for plan, seconds in found if plan.peak_size * itemsize <= limit]
     if fits:
-        return fits
-    least = min(plan.peak_size for plan, _ in found)
+        return fits, smallest
     result = math.prod(found[0][0].shape)
     frugal = sorted(found, key=lambda pair: pair[0].peak_size)
     strategies = [strategy for plan, _ in frugal for strategy in STRATEGIES if strategy.name == plan.name][:_SLICED]
@@ -164,16 +189,15 @@ def _within(net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsi
             parts = 2
             while True:
                 plan = lower_sliced(net, strategy, index, parts)
-                least = min(least, plan.peak_size)
+                one = (plan, estimate(plan, machine(), itemsize))
+                smallest = min(smallest, one, key=lambda pair: pair[0].peak_size)
                 if plan.peak_size * itemsize <= limit:
-                    fits.append((plan, estimate(plan, machine(), itemsize)))
+                    fits.append(one)
                     break
                 if parts == size:
                     break
                 parts = min(2 * parts, size)
-    if not fits:
-        raise ValueError(f"max_bytes is {limit}, but the smallest plan needs {least * itemsize} bytes")
-    return sorted(fits, key=lambda pair: pair[1])
+    return sorted(fits, key=lambda pair: pair[1]), smallest
 
 
 def _times(

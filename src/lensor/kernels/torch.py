@@ -458,7 +458,8 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
                     step.size[2:], v.shape[2:], stride, padding, dilation, w.shape[2:], strict=True
                 )
             ]
-            if any(extra) and v.device.type == "cpu":  # there the transposed convolution copies such a result once more
+            within = all(more < step for more, step in zip(extra, stride, strict=True))
+            if any(extra) and within and v.device.type == "cpu":  # a transposed convolution copies such a result again
                 like = v.new_empty((len(v), *step.size[1:]))  # read for its shape only, never touched
                 return torch.ops.aten.convolution_backward(
                     v, like, w, None, stride, padding, dilation, False, [0] * dims, groups, [True, False, False]

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lensor import functional as exact
 from lensor import ops
+from lensor.cache import Cache
 from lensor.errors import require_choice
 from lensor.execute import evaluate
 from lensor.network import Group, Network
 from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.notation import contraction
-from lensor.planner import current, planning
-from lensor.sampling.schemes import SCHEMES, draw, require_keep
+from lensor.planner import preferring
+from lensor.sampling.schemes import SCHEMES, draw, kept_count, require_keep
 from lensor.spec import ConvSpec
 
 Keep: TypeAlias = Mapping[str, float | Fraction]
@@ -34,8 +35,10 @@ _SMALL = 1 << 22
 
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-_Chosen: TypeAlias = tuple[tuple[str, Fraction | None], ...]
-"""Index of the network and keep rate; None where there are weights."""
+_Chosen: TypeAlias = tuple[tuple[str, Fraction, int], ...]
+"""Index of the network, keep rate, and what counts of positions are rounded up to a multiple of."""
+
+_sampled_networks, _maps, _specs = Cache(1024), Cache(1024), Cache(1024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +112,16 @@ def put_part(
     return found
 
 
-@functools.lru_cache(maxsize=1024)
-def _sampled(gradient: Network, chosen: _Chosen, sizes: tuple[tuple[str, int], ...]) -> Network:
-    """The weight gradient's network for an input that is sampled already; with weights where there is no keep rate."""
-    for index, keep in chosen:
-        weights = f"{index}_weights" if keep is None else None
-        gradient = gradient.sample(index, keep, weights=weights, stored=["X"])
-        gradient = gradient.bind({f"{index}_full": dict(sizes)[index]})
-    return gradient
+def _sampled(gradient: Network, chosen: Sequence[tuple[str, Fraction]], sizes: Mapping[str, int]) -> Network:
+    """The weight gradient's network for an input that is sampled already."""
+
+    def make() -> Network:
+        net = gradient
+        for index, keep in chosen:
+            net = net.sample(index, keep, stored=["X"]).bind({f"{index}_full": sizes[index]})
+        return net
+
+    return _sampled_networks.get_or_make((gradient, *chosen, *sorted(sizes.items())), make)
 
 
 class _Sampled(torch.autograd.Function):
@@ -170,26 +175,36 @@ def _weight_gradient(
 ) -> Tensor:
     """The sampled weight gradient: a network on the part, put into zeros where an index of the weight was sampled.
 
-    Who samples wants memory first: reading may take no more than twice what the whole input and the gradient take.
+    Who samples wants memory first: plans that need no more than twice what the whole input and the gradient take are
+    preferred.
     """
     if not part.numel():
         return grad.new_zeros(tuple(shapes[1]))
-    operands, rest = {"X": part, "V": grad}, list(drawn)
-    for index, keep in chosen:
-        operands[f"{index}_positions"] = rest.pop(0)
-        if keep is None:
-            operands[f"{index}_weights"] = rest.pop(0).to(part.dtype)
     full = bilinear.sizes(shapes[0])
-    net = _sampled(bilinear.gradient, chosen, tuple(sorted(full.items())))
+    net = _sampled(bilinear.gradient, [(index, keep) for index, keep, _ in chosen], full)
+    sizes = {**full, **{index: len(positions) for (index, _, _), positions in zip(chosen, drawn, strict=True)}}
+    operands = {"V": grad}
+    for (index, _, step), positions in zip(chosen, drawn, strict=True):
+        more = -len(positions) % step
+        part = _at(part, bilinear.legs, sizes, lambda flat, axis, more=more: _with_zeros(flat, axis, more), index)
+        sizes[index] += more
+        operands[f"{index}_positions"] = _with_zeros(positions, 0, more)
+    operands["X"] = part
     entries = 2 * (math.prod(shapes[0]) + grad.numel()) + math.prod(shapes[1])
-    own, given = max(entries * grad.element_size(), _SMALL), current().max_bytes
-    with planning(max_bytes=own if given is None else min(own, given)):
+    with preferring(max(entries * grad.element_size(), _SMALL)):
         found = evaluate(net, operands)
-    sizes = {**full, **{index: len(operands[f"{index}_positions"]) for index, _ in chosen}}
-    for index, _ in chosen:
+    for (index, _, _), positions in zip(chosen, drawn, strict=True):
         if index in net.output_indices:
-            found = put_part(found, net.output, sizes, index, operands[f"{index}_positions"], full[index])
+            kept = len(positions)
+            found = _at(found, net.output, sizes, lambda flat, axis, kept=kept: flat.narrow(axis, 0, kept), index)
+            sizes[index] = kept
+            found = put_part(found, net.output, sizes, index, positions, full[index])
     return found
+
+
+def _with_zeros(array: Tensor, axis: int, count: int) -> Tensor:
+    """The array with so many zeros behind one of its axes."""
+    return torch.nn.functional.pad(array, (*[0, 0] * (array.ndim - 1 - axis), 0, count)) if count else array
 
 
 def apply(
@@ -217,13 +232,29 @@ def apply(
     full = bilinear.sizes(x.shape)
     sizes, part, chosen, drawn = dict(full), x, [], []
     for name, rate in rates.items():
-        index = bilinear.indices[name]
-        norms = _norms(x, bilinear.legs, full, index) if schemes[name] == "importance" else None
-        found = draw(full[index], rate, schemes[name], norms=norms, generator=generator, device=x.device)
+        index, scheme = bilinear.indices[name], schemes[name]
+        size, fixed = full[index], scheme in ("fixed", "blocks")
+        if fixed and kept_count(size, rate) == size:
+            continue
+        norms = _norms(x, bilinear.legs, full, index) if scheme == "importance" else None
+        found = draw(size, rate, scheme, norms=norms, generator=generator, device=x.device)
         part = take_part(part, bilinear.legs, sizes, index, found.positions)
-        chosen.append((index, found.keep))
-        drawn += [found.positions] if found.weights is None else [found.positions, found.weights]
+        if found.weights is not None:
+            part = _weighted(part, bilinear.legs, sizes, index, found.weights)
+        chosen.append((index, found.keep or Fraction(1), 1 if fixed else _step(size, rate)))
+        drawn.append(found.positions)
+    if not chosen:
+        return forward(x, weight, bias)
     return _Sampled.apply(bilinear, forward, tuple(chosen), x, weight, bias, part, *drawn)  # type: ignore[return-value]
+
+
+def _step(size: int, keep: Fraction) -> int:
+    """What drawn counts are rounded up to a multiple of: their standard deviation.
+
+    Every count would be a plan of its own, with two indices hundreds for a layer; so rounded there are about six for an
+    index, at the price of half a standard deviation of zeros.
+    """
+    return max(1, math.ceil(math.sqrt(size * keep * (1 - keep))))
 
 
 def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
@@ -232,10 +263,28 @@ def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
 
 
 def _norms(x: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], index: str) -> Tensor:
-    """The norm of what stands at each position of an index."""
+    """The norm of what stands at each position of an index, up to a common factor; finite.
+
+    What is not finite counts as much as everything else together, so that it is kept.
+    """
     flat = [name for leg in legs for name in leg]
-    x = x.detach().reshape([sizes[name] for name in flat]).float()
-    return x.square().sum([axis for axis, name in enumerate(flat) if name != index]).sqrt()
+    x = x.detach().reshape([sizes[name] for name in flat]).double()
+    others = [axis for axis, name in enumerate(flat) if name != index]
+    largest = x.abs().amax(others) if others and x.numel() else x.abs()
+    finite = largest.isfinite()
+    scale = torch.where(finite, largest, 0.0).amax() if largest.numel() else largest.sum()
+    norms = (x / torch.where(scale > 0, scale, 1.0)).square().sum(others).sqrt() if others else largest
+    norms = torch.where(finite, norms, 0.0)
+    return torch.where(finite, norms, 1.0 + norms.sum())
+
+
+def _weighted(part: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, weights: Tensor) -> Tensor:
+    """The part times a factor for each position of an index; not in half precision, where factors may overflow."""
+
+    def times(flat: Tensor, axis: int) -> Tensor:
+        return (flat * weights.reshape(-1, *[1] * (flat.ndim - 1 - axis))).to(flat.dtype)
+
+    return _at(part, legs, sizes, times, index)
 
 
 def rates_of(keep: Keep, names: Sequence[str]) -> dict[str, Fraction]:
@@ -249,8 +298,15 @@ def rates_of(keep: Keep, names: Sequence[str]) -> dict[str, Fraction]:
     return {name: rate for name, rate in rates.items() if rate < 1}
 
 
+def require_scheme(scheme: Any) -> None:
+    """TypeError unless it is a word or a mapping."""
+    if not isinstance(scheme, (str, Mapping)):
+        raise TypeError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}, or a mapping of indices to them")
+
+
 def schemes_of(scheme: Scheme, names: Sequence[str]) -> dict[str, str]:
     """The scheme of every index, "bernoulli" where none is given; ValueError for unknown ones."""
+    require_scheme(scheme)
     given = dict.fromkeys(names, scheme) if isinstance(scheme, str) else {**dict.fromkeys(names, SCHEMES[0]), **scheme}
     for name, value in given.items():
         if name not in names:
@@ -264,15 +320,22 @@ def names_of(dims: int) -> tuple[str, ...]:
     return ("n", "g", "c_in", *(f"i{axis}" for axis in range(1, dims + 1)))
 
 
-@functools.lru_cache(maxsize=1024)
 def convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
     """A convolution, or a transposed one, as a map of its input and weight."""
+    return _maps.get_or_make((spec, padding), lambda: _convolution(spec, padding))
+
+
+def _convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
     options = (spec.stride, padding, spec.dilation, spec.groups)
 
     def vjp(shape: Sequence[int], weight: Tensor, grad: Tensor) -> Tensor:
         if spec.transposed:
-            # The transposed convolution is an input VJP, and its own is the convolution.
-            return exact.conv(grad, weight, None, *options)
+            # The transposed convolution is an input VJP, and its own is the convolution, which has more positions where
+            # output_padding is a stride or more.
+            found = exact.conv(grad, weight, None, *options)
+            for axis, size in enumerate(shape[2:], start=2):
+                found = found.narrow(axis, 0, size)
+            return found
         return exact.conv_input_vjp(tuple(shape), weight, grad, *options, padding_mode=spec.padding_mode)
 
     dims = len(spec.kernel_size)
@@ -281,9 +344,13 @@ def convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
     return BilinearMap(net, names_of(dims), vjp, channels=1)
 
 
-@functools.lru_cache(maxsize=256)
 def linear_map(in_features: int, out_features: int, axes: int) -> BilinearMap:
     """A linear map along the last of so many axes."""
+    key = (in_features, out_features, axes)
+    return _maps.get_or_make(key, lambda: _linear_map(*key))
+
+
+def _linear_map(in_features: int, out_features: int, axes: int) -> BilinearMap:
     front = ("n", *(f"i{axis}" for axis in range(1, axes - 1)))
     net = contraction(
         f"{' '.join(front)} c_in, c_out c_in -> {' '.join(front)} c_out", "X", "W", c_in=in_features, c_out=out_features
@@ -349,14 +416,14 @@ def conv(
     dims = weight.ndim - 2
     if dims < 1 or input.ndim not in (dims + 1, dims + 2) or input.shape[-dims - 1] != groups * weight.shape[1]:
         return forward(input, weight, bias)  # which says what is wrong
-    spec = _spec(
+    spec = spec_of(
         input.shape[-dims - 1],
         weight.shape[0],
         tuple(input.shape[-dims:]),
         tuple(weight.shape[2:]),
-        _frozen(stride),
-        _frozen(padding),
-        _frozen(dilation),
+        stride,
+        padding,
+        dilation,
         groups,
         padding_mode,
         None,
@@ -418,17 +485,17 @@ def conv_transpose(
     dims = weight.ndim - 2
     if dims < 1 or input.ndim not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[0]:
         return forward(input, weight, bias)  # which says what is wrong
-    spec = _spec(
+    spec = spec_of(
         weight.shape[0],
         groups * weight.shape[1],
         tuple(input.shape[-dims:]),
         tuple(weight.shape[2:]),
-        _frozen(stride),
-        _frozen(padding),
-        _frozen(dilation),
+        stride,
+        padding,
+        dilation,
         groups,
         "zeros",
-        _frozen(output_padding),
+        output_padding,
     )
     found = convolution(spec, _frozen(padding))
     return batched(lambda x: apply(found, forward, x, weight, bias, keep, scheme, generator), input, weight.ndim)
@@ -478,8 +545,7 @@ def linear(
     return batched(lambda x: apply(bilinear, forward, x, weight, bias, keep, scheme, generator), input, 2)
 
 
-@functools.lru_cache(maxsize=1024)
-def _spec(
+def spec_of(
     in_channels: int,
     out_channels: int,
     input_size: tuple[int, ...],
@@ -491,19 +557,16 @@ def _spec(
     padding_mode: str,
     output_padding: Any,
 ) -> ConvSpec:
-    transposed = {} if output_padding is None else {"transposed": True, "output_padding": output_padding}
-    return ConvSpec(
-        in_channels,
-        out_channels,
-        input_size,
-        kernel_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        padding_mode=padding_mode,
-        **transposed,
-    )
+    """The specification of a layer; `output_padding` is None for a convolution."""
+    options = [_frozen(option) for option in (stride, padding, dilation, output_padding)]
+    key = (in_channels, out_channels, tuple(input_size), tuple(kernel_size), *options, groups, padding_mode)
+
+    def make() -> ConvSpec:
+        transposed = {} if output_padding is None else {"transposed": True, "output_padding": options[3]}
+        hyper = {"stride": options[0], "padding": options[1], "dilation": options[2], "groups": groups}
+        return ConvSpec(*key[:4], **hyper, padding_mode=padding_mode, **transposed)
+
+    return _specs.get_or_make(key, make)
 
 
 def _frozen(option: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -26,9 +26,10 @@ from lensor.sampling.functional import (
     linear_map,
     names_of,
     rates_of,
+    require_scheme,
     schemes_of,
+    spec_of,
 )
-from lensor.spec import ConvSpec
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -61,11 +62,13 @@ class Sampled:
         """Change what is sampled.
 
         Raises:
-            TypeError: if keep is no mapping.
+            TypeError: if keep is no mapping, or generator no generator.
             ValueError: for an unknown index or scheme, or a keep outside (0, 1].
         """
         rates_of(keep, self._sampled_names())
         schemes_of(scheme, self._sampled_names())
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is {generator!r}, expected a torch.Generator or None")
         self.keep, self.scheme, self.generator = dict(keep), scheme, generator
 
     def _sampled_names(self) -> tuple[str, ...]:
@@ -76,11 +79,15 @@ class Sampled:
         """The map that the module computes of an input with a batch axis."""
         raise NotImplementedError
 
+    def _fits(self, x: Tensor) -> bool:
+        """Whether an input, with or without a batch axis, has as many axes and channels as the module takes."""
+        raise NotImplementedError
+
     def _sample(
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
         """`forward`, with its weight gradient sampled where the module is in training mode."""
-        if not self.training:
+        if not self.training or not self._fits(x):  # torch says what does not fit
             return forward(x, weight, bias)
         if not batched:
             return self._sample(
@@ -95,21 +102,27 @@ class Sampled:
         return f"{super().extra_repr()}, keep={keep}, scheme={self.scheme!r}"  # type: ignore[misc]
 
 
-def _spec(module: Any, x: Tensor, **more: Any) -> ConvSpec:
+def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
+    """The map of a convolution, or with `output_padding` of a transposed one."""
     dims = len(module.kernel_size)
-    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
-    return ConvSpec(
+    spec = spec_of(
         module.in_channels,
         module.out_channels,
         tuple(x.shape[-dims:]),
         module.kernel_size,
-        stride=module.stride,
-        padding=padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        padding_mode=module.padding_mode,
-        **more,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        module.padding_mode,
+        output_padding,
     )
+    return convolution(spec, spec.padding if output_padding is None else tuple(module.padding))
+
+
+def _fits_convolution(module: Any, x: Tensor) -> bool:
+    dims = len(module.kernel_size)
+    return x.ndim in (dims + 1, dims + 2) and x.shape[-dims - 1] == module.in_channels
 
 
 class SampledConvolution(Sampled):
@@ -119,8 +132,10 @@ class SampledConvolution(Sampled):
         return names_of(len(self.kernel_size))
 
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
-        spec = _spec(self, x)
-        return convolution(spec, self.padding if isinstance(self.padding, str) else tuple(self.padding))
+        return _map(self, x)
+
+    def _fits(self: Any, x: Tensor) -> bool:
+        return _fits_convolution(self, x)
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batched = input.ndim == len(self.kernel_size) + 2
@@ -134,8 +149,10 @@ class SampledTransposedConvolution(Sampled):
         return names_of(len(self.kernel_size))
 
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
-        spec = _spec(self, x, transposed=True, output_padding=tuple(output_padding or self.output_padding))
-        return convolution(spec, tuple(self.padding))
+        return _map(self, x, tuple(output_padding or self.output_padding))
+
+    def _fits(self: Any, x: Tensor) -> bool:
+        return _fits_convolution(self, x)
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
@@ -232,13 +249,16 @@ class Linear(Sampled, torch.nn.Linear):
     def _bilinear(self, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return linear_map(self.in_features, self.out_features, x.ndim)
 
+    def _fits(self, x: Tensor) -> bool:
+        return x.ndim > 0 and x.shape[-1] == self.in_features
+
     def forward(self, input: Tensor) -> Tensor:
         """The linear map along the last axis."""
         return self._sample(torch.nn.functional.linear, input, self.weight, self.bias, batched=input.ndim > 1)
 
 
 class _Rectified(torch.autograd.Function):
-    """max(x, 0) that keeps where x is positive, one byte an entry, and not its result."""
+    """max(x, 0) that keeps where the result is 0, one byte an entry, and not the result."""
 
     generate_vmap_rule = True
 
@@ -248,19 +268,19 @@ class _Rectified(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(output > 0)
+        ctx.save_for_backward(output <= 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (positive,) = ctx.saved_tensors
-        return grads[0] * positive
+        (zero,) = ctx.saved_tensors
+        return grads[0].masked_fill(zero, 0)
 
 
 class ReLU(torch.nn.ReLU):
     """`torch.nn.ReLU` that keeps one byte an entry for its backward pass, not its result.
 
     torch's keeps its result, which is the next layer's input: a layer that samples its input would save nothing. Values
-    and gradients are the same.
+    and gradients are the same, and with `inplace=True` the input is written to as well.
 
     Example:
         >>> import torch, lensor.sampling
@@ -272,7 +292,8 @@ class ReLU(torch.nn.ReLU):
         """max(input, 0)."""
         if not (self.training and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
-        return _Rectified.apply(input)  # type: ignore[return-value]
+        found: Tensor = _Rectified.apply(input)  # type: ignore[assignment]
+        return input.copy_(found) if self.inplace else found
 
 
 _SAMPLED: dict[type, type] = {
@@ -307,7 +328,8 @@ def convert(
     Args:
         model: any torch module.
         keep: keep rates by index, for all layers; or a mapping from names of layers to keep rates, for these layers
-            only.
+            only. The positions (i1, ...) of a linear layer are sampled where it is named: which it has, only its
+            inputs tell.
         scheme: how positions are drawn, of `lensor.sampling.SCHEMES`: one, or one for each index.
         generator: a generator on the CPU, by default torch's.
         activations: whether every torch.nn.ReLU is made one that keeps a byte an entry and not its result (see
@@ -332,30 +354,36 @@ def convert(
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if not isinstance(keep, Mapping) or not keep:
         raise TypeError(f"keep is {keep!r}, expected a mapping of indices to rates, e.g. {{'i1': 0.5}}")
+    require_scheme(scheme)
     if not inplace:
         model = copied(model)
     layers = dict(_layers(model))
-    by_layer = isinstance(next(iter(keep.values())), Mapping)
-    for name in keep if by_layer else ():
+    by_layer = any(isinstance(value, Mapping) for value in keep.values())
+    for name, rates in keep.items() if by_layer else ():
         if name not in layers:
             raise ValueError(f"keep names layer {name!r}, expected of {', '.join(layers)}")
-    used: set[str] = set()
+        if not isinstance(rates, Mapping) or not rates:
+            raise TypeError(f"keep of layer {name!r} is {rates!r}, expected a mapping of indices to rates")
+    known = {index for module in layers.values() for index in _names(module)}
+    if not by_layer:
+        _require_known("keep", keep, known)
+    if isinstance(scheme, Mapping):
+        _require_known("scheme", scheme, known.union(*(keep.values() if by_layer else ())))  # type: ignore[arg-type]
     for name, module in layers.items():
-        rates: Any = keep.get(name) if by_layer else keep
-        if rates is None:
-            continue
+        rates: Any = keep.get(name, {}) if by_layer else keep
         mine = {index: rate for index, rate in rates.items() if by_layer or index in _names(module)}
-        used.update(mine)
         if mine:
             _convert_layer(name, module, mine, scheme, generator)
-    unused = [] if by_layer else [index for index in keep if index not in used]
-    if unused:
-        known = sorted({index for module in layers.values() for index in _names(module)})
-        raise ValueError(f"keep names index {unused[0]!r}, which no layer has; expected of {', '.join(known)}")
     for module in list(model.modules()) if activations else ():
         if type(module) is torch.nn.ReLU:
             module.__class__ = ReLU
     return model
+
+
+def _require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what} names index {name!r}, which no layer has; expected of {', '.join(sorted(known))}")
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -383,7 +411,7 @@ def _sampled_class(cls: type) -> type | None:
 
 
 def _names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The indices that a layer may have."""
+    """The indices that a layer has; a linear layer may have positions too, which only its inputs tell."""
     if isinstance(module, torch.nn.Linear):
         return ("n", "c_in")
     assert isinstance(module, _ConvNd)

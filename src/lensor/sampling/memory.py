@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lensor.curvature.capture import Inputs, call
+from lensor.curvature.capture import Inputs, call, undisturbed
 from lensor.sampling.layers import Sampled, convert
 
 _STEPS = 64
@@ -15,6 +15,8 @@ _STEPS = 64
 
 def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
     """The bytes that one forward pass keeps for the backward pass, each memory once, without parameters and buffers.
+
+    Statistics of normalisation and torch's generator are as before afterwards.
 
     Args:
         model: the model, in the mode it is in.
@@ -39,7 +41,8 @@ def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
             kept.append(tensor)
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.random.fork_rng(), undisturbed(model), torch.enable_grad(), hooks:
         call(model, inputs)
     return sum(found.values())
 
@@ -68,16 +71,20 @@ def recommend(
         {'i1': 0.78125, 'i2': 0.78125}
 
     Raises:
+        TypeError: for indices that are no sequence of names, or max_bytes that is no positive int.
         ValueError: if what cannot be sampled needs more than the budget alone, or no layer has the indices.
     """
+    if isinstance(indices, str) or not indices:
+        raise TypeError(f"indices is {indices!r}, expected a sequence of names of indices, e.g. ('i1', 'i2')")
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+        raise TypeError(f"max_bytes is {max_bytes!r}, expected a number of bytes")
     sampled = convert(model, dict.fromkeys(indices, 0.5), scheme="fixed").train()
     every = [module for module in sampled.modules() if isinstance(module, Sampled)]
 
     def needed(rate: int) -> int:
         for module in every:
             module.set_sampling(dict.fromkeys(module.keep, rate / _STEPS), "fixed")
-        with torch.random.fork_rng():
-            return saved_bytes(sampled, inputs)
+        return saved_bytes(sampled, inputs)
 
     low, high = 1, _STEPS
     least, most = needed(low), needed(high)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from lensor.errors import require_choice
+from lensor.errors import require_choice, require_share
 
 SCHEMES = ("bernoulli", "fixed", "blocks", "importance")
 """bernoulli: each position by itself, as the paper; fixed: so many positions, without replacement; blocks: a run of so
@@ -38,9 +38,7 @@ class Draw:
 
 def require_keep(keep: float | Fraction, name: str) -> Fraction:
     """A keep rate as a fraction; ValueError unless it is in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float, Fraction)) or not 0 < keep <= 1:
-        raise ValueError(f"keep of {name!r} is {keep!r}, expected a rate with 0 < keep <= 1")
-    return Fraction(keep)
+    return require_share(keep, f"keep of {name!r}")
 
 
 def kept_count(size: int, keep: Fraction) -> int:
@@ -89,7 +87,7 @@ def draw(
     if scheme == "importance":
         return _by_importance(size, rate, norms, generator, device)
     if scheme == "bernoulli":
-        positions = (torch.rand(size, generator=generator) < float(rate)).nonzero()[:, 0]
+        positions = (_uniform(size, torch.float32, generator) < float(rate)).nonzero()[:, 0]
     else:
         count = kept_count(size, rate)
         rate = Fraction(count, size) if size else rate
@@ -99,6 +97,11 @@ def draw(
             start = torch.randint(max(size, 1), (), generator=generator)
             positions = ((start + torch.arange(count)) % max(size, 1)).sort().values
     return Draw(positions.to(device), rate)
+
+
+def _uniform(size: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1); without a generator in the form that compilers trace for sizes that are symbols."""
+    return torch.rand((size,), dtype=dtype) if generator is None else torch.rand(size, dtype=dtype, generator=generator)
 
 
 def inclusion(norms: Tensor, keep: Fraction) -> Tensor:
@@ -114,6 +117,17 @@ def inclusion(norms: Tensor, keep: Fraction) -> Tensor:
     return (norms.double() * factors[fits.nonzero()[0, 0]]).clamp(max=1.0)
 
 
+def require_norms(norms: Tensor | None, size: int) -> Tensor:
+    """The norms on the CPU; ValueError unless there is one for each position, finite and at least 0."""
+    if norms is None or tuple(getattr(norms, "shape", ())) != (size,):
+        found = "none" if norms is None else f"shape {tuple(getattr(norms, 'shape', ()))}"
+        raise ValueError(f"scheme 'importance' needs one norm for each of the {size} positions, found {found}")
+    norms = torch.as_tensor(norms).detach().cpu()
+    if not bool((norms.isfinite() & (norms >= 0)).all()):
+        raise ValueError("norms must be finite and at least 0")
+    return norms
+
+
 def _by_importance(
     size: int,
     keep: Fraction,
@@ -121,12 +135,6 @@ def _by_importance(
     generator: torch.Generator | None,
     device: torch.device | str | None,
 ) -> Draw:
-    if norms is None or norms.shape != (size,):
-        found = "none" if norms is None else f"shape {tuple(norms.shape)}"
-        raise ValueError(f"scheme 'importance' needs one norm for each of the {size} positions, found {found}")
-    norms = norms.detach().cpu()
-    if not bool((norms.isfinite() & (norms >= 0)).all()):
-        raise ValueError("norms must be finite and at least 0")
-    rates = inclusion(norms, keep)
-    positions = (torch.rand(size, generator=generator, dtype=torch.float64) < rates).nonzero()[:, 0]
+    rates = inclusion(require_norms(norms, size), keep)
+    positions = (_uniform(size, torch.float64, generator) < rates).nonzero()[:, 0]
     return Draw(positions.to(device), None, (1 / rates[positions]).to(device))

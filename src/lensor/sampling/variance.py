@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lensor.errors import NetworkError, require_choice
 from lensor.network import Network, Node, Operand
-from lensor.sampling.schemes import SCHEMES, inclusion, kept_count, require_keep
+from lensor.sampling.schemes import SCHEMES, inclusion, kept_count, require_keep, require_norms
 
 
 def second_moments(
@@ -45,10 +45,10 @@ def second_moments(
     if scheme == "bernoulli":
         return ones + same * (1 / float(rate) - 1)
     if scheme == "importance":
-        if norms is None:
-            raise ValueError("scheme 'importance' needs norms")
-        rates = inclusion(norms.detach().cpu(), rate)
+        rates = inclusion(require_norms(norms, size), rate)
         return ones + torch.diag(torch.where(rates > 0, 1 / rates.clamp(min=1e-300) - 1, 0.0))
+    if not size:
+        return ones
     count = kept_count(size, rate)
     if scheme == "fixed":
         pair = (count - 1) / (size - 1) * size / count if size > 1 else 1.0
@@ -94,7 +94,9 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
         Operand(f"moments_{index}", ((index,), (inner[index],)) if index in inner else ((index,),)) for index in moments
     ]
     sizes = {other: net.sizes[index] for index, other in inner.items()}
-    output = [leg for leg in opened.output if leg[0] not in inner] if inner else list(opened.output)
+    output = (
+        [leg for leg in opened.output if leg[:1] not in {(index,) for index in inner}] if inner else list(opened.output)
+    )
     one = opened.replace(
         nodes=(*opened.nodes, *weighted), output=(*output, *((other,) for other in inner.values())), sizes=sizes
     )
@@ -102,6 +104,7 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
     matrices = {
         f"moments_{index}": matrix if index in inner else matrix.diagonal() for index, matrix in moments.items()
     }
-    like = next(iter(operands.values()))
-    given = {**operands, **{name: matrix.to(like) for name, matrix in matrices.items()}}
-    return float(square(**given)) - float(net(**operands).square().sum())
+    exact = {name: torch.as_tensor(value).double() for name, value in operands.items()}
+    device = next((value.device for value in exact.values()), None)
+    given = {**exact, **{name: matrix.to(device) for name, matrix in matrices.items()}}
+    return float(square(**given)) - float(net(**exact).square().sum())

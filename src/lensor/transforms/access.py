@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lensor.errors import NetworkError
+from lensor.errors import NetworkError, require_share
 from lensor.network import (
     AnyNetwork,
     Group,
@@ -180,7 +180,7 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
 def sample(
     net: AnyNetwork,
     index: str,
-    keep: Fraction | float | str | None = None,
+    keep: Fraction | float | None = None,
     *,
     positions: str | None = None,
     weights: str | None = None,
@@ -212,9 +212,7 @@ def sample(
             hold the index.
     """
     require_index(net, index)
-    share = None if keep is None else Fraction(keep)
-    if share is not None and not 0 < share <= 1:
-        raise NetworkError(f"keep is a probability: expected 0 < keep <= 1, got {keep}")
+    share = None if keep is None else require_share(keep, "keep", NetworkError)
     if isinstance(stored, str):
         raise TypeError(f"stored must be a sequence of names, found the str {stored!r}")
     chosen = positions or f"{index}_positions"

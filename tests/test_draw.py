@@ -17,10 +17,11 @@ from PIL import Image
 
 import lensor
 from lensor.bench import gallery
-from lensor.draw.graph import CUT, DOT, END, GROUP, Graph, graph_of
+from lensor.draw import Drawing
+from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, Graph, graph_of
 from lensor.draw.layout import crossings, is_planar, positions
 from lensor.draw.match import occurrences
-from lensor.draw.scene import Scene, scene_of
+from lensor.draw.scene import Box, Scene, Segment, scene_of
 from tests.strategies import random_spec
 
 SPECS = {
@@ -40,8 +41,23 @@ def network(op: str, spec: dict[str, Any]) -> Any:
     return getattr(lensor.ops, op)(lensor.ConvSpec(**spec), **options)
 
 
+def runs_through(line: Segment, box: Box) -> bool:
+    """Whether one of many points of a line lies in a box."""
+    x, y = np.linspace((line.x1, line.y1), (line.x2, line.y2), 400).T
+    return bool(((np.abs(x - box.x) < box.width / 2) & (np.abs(y - box.y) < box.height / 2)).any())
+
+
 def check_scene(graph: Graph, scene: Scene) -> None:
-    """No box of a vertex or label overlaps another, and the count of crossings is that of the lines as they are."""
+    """Nothing overlaps, no line runs through another's label or vertex, and crossings are counted as they are.
+
+    Vertices, labels and lines are those that are drawn.
+    """
+    for line in scene.segments:
+        joined = {graph.lines[line.line].first, graph.lines[line.line].second}
+        for label in scene.labels:
+            assert label.line == line.line or not runs_through(line, label.box), (label.text, line)
+        for at, shape in enumerate(scene.shapes):
+            assert at in joined or not runs_through(line, shape.box), (shape, line)
     boxes = [shape.box for shape in scene.shapes if shape.kind != END] + [label.box for label in scene.labels]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other), (one, other)
@@ -128,6 +144,80 @@ def test_groups_dots_and_open_ends() -> None:
     assert kinds.count(DOT) == 2  # n and g are in three places
     jacobian = graph_of(network("weight_jacobian", SPECS["1-d"]))
     assert sum(vertex.shape == DOT and vertex.node is not None for vertex in jacobian.vertices) == 2
+
+
+def ends_of_lines(graph: Graph) -> list[tuple[str, str, str, int]]:
+    """What each line joins (text or shape), the label, and how many lines are drawn."""
+    kinds = [vertex.text or vertex.shape for vertex in graph.vertices]
+    return sorted((*sorted((kinds[line.first], kinds[line.second])), line.label, line.times) for line in graph.lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("X[i i] ->", [("X", "loop", "i", 2)]),
+        ("X[i i j j] ->", [("X", "loop", "i j", 2)]),
+        ("X[i i] -> i", [("X", "dot", "i", 2), ("dot", "end", "i", 1)]),
+        ("X[i i] Y[i] ->", [("X", "dot", "i", 2), ("Y", "dot", "i", 1)]),
+        ("X[i i i] ->", [("X", "dot", "i", 3)]),
+        ("δ[i j] X[i] Y[i] -> j", [("X", "dot", "i", 1), ("Y", "dot", "i", 1), ("dot", "end", "j", 1)]),
+    ],
+)
+def test_every_leg_of_a_node_is_seen(text: str, lines: list[tuple[str, str, str, int]]) -> None:
+    graph = graph_of(lensor.parse(text))
+    assert ends_of_lines(graph) == lines
+    scene = scene_of(graph)
+    assert len(scene.labels) == len(graph.lines)
+    for at, line in enumerate(graph.lines):
+        first = scene.shapes[line.first].box  # loops' vertices come last
+        own = [one for one in scene.segments if one.line == at]
+        points = [point for one in own for point in ((one.x1, one.y1), (one.x2, one.y2))]
+        leaving = sum(math.dist(point, (first.x, first.y)) < 1e-6 for point in points)
+        assert leaving == line.times
+    assert all(shape.kind != LOOP for shape in scene.shapes)
+
+
+def test_patterns_have_the_names_of_the_whole_text() -> None:
+    one = lensor.parse("X[i] Π1[i o k] W[k] -> o where Π1=IndexPattern(9,3)")
+    other = lensor.parse("Y[i] Π1[i o k] W[k] -> o where Π1=IndexPattern(13,3,dilation=3)")
+
+    def names(drawing: Drawing) -> list[str]:
+        return [shape.text for shape in drawing.scene.shapes if shape.kind == "pattern"]
+
+    assert "Π2[" in str(one + other)
+    assert names(lensor.draw(one + other)) == names(lensor.draw([one, other])) == ["Π1", "Π2"]
+    assert names(lensor.draw([one, one])) == ["Π1", "Π1"]
+    assert names(lensor.draw(other)) == ["Π1"]
+
+
+@pytest.mark.parametrize("count", [5, 60])
+def test_many_indices_are_one_line_with_a_short_label(count: int) -> None:
+    names = [f"i{at}" for at in range(count)]
+    net = lensor.parse(f"X[{' '.join(names)}] Y[{' '.join(names)}] ->")
+    scene = check_network(net)
+    assert [label.text for label in scene.labels] == [f"i0 … i{count - 1}"]
+    assert f"i0 … i{count - 1}" in net._repr_svg_()
+
+
+def test_networks_too_dense_for_their_labels_are_drawn_all_the_same() -> None:
+    names = [f"a_long_name_of_an_index_{at}" for at in range(24)]
+    net = lensor.parse(f"X[{' '.join(names)}] -> {' '.join(names)}")
+    scene = net.draw().scene
+    assert sorted(label.text for label in scene.labels) == sorted(names)
+
+
+def test_the_name_of_a_leg_stands_behind_its_end() -> None:
+    for text in ("X[first_index b] Y[b] Z[b second_index] -> first_index second_index", "X[a b c d e] -> a b c d e"):
+        net = lensor.parse(text)
+        graph = graph_of(net)
+        scene = scene_of(graph)
+        for label in scene.labels:
+            joined = [graph.lines[label.line].first, graph.lines[label.line].second]
+            for at in joined:
+                if graph.vertices[at].shape == END:
+                    assert math.dist((label.box.x, label.box.y), (scene.shapes[at].box.x, scene.shapes[at].box.y)) > 3
+                    own = scene.segments[label.line]
+                    assert not runs_through(own, label.box), text
 
 
 def test_files(tmp_path: Path) -> None:

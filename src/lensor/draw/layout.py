@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import networkx as nx
 import numpy as np
 
-from lensor.draw.graph import DOT, END, GROUP, Graph
+from lensor.draw.graph import DOT, END, GROUP, LOOP, Graph
 
 Positions = np.ndarray
 """[vertices, 2]; a line of the graph is about 1 long."""
@@ -110,7 +110,7 @@ def _distances(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarra
     np.fill_diagonal(found, 0.0)
     for a, b in ends:
         shapes = {graph.vertices[part[a]].shape, graph.vertices[part[b]].shape}
-        found[a, b] = found[b, a] = 0.75 if shapes & {END, GROUP, DOT} else 1.0
+        found[a, b] = found[b, a] = 0.75 if shapes & {END, GROUP, DOT, LOOP} else 1.0
     for middle in range(count):
         found = np.minimum(found, found[:, middle, None] + found[None, middle])
     return found

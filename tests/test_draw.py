@@ -13,6 +13,7 @@ from typing import Any
 import networkx
 import numpy as np
 import pytest
+from matplotlib.path import Path as Polygon
 from PIL import Image
 
 import lensor
@@ -263,17 +264,45 @@ def test_sums_pairs_and_plans() -> None:
     assert "convolution" in texts or "matmul" in texts
 
 
-def test_a_shade_lies_behind_each_unfolded_input() -> None:
-    for spec in SPECS.values():
-        factor, unfolded = network("kfac_input_factor", spec), lensor.ops.unfold(lensor.ConvSpec(**spec))
-        halves = occurrences(factor, unfolded)
-        assert len(halves) == 2
-        assert frozenset.union(*halves) == set(range(len(factor.nodes)))
-        scene = lensor.draw(factor, shade=[unfolded]).scene
-        for half, shade in zip(halves, scene.shades, strict=True):
-            for shape in scene.shapes:
-                if shape.node is not None:
-                    assert shade.overlaps(shape.box) == (shape.node in half)
+def check_shades(net: lensor.Network, shade: list[Any], sets: list[frozenset[int]]) -> None:
+    """Each shade lies behind all of its nodes and behind no other one."""
+    scene = lensor.draw(net, shade=shade).scene
+    assert len(scene.shades) == len(sets)
+    for own, found in zip(sets, scene.shades, strict=True):
+        pieces = [polygon(piece) for piece in found.pieces]
+        for shape in scene.shapes:
+            margin = -found.MARGIN if shape.node in own else found.MARGIN  # the area is drawn larger by this
+            x, y = (np.linspace(-0.5, 0.5, 15) * (size + 2 * margin) for size in (shape.box.width, shape.box.height))
+            points = np.stack(np.meshgrid(shape.box.x + x, shape.box.y + y), -1).reshape(-1, 2)
+            inside = np.any([piece.contains_points(points, radius=-1e-9) for piece in pieces], 0)
+            if shape.node in own:
+                assert inside.all()
+            elif shape.node is not None:
+                assert not inside.any()
+                assert not found.overlaps(shape.box)
+
+
+def polygon(piece: Any) -> Polygon:
+    return Polygon([*piece, piece[0]], closed=True)
+
+
+@pytest.mark.parametrize("dims", SPECS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_shade_lies_behind_each_unfolded_input(op: str, dims: str) -> None:
+    unfolded = lensor.ops.unfold(lensor.ConvSpec(**SPECS[dims]))
+    for net in network(op, SPECS[dims]).terms:
+        if halves := occurrences(net, unfolded):
+            check_shades(net, [unfolded], halves)
+
+
+def test_a_shade_lies_behind_nodes_that_stand_apart() -> None:
+    check_shades(network("conv", SPECS["2-d"]), [[0, 3], [1, 2]], [frozenset({0, 3}), frozenset({1, 2})])
+    cubic = {"in_channels": 4, "out_channels": 6, "input_size": (6, 6, 6), "kernel_size": 3, "groups": 2}
+    net, unfolded = network("kfac_input_factor", cubic), lensor.ops.unfold(lensor.ConvSpec(**cubic))
+    halves = occurrences(net, unfolded)
+    assert len(halves) == 2
+    assert frozenset.union(*halves) == set(range(len(net.nodes)))
+    check_shades(net, [unfolded], halves)
 
 
 def test_what_a_shade_needs() -> None:

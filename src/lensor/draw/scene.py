@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,8 +39,14 @@ _GROWTH, _TRIES = 1.1, 18
 _BOX_GAP, _LABEL_GAP = 3.0, 1.0
 """Between vertices, and between labels and everything else."""
 
+_PADS = (10.0, 8.0, 6.0, 4.5, 3.0, 2.0, 1.0)
+"""How far a shade reaches beyond its vertices and lines: as far as it meets no others."""
+
 _WORSE = 10
 """Boxes that overlap, or a line through a vertex, are as bad as so many lines under labels."""
+
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,36 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Shade:
+    """An area behind some vertices.
+
+    Args:
+        pieces: the corners of convex polygons, which may overlap; all turn the same way.
+    """
+
+    pieces: tuple[tuple[Point, ...], ...]
+
+    MARGIN: ClassVar[float] = 4.0
+    """Writers draw the area larger by this on all sides, with round corners."""
+
+    @property
+    def box(self) -> Box:
+        """The rectangle around it."""
+        corners = np.array([corner for piece in self.pieces for corner in piece])
+        low, high = corners.min(0) - self.MARGIN, corners.max(0) + self.MARGIN
+        return Box(*map(float, (low + high) / 2), *map(float, high - low))
+
+    def overlaps(self, box: Box) -> bool:
+        """Whether it reaches into a box."""
+        around = _corners(box, self.MARGIN)
+        return any(_share_a_point(np.array(piece), around) for piece in self.pieces)
+
+    def moved(self, x: float, y: float) -> Shade:
+        """The area at another place."""
+        return Shade(tuple(tuple((one + x, other + y) for one, other in piece) for piece in self.pieces))
+
+
+@dataclass(frozen=True)
 class Label:
     """A text beside or on a line, whose number it has; large ones are signs between networks."""
 
@@ -133,7 +170,7 @@ class Scene:
     shapes: tuple[Shape, ...] = ()
     segments: tuple[Segment, ...] = ()
     labels: tuple[Label, ...] = ()
-    shades: tuple[Box, ...] = ()
+    shades: tuple[Shade, ...] = ()
     bridges: tuple[Segment, ...] = ()
     crossings: int = 0
 
@@ -141,7 +178,7 @@ class Scene:
         """The boxes of all shapes, labels and shades."""
         yield from (shape.box for shape in self.shapes)
         yield from (label.box for label in self.labels)
-        yield from self.shades
+        yield from (shade.box for shade in self.shades)
 
     def bounds(self, margin: float = 8.0) -> tuple[float, float, float, float]:
         """Left, top, width and height of everything."""
@@ -164,7 +201,7 @@ class Scene:
             segments=tuple(one.moved(x, y) for one in self.segments),
             bridges=tuple(one.moved(x, y) for one in self.bridges),
             labels=tuple(replace(one, box=box(one.box)) for one in self.labels),
-            shades=tuple(map(box, self.shades)),
+            shades=tuple(one.moved(x, y) for one in self.shades),
         )
 
 
@@ -412,11 +449,81 @@ def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
     return apart(lines[:, None], others[None]) & apart(others[None], lines[:, None])
 
 
-def _shaded(scene: _Placing, nodes: Collection[int]) -> Box:
-    boxes = [shape.box for shape in scene.shapes if shape.node in nodes]
-    left, right = min(b.x - b.width / 2 for b in boxes), max(b.x + b.width / 2 for b in boxes)
-    top, bottom = min(b.y - b.height / 2 for b in boxes), max(b.y + b.height / 2 for b in boxes)
-    return Box((left + right) / 2, (top + bottom) / 2, right - left + 14, bottom - top + 14)
+def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
+    """The hull of some nodes; where that meets others, each of them and thick bands along the lines between them."""
+    graph, near = scene.graph, scene.graph.neighbours()
+    own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
+    # Dots, groups and loops that nothing else leads to.
+    own |= {
+        at
+        for at, vertex in enumerate(graph.vertices)
+        if vertex.node is None and vertex.shape in (DOT, GROUP, LOOP) and near[at] <= own
+    }
+    boxes = {at: scene.shapes[at].box for at in sorted(own)}
+    others = [shape.box for at, shape in enumerate(scene.shapes) if at not in own and shape.kind not in (LOOP, END)]
+
+    def widest(areas: Iterable[np.ndarray]) -> list[tuple[Point, ...]]:
+        """The first area that meets no other vertex."""
+        for corners in areas:
+            piece = _hull(corners)
+            if not any(map(Shade((piece,)).overlaps, others)):
+                return [piece]
+        return []
+
+    def around(some: Iterable[Box]) -> Iterator[np.ndarray]:
+        some = list(some)
+        return (np.concatenate([_corners(box, pad - Shade.MARGIN) for box in some]) for pad in _PADS)
+
+    pieces = widest(around(boxes.values()))
+    if not pieces:
+        pieces = [piece for box in boxes.values() for piece in widest(around([box]))]
+        for line, paths in zip(graph.lines, scene.paths, strict=True):
+            for one, other in (pair for path in paths for pair in itertools.pairwise(path)):
+                if {line.first, line.second} <= own:
+                    pieces += widest(_band(one, other, max(pad - Shade.MARGIN, 0.1)) for pad in _PADS)
+    return Shade(tuple(pieces))
+
+
+def _corners(box: Box, margin: float) -> np.ndarray:
+    """[4, 2]: the corners of a box with a margin around it."""
+    half = np.array([box.width, box.height]) / 2 + margin
+    return np.array([box.x, box.y]) + half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+
+
+def _band(one: np.ndarray, other: np.ndarray, half: float) -> np.ndarray:
+    """[4, 2]: the corners of a band along a line."""
+    along = other - one
+    across = half * np.array([-along[1], along[0]]) / max(float(np.linalg.norm(along)), 1e-9)
+    return np.array([one + across, one - across, other - across, other + across])
+
+
+def _hull(points: np.ndarray) -> tuple[Point, ...]:
+    """The corners of the convex hull, all hulls the same way round."""
+
+    def chain(points: Iterable[Point]) -> list[Point]:
+        found: list[Point] = []
+        for x, y in points:
+            while len(found) > 1:
+                (ax, ay), (bx, by) = found[-2:]
+                if (bx - ax) * (y - ay) - (by - ay) * (x - ax) > 0:
+                    break
+                found.pop()
+            found.append((x, y))
+        return found[:-1]
+
+    ordered = sorted((float(x), float(y)) for x, y in points)
+    return (*chain(ordered), *chain(reversed(ordered)))
+
+
+def _share_a_point(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two convex polygons meet: no side of either separates them."""
+    for polygon in (one, other):
+        sides = np.roll(polygon, -1, 0) - polygon
+        normals = np.stack([-sides[:, 1], sides[:, 0]], 1)
+        first, second = one @ normals.T, other @ normals.T
+        if ((first.max(0) <= second.min(0)) | (second.max(0) <= first.min(0))).any():
+            return False
+    return True
 
 
 def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
@@ -425,7 +532,7 @@ def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
     shapes: list[Shape] = []
     segments: list[Segment] = []
     labels: list[Label] = []
-    shades: list[Box] = []
+    shades: list[Shade] = []
     bridges: list[Segment] = []
     for part in parts:
         if isinstance(part, str):

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, ONES, STEP, Graph, Line
-from lensor.draw.layout import Positions, crossings, positions
+from lensor.draw.layout import Layout, Positions, laid_out
 
 UNIT = 58.0
 """The length of a line that is 1 long."""
@@ -182,7 +182,9 @@ class Scene:
 
     def bounds(self, margin: float = 8.0) -> tuple[float, float, float, float]:
         """Left, top, width and height of everything."""
-        boxes = list(self.boxes()) or [Box(0, 0, 1, 1)]
+        # Lines may bend beyond all boxes.
+        bends = (Box(line.x1, line.y1, 0.0, 0.0) for line in self.segments)
+        boxes = [*self.boxes(), *bends] or [Box(0, 0, 1, 1)]
         left = min(box.x - box.width / 2 for box in boxes) - margin
         right = max(box.x + box.width / 2 for box in boxes) + margin
         top = min(box.y - box.height / 2 for box in boxes) - margin
@@ -212,25 +214,25 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
         graph: the graph.
         shade: sets of the network's nodes to shade.
     """
-    place = positions(graph)
-    place[:, 1] *= -1  # downwards, as on a page
-    best = min(_growing(graph, place), key=lambda found: found.faults)
+    best = min(_growing(graph, laid_out(graph)), key=lambda found: found.faults)
     shapes = tuple(shape for shape in best.shapes if shape.kind != LOOP)
     segments = best.segments()
+    met = meetings(segments)
     return Scene(
         shapes,
         segments,
         tuple(best.labels),
         tuple(_shaded(best, nodes) for nodes in shade),
-        tuple(segments[second].around(*point, _BRIDGE) for (_, second), point in meetings(graph, segments).items()),
-        crossings(graph, place),
+        tuple(segments[second].around(*point, _BRIDGE) for (_, second), point in met.items()),
+        len(met),
     )
 
 
-def _growing(graph: Graph, place: Positions) -> Iterator[_Placing]:
+def _growing(graph: Graph, layout: Layout) -> Iterator[_Placing]:
     """Scenes of growing size, until one has no faults."""
     for growth in range(_TRIES):
-        found = _at_scale(graph, place * UNIT * _GROWTH**growth)
+        scale = UNIT * _GROWTH**growth * np.array([1.0, -1.0])  # downwards, as on a page
+        found = _at_scale(graph, layout.place * scale, [bends * scale for bends in layout.bends])
         yield found
         if found.faults == 0:
             return
@@ -312,9 +314,10 @@ class _Placing:
             self.paths[at] = [legs[best].reshape(2, 2)]
 
 
-def _at_scale(graph: Graph, place: Positions) -> _Placing:
-    """The scene with vertices at these points."""
-    found = _Placing(graph, _shapes(graph, place), [_paths(graph, line, place) for line in graph.lines])
+def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Placing:
+    """The scene with vertices, and bends of lines, at these points."""
+    paths = [_paths(graph, line, place, bent) for line, bent in zip(graph.lines, bends, strict=True)]
+    found = _Placing(graph, _shapes(graph, place), paths)
     boxes = found.boxes()
     found.faults += _WORSE * int(np.triu(_overlaps(boxes, boxes, _BOX_GAP), 1).sum())
     for at, line in enumerate(graph.lines):
@@ -340,12 +343,13 @@ def _shapes(graph: Graph, place: Positions) -> list[Shape]:
         if vertex.shape == GROUP and near[at]:
             inwards = place[list(near[at])].mean(0) - place[at]
             angle = math.atan2(-inwards[1], -inwards[0])
-        box = Box(*map(float, place[at]), *_size(vertex.shape, vertex.text))
+        (x, y), size = place[at], _size(vertex.shape, vertex.text)
+        box = Box(float(x), float(y), *size)
         shapes.append(Shape(vertex.shape, box, vertex.text, vertex.node, angle))
     return shapes
 
 
-def _paths(graph: Graph, line: Line, place: Positions) -> list[Positions]:
+def _paths(graph: Graph, line: Line, place: Positions, bends: Positions) -> list[Positions]:
     """The points of a line, or of several side by side; a loop turns back at its vertex."""
     start, stop = place[line.first], place[line.second]
     along = stop - start
@@ -355,6 +359,8 @@ def _paths(graph: Graph, line: Line, place: Positions) -> list[Positions]:
         width = _loop_width(graph, line, place)
         far, aside = start + 4 / 3 * along, width * across
         return [start + 3 * (1 - t) * t * (far - start + (1 - 2 * t) * aside)]
+    if line.times == 1:
+        return [np.concatenate([[start], bends, [stop]])]
     gap = _APART / max(float(np.linalg.norm(along)), 1.0)
     bows = gap * (np.arange(line.times) - (line.times - 1) / 2)
     return [start + t * along + 4 * t * (1 - t) * bow * across if bow else np.array([start, stop]) for bow in bows]
@@ -372,21 +378,20 @@ def _is_cut(graph: Graph, line: Line) -> bool:
     return CUT in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
 
 
-def meetings(graph: Graph, segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:
-    """Where lines without a common vertex meet."""
+def meetings(segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:
+    """Where lines meet, other than at their ends."""
+    lines = np.array([(one.x1, one.y1, one.x2, one.y2) for one in segments]).reshape(-1, 4)
     found = {}
-    for (i, one), (j, two) in itertools.combinations(enumerate(segments), 2):
-        first, second = graph.lines[one.line], graph.lines[two.line]
-        if {first.first, first.second} & {second.first, second.second}:
-            continue
-        ax, ay, bx, by = one.x2 - one.x1, one.y2 - one.y1, two.x2 - two.x1, two.y2 - two.y1
-        area = ax * by - ay * bx
-        if abs(area) < 1e-9:
-            continue
-        t = ((two.x1 - one.x1) * by - (two.y1 - one.y1) * bx) / area
-        u = ((two.x1 - one.x1) * ay - (two.y1 - one.y1) * ax) / area
-        if 0 <= t <= 1 and 0 <= u <= 1:
-            found[i, j] = (one.x1 + t * ax, one.y1 + t * ay)
+    for i, j in zip(*np.nonzero(np.triu(_meet(lines, lines), 1)), strict=True):
+        start, along, other, across = (
+            lines[i, :2],
+            lines[i, 2:] - lines[i, :2],
+            lines[j, :2],
+            lines[j, 2:] - lines[j, :2],
+        )
+        t = np.linalg.det([other - start, across]) / np.linalg.det([along, across])
+        x, y = start + t * along
+        found[int(i), int(j)] = float(x), float(y)
     return found
 
 
@@ -424,7 +429,7 @@ def _array(boxes: Iterable[Box]) -> np.ndarray:
 def _overlaps(boxes: np.ndarray, others: np.ndarray, gap: float) -> np.ndarray:
     """[boxes, others]: which boxes come nearer to which than a gap."""
     apart = np.abs(boxes[:, None, :2] - others[None, :, :2])
-    return (apart < (boxes[:, None, 2:] + others[None, :, 2:]) / 2 + gap).all(-1)
+    return np.all(apart < (boxes[:, None, 2:] + others[None, :, 2:]) / 2 + gap, axis=-1)
 
 
 def _cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:

@@ -325,6 +325,14 @@ def test_a_shade_lies_behind_nodes_that_stand_apart() -> None:
     check_shades(net, [unfolded], halves)
 
 
+def test_what_is_summed_over_outside_of_a_shade_stays_outside() -> None:
+    spec = lensor.ConvSpec(2, 4, (9,), 3)
+    scene = lensor.draw(lensor.ops.kfac_input_factor(spec, approx="reduce"), shade=[lensor.ops.unfold(spec)]).scene
+    dots = [shape.box for shape in scene.shapes if shape.kind == DOT]
+    assert (len(scene.shades), len(dots)) == (2, 3)  # o1, o1_ and g
+    assert not any(shade.overlaps(dot) for shade in scene.shades for dot in dots)
+
+
 def test_what_a_shade_needs() -> None:
     assert occurrences(lensor.contraction("n i, i o -> n o", "X", "W"), lensor.contraction("a b -> a b", "X")) == [{0}]
     # The part sums over b, which something else holds.

@@ -93,7 +93,7 @@ class Segment:
         x2: where it ends.
         y2: where it ends.
         dashed: whether it leads to what is cut out.
-        line: the number of the graph's line.
+        line: the number of its line in the graph of its network.
     """
 
     x1: float
@@ -458,11 +458,11 @@ def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
     """The hull of some nodes; where that meets others, each of them and thick bands along the lines between them."""
     graph, near = scene.graph, scene.graph.neighbours()
     own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
-    # Dots, groups and loops that nothing else leads to.
+    # Dots and groups between them, and their loops; what they sum over outside has a dot with one line.
     own |= {
         at
         for at, vertex in enumerate(graph.vertices)
-        if vertex.node is None and vertex.shape in (DOT, GROUP, LOOP) and near[at] <= own
+        if near[at] <= own and (vertex.shape == LOOP or (vertex.shape in (DOT, GROUP) and len(near[at]) > 1))
     }
     boxes = {at: scene.shapes[at].box for at in sorted(own)}
     others = [shape.box for at, shape in enumerate(scene.shapes) if at not in own and shape.kind not in (LOOP, END)]

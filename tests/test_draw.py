@@ -375,6 +375,23 @@ def test_the_gallery_in_the_docs_is_what_the_command_makes(tmp_path: Path) -> No
         assert content(tmp_path / "gallery" / name) == content(docs / "gallery" / name)
 
 
+def joined(graph: networkx.Graph) -> lensor.Network:
+    """A network of tensors joined as a graph is."""
+    names = {frozenset(edge): f"e{at}" for at, edge in enumerate(graph.edges)}
+    legs = {one: " ".join(names[frozenset((one, other))] for other in graph[one]) for one in graph}
+    return lensor.parse(" ".join(f"T{one}[{own}]" for one, own in legs.items()) + " ->")
+
+
+def test_graphs_that_are_not_planar_cross_as_little_as_is_known_to_be_possible() -> None:
+    five = networkx.complete_graph(5)
+    assert check_network(joined(five)).crossings == 1
+    assert check_network(joined(networkx.complete_bipartite_graph(3, 3))).crossings == 1
+    assert check_network(joined(networkx.petersen_graph())).crossings == 2
+    two = networkx.disjoint_union(five, five)
+    two.add_edge(0, 9)  # a part hangs on one vertex
+    assert check_network(joined(two)).crossings == 2
+
+
 def test_large_networks_stay_readable() -> None:
     chain = ", ".join(f"i{at} i{at + 1}" for at in range(40))
     net = lensor.contraction(f"{chain} -> i0 i40", *(f"A{at}" for at in range(40)))

@@ -38,8 +38,8 @@ _ROUNDS = 150
 _CLEAR = 0.28
 """Vertices and lines that they are not an end of stay so far apart."""
 
-_MOVES = 40
-"""Rounds of moves that cross nothing."""
+_MOVES, _FEWEST_MOVES, _WORK = 40, 6, 20_000
+"""Rounds of moves that cross nothing: fewer in graphs where rounds times vertices times vertices would be more work."""
 
 _ANNEALED, _ATTEMPTS, _OPTIONS = 3, 350, 8
 """So many of the best layouts that are not clear are annealed, with so many moves, each chosen of so many options."""
@@ -312,7 +312,7 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
         return min(float(_clearances(ends, at).min(initial=9.0)), float(_gaps(at).min()))
 
     least, most = room(place), _crossings(ends, place)
-    for _ in range(_MOVES):
+    for _ in range(max(min(_MOVES, _WORK // len(place) ** 2), _FEWEST_MOVES)):
         moved = False
         for vertex in range(len(place)):
             away = place[vertex] - place
@@ -368,7 +368,10 @@ def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np
 
 # -------------------------------------------------------------------------------------------------------- planar starts
 def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator[tuple[Positions, bool]]:
-    """Tutte's drawings for several outer faces, and whether they are symmetric; none if the graph is not planar."""
+    """Tutte's drawings for several outer faces, and whether they are symmetric; none if the graph is not planar.
+
+    Where parts that hang on one vertex let all of these collapse, a drawing on a grid.
+    """
     degree = np.bincount(ends.ravel(), minlength=count)
     leaves = [at for at in range(count) if degree[at] == 1 and count > 2]
     core = nx.Graph()
@@ -384,6 +387,7 @@ def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> I
     simple = [face for face in faces if len(set(face)) == len(face) >= 3]
     carriers = {int(b if a in leaves else a) for a, b in ends if (a in leaves) != (b in leaves)}
     simple.sort(key=lambda face: (-len(carriers & set(face)), -len(face), face))
+    collapsed = True
     for outer in simple[:_FACES]:
         own = mirror is not None and {int(mirror[at]) for at in outer} == set(outer)
         for symmetric in (True, False) if own else (False,):
@@ -392,7 +396,13 @@ def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> I
                 continue
             full = _with_leaves(place, leaves, ends, mirror if symmetric else None)
             if _crossings(ends, full) == 0:
+                collapsed = False
                 yield full, symmetric
+    if collapsed:
+        whole = nx.empty_graph(count)
+        whole.add_edges_from(ends.tolist())
+        grid = nx.planar_layout(whole)
+        yield np.array([grid[at] for at in range(count)]), False
 
 
 def _tutte(

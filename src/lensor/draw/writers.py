@@ -8,7 +8,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
-from lensor.draw.scene import Box, Label, Scene, Segment, Shape
+from lensor.draw.scene import Box, Label, Scene, Segment, Shade, Shape
 
 STYLE = (
     ".lensor{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
@@ -24,7 +24,7 @@ STYLE = (
     ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
     ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
     ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
-    ".lensor .shade{fill:var(--shade)}"
+    ".lensor .shade{fill:var(--shade);stroke:var(--shade);stroke-linejoin:round}"
 )
 """Colours for light and dark pages."""
 
@@ -69,7 +69,7 @@ def svg(scene: Scene, title: str) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
-    parts += [f'<rect class="shade" {_rectangle(box)} rx="10"/>' for box in scene.shades]
+    parts += [_svg_shade(shade) for shade in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
     parts += [_svg_line(one, style) for one in scene.bridges for style in ("gap", "line")]
     parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
@@ -79,6 +79,12 @@ def svg(scene: Scene, title: str) -> str:
         for label in scene.labels
     ]
     return "\n".join([*parts, "</svg>"])
+
+
+def _svg_shade(shade: Shade) -> str:
+    pieces = ("L".join(f"{x:.1f},{y:.1f}" for x, y in piece) for piece in shade.pieces)
+    path = "".join(f"M{piece}Z" for piece in pieces)
+    return f'<path class="shade" stroke-width="{2 * Shade.MARGIN:.0f}" d="{path}"/>'
 
 
 def _svg_line(one: Segment, style: str) -> str:
@@ -131,11 +137,9 @@ def tikz(scene: Scene) -> str:
             for name, colour in {**_COLOURS, "shade": "#f1f2f4"}.items()
         ),
     ]
-    for box in scene.shades:
-        x, y, width, height = box.x - box.width / 2, box.y - box.height / 2, box.width, box.height
-        lines.append(
-            rf"\fill[lensorshade,rounded corners=6pt] ({x:.1f},{y:.1f}) rectangle ({x + width:.1f},{y + height:.1f});"
-        )
+    for shade in scene.shades:
+        path = " ".join(" -- ".join(f"({x:.1f},{y:.1f})" for x, y in piece) + " -- cycle" for piece in shade.pieces)
+        lines.append(rf"\filldraw[lensorshade,line join=round,line width={2 * Shade.MARGIN:.1f}pt] {path};")
     lines += [
         rf"\draw{'[dashed]' * one.dashed} ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
         for one in scene.segments
@@ -189,8 +193,9 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     axis.set_ylim(top + height, top)
     axis.axis("off")
     ink = "#1b1f24"
-    for box in scene.shades:
-        axis.add_patch(_patch(patches, box, "#f1f2f4", None, 8))
+    for piece in (piece for shade in scene.shades for piece in shade.pieces):
+        width = 2 * Shade.MARGIN
+        axis.add_patch(patches.Polygon(piece, color="#f1f2f4", linewidth=width, joinstyle="round", zorder=0))
     for one in scene.segments:
         style = "--" if one.dashed else "-"
         axis.plot([one.x1, one.x2], [one.y1, one.y2], style, color=ink, linewidth=1.2, zorder=1)

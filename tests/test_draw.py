@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
@@ -148,6 +149,33 @@ def test_files(tmp_path: Path) -> None:
     assert text == drawing.tikz
     assert text.count(r"\begin{") == text.count(r"\end{") == 2
     assert text.count("{") == text.count("}")
+
+
+def rules(style: str) -> dict[str, dict[str, str]]:
+    """The colours of each rule of a style sheet that sets them, by what it is for."""
+    found = re.findall(r"((?:@media[^{]*\{)?[^{}]*\.lensor)\{(--[^}]*)\}", style)
+    return {who: dict(one.split(":") for one in colours.split(";")) for who, colours in found}
+
+
+def test_pictures_have_their_paper_and_follow_the_page_around() -> None:
+    drawing = lensor.draw(network("conv", SPECS["2-d"]))
+    root = ElementTree.fromstring(drawing.svg)
+    paper = root[2]  # behind everything but the title and the style
+    assert paper.get("class") == "paper"
+    left, top, width, height = map(float, (root.get("viewBox") or "").split())
+    assert [float(paper.get(name) or "nan") for name in ("x", "y", "width", "height")] == [left, top, width, height]
+    colours = rules(root[1].text or "")
+    light, dark = colours[".lensor"], colours["@media (prefers-color-scheme:dark){.lensor"]
+    assert all(light[name] != dark[name] for name in light)
+    told = {selector: one for who, one in colours.items() for selector in who.split(",") if "[" in selector}
+    assert {selector for selector, one in told.items() if one == dark} == {
+        "body[data-theme=dark] .lensor",
+        "[data-jp-theme-light=false] .lensor",
+    }
+    assert {selector for selector, one in told.items() if one == light} == {
+        "body[data-theme=light] .lensor",
+        "[data-jp-theme-light=true] .lensor",
+    }
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")

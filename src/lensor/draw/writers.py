@@ -10,10 +10,15 @@ from xml.sax.saxutils import escape
 from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
 from lensor.draw.scene import Box, Label, Scene, Segment, Shape
 
+_LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
+_DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#24272d}"
+
 STYLE = (
-    ".lensor{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
-    "@media (prefers-color-scheme:dark){.lensor{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;"
-    "--selection:#2c4a21;--shade:#24272d}}"
+    f".lensor{_LIGHT}@media (prefers-color-scheme:dark){{.lensor{_DARK}}}"
+    # Inside of a page whose reader has chosen, as in furo and in Jupyter, that choice counts.
+    f"body[data-theme=light] .lensor,[data-jp-theme-light=true] .lensor{_LIGHT}"
+    f"body[data-theme=dark] .lensor,[data-jp-theme-light=false] .lensor{_DARK}"
+    ".lensor .paper{fill:var(--paper)}"
     ".lensor text{font-family:ui-monospace,Menlo,Consolas,monospace;fill:var(--ink);text-anchor:middle;"
     "dominant-baseline:central}"
     ".lensor .node{font-size:13px}.lensor .index{font-size:9.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3}"
@@ -26,7 +31,7 @@ STYLE = (
     ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
     ".lensor .shade{fill:var(--shade)}"
 )
-"""Colours for light and dark pages."""
+"""Colours for light and dark pages: by the system's choice, or by that of the page around."""
 
 _COLOURS = {
     TENSOR: "#dbe9ff",
@@ -69,6 +74,10 @@ def svg(scene: Scene, title: str) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
+    # On paper of its own it can be read where the page is light and the system dark, or the other way round.
+    parts.append(
+        f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>'
+    )
     parts += [f'<rect class="shade" {_rectangle(box)} rx="10"/>' for box in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
     parts += [_svg_line(one, style) for one in scene.bridges for style in ("gap", "line")]

@@ -18,10 +18,12 @@ from PIL import Image
 
 import lensor
 from lensor.bench import gallery
-from lensor.draw.graph import CUT, DOT, END, GROUP, Graph, graph_of
+from lensor.draw.graph import CUT, DOT, END, GROUP, TENSOR, Graph, graph_of
 from lensor.draw.layout import crossings, is_planar, positions
 from lensor.draw.match import occurrences
-from lensor.draw.scene import Scene, scene_of
+from lensor.draw.scene import Box, Label, Scene, Shape, scene_of
+from lensor.draw.tex import tex
+from lensor.draw.writers import tikz
 from tests.strategies import random_spec
 
 SPECS = {
@@ -178,14 +180,74 @@ def test_pictures_have_their_paper_and_follow_the_page_around() -> None:
     }
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
+def compile_tex(folder: Path) -> None:
+    found = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "net.tex"], cwd=folder, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
+needs_tex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
+
+
+@needs_tex
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_tikz_compiles(op: str, tmp_path: Path) -> None:
     lensor.draw(network(op, SPECS["2-d"]), tmp_path / "net.tex")
-    found = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "net.tex"], cwd=tmp_path, capture_output=True, check=False
-    )
-    assert found.returncode == 0, found.stdout[-2000:]
+    compile_tex(tmp_path)
+
+
+GREEK = [chr(code) for code in (*range(0x386, 0x3CF), 0x3D1, 0x3D5, 0x3D6, 0x3F1, 0x3F5) if chr(code).isalpha()]
+
+
+@needs_tex
+def test_tikz_of_all_names_that_it_takes_compiles(tmp_path: Path) -> None:
+    latin = "é naïve c_out k1 k1_ _ __x a__b x_1_ab W12 Ω̂ a·b µ ℓ 3/1024 c_out⁻¹² 4×6 → -1 100% #1 {$&} a^b ~ c\\d"
+    names = [name for letter in GREEK for name in (letter, letter + "x", "i_" + letter)] + latin.split()
+    labels = [Label(name, Box(0.0, 12.0 * at, 40.0, 11.0)) for at, name in enumerate(names)]
+    shapes = [Shape(TENSOR, Box(80.0, 30.0 * at, 60.0, 24.0), name) for at, name in enumerate(names)]
+    (tmp_path / "net.tex").write_text(tikz(Scene(tuple(shapes), labels=tuple(labels))), encoding="utf-8")
+    compile_tex(tmp_path)
+
+
+def test_names_and_scales_in_tex() -> None:
+    words = {
+        "X": "$X$",
+        "weight": r"$\mathrm{weight}$",
+        "c_out": r"$c_{\mathrm{out}}$",
+        "k1_": "$k_{1}'$",
+        "Σ α": r"$\Sigma $ $\alpha $",
+        "Ώ": r"$\acute{\Omega }$",
+        "Α": r"$\mathrm{A}$",
+        "ï": r"$\ddot{i}$",
+        "_a": r"$\mathrm{\_a}$",
+        "n⁻¹²": "$n^{-12}$",
+        "c_in²": r"$c_{\mathrm{in}}^{2}$",
+        "-1/117649": r"$-\frac{1}{117649}$",
+        "4×6×9": r"$4\times 6\times 9$",
+    }
+    assert {text: tex(text, "rename") for text in words} == words
+    net = lensor.contraction("n i -> i", "X").scaled("1/3", {"n": -1, "i": 1})
+    (scale,) = (label.text for label in net.draw().scene.labels if label.large)
+    assert scale == "1/3 i n⁻¹ ×"
+    assert r"{$\frac{1}{3}$ $i$ $n^{-1}$ $\times $}" in net.to_tikz()
+
+
+@pytest.mark.parametrize(
+    ("operand", "index", "message"),
+    [
+        ("漢字", "i", r"'漢' \(CJK UNIFIED IDEOGRAPH-6F22\) in '漢字'.*net.rename_operands\(漢字='x'\)"),
+        ("X", "и", r"'и' \(CYRILLIC SMALL LETTER I\) in 'и'.*net.rename\(и='x'\)"),
+    ],
+)
+def test_names_that_tex_does_not_know_are_refused(operand: str, index: str, message: str, tmp_path: Path) -> None:
+    net = lensor.contraction(f"n {index} -> n", operand)
+    with pytest.raises(ValueError, match=message):
+        net.to_tikz()
+    with pytest.raises(ValueError, match=message):
+        net.draw(tmp_path / "net.tex")
+    assert not (tmp_path / "net.tex").exists()
+    assert operand in net.draw().svg
 
 
 def test_sums_pairs_and_plans() -> None:
@@ -194,7 +256,7 @@ def test_sums_pairs_and_plans() -> None:
     assert signs == ["+"]
     factor = network("kfac_input_factor", SPECS["1-d"])
     signs = [label.text for label in lensor.draw([factor, factor.simplify()]).scene.labels if label.large]
-    assert signs == ["n^-1 ×", "→", "n^-1 ×"]
+    assert signs == ["n⁻¹ ×", "→", "n⁻¹ ×"]
     plan = lensor.ops.conv(lensor.ConvSpec(2, 4, (9,), 3)).plan(X=(1, 2, 9), W=(4, 2, 3))
     texts = [shape.text for shape in plan.draw().scene.shapes]
     assert texts[:2] == ["X", "W"]

@@ -51,7 +51,11 @@ class Drawing:
 
     @property
     def tikz(self) -> str:
-        """A TeX document that compiles by itself."""
+        """A TeX document that compiles by itself.
+
+        Raises:
+            ValueError: for a name with a character that TeX does not know.
+        """
         from lensor.draw.writers import tikz
 
         return tikz(self.scene)
@@ -81,7 +85,7 @@ class Drawing:
             'sum.svg'
 
         Raises:
-            ValueError: for another ending.
+            ValueError: for another ending, or for .tex a name with a character that TeX does not know.
             ImportError: if matplotlib is missing, for PNG.
             OSError: if the file cannot be written.
         """
@@ -195,13 +199,13 @@ def _parts(net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collec
     """The terms of a network as scenes, with their scales and signs between them."""
     from lensor.draw.graph import graph_of
     from lensor.draw.scene import scene_of
+    from lensor.draw.tex import raised
 
     parts: list[Scene | str] = []
     for at, (term, shade) in enumerate(zip(net.terms, shades, strict=True)):
         parts += ["+"] * (at > 0)
-        scale = " ".join(
-            [*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *(f"{i}^{p}" for i, p in term.scale.powers)]
-        )
+        powers = [index + raised(power) if power != 1 else index for index, power in term.scale.powers]
+        scale = " ".join([*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *powers])
         parts += [f"{scale} ×"] * bool(scale)
         parts.append(scene_of(graph_of(term, cut), shade))
     return parts
@@ -218,6 +222,7 @@ def to_tikz(net: AnyNetwork) -> str:
 
     Raises:
         ImportError: if networkx is missing.
+        ValueError: for a name with a character that TeX does not know.
     """
     return draw(net).tikz
 

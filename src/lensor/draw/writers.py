@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
 from lensor.draw.scene import Box, Label, Scene, Segment, Shape
+from lensor.draw.tex import tex
 
 _LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
 _DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#24272d}"
@@ -114,27 +115,22 @@ def _svg_shape(shape: Shape) -> str:
             return f'<circle class="box ones" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>{text}'
         case "pattern" | "group":
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners(shape))
-            return f'<polygon class="{"dot" if shape.kind == GROUP else "box pattern"}" points="{points}"/>{text}'
+            return f'<polygon class="{"box pattern" if shape.kind == PATTERN else "dot"}" points="{points}"/>{text}'
     return f'<rect class="box {shape.kind}" {_rectangle(box)} rx="{2 if shape.kind == SELECTION else 8}"/>{text}'
 
 
 # ----------------------------------------------------------------------------------------------------------------- TikZ
-_GREEK = {"Π": r"$\Pi$", "δ": r"$\delta$", "×": r"$\times$", "→": r"$\rightarrow$", "·": r"$\cdot$"}
-
-
-def tex(text: str) -> str:
-    """A text for TeX: Greek letters and arrows in mathematics, the rest escaped."""
-    special = {"_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "^": r"\^{}"}
-    return "".join(_GREEK.get(letter) or special.get(letter, letter) for letter in text)
-
-
 def tikz(scene: Scene) -> str:
-    """The scene as a TeX document that compiles by itself; copy its tikzpicture into a paper."""
+    """The scene as a TeX document that compiles by itself; copy its tikzpicture into a paper.
+
+    Raises:
+        ValueError: for a name with a character that TeX does not know.
+    """
     lines = [
         r"\documentclass[tikz,border=4pt]{standalone}",
         r"\begin{document}",
         r"\begin{tikzpicture}[x=1pt,y=-1pt,font=\small,",
-        r"  box/.style={draw,line width=0.5pt,inner sep=0pt},index/.style={font=\tiny,inner sep=1pt,fill=white}]",
+        r"  box/.style={draw,line width=0.5pt,inner sep=0pt},index/.style={font=\scriptsize,inner sep=1pt,fill=white}]",
         *(
             rf"\definecolor{{lensor{name}}}{{HTML}}{{{colour[1:].upper()}}}"
             for name, colour in {**_COLOURS, "shade": "#f1f2f4"}.items()
@@ -157,14 +153,14 @@ def tikz(scene: Scene) -> str:
     lines += [found for shape in scene.shapes if (found := _tikz_shape(shape))]
     lines += [
         rf"\node[{'font=' + chr(92) + 'large' if label.large else 'index'}] at ({label.box.x:.1f},{label.box.y:.1f})"
-        rf" {{{tex(label.text)}}};"
+        rf" {{{tex(label.text, 'rename')}}};"
         for label in scene.labels
     ]
     return "\n".join([*lines, r"\end{tikzpicture}", r"\end{document}", ""])
 
 
 def _tikz_shape(shape: Shape) -> str:
-    box, text = shape.box, tex(shape.text)
+    box, text = shape.box, tex(shape.text, "rename_operands")
     at = f"({box.x:.1f},{box.y:.1f})"
     size = f"minimum width={box.width:.1f}pt,minimum height={box.height:.1f}pt"
     match shape.kind:
@@ -214,7 +210,7 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
             colour = ink if shape.kind == DOT else "white"
             axis.add_patch(patches.Circle((box.x, box.y), box.width / 2, facecolor=colour, edgecolor=ink, zorder=2))
         elif shape.kind in (PATTERN, GROUP):
-            colour = ink if shape.kind == GROUP else _COLOURS[PATTERN]
+            colour = _COLOURS[PATTERN] if shape.kind == PATTERN else ink
             axis.add_patch(patches.Polygon(corners(shape), facecolor=colour, edgecolor=ink, zorder=2))
         else:
             patch = _patch(patches, box, _COLOURS[shape.kind], ink, 2 if shape.kind == SELECTION else 6)

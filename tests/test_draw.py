@@ -21,9 +21,12 @@ from lensor.bench import gallery
 from lensor.draw.graph import CUT, DOT, END, GROUP, TENSOR, Graph, graph_of
 from lensor.draw.layout import crossings, is_planar, positions
 from lensor.draw.match import occurrences
+from lensor.draw.plans import ARROW
 from lensor.draw.scene import Box, Label, Scene, Shape, scene_of
 from lensor.draw.tex import tex
 from lensor.draw.writers import tikz
+from lensor.plan import Plan, Program
+from lensor.steps import Input, MatMul
 from tests.strategies import random_spec
 
 SPECS = {
@@ -250,6 +253,97 @@ def test_names_that_tex_does_not_know_are_refused(operand: str, index: str, mess
     assert operand in net.draw().svg
 
 
+def plan_of(net: Any) -> Any:
+    """A plan with the sizes of the gallery."""
+    sizes = {index: gallery.SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
+    bound = net.bind(sizes)
+    legs = {name: bound.operand_legs[name][name in bound.selections :] for name in bound.operand_names}
+    return bound.plan(
+        **{name: tuple(math.prod(bound.sizes[i] for i in leg) for leg in own) for name, own in legs.items()}
+    )
+
+
+def check_plan(plan: Any) -> Scene:
+    """Lines run through no box or label of others, lead where values go, and their crossings are counted."""
+    scene = plan.draw().scene
+    steps = [shape for shape in scene.shapes if shape.kind != ARROW]
+    for one, other in itertools.combinations([shape.box for shape in steps] + [label.box for label in scene.labels], 2):
+        assert not one.overlaps(other)
+    lines = [(complex(one.x1, one.y1), complex(one.x2, one.y2)) for one in scene.segments]
+    for start, end in lines:
+        assert end.real > start.real  # to the right
+        points = [start + (end - start) * t for t in np.linspace(0, 1, 101)]
+        for box in [shape.box for shape in steps] + [label.box for label in scene.labels]:
+            own = complex(box.x, box.y) in (start, end)
+            inside = [abs(p.real - box.x) < box.width / 2 and abs(p.imag - box.y) < box.height / 2 for p in points]
+            assert own or not any(inside), (start, end, box)
+    crossed = 0
+    for (a, b), (c, d) in itertools.combinations(lines, 2):
+        if {a, b} & {c, d}:
+            continue
+        sides = [((q - p).conjugate() * (r - p)).imag for p, q, one in ((a, b, (c, d)), (c, d, (a, b))) for r in one]
+        crossed += sides[0] * sides[1] < 0 and sides[2] * sides[3] < 0
+    assert crossed == scene.crossings == len(scene.bridges)
+
+    def sources(at: int) -> set[int]:
+        passed = plan.steps[at].takes and plan.steps[at].is_view and at != plan.result
+        return set().union(*map(sources, plan.steps[at].takes)) if passed else {at}
+
+    drawn = [at for at in range(len(plan.steps)) if sources(at) == {at}]
+    centres = {complex(shape.box.x, shape.box.y): at for at, shape in zip(drawn, steps, strict=True)}
+    for centre, at in centres.items():
+        todo, reached = [centre], set()
+        while todo:
+            here = todo.pop()
+            if here in centres and here != centre:
+                reached.add(centres[here])
+            else:
+                todo += [end for start, end in lines if start == here]
+        assert reached == {user for user in drawn if at in set().union(*map(sources, plan.steps[user].takes))}
+    heads = [shape for shape in scene.shapes if shape.kind == ARROW]
+    assert len(heads) == sum(bool(plan.steps[at].takes) for at in drawn)
+    return scene
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_plans_are_drawn_without_lines_through_others(op: str) -> None:
+    net = network(op, SPECS["2-d"])
+    if gallery.flops(net) is None:
+        pytest.skip("a size stays open")
+    assert check_plan(plan_of(net)).crossings == 0
+
+
+def test_plans_of_random_networks_are_drawn_without_lines_through_others() -> None:
+    for seed in range(6):
+        rng = np.random.default_rng([8, seed])
+        legs = [rng.choice(list("abcdefghij"), 3, replace=False) for _ in range(8)]
+        text = ", ".join(" ".join(leg) for leg in legs)
+        net = lensor.contraction(f"{text} -> {legs[0][0]}", *(f"T{at}" for at in range(8)))
+        check_plan(net.plan(**{f"T{at}": (2, 2, 2) for at in range(8)}))
+
+
+def test_crossings_of_plans_are_few_and_counted() -> None:
+    # Products of each pair of three matrices: a circle of six values in two layers, which takes two crossings.
+    program = Program()
+    x, y, z = (program.add(Input((), name, (2, 2))) for name in "XYZ")
+    xy, yz, zx = (program.add(MatMul(pair)) for pair in ((x, y), (y, z), (z, x)))
+    result = program.add(MatMul((program.add(MatMul((xy, zx))), yz)))
+    plan = Plan("", tuple(program.steps), tuple(program.shapes), result)
+    assert check_plan(plan).crossings == 2
+
+
+@needs_tex
+def test_tikz_of_plans_compiles(tmp_path: Path) -> None:
+    plan_of(network("hessian_diagonal_weight", SPECS["2-d"])).draw(tmp_path / "net.tex")
+    compile_tex(tmp_path)
+
+
+def test_plans_show_themselves() -> None:
+    assert PLAN._repr_svg_() == PLAN.draw().svg
+    assert PLAN.to_tikz() == PLAN.draw().tikz
+    assert repr(PLAN) == "<Plan of X[n i] W[i o] -> n o: 3 steps, 48 flops>"
+
+
 def test_sums_pairs_and_plans() -> None:
     with_bias = lensor.ops.conv(lensor.ConvSpec(2, 4, (9,), 3, bias=True))
     signs = [label.text for label in lensor.draw(with_bias).scene.labels if label.large]
@@ -323,6 +417,9 @@ def test_large_networks_stay_readable() -> None:
     net = lensor.contraction(f"{chain} -> i0 i40", *(f"A{at}" for at in range(40)))
     scene = check_network(net)
     assert len(scene.shapes) == 42
+
+
+PLAN = lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2))
 
 
 @pytest.mark.parametrize(

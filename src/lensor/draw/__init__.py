@@ -212,8 +212,8 @@ def _parts(net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collec
 
 
 @verb
-def to_tikz(net: AnyNetwork) -> str:
-    r"""The diagram as a TeX document that compiles by itself.
+def to_tikz(net: AnyNetwork | Plan) -> str:
+    r"""The diagram of a network or of a plan as a TeX document that compiles by itself.
 
     Example:
         >>> import lensor
@@ -232,8 +232,8 @@ def _require(package: str) -> None:
         raise ImportError(f"drawing needs {package}: install lensor[draw]")
 
 
-def _repr_svg(net: AnyNetwork) -> str | None:
-    """What notebooks show of a network; its text alone where it cannot be drawn."""
+def _repr_svg(net: AnyNetwork | Plan) -> str | None:
+    """What notebooks show of a network or of a plan; its text alone where it cannot be drawn."""
     if find_spec("networkx") is None:
         return None
     try:
@@ -245,3 +245,5 @@ def _repr_svg(net: AnyNetwork) -> str | None:
 verb(draw)
 Verbs._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]
 Plan.draw = draw  # pyright: ignore[reportAttributeAccessIssue]
+Plan.to_tikz = to_tikz  # pyright: ignore[reportAttributeAccessIssue]
+Plan._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,28 +8,31 @@ import unicodedata
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DIGITS = {raised: plain for plain, raised in _SUPERSCRIPTS.items()}
 
-_MATHS = dict(
-    zip(
-        "αβγδϵεζηθϑικλμνξοπϖρϱσςτυϕφχψωΓΔΘΛΞΠΣΥΦΨΩ×→·−ℓ",
-        r"\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \iota \kappa \lambda \mu \nu \xi o"
-        r" \pi \varpi \rho \varrho \sigma \varsigma \tau \upsilon \phi \varphi \chi \psi \omega \Gamma \Delta \Theta"
-        r" \Lambda \Xi \Pi \Sigma \Upsilon \Phi \Psi \Omega \times \rightarrow \cdot - \ell".split(),
-        strict=True,
-    )
+_COMMANDS = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho"
+    " sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+    " times rightarrow cdot ldots ell"
 )
+_LETTERS = "αβγδϵεζηθϑικλμνξπϖρϱσςτυϕφχψωΓΔΘΛΞΠΣΥΦΨΩ×→·…ℓ"
+_MATHS = {letter: "\\" + command for letter, command in zip(_LETTERS, _COMMANDS.split(), strict=True)}
 # TeX has no commands for the capitals that look like Latin ones.
 _MATHS |= {greek: rf"\mathrm{{{latin}}}" for greek, latin in zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABEZHIKMNOPTX", strict=True)}
 _MATHS |= {mark: "\\" + mark for mark in "_&%#${}"}
-_MATHS |= {"\\": r"\backslash", "^": r"\hat{}", "~": r"\sim", "\u00b5": r"\mu"}
+_MATHS |= {"ο": "o", "−": "-", "\\": r"\backslash", "^": r"\hat{}", "~": r"\sim", "\u00b5": r"\mu"}
 """Characters that are not themselves in TeX's mathematics."""
 
-_ACCENTS = dict(
-    zip(
-        "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030c",
-        r"\grave \acute \hat \tilde \bar \breve \dot \ddot \mathring \check".split(),
-        strict=True,
-    )
-)
+_ACCENTS = {
+    "\u0300": r"\grave",
+    "\u0301": r"\acute",
+    "\u0302": r"\hat",
+    "\u0303": r"\tilde",
+    "\u0304": r"\bar",
+    "\u0306": r"\breve",
+    "\u0307": r"\dot",
+    "\u0308": r"\ddot",
+    "\u030a": r"\mathring",
+    "\u030c": r"\check",
+}
 
 
 def raised(power: int) -> str:

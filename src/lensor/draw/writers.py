@@ -8,6 +8,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
+from lensor.draw.plans import ARROW
 from lensor.draw.scene import Box, Label, Scene, Segment, Shape
 from lensor.draw.tex import tex
 
@@ -45,9 +46,9 @@ _COLOURS = {
 
 
 def corners(shape: Shape) -> list[tuple[float, float]]:
-    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices)."""
+    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices, the head of a line)."""
     box = shape.box
-    if shape.kind == GROUP:
+    if shape.kind in (GROUP, ARROW):
         turns = (0.0, 2.3, -2.3)
         radius = box.width / 2
         return [
@@ -113,7 +114,7 @@ def _svg_shape(shape: Shape) -> str:
             return f'<circle class="dot" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>'
         case "ones":
             return f'<circle class="box ones" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>{text}'
-        case "pattern" | "group":
+        case "pattern" | "group" | "arrow":
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners(shape))
             return f'<polygon class="{"box pattern" if shape.kind == PATTERN else "dot"}" points="{points}"/>{text}'
     return f'<rect class="box {shape.kind}" {_rectangle(box)} rx="{2 if shape.kind == SELECTION else 8}"/>{text}'
@@ -170,7 +171,7 @@ def _tikz_shape(shape: Shape) -> str:
             return rf"\fill {at} circle ({box.width / 2:.1f}pt);"
         case "ones":
             return rf"\node[box,circle,fill=white,{size}] at {at} {{{text}}};"
-        case "group":
+        case "group" | "arrow":
             return rf"\fill {' -- '.join(f'({x:.1f},{y:.1f})' for x, y in corners(shape))} -- cycle;"
         case "pattern":
             path = " -- ".join(f"({x:.1f},{y:.1f})" for x, y in corners(shape))
@@ -209,7 +210,7 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
         if shape.kind in (DOT, ONES):
             colour = ink if shape.kind == DOT else "white"
             axis.add_patch(patches.Circle((box.x, box.y), box.width / 2, facecolor=colour, edgecolor=ink, zorder=2))
-        elif shape.kind in (PATTERN, GROUP):
+        elif shape.kind in (PATTERN, GROUP, ARROW):
             colour = _COLOURS[PATTERN] if shape.kind == PATTERN else ink
             axis.add_patch(patches.Polygon(corners(shape), facecolor=colour, edgecolor=ink, zorder=2))
         else:

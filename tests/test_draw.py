@@ -253,6 +253,27 @@ def test_names_that_tex_does_not_know_are_refused(operand: str, index: str, mess
     assert operand in net.draw().svg
 
 
+def test_a_network_alone_is_a_shade_and_a_name_alone_is_cut() -> None:
+    spec = lensor.ConvSpec(**SPECS["1-d"])
+    net = network("conv", SPECS["1-d"]).rename_operands(W="weight")
+    assert lensor.draw(net, cut="weight").svg == lensor.draw(net, cut=["weight"]).svg
+    factor, part = network("kfac_input_factor", SPECS["1-d"]), lensor.ops.unfold(spec)
+    assert lensor.draw(factor, shade=part).svg == lensor.draw(factor, shade=[part]).svg
+
+
+def test_endings_in_capitals_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    net = lensor.contraction("n i -> i", "X")
+    assert net.draw().save("~/net.SVG") == tmp_path / "net.SVG"
+    assert (tmp_path / "net.SVG").read_text(encoding="utf-8") == net.draw().svg
+    net.draw(tmp_path / "net.PNG")
+    with Image.open(tmp_path / "net.PNG") as picture:
+        assert picture.format == "PNG"
+    net.draw(tmp_path / "net.TEX")
+    assert (tmp_path / "net.TEX").read_text(encoding="utf-8") == net.to_tikz()
+
+
 def plan_of(net: Any) -> Any:
     """A plan with the sizes of the gallery."""
     sizes = {index: gallery.SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
@@ -419,12 +440,29 @@ def test_large_networks_stay_readable() -> None:
     assert len(scene.shapes) == 42
 
 
+SUM = lensor.contraction("n -> ", "X").simplify() + lensor.contraction("n -> ", "Y")
 PLAN = lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2))
+ONE = lensor.contraction("n -> ", "X")
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: ONE.draw(shade=SUM), TypeError, r"shade is a Sum, expected networks, as in shade=\[unfolded\]"),
+        (lambda: ONE.draw(shade="X"), TypeError, r"shade is 'X' of type str, expected networks"),
+        (lambda: ONE.draw(shade=0), TypeError, r"shade is 0 of type int, expected networks"),
+        (lambda: ONE.draw(shade=[0, 1]), TypeError, r"shade holds 0 of type int, .* as in shade=\[\{0, 1\}\]"),
+        (lambda: ONE.draw(shade=[SUM]), TypeError, "shade holds a Sum, expected networks"),
+        (lambda: ONE.draw(shade=[PLAN]), TypeError, "shade holds a Plan, expected networks"),
+        (lambda: ONE.draw(shade=["X"]), TypeError, "shade holds 'X' of type str, expected networks"),
+        (lambda: ONE.draw(cut="weight"), ValueError, "cut names 'weight', expected of X"),
+        (lambda: ONE.draw(cut=[3]), TypeError, r"cut is \[3\] of type list, expected names of operands, as in cut="),
+        (lambda: ONE.draw(cut=None), TypeError, "cut is None of type NoneType, expected names of operands"),
+        (lambda: lensor.draw([ONE, PLAN]), TypeError, "found a Plan at place 1; a plan is drawn alone"),
+        (lambda: lensor.draw([ONE, 3]), TypeError, "found 3 of type int at place 1"),
+        (lambda: lensor.draw([]), ValueError, "found an empty sequence"),
+        (lambda: ONE.draw("no/where/x.svg"), FileNotFoundError, "the folder no/where to save x.svg in does not exist"),
+        (lambda: ONE.draw("no/where/x.png"), FileNotFoundError, "the folder no/where to save x.png in does not exist"),
         (lambda: lensor.draw(3), TypeError, "found int"),
         (lambda: lensor.draw("X"), TypeError, "found str"),
         (

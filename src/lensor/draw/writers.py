@@ -222,7 +222,7 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
             axis.text(box.x, box.y, shape.text, color="gray" if shape.kind == CUT else ink, **style)
     for label in scene.labels:
         _text(axis, label, ink)
-    figure.savefig(path, dpi=dpi, facecolor="white")
+    figure.savefig(path, dpi=dpi, facecolor="white", format="png")
 
 
 def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -> Any:

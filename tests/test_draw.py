@@ -7,13 +7,17 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import networkx
 import numpy as np
 import pytest
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 import lensor
@@ -22,9 +26,9 @@ from lensor.draw.graph import CUT, DOT, END, GROUP, TENSOR, Graph, graph_of
 from lensor.draw.layout import crossings, is_planar, positions
 from lensor.draw.match import occurrences
 from lensor.draw.plans import ARROW
-from lensor.draw.scene import Box, Label, Scene, Shape, scene_of
+from lensor.draw.scene import Box, Label, Scene, Segment, Shape, scene_of
 from lensor.draw.tex import tex
-from lensor.draw.writers import tikz
+from lensor.draw.writers import png, svg, tikz
 from lensor.plan import Plan, Program
 from lensor.steps import Input, MatMul
 from tests.strategies import random_spec
@@ -272,6 +276,46 @@ def test_endings_in_capitals_and_the_home_folder(tmp_path: Path, monkeypatch: py
         assert picture.format == "PNG"
     net.draw(tmp_path / "net.TEX")
     assert (tmp_path / "net.TEX").read_text(encoding="utf-8") == net.to_tikz()
+
+
+def test_what_is_cleared_around_a_label_has_the_colour_below(tmp_path: Path) -> None:
+    def scene(label: Box, bridge: Segment) -> Scene:
+        graph = graph_of(lensor.contraction("n i, n o -> i o", "X", "Y"))
+        drawn = scene_of(graph, [range(2)])
+        return Scene((), (), (Label("n", label),), drawn.shades, (bridge,), 1)
+
+    (shade,) = scene_of(graph_of(lensor.contraction("n i, n o -> i o", "X", "Y")), [range(2)]).shades
+    left, top, width, height = Scene(shades=(shade,)).bounds(0.0)
+    x, y = left + width / 2, top + height / 2
+    near, far = scene(Box(x, y, 9, 9), Segment(x, y, x, y + 4)), scene(Box(x, y + 99, 9, 9), Segment(x, y, x, y + 99))
+    assert 'class="index shaded"' in svg(near, "")
+    assert 'class="gap shaded"' in svg(near, "")
+    assert "index,fill=lensorshade" in tikz(near)
+    assert "lensorshade,line width" in tikz(near)
+    assert not re.search('class="(index|gap) shaded"', svg(far, ""))
+    assert "index,fill=lensorshade" not in tikz(far)
+    png(near, tmp_path / "near.png")
+    with Image.open(tmp_path / "near.png") as picture:
+        image = np.asarray(picture.convert("RGB"))
+    scale = image.shape[1] / near.bounds()[2]
+    column = int((x - 5 - near.bounds()[0]) * scale)  # beside the label's letter, in its halo
+    assert image[int((y - near.bounds()[1]) * scale), column].tolist() == [0xE4, 0xE8, 0xEE]
+
+
+def test_letters_that_the_font_of_png_files_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    monospaced, other = (
+        set(FT2Font(folder / f"{name}.ttf").get_charmap()) for name in ("DejaVuSansMono", "DejaVuSans")
+    )
+    letter = next(chr(code) for code in sorted(other - monospaced) if chr(code).isidentifier())
+    own = [font for font in font_manager.fontManager.ttflist if Path(font.fname).parent == folder]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lensor.contraction("n i -> i", letter).draw(tmp_path / "net.png")
+    with pytest.warns(UserWarning, match="no font on this machine has '字', '漢'") as found:
+        lensor.contraction("n 漢 -> 漢", "字").draw(tmp_path / "net.png")
+    assert len(found) == 1
 
 
 def plan_of(net: Any) -> Any:

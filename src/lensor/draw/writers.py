@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -12,8 +13,8 @@ from lensor.draw.plans import ARROW
 from lensor.draw.scene import Box, Label, Scene, Segment, Shape
 from lensor.draw.tex import tex
 
-_LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
-_DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#24272d}"
+_LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#e4e8ee}"
+_DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#2e333d}"
 
 STYLE = (
     f".lensor{_LIGHT}@media (prefers-color-scheme:dark){{.lensor{_DARK}}}"
@@ -28,6 +29,7 @@ STYLE = (
     ".lensor .dashed{stroke-dasharray:3 3}.lensor .cut{fill:var(--paper);stroke-dasharray:3 3}"
     ".lensor .cut+text{fill-opacity:.55}"
     ".lensor .gap{stroke:var(--paper);stroke-width:6}"
+    ".lensor .index.shaded{stroke:var(--shade)}.lensor .gap.shaded{stroke:var(--shade)}"
     ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
     ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
     ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
@@ -43,6 +45,17 @@ _COLOURS = {
     ONES: "#ffffff",
     CUT: "#ffffff",
 }
+_SHADE = "#e4e8ee"
+
+
+def is_shaded(scene: Scene, box: Box) -> bool:
+    """Whether the middle of a box lies on a shade: what is cleared around it has the shade's colour."""
+    middle = Box(box.x, box.y, 1.0, 1.0)
+    return any(shade.overlaps(middle) for shade in scene.shades)
+
+
+def _on_shade(scene: Scene, bridge: Segment) -> bool:
+    return is_shaded(scene, Box((bridge.x1 + bridge.x2) / 2, (bridge.y1 + bridge.y2) / 2, 1.0, 1.0))
 
 
 def corners(shape: Shape) -> list[tuple[float, float]]:
@@ -77,19 +90,25 @@ def svg(scene: Scene, title: str) -> str:
         f"<style>{STYLE}</style>",
     ]
     # On paper of its own it can be read where the page is light and the system dark, or the other way round.
-    parts.append(
-        f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>'
-    )
+    parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
     parts += [f'<rect class="shade" {_rectangle(box)} rx="10"/>' for box in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
-    parts += [_svg_line(one, style) for one in scene.bridges for style in ("gap", "line")]
+    parts += [
+        _svg_line(one, style)
+        for one in scene.bridges
+        for style in ("gap shaded" if _on_shade(scene, one) else "gap", "line")
+    ]
     parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
     parts += [
-        f'<text class="{"sign" if label.large else "index"}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
+        f'<text class="{_svg_label(scene, label)}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
         f"{escape(label.text)}</text>"
         for label in scene.labels
     ]
     return "\n".join([*parts, "</svg>"])
+
+
+def _svg_label(scene: Scene, label: Label) -> str:
+    return "sign" if label.large else "index" + " shaded" * is_shaded(scene, label.box)
 
 
 def _svg_line(one: Segment, style: str) -> str:
@@ -134,7 +153,7 @@ def tikz(scene: Scene) -> str:
         r"  box/.style={draw,line width=0.5pt,inner sep=0pt},index/.style={font=\scriptsize,inner sep=1pt,fill=white}]",
         *(
             rf"\definecolor{{lensor{name}}}{{HTML}}{{{colour[1:].upper()}}}"
-            for name, colour in {**_COLOURS, "shade": "#f1f2f4"}.items()
+            for name, colour in {**_COLOURS, "shade": _SHADE}.items()
         ),
     ]
     for box in scene.shades:
@@ -149,15 +168,21 @@ def tikz(scene: Scene) -> str:
     lines += [
         rf"\draw[{style}] ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
         for one in scene.bridges
-        for style in ("white,line width=4pt", "")
+        for style in (f"{'lensorshade' if _on_shade(scene, one) else 'white'},line width=4pt", "")
     ]
     lines += [found for shape in scene.shapes if (found := _tikz_shape(shape))]
     lines += [
-        rf"\node[{'font=' + chr(92) + 'large' if label.large else 'index'}] at ({label.box.x:.1f},{label.box.y:.1f})"
+        rf"\node[{_tikz_label(scene, label)}] at ({label.box.x:.1f},{label.box.y:.1f})"
         rf" {{{tex(label.text, 'rename')}}};"
         for label in scene.labels
     ]
     return "\n".join([*lines, r"\end{tikzpicture}", r"\end{document}", ""])
+
+
+def _tikz_label(scene: Scene, label: Label) -> str:
+    if label.large:
+        return r"font=\large"
+    return "index,fill=lensorshade" if is_shaded(scene, label.box) else "index"
 
 
 def _tikz_shape(shape: Shape) -> str:
@@ -195,13 +220,15 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     axis.set_ylim(top + height, top)
     axis.axis("off")
     ink = "#1b1f24"
+    families = _families("".join(one.text for one in (*scene.shapes, *scene.labels)))
     for box in scene.shades:
-        axis.add_patch(_patch(patches, box, "#f1f2f4", None, 8))
+        axis.add_patch(_patch(patches, box, _SHADE, None, 8))
     for one in scene.segments:
         style = "--" if one.dashed else "-"
         axis.plot([one.x1, one.x2], [one.y1, one.y2], style, color=ink, linewidth=1.2, zorder=1)
     for one in scene.bridges:
-        axis.plot([one.x1, one.x2], [one.y1, one.y2], color="white", linewidth=5, zorder=1.1, solid_capstyle="butt")
+        back = _SHADE if _on_shade(scene, one) else "white"
+        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=back, linewidth=5, zorder=1.1, solid_capstyle="butt")
         axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1.2)
     for shape in scene.shapes:
         box = shape.box
@@ -218,11 +245,13 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
             patch.set_linestyle("--" if shape.kind in (CUT, SELECTION) else "-")
             axis.add_patch(patch)
         if shape.text:
-            style = {"ha": "center", "va": "center", "fontsize": 9.5, "family": "monospace", "zorder": 3}
+            style = {"ha": "center", "va": "center", "fontsize": 9.5, "family": families, "zorder": 3}
             axis.text(box.x, box.y, shape.text, color="gray" if shape.kind == CUT else ink, **style)
     for label in scene.labels:
-        _text(axis, label, ink)
-    figure.savefig(path, dpi=dpi, facecolor="white", format="png")
+        _text(axis, label, ink, families, _SHADE if is_shaded(scene, label.box) else "white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # said by `_families`, once for all
+        figure.savefig(path, dpi=dpi, facecolor="white", format="png")
 
 
 def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -> Any:
@@ -237,8 +266,36 @@ def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -
     )
 
 
-def _text(axis: Any, label: Label, ink: str) -> None:
-    halo = {} if label.large else {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}}
+def _families(text: str) -> list[str]:
+    """The fonts for a text: the monospaced one, and for what it lacks the first others here that have it."""
+    from matplotlib import font_manager
+
+    found, lacking = ["monospace"], set(text)
+    lacking -= {*map(chr, font_manager.get_font(font_manager.findfont("monospace")).get_charmap())}
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)):
+        if not lacking:
+            break
+        # The font of last resort draws a box for every letter.
+        if font.style != "normal" or font.weight not in (400, "normal", "book") or "Last Resort" in font.name:
+            continue
+        try:
+            has = lacking & {*map(chr, font_manager.get_font(font.fname).get_charmap())}
+        except (OSError, RuntimeError):  # pictures instead of outlines, or a file that is gone
+            continue
+        found += [font.name] * bool(has)
+        lacking -= has
+    if lacking:
+        letters = ", ".join(map(repr, sorted(lacking)))
+        warnings.warn(
+            f"no font on this machine has {letters}: the PNG file shows boxes instead; save the picture as .svg, or"
+            " install a font that has them",
+            stacklevel=4,  # where the user saves
+        )
+    return found
+
+
+def _text(axis: Any, label: Label, ink: str, families: list[str], back: str) -> None:
+    halo = {} if label.large else {"bbox": {"facecolor": back, "edgecolor": "none", "pad": 0.6}}
     size = 14 if label.large else 7
     axis.text(
         label.box.x,
@@ -247,7 +304,7 @@ def _text(axis: Any, label: Label, ink: str) -> None:
         ha="center",
         va="center",
         fontsize=size,
-        family="monospace",
+        family=families,
         color=ink,
         zorder=4,
         **halo,

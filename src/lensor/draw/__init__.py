@@ -7,14 +7,15 @@ and matplotlib for PNG: `lensor[draw]`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lensor.errors import NetworkError, require_choice
-from lensor.network import AnyNetwork, Network, Verbs, verb
+from lensor.network import AnyNetwork, Network, Pattern, Verbs, verb
+from lensor.notation import pattern_names
 from lensor.plan import Plan
 
 if TYPE_CHECKING:
@@ -168,10 +169,10 @@ def _drawing(
     nets = _listed(what)
     terms = [term for net in nets for term in net.terms]
     _check_cut(terms, cut)
-    shades = _shades(terms, shade)
+    shades, names = _shades(terms, shade), pattern_names(terms)
     parts: list[Scene | str] = []
     for at, net in enumerate(nets):
-        parts += ["→"] * (at > 0) + _parts(net, [next(shades) for _ in net.terms], cut)
+        parts += ["→"] * (at > 0) + _parts(net, [next(shades) for _ in net.terms], cut, names)
     return Drawing(row(parts), " → ".join(map(str, nets)))
 
 
@@ -246,7 +247,9 @@ def _shades(terms: Sequence[Network], shade: Sequence[Collection[int] | Network]
     return iter(found)
 
 
-def _parts(net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collection[str]) -> list[Scene | str]:
+def _parts(
+    net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collection[str], names: Mapping[Pattern, str]
+) -> list[Scene | str]:
     """The terms of a network as scenes, with their scales and signs between them."""
     from lensor.draw.graph import graph_of
     from lensor.draw.scene import scene_of
@@ -258,7 +261,7 @@ def _parts(net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collec
         powers = [index + raised(power) if power != 1 else index for index, power in term.scale.powers]
         scale = " ".join([*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *powers])
         parts += [f"{scale} ×"] * bool(scale)
-        parts.append(scene_of(graph_of(term, cut), shade))
+        parts.append(scene_of(graph_of(term, cut, names), shade))
     return parts
 
 

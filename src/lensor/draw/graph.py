@@ -1,23 +1,28 @@
 """A network as a graph that can be drawn: vertices with a shape, lines with labels.
 
 An index of two nodes is a line between them; one of more is a dot that lines lead to (a hyperindex), and so is a delta.
+An index that a node has twice is a loop (a trace), or two lines from the node to the dot (a diagonal).
 An output leg is an open end; a leg that groups indices is a triangle at which their lines meet. Operands that are cut
 out, the arguments of a Jacobian, stay as ghosts: their lines are legs of the Jacobian.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Select
 from lensor.notation import pattern_names
 
-TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, STEP = (
+TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, LOOP, STEP = (
     *("tensor", "cut", "pattern", "selection", "ones", "dot", "end", "group"),
-    "step",
+    *("loop", "step"),
 )
-"""The shapes of vertices."""
+"""The shapes of vertices; a loop's vertex is where the line of a trace turns back."""
+
+_MOST_NAMES = 4
+"""A label has at most so many names."""
 
 
 @dataclass
@@ -37,16 +42,25 @@ class Vertex:
 
 @dataclass
 class Line:
-    """A line between two vertices, with the names of its indices."""
+    """A line between two vertices.
+
+    Args:
+        first: the vertex it starts from.
+        second: the vertex it leads to.
+        indices: the names of its indices.
+        times: how many lines are drawn side by side: as many as the first vertex has legs of one index.
+    """
 
     first: int
     second: int
     indices: tuple[str, ...]
+    times: int = 1
 
     @property
     def label(self) -> str:
-        """The names, side by side."""
-        return " ".join(self.indices)
+        """The names, side by side; of many, the first and the last."""
+        many = len(self.indices) > _MOST_NAMES
+        return f"{self.indices[0]} … {self.indices[-1]}" if many else " ".join(self.indices)
 
 
 @dataclass
@@ -61,13 +75,19 @@ class Graph:
         self.vertices.append(vertex)
         return len(self.vertices) - 1
 
-    def join(self, first: int, second: int, index: str) -> None:
+    def join(self, first: int, second: int, index: str, times: int = 1) -> None:
         """Join two vertices by an index; side by side with others that join them."""
         for line in self.lines:
             if {line.first, line.second} == {first, second}:
-                line.indices = (*line.indices, index)
+                line.indices, line.times = (*line.indices, index), max(line.times, times)
                 return
-        self.lines.append(Line(first, second, (index,)))
+        self.lines.append(Line(first, second, (index,), times))
+
+    def loop(self, vertex: int, index: str) -> None:
+        """Join a vertex with itself; one loop for all its traces."""
+        near = self.neighbours()[vertex]
+        turn = next((other for other in near if self.vertices[other].shape == LOOP), None)
+        self.join(vertex, self.add(Vertex(LOOP)) if turn is None else turn, index, 2)
 
     def neighbours(self) -> list[set[int]]:
         """The neighbours of every vertex."""
@@ -93,10 +113,16 @@ class Graph:
         return parts
 
 
-def graph_of(net: Network, cut: Collection[str] = ()) -> Graph:
-    """The graph of a network, with some operands cut out."""
+def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, str] | None = None) -> Graph:
+    """The graph of a network.
+
+    Args:
+        net: the network.
+        cut: operands that are cut out.
+        names: of its patterns; by default those that its own text gives them.
+    """
     graph, holders = Graph(), dict[str, list[int]]()
-    names = pattern_names([net])
+    names = pattern_names([net]) if names is None else names
     shapes = {Operand: TENSOR, Select: SELECTION, Pattern: PATTERN, Ones: ONES, Delta: DOT}
     for at, node in enumerate(net.nodes):
         match node:
@@ -120,15 +146,18 @@ def graph_of(net: Network, cut: Collection[str] = ()) -> Graph:
         for index in leg:
             holders.setdefault(index, []).append(end)
     for index, vertices in holders.items():
-        ends = list(dict.fromkeys(vertices))
-        if len(ends) == 2 and len(vertices) == 2:
-            graph.join(ends[0], ends[1], index)
-        elif len(vertices) == 1:  # summed over alone
-            graph.join(ends[0], graph.add(Vertex(DOT)), index)
+        times = Counter(vertices)
+        if len(vertices) == 1:  # summed over alone
+            graph.join(vertices[0], graph.add(Vertex(DOT)), index)
+        elif len(vertices) == 2 and len(times) == 1:
+            graph.loop(vertices[0], index)
+        elif len(vertices) == 2:
+            graph.join(vertices[0], vertices[1], index)
         else:
-            dot = next((one for one in ends if graph.vertices[one].shape == DOT and len(vertices) > 2), None)
+            # A delta that holds the index is its dot.
+            dot = next((one for one in times if graph.vertices[one].shape == DOT), None)
             dot = graph.add(Vertex(DOT)) if dot is None else dot
-            for one in ends:
+            for one in times:
                 if one != dot:
-                    graph.join(one, dot, index)
+                    graph.join(one, dot, index, times[one])
     return graph

@@ -2,24 +2,35 @@
 
 Distances in the drawing are to be those in the graph (stress). A planar graph starts from Tutte's drawing of an
 embedding, in which every vertex stands in the middle of its neighbours, for several outer faces; open ends point into
-the widest gaps. Vertices then move towards their best places only as far as no line is crossed. A graph that is not
-planar, or too flat for that, starts from a circle, from layers and from random places, and majorisation minimises its
-stress. The two halves of a symmetric network are mirrored and move together. Fewest crossings win, then room, symmetry
-and stress. All is deterministic.
+the widest gaps. Vertices then move towards their best places only as far as no line is crossed. A graph that is too
+flat for that starts from a circle, from layers and from random places, and majorisation minimises its stress. The two
+halves of a symmetric network are mirrored and move together. Fewest crossings win, then room, symmetry and stress.
+
+A graph that is not planar becomes planar first: lines are put in as long as it stays so, each line that is left cuts as
+few as it can, and every cut is a vertex of four lines. That graph is drawn as planar ones are; its cuts then become
+crossings of lines that are straight wherever that crosses no more, and bent where they must be. All is deterministic.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
 
-from lensor.draw.graph import DOT, END, GROUP, Graph
+from lensor.draw.graph import DOT, END, GROUP, LOOP, Graph
 
 Positions = np.ndarray
 """[vertices, 2]; a line of the graph is about 1 long."""
+
+Route = tuple[int, ...]
+"""The numbers of the points that a line runs through."""
+
+_Bent = tuple[tuple[int, int, int, float], Positions, list[Route]]
+"""How good a drawing with bends is (less is better), its points and the routes of its lines."""
 
 _ROUNDS = 150
 """Rounds of majorisation."""
@@ -30,33 +41,49 @@ _CLEAR = 0.28
 _MOVES = 40
 """Rounds of moves that cross nothing."""
 
-_ANNEALED, _ATTEMPTS = 2, 800
-"""So many of the best layouts that are not clear are annealed, with so many moves."""
+_ANNEALED, _ATTEMPTS, _OPTIONS = 3, 350, 8
+"""So many of the best layouts that are not clear are annealed, with so many moves, each chosen of so many options."""
+
+_CROSSING = 3
+"""What a crossing costs, beside a vertex that stands on a line."""
 
 _FACES = 3
 """So many faces are tried as the outer one."""
+
+_ORDERS, _CUT, _CUT_LENGTH = 12, 2, 0.6
+"""In so many orders lines are put into a planar graph; so many of the results are drawn; how long pieces are to be."""
 
 _MOST_MAPPINGS = 400
 """So many symmetries of a graph are looked at."""
 
 
-def positions(graph: Graph) -> Positions:
-    """The positions of all vertices; connected parts side by side."""
+@dataclass(frozen=True)
+class Layout:
+    """Where everything stands.
+
+    Args:
+        place: the points of the vertices.
+        bends: for each line the points where it bends.
+    """
+
+    place: Positions
+    bends: tuple[Positions, ...]
+
+
+def laid_out(graph: Graph) -> Layout:
+    """The layout of a graph; connected parts side by side."""
     found = np.zeros((len(graph.vertices), 2))
+    bends = [np.zeros((0, 2))] * len(graph.lines)
     right = 0.0
     for part in graph.components():
-        place = _part(graph, part)
-        place -= place.min(0)
-        place[:, 1] -= place[:, 1].max() / 2
-        found[part] = place + np.array([right, 0.0])
-        right += place[:, 0].max() + 0.9
-    return found
-
-
-def crossings(graph: Graph, place: Positions) -> int:
-    """Pairs of lines without a common vertex that meet."""
-    ends = np.array([(line.first, line.second) for line in graph.lines], int).reshape(-1, 2)
-    return _crossings(ends, place)
+        points, routes = _part(graph, part)
+        points = points - points.min(0)
+        points += np.array([right, -points[:, 1].max() / 2])
+        found[part] = points[: len(part)]
+        for line, route in routes.items():
+            bends[line] = points[list(route[1:-1])]
+        right = points[:, 0].max() + 0.9
+    return Layout(found, tuple(bends))
 
 
 def is_planar(graph: Graph) -> bool:
@@ -72,21 +99,30 @@ def _networkx(graph: Graph, part: Sequence[int] | None = None) -> nx.Graph:
     return found
 
 
-def _part(graph: Graph, part: Sequence[int]) -> Positions:
-    """The positions of one connected part."""
-    count = len(part)
-    if count == 1:
-        return np.zeros((1, 2))
+def _part(graph: Graph, part: Sequence[int]) -> tuple[Positions, dict[int, Route]]:
+    """The points of one connected part, and the routes of its lines."""
     number = {vertex: at for at, vertex in enumerate(part)}
-    ends = np.array([(number[line.first], number[line.second]) for line in graph.lines if line.first in number], int)
-    wanted = _distances(graph, part, ends)
-    mirror = _mirror(graph, part, ends)
+    lines = [at for at, line in enumerate(graph.lines) if line.first in number]
+    ends = [(number[graph.lines[at].first], number[graph.lines[at].second]) for at in lines]
+    if len(part) == 1:
+        return np.zeros((1, 2)), {}
     planar = nx.check_planarity(_networkx(graph, part))[0]
+    if planar:
+        points, routes = _straight(graph, part, np.array(ends)), ends
+    else:
+        points, routes = _bent(_distances(graph, part, np.array(ends)), ends)
+    return points, dict(zip(lines, routes, strict=True))
+
+
+def _straight(graph: Graph, part: Sequence[int], ends: np.ndarray) -> Positions:
+    """The points of a planar part."""
+    count, wanted = len(part), _distances(graph, part, ends)
+    mirror = _mirror(graph, part, ends)
     tried: list[tuple[tuple[int, int, bool, float], Positions]] = []
 
     def keep(place: Positions, symmetric: bool) -> None:
-        count, touching = _crossings(ends, place), _touching(ends, place)
-        tried.append(((count + (0 if planar else touching), touching, not symmetric, _stress(place, wanted)), place))
+        score = _crossings(ends, place), _touching(ends, place), not symmetric, float(_stress(place, wanted))
+        tried.append((score, place))
 
     for start, symmetric in _planar_starts(count, ends, mirror):
         relaxed = _relaxed(start, wanted, ends, mirror if symmetric else None)
@@ -105,12 +141,16 @@ def _part(graph: Graph, part: Sequence[int]) -> Positions:
 
 def _distances(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray:
     """The lengths of shortest paths; lines to open ends and dots are shorter."""
-    count = len(part)
+    shapes = [graph.vertices[vertex].shape for vertex in part]
+    lengths = [0.75 if {shapes[a], shapes[b]} & {END, GROUP, DOT, LOOP} else 1.0 for a, b in ends]
+    return _shortest(len(part), ends, lengths)
+
+
+def _shortest(count: int, ends: np.ndarray, lengths: Sequence[float]) -> np.ndarray:
+    """[vertices, vertices]: the lengths of shortest paths."""
     found = np.full((count, count), np.inf)
     np.fill_diagonal(found, 0.0)
-    for a, b in ends:
-        shapes = {graph.vertices[part[a]].shape, graph.vertices[part[b]].shape}
-        found[a, b] = found[b, a] = 0.75 if shapes & {END, GROUP, DOT} else 1.0
+    found[ends[:, 0], ends[:, 1]] = found[ends[:, 1], ends[:, 0]] = lengths
     for middle in range(count):
         found = np.minimum(found, found[:, middle, None] + found[None, middle])
     return found
@@ -136,7 +176,8 @@ def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator
     for _ in range(6):
         yield order.normal(size=(count, 2)) * count / 4
     layers = np.zeros((count, 2))
-    depth = _depths(count, ends)
+    # From one of the vertices farthest from the first: a chain starts, and stays, straight.
+    depth = _depths(count, ends, int(_depths(count, ends, 0).argmax()))
     for level in range(depth.max() + 1):
         own = np.flatnonzero(depth == level)
         layers[own, 0] = level
@@ -144,10 +185,10 @@ def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator
     yield layers
 
 
-def _depths(count: int, ends: np.ndarray) -> np.ndarray:
-    """Steps from the first vertex."""
+def _depths(count: int, ends: np.ndarray, first: int) -> np.ndarray:
+    """Steps from a vertex."""
     depth = np.full(count, -1)
-    depth[0] = 0
+    depth[first] = 0
     for level in range(count):
         for a, b in (*ends, *ends[:, ::-1]):
             if depth[a] == level and depth[b] < 0:
@@ -169,11 +210,11 @@ def _majorised(place: Positions, wanted: np.ndarray) -> Positions:
     return place
 
 
-def _stress(place: Positions, wanted: np.ndarray) -> float:
-    gaps = np.linalg.norm(place[:, None] - place[None], axis=-1)
+def _stress(place: Positions, wanted: np.ndarray) -> np.ndarray:
+    """[...]: how far distances are from those wanted."""
     weights = 1 / np.maximum(wanted, 1e-9) ** 2
     np.fill_diagonal(weights, 0.0)
-    return round(float((weights * (gaps - wanted) ** 2).sum()), 6)
+    return (weights * (_gaps(place) - wanted) ** 2).sum((-1, -2)).round(6)
 
 
 # ------------------------------------------------------------------------------------------------------------- symmetry
@@ -225,11 +266,11 @@ def _sides(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _crossing_pairs(ends: np.ndarray, place: Positions) -> np.ndarray:
-    """[lines, lines]: which lines without a common vertex meet."""
-    a, b = place[ends[:, 0]], place[ends[:, 1]]
-    a1, b1, a2, b2 = a[:, None], b[:, None], a[None], b[None]
+    """[..., lines, lines]: which lines without a common vertex meet."""
+    a, b = place[..., ends[:, 0], :], place[..., ends[:, 1], :]
+    a1, b1, a2, b2 = a[..., :, None, :], b[..., :, None, :], a[..., None, :, :], b[..., None, :, :]
     one = _sides(a1, b1, a2) * _sides(a1, b1, b2)
-    two = _sides(a2, b2, a1) * _sides(a2, b2, b1)
+    two = np.swapaxes(one, -1, -2)
     shared = (ends[:, None, :, None] == ends[None, :, None, :]).any((-1, -2))
     return (one <= 0) & (two <= 0) & ~shared & ((one < 0) | (two < 0))
 
@@ -239,19 +280,24 @@ def _crossings(ends: np.ndarray, place: Positions) -> int:
 
 
 def _clearances(ends: np.ndarray, place: Positions) -> np.ndarray:
-    """[vertices, lines]: distances of vertices to lines they are not an end of."""
-    a, b = place[ends[:, 0]][None], place[ends[:, 1]][None]
+    """[..., vertices, lines]: distances of vertices to lines they are not an end of."""
+    a, b = place[..., None, ends[:, 0], :], place[..., None, ends[:, 1], :]
     along = b - a
-    t = ((place[:, None] - a) * along).sum(-1) / np.maximum((along**2).sum(-1), 1e-12)
+    t = ((place[..., :, None, :] - a) * along).sum(-1) / np.maximum((along**2).sum(-1), 1e-12)
     near = a + np.clip(t, 0, 1)[..., None] * along
-    gaps = np.linalg.norm(place[:, None] - near, axis=-1)
-    own = (np.arange(len(place))[:, None, None] == ends[None]).any(-1)
+    gaps = np.linalg.norm(place[..., :, None, :] - near, axis=-1)
+    own = (np.arange(place.shape[-2])[:, None, None] == ends[None]).any(-1)
     return np.where(own, np.inf, gaps)
+
+
+def _gaps(place: Positions) -> np.ndarray:
+    """[..., vertices, vertices]: distances, far from a vertex to itself."""
+    return np.linalg.norm(place[..., :, None, :] - place[..., None, :, :], axis=-1) + 9 * np.eye(place.shape[-2])
 
 
 def _touching(ends: np.ndarray, place: Positions) -> int:
     """How many vertices stand on a line, or on another vertex."""
-    gaps = np.linalg.norm(place[:, None] - place[None], axis=-1) + 9 * np.eye(len(place))
+    gaps = _gaps(place)
     return int((_clearances(ends, place) < _CLEAR).sum()) + int((gaps < _CLEAR).sum()) // 2
 
 
@@ -263,10 +309,9 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
     np.fill_diagonal(weights, 0.0)
 
     def room(at: Positions) -> float:
-        gaps = np.linalg.norm(at[:, None] - at[None], axis=-1) + 9 * np.eye(len(at))
-        return min(float(_clearances(ends, at).min(initial=9.0)), float(gaps.min()))
+        return min(float(_clearances(ends, at).min(initial=9.0)), float(_gaps(at).min()))
 
-    least = room(place)
+    least, most = room(place), _crossings(ends, place)
     for _ in range(_MOVES):
         moved = False
         for vertex in range(len(place)):
@@ -284,7 +329,7 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
                 if np.linalg.norm(after[vertex] - place[vertex]) < 5e-3:
                     break
                 space = room(after)
-                if space >= min(least, _CLEAR) and _crossings(ends, after) == 0:
+                if space >= min(least, _CLEAR) and _crossings(ends, after) <= most:
                     place, moved, least = after, True, max(least, min(space, _CLEAR))
                     break
         if not moved:
@@ -293,28 +338,32 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
 
 
 def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
-    """Random moves, ever shorter, kept where fewer lines cross and fewer vertices touch at little more stress."""
+    """Random moves, ever shorter and colder, to have fewer lines cross and fewer vertices touch at little stress.
+
+    Of some options for a vertex one is drawn, the likelier the less it costs (a heat bath).
+    """
     random = np.random.default_rng(0)
 
-    def cost(at: Positions) -> float:
-        near = np.maximum(_CLEAR - _clearances(ends, at), 0).sum() / _CLEAR
-        gaps = np.linalg.norm(at[:, None] - at[None], axis=-1) + 9 * np.eye(len(at))
-        near += np.maximum(2 * _CLEAR - gaps, 0).sum() / _CLEAR
-        return float(_crossings(ends, at) + near) + 0.02 * _stress(at, wanted)
+    def costs(at: Positions) -> np.ndarray:
+        near = np.maximum(_CLEAR - _clearances(ends, at), 0).sum((-1, -2)) / _CLEAR
+        near += np.maximum(2 * _CLEAR - _gaps(at), 0).sum((-1, -2)) / _CLEAR
+        return _CROSSING * _crossing_pairs(ends, at).sum((-1, -2)) / 2 + near + 0.02 * _stress(at, wanted)
 
-    best = cost(place)
-    for length in np.geomspace(1.5, 0.05, _ATTEMPTS):
+    best, least = place, np.inf
+    for length, heat in zip(np.geomspace(1.0, 0.05, _ATTEMPTS), np.geomspace(0.3, 0.005, _ATTEMPTS), strict=True):
         vertex = int(random.integers(len(place)))
-        after = place.copy()
-        after[vertex] += random.normal(size=2) * length
+        options = np.repeat(place[None], _OPTIONS, 0)
+        options[1:, vertex] += random.normal(size=(_OPTIONS - 1, 2)) * length
         if mirror is not None and mirror[vertex] == vertex:
-            after[vertex, 0] = 0.0
+            options[:, vertex, 0] = 0.0
         elif mirror is not None:
-            after[mirror[vertex]] = after[vertex] * (-1.0, 1.0)
-        found = cost(after)
-        if found < best:
-            place, best = after, found
-    return place
+            options[:, mirror[vertex]] = options[:, vertex] * (-1.0, 1.0)
+        found = costs(options)
+        chosen = int((found - heat * random.gumbel(size=_OPTIONS)).argmin())
+        place = options[chosen]
+        if found[chosen] < least:
+            best, least = place, found[chosen]
+    return best
 
 
 # -------------------------------------------------------------------------------------------------------- planar starts
@@ -419,3 +468,107 @@ def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirr
             place[twin] = place[leaf] * (-1.0, 1.0)
             done.add(twin)
     return place
+
+
+# ------------------------------------------------------------------------------------------------------- planarisations
+def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Route]]:
+    """The points of a part that is not planar, bends after its vertices, and the routes of its lines."""
+    count, random = len(wanted), np.random.default_rng(0)
+    orders = [random.permutation(len(ends)).tolist() for _ in range(_ORDERS)]
+    cut = sorted((_cut_lines(count, ends, order) for order in orders), key=_bends)
+    tried: list[_Bent] = []
+    for routes in cut[:_CUT]:
+        for start, _ in _planar_starts(int(_pieces(routes).max()) + 1, _pieces(routes), None):
+            tried.append(_improved(_relaxed, start, routes, wanted))
+    tried.sort(key=lambda one: one[0])
+    tried += [_improved(_annealed, points, routes, wanted) for _, points, routes in tried[:_CUT]]
+    _, points, routes = min(tried, key=lambda one: one[0])
+    return _turned(points, symmetric=False), routes
+
+
+def _improved(move: Callable[..., Positions], points: Positions, routes: Sequence[Route], wanted: np.ndarray) -> _Bent:
+    """Points after moves towards the least stress, bends that are needed still, and how good the drawing is."""
+    count, pieces = len(wanted), _pieces(routes)
+    lengths = [float(wanted[a, b]) if max(a, b) < count else _CUT_LENGTH for a, b in pieces]
+    points = move(points, _shortest(len(points), pieces, lengths), pieces, None)
+    points, routes = _straightened(points, routes, count)
+    return (*_faults(points, routes), float(_stress(points[:count], wanted))), points, routes
+
+
+def _pieces(routes: Iterable[Route]) -> np.ndarray:
+    """[pieces, 2]: the ends of all straight pieces."""
+    return np.array([piece for route in routes for piece in itertools.pairwise(route)])
+
+
+def _bends(routes: Iterable[Route]) -> int:
+    return sum(len(route) - 2 for route in routes)
+
+
+def _faults(points: Positions, routes: Sequence[Route]) -> tuple[int, int, int]:
+    """Crossings, with those at which both lines bend; vertices that touch; bends."""
+    both = sum(times - 1 for times in Counter(vertex for route in routes for vertex in route[1:-1]).values())
+    pieces = _pieces(routes)
+    return _crossings(pieces, points) + both, _touching(pieces, points) + both, _bends(routes)
+
+
+def _straightened(points: Positions, routes: Sequence[Route], count: int) -> tuple[Positions, list[Route]]:
+    """Points and routes without the bends that they can do without: at most one line bends at a cut."""
+    routes = list(routes)
+    for bend in range(len(points) - 1, count - 1, -1):
+        lines = [at for at, route in enumerate(routes) if bend in route]
+        options = [_freed(points, routes, bend, freed) for freed in (lines, *([line] for line in lines))]
+        if len(lines) == 1:
+            options.append((points, routes))
+        points, routes = min(options, key=lambda option: _faults(*option))
+    return points, routes
+
+
+def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[int]) -> tuple[Positions, list[Route]]:
+    """Points and routes when some lines no longer bend at a point, which goes if none does."""
+    routes = [tuple(vertex for vertex in route if vertex != bend or at not in lines) for at, route in enumerate(routes)]
+    if any(bend in route for route in routes):
+        return points, routes
+    after = [tuple(vertex - (vertex > bend) for vertex in route) for route in routes]
+    return np.delete(points, bend, 0), after
+
+
+def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[Route]:
+    """Routes of lines through new vertices, at which they cut others: a largest planar part, then what is left."""
+    graph, left = nx.empty_graph(count), []
+    routes = [list(pair) for pair in ends]
+    for line in order:
+        graph.add_edge(*ends[line], line=line)
+        if not nx.check_planarity(graph)[0]:
+            graph.remove_edge(*ends[line])
+            left.append(line)
+    for line in left:
+        _insert(graph, routes, line)
+    return [tuple(route) for route in routes]
+
+
+def _insert(graph: nx.Graph, routes: list[list[int]], line: int) -> None:
+    """Put a line into a planar graph, through the fewest faces; each line on the way is cut by a new vertex."""
+    _, embedding = nx.check_planarity(graph)
+    side: dict[tuple[int, int], int] = {}
+    for number, edge in enumerate(embedding.edges()):
+        if edge not in side:
+            face = embedding.traverse_face(*edge)
+            side.update(dict.fromkeys(zip(face, [*face[1:], face[0]], strict=True), number))
+    faces = nx.Graph()
+    for (a, b), face in side.items():
+        faces.add_edge(face, side[b, a], cut=(a, b))
+    start, stop = routes[line]
+    for vertex, name in ((start, "start"), (stop, "stop")):
+        faces.add_edges_from((name, side[vertex, other]) for other in graph[vertex])
+    route = [start]
+    for face, other in itertools.pairwise(nx.shortest_path(faces, "start", "stop")[1:-1]):
+        a, b = faces.edges[face, other]["cut"]
+        owner, crossing = graph.edges[a, b]["line"], len(graph)
+        graph.remove_edge(a, b)
+        graph.add_edges_from([(a, crossing), (crossing, b)], line=owner)
+        cut = routes[owner]
+        cut.insert(max(cut.index(a), cut.index(b)), crossing)
+        route.append(crossing)
+    route.append(stop)
+    graph.add_edges_from(itertools.pairwise(route), line=line)
+    routes[line] = route

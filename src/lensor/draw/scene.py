@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import cmath
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
-from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, STEP, Graph, Line
-from lensor.draw.layout import Positions, crossings, positions
+from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, ONES, STEP, Graph, Line
+from lensor.draw.layout import Layout, Positions, laid_out
 
 UNIT = 58.0
 """The length of a line that is 1 long."""
@@ -19,14 +21,32 @@ _LETTER, _SMALL = 7.6, 5.6
 """The widths of letters in nodes and of those at lines."""
 
 _HEIGHT, _LABEL = 24.0, 11.0
-_ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.27, 0.73, 0.2, 0.8)
+_ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.27, 0.73, 0.2, 0.8, 0.14, 0.86)
 """Where along its line a label may stand."""
+
+_STRETCHES = (1.0, 1.2, 1.45, 1.75, 2.1, 2.6, 3.2)
+"""How much longer a leg may become until its label has room at its end."""
 
 _BRIDGE = 6.0
 """How far a bridge reaches to both sides of a crossing."""
 
-_GROWTH, _TRIES = 1.1, 30
-"""A drawing is made larger by this factor until no label overlaps anything."""
+_APART, _PIECES = 16.0, 12
+"""Lines side by side are so far apart in the middle; a bent one has so many straight pieces."""
+
+_GROWTH, _TRIES = 1.1, 18
+"""A drawing is made larger by this factor until no label covers anything, at most so often."""
+
+_BOX_GAP, _LABEL_GAP = 3.0, 1.0
+"""Between vertices, and between labels and everything else."""
+
+_PADS = (10.0, 8.0, 6.0, 4.5, 3.0, 2.0, 1.0)
+"""How far a shade reaches beyond its vertices and lines: as far as it meets no others."""
+
+_WORSE = 10
+"""Boxes that overlap, or a line through a vertex, are as bad as so many lines under labels."""
+
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -65,32 +85,73 @@ class Shape:
 
 @dataclass(frozen=True)
 class Segment:
-    """A line from one point to another, dashed if it leads to what is cut out."""
+    """A line from one point to another, or a piece of one that is bent.
+
+    Args:
+        x1: where it starts.
+        y1: where it starts.
+        x2: where it ends.
+        y2: where it ends.
+        dashed: whether it leads to what is cut out.
+        line: the number of the graph's line.
+    """
 
     x1: float
     y1: float
     x2: float
     y2: float
     dashed: bool = False
+    line: int = 0
 
     def moved(self, x: float, y: float) -> Segment:
         """The line at another place."""
-        return Segment(self.x1 + x, self.y1 + y, self.x2 + x, self.y2 + y, self.dashed)
+        return replace(self, x1=self.x1 + x, y1=self.y1 + y, x2=self.x2 + x, y2=self.y2 + y)
 
     def around(self, x: float, y: float, reach: float) -> Segment:
         """The piece of the line around one of its points."""
         length = math.hypot(self.x2 - self.x1, self.y2 - self.y1)
         ux, uy = reach * (self.x2 - self.x1) / length, reach * (self.y2 - self.y1) / length
-        return Segment(x - ux, y - uy, x + ux, y + uy, self.dashed)
+        return replace(self, x1=x - ux, y1=y - uy, x2=x + ux, y2=y + uy)
+
+
+@dataclass(frozen=True)
+class Shade:
+    """An area behind some vertices.
+
+    Args:
+        pieces: the corners of convex polygons, which may overlap; all turn the same way.
+    """
+
+    pieces: tuple[tuple[Point, ...], ...]
+
+    MARGIN: ClassVar[float] = 4.0
+    """Writers draw the area larger by this on all sides, with round corners."""
+
+    @property
+    def box(self) -> Box:
+        """The rectangle around it."""
+        corners = np.array([corner for piece in self.pieces for corner in piece])
+        low, high = corners.min(0) - self.MARGIN, corners.max(0) + self.MARGIN
+        return Box(*map(float, (low + high) / 2), *map(float, high - low))
+
+    def overlaps(self, box: Box) -> bool:
+        """Whether it reaches into a box."""
+        around = _corners(box, self.MARGIN)
+        return any(_share_a_point(np.array(piece), around) for piece in self.pieces)
+
+    def moved(self, x: float, y: float) -> Shade:
+        """The area at another place."""
+        return Shade(tuple(tuple((one + x, other + y) for one, other in piece) for piece in self.pieces))
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text beside or on a line; large ones are signs between networks."""
+    """A text beside or on a line, whose number it has; large ones are signs between networks."""
 
     text: str
     box: Box
     large: bool = False
+    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +170,7 @@ class Scene:
     shapes: tuple[Shape, ...] = ()
     segments: tuple[Segment, ...] = ()
     labels: tuple[Label, ...] = ()
-    shades: tuple[Box, ...] = ()
+    shades: tuple[Shade, ...] = ()
     bridges: tuple[Segment, ...] = ()
     crossings: int = 0
 
@@ -117,11 +178,13 @@ class Scene:
         """The boxes of all shapes, labels and shades."""
         yield from (shape.box for shape in self.shapes)
         yield from (label.box for label in self.labels)
-        yield from self.shades
+        yield from (shade.box for shade in self.shades)
 
     def bounds(self, margin: float = 8.0) -> tuple[float, float, float, float]:
         """Left, top, width and height of everything."""
-        boxes = list(self.boxes()) or [Box(0, 0, 1, 1)]
+        # Lines may bend beyond all boxes.
+        bends = (Box(line.x1, line.y1, 0.0, 0.0) for line in self.segments)
+        boxes = [*self.boxes(), *bends] or [Box(0, 0, 1, 1)]
         left = min(box.x - box.width / 2 for box in boxes) - margin
         right = max(box.x + box.width / 2 for box in boxes) + margin
         top = min(box.y - box.height / 2 for box in boxes) - margin
@@ -140,46 +203,46 @@ class Scene:
             segments=tuple(one.moved(x, y) for one in self.segments),
             bridges=tuple(one.moved(x, y) for one in self.bridges),
             labels=tuple(replace(one, box=box(one.box)) for one in self.labels),
-            shades=tuple(map(box, self.shades)),
+            shades=tuple(one.moved(x, y) for one in self.shades),
         )
 
 
-@dataclass
-class _Placing:
-    """Labels while they find their places."""
-
-    taken: list[Box] = field(default_factory=list)
-
-    def put(self, options: Iterable[Box]) -> Box | None:
-        for box in options:
-            if not any(box.overlaps(other, 1.0) for other in self.taken):
-                self.taken.append(box)
-                return box
-        return None
-
-
 def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
-    """A graph laid out, large enough for its labels.
+    """A graph laid out, as large as its labels need to cover nothing; else the size at which they cover least.
 
     Args:
         graph: the graph.
         shade: sets of the network's nodes to shade.
     """
-    place = positions(graph)
-    place[:, 1] *= -1  # downwards, as on a page
-    count = crossings(graph, place)
-    scale = UNIT
-    for _ in range(_TRIES):
-        found = _at_scale(graph, place * scale, count)
-        if found is not None:
-            return replace(found, shades=tuple(_shaded(found, nodes) for nodes in shade))
-        scale *= _GROWTH
-    raise RuntimeError("no room for all labels was found")
+    best = min(_growing(graph, laid_out(graph)), key=lambda found: found.faults)
+    shapes = tuple(shape for shape in best.shapes if shape.kind != LOOP)
+    segments = best.segments()
+    met = meetings(segments)
+    return Scene(
+        shapes,
+        segments,
+        tuple(best.labels),
+        tuple(_shaded(best, nodes) for nodes in shade),
+        tuple(segments[second].around(*point, _BRIDGE) for (_, second), point in met.items()),
+        len(met),
+    )
+
+
+def _growing(graph: Graph, layout: Layout) -> Iterator[_Placing]:
+    """Scenes of growing size, until one has no faults."""
+    for growth in range(_TRIES):
+        scale = UNIT * _GROWTH**growth * np.array([1.0, -1.0])  # downwards, as on a page
+        found = _at_scale(graph, layout.place * scale, [bends * scale for bends in layout.bends])
+        yield found
+        if found.faults == 0:
+            return
 
 
 def _size(kind: str, text: str) -> tuple[float, float]:
-    if kind in (END, DOT):
-        return (1.0, 1.0) if kind == END else (7.0, 7.0)
+    if kind in (END, LOOP):
+        return (1.0, 1.0)
+    if kind == DOT:
+        return (7.0, 7.0)
     if kind == GROUP:
         return (12.0, 12.0)
     if kind == ONES:
@@ -187,121 +250,285 @@ def _size(kind: str, text: str) -> tuple[float, float]:
     return (max(_LETTER * len(text) + (16 if kind != STEP else 12), 28.0), _HEIGHT)
 
 
-def _at_scale(graph: Graph, place: Positions, count: int) -> Scene | None:
-    """The scene with vertices at these points; None if something overlaps."""
-    shapes = []
-    near = graph.neighbours()
+@dataclass
+class _Placing:
+    """A scene in the making.
+
+    Args:
+        graph: what it shows.
+        shapes: its vertices.
+        paths: for each line its points, of all that are drawn side by side.
+        labels: those that have found their places.
+        faults: how much is covered that should not be.
+    """
+
+    graph: Graph
+    shapes: list[Shape]
+    paths: list[list[Positions]]
+    labels: list[Label] = field(default_factory=list)
+    faults: int = 0
+
+    def boxes(self, without: Collection[int] = ()) -> np.ndarray:
+        """[boxes, 4]: of vertices but for some, and of labels."""
+        shapes = [shape.box for at, shape in enumerate(self.shapes) if at not in without and shape.kind != LOOP]
+        return _array([*shapes, *(label.box for label in self.labels)])
+
+    def pieces(self, lines: Iterable[int]) -> np.ndarray:
+        """[pieces, 4]: of some lines."""
+        found = [np.concatenate([path[:-1], path[1:]], 1) for at in lines for path in self.paths[at]]
+        return np.concatenate([np.zeros((0, 4)), *found])
+
+    def segments(self) -> tuple[Segment, ...]:
+        """All pieces, with their lines."""
+        return tuple(
+            Segment(*map(float, (*one, *other)), dashed=_is_cut(self.graph, line), line=at)
+            for at, line in enumerate(self.graph.lines)
+            for path in self.paths[at]
+            for one, other in itertools.pairwise(path)
+        )
+
+    def put_label(self, at: int) -> None:
+        """Put the label of a line where it covers least, at the first of such places."""
+        line = self.graph.lines[at]
+        size = (_SMALL * len(line.label) + 3, _LABEL)
+        end = next((end for end in (line.first, line.second) if self.graph.vertices[end].shape == END), None)
+        legs = []
+        if end is None:
+            options = list(_boxes_on(self.paths[at], size))
+        else:
+            near = line.first + line.second - end
+            legs, options = zip(*_beyond(self.shapes[near].box, self.shapes[end].box, size), strict=True)
+        lines = self.pieces(other for other in range(len(self.paths)) if other != at)
+        taken = self.boxes(() if end is None else {end})
+        faults = _WORSE * _overlaps(_array(options), taken, _LABEL_GAP).sum(1)
+        faults += _cuts(lines, _array(options), _LABEL_GAP).sum(1)
+        if end is not None:
+            legs = np.array(legs)
+            faults += _cuts(legs, self.boxes({line.first, line.second})).sum(0) + _meet(legs, lines).sum(1)
+        best = int(faults.argmin())
+        self.faults += int(faults[best])
+        self.labels.append(Label(line.label, options[best], line=at))
+        if end is not None:
+            x, y = map(float, legs[best][2:])
+            self.shapes[end] = replace(self.shapes[end], box=replace(self.shapes[end].box, x=x, y=y))
+            self.paths[at] = [legs[best].reshape(2, 2)]
+
+
+def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Placing:
+    """The scene with vertices, and bends of lines, at these points."""
+    paths = [_paths(graph, line, place, bent) for line, bent in zip(graph.lines, bends, strict=True)]
+    found = _Placing(graph, _shapes(graph, place), paths)
+    boxes = found.boxes()
+    found.faults += _WORSE * int(np.triu(_overlaps(boxes, boxes, _BOX_GAP), 1).sum())
+    for at, line in enumerate(graph.lines):
+        foreign = found.boxes({line.first, line.second})
+        found.faults += _WORSE * int(_cuts(found.pieces([at]), foreign).sum())
+
+    # Legs first, whose labels have one place; then short lines, which leave the least choice.
+    def order(at: int) -> tuple[bool, float, int]:
+        line = graph.lines[at]
+        is_leg = END in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
+        return not is_leg, round(float(np.linalg.norm(place[line.first] - place[line.second])), 6), at
+
+    for at in sorted(range(len(graph.lines)), key=order):
+        found.put_label(at)
+    return found
+
+
+def _shapes(graph: Graph, place: Positions) -> list[Shape]:
+    """All vertices at their points; triangles point away from their lines."""
+    near, shapes = graph.neighbours(), []
     for at, vertex in enumerate(graph.vertices):
-        x, y = map(float, place[at])
         angle = 0.0
         if vertex.shape == GROUP and near[at]:
             inwards = place[list(near[at])].mean(0) - place[at]
             angle = math.atan2(-inwards[1], -inwards[0])
-        shapes.append(
-            Shape(vertex.shape, Box(x, y, *_size(vertex.shape, vertex.text)), vertex.text, vertex.node, angle)
-        )
-    for one, other in itertools.combinations(shapes, 2):
-        if one.box.overlaps(other.box, 3.0):
-            return None
-    segments = [
-        Segment(*map(float, place[line.first]), *map(float, place[line.second]), dashed=_is_cut(graph, line))
-        for line in graph.lines
-    ]
-    for (first, second), segment in zip(ends_of(graph), segments, strict=True):
-        for at, shape in enumerate(shapes):
-            if count == 0 and at not in (first, second) and _cuts(segment, shape.box):
-                return None
-    placing = _Placing([shape.box for shape in shapes])
-    labels = []
-    # Short lines first: they leave the least choice.
-    order = sorted(range(len(segments)), key=lambda at: (_length(segments[at]), at))
-    for at in order:
-        line, segment = graph.lines[at], segments[at]
-        size = (_SMALL * len(line.label) + 3, _LABEL)
-        open_end = next((end for end in (line.first, line.second) if graph.vertices[end].shape == END), None)
-        if open_end is not None:
-            options = _beyond(segment, size, open_end == line.first)
-        else:
-            options = (
-                Box(segment.x1 + t * (segment.x2 - segment.x1), segment.y1 + t * (segment.y2 - segment.y1), *size)
-                for t in _ALONG
-            )
-        box = placing.put(options)
-        if box is None:
-            return None
-        labels.append(Label(line.label, box))
-    bridges = tuple(
-        segments[second].around(*point, _BRIDGE) for (first, second), point in meetings(graph, segments).items()
-    )
-    return Scene(tuple(shapes), tuple(segments), tuple(labels), (), bridges, count)
+        (x, y), size = place[at], _size(vertex.shape, vertex.text)
+        box = Box(float(x), float(y), *size)
+        shapes.append(Shape(vertex.shape, box, vertex.text, vertex.node, angle))
+    return shapes
+
+
+def _paths(graph: Graph, line: Line, place: Positions, bends: Positions) -> list[Positions]:
+    """The points of a line, or of several side by side; a loop turns back at its vertex."""
+    start, stop = place[line.first], place[line.second]
+    along = stop - start
+    across = np.array([-along[1], along[0]])
+    t = np.linspace(0.0, 1.0, _PIECES + 1)[:, None]
+    if graph.vertices[line.second].shape == LOOP:
+        width = _loop_width(graph, line, place)
+        far, aside = start + 4 / 3 * along, width * across
+        return [start + 3 * (1 - t) * t * (far - start + (1 - 2 * t) * aside)]
+    if line.times == 1:
+        return [np.concatenate([[start], bends, [stop]])]
+    gap = _APART / max(float(np.linalg.norm(along)), 1.0)
+    bows = gap * (np.arange(line.times) - (line.times - 1) / 2)
+    return [start + t * along + 4 * t * (1 - t) * bow * across if bow else np.array([start, stop]) for bow in bows]
+
+
+def _loop_width(graph: Graph, line: Line, place: Positions) -> float:
+    """How wide a loop may be, for its length, so that it leaves the other lines of its vertex aside."""
+    near = [other for other in graph.neighbours()[line.first] if other != line.second]
+    axis = complex(*(place[line.second] - place[line.first]))
+    angles = [abs(cmath.phase(complex(*(place[other] - place[line.first])) / axis)) for other in near]
+    return min(0.9, math.tan(min(*angles, 1.0, 1.0)))
 
 
 def _is_cut(graph: Graph, line: Line) -> bool:
     return CUT in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
 
 
-def meetings(graph: Graph, segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:
-    """Where lines without a common vertex meet."""
+def meetings(segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:
+    """Where lines meet, other than at their ends."""
+    lines = np.array([(one.x1, one.y1, one.x2, one.y2) for one in segments]).reshape(-1, 4)
     found = {}
-    for (i, one), (j, two) in itertools.combinations(enumerate(segments), 2):
-        if {graph.lines[i].first, graph.lines[i].second} & {graph.lines[j].first, graph.lines[j].second}:
-            continue
-        ax, ay, bx, by = one.x2 - one.x1, one.y2 - one.y1, two.x2 - two.x1, two.y2 - two.y1
-        area = ax * by - ay * bx
-        if abs(area) < 1e-9:
-            continue
-        t = ((two.x1 - one.x1) * by - (two.y1 - one.y1) * bx) / area
-        u = ((two.x1 - one.x1) * ay - (two.y1 - one.y1) * ax) / area
-        if 0 <= t <= 1 and 0 <= u <= 1:
-            found[i, j] = (one.x1 + t * ax, one.y1 + t * ay)
+    for i, j in zip(*np.nonzero(np.triu(_meet(lines, lines), 1)), strict=True):
+        start, along, other, across = (
+            lines[i, :2],
+            lines[i, 2:] - lines[i, :2],
+            lines[j, :2],
+            lines[j, 2:] - lines[j, :2],
+        )
+        t = np.linalg.det([other - start, across]) / np.linalg.det([along, across])
+        x, y = start + t * along
+        found[int(i), int(j)] = float(x), float(y)
     return found
 
 
-def ends_of(graph: Graph) -> list[tuple[int, int]]:
-    """The vertices that each line joins."""
-    return [(line.first, line.second) for line in graph.lines]
+def _boxes_on(paths: Sequence[Positions], size: tuple[float, float]) -> Iterator[Box]:
+    """Boxes on lines, then beside them."""
+    spots = []
+    for share in _ALONG:
+        for path in paths:
+            at = min(int(share * (len(path) - 1)), len(path) - 2)
+            step = path[at + 1] - path[at]
+            spots.append((path[at] + (share * (len(path) - 1) - at) * step, step / max(np.linalg.norm(step), 1e-9)))
+    for (x, y), _ in spots:
+        yield Box(float(x), float(y), *size)
+    for (x, y), (ux, uy) in spots:
+        away = (abs(uy) * size[0] + abs(ux) * size[1]) / 2 + _LABEL_GAP
+        for side in (1.0, -1.0):
+            yield Box(float(x - side * uy * away), float(y + side * ux * away), *size)
 
 
-def _length(segment: Segment) -> float:
-    return math.hypot(segment.x2 - segment.x1, segment.y2 - segment.y1)
+def _beyond(near: Box, end: Box, size: tuple[float, float]) -> Iterator[tuple[tuple[float, ...], Box]]:
+    """Longer and longer legs, with the boxes behind their ends."""
+    length = math.hypot(end.x - near.x, end.y - near.y) or 1.0
+    ux, uy = (end.x - near.x) / length, (end.y - near.y) / length
+    reach = min(size[0] / 2 / max(abs(ux), 1e-6), size[1] / 2 / max(abs(uy), 1e-6)) + 3
+    for stretch in _STRETCHES:
+        x, y = near.x + stretch * length * ux, near.y + stretch * length * uy
+        yield (near.x, near.y, x, y), Box(x + ux * reach, y + uy * reach, *size)
 
 
-def _beyond(segment: Segment, size: tuple[float, float], at_first: bool) -> Iterable[Box]:
-    """Boxes behind the open end of a line, and beside it."""
-    (x, y), (fx, fy) = (segment.x2, segment.y2), (segment.x1, segment.y1)
-    if at_first:
-        (x, y), (fx, fy) = (fx, fy), (x, y)
-    length = math.hypot(x - fx, y - fy) or 1.0
-    ux, uy = (x - fx) / length, (y - fy) / length
-    width, height = size
-    reach = min(width / 2 / max(abs(ux), 1e-6), height / 2 / max(abs(uy), 1e-6)) + 3
-    yield Box(x + ux * reach, y + uy * reach, width, height)
-    for t in (0.75, 0.6, 0.5, 0.4):
-        yield Box(fx + t * (x - fx), fy + t * (y - fy), width, height)
+def _array(boxes: Iterable[Box]) -> np.ndarray:
+    """[boxes, 4]: centres and sizes."""
+    return np.array([(box.x, box.y, box.width, box.height) for box in boxes]).reshape(-1, 4)
 
 
-def _cuts(segment: Segment, box: Box) -> bool:
-    """Whether a line runs through a box."""
-    x, y = np.array([segment.x1, segment.x2]), np.array([segment.y1, segment.y2])
-    low, high = 0.0, 1.0
-    for start, step, centre, half in (
-        (x[0], x[1] - x[0], box.x, box.width / 2),
-        (y[0], y[1] - y[0], box.y, box.height / 2),
-    ):
-        if abs(step) < 1e-9:
-            if abs(start - centre) > half:
-                return False
-            continue
-        one, other = sorted(((centre - half - start) / step, (centre + half - start) / step))
-        low, high = max(low, one), min(high, other)
-    return low < high
+def _overlaps(boxes: np.ndarray, others: np.ndarray, gap: float) -> np.ndarray:
+    """[boxes, others]: which boxes come nearer to which than a gap."""
+    apart = np.abs(boxes[:, None, :2] - others[None, :, :2])
+    return np.all(apart < (boxes[:, None, 2:] + others[None, :, 2:]) / 2 + gap, axis=-1)
 
 
-def _shaded(scene: Scene, nodes: Collection[int]) -> Box:
-    boxes = [shape.box for shape in scene.shapes if shape.node in nodes]
-    left, right = min(b.x - b.width / 2 for b in boxes), max(b.x + b.width / 2 for b in boxes)
-    top, bottom = min(b.y - b.height / 2 for b in boxes), max(b.y + b.height / 2 for b in boxes)
-    return Box((left + right) / 2, (top + bottom) / 2, right - left + 14, bottom - top + 14)
+def _cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:
+    """[boxes, lines]: which lines come nearer to which boxes than a gap."""
+    start, step = lines[None, :, :2], lines[None, :, 2:] - lines[None, :, :2]
+    step = np.where(np.abs(step) < 1e-9, 1e-9, step)
+    centre, half = boxes[:, None, :2], boxes[:, None, 2:] / 2 + gap
+    one, other = (centre - half - start) / step, (centre + half - start) / step
+    enter, leave = np.minimum(one, other).max(-1), np.maximum(one, other).min(-1)
+    return np.maximum(enter, 0.0) < np.minimum(leave, 1.0)
+
+
+def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[lines, others]: which cross, other than at their ends."""
+
+    def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        step = a[..., 2:] - a[..., :2]
+        one, other = b[..., :2] - a[..., :2], b[..., 2:] - a[..., :2]
+        sides = [step[..., 0] * to[..., 1] - step[..., 1] * to[..., 0] for to in (one, other)]
+        return sides[0] * sides[1] < 0
+
+    return apart(lines[:, None], others[None]) & apart(others[None], lines[:, None])
+
+
+def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
+    """The hull of some nodes; where that meets others, each of them and thick bands along the lines between them."""
+    graph, near = scene.graph, scene.graph.neighbours()
+    own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
+    # Dots, groups and loops that nothing else leads to.
+    own |= {
+        at
+        for at, vertex in enumerate(graph.vertices)
+        if vertex.node is None and vertex.shape in (DOT, GROUP, LOOP) and near[at] <= own
+    }
+    boxes = {at: scene.shapes[at].box for at in sorted(own)}
+    others = [shape.box for at, shape in enumerate(scene.shapes) if at not in own and shape.kind not in (LOOP, END)]
+
+    def widest(areas: Iterable[np.ndarray]) -> list[tuple[Point, ...]]:
+        """The first area that meets no other vertex."""
+        for corners in areas:
+            piece = _hull(corners)
+            if not any(map(Shade((piece,)).overlaps, others)):
+                return [piece]
+        return []
+
+    def around(some: Iterable[Box]) -> Iterator[np.ndarray]:
+        some = list(some)
+        return (np.concatenate([_corners(box, pad - Shade.MARGIN) for box in some]) for pad in _PADS)
+
+    pieces = widest(around(boxes.values()))
+    if not pieces:
+        pieces = [piece for box in boxes.values() for piece in widest(around([box]))]
+        for line, paths in zip(graph.lines, scene.paths, strict=True):
+            for one, other in (pair for path in paths for pair in itertools.pairwise(path)):
+                if {line.first, line.second} <= own:
+                    pieces += widest(_band(one, other, max(pad - Shade.MARGIN, 0.1)) for pad in _PADS)
+    return Shade(tuple(pieces))
+
+
+def _corners(box: Box, margin: float) -> np.ndarray:
+    """[4, 2]: the corners of a box with a margin around it."""
+    half = np.array([box.width, box.height]) / 2 + margin
+    return np.array([box.x, box.y]) + half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+
+
+def _band(one: np.ndarray, other: np.ndarray, half: float) -> np.ndarray:
+    """[4, 2]: the corners of a band along a line."""
+    along = other - one
+    across = half * np.array([-along[1], along[0]]) / max(float(np.linalg.norm(along)), 1e-9)
+    return np.array([one + across, one - across, other - across, other + across])
+
+
+def _hull(points: np.ndarray) -> tuple[Point, ...]:
+    """The corners of the convex hull, all hulls the same way round."""
+
+    def chain(points: Iterable[Point]) -> list[Point]:
+        found: list[Point] = []
+        for x, y in points:
+            while len(found) > 1:
+                (ax, ay), (bx, by) = found[-2:]
+                if (bx - ax) * (y - ay) - (by - ay) * (x - ax) > 0:
+                    break
+                found.pop()
+            found.append((x, y))
+        return found[:-1]
+
+    ordered = sorted((float(x), float(y)) for x, y in points)
+    return (*chain(ordered), *chain(reversed(ordered)))
+
+
+def _share_a_point(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two convex polygons meet: no side of either separates them."""
+    for polygon in (one, other):
+        sides = np.roll(polygon, -1, 0) - polygon
+        normals = np.stack([-sides[:, 1], sides[:, 0]], 1)
+        first, second = one @ normals.T, other @ normals.T
+        if ((first.max(0) <= second.min(0)) | (second.max(0) <= first.min(0))).any():
+            return False
+    return True
 
 
 def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
@@ -310,7 +537,7 @@ def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
     shapes: list[Shape] = []
     segments: list[Segment] = []
     labels: list[Label] = []
-    shades: list[Box] = []
+    shades: list[Shade] = []
     bridges: list[Segment] = []
     for part in parts:
         if isinstance(part, str):

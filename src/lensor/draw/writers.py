@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
 from lensor.draw.plans import ARROW
-from lensor.draw.scene import Box, Label, Scene, Segment, Shape
+from lensor.draw.scene import Box, Label, Scene, Segment, Shade, Shape
 from lensor.draw.tex import tex
 
 _LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#e4e8ee}"
@@ -33,7 +33,7 @@ STYLE = (
     ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
     ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
     ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
-    ".lensor .shade{fill:var(--shade)}"
+    ".lensor .shade{fill:var(--shade);stroke:var(--shade);stroke-linejoin:round}"
 )
 """Colours for light and dark pages: by the system's choice, or by that of the page around."""
 
@@ -91,7 +91,7 @@ def svg(scene: Scene, title: str) -> str:
     ]
     # On paper of its own it can be read where the page is light and the system dark, or the other way round.
     parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
-    parts += [f'<rect class="shade" {_rectangle(box)} rx="10"/>' for box in scene.shades]
+    parts += [_svg_shade(shade) for shade in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
     parts += [
         _svg_line(one, style)
@@ -109,6 +109,12 @@ def svg(scene: Scene, title: str) -> str:
 
 def _svg_label(scene: Scene, label: Label) -> str:
     return "sign" if label.large else "index" + " shaded" * is_shaded(scene, label.box)
+
+
+def _svg_shade(shade: Shade) -> str:
+    pieces = ("L".join(f"{x:.1f},{y:.1f}" for x, y in piece) for piece in shade.pieces)
+    path = "".join(f"M{piece}Z" for piece in pieces)
+    return f'<path class="shade" stroke-width="{2 * Shade.MARGIN:.0f}" d="{path}"/>'
 
 
 def _svg_line(one: Segment, style: str) -> str:
@@ -156,11 +162,9 @@ def tikz(scene: Scene) -> str:
             for name, colour in {**_COLOURS, "shade": _SHADE}.items()
         ),
     ]
-    for box in scene.shades:
-        x, y, width, height = box.x - box.width / 2, box.y - box.height / 2, box.width, box.height
-        lines.append(
-            rf"\fill[lensorshade,rounded corners=6pt] ({x:.1f},{y:.1f}) rectangle ({x + width:.1f},{y + height:.1f});"
-        )
+    for shade in scene.shades:
+        path = " ".join(" -- ".join(f"({x:.1f},{y:.1f})" for x, y in piece) + " -- cycle" for piece in shade.pieces)
+        lines.append(rf"\filldraw[lensorshade,line join=round,line width={2 * Shade.MARGIN:.1f}pt] {path};")
     lines += [
         rf"\draw{'[dashed]' * one.dashed} ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
         for one in scene.segments
@@ -221,8 +225,9 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     axis.axis("off")
     ink = "#1b1f24"
     families = _families("".join(one.text for one in (*scene.shapes, *scene.labels)))
-    for box in scene.shades:
-        axis.add_patch(_patch(patches, box, _SHADE, None, 8))
+    for piece in (piece for shade in scene.shades for piece in shade.pieces):
+        width = 2 * Shade.MARGIN
+        axis.add_patch(patches.Polygon(piece, color=_SHADE, linewidth=width, joinstyle="round", zorder=0))
     for one in scene.segments:
         style = "--" if one.dashed else "-"
         axis.plot([one.x1, one.x2], [one.y1, one.y2], style, color=ink, linewidth=1.2, zorder=1)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lensor.draw.graph import END, STEP, TENSOR, Graph, Line, Vertex
-from lensor.draw.layout import crossings
+from lensor.draw.graph import STEP, TENSOR, Graph, Line
 from lensor.draw.scene import Box, Label, Scene, Segment, Shape, meetings
 from lensor.plan import Plan
 from lensor.steps import Input
@@ -140,12 +139,12 @@ def _rows(layers: Sequence[Sequence[_Place]]) -> dict[_Place, int]:
 
 
 def _inversions(layers: Sequence[Sequence[_Place]]) -> int:
-    """How many lines cross with the layers in this order: `layout.crossings` of places on a grid."""
-    rows = _rows(layers)
-    numbers = {place: at for at, place in enumerate(rows)}
-    points = [(float(place.layer), float(row)) for place, row in rows.items()]
-    lines = [Line(at, numbers[after], ()) for place, at in numbers.items() for after in place.after]
-    return crossings(Graph([Vertex(END) for _ in numbers], lines), np.array(points))
+    """How many lines cross with the layers in this order: pairs of which the one starts above and ends below."""
+    row, count = _rows(layers), 0
+    for layer in layers:
+        starts, ends = np.array([(row[one], row[after]) for one in layer for after in one.after]).reshape(-1, 2).T
+        count += int(((starts[:, None] < starts) & (ends[:, None] > ends)).sum())
+    return count
 
 
 def _raise(layers: Sequence[Sequence[_Place]]) -> None:
@@ -215,9 +214,8 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
             line(box.x, place.y, end, place.y)
         for after in place.after:
             line(end, place.y, sides[after][0], after.y)
-    graph.vertices += [Vertex(END) for _ in points]
-    count = crossings(graph, np.array([*points]).reshape(-1, 2))
-    bridges = [segments[second].around(*at, _BRIDGE) for (_, second), at in meetings(graph, segments).items()]
+    met = meetings(graph, segments)
+    bridges = [segments[second].around(*at, _BRIDGE) for (_, second), at in met.items()]
     shapes = [_shape(plan, place.step, box) for place, box in boxes.items() if place.step is not None]
     shapes.sort(key=lambda shape: shape[0])
     heads = [
@@ -225,7 +223,9 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
         for place, box in boxes.items()
         if place.before
     ]
-    return Scene((*(shape for _, shape in shapes), *heads), tuple(segments), tuple(labels), (), tuple(bridges), count)
+    return Scene(
+        (*(shape for _, shape in shapes), *heads), tuple(segments), tuple(labels), (), tuple(bridges), len(met)
+    )
 
 
 def _texts(plan: Plan, step: int) -> tuple[str, str]:

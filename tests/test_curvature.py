@@ -610,6 +610,24 @@ def test_operator_is_its_matrix(approx: str, bias: str) -> None:
     np.testing.assert_allclose(linear @ columns[:, 0], np.linalg.solve(damped.numpy(), columns[:, 0]), atol=1e-9)
 
 
+def test_texts_of_factors_are_short() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 2, 3, groups=2, bias=False), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    )
+    data = torch.randn(5, 4, 4, 4), torch.randn(5, 3)
+    factors = kfac(model, torch.nn.MSELoss(), data, approx="expand", bias="joint")
+    assert repr(factors["0.weight"]) == "Block('0.weight', 2 × kron(B 1², A 18²))"
+    assert repr(factors["2.weight"]) == "Block('2.weight', '2.bias', 1 × kron(B 3², A 9²))"
+    rooted = kfac(model, torch.nn.MSELoss(), data, approx="reduce")
+    assert repr(rooted["0.weight"]) == "Block('0.weight', 2 × kron(B 1², A 18²), A's root of 5 rows)"
+    assert repr(rooted).splitlines()[1] == "  0.weight: 2 × kron(B 1², A 18²), A's root of 5 rows"
+    assert repr(factors.inverse(0.1, "cholesky")) == "Inverse(damping=0.1, method='cholesky', 2 blocks)"
+    assert repr(factors.eigh()) == "EigenFactors(2 blocks)"
+    one = kfac(torch.nn.Linear(3, 2, bias=False), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+    assert repr(one.inverse(0.5)) == "Inverse(damping=0.5, method='eigen', 1 block)"
+
+
 def test_a_block_is_in_the_order_of_the_weight() -> None:
     """kron(B, A) on the weight's own view, as documented: [g, c_out, (c_in k)]."""
     found = factors()

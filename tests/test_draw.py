@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shutil
 import subprocess
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import networkx
 import numpy as np
 import pytest
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from matplotlib.path import Path as Polygon
 from PIL import Image
 
 import lensor
 from lensor.bench import gallery
 from lensor.draw import Drawing
-from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, Graph, graph_of
+from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, TENSOR, Graph, graph_of
 from lensor.draw.layout import is_planar, laid_out
 from lensor.draw.match import occurrences
-from lensor.draw.scene import Box, Scene, Segment, scene_of
+from lensor.draw.plans import ARROW
+from lensor.draw.scene import Box, Label, Scene, Segment, Shape, scene_of
+from lensor.draw.tex import tex
+from lensor.draw.writers import png, svg, tikz
+from lensor.plan import Plan, Program
+from lensor.steps import Input, MatMul
 from tests.strategies import random_spec
 
 SPECS = {
@@ -261,14 +271,253 @@ def test_files(tmp_path: Path) -> None:
     assert text.count("{") == text.count("}")
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
+def rules(style: str) -> dict[str, dict[str, str]]:
+    """The colours of each rule of a style sheet that sets them, by what it is for."""
+    found = re.findall(r"((?:@media[^{]*\{)?[^{}]*\.lensor)\{(--[^}]*)\}", style)
+    return {who: dict(one.split(":") for one in colours.split(";")) for who, colours in found}
+
+
+def test_pictures_have_their_paper_and_follow_the_page_around() -> None:
+    drawing = lensor.draw(network("conv", SPECS["2-d"]))
+    root = ElementTree.fromstring(drawing.svg)
+    paper = root[2]  # behind everything but the title and the style
+    assert paper.get("class") == "paper"
+    left, top, width, height = map(float, (root.get("viewBox") or "").split())
+    assert [float(paper.get(name) or "nan") for name in ("x", "y", "width", "height")] == [left, top, width, height]
+    colours = rules(root[1].text or "")
+    light, dark = colours[".lensor"], colours["@media (prefers-color-scheme:dark){.lensor"]
+    assert all(light[name] != dark[name] for name in light)
+    told = {selector: one for who, one in colours.items() for selector in who.split(",") if "[" in selector}
+    assert {selector for selector, one in told.items() if one == dark} == {
+        "body[data-theme=dark] .lensor",
+        "[data-jp-theme-light=false] .lensor",
+    }
+    assert {selector for selector, one in told.items() if one == light} == {
+        "body[data-theme=light] .lensor",
+        "[data-jp-theme-light=true] .lensor",
+    }
+
+
+def compile_tex(folder: Path) -> None:
+    found = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "net.tex"], cwd=folder, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
+needs_tex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
+
+
+@needs_tex
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_tikz_compiles(op: str, tmp_path: Path) -> None:
     lensor.draw(network(op, SPECS["2-d"]), tmp_path / "net.tex")
-    found = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "net.tex"], cwd=tmp_path, capture_output=True, check=False
+    compile_tex(tmp_path)
+
+
+GREEK = [chr(code) for code in (*range(0x386, 0x3CF), 0x3D1, 0x3D5, 0x3D6, 0x3F1, 0x3F5) if chr(code).isalpha()]
+
+
+@needs_tex
+def test_tikz_of_all_names_that_it_takes_compiles(tmp_path: Path) -> None:
+    latin = "é naïve c_out k1 k1_ _ __x a__b x_1_ab W12 Ω̂ a·b µ ℓ 3/1024 c_out⁻¹² 4×6 → -1 100% #1 {$&} a^b ~ c\\d"
+    names = [name for letter in GREEK for name in (letter, letter + "x", "i_" + letter)] + latin.split()
+    labels = [Label(name, Box(0.0, 12.0 * at, 40.0, 11.0)) for at, name in enumerate(names)]
+    shapes = [Shape(TENSOR, Box(80.0, 30.0 * at, 60.0, 24.0), name) for at, name in enumerate(names)]
+    (tmp_path / "net.tex").write_text(tikz(Scene(tuple(shapes), labels=tuple(labels))), encoding="utf-8")
+    compile_tex(tmp_path)
+
+
+def test_names_and_scales_in_tex() -> None:
+    words = {
+        "X": "$X$",
+        "weight": r"$\mathrm{weight}$",
+        "c_out": r"$c_{\mathrm{out}}$",
+        "k1_": "$k_{1}'$",
+        "Σ α": r"$\Sigma $ $\alpha $",
+        "Ώ": r"$\acute{\Omega }$",
+        "Α": r"$\mathrm{A}$",
+        "ï": r"$\ddot{i}$",
+        "_a": r"$\mathrm{\_a}$",
+        "n⁻¹²": "$n^{-12}$",
+        "c_in²": r"$c_{\mathrm{in}}^{2}$",
+        "-1/117649": r"$-\frac{1}{117649}$",
+        "4×6×9": r"$4\times 6\times 9$",
+    }
+    assert {text: tex(text, "rename") for text in words} == words
+    net = lensor.contraction("n i -> i", "X").scaled("1/3", {"n": -1, "i": 1})
+    (scale,) = (label.text for label in net.draw().scene.labels if label.large)
+    assert scale == "1/3 i n⁻¹ ×"
+    assert r"{$\frac{1}{3}$ $i$ $n^{-1}$ $\times $}" in net.to_tikz()
+
+
+@pytest.mark.parametrize(
+    ("operand", "index", "message"),
+    [
+        ("漢字", "i", r"'漢' \(CJK UNIFIED IDEOGRAPH-6F22\) in '漢字'.*net.rename_operands\(漢字='x'\)"),
+        ("X", "и", r"'и' \(CYRILLIC SMALL LETTER I\) in 'и'.*net.rename\(и='x'\)"),
+    ],
+)
+def test_names_that_tex_does_not_know_are_refused(operand: str, index: str, message: str, tmp_path: Path) -> None:
+    net = lensor.contraction(f"n {index} -> n", operand)
+    with pytest.raises(ValueError, match=message):
+        net.to_tikz()
+    with pytest.raises(ValueError, match=message):
+        net.draw(tmp_path / "net.tex")
+    assert not (tmp_path / "net.tex").exists()
+    assert operand in net.draw().svg
+
+
+def test_a_network_alone_is_a_shade_and_a_name_alone_is_cut() -> None:
+    spec = lensor.ConvSpec(**SPECS["1-d"])
+    net = network("conv", SPECS["1-d"]).rename_operands(W="weight")
+    assert lensor.draw(net, cut="weight").svg == lensor.draw(net, cut=["weight"]).svg
+    factor, part = network("kfac_input_factor", SPECS["1-d"]), lensor.ops.unfold(spec)
+    assert lensor.draw(factor, shade=part).svg == lensor.draw(factor, shade=[part]).svg
+
+
+def test_endings_in_capitals_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    net = lensor.contraction("n i -> i", "X")
+    assert net.draw().save("~/net.SVG") == tmp_path / "net.SVG"
+    assert (tmp_path / "net.SVG").read_text(encoding="utf-8") == net.draw().svg
+    net.draw(tmp_path / "net.PNG")
+    with Image.open(tmp_path / "net.PNG") as picture:
+        assert picture.format == "PNG"
+    net.draw(tmp_path / "net.TEX")
+    assert (tmp_path / "net.TEX").read_text(encoding="utf-8") == net.to_tikz()
+
+
+def test_what_is_cleared_around_a_label_has_the_colour_below(tmp_path: Path) -> None:
+    def scene(label: Box, bridge: Segment) -> Scene:
+        graph = graph_of(lensor.contraction("n i, n o -> i o", "X", "Y"))
+        drawn = scene_of(graph, [range(2)])
+        return Scene((), (), (Label("n", label),), drawn.shades, (bridge,), 1)
+
+    (shade,) = scene_of(graph_of(lensor.contraction("n i, n o -> i o", "X", "Y")), [range(2)]).shades
+    left, top, width, height = Scene(shades=(shade,)).bounds(0.0)
+    x, y = left + width / 2, top + height / 2
+    near, far = scene(Box(x, y, 9, 9), Segment(x, y, x, y + 4)), scene(Box(x, y + 99, 9, 9), Segment(x, y, x, y + 99))
+    assert 'class="index shaded"' in svg(near, "")
+    assert 'class="gap shaded"' in svg(near, "")
+    assert "index,fill=lensorshade" in tikz(near)
+    assert "lensorshade,line width" in tikz(near)
+    assert not re.search('class="(index|gap) shaded"', svg(far, ""))
+    assert "index,fill=lensorshade" not in tikz(far)
+    png(near, tmp_path / "near.png")
+    with Image.open(tmp_path / "near.png") as picture:
+        image = np.asarray(picture.convert("RGB"))
+    scale = image.shape[1] / near.bounds()[2]
+    column = int((x - 5 - near.bounds()[0]) * scale)  # beside the label's letter, in its halo
+    assert image[int((y - near.bounds()[1]) * scale), column].tolist() == [0xE4, 0xE8, 0xEE]
+
+
+def test_letters_that_the_font_of_png_files_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    monospaced, other = (
+        set(FT2Font(folder / f"{name}.ttf").get_charmap()) for name in ("DejaVuSansMono", "DejaVuSans")
     )
-    assert found.returncode == 0, found.stdout[-2000:]
+    letter = next(chr(code) for code in sorted(other - monospaced) if chr(code).isidentifier())
+    own = [font for font in font_manager.fontManager.ttflist if Path(font.fname).parent == folder]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lensor.contraction("n i -> i", letter).draw(tmp_path / "net.png")
+    with pytest.warns(UserWarning, match="no font on this machine has '字', '漢'") as found:
+        lensor.contraction("n 漢 -> 漢", "字").draw(tmp_path / "net.png")
+    assert len(found) == 1
+
+
+def plan_of(net: Any) -> Any:
+    """A plan with the sizes of the gallery."""
+    sizes = {index: gallery.SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
+    bound = net.bind(sizes)
+    legs = {name: bound.operand_legs[name][name in bound.selections :] for name in bound.operand_names}
+    return bound.plan(
+        **{name: tuple(math.prod(bound.sizes[i] for i in leg) for leg in own) for name, own in legs.items()}
+    )
+
+
+def check_plan(plan: Any) -> Scene:
+    """Lines run through no box or label of others, lead where values go, and their crossings are counted."""
+    scene = plan.draw().scene
+    steps = [shape for shape in scene.shapes if shape.kind != ARROW]
+    for one, other in itertools.combinations([shape.box for shape in steps] + [label.box for label in scene.labels], 2):
+        assert not one.overlaps(other)
+    lines = [(complex(one.x1, one.y1), complex(one.x2, one.y2)) for one in scene.segments]
+    for start, end in lines:
+        assert end.real > start.real  # to the right
+        points = [start + (end - start) * t for t in np.linspace(0, 1, 101)]
+        for box in [shape.box for shape in steps] + [label.box for label in scene.labels]:
+            own = complex(box.x, box.y) in (start, end)
+            inside = [abs(p.real - box.x) < box.width / 2 and abs(p.imag - box.y) < box.height / 2 for p in points]
+            assert own or not any(inside), (start, end, box)
+    crossed = 0
+    for (a, b), (c, d) in itertools.combinations(lines, 2):
+        if {a, b} & {c, d}:
+            continue
+        sides = [((q - p).conjugate() * (r - p)).imag for p, q, one in ((a, b, (c, d)), (c, d, (a, b))) for r in one]
+        crossed += sides[0] * sides[1] < 0 and sides[2] * sides[3] < 0
+    assert crossed == scene.crossings == len(scene.bridges)
+
+    def sources(at: int) -> set[int]:
+        passed = plan.steps[at].takes and plan.steps[at].is_view and at != plan.result
+        return set().union(*map(sources, plan.steps[at].takes)) if passed else {at}
+
+    drawn = [at for at in range(len(plan.steps)) if sources(at) == {at}]
+    centres = {complex(shape.box.x, shape.box.y): at for at, shape in zip(drawn, steps, strict=True)}
+    for centre, at in centres.items():
+        todo, reached = [centre], set()
+        while todo:
+            here = todo.pop()
+            if here in centres and here != centre:
+                reached.add(centres[here])
+            else:
+                todo += [end for start, end in lines if start == here]
+        assert reached == {user for user in drawn if at in set().union(*map(sources, plan.steps[user].takes))}
+    heads = [shape for shape in scene.shapes if shape.kind == ARROW]
+    assert len(heads) == sum(bool(plan.steps[at].takes) for at in drawn)
+    return scene
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_plans_are_drawn_without_lines_through_others(op: str) -> None:
+    net = network(op, SPECS["2-d"])
+    if gallery.flops(net) is None:
+        pytest.skip("a size stays open")
+    assert check_plan(plan_of(net)).crossings == 0
+
+
+def test_plans_of_random_networks_are_drawn_without_lines_through_others() -> None:
+    for seed in range(6):
+        rng = np.random.default_rng([8, seed])
+        legs = [rng.choice(list("abcdefghij"), 3, replace=False) for _ in range(8)]
+        text = ", ".join(" ".join(leg) for leg in legs)
+        net = lensor.contraction(f"{text} -> {legs[0][0]}", *(f"T{at}" for at in range(8)))
+        check_plan(net.plan(**{f"T{at}": (2, 2, 2) for at in range(8)}))
+
+
+def test_crossings_of_plans_are_few_and_counted() -> None:
+    # Products of each pair of three matrices: a circle of six values in two layers, which takes two crossings.
+    program = Program()
+    x, y, z = (program.add(Input((), name, (2, 2))) for name in "XYZ")
+    xy, yz, zx = (program.add(MatMul(pair)) for pair in ((x, y), (y, z), (z, x)))
+    result = program.add(MatMul((program.add(MatMul((xy, zx))), yz)))
+    plan = Plan("", tuple(program.steps), tuple(program.shapes), result)
+    assert check_plan(plan).crossings == 2
+
+
+@needs_tex
+def test_tikz_of_plans_compiles(tmp_path: Path) -> None:
+    plan_of(network("hessian_diagonal_weight", SPECS["2-d"])).draw(tmp_path / "net.tex")
+    compile_tex(tmp_path)
+
+
+def test_plans_show_themselves() -> None:
+    assert PLAN._repr_svg_() == PLAN.draw().svg
+    assert PLAN.to_tikz() == PLAN.draw().tikz
+    assert repr(PLAN) == "<Plan of X[n i] W[i o] -> n o: 3 steps, 48 flops>"
 
 
 def test_sums_pairs_and_plans() -> None:
@@ -277,7 +526,7 @@ def test_sums_pairs_and_plans() -> None:
     assert signs == ["+"]
     factor = network("kfac_input_factor", SPECS["1-d"])
     signs = [label.text for label in lensor.draw([factor, factor.simplify()]).scene.labels if label.large]
-    assert signs == ["n^-1 ×", "→", "n^-1 ×"]
+    assert signs == ["n⁻¹ ×", "→", "n⁻¹ ×"]
     plan = lensor.ops.conv(lensor.ConvSpec(2, 4, (9,), 3)).plan(X=(1, 2, 9), W=(4, 2, 3))
     texts = [shape.text for shape in plan.draw().scene.shapes]
     assert texts[:2] == ["X", "W"]
@@ -399,9 +648,29 @@ def test_large_networks_stay_readable() -> None:
     assert len(scene.shapes) == 42
 
 
+SUM = lensor.contraction("n -> ", "X").simplify() + lensor.contraction("n -> ", "Y")
+PLAN = lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2))
+ONE = lensor.contraction("n -> ", "X")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: ONE.draw(shade=SUM), TypeError, r"shade is a Sum, expected networks, as in shade=\[unfolded\]"),
+        (lambda: ONE.draw(shade="X"), TypeError, r"shade is 'X' of type str, expected networks"),
+        (lambda: ONE.draw(shade=0), TypeError, r"shade is 0 of type int, expected networks"),
+        (lambda: ONE.draw(shade=[0, 1]), TypeError, r"shade holds 0 of type int, .* as in shade=\[\{0, 1\}\]"),
+        (lambda: ONE.draw(shade=[SUM]), TypeError, "shade holds a Sum, expected networks"),
+        (lambda: ONE.draw(shade=[PLAN]), TypeError, "shade holds a Plan, expected networks"),
+        (lambda: ONE.draw(shade=["X"]), TypeError, "shade holds 'X' of type str, expected networks"),
+        (lambda: ONE.draw(cut="weight"), ValueError, "cut names 'weight', expected of X"),
+        (lambda: ONE.draw(cut=[3]), TypeError, r"cut is \[3\] of type list, expected names of operands, as in cut="),
+        (lambda: ONE.draw(cut=None), TypeError, "cut is None of type NoneType, expected names of operands"),
+        (lambda: lensor.draw([ONE, PLAN]), TypeError, "found a Plan at place 1; a plan is drawn alone"),
+        (lambda: lensor.draw([ONE, 3]), TypeError, "found 3 of type int at place 1"),
+        (lambda: lensor.draw([]), ValueError, "found an empty sequence"),
+        (lambda: ONE.draw("no/where/x.svg"), FileNotFoundError, "the folder no/where to save x.svg in does not exist"),
+        (lambda: ONE.draw("no/where/x.png"), FileNotFoundError, "the folder no/where to save x.png in does not exist"),
         (lambda: lensor.draw(3), TypeError, "found int"),
         (lambda: lensor.draw("X"), TypeError, "found str"),
         (

@@ -268,6 +268,9 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": {}}
 
+    def __repr__(self) -> str:
+        return f"<Plan of {self.subscripts}: {len(self.steps)} steps, {self.flops:,} flops>"
+
     def __str__(self) -> str:
         rows = [
             f"plan: {self.flops:,} flops, {self.bytes:,} bytes moved, peak size {self.peak_size:,} "

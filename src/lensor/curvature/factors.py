@@ -52,6 +52,15 @@ class Block:
     B: Tensor
     positions: int
 
+    def __repr__(self) -> str:
+        return f"Block({', '.join(map(repr, self.names))}, {self.form})"
+
+    @property
+    def form(self) -> str:
+        """The factors' sizes as text."""
+        rows = "" if self.root is None else f", A's root of {self.root.shape[1]} rows"
+        return f"{self.groups} × kron(B {self.B.shape[1]}², A {self.d}²){rows}"
+
     @property
     def A(self) -> Tensor:
         """The input factor, [groups, d, d]; formed anew where its root is kept."""
@@ -142,6 +151,14 @@ class Operator(ABC):
 
     def __init__(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = dict(blocks)
+
+    def __repr__(self) -> str:
+        count = len(self._blocks)
+        return f"{type(self).__name__}({self._options()}{count} block{'s' * (count != 1)})"
+
+    def _options(self) -> str:
+        """What it was made with, for its text."""
+        return ""
 
     @abstractmethod
     def _times(self, name: str, rows: Tensor) -> Tensor:
@@ -284,11 +301,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return len(self._blocks)
 
     def __repr__(self) -> str:
-        lines = [
-            f"  {name}: {block.groups} × kron(B {block.B.shape[1]}², A {block.d}²)"
-            + (f", A's root of {block.root.shape[1]} rows" if block.root is not None else "")
-            for name, block in self.items()
-        ]
+        lines = [f"  {name}: {block.form}" for name, block in self.items()]
         head = f"KroneckerFactors(approx={self.approx!r}, examples={self.examples}, convention={self.convention!r})"
         return "\n".join([head, *lines])
 
@@ -527,7 +540,11 @@ class Inverse(Operator):
         _require_damping(damping)
         ways = {"eigen": _eigen, "cholesky": _cholesky, "woodbury": _woodbury}
         require_choice("method", method, tuple(ways))
+        self.damping, self.method = damping, method
         self._solvers = {name: ways[method](name, block, damping) for name, block in blocks.items()}
+
+    def _options(self) -> str:
+        return f"damping={self.damping}, method={self.method!r}, "
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
         return self._solvers[name](rows)

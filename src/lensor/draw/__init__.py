@@ -7,11 +7,11 @@ and matplotlib for PNG: `lensor[draw]`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lensor.errors import NetworkError, require_choice
 from lensor.network import AnyNetwork, Network, Pattern, Verbs, verb
@@ -52,7 +52,11 @@ class Drawing:
 
     @property
     def tikz(self) -> str:
-        """A TeX document that compiles by itself."""
+        """A TeX document that compiles by itself.
+
+        Raises:
+            ValueError: for a name with a character that TeX does not know.
+        """
         from lensor.draw.writers import tikz
 
         return tikz(self.scene)
@@ -72,7 +76,7 @@ class Drawing:
         """Write it to a file.
 
         Args:
-            path: the file; its ending, .svg, .png or .tex, tells the format.
+            path: the file; its ending, .svg, .png or .tex, tells the format; ~ is the home folder.
 
         Example:
             >>> import lensor, tempfile
@@ -82,19 +86,22 @@ class Drawing:
             'sum.svg'
 
         Raises:
-            ValueError: for another ending.
+            ValueError: for another ending, or for .tex a name with a character that TeX does not know.
             ImportError: if matplotlib is missing, for PNG.
-            OSError: if the file cannot be written.
+            OSError: if the file cannot be written, or its folder does not exist.
         """
         from lensor.draw.writers import png
 
-        file = Path(path)
-        require_choice("the ending of the file", file.suffix, FORMATS)
-        if file.suffix == ".png":
+        file = Path(path).expanduser()
+        ending = file.suffix.lower()
+        require_choice("the ending of the file", ending, FORMATS)
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"the folder {file.parent} to save {file.name} in does not exist: make it first")
+        if ending == ".png":
             _require("matplotlib")
             png(self.scene, file)
         else:
-            file.write_text(self.svg if file.suffix == ".svg" else self.tikz, encoding="utf-8")
+            file.write_text(self.svg if ending == ".svg" else self.tikz, encoding="utf-8")
         return file
 
 
@@ -102,8 +109,8 @@ def draw(
     what: AnyNetwork | Plan | Sequence[AnyNetwork],
     path: str | Path | None = None,
     *,
-    shade: Sequence[Collection[int] | Network] = (),
-    cut: Collection[str] = (),
+    shade: Network | Sequence[Collection[int] | Network] = (),
+    cut: str | Collection[str] = (),
 ) -> Drawing:
     """The diagram of a network, a sum, a plan, or of several networks with arrows between them.
 
@@ -113,10 +120,10 @@ def draw(
     Args:
         what: the network; of a sequence, one picture with arrows between its parts: before and after.
         path: a file to write it to as well: .svg, .png or .tex.
-        shade: what to lay a shade behind, wherever it occurs: networks, such as the unfolded input inside of a factor;
-            or, for one network, sets of its nodes by their numbers.
-        cut: names of operands that are cut out, drawn as ghosts with dashed lines: the arguments of a Jacobian, whose
-            legs these lines are.
+        shade: what to lay a shade behind, wherever it occurs: a network, such as the unfolded input inside of a factor,
+            or several; or, for one network, sets of its nodes by their numbers.
+        cut: the name of an operand that is cut out, or several names, drawn as ghosts with dashed lines: the
+            arguments of a Jacobian, whose legs these lines are.
 
     Returns:
         The drawing; it has `svg` and `tikz`, and notebooks show it.
@@ -134,7 +141,9 @@ def draw(
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a file of another ending, nodes or networks to shade or operands to cut that are not there.
+        ValueError: for an empty sequence, a file of another ending, nodes or networks to shade or operands to cut that
+            are not there.
+        FileNotFoundError: if the folder of the file does not exist.
         ImportError: if networkx is missing, or matplotlib for PNG.
     """
     _require("networkx")
@@ -145,18 +154,19 @@ def draw(
 
 
 def _drawing(
-    what: AnyNetwork | Plan | Sequence[AnyNetwork], shade: Sequence[Collection[int] | Network], cut: Collection[str]
+    what: AnyNetwork | Plan | Sequence[AnyNetwork],
+    shade: Network | Sequence[Collection[int] | Network],
+    cut: str | Collection[str],
 ) -> Drawing:
     from lensor.draw.plans import scene_of_plan
     from lensor.draw.scene import row
 
+    shade, cut = _listed_shades(shade), _listed_names(cut)
     if isinstance(what, Plan):
         if shade or cut:
             raise ValueError("a plan has nothing to shade or to cut: draw its network")
         return Drawing(scene_of_plan(what), f"the plan of {what.subscripts}")
-    nets = [what] if isinstance(what, Verbs) else what
-    if not isinstance(nets, Sequence) or isinstance(nets, str) or not all(isinstance(one, Verbs) for one in nets):
-        raise TypeError(f"expected a network, a plan, or a sequence of networks to draw, found {type(what).__name__}")
+    nets = _listed(what)
     terms = [term for net in nets for term in net.terms]
     _check_cut(terms, cut)
     shades, names = _shades(terms, shade), pattern_names(terms)
@@ -164,6 +174,51 @@ def _drawing(
     for at, net in enumerate(nets):
         parts += ["→"] * (at > 0) + _parts(net, [next(shades) for _ in net.terms], cut, names)
     return Drawing(row(parts), " → ".join(map(str, nets)))
+
+
+def _listed(what: Any) -> Sequence[AnyNetwork]:
+    """The networks to draw."""
+    nets = [what] if isinstance(what, Verbs) else what
+    if not isinstance(nets, Sequence) or isinstance(nets, str):
+        raise TypeError(f"expected a network, a plan, or a sequence of networks to draw, found {type(what).__name__}")
+    if not nets:
+        raise ValueError("expected networks to draw, found an empty sequence")
+    for place, one in enumerate(nets):
+        if not isinstance(one, Verbs):
+            alone = "; a plan is drawn alone" if isinstance(one, Plan) else ""
+            raise TypeError(f"expected a sequence of networks to draw, found {_told(one)} at place {place}{alone}")
+    return nets
+
+
+def _listed_shades(shade: Any) -> Sequence[Collection[int] | Network]:
+    """The shades as a sequence of networks and of sets of numbers."""
+    form = "expected networks, as in shade=[unfolded], or sets of nodes by their numbers, as in shade=[{0, 1}]"
+    if isinstance(shade, Network):
+        return [shade]
+    if isinstance(shade, (Verbs, str)) or not isinstance(shade, Iterable):
+        raise TypeError(f"shade is {_told(shade)}, {form}")
+    shade = list(shade)
+    for one in shade:
+        numbers = isinstance(one, Collection) and all(type(node) is int for node in one)
+        if not numbers and not isinstance(one, Network):
+            raise TypeError(f"shade holds {_told(one)}, {form}")
+    return shade
+
+
+def _listed_names(cut: Any) -> Collection[str]:
+    """The names of operands to cut out as a list."""
+    if isinstance(cut, str):
+        return [cut]
+    if not isinstance(cut, Collection) or not all(isinstance(name, str) for name in cut):
+        raise TypeError(f"cut is {_told(cut)}, expected names of operands, as in cut=['W']")
+    return cut
+
+
+def _told(found: Any) -> str:
+    """What was found, for errors: itself if that is short."""
+    text = repr(found)
+    kind = type(found).__name__
+    return f"a {kind}" if isinstance(found, (Verbs, Plan)) or len(text) > 60 else f"{text} of type {kind}"
 
 
 def _check_cut(terms: Sequence[Network], cut: Collection[str]) -> None:
@@ -198,21 +253,21 @@ def _parts(
     """The terms of a network as scenes, with their scales and signs between them."""
     from lensor.draw.graph import graph_of
     from lensor.draw.scene import scene_of
+    from lensor.draw.tex import raised
 
     parts: list[Scene | str] = []
     for at, (term, shade) in enumerate(zip(net.terms, shades, strict=True)):
         parts += ["+"] * (at > 0)
-        scale = " ".join(
-            [*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *(f"{i}^{p}" for i, p in term.scale.powers)]
-        )
+        powers = [index + raised(power) if power != 1 else index for index, power in term.scale.powers]
+        scale = " ".join([*([] if term.scale.factor == 1 else [str(term.scale.factor)]), *powers])
         parts += [f"{scale} ×"] * bool(scale)
         parts.append(scene_of(graph_of(term, cut, names), shade))
     return parts
 
 
 @verb
-def to_tikz(net: AnyNetwork) -> str:
-    r"""The diagram as a TeX document that compiles by itself.
+def to_tikz(net: AnyNetwork | Plan) -> str:
+    r"""The diagram of a network or of a plan as a TeX document that compiles by itself.
 
     Example:
         >>> import lensor
@@ -221,6 +276,7 @@ def to_tikz(net: AnyNetwork) -> str:
 
     Raises:
         ImportError: if networkx is missing.
+        ValueError: for a name with a character that TeX does not know.
     """
     return draw(net).tikz
 
@@ -230,8 +286,8 @@ def _require(package: str) -> None:
         raise ImportError(f"drawing needs {package}: install lensor[draw]")
 
 
-def _repr_svg(net: AnyNetwork) -> str | None:
-    """What notebooks show of a network; its text alone where it cannot be drawn."""
+def _repr_svg(net: AnyNetwork | Plan) -> str | None:
+    """What notebooks show of a network or of a plan; its text alone where it cannot be drawn."""
     if find_spec("networkx") is None:
         return None
     try:
@@ -243,3 +299,5 @@ def _repr_svg(net: AnyNetwork) -> str | None:
 verb(draw)
 Verbs._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]
 Plan.draw = draw  # pyright: ignore[reportAttributeAccessIssue]
+Plan.to_tikz = to_tikz  # pyright: ignore[reportAttributeAccessIssue]
+Plan._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
+from lensor.draw.plans import ARROW
 from lensor.draw.scene import Box, Label, Scene, Segment, Shade, Shape
+from lensor.draw.tex import tex
+
+_LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#e4e8ee}"
+_DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#2e333d}"
 
 STYLE = (
-    ".lensor{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#f1f2f4}"
-    "@media (prefers-color-scheme:dark){.lensor{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;"
-    "--selection:#2c4a21;--shade:#24272d}}"
+    f".lensor{_LIGHT}@media (prefers-color-scheme:dark){{.lensor{_DARK}}}"
+    # Inside of a page whose reader has chosen, as in furo and in Jupyter, that choice counts.
+    f"body[data-theme=light] .lensor,[data-jp-theme-light=true] .lensor{_LIGHT}"
+    f"body[data-theme=dark] .lensor,[data-jp-theme-light=false] .lensor{_DARK}"
+    ".lensor .paper{fill:var(--paper)}"
     ".lensor text{font-family:ui-monospace,Menlo,Consolas,monospace;fill:var(--ink);text-anchor:middle;"
     "dominant-baseline:central}"
     ".lensor .node{font-size:13px}.lensor .index{font-size:9.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3}"
@@ -21,12 +29,13 @@ STYLE = (
     ".lensor .dashed{stroke-dasharray:3 3}.lensor .cut{fill:var(--paper);stroke-dasharray:3 3}"
     ".lensor .cut+text{fill-opacity:.55}"
     ".lensor .gap{stroke:var(--paper);stroke-width:6}"
+    ".lensor .index.shaded{stroke:var(--shade)}.lensor .gap.shaded{stroke:var(--shade)}"
     ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
     ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
     ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
     ".lensor .shade{fill:var(--shade);stroke:var(--shade);stroke-linejoin:round}"
 )
-"""Colours for light and dark pages."""
+"""Colours for light and dark pages: by the system's choice, or by that of the page around."""
 
 _COLOURS = {
     TENSOR: "#dbe9ff",
@@ -36,12 +45,23 @@ _COLOURS = {
     ONES: "#ffffff",
     CUT: "#ffffff",
 }
+_SHADE = "#e4e8ee"
+
+
+def is_shaded(scene: Scene, box: Box) -> bool:
+    """Whether the middle of a box lies on a shade: what is cleared around it has the shade's colour."""
+    middle = Box(box.x, box.y, 1.0, 1.0)
+    return any(shade.overlaps(middle) for shade in scene.shades)
+
+
+def _on_shade(scene: Scene, bridge: Segment) -> bool:
+    return is_shaded(scene, Box((bridge.x1 + bridge.x2) / 2, (bridge.y1 + bridge.y2) / 2, 1.0, 1.0))
 
 
 def corners(shape: Shape) -> list[tuple[float, float]]:
-    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices)."""
+    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices, the head of a line)."""
     box = shape.box
-    if shape.kind == GROUP:
+    if shape.kind in (GROUP, ARROW):
         turns = (0.0, 2.3, -2.3)
         radius = box.width / 2
         return [
@@ -69,16 +89,26 @@ def svg(scene: Scene, title: str) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
+    # On paper of its own it can be read where the page is light and the system dark, or the other way round.
+    parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
     parts += [_svg_shade(shade) for shade in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
-    parts += [_svg_line(one, style) for one in scene.bridges for style in ("gap", "line")]
+    parts += [
+        _svg_line(one, style)
+        for one in scene.bridges
+        for style in ("gap shaded" if _on_shade(scene, one) else "gap", "line")
+    ]
     parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
     parts += [
-        f'<text class="{"sign" if label.large else "index"}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
+        f'<text class="{_svg_label(scene, label)}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
         f"{escape(label.text)}</text>"
         for label in scene.labels
     ]
     return "\n".join([*parts, "</svg>"])
+
+
+def _svg_label(scene: Scene, label: Label) -> str:
+    return "sign" if label.large else "index" + " shaded" * is_shaded(scene, label.box)
 
 
 def _svg_shade(shade: Shade) -> str:
@@ -109,32 +139,27 @@ def _svg_shape(shape: Shape) -> str:
             return f'<circle class="dot" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>'
         case "ones":
             return f'<circle class="box ones" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>{text}'
-        case "pattern" | "group":
+        case "pattern" | "group" | "arrow":
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners(shape))
-            return f'<polygon class="{"dot" if shape.kind == GROUP else "box pattern"}" points="{points}"/>{text}'
+            return f'<polygon class="{"box pattern" if shape.kind == PATTERN else "dot"}" points="{points}"/>{text}'
     return f'<rect class="box {shape.kind}" {_rectangle(box)} rx="{2 if shape.kind == SELECTION else 8}"/>{text}'
 
 
 # ----------------------------------------------------------------------------------------------------------------- TikZ
-_GREEK = {"Π": r"$\Pi$", "δ": r"$\delta$", "×": r"$\times$", "→": r"$\rightarrow$", "·": r"$\cdot$"}
-
-
-def tex(text: str) -> str:
-    """A text for TeX: Greek letters and arrows in mathematics, the rest escaped."""
-    special = {"_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "^": r"\^{}"}
-    return "".join(_GREEK.get(letter) or special.get(letter, letter) for letter in text)
-
-
 def tikz(scene: Scene) -> str:
-    """The scene as a TeX document that compiles by itself; copy its tikzpicture into a paper."""
+    """The scene as a TeX document that compiles by itself; copy its tikzpicture into a paper.
+
+    Raises:
+        ValueError: for a name with a character that TeX does not know.
+    """
     lines = [
         r"\documentclass[tikz,border=4pt]{standalone}",
         r"\begin{document}",
         r"\begin{tikzpicture}[x=1pt,y=-1pt,font=\small,",
-        r"  box/.style={draw,line width=0.5pt,inner sep=0pt},index/.style={font=\tiny,inner sep=1pt,fill=white}]",
+        r"  box/.style={draw,line width=0.5pt,inner sep=0pt},index/.style={font=\scriptsize,inner sep=1pt,fill=white}]",
         *(
             rf"\definecolor{{lensor{name}}}{{HTML}}{{{colour[1:].upper()}}}"
-            for name, colour in {**_COLOURS, "shade": "#f1f2f4"}.items()
+            for name, colour in {**_COLOURS, "shade": _SHADE}.items()
         ),
     ]
     for shade in scene.shades:
@@ -147,19 +172,25 @@ def tikz(scene: Scene) -> str:
     lines += [
         rf"\draw[{style}] ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
         for one in scene.bridges
-        for style in ("white,line width=4pt", "")
+        for style in (f"{'lensorshade' if _on_shade(scene, one) else 'white'},line width=4pt", "")
     ]
     lines += [found for shape in scene.shapes if (found := _tikz_shape(shape))]
     lines += [
-        rf"\node[{'font=' + chr(92) + 'large' if label.large else 'index'}] at ({label.box.x:.1f},{label.box.y:.1f})"
-        rf" {{{tex(label.text)}}};"
+        rf"\node[{_tikz_label(scene, label)}] at ({label.box.x:.1f},{label.box.y:.1f})"
+        rf" {{{tex(label.text, 'rename')}}};"
         for label in scene.labels
     ]
     return "\n".join([*lines, r"\end{tikzpicture}", r"\end{document}", ""])
 
 
+def _tikz_label(scene: Scene, label: Label) -> str:
+    if label.large:
+        return r"font=\large"
+    return "index,fill=lensorshade" if is_shaded(scene, label.box) else "index"
+
+
 def _tikz_shape(shape: Shape) -> str:
-    box, text = shape.box, tex(shape.text)
+    box, text = shape.box, tex(shape.text, "rename_operands")
     at = f"({box.x:.1f},{box.y:.1f})"
     size = f"minimum width={box.width:.1f}pt,minimum height={box.height:.1f}pt"
     match shape.kind:
@@ -169,7 +200,7 @@ def _tikz_shape(shape: Shape) -> str:
             return rf"\fill {at} circle ({box.width / 2:.1f}pt);"
         case "ones":
             return rf"\node[box,circle,fill=white,{size}] at {at} {{{text}}};"
-        case "group":
+        case "group" | "arrow":
             return rf"\fill {' -- '.join(f'({x:.1f},{y:.1f})' for x, y in corners(shape))} -- cycle;"
         case "pattern":
             path = " -- ".join(f"({x:.1f},{y:.1f})" for x, y in corners(shape))
@@ -193,14 +224,16 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     axis.set_ylim(top + height, top)
     axis.axis("off")
     ink = "#1b1f24"
+    families = _families("".join(one.text for one in (*scene.shapes, *scene.labels)))
     for piece in (piece for shade in scene.shades for piece in shade.pieces):
         width = 2 * Shade.MARGIN
-        axis.add_patch(patches.Polygon(piece, color="#f1f2f4", linewidth=width, joinstyle="round", zorder=0))
+        axis.add_patch(patches.Polygon(piece, color=_SHADE, linewidth=width, joinstyle="round", zorder=0))
     for one in scene.segments:
         style = "--" if one.dashed else "-"
         axis.plot([one.x1, one.x2], [one.y1, one.y2], style, color=ink, linewidth=1.2, zorder=1)
     for one in scene.bridges:
-        axis.plot([one.x1, one.x2], [one.y1, one.y2], color="white", linewidth=5, zorder=1.1, solid_capstyle="butt")
+        back = _SHADE if _on_shade(scene, one) else "white"
+        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=back, linewidth=5, zorder=1.1, solid_capstyle="butt")
         axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1.2)
     for shape in scene.shapes:
         box = shape.box
@@ -209,19 +242,21 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
         if shape.kind in (DOT, ONES):
             colour = ink if shape.kind == DOT else "white"
             axis.add_patch(patches.Circle((box.x, box.y), box.width / 2, facecolor=colour, edgecolor=ink, zorder=2))
-        elif shape.kind in (PATTERN, GROUP):
-            colour = ink if shape.kind == GROUP else _COLOURS[PATTERN]
+        elif shape.kind in (PATTERN, GROUP, ARROW):
+            colour = _COLOURS[PATTERN] if shape.kind == PATTERN else ink
             axis.add_patch(patches.Polygon(corners(shape), facecolor=colour, edgecolor=ink, zorder=2))
         else:
             patch = _patch(patches, box, _COLOURS[shape.kind], ink, 2 if shape.kind == SELECTION else 6)
             patch.set_linestyle("--" if shape.kind in (CUT, SELECTION) else "-")
             axis.add_patch(patch)
         if shape.text:
-            style = {"ha": "center", "va": "center", "fontsize": 9.5, "family": "monospace", "zorder": 3}
+            style = {"ha": "center", "va": "center", "fontsize": 9.5, "family": families, "zorder": 3}
             axis.text(box.x, box.y, shape.text, color="gray" if shape.kind == CUT else ink, **style)
     for label in scene.labels:
-        _text(axis, label, ink)
-    figure.savefig(path, dpi=dpi, facecolor="white")
+        _text(axis, label, ink, families, _SHADE if is_shaded(scene, label.box) else "white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # said by `_families`, once for all
+        figure.savefig(path, dpi=dpi, facecolor="white", format="png")
 
 
 def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -> Any:
@@ -236,8 +271,36 @@ def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -
     )
 
 
-def _text(axis: Any, label: Label, ink: str) -> None:
-    halo = {} if label.large else {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}}
+def _families(text: str) -> list[str]:
+    """The fonts for a text: the monospaced one, and for what it lacks the first others here that have it."""
+    from matplotlib import font_manager
+
+    found, lacking = ["monospace"], set(text)
+    lacking -= {*map(chr, font_manager.get_font(font_manager.findfont("monospace")).get_charmap())}
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)):
+        if not lacking:
+            break
+        # The font of last resort draws a box for every letter.
+        if font.style != "normal" or font.weight not in (400, "normal", "book") or "Last Resort" in font.name:
+            continue
+        try:
+            has = lacking & {*map(chr, font_manager.get_font(font.fname).get_charmap())}
+        except (OSError, RuntimeError):  # pictures instead of outlines, or a file that is gone
+            continue
+        found += [font.name] * bool(has)
+        lacking -= has
+    if lacking:
+        letters = ", ".join(map(repr, sorted(lacking)))
+        warnings.warn(
+            f"no font on this machine has {letters}: the PNG file shows boxes instead; save the picture as .svg, or"
+            " install a font that has them",
+            stacklevel=4,  # where the user saves
+        )
+    return found
+
+
+def _text(axis: Any, label: Label, ink: str, families: list[str], back: str) -> None:
+    halo = {} if label.large else {"bbox": {"facecolor": back, "edgecolor": "none", "pad": 0.6}}
     size = 14 if label.large else 7
     axis.text(
         label.box.x,
@@ -246,7 +309,7 @@ def _text(axis: Any, label: Label, ink: str) -> None:
         ha="center",
         va="center",
         fontsize=size,
-        family="monospace",
+        family=families,
         color=ink,
         zorder=4,
         **halo,

@@ -1,0 +1,119 @@
+"""Names, scales and sizes of a picture as TeX."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_DIGITS = {raised: plain for plain, raised in _SUPERSCRIPTS.items()}
+
+_COMMANDS = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho"
+    " sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+    " times rightarrow cdot ldots ell"
+)
+_LETTERS = "αβγδϵεζηθϑικλμνξπϖρϱσςτυϕφχψωΓΔΘΛΞΠΣΥΦΨΩ×→·…ℓ"
+_MATHS = {letter: "\\" + command for letter, command in zip(_LETTERS, _COMMANDS.split(), strict=True)}
+# TeX has no commands for the capitals that look like Latin ones.
+_MATHS |= {greek: rf"\mathrm{{{latin}}}" for greek, latin in zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABEZHIKMNOPTX", strict=True)}
+_MATHS |= {mark: "\\" + mark for mark in "_&%#${}"}
+_MATHS |= {"ο": "o", "−": "-", "\\": r"\backslash", "^": r"\hat{}", "~": r"\sim", "\u00b5": r"\mu"}
+"""Characters that are not themselves in TeX's mathematics."""
+
+_ACCENTS = {
+    "\u0300": r"\grave",
+    "\u0301": r"\acute",
+    "\u0302": r"\hat",
+    "\u0303": r"\tilde",
+    "\u0304": r"\bar",
+    "\u0306": r"\breve",
+    "\u0307": r"\dot",
+    "\u0308": r"\ddot",
+    "\u030a": r"\mathring",
+    "\u030c": r"\check",
+}
+
+
+def raised(power: int) -> str:
+    """A number as superscripts.
+
+    Example:
+        >>> from lensor.draw.tex import raised
+        >>> raised(-12)
+        '⁻¹²'
+    """
+    return str(power).translate(_SUPERSCRIPTS)
+
+
+def tex(text: str, renaming: str) -> str:
+    r"""A text for TeX: each of its words in mathematics.
+
+    What follows an underscore, and digits at the end of a name, become subscripts, underscores at its end primes.
+
+    Args:
+        text: names, or a scale, or sizes.
+        renaming: the verb that gives such names others, for the error.
+
+    Example:
+        >>> from lensor.draw.tex import tex
+        >>> print(tex("-1/2 c_out⁻¹ ×", "rename"))
+        $-\frac{1}{2}$ $c_{\mathrm{out}}^{-1}$ $\times $
+        >>> print(tex("Π2 k1_ weight", "rename"))
+        $\Pi _{2}$ $k_{1}'$ $\mathrm{weight}$
+
+    Raises:
+        ValueError: for a character that TeX does not know.
+    """
+    return " ".join(f"${_word(word, renaming)}$" for word in text.split())
+
+
+def _word(word: str, renaming: str) -> str:
+    base = word.rstrip("".join(map(chr, _DIGITS)))
+    power = word[len(base) :].translate(_DIGITS)
+    power = f"^{{{power}}}" if power else ""
+    if ratio := re.fullmatch(r"([-−]?)(\d+)/(\d+)", base):
+        return rf"{'-' * bool(ratio[1])}\frac{{{ratio[2]}}}{{{ratio[3]}}}{power}"
+    try:
+        if re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)+", base):  # the name of a step: no minus
+            return r"\mbox{-}".join(map(_upright, base.split("-")))
+        return (_name(base) if base.isidentifier() else _letters(base)) + power
+    except KeyError as error:
+        letter = error.args[0]
+        name = unicodedata.name(letter, "a character without a name")
+        raise ValueError(
+            f"TeX does not know {letter!r} ({name}) in {base!r}: give it a name of Latin or Greek letters first,"
+            f" as in net.{renaming}({base}='x'), or save the picture as .svg or .png"
+        ) from None
+
+
+def _name(name: str) -> str:
+    stem = name.rstrip("_")
+    parts = stem.split("_")
+    if not all(parts):
+        return _upright(name)
+    head = parts[0].rstrip("0123456789")
+    below = [*([parts[0][len(head) :]] if head != parts[0] else []), *parts[1:]]
+    subscript = f"_{{{','.join(map(_upright, below))}}}" if below else ""
+    return _upright(head) + subscript + "'" * (len(name) - len(stem))
+
+
+def _upright(text: str) -> str:
+    """Several letters make a word, one a variable."""
+    letters = _letters(text)
+    return letters if len(text) == 1 or text.isdigit() else rf"\mathrm{{{letters}}}"
+
+
+def _letters(text: str) -> str:
+    """Every character in mathematics; KeyError for one that TeX does not know."""
+    found: list[str] = []
+    for letter in unicodedata.normalize("NFD", text):
+        if letter in _ACCENTS and found:
+            found[-1] = f"{_ACCENTS[letter]}{{{found[-1]}}}"
+        elif letter in _MATHS:
+            found.append(_MATHS[letter] + " " * _MATHS[letter][-1].isalpha())
+        elif letter.isascii():
+            found.append(letter)
+        else:
+            raise KeyError(letter)
+    return "".join(found)

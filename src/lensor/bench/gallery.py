@@ -14,7 +14,7 @@ from typing import Any
 import lensor
 from lensor.draw import Drawing, draw
 from lensor.errors import NetworkError
-from lensor.network import AnyNetwork, Network
+from lensor.network import AnyNetwork
 
 SETUP = "spec = lensor.ConvSpec(4, 6, input_size=(9, 9), kernel_size=3, padding=1, groups=2)"
 """The convolution that all entries are of, unless they say otherwise."""
@@ -188,10 +188,8 @@ def write(folder: Path) -> Iterator[Path]:
                 count = flops(net)
                 cost = "" if count is None else f" ({count:,} flops)"
                 text += [f"`{net.subscripts}`{cost}", ""]
-            if drawing.crossings:
-                planar = all(isinstance(net, Network) for net in nets)
-                why = "its graph is not planar" if planar else "the graphs of its terms are not planar"
-                text += [f"{drawing.crossings} crossings: {why}.", ""]
+            if count := drawing.crossings:
+                text += [f"{count} crossing{'s' if count > 1 else ''}: the graph is not planar.", ""]
     page = folder.with_name("gallery.md")
     page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
     yield page

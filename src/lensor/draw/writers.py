@@ -259,15 +259,15 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
         figure.savefig(path, dpi=dpi, facecolor="white", format="png")
 
 
-def _patch(patches: Any, box: Box, face: str, edge: str | None, radius: float) -> Any:
+def _patch(patches: Any, box: Box, face: str, edge: str, radius: float) -> Any:
     return patches.FancyBboxPatch(
         (box.x - box.width / 2 + radius, box.y - box.height / 2 + radius),
         box.width - 2 * radius,
         box.height - 2 * radius,
         boxstyle=f"round,pad={radius}",
         facecolor=face,
-        edgecolor=edge or "none",
-        zorder=2 if edge else 0,
+        edgecolor=edge,
+        zorder=2,
     )
 
 

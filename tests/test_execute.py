@@ -814,3 +814,28 @@ def test_convolution_steps_have_three_dimensions_at_most(op: str) -> None:
         assert all(len(step.stride) <= 3 for step in plan.steps if isinstance(step, Convolution))
         if expected is not None:
             assert_close(run(plan, tensors(operands)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_convolutions_take_no_more_memory_than_torch_s(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    from lensor.bench.measure import peak_bytes
+
+    spec = ConvSpec(16, 16, (31, 30), 3, stride=2, padding=1, groups=2)
+    shapes = (2, *spec.input_shape), spec.weight_shape, (2, *spec.output_shape)
+    x, w, v = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in shapes)
+    hyper = ([2, 2], [1, 1], [1, 1], False, [0, 0], 2)
+    own = (
+        lambda: lensor.functional.conv_input_vjp(x.shape, w, v, 2, 1, 1, 2),
+        lambda: lensor.functional.conv_weight_vjp(x, w.shape, v, 2, 1, 1, 2),
+    )
+    for of, call in enumerate(own):
+        asked = [of == 0, of == 1, False]
+        with torch.no_grad():
+            call()  # plans
+            most, expected = peak_bytes(
+                lambda asked=asked: torch.ops.aten.convolution_backward(v, x, w, None, *hyper, asked)[asked.index(True)]
+            )
+            peak, found = peak_bytes(call)
+        torch.testing.assert_close(found, expected)
+        assert peak <= most

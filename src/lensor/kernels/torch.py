@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -460,7 +461,7 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
             ]
             within = all(more < step for more, step in zip(extra, stride, strict=True))
             if any(extra) and within and v.device.type == "cpu":  # a transposed convolution copies such a result again
-                like = v.new_empty((len(v), *step.size[1:]))  # read for its shape only, never touched
+                like = _shape_only((len(v), *step.size[1:]), v)
                 return torch.ops.aten.convolution_backward(
                     v, like, w, None, stride, padding, dilation, False, [0] * dims, groups, [True, False, False]
                 )[0]
@@ -469,12 +470,31 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
         return input_grad
 
     def weight_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        like = x.new_empty(step.size)  # read for its shape only; an expanded one would be copied
+        like = _shape_only(step.size, x)
         return torch.ops.aten.convolution_backward(
             v, x, like, None, stride, padding, dilation, False, [0] * dims, groups, [False, True, False]
         )[1]
 
     return weight_grad
+
+
+_nothing = mmap.mmap(-1, mmap.PAGESIZE, access=mmap.ACCESS_COPY)
+"""Addresses that are never read nor written to, and therefore take no memory."""
+
+
+def _shape_only(size: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of which torch's convolutions read the shape only; an expanded one would be copied by them.
+
+    One from the allocator would take the memory that is warm from the result, which is made next.
+    """
+    global _nothing
+    if like.device.type != "cpu" or type(like) is not torch.Tensor or torch.compiler.is_compiling():
+        return like.new_empty(size)
+    count = math.prod(size)
+    buffer = _nothing
+    if len(buffer) < count * like.element_size():
+        buffer = _nothing = mmap.mmap(-1, 2 * count * like.element_size(), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(buffer, dtype=like.dtype, count=count).reshape(size) if count else like.new_empty(size)
 
 
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {

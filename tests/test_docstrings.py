@@ -69,7 +69,17 @@ def public() -> Iterator[tuple[str, Any]]:
         yield f"lensor.wisdom.{name}", getattr(wisdom, name)
 
 
+def members_of_packages() -> Iterator[tuple[str, Any]]:
+    """The public methods and properties of the packages' classes, which the classes' examples show."""
+    for package in PACKAGES:
+        for name in package.__all__:
+            value = getattr(package, name)
+            if inspect.isclass(value) and value.__module__.startswith("lensor"):
+                yield from ((f"{package.__name__}.{name}.{member}", found) for member, found in members(value))
+
+
 PUBLIC = dict(public())
+DESCRIBED = PUBLIC | dict(members_of_packages())
 EXEMPT = {name for names in WITHOUT_EXAMPLE.values() for name in names}
 
 
@@ -78,9 +88,9 @@ def doc_of(value: Any) -> str:
     return inspect.cleandoc(value.__doc__ or "")
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", DESCRIBED)
 def test_a_public_name_has_a_docstring(name: str) -> None:
-    first = doc_of(PUBLIC[name]).partition("\n")[0]
+    first = doc_of(DESCRIBED[name]).partition("\n")[0]
     assert first.endswith((".", ":")), first
 
 

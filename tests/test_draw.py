@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -139,9 +141,12 @@ def test_two_hundred_random_networks() -> None:
     random_networks(range(30, 230))
 
 
-def test_drawings_are_the_same_every_time() -> None:
-    net = network("ggn_diagonal", SPECS["2-d"])
-    assert lensor.draw(net).svg == lensor.draw(net).svg
+@pytest.mark.parametrize("seed", ["1", "12345"])
+def test_drawings_are_the_same_in_every_process(seed: str) -> None:
+    code = "import lensor; print(lensor.draw(lensor.ops.ggn_diagonal(lensor.ConvSpec(4, 6, (9,), 3))).svg)"
+    environment = os.environ | {"PYTHONHASHSEED": seed}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == lensor.draw(lensor.ops.ggn_diagonal(lensor.ConvSpec(4, 6, (9,), 3))).svg + "\n"
 
 
 def test_equal_halves_are_mirrored() -> None:

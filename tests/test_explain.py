@@ -208,6 +208,7 @@ def test_page_holds_everything_and_refers_to_nothing() -> None:
     assert "line &amp; more" in text
     assert not re.search(r"(src|href)\s*=\s*\"(?!data:)|url\(|@import|https?://", text)
     assert text.count('<tr class="row">') == len(found)
+    assert text.count("<svg") == 2 * len(found)  # before and after
     for one in found:
         assert one.simplified.replace(">", "&gt;") in text
     assert "0.25×" in text

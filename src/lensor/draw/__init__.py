@@ -114,8 +114,8 @@ def draw(
 ) -> Drawing:
     """The diagram of a network, a sum, a plan, or of several networks with arrows between them.
 
-    Layout is deterministic and free of crossings wherever it can be (`Drawing.crossings` tells); equal halves are
-    mirrored.
+    Layout is deterministic; planar networks are drawn without crossings, others with few (`Drawing.crossings` tells).
+    The halves of a Kronecker factor are mirrored; halves that share more are not always.
 
     Args:
         what: the network; of a sequence, one picture with arrows between its parts: before and after.

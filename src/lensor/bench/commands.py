@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from csv import writer
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
@@ -533,20 +533,21 @@ def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, sho
     """Measure the errors of sampled gradients that are not in the folder yet; all that the settings ask for."""
     require("torch", "matplotlib", "skimage")
     from lensor.bench import crs
+    from lensor.bench.run import Bench
 
-    make = crs.Settings.quick if quick else crs.Settings
-    settings = make(threads=given.threads, cifar=cifar)
+    settings = crs.Settings.quick(cifar) if quick else crs.Settings(cifar=cifar)
+    made = crs.Made(**asdict(Bench(Settings(), ()).machine), threads=given.threads)
     path = out / "crs.csv"
-    known = crs.read(path)
+    known = crs.read(path, made)
     with writing(out), Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
         out.mkdir(parents=True, exist_ok=True)
         wanted = crs.wanted_keys(settings)
         task = progress.add_task("sampled gradients", total=len(wanted))
         progress.advance(task, sum(point.key in wanted for point in known))
-        for point in crs.run(settings, known):
+        for point in crs.run(settings, made, known):
             crs.append(path, point)
             progress.advance(task)
-    return [point for point in crs.read(path) if point.key in wanted]
+    return [point for point in crs.read(path, made) if point.key in wanted]
 
 
 def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, repeats: int, threads: int) -> None:

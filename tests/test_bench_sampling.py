@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from lensor import sampling
+from lensor import cli, sampling
 from lensor.bench import crs
 from lensor.bench import sampling as bench
 from lensor.bench.measure import Call, Times
@@ -180,3 +182,22 @@ def test_models_that_are_trained_sample_the_share_that_they_name(keep: float) ->
     assert not any(isinstance(module, Sampled) for module in exact.modules())
     for one, other in zip(model.parameters(), exact.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("what", ["a file", "a file above", "a folder in place of a file"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> Any:
+        raise AssertionError("measured before the folder was found to be none")
+
+    monkeypatch.setattr(bench, "steps", measured)
+    out = tmp_path / "out"
+    if what == "a folder in place of a file":
+        (out / "gradients.csv").mkdir(parents=True)
+    else:
+        out.write_text("", encoding="utf-8")
+    folder = out / "below" if what == "a file above" else out
+    found = CliRunner().invoke(cli.make_app(), ["bench", "sampling", str(folder)])
+    assert found.exit_code == 1
+    assert f"cannot write {folder}" in found.stderr.replace("\n", "")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import math
 import pickle
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import lensor
 from lensor import cli
 from lensor.bench import BenchError, crs, reproduce
 from lensor.bench import sampling as bench_sampling
@@ -192,6 +194,9 @@ def test_unknown_figures_are_answered_with_those_there_are() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- crs
+MADE = crs.Made(**asdict(MACHINE), threads=1)
+
+
 def crs_points(factor: float = 1.0) -> list[Any]:
     """Errors √(1/p − 1), smaller by a factor for positions."""
     found = []
@@ -200,7 +205,7 @@ def crs_points(factor: float = 1.0) -> list[Any]:
             for share in crs.Settings().shares:
                 for seed in range(2):
                     error = scale * (1 / share - 1) ** 0.5
-                    found.append(crs.Point(data, 8, " ".join(indices), scheme, share, seed, error, 1.0, 2.0))
+                    found.append(crs.Point(data, 8, " ".join(indices), scheme, share, seed, error, 1.0, 2.0, MADE))
     return found
 
 
@@ -213,15 +218,15 @@ def test_the_share_that_is_as_good_is_read_from_the_curves() -> None:
 
 def test_sampled_gradients_are_measured_once_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "crs.csv"
-    settings = crs.Settings(batch=2, shares=(0.5, 1.0), few=(0.5,), seeds=1, others=1, threads=1)
-    points = list(crs.run(settings, []))
+    settings = crs.Settings(batch=2, shares=(0.5, 1.0), few=(0.5,), seeds=1, others=1)
+    points = list(crs.run(settings, MADE, []))
     assert {point.key for point in points} == crs.wanted_keys(settings)
     assert all(point.error == 0.0 for point in points if point.share == 1.0)
     assert all(point.error > 0.0 for point in points if point.share < 1.0)
     for point in points[:3]:
         crs.append(path, point)
-    assert crs.read(path) == points[:3]
-    assert [point.key for point in crs.run(settings, crs.read(path))] == [point.key for point in points[3:]]
+    assert crs.read(path, MADE) == points[:3]
+    assert [point.key for point in crs.run(settings, MADE, crs.read(path, MADE))] == [point.key for point in points[3:]]
     for point in points[3:]:
         crs.append(path, point)
     (found,) = reproduce.write(["crs"], [], crs_points(0.5), tmp_path)
@@ -233,14 +238,63 @@ def test_sampled_gradients_are_measured_once_and_shown(tmp_path: Path) -> None:
 
 def test_a_foreign_or_damaged_file_of_points_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "crs.csv"
-    for text, message in (("a,b\n1,2\n", "is no file of"), (None, "is damaged behind line")):
-        if text is None:
-            crs_file = ",".join(field.name for field in fields(crs.Point))
-            text = f"{crs_file}\ncrops of pictures,8\n"
+    older = "data,batch,indices,scheme,share,seed,error,seconds,exact_seconds\n"
+    for text, message in (
+        ("a,b\n1,2\n", "is no file of"),
+        (older, "is no file of this version of `lensor reproduce crs`: remove it, or give another --out"),
+        (f"{','.join(crs.HEADER)}\ncrops of pictures,8\n", "is damaged behind line"),
+    ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(BenchError, match=message):
-            crs.read(path)
+            crs.read(path, MADE)
         assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"threads": 2}, "threads 1, here 2"),
+        ({"lensor": "0.2", "torch": "2.7"}, "torch 2.6, here 2.7, lensor 0.1, here 0.2"),
+        ({"machine": "another"}, "machine some processor, here another"),
+    ],
+)
+def test_points_measured_with_anything_else_are_not_gone_on_with(
+    other: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "crs.csv"
+    for point in crs_points()[:2]:
+        crs.append(path, point)
+    path.write_text(text := path.read_text(encoding="utf-8") + "crops of", encoding="utf-8")
+    with pytest.raises(BenchError, match=rf"crs.csv was measured with other threads.*\({words}\): give another --out"):
+        crs.read(path, replace(MADE, **other))
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_the_command_goes_on_with_points_of_the_same_threads_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crs.Settings, "quick", lambda cifar: crs.Settings(2, (0.75,), (), seeds=1, others=0))
+    arguments = ["crs", "--quick", "--out", str(tmp_path), "--threads"]
+    assert invoke(*arguments, "1").exit_code == 0
+    held = (tmp_path / "crs.csv").read_text(encoding="utf-8")
+    found = table_of(tmp_path / "crs.csv")
+    assert [row["indices"] for row in found] == ["c_in", "i1 i2"] * 2
+    for row in found:
+        assert (row["threads"], row["torch"], row["lensor"]) == ("1", torch.__version__, lensor.__version__)
+        assert row["machine"]
+    assert invoke(*arguments, "1").exit_code == 0
+    other = invoke(*arguments, "2")
+    assert other.exit_code == 1
+    assert "threads 1, here 2" in other.stderr
+    assert (tmp_path / "crs.csv").read_text(encoding="utf-8") == held
+
+
+def test_the_picture_says_what_points_were_measured_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: shown.append(figure))
+    crs.plot(crs_points(), tmp_path / "crs.png")
+    assert shown[0].get_suptitle() == "threads 1; some processor, 2 CPUs; Python 3.11, torch 2.6, lensor 0.1"
+    assert "warm" in shown[0].axes[-1].get_xlabel()
 
 
 def test_a_line_that_was_not_finished_is_measured_again(tmp_path: Path) -> None:
@@ -250,7 +304,7 @@ def test_a_line_that_was_not_finished_is_measured_again(tmp_path: Path) -> None:
         crs.append(path, point)
     text = path.read_text(encoding="utf-8")
     path.write_text(text[:-9], encoding="utf-8")
-    assert crs.read(path) == points[:2]
+    assert crs.read(path, MADE) == points[:2]
     crs.append(path, points[2])
     assert path.read_text(encoding="utf-8") == text
 
@@ -279,8 +333,8 @@ def test_sampled_gradients_of_cifar_from_a_folder(tmp_path: Path) -> None:
         found, fine = cifar100(folder)
         assert (found.reshape(6, -1) == pictures).all()
         assert fine.tolist() == labels
-    settings = crs.Settings(batch=2, shares=(0.5,), few=(), seeds=1, others=0, threads=1, cifar=tmp_path)
-    points = list(crs.run(settings, []))
+    settings = crs.Settings(batch=2, shares=(0.5,), few=(), seeds=1, others=0, cifar=tmp_path)
+    points = list(crs.run(settings, MADE, []))
     assert {point.key for point in points} == crs.wanted_keys(settings)
     assert sum(point.data == crs.CIFAR for point in points) == 2
     crs.plot(points, tmp_path / "crs.png")

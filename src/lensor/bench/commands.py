@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from csv import writer
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
 
 import typer
@@ -444,6 +444,16 @@ def _refuse_early(path: Path) -> None:
         raise BenchError(f"cannot write {path}: {why}")
 
 
+def _refuse_folder_early(out: Path, names: Sequence[str]) -> None:
+    """Make a folder for files of some names, or raise, before anything is measured for them."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    for name in names:
+        _refuse_early(out / name)
+
+
 def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], shown: Console) -> None:
     """A table with a row for each operation of each convolution, and one of the whole model."""
     from lensor.bench.page import HEADINGS as COLUMNS_OF_PAGE
@@ -533,20 +543,21 @@ def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, sho
     """Measure the errors of sampled gradients that are not in the folder yet; all that the settings ask for."""
     require("torch", "matplotlib", "skimage")
     from lensor.bench import crs
+    from lensor.bench.run import Bench
 
-    make = crs.Settings.quick if quick else crs.Settings
-    settings = make(threads=given.threads, cifar=cifar)
+    settings = crs.Settings.quick(cifar) if quick else crs.Settings(cifar=cifar)
+    made = crs.Made(**asdict(Bench(Settings(), ()).machine), threads=given.threads)
     path = out / "crs.csv"
-    known = crs.read(path)
+    known = crs.read(path, made)
     with writing(out), Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
         out.mkdir(parents=True, exist_ok=True)
         wanted = crs.wanted_keys(settings)
         task = progress.add_task("sampled gradients", total=len(wanted))
         progress.advance(task, sum(point.key in wanted for point in known))
-        for point in crs.run(settings, known):
+        for point in crs.run(settings, made, known):
             crs.append(path, point)
             progress.advance(task)
-    return [point for point in crs.read(path) if point.key in wanted]
+    return [point for point in crs.read(path, made) if point.key in wanted]
 
 
 def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, repeats: int, threads: int) -> None:
@@ -554,19 +565,20 @@ def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, rep
     require("torch", "matplotlib", "skimage")
     from lensor.bench import sampling
 
+    _refuse_folder_early(out, (sampling.STEPS, sampling.GRADIENTS, sampling.TRAINING, sampling.PLOT))
     shown = console()
     with writing(out):
         made = sampling.steps(batch, seconds, repeats, threads)
         cells = [(row.way, f"{row.saved / 2**20:.1f}", f"{row.peak / 2**20:.1f}", f"{row.ratio:.2f}") for row in made]
         _print(shown, "A training step of All-CNN-C", ("way", "saved, MiB", "peak, MiB", "time, × torch's"), cells)
-        paths = [sampling.write_csv(made, out / "steps.csv")]
+        paths = [sampling.write_csv(made, out / sampling.STEPS)]
         found = list(sampling.gradients(8, seconds / 10, 4 * repeats, threads))
         cells = [(row.layer, row.indices, f"{row.keep:g}", digits(row.ratio)) for row in found]
         _print(shown, "Weight gradients, batch 8", ("layer", "indices", "keep", "time, × exact"), cells)
-        paths.append(sampling.write_csv(found, out / "gradients.csv"))
+        paths.append(sampling.write_csv(found, out / sampling.GRADIENTS))
         trained = list(sampling.train((), steps, seeds, batch, threads))
         _print(shown, "Training", sampling.SUMMARY, sampling.summary(trained))
-        paths += [sampling.write_csv(trained, out / "training.csv"), sampling.plot(trained, out / "training.png")]
+        paths += [sampling.write_csv(trained, out / sampling.TRAINING), sampling.plot(trained, out / sampling.PLOT)]
     shown.print(f"wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 
 

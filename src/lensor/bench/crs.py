@@ -4,6 +4,9 @@ The untrained All-CNN-C without dropout; the gradients of all kernels, flattened
 proxies ĝ: ‖ĝ − g‖ / ‖g‖, mean and standard deviation over initialisations of the model and the batch. Beside the
 paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) by Bernoulli sampling: other indices and schemes, and
 the error against the time of the backward pass, which is measured for the first seed beside the exact one, in turns.
+
+Times are warm: planning for the counts that were drawn is done before and not in them. A training step by Bernoulli or
+importance sampling draws other counts than the one before, and plans for those that it has not seen.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +30,7 @@ from lensor.bench.errors import BenchError, require
 from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
-from lensor.bench.results import finished
+from lensor.bench.results import Machine, finished
 from lensor.bench.training import TASKS
 from lensor.sampling.layers import Sampled
 
@@ -59,7 +63,6 @@ class Settings:
         few: the same for the other indices and schemes.
         seeds: initialisations of the model and the batch for the paper's curves.
         others: the same for the other indices and schemes.
-        threads: threads for torch.
         cifar: a folder with CIFAR-100, which is measured too; None for without.
     """
 
@@ -68,18 +71,32 @@ class Settings:
     few: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
     seeds: int = 10
     others: int = 3
-    threads: int = 2
     cifar: Path | None = None
 
     @classmethod
-    def quick(cls, threads: int, cifar: Path | None = None) -> Settings:
+    def quick(cls, cifar: Path | None = None) -> Settings:
         """Small batches and few shares."""
-        return cls(16, (0.1, 0.35, 0.75), (0.25, 0.75), seeds=3, others=1, threads=threads, cifar=cifar)
+        return cls(16, (0.1, 0.35, 0.75), (0.25, 0.75), seeds=3, others=1, cifar=cifar)
 
     @property
     def data(self) -> tuple[str, ...]:
         """The names of the data."""
         return (REAL, SYNTHETIC) if self.cifar is None else (REAL, SYNTHETIC, CIFAR)
+
+
+@dataclass(frozen=True)
+class Made(Machine):
+    """What points were measured with: threads of torch, beside the machine and the versions."""
+
+    threads: int
+
+    @property
+    def label(self) -> str:
+        """All of it in a line."""
+        return (
+            f"threads {self.threads}; {self.machine}, {self.cores} CPUs; Python {self.python}, torch {self.torch},"
+            f" lensor {self.lensor}"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ class Point:
         error: ‖ĝ − g‖ / ‖g‖.
         seconds: of the backward pass with its plans made, not a number where it was not timed.
         exact_seconds: of the exact one, in turns with it.
+        made: what it was measured with.
     """
 
     data: str
@@ -107,6 +125,7 @@ class Point:
     error: float
     seconds: float
     exact_seconds: float
+    made: Made
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -190,12 +209,12 @@ def wanted_keys(settings: Settings) -> set[tuple[object, ...]]:
     }
 
 
-def run(settings: Settings, known: Sequence[Point]) -> Iterator[Point]:
-    """Measure what is not known yet."""
+def run(settings: Settings, made: Made, known: Sequence[Point]) -> Iterator[Point]:
+    """Measure what is not known yet, with the threads of `made`, which the points carry."""
     require("torch", "skimage")
     done = {point.key for point in known}
     batches = _data(settings)
-    with using(settings.threads):
+    with using(made.threads):
         for data, seed, wanted in _wanted(settings):
             missing = [
                 (indices, scheme, share)
@@ -220,44 +239,81 @@ def run(settings: Settings, known: Sequence[Point]) -> Iterator[Point]:
                 seconds, exact_seconds = _timed(sampled, model, x, y) if timed else (math.nan, math.nan)
                 found = _gradient(sampled, x, y)
                 error = float((found - exact).norm() / exact.norm())
-                yield Point(data, settings.batch, " ".join(indices), scheme, share, seed, error, seconds, exact_seconds)
+                times = (seconds, exact_seconds)
+                yield Point(data, settings.batch, " ".join(indices), scheme, share, seed, error, *times, made)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def read(path: Path) -> list[Point]:
+_OWN = tuple(field.name for field in fields(Point) if field.name != "made")
+HEADER = (*_OWN, *(field.name for field in fields(Made)))
+"""The columns of a file of points."""
+
+_KINDS = {
+    **dict.fromkeys(("batch", "seed", "cores", "threads"), int),
+    **dict.fromkeys(("share", "error", "seconds", "exact_seconds"), float),
+}
+"""Columns that are not text."""
+
+
+def read(path: Path, made: Made) -> list[Point]:
     """The points of a file that an earlier run wrote; none if there is no file.
 
     A last line that was not finished is not read, and is cut off.
 
+    Args:
+        path: the file.
+        made: what points are measured with here.
+
     Raises:
-        BenchError: if the file is none of these; it is left as it was.
+        BenchError: if the file is none of these or damaged, or if its points were measured with anything else than
+            `made`; it is left as it was.
     """
     if not path.exists():
         return []
     data = path.read_bytes()
     whole = finished(data)
     lines = csv.DictReader(whole.decode("utf-8", "replace").splitlines())
-    if lines.fieldnames != [field.name for field in fields(Point)]:
-        raise BenchError(f"{path} is no file of `lensor reproduce crs`: remove it, or take another folder")
-    kinds = {"batch": int, "seed": int, "share": float, "error": float, "seconds": float, "exact_seconds": float}
+    if tuple(lines.fieldnames or ()) != HEADER:
+        raise BenchError(
+            f"{path} is no file of this version of `lensor reproduce crs`: remove it, or give another --out"
+        )
     try:
-        points = [Point(**{name: kinds.get(name, str)(value) for name, value in line.items()}) for line in lines]
-    except (TypeError, ValueError):
+        points = [_point(line) for line in lines]
+    except (KeyError, TypeError, ValueError):
         raise BenchError(f"{path} is damaged behind line {lines.line_num - 1}: mend or remove it") from None
+    for point in points:
+        if point.made != made:
+            raise BenchError(
+                f"{path} was measured with other threads, on another machine or with other versions"
+                f" ({_difference(point.made, made)}): give another --out"
+            )
     if whole != data:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return points
 
 
+def _point(line: dict[str, str]) -> Point:
+    values: dict[str, Any] = {name: _KINDS.get(name, str)(value) for name, value in line.items()}
+    made = Made(**{field.name: values.pop(field.name) for field in fields(Made)})
+    return Point(**values, made=made)
+
+
+def _difference(there: Made, here: Made) -> str:
+    pairs = ((field.name, getattr(there, field.name), getattr(here, field.name)) for field in fields(Made))
+    return ", ".join(f"{name} {one}, here {other}" for name, one, other in pairs if one != other)
+
+
 def append(path: Path, point: Point) -> None:
     """Add a point to a file, which is made if it is not there."""
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Point)], lineterminator="\n")
+        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerow(asdict(point))
+        record = asdict(point)
+        made = record.pop("made")
+        writer.writerow(record | made)
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -307,11 +363,11 @@ def _time(points: Sequence[Point]) -> float:
     return statistics.median(found) if found else math.nan
 
 
-HEADINGS = ("data", "indices", "scheme", "share kept", "error", "backward, × exact")
+HEADINGS = ("data", "indices", "scheme", "share kept", "error", "warm backward, × exact")
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
-    """Error against share for each data, for all schemes, and against time."""
+    """Error against share for each data, for all schemes, and against time; with what was measured with."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -345,7 +401,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axes[1][0].plot(shares, means, style, color=color, marker="o", markersize=3, label=text)
         axes[1][1].plot(times, means, style, color=color, marker="o", markersize=3, label=text)
     axes[1][0].set_xlabel(f"share of the input that is kept ({REAL})")
-    axes[1][1].set_xlabel(f"time of the backward pass over the exact one's ({REAL})")
+    axes[1][1].set_xlabel(f"time of the warm backward pass, plans made, over the exact one's ({REAL})")
+    figure.suptitle("\n".join(dict.fromkeys(point.made.label for point in points)), fontsize=8)
     for axis in figure.axes:
         axis.set_yscale("log")
         axis.set_ylabel("‖ĝ − g‖ / ‖g‖")

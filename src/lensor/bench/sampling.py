@@ -35,6 +35,9 @@ LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 TRAINED = (1.0, 0.5, 0.25)
 """Shares of the positions that are kept in training."""
 
+STEPS, GRADIENTS, TRAINING, PLOT = "steps.csv", "gradients.csv", "training.csv", "training.png"
+"""The files of a folder."""
+
 _SEGMENTS = 3
 """Parts of a checkpointed model."""
 

@@ -297,6 +297,13 @@ def test_the_picture_says_what_points_were_measured_with(tmp_path: Path, monkeyp
     assert "warm" in shown[0].axes[-1].get_xlabel()
 
 
+def test_the_page_says_what_points_were_measured_with(tmp_path: Path) -> None:
+    list(reproduce.write(["crs"], [], crs_points(), tmp_path))
+    page = (tmp_path / "crs.md").read_text(encoding="utf-8")
+    assert "\n- threads 1; some processor, 2 CPUs; Python 3.11, torch 2.6, lensor 0.1\n" in page
+    assert "planning is not in it" in page
+
+
 def test_a_line_that_was_not_finished_is_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "crs.csv"
     points = crs_points()

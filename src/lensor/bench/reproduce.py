@@ -351,7 +351,9 @@ def crs_figure(points: Sequence[Point], out: Path, options: str) -> Written:
         lines.append(f"- {data}: {found} as good as 75 % of channels")
     batch, seeds = points[0].batch, 1 + max(point.seed for point in points)
     text = [
-        *_opening("Sampled gradients", "crs", options),
+        *_opening("Sampled gradients", "crs", options)[:-1],
+        *(f"- {one}" for one in dict.fromkeys(point.made.label for point in points)),
+        "",
         "The untrained All-CNN-C without dropout, cross-entropy, 100 classes: the distance ‖ĝ − g‖ / ‖g‖ of the sampled"
         f" gradients of all kernels from the exact ones. Batches of {batch}, {seeds} initialisations of model and batch"
         " for channels and positions by Bernoulli sampling, fewer for the rest; mean and standard deviation. Crops of"
@@ -364,7 +366,8 @@ def crs_figure(points: Sequence[Point], out: Path, options: str) -> Written:
         "![errors](crs.png)",
         "",
         "The time is that of the whole backward pass, input gradients included, which are exact and take their time; it"
-        " is measured once, in turns with the exact one's. `--cifar FOLDER` measures CIFAR-100 too.",
+        " is measured once, in turns with the exact one's, with the plans for the drawn counts made before: planning is"
+        " not in it. `--cifar FOLDER` measures CIFAR-100 too.",
         "",
         *table(crs.HEADINGS, rows, 3),
     ]

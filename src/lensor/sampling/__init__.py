@@ -13,6 +13,7 @@ from lensor.sampling.layers import (
     ConvTranspose3d,
     Linear,
     ReLU,
+    Sampled,
     convert,
 )
 from lensor.sampling.memory import recommend, saved_bytes
@@ -30,6 +31,7 @@ __all__ = [
     "Draw",
     "Linear",
     "ReLU",
+    "Sampled",
     "conv",
     "conv_transpose",
     "convert",

@@ -41,6 +41,15 @@ class Sampled:
         keep: the share of positions to keep of some indices of the input; its other arguments are the module's.
         scheme: how they are drawn, of `lensor.sampling.SCHEMES`: one, or one for each index.
         generator: a generator on the CPU, by default torch's.
+
+    Example:
+        >>> import torch, lensor.sampling
+        >>> model = lensor.sampling.convert(torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3)), {"i1": 0.5})
+        >>> for module in model.modules():
+        ...     if isinstance(module, lensor.sampling.Sampled):
+        ...         module.set_sampling({"i1": 0.25}, scheme="fixed")
+        >>> model[0]
+        Conv1d(2, 4, kernel_size=(3,), stride=(1,), keep={'i1': 0.25}, scheme='fixed')
     """
 
     keep: Keep

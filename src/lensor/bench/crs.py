@@ -401,7 +401,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axes[1][0].plot(shares, means, style, color=color, marker="o", markersize=3, label=text)
         axes[1][1].plot(times, means, style, color=color, marker="o", markersize=3, label=text)
     axes[1][0].set_xlabel(f"share of the input that is kept ({REAL})")
-    axes[1][1].set_xlabel(f"time of the warm backward pass, plans made, over the exact one's ({REAL})")
+    axes[1][1].set_xlabel(f"warm backward pass, × exact ({REAL})")
     figure.suptitle("\n".join(dict.fromkeys(point.made.label for point in points)), fontsize=8)
     for axis in figure.axes:
         axis.set_yscale("log")

@@ -542,11 +542,13 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, ci
 def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, shown: Console) -> Sequence[CrsPoint]:
     """Measure the errors of sampled gradients that are not in the folder yet; all that the settings ask for."""
     require("torch", "matplotlib", "skimage")
+    import torch
+
     from lensor.bench import crs
-    from lensor.bench.run import Bench
+    from lensor.bench.run import here
 
     settings = crs.Settings.quick(cifar) if quick else crs.Settings(cifar=cifar)
-    made = crs.Made(**asdict(Bench(Settings(), ()).machine), threads=given.threads)
+    made = crs.Made(**asdict(here(torch.device("cpu"))), threads=given.threads)
     path = out / "crs.csv"
     known = crs.read(path, made)
     with writing(out), Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:

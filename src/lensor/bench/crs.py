@@ -30,7 +30,7 @@ from lensor.bench.errors import BenchError, require
 from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
-from lensor.bench.results import Machine, finished
+from lensor.bench.results import Machine, difference, finished
 from lensor.bench.training import TASKS
 from lensor.sampling.layers import Sampled
 
@@ -93,10 +93,7 @@ class Made(Machine):
     @property
     def label(self) -> str:
         """All of it in a line."""
-        return (
-            f"threads {self.threads}; {self.machine}, {self.cores} CPUs; Python {self.python}, torch {self.torch},"
-            f" lensor {self.lensor}"
-        )
+        return f"threads {self.threads}; {super().label}"
 
 
 @dataclass(frozen=True)
@@ -285,7 +282,7 @@ def read(path: Path, made: Made) -> list[Point]:
         if point.made != made:
             raise BenchError(
                 f"{path} was measured with other threads, on another machine or with other versions"
-                f" ({_difference(point.made, made)}): give another --out"
+                f" ({difference(point.made, made)}): give another --out"
             )
     if whole != data:
         with path.open("r+b") as file:
@@ -297,11 +294,6 @@ def _point(line: dict[str, str]) -> Point:
     values: dict[str, Any] = {name: _KINDS.get(name, str)(value) for name, value in line.items()}
     made = Made(**{field.name: values.pop(field.name) for field in fields(Made)})
     return Point(**values, made=made)
-
-
-def _difference(there: Made, here: Made) -> str:
-    pairs = ((field.name, getattr(there, field.name), getattr(here, field.name)) for field in fields(Made))
-    return ", ".join(f"{name} {one}, here {other}" for name, one, other in pairs if one != other)
 
 
 def append(path: Path, point: Point) -> None:

@@ -185,11 +185,10 @@ def settings_of(rows: Iterable[Row]) -> list[str]:
     """What was measured, and on what: one line for each setting."""
     lines = []
     for row in rows:
-        setting, machine = row.setting, row.machine
+        setting = row.setting
         lines.append(
             f"batch {setting.batch}, {setting.columns} columns of the GGN's root, {setting.dtype}, {setting.device}, "
-            f"threads {setting.threads}; {machine.machine}, {machine.cores} CPUs; Python {machine.python}, "
-            f"torch {machine.torch}, lensor {machine.lensor}"
+            f"threads {setting.threads}; {row.machine.label}"
         )
     return list(dict.fromkeys(lines))
 

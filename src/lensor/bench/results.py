@@ -36,6 +36,11 @@ class Machine:
     torch: str
     lensor: str
 
+    @property
+    def label(self) -> str:
+        """All of it in a line."""
+        return f"{self.machine}, {self.cores} CPUs; Python {self.python}, torch {self.torch}, lensor {self.lensor}"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -232,8 +237,8 @@ class ResultsFile:
         for row in self.rows:
             if row.machine != machine:
                 raise BenchError(
-                    f"{self.path} was measured on another machine or with other versions ({_difference(row, machine)}):"
-                    " give another --out"
+                    f"{self.path} was measured on another machine or with other versions"
+                    f" ({difference(row.machine, machine)}): give another --out"
                 )
         if length < before and self.path.stat().st_size == before:
             os.truncate(self.path, length)
@@ -260,6 +265,7 @@ class ResultsFile:
         self._length += len(data)
 
 
-def _difference(row: Row, machine: Machine) -> str:
-    pairs = ((field.name, getattr(row.machine, field.name), getattr(machine, field.name)) for field in fields(Machine))
-    return ", ".join(f"{name} {there}, here {here}" for name, there, here in pairs if there != here)
+def difference(there: Machine, here: Machine) -> str:
+    """Where two differ, for a message."""
+    pairs = ((field.name, getattr(there, field.name), getattr(here, field.name)) for field in fields(here))
+    return ", ".join(f"{name} {one}, here {other}" for name, one, other in pairs if one != other)

@@ -64,10 +64,7 @@ class Bench:
             layers = merged(layer for net in nets for layer in layers_of(net))
         layers = [layer for layer in layers if layer.spec.kind in kinds][: settings.limit]
         self.cases = [Case(OPERATIONS[name], layer) for layer in layers for name in self.operations]
-        self.machine = Machine(
-            *(_machine_name(self.device), os.cpu_count() or 1, platform.python_version()),
-            *(torch.__version__, lensor.__version__),
-        )
+        self.machine = here(self.device)
 
     def pending(self, results: ResultsFile) -> list[tuple[Case, tuple[Implementation, ...]]]:
         """The cases of which rows are missing, each with the implementations whose they are.
@@ -187,6 +184,12 @@ class Bench:
         return Row(case.operation.name, one.name, one.version, case.layer, self.setting, found, self.machine)
 
 
+def here(device: torch.device) -> Machine:
+    """This machine, or its graphics card, and the versions of what measures."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    return Machine(name, os.cpu_count() or 1, platform.python_version(), torch.__version__, lensor.__version__)
+
+
 def _raised(call: Call) -> Exception | None:
     """What a call raises when it runs once more."""
     try:
@@ -218,10 +221,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
     return torch.device(name)
-
-
-def _machine_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else processor()
 
 
 @contextmanager

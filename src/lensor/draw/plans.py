@@ -14,21 +14,31 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lensor.draw.graph import STEP, TENSOR
-from lensor.draw.scene import Box, Label, Scene, Segment, Shape, meetings
+from lensor.draw.scene import (
+    BRIDGE,
+    HEIGHT,
+    LABEL,
+    LETTER,
+    SMALL,
+    Box,
+    Label,
+    Scene,
+    Segment,
+    Shape,
+    meetings,
+)
 from lensor.plan import Plan
 from lensor.steps import Input
 
 ARROW = "arrow"
 """The shape of a line's head: which way values go."""
 
-_LETTER, _SMALL, _HEIGHT = 7.6, 5.6, 24.0
 _LEAST, _MOST = 22.0, 90.0
 """The least and the most room between two layers, by how steep lines are."""
 
 _HEAD, _TAIL = 9.0, 5.0
 """The room for a line's head before a step, which is so large, and behind it before a line slants."""
 
-_BRIDGE = 6.0
 _ABOVE, _BELOW, _THIN = 16.0, 28.0, 8.0
 """The room above and below the middle of a step, with the shape under it, and that of a line which passes."""
 
@@ -183,7 +193,7 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
     left = 0.0
     for layer in layers:
         texts = {place: _texts(plan, place.step) for place in layer if place.step is not None}
-        widths = {place: (_LETTER * len(name) + 14, _SMALL * len(shape) + 3) for place, (name, shape) in texts.items()}
+        widths = {place: (LETTER * len(name) + 14, SMALL * len(shape) + 3) for place, (name, shape) in texts.items()}
         width = max(max(pair) for pair in widths.values())
         steep = max((abs(one.y - place.y) for place in layer for one in place.before), default=0.0)
         left += min(max(_LEAST, steep / 2), _MOST) if sides else 0.0
@@ -192,8 +202,8 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
             sides[place] = (start, end)
             if place in widths:
                 middle = start + _HEAD + width / 2
-                boxes[place] = Box(middle, place.y, widths[place][0], _HEIGHT)
-                labels.append(Label(texts[place][1], Box(middle, place.y + 19.0, widths[place][1], 11.0)))
+                boxes[place] = Box(middle, place.y, widths[place][0], HEIGHT)
+                labels.append(Label(texts[place][1], Box(middle, place.y + 19.0, widths[place][1], LABEL)))
         left = end
     segments: list[Segment] = []
 
@@ -210,7 +220,7 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
         for after in place.after:
             line(end, place.y, sides[after][0], after.y)
     met = meetings(segments)
-    bridges = [segments[second].around(*at, _BRIDGE) for (_, second), at in met.items()]
+    bridges = [segments[second].around(*at, BRIDGE) for (_, second), at in met.items()]
     shapes = [_shape(plan, place.step, box) for place, box in boxes.items() if place.step is not None]
     shapes.sort(key=lambda shape: shape[0])
     heads = [

@@ -17,17 +17,17 @@ from lensor.draw.layout import Layout, Positions, laid_out
 UNIT = 58.0
 """The length of a line that is 1 long."""
 
-_LETTER, _SMALL = 7.6, 5.6
+LETTER, SMALL = 7.6, 5.6
 """The widths of letters in nodes and of those at lines."""
 
-_HEIGHT, _LABEL = 24.0, 11.0
+HEIGHT, LABEL = 24.0, 11.0
 _ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.27, 0.73, 0.2, 0.8, 0.14, 0.86)
 """Where along its line a label may stand."""
 
 _STRETCHES = (1.0, 1.2, 1.45, 1.75, 2.1, 2.6, 3.2)
 """How much longer a leg may become until its label has room at its end."""
 
-_BRIDGE = 6.0
+BRIDGE = 6.0
 """How far a bridge reaches to both sides of a crossing."""
 
 _APART, _PIECES = 16.0, 12
@@ -223,7 +223,7 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
         segments,
         tuple(best.labels),
         tuple(_shaded(best, nodes) for nodes in shade),
-        tuple(segments[second].around(*point, _BRIDGE) for (_, second), point in met.items()),
+        tuple(segments[second].around(*point, BRIDGE) for (_, second), point in met.items()),
         len(met),
     )
 
@@ -247,7 +247,7 @@ def _size(kind: str, text: str) -> tuple[float, float]:
         return (12.0, 12.0)
     if kind == ONES:
         return (18.0, 18.0)
-    return (max(_LETTER * len(text) + (16 if kind != STEP else 12), 28.0), _HEIGHT)
+    return (max(LETTER * len(text) + (16 if kind != STEP else 12), 28.0), HEIGHT)
 
 
 @dataclass
@@ -290,7 +290,7 @@ class _Placing:
     def put_label(self, at: int) -> None:
         """Put the label of a line where it covers least, at the first of such places."""
         line = self.graph.lines[at]
-        size = (_SMALL * len(line.label) + 3, _LABEL)
+        size = (SMALL * len(line.label) + 3, LABEL)
         end = next((end for end in (line.first, line.second) if self.graph.vertices[end].shape == END), None)
         legs = []
         if end is None:
@@ -541,7 +541,7 @@ def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
     bridges: list[Segment] = []
     for part in parts:
         if isinstance(part, str):
-            width = _LETTER * 1.3 * len(part) + 4
+            width = LETTER * 1.3 * len(part) + 4
             labels.append(Label(part, Box(right + width / 2, 0.0, width, 18.0), large=True))
             right += width + gap
             continue

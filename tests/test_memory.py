@@ -10,6 +10,7 @@ from lensor import ConvSpec
 from lensor import functional as F
 from lensor.bench.measure import peak_bytes
 from lensor.lower import STRATEGIES, lower
+from lensor.planner import preferring
 from lensor.runtime import run
 from lensor.steps import Convolution
 from tests.cases import BUILDERS, bound, operands_of
@@ -51,3 +52,19 @@ def test_lags_take_a_fraction_of_the_unfolded_input(channels: int, size: int) ->
         F.kfac_input_factor(x, 3, padding=1)
         found, factor = peak_bytes(lambda: F.kfac_input_factor(x, 3, padding=1))
     assert found - factor.nbytes <= 0.5 * 9 * x.nbytes
+
+
+def test_a_preferred_limit_chooses_what_fits_or_else_the_smallest() -> None:
+    net = bound(BUILDERS["ggn_diagonal"](SPECS["general"]), 4)
+    shapes = {name: array.shape for name, array in operands_of(net).items()}
+    sizes = sorted(one.peak_size for one in net.plan(**shapes).candidates)
+    with preferring(4 * sizes[0]):  # shapes alone stand for float32
+        assert net.plan(**shapes).peak_size == sizes[0]
+    with preferring(1):
+        smallest = net.plan(**shapes)
+        assert smallest.peak_size <= sizes[0]
+        with pytest.raises(ValueError, match="max_bytes is 2, but the smallest plan needs"):
+            net.plan(**shapes, max_bytes=2)
+    free = net.plan(**shapes)
+    with preferring(4 * sizes[-1]):
+        assert net.plan(**shapes).name == free.name

@@ -173,7 +173,7 @@ def test_output_padding_of_a_stride_and_more(size: int) -> None:
 
 
 def test_many_channels_of_a_weight_may_be_sampled() -> None:
-    """No matrix as large as all channels by all channels, and a limit that is none for what has to be."""
+    """No matrix as large as all channels by all channels."""
     layer = sampling.Linear(2048, 1024, keep={"c_in": 0.5}, scheme="fixed")
     layer(torch.randn(64, 2048)).sum().backward()
     assert layer.weight.grad is not None
@@ -399,6 +399,16 @@ def test_importance_is_of_norms_of_any_size(scale: float) -> None:
         layer.generator = torch.Generator().manual_seed(seed)
         total += torch.autograd.grad(layer(x).sum(), layer.weight)[0] / scale
     torch.testing.assert_close(total / 400, 8 * x[:1] / scale, rtol=0.1, atol=0)  # 3 deviations of a mean are 0.053
+
+
+def test_importance_s_factors_do_not_overflow_in_half_precision() -> None:
+    x = torch.full((100_000, 1), 1e-3)
+    x[0] = 1000.0  # the others are kept with probabilities whose inverses are no number of half precision
+    layer = sampling.Linear(1, 1, keep={"n": 2e-5}, scheme="importance", bias=False).half()
+    for seed in range(8):
+        layer.generator = torch.Generator().manual_seed(seed)
+        (found,) = torch.autograd.grad(layer(x.half()), layer.weight, torch.full((100_000, 1), 1e-2).half())
+        assert 9 < float(found) < 14
 
 
 def test_importance_keeps_what_is_not_finite() -> None:

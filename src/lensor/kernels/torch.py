@@ -459,7 +459,7 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
                     step.size[2:], v.shape[2:], stride, padding, dilation, w.shape[2:], strict=True
                 )
             ]
-            within = all(more < step for more, step in zip(extra, stride, strict=True))
+            within = all(more < apart for more, apart in zip(extra, stride, strict=True))
             if any(extra) and within and v.device.type == "cpu":  # a transposed convolution copies such a result again
                 like = _shape_only((len(v), *step.size[1:]), v)
                 return torch.ops.aten.convolution_backward(

@@ -129,39 +129,33 @@ def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) ->
     return convolution(spec, spec.padding if output_padding is None else tuple(module.padding))
 
 
-def _fits_convolution(module: Any, x: Tensor) -> bool:
-    dims = len(module.kernel_size)
-    return x.ndim in (dims + 1, dims + 2) and x.shape[-dims - 1] == module.in_channels
-
-
-class SampledConvolution(Sampled):
-    """A convolution whose weight gradient is sampled."""
+class _OfConvolution(Sampled):
+    """What sampled convolutions and transposed ones share."""
 
     def _sampled_names(self: Any) -> tuple[str, ...]:
         return names_of(len(self.kernel_size))
 
+    def _fits(self: Any, x: Tensor) -> bool:
+        dims = len(self.kernel_size)
+        return x.ndim in (dims + 1, dims + 2) and x.shape[-dims - 1] == self.in_channels
+
+
+class SampledConvolution(_OfConvolution):
+    """A convolution whose weight gradient is sampled."""
+
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return _map(self, x)
-
-    def _fits(self: Any, x: Tensor) -> bool:
-        return _fits_convolution(self, x)
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batched = input.ndim == len(self.kernel_size) + 2
         return self._sample(super()._conv_forward, input, weight, bias, batched=batched)  # type: ignore[misc]
 
 
-class SampledTransposedConvolution(Sampled):
+class SampledTransposedConvolution(_OfConvolution):
     """A transposed convolution whose weight gradient is sampled."""
-
-    def _sampled_names(self: Any) -> tuple[str, ...]:
-        return names_of(len(self.kernel_size))
 
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return _map(self, x, tuple(output_padding or self.output_padding))
-
-    def _fits(self: Any, x: Tensor) -> bool:
-        return _fits_convolution(self, x)
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""

@@ -94,9 +94,7 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
         Operand(f"moments_{index}", ((index,), (inner[index],)) if index in inner else ((index,),)) for index in moments
     ]
     sizes = {other: net.sizes[index] for index, other in inner.items()}
-    output = (
-        [leg for leg in opened.output if leg[:1] not in {(index,) for index in inner}] if inner else list(opened.output)
-    )
+    output = [leg for leg in opened.output if not set(leg) & inner.keys()]
     one = opened.replace(
         nodes=(*opened.nodes, *weighted), output=(*output, *((other,) for other in inner.values())), sizes=sizes
     )

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lensor import functional
 
@@ -59,21 +60,47 @@ def as_autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(map(cast, tensors))
 
 
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    groups: int,
+    padding_mode: str,
+) -> Tensor:
+    """The convolution of a layer. As with torch's own functions, modes and tensor subclasses can override it."""
+    if has_torch_function_variadic(input, weight):
+        arguments = (input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        return handle_torch_function(convolve, (input, weight), *arguments)
+    input, weight, bias = as_autocast(input, weight, bias)
+    return functional.conv(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+
+
+def convolve_transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Padding,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+) -> Tensor:
+    """The transposed convolution of a layer; it can be overridden, as `convolve`."""
+    if has_torch_function_variadic(input, weight):
+        arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return handle_torch_function(convolve_transposed, (input, weight), *arguments)
+    input, weight, bias = as_autocast(input, weight, bias)
+    return functional.conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
 class Convolution:
     """What makes a torch convolution compute with Lensor: a mixin before torch's class."""
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, weight, bias = as_autocast(input, weight, bias)
-        return functional.conv(
-            input,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            padding_mode=self.padding_mode,
-        )
+        return convolve(input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Convolve [batch, c_in, *input_size] or [c_in, *input_size]."""
@@ -86,9 +113,8 @@ class TransposedConvolution:
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
         output_padding = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
-        input, weight, bias = as_autocast(input, self.weight, self.bias)
-        return functional.conv_transpose(
-            input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        return convolve_transposed(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lensor import nn
 from lensor.nn.conversion import copied, with_base
@@ -96,6 +97,9 @@ class Sampled:
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
         """`forward`, with its weight gradient sampled where the module is in training mode."""
+        if has_torch_function_variadic(x, weight):
+            arguments = (self, forward, x, weight, bias, *more)
+            return handle_torch_function(sampled_layer, (x, weight), *arguments, batched=batched)
         if not self.training or not self._fits(x):  # torch says what does not fit
             return forward(x, weight, bias)
         if not batched:
@@ -109,6 +113,13 @@ class Sampled:
         """The module's own arguments, then what is sampled."""
         keep = {name: float(rate) for name, rate in self.keep.items()}
         return f"{super().extra_repr()}, keep={keep}, scheme={self.scheme!r}"  # type: ignore[misc]
+
+
+def sampled_layer(
+    module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
+) -> Tensor:
+    """What a sampled layer computes of its input; as torch's own functions, modes can override it."""
+    return module._sample(forward, x, weight, bias, *more, batched=batched)
 
 
 def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:

@@ -16,7 +16,7 @@ from lensor.bench.errors import choose, in_one_line, require
 from lensor.bench.measure import interleaved, peak_bytes
 from lensor.bench.measure import threads as using
 from lensor.curvature import KroneckerFactors, kfac
-from lensor.curvature.capture import Layer, layers_of
+from lensor.curvature.layers import Layer, layers_of
 
 CLASSES = 10
 TOLERANCE = 1e-3

@@ -1,407 +1,408 @@
-"""The layers of a model, what goes into them and what is propagated back to them, without touching the model."""
+"""One forward pass of a model: what goes into its layers, and what is propagated back to them, without touching it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map
 
+from lensor.curvature.data import Inputs, outputs_of
+from lensor.curvature.graph import Node, Reached, inner_nodes, tensors_in
+from lensor.curvature.layers import Layer
+from lensor.curvature.layout import BatchAxis, Given, Layout, NoLayoutError, find_layout, given_axis
+from lensor.curvature.watching import Targets, Watch, aside, eagerly, undisturbed
+from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec
 
-_Conv = nn.modules.conv._ConvNd
 
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A convolution, transposed convolution or linear layer of a model.
+@dataclass(eq=False)
+class Use:
+    """One call of a layer's function with its weight.
 
     Args:
-        name: the module's path, "" for the model itself.
-        module: the module.
-        weight: the weight's name among the model's parameters.
-        bias: the bias's name, or None.
+        layer: the layer that the weight is of.
+        call: the function's arguments, without tensors but the parameters.
+        weight: the weight's name.
+        bias: the bias's name, or None if there is none or it is not asked for.
+        batch: the number of examples.
+        axis: where the examples lie in input and output.
+        shape: the output's shape.
     """
 
-    name: str
-    module: nn.Module
+    layer: Layer
+    call: LayerCall
     weight: str
     bias: str | None
+    batch: int
+    axis: BatchAxis
+    shape: torch.Size
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear layer; its positions are the axes between the batch and the features."""
-        return isinstance(self.module, nn.Linear)
+        """Whether it is a linear map; its positions are the axes other than the examples' and the features'."""
+        return self.call.kind == "linear"
 
     @property
     def groups(self) -> int:
         """Groups of channels."""
-        return getattr(self.module, "groups", 1)
+        return self.call.groups
 
-    @cached_property
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The weight's shape in torch's layout."""
-        return tuple(self.module.weight.shape)  # pyright: ignore[reportArgumentType]
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the weight has the layer's input channels first."""
-        return bool(getattr(self.module, "transposed", False))
+        return tuple(self.call.weight.shape)
 
     def spec(self, x: Tensor) -> ConvSpec:
-        """The convolution that the layer is, for an input in the layout of convolutions."""
-        if self.is_linear:
-            c_out, c_in = self.weight_shape
-            kernel = () if x.ndim == 2 else 1
-            return ConvSpec(c_in, c_out, tuple(x.shape[2:]), kernel, bias=self.bias is not None)
-        return ConvSpec.from_module(self.module, input_size=tuple(x.shape[2:]))
-
-    @property
-    def output_channels(self) -> int:
-        """Channels of the output, over all groups."""
-        return self.weight_shape[1] * self.groups if self.is_transposed else self.weight_shape[0]
+        """The convolution that the call is, for an input in the layout of convolutions."""
+        return self.call.spec(tuple(x.shape[2:]))
 
     def output_spec(self, gradient: Tensor) -> ConvSpec:
-        """A convolution with the layer's outputs: of a kernel of size 1, for the output factor sees no kernel."""
+        """A convolution with the same outputs and a kernel of size 1, on which the output factor does not depend."""
         kernel = () if gradient.ndim == 2 else 1
-        channels = self.output_channels
+        channels = gradient.shape[1]
         return ConvSpec(channels, channels, tuple(gradient.shape[2:]), kernel, groups=self.groups)
 
     def as_examples(self, x: Tensor) -> Tensor:
-        """A linear layer's input or output, its positions as examples: a view, for its channels are innermost."""
+        """A linear map's input or output, its positions as examples: a view, for its channels are innermost."""
         return x.movedim(1, -1).flatten(0, -2) if self.is_linear and x.ndim > 2 else x
 
-    def as_convolution(self, x: Tensor, batch: int) -> Tensor:
-        """The layer's input or output with the layout [batch, channels, *positions]; a view.
+    def as_convolution(self, x: Tensor) -> Tensor:
+        """The input or output in the layout [batch, channels, *positions].
 
-        Raises:
-            ValueError: if its first axis is not that of the examples.
+        The positions of a linear map are one axis. Several rows for each example in the first axis of a convolution
+        (frames) are a spatial axis before the others.
         """
+        x = self.axis.first(x, self.batch)
         if not self.is_linear:
-            dims = len(self.module.kernel_size)  # pyright: ignore[reportArgumentType]
-            if x.ndim != dims + 2 or len(x) != batch:
-                raise ValueError(
-                    f"layer {self.name!r} has an input or output of shape {tuple(x.shape)}, expected a batch of {batch}"
-                    f" examples first, then channels and {dims} spatial axes"
-                )
+            return x if self.axis.rows == 1 else x.movedim(1, 2)
+        if x.ndim == 2:
             return x
-        if x.ndim < 2 or len(x) % batch or (x.ndim > 2 and len(x) > batch == x.shape[1]):
-            raise ValueError(
-                f"layer {self.name!r} has an input or output of shape {tuple(x.shape)}, expected a batch of {batch}"
-                " examples first, or a multiple of it with the examples outermost"
-            )
-        if x.ndim == 2 and len(x) == batch:
-            return x
-        return x.reshape(batch, -1, x.shape[-1]).movedim(-1, 1)
+        return x.flatten(1, -2).movedim(-1, 1)
 
 
-def layers_of(model: nn.Module, layers: Iterable[str] | None = None, strict: bool = False) -> list[Layer]:
-    """The layers of a model that curvature is computed for, in the order of `model.named_modules()`.
+OnInput = Callable[[Use, Tensor], None]
+
+
+class Capture(Watch):
+    """One forward pass: each layer's input is passed on at once, gradients at the outputs may be asked for later.
 
     Args:
-        model: the model.
-        layers: names of modules; all that are known unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-
-    Raises:
-        TypeError: if `model` is no module.
-        ValueError: for names that are not known, for tied weights, if there is no layer, or, if `strict`, for
-            parametrised layers of other kinds.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    found: list[Layer] = []
-    unknown: list[str] = []
-    for name, module in model.named_modules():
-        own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
-        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module):
-            if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
-                raise ValueError(f"layer {name!r} is lazy and has seen no input yet: call the model first")
-            prefix = f"{name}." if name else ""
-            found.append(Layer(name, module, f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None))
-        elif own:
-            unknown.append(f"{name or '(the model)'} ({type(module).__name__})")
-    if layers is not None:
-        wanted = [layers] if isinstance(layers, str) else list(layers)
-        known = {layer.name: layer for layer in found}
-        missing = [name for name in wanted if name not in known]
-        if missing:
-            raise ValueError(f"no layer named {', '.join(map(repr, missing))}, expected some of {', '.join(known)}")
-        found = [layer for layer in found if layer.name in wanted]
-    elif unknown:
-        message = f"no curvature is computed for the parameters of {', '.join(unknown)}"
-        if strict:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
-    if layers is not None and not found:
-        raise ValueError("layers names no layer")
-    if not found:
-        raise ValueError("the model has no convolution, transposed convolution or linear layer")
-    _refuse_tied(model, found)
-    return found
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is computed as torch's layers are, with a weight and a bias that are its parameters.
-
-    A subclass with a forward pass of its own (standardised weights, padding of its own) is another function of its
-    parameters, and so is a layer with a parametrisation.
-    """
-    own = {key for key, _ in module.named_parameters(recurse=False)}
-    if "weight" not in own or not own <= {"weight", "bias"} or (module.bias is not None) != ("bias" in own):
-        return False
-    for method in ("forward", "_conv_forward"):
-        maker = next((one.__module__ for one in type(module).__mro__ if method in vars(one)), "torch.nn.")
-        if method in vars(module) or not maker.startswith(("torch.nn.", "lensor.")):
-            return False
-    return True
-
-
-def _refuse_tied(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Two names of one parameter mean two layers of one block, which no factor of either describes."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for layer in layers:
-        for name in (layer.weight, layer.bias):
-            if name is not None and len(names[id(parameters[name])]) > 1:
-                raise ValueError(f"tied parameters are not supported: {' and '.join(names[id(parameters[name])])}")
-
-
-# ------------------------------------------------------------------------------------------------------------ capturing
-OnInput = Callable[[Layer, Tensor], None]
-
-
-@dataclass
-class Capture:
-    """One forward pass: what is given to each layer is told at once, gradients at their outputs may be asked for later.
-
-    Args:
-        layers: the layers.
-        on_input: is called with a layer and its input, in the layout of convolutions, when the layer runs. Half
-            precision is widened to single, here and below.
+        targets: the parameters whose uses count.
+        on_input: is called with a use and its input, in the layout of convolutions, when the layer runs. Half precision
+            is widened to single, here and below.
         batch: the number of examples.
-        on_output: is called with a layer and the gradient at its output when somebody propagates through the graph.
+        layout: where they lie in the layers' inputs, from `Capture.layout_of`.
+        given: what the user says of it.
+        on_output: is called with a use and the gradient at its output when somebody propagates through the graph.
+        ordered: whether it matters which rows belong to which example.
     """
 
-    layers: Sequence[Layer]
-    on_input: OnInput
-    batch: int
-    on_output: OnInput | None = None
-    _edges: dict[str, GradientEdge] = field(default_factory=dict)
-    _shapes: dict[str, torch.Size] = field(default_factory=dict)
-    _expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    def __init__(
+        self,
+        targets: Targets,
+        on_input: OnInput,
+        batch: int,
+        layout: Layout | None,
+        given: Given = None,
+        on_output: OnInput | None = None,
+        ordered: bool = True,
+    ) -> None:
+        super().__init__(targets)
+        self.on_input, self.batch, self.layout, self.given = on_input, batch, layout, given
+        self.on_output, self.ordered = on_output, ordered
+        self.uses: list[Use] = []
+        self._edges: dict[Use, GradientEdge] = {}
+        self._nodes: dict[Use, set[Node]] = {}
+        self._counts: dict[str, int] = {}
+        self._others: dict[str, str] = {}
+        self._reached: Reached | None = None
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks on the layers while the block runs."""
-        handles: list[RemovableHandle] = []
-        for layer in self.layers:
-            before, after = partial(_before, self, layer), partial(_after, self, layer)
-            handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(after))
+    @staticmethod
+    def layout_of(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, given: Given) -> Layout | None:
+        """The layout of a model, or None if the user gives it.
+
+        Raises:
+            ValueError: if it cannot be found.
+        """
+        if given is not None and not isinstance(given, dict):
+            return None
         try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def before(self, layer: Layer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """What a layer is about to be called with.
-
-        Raises:
-            ValueError: if it has run already, or the input is no batch.
-        """
-        if layer.weight in self._shapes:
-            raise ValueError(f"layer {layer.name!r} runs twice on one input: its weight is shared, not supported")
-        x = arguments[0] if arguments else named["input"]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = layer.as_convolution(_widened(x.detach()), self.batch)
-            if not layer.is_linear:
-                self._expected[layer.weight] = layer.spec(x).output_size
-            self.on_input(layer, x)
-
-    def after(self, layer: Layer, out: Tensor) -> Tensor:
-        """What a layer has returned; returns what takes its place.
-
-        Raises:
-            ValueError: if it is not of the size that the layer's hyper-parameters tell.
-        """
-        expected = self._expected.get(layer.weight)
-        if expected is not None and tuple(out.shape[2:]) != expected:
+            return find_layout(model, inputs, targets, batch)
+        except NoLayoutError as error:
+            if given is not None:
+                return None
             raise ValueError(
-                f"layer {layer.name!r} returned positions {tuple(out.shape[2:])}, its hyper-parameters tell {expected}:"
-                " an output_size in the call is not supported, give the layer its output_padding"
-            )
-        if not out.requires_grad and torch.is_grad_enabled():  # all before it is frozen
+                f"which axis the examples lie along cannot be found: {error}; say it with batch_axis=: an axis, 'outer'"
+                " or 'inner' (rows that share the first axis with the examples), or a mapping from layers to these"
+            ) from error
+
+    def by_parameter(self, biases: bool = False) -> dict[str, list[Use]]:
+        """The uses of every weight, or of every bias."""
+        found: dict[str, list[Use]] = {}
+        for use in self.uses:
+            name = use.bias if biases else use.weight
+            if name is not None:
+                found.setdefault(name, []).append(use)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- watching
+    def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
+        """Run a layer's function, pass its input on, and remember where its output lies in the graph."""
+        name, layer = self.targets.weights[id(call.weight)]
+        try:
+            out = run()
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"layer {layer.name!r} cannot be computed: {error}") from error
+        for tensor in (call.input, out):
+            if tensor.is_complex():
+                raise ValueError(f"layer {layer.name!r} has a complex input or output, expected real ones")
+        number = self._counts[name] = self._counts.get(name, -1) + 1
+        bias = None if call.bias is None else self.targets.biases.get(id(call.bias))
+        x = call.input.detach()
+        without = replace(call, input=torch.empty((), dtype=x.dtype, device=x.device))  # a use must not keep the input
+        use = Use(layer, without, name, bias, self.batch, self._axis(call, layer, (name, number), out), out.shape)
+        parameters = [call.weight] if bias is None or call.bias is None else [call.weight, call.bias]
+        self._nodes[use] = inner_nodes(out, (call.input, call.weight, call.bias), parameters)
+        with computing(x):
+            self.on_input(use, use.as_convolution(_widened(x)))
+        if not out.requires_grad and torch.is_grad_enabled():  # everything before it is frozen
             out = out.detach().requires_grad_().clone()  # what comes next may write into it, but not into a leaf
-        self._shapes[layer.weight] = out.shape
+        elif out._is_view():
+            # A view that is written to leaves the graph; the same memory that is not a view does not.
+            out = torch.ops.aten._unsafe_view(out, out.shape)
         if out.requires_grad:
-            self._edges[layer.weight] = get_gradient_edge(out)
+            self._edges[use] = get_gradient_edge(out)
             if self.on_output is not None:
-                out.register_hook(_telling(layer, self.on_output, self.batch))
+                out.register_hook(_telling(use, self.on_output))
+        self.uses.append(use)
         return out
 
-    def check(self) -> None:
-        """Raise for layers that did not run.
+    def _axis(self, call: LayerCall, layer: Layer, key: tuple[str, int], out: Tensor) -> BatchAxis:
+        """Where the examples lie in a call's input.
 
         Raises:
-            ValueError: with their names.
+            ValueError: if that is not known, or where the layer can have none.
         """
-        idle = [layer.name for layer in self.layers if layer.weight not in self._shapes]
+        x, batch = call.input, self.batch
+        shape = tuple(x.shape)
+        found = given_axis(self.given, layer.name, shape, batch)
+        if found is None and self.layout is not None:
+            if key not in self.layout.calls or self.layout.calls[key][0] != x.ndim:
+                raise ValueError(
+                    f"layer {layer.name!r} ran on an input of shape {shape}, in a trial pass it did not: models whose"
+                    " passes differ need batch_axis="
+                )
+            found = self.layout.calls[key][1]
+            if found is None:
+                raise ValueError(
+                    f"layer {layer.name!r} has an input of shape {shape} that does not depend on the number of"
+                    f" examples, expected a batch of {batch} examples: leave it out with layers="
+                )
+        if found is None:
+            raise ValueError(f"batch_axis does not say where the examples lie in the input of layer {layer.name!r}")
+        dims = 1 if call.kind == "linear" else call.dims + 1
+        low = 0 if call.kind != "linear" else x.ndim - 2
+        if x.ndim < dims + 1 or not 0 <= found.axis <= low:
+            expected = (
+                "examples before the features"
+                if call.kind == "linear"
+                else (f"a batch of {batch} examples first, then channels and {call.dims} spatial axes")
+            )
+            raise ValueError(f"layer {layer.name!r} has an input of shape {shape}, expected {expected}")
+        if shape[found.axis] != found.rows * batch or out.shape[found.axis] != shape[found.axis]:
+            raise ValueError(
+                f"layer {layer.name!r} has an input of shape {shape}, expected {found.rows} × {batch} examples along"
+                f" axis {found.axis}"
+            )
+        if found.order is None and self.ordered:
+            raise ValueError(
+                f"layer {layer.name!r} has an input of shape {shape} with {found.rows} rows for each of {batch}"
+                " examples, whose order cannot be found: say 'outer' or 'inner' with batch_axis="
+            )
+        return found
+
+    def on_other(self, name: str, function: str) -> None:
+        """Remember that something else uses a parameter."""
+        self._others.setdefault(name, function)
+
+    # -------------------------------------------------------------------------------------------------------- checking
+    def check(self, roots: Any, shared: bool = False) -> None:
+        """Raise unless all that the model has made of the parameters is known.
+
+        Args:
+            roots: what the graph leads to: the outputs, or the loss.
+            shared: whether layers may run more than once.
+
+        Raises:
+            ValueError: for layers that did not run or, unless `shared`, ran twice, and for parameters that something
+                else than a layer's function has used.
+        """
+        ran = {use.weight for use in self.uses}
+        idle = [layer.name for name, layer in self.targets.weights.values() if name not in ran]
+        others = {name: how for name, how in self._others.items() if not self._has_graph(name)}
+        self._reached = Reached(tensors_in(roots))
+        known = {node for nodes in self._nodes.values() for node in nodes}
+        for name, parameter in self.targets.parameters.items():
+            strangers: list[Node] = [node for node in self._reached.users(parameter) if node not in known]
+            if strangers:
+                others[name] = self._others.get(name) or str(strangers[0].name())
+        if others:
+            name, how = next(iter(others.items()))
+            layer = self.targets.owners[name]
+            raise ValueError(
+                f"parameter {name!r} of layer {layer.name!r} is also used outside of the layer, by {how}, expected"
+                f" calls of the layer's own function only: leave it out with layers="
+            )
         if idle:
             raise ValueError(f"these layers did not run on the data, leave them out with layers=: {_listed(idle)}")
+        if shared:
+            return
+        for name, uses in self.by_parameter().items():
+            if len(uses) > 1:
+                raise ValueError(
+                    f"layer {uses[0].layer.name!r} runs twice on one input, or its weight {name!r} is shared: not"
+                    " supported here"
+                )
+        for use in self.uses:
+            if use.bias != use.layer.bias and (use.layer.bias is not None or use.bias is not None):
+                raise ValueError(
+                    f"layer {use.layer.name!r} runs with the bias {use.bias!r}, expected its own {use.layer.bias!r}"
+                )
 
-    def require_gradients(self, layers: Sequence[Layer]) -> None:
+    def _has_graph(self, name: str) -> bool:
+        """Whether uses of a parameter are seen in the graph."""
+        return self.targets.parameters[name].requires_grad and torch.is_grad_enabled()
+
+    def require_gradients(self, uses: Iterable[Use]) -> None:
         """Raise for layers at whose outputs no gradient can be had.
 
         Raises:
             ValueError: with their names.
         """
-        missing = [layer.name for layer in layers if layer.weight not in self._edges]
+        missing = [use.layer.name for use in uses if use not in self._edges]
         if missing:
             raise ValueError(
                 "these layers ran where gradients are not recorded (torch.no_grad, or a checkpoint with"
                 f" use_reentrant=True), leave them out with layers=: {_listed(missing)}"
             )
 
+    # ------------------------------------------------------------------------------------------------------- gradients
     def gradients(
-        self, outputs: Tensor, vector: Tensor, keep: bool, again: bool = False, only: Layer | None = None
-    ) -> dict[str, Tensor]:
-        """A vector at the model's outputs propagated to the output of every layer, in the layout of convolutions.
+        self, outputs: Tensor, vector: Tensor, keep: bool, again: bool = False, only: Use | None = None
+    ) -> dict[Use, Tensor]:
+        """A vector at the model's outputs propagated to the output of every use, in the layout of convolutions.
 
         Args:
             outputs: the model's outputs, or what was computed from them.
             vector: of their shape.
             keep: whether the graph is needed again.
             again: whether the result is to be differentiated.
-            only: one layer instead of all.
+            only: one use instead of all.
         """
-        layers = self.layers if only is None else [only]
-        self.require_gradients(layers)
-        edges = [self._edges[layer.weight] for layer in layers]
+        uses = self.uses if only is None else [only]
+        self.require_gradients(uses)
+        edges = [self._edges[use] for use in uses]
         found = torch.autograd.grad(outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True)
         result = {}
-        for layer, gradient in zip(layers, found, strict=True):
+        for use, gradient in zip(uses, found, strict=True):
             if gradient is None:
-                gradient = vector.new_zeros(self._shapes[layer.weight])
-            result[layer.weight] = layer.as_convolution(_widened(gradient), self.batch)
+                self._require_unused(use)
+                gradient = vector.new_zeros(use.shape)
+            result[use] = use.as_convolution(_widened(gradient))
         return result
 
+    def _require_unused(self, use: Use) -> None:
+        """A gradient is zero where the outputs do not depend on a layer, not where its output has left the graph."""
+        reached = self._reached.nodes if self._reached is not None else set()
+        if self._edges[use].node not in reached and any(node in reached for node in self._nodes[use]):
+            raise ValueError(
+                f"the output of layer {use.layer.name!r} was replaced after the layer ran, expected that the model"
+                " uses it: its gradient cannot be had"
+            )
 
-def _before(
-    capture: Capture, layer: Layer, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
-) -> None:
-    capture.before(layer, arguments, named)
+
+class KeptInputs(Capture):
+    """A capture that keeps the inputs."""
+
+    def __init__(self, targets: Targets, batch: int, layout: Layout | None, given: Given) -> None:
+        super().__init__(targets, self._keep, batch, layout, given)
+        self.inputs: dict[Use, Tensor] = {}
+
+    def _keep(self, use: Use, x: Tensor) -> None:
+        self.inputs[use] = x.clone()  # what comes next may write into it
+
+    def spec(self, use: Use) -> ConvSpec:
+        """The convolution that a use is."""
+        return use.spec(self.inputs[use])
 
 
-def _after(capture: Capture, layer: Layer, module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
-    return capture.after(layer, out)
+@contextmanager
+def computing(like: Tensor) -> Iterator[None]:
+    """Own computations: nothing is recorded, and nothing is cast by `torch.autocast`."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
-def _listed(names: Iterable[str]) -> str:
+def own(inputs: Any) -> Any:
+    """Tensors that were made under `torch.inference_mode` as clones, through which gradients pass."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, inputs)
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """What a model runs in: as it was written, not as it was compiled, and with its statistics put back."""
+    with torch.inference_mode(False), eagerly(), aside(), undisturbed(model):
+        yield
+
+
+def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True) -> Any:
+    """The model's outputs, as it returns them.
+
+    Args:
+        model: the model.
+        inputs: what it is called with.
+        capture: what watches it.
+        record: whether gradients are recorded.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(record))
+        stack.enter_context(capture)
+        return outputs_of(model, inputs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile` and DistributedDataParallel, whose parameters have its own names."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules and type(model).__name__ == "OptimizedModule":
+            model = model._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]
+        else:
+            break
+    return model
+
+
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(name or "(the model)" for name in names)
 
 
-def _telling(layer: Layer, on_output: OnInput, batch: int) -> Callable[[Tensor], None]:
+def _telling(use: Use, on_output: OnInput) -> Callable[[Tensor], None]:
     """A hook of a tensor. It must not know a Capture, which knows the graph that keeps the hook: nothing frees that."""
 
     def hook(gradient: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            on_output(layer, layer.as_convolution(_widened(gradient), batch))
+        with computing(gradient):
+            on_output(use, use.as_convolution(_widened(gradient)))
 
     return hook
 
 
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model and leave its buffers (statistics of normalisation in training mode) as they were.
-
-    What did not change is not written: a graph may need it. Values are compared, for normalisation writes its
-    statistics past torch's count of versions.
-    """
-    training = any(module.training for module in model.modules())
-    before = {name: buffer.detach().clone() for name, buffer in (model.named_buffers() if training else ())}
-    try:
-        yield
-    finally:
-        buffers = dict(model.named_buffers())
-        with torch.no_grad():
-            for name, value in before.items():
-                if not torch.equal(buffers[name], value):
-                    buffers[name].copy_(value)
-
-
-Inputs = Any
-"""What a model is called with: a tensor, a tuple of arguments, or a mapping of named ones."""
-
-
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The model's outputs as a tensor: itself, its `logits`, or the first of several.
-
-    Raises:
-        TypeError: if there is no tensor.
-    """
-    if isinstance(inputs, Mapping):
-        found = model(**inputs)
-    else:
-        found = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    if not isinstance(found, Tensor):
-        logits = getattr(found, "logits", None)
-        found = logits if logits is not None else found[0] if isinstance(found, (tuple, list)) else found
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the model returns a {type(found).__name__}, expected a tensor, or something with logits")
-    return found
-
-
-def over_positions(v: Tensor, front: int = 2) -> Tensor:
-    """The sum over positions: the axes behind the first `front`, which end with the channels."""
-    return v.flatten(front).sum(front) if v.ndim > front else v
-
-
-def size_of(inputs: Inputs) -> int:
-    """The number of examples.
-
-    Raises:
-        ValueError: if there is no tensor with a batch axis, or no example.
-    """
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
-    if first is None or first.ndim == 0:
-        raise ValueError("the inputs hold no tensor with a batch axis")
-    if len(first) == 0:
-        raise ValueError("a batch holds no example")
-    return len(first)
-
-
-def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
-    """Pairs (inputs, targets): of a loader, or the one that is given.
-
-    Raises:
-        TypeError: for anything else.
-        ValueError: if there are none.
-    """
-    if isinstance(data, Tensor):
-        raise TypeError("data is a tensor, expected a pair (inputs, targets) or an iterable of such pairs")
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
-        data = [data]
-    empty = True
-    for pair in data:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"data holds a {type(pair).__name__}, expected pairs (inputs, targets)")
-        empty = False
-        yield pair[0], pair[1]
-    if empty:
-        raise ValueError("data holds no batch")

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.conventions import MODEL_CONVENTIONS
-from lensor.curvature.capture import Capture, Layer, batches, call, layers_of, size_of, undisturbed
+from lensor.curvature.capture import Capture, Use, computing, own, run, running, unwrapped
+from lensor.curvature.data import batches, one_tensor, size_of
 from lensor.curvature.distribution import gather
 from lensor.curvature.factors import Block, KroneckerFactors
+from lensor.curvature.graph import tensors_in
+from lensor.curvature.layers import Layer, layers_of
+from lensor.curvature.layout import BatchAxis, Given, Layout
 from lensor.curvature.losses import FISHERS, LossRoot, require_counted, require_loss
 from lensor.curvature.networks import network
+from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 
 APPROXIMATIONS = ("expand", "reduce")
@@ -38,13 +43,15 @@ def kfac(
     generator: torch.Generator | None = None,
     check_finite: bool = True,
     group: dist.ProcessGroup | None = None,
+    batch_axis: Given = None,
 ) -> KroneckerFactors:
     """Kronecker-factored approximation of the generalised Gauss-Newton matrix of a model's loss, in one pass over data.
 
     For every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and linear layer, and
     every group of its channels: kron(B, A) approximates the diagonal block of the loss as given, with its own mean or
     sum over all of the data. The model is left as it was: no gradient is accumulated, statistics of normalisation are
-    put back.
+    put back. Calls of a layer's function are met inside of the layer, so that your hooks count, in any order. A
+    compiled model runs as it was written.
 
     Args:
         model: the model, in training or evaluation mode, which is kept.
@@ -65,6 +72,9 @@ def kfac(
         generator: where they are drawn from.
         check_finite: whether factors that are not finite raise; this waits for the device.
         group: ranks of torch.distributed that have a part of the data each; all get the factors of all of it.
+        batch_axis: where the examples lie in the layers' inputs, for models that do not run with another number of
+            examples, from which it is found otherwise: an axis, "outer" or "inner" (the examples share the first axis
+            with other rows), or a mapping from layers' names to these.
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`
@@ -99,12 +109,12 @@ def kfac(
     require_choice("convention", convention, tuple(MODEL_CONVENTIONS))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
-    chosen = layers_of(model, layers, strict)
+    chosen = layers_of(unwrapped(model), layers, strict)
     collected = Collector(chosen, approx, bias == "joint", fisher)
-    with undisturbed(model):
+    with running(unwrapped(model)):
         for inputs, targets in batches(data):
-            collected.add(model, loss, inputs, targets, mc_samples, generator)
-    factors = collected.factors(str(loss.reduction), group)
+            collected.add(unwrapped(model), loss, own(inputs), own(targets), mc_samples, generator, batch_axis)
+        factors = collected.factors(str(loss.reduction), group)
     if check_finite:
         factors.check_finite()
     return factors if convention == "paper" else factors.in_convention(convention)
@@ -172,14 +182,18 @@ class Collector:
         targets: Tensor,
         mc_samples: int,
         generator: torch.Generator | None,
+        batch_axis: Given = None,
     ) -> None:
         """One batch: a forward pass, and a backward pass to the layers' outputs for each column of the root."""
         batch = size_of(inputs)
-        capture = Capture(self.layers, self.add_input, batch)
-        with capture.attached(), torch.set_grad_enabled(self.fisher != "forward-only"):
-            outputs = call(model, inputs)
-        capture.check()
-        root = LossRoot(loss, outputs, targets, batch)
+        watched = Targets(self.layers)
+        layout = Capture.layout_of(model, inputs, watched, batch, batch_axis)
+        capture = Capture(watched, self.add_input, batch, layout, batch_axis, ordered=self.approx == "reduce")
+        returned = run(model, inputs, capture, record=self.fisher != "forward-only")
+        capture.check(returned)
+        outputs = one_tensor(returned)
+        with computing(outputs):
+            root = LossRoot(loss, outputs, targets, batch, output_axis(layout, returned, outputs, batch))
         self.count(batch, root.normaliser)
         self.outputs = outputs.numel() // batch
         if self.fisher != "forward-only":
@@ -204,15 +218,20 @@ class Collector:
         while column is not None:
             following = next(columns, None)
             gradients = capture.gradients(outputs, column, keep=self.keep_graph or following is not None)
-            with torch.no_grad():
-                for layer in self.layers:
-                    self.add_output(layer, gradients[layer.weight], weight)
+            with computing(outputs):
+                for use in capture.uses:
+                    self.add_output(use, gradients[use], weight)
             column = following
 
     @torch.no_grad()
-    def add_input(self, layer: Layer, x: Tensor) -> None:
+    def add_input(self, use: Use, x: Tensor) -> None:
         """A layer's input, in the layout of convolutions."""
-        sums, spec = self.sums[layer.weight], layer.spec(x)
+        layer = use.layer
+        if use.groups != layer.groups or (use.call.kind == "conv_transpose") != layer.is_transposed:
+            raise ValueError(
+                f"the weight of layer {layer.name!r} is used by another kind of operation than the layer's"
+            )
+        sums, spec = self.sums[use.weight], use.spec(x)
         joint = self.joint and layer.bias is not None
         sums.add_positions(math.prod(spec.output_size), len(x))
         if sums.roots is not None:
@@ -223,22 +242,21 @@ class Collector:
             sums.condense()
             return
         if self.approx == "expand":  # which treats positions as examples
-            x = layer.as_examples(x)
-            spec = layer.spec(x)
+            x = use.as_examples(x)
+            spec = use.spec(x)
         factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
         sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
     @torch.no_grad()
-    def add_output(self, layer: Layer, gradient: Tensor, weight: float) -> None:
+    def add_output(self, use: Use, gradient: Tensor, weight: float) -> None:
         """One column of the root at a layer's output."""
-        sums = self.sums[layer.weight]
+        sums = self.sums[use.weight]
         if self.approx == "expand":
             examples = len(gradient)
-            gradient = layer.as_examples(gradient)
+            gradient = use.as_examples(gradient)
             weight *= examples / len(gradient)
         # Only the output matters, so a convolution with a kernel of size 1 stands for any.
-        spec = layer.output_spec(gradient)
-        factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
+        factor = network(ops.kfac_output_factor, use.output_spec(gradient), self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(self, reduction: str, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
@@ -267,6 +285,36 @@ class Collector:
             mean = sums.ones / self.examples
             blocks |= _blocks(layer, a, root, b, self.joint, positions, mean if self.approx == "expand" else 1.0)
         return KroneckerFactors(blocks, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
+
+
+def output_axis(layout: Layout | None, returned: Any, outputs: Tensor, batch: int) -> BatchAxis:
+    """Where the examples lie in the model's outputs.
+
+    Args:
+        layout: of the model, or None if the examples are said to be the first axis.
+        returned: what the model returned.
+        outputs: the tensor of it that counts.
+        batch: the number of examples.
+
+    Raises:
+        ValueError: if they are not in the first axis, or several rows of theirs are in an order that is not known.
+    """
+    shape = tuple(outputs.shape)
+    found = BatchAxis(0, shape[0] // batch) if shape and layout is None else None
+    if layout is not None:
+        places = [at for at, one in enumerate(tensors_in(returned)) if one is outputs]
+        found = layout.outputs[places[0]] if places and places[0] < len(layout.outputs) else None
+    if found is None or found.axis != 0 or not shape or shape[0] != found.rows * batch:
+        raise ValueError(
+            f"the model returns {shape} for {batch} examples, expected that many rows, or as many for each example, in"
+            " the first axis"
+        )
+    if found.order is None:
+        raise ValueError(
+            f"the model returns {shape}, {found.rows} rows for each of {batch} examples, in an order that cannot be"
+            " found: let it return the examples first"
+        )
+    return found
 
 
 def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:

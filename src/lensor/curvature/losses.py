@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from lensor.curvature.layout import BatchAxis
+
 FISHERS = ("type-2", "mc", "empirical", "forward-only")
 """What may stand for the Hessian of the loss by the outputs."""
 
@@ -28,7 +30,9 @@ class LossRoot:
         loss: an nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, with reduction "mean" or "sum".
         outputs: the model's outputs for the batch, with a graph if gradients are asked for.
         targets: the targets; None if they are not at hand and every example counts the same.
-        examples: their number; the outputs may have several rows for each, the examples outermost.
+        examples: their number.
+        axis: where they lie in the outputs; the outputs may have several rows for each, the examples outermost unless
+            said otherwise.
 
     Raises:
         TypeError: for other losses.
@@ -38,7 +42,14 @@ class LossRoot:
         normaliser: Z; zero if no target of the batch counts in a mean.
     """
 
-    def __init__(self, loss: nn.Module, outputs: Tensor, targets: Tensor | None, examples: int) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        outputs: Tensor,
+        targets: Tensor | None,
+        examples: int,
+        axis: BatchAxis | None = None,
+    ) -> None:
         require_loss(loss)
         self.loss, self.outputs, self.targets = loss, outputs, targets
         if outputs.ndim == 0 or len(outputs) % examples:
@@ -47,6 +58,7 @@ class LossRoot:
                 " for each example, the examples outermost"
             )
         self._rows = len(outputs) // examples
+        self._inner = axis is not None and axis.order == "inner"
         f = outputs.detach()
         self.f = f if f.dtype in (torch.float32, torch.float64) else f.float()
         if isinstance(loss, nn.CrossEntropyLoss):
@@ -78,8 +90,10 @@ class LossRoot:
                 yield column
                 continue
             for row in range(self._rows):
+                examples = len(column) // self._rows
+                those = slice(row * examples, (row + 1) * examples) if self._inner else slice(row, None, self._rows)
                 alone = torch.zeros_like(column)
-                alone[row :: self._rows] = column[row :: self._rows]
+                alone[those] = column[those]
                 yield alone
 
     def _class_column(self, place: int) -> Tensor:
@@ -171,10 +185,15 @@ def require_loss(loss: nn.Module) -> None:
         TypeError: for other losses.
         ValueError: for other reductions.
     """
-    if not isinstance(loss, (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)):
+    known = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
+    if type(loss) not in known or "forward" in vars(loss):
+        kind = type(loss).__name__ if not isinstance(loss, known) else f"subclass or a changed {type(loss).__name__}"
         raise TypeError(
-            f"loss is a {type(loss).__name__}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss"
+            f"loss is a {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: only their"
+            " Hessian is known"
         )
+    if loss._forward_hooks or loss._forward_pre_hooks:
+        raise TypeError(f"loss is a {type(loss).__name__} with hooks, whose Hessian is not known")
     if loss.reduction not in ("mean", "sum"):
         raise ValueError(f"loss has reduction={loss.reduction!r}, expected 'mean' or 'sum'")
 
@@ -196,6 +215,12 @@ def _class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None)
     if targets.shape != (len(f), *f.shape[2:]):
         raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {(len(f), *f.shape[2:])}")
     counted = targets != loss.ignore_index
+    wrong = counted & ((targets < 0) | (targets >= classes))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"targets have class {int(targets[wrong][0])}, expected 0 to {classes - 1}"
+            + (f" or ignore_index={loss.ignore_index}" if loss.ignore_index != -100 else "")
+        )
     own = weight[targets.where(counted, torch.zeros_like(targets))] * counted
     total = own * (1 - smoothing) + counted * (weight.sum() * smoothing / classes)
     return total, float(own.sum())

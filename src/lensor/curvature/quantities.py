@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lensor import ops
-from lensor.curvature.capture import (
-    Capture,
-    Layer,
-    batches,
-    call,
-    layers_of,
-    over_positions,
-    size_of,
-    undisturbed,
-)
+from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
+from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.factors import EigenFactors, KroneckerFactors
+from lensor.curvature.kfac import output_axis
+from lensor.curvature.layers import layers_of
+from lensor.curvature.layout import Given
 from lensor.curvature.losses import LossRoot, require_counted, require_loss
 from lensor.curvature.networks import network
+from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 from lensor.network import AnyNetwork
 from lensor.notation import format_legs
@@ -37,37 +34,103 @@ _AT_ONCE = 8
 class _Batch:
     """One batch after its forward pass: the layers' inputs, and what is propagated back to them."""
 
-    def __init__(self, model: nn.Module, layers: list[Layer], inputs: Any) -> None:
-        self.layers, self.inputs = layers, {}
-        self.capture = Capture(layers, self._keep, size_of(inputs))
-        with undisturbed(model), self.capture.attached(), torch.enable_grad():
-            self.outputs = call(model, inputs)
-        self.capture.check()
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        inputs: Any,
+        given: Given,
+        *,
+        empty: bool = False,
+        shared: bool = False,
+    ) -> None:
+        self.size = size_of(inputs, empty=empty)
+        self.layout = Capture.layout_of(model, inputs, targets, self.size, given)
+        self.capture = KeptInputs(targets, self.size, self.layout, given)
+        self.shared = shared
+        self.returned = run(model, inputs, self.capture)
 
-    def _keep(self, layer: Layer, x: Tensor) -> None:
-        self.inputs[layer.weight] = x.clone()  # what comes next may write into it
+    @property
+    def outputs(self) -> Tensor:
+        """The outputs as one tensor."""
+        return one_tensor(self.returned)
 
-    def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[str, Tensor]]:
+    def check(self, roots: Any) -> None:
+        """Raise unless all that the roots depend on is known; see `Capture.check`."""
+        self.capture.check(roots, self.shared)
+
+    def root(self, loss: nn.Module, targets: Any) -> LossRoot:
+        """The root of the loss's Hessian with respect to the outputs."""
+        self.check(self.returned)
+        outputs = self.outputs
+        with computing(outputs):
+            axis = output_axis(self.layout, self.returned, outputs, self.size)
+            return LossRoot(loss, outputs, targets, self.size, axis)
+
+    def loss(self, loss: Any, targets: Any) -> Tensor:
+        """The loss of the outputs: of all that the model returned, or of one tensor for torch's own losses."""
+        outputs = self.outputs if _is_torchs(loss) else self.returned
+        with torch.enable_grad():
+            value = loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.ndim:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(f"the loss has {found}, expected a number: reduction 'mean' or 'sum'")
+        if not value.requires_grad:
+            raise ValueError("the loss does not depend on the model's layers: no gradient is recorded")
+        self.check(value)
+        return value
+
+    def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
         """Columns at the layers' outputs, [v, batch, channels, *positions], a few at a time."""
         while chunk := list(itertools.islice(columns, _AT_ONCE)):
             found = [self.capture.gradients(self.outputs, column, keep=True) for column in chunk]
-            yield {layer.weight: torch.stack([one[layer.weight] for one in found]) for layer in self.layers}
+            yield {use: torch.stack([one[use] for one in found]) for use in self.capture.uses}
 
-    def spec(self, layer: Layer) -> ConvSpec:
-        return layer.spec(self.inputs[layer.weight])
+    def weight_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
+        """A weight's gradient for every example, [batch, *its shape], summed over its uses."""
+        return _sum(_gradients(use, self.capture.inputs[use], vectors[use]) for use in uses)
+
+    def bias_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
+        """A bias's gradient for every example, [batch, channels], summed over its uses."""
+        return _sum(over_positions(vectors[use]) for use in uses)
+
+    def ordered(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values by the parameters' names, in the order of the layers."""
+        both = weights | biases
+        return {name: both[name] for name in self.capture.targets.parameters if name in both}
+
+
+def _is_torchs(loss: Any) -> bool:
+    """Whether a loss is one of torch's own modules, which takes one tensor of outputs."""
+    return isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn.")
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    first, *others = parts
+    for one in others:
+        first = first + one
+    return first
 
 
 def per_example_gradients(
-    model: nn.Module, loss: nn.Module, data: Any, *, layers: Iterable[str] | None = None, strict: bool = False
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    *,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    batch_axis: Given = None,
 ) -> dict[str, Tensor]:
     """The gradient of every example's part of the loss; over the examples they add up to the gradient of the loss.
 
     Args:
         model: the model, in evaluation mode or without layers that mix examples.
-        loss: any loss of (outputs, targets) that is a sum or mean over examples.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It is given all that the model
+            returns; torch's own losses one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
         layers: names of modules; all known layers unless given.
         strict: whether parametrised layers of other kinds are an error instead of a warning.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
         For the name of each weight and bias an array [batch, *its shape].
@@ -86,28 +149,35 @@ def per_example_gradients(
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
     """
-    found: dict[str, Tensor] = {}
-    for layer, x, v in _propagated(model, loss, data, layers, strict):
-        found[layer.weight] = _gradients(layer, x, v)
-        if layer.bias is not None:
-            found[layer.bias] = over_positions(v)
-    return found
+    with _propagated(model, loss, data, layers, strict, batch_axis) as (batch, vectors):
+        weights = {name: batch.weight_gradients(uses, vectors) for name, uses in batch.capture.by_parameter().items()}
+        biases = {name: batch.bias_gradients(uses, vectors) for name, uses in batch.capture.by_parameter(True).items()}
+        return batch.ordered(weights, biases)
 
 
 def per_example_gradient_norms(
-    model: nn.Module, loss: nn.Module, data: Any, *, layers: Iterable[str] | None = None, strict: bool = False
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    *,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    batch_axis: Given = None,
 ) -> dict[str, Tensor]:
     """The Euclidean norm of every example's gradient, for each parameter; the gradients need not be there at once.
 
     Args:
         model: the model, in evaluation mode or without layers that mix examples.
-        loss: any loss of (outputs, targets) that is a sum or mean over examples.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It is given all that the model
+            returns; torch's own losses one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
         layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        strict: without effect: trained parameters of other kinds of layers are an error unless `layers` is given.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
-        For the name of each weight and bias an array [batch]; over all of them the root of the sum of squares counts.
+        For the name of each weight and bias that is trained (with `layers`, of all in these) an array [batch]. The norm
+        of the whole gradient is the root of the sum of squares over all of them.
 
     Example:
         >>> import torch
@@ -120,17 +190,29 @@ def per_example_gradient_norms(
         TypeError: for a model or data of another kind.
         ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
     """
-    found: dict[str, Tensor] = {}
-    for layer, x, v in _propagated(model, loss, data, layers, strict):
-        found[layer.weight] = network(_squared_norms, layer.spec(x))(X=x, V=v).clamp_min(0).sqrt()
-        if layer.bias is not None:
-            found[layer.bias] = over_positions(v).norm(dim=1)
-    return found
+    with _propagated(model, loss, data, layers, strict, batch_axis, complete=True) as (batch, vectors):
+        weights: dict[str, Tensor] = {}
+        for name, uses in batch.capture.by_parameter().items():
+            if len(uses) > 1:
+                weights[name] = batch.weight_gradients(uses, vectors).flatten(1).norm(dim=1)
+                continue
+            (use,) = uses
+            x = batch.capture.inputs[use]
+            weights[name] = network(_squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
+        biases = {
+            name: batch.bias_gradients(uses, vectors).norm(dim=1)
+            for name, uses in batch.capture.by_parameter(True).items()
+        }
+        found = batch.ordered(weights, biases)
+        if layers is None:
+            trained = batch.capture.targets.parameters
+            found = {name: norm for name, norm in found.items() if trained[name].requires_grad}
+        return found
 
 
-def _gradients(layer: Layer, x: Tensor, v: Tensor) -> Tensor:
-    """A weight's gradients for every example; a linear layer is a convolution of another shape."""
-    return network(ops.per_example_weight_vjp, layer.spec(x))(X=x, V=v).reshape(len(x), *layer.weight_shape)
+def _gradients(use: Use, x: Tensor, v: Tensor) -> Tensor:
+    """A weight's gradients for every example; a linear map is a convolution of another shape."""
+    return network(ops.per_example_weight_vjp, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)
 
 
 def _squared_norms(spec: ConvSpec) -> AnyNetwork:
@@ -150,6 +232,7 @@ def ggn_diagonal(
     strict: bool = False,
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
+    batch_axis: Given = None,
 ) -> dict[str, Tensor]:
     """The diagonal of the generalised Gauss-Newton matrix of the loss over all of the data.
 
@@ -162,6 +245,7 @@ def ggn_diagonal(
         strict: whether parametrised layers of other kinds are an error instead of a warning.
         mc_samples: draws for each example, for "mc".
         generator: where they are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
         For the name of each weight and bias an array of its shape.
@@ -179,10 +263,17 @@ def ggn_diagonal(
         ValueError: for choices and layers that are not known, tied, or do not run once, or a model that mixes examples.
     """
 
-    def weights(layer: Layer, spec: ConvSpec, x: Tensor, s: Tensor) -> Tensor:
-        return network(ops.ggn_diagonal, spec)(X=x, S=s).reshape(layer.weight_shape)
+    def weights(batch: _Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
+        if len(uses) == 1:
+            (use,) = uses
+            x = batch.capture.inputs[use]
+            return network(ops.ggn_diagonal, use.spec(x))(X=x, S=stacks[use]).reshape(use.weight_shape)
+        columns = range(len(stacks[uses[0]]))
+        return _sum(
+            batch.weight_gradients(uses, {use: stacks[use][at] for use in uses}).square().sum(0) for at in columns
+        )
 
-    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights)
+    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights, shared=True)
 
 
 def ggn_mini_blocks(
@@ -196,6 +287,7 @@ def ggn_mini_blocks(
     strict: bool = False,
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
+    batch_axis: Given = None,
 ) -> dict[str, Tensor]:
     """Diagonal blocks of every weight's generalised Gauss-Newton matrix over all of the data.
 
@@ -211,6 +303,7 @@ def ggn_mini_blocks(
         strict: whether parametrised layers of other kinds are an error instead of a warning.
         mc_samples: draws for each example, for "mc".
         generator: where they are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
         For the name of each weight its blocks. A bias has one entry for each channel, its diagonal.
@@ -226,11 +319,22 @@ def ggn_mini_blocks(
         TypeError: for a loss, model or data of another kind.
         ValueError: for choices and layers that are not known, tied, or do not run once, or a model that mixes examples.
     """
+    require_choice("block", block, ("filter", "kernel", "position"))
 
-    def weights(layer: Layer, spec: ConvSpec, x: Tensor, s: Tensor) -> Tensor:
-        return network(ops.ggn_mini_block, spec, block)(X=x, S=s)
+    def weights(batch: _Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
+        (use,) = uses
+        x = batch.capture.inputs[use]
+        found = network(ops.ggn_mini_block, use.spec(x), block)(X=x, S=stacks[use])
+        # Without the axes of kernels of size 1: of a linear map with positions, and of frames.
+        kernel = use.weight_shape[2:]
+        front, rest = {
+            "filter": (found.shape[:1], found.shape[1:]),
+            "kernel": (found.shape[:2], (*kernel, *kernel)),
+            "position": (found.shape[:1], (*kernel, *found.shape[-2:])),
+        }[block]
+        return found.reshape(*front, *rest)
 
-    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, weights)
+    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights)
 
 
 def ekfac(
@@ -242,6 +346,7 @@ def ekfac(
     fisher: str = "type-2",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
+    batch_axis: Given = None,
 ) -> EigenFactors:
     """Kronecker factors with corrected eigenvalues: the diagonal of the GGN in the factors' own eigenbasis.
 
@@ -253,6 +358,7 @@ def ekfac(
         fisher: "type-2", "mc" or "empirical", as for `kfac`.
         mc_samples: draws for each example, for "mc".
         generator: where they are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
         An operator like the factors, with the same eigenvectors.
@@ -274,34 +380,41 @@ def ekfac(
         Λ = Σ_n,v (Q_Bᵀ G Q_A)² with G the gradient of an example's column as rows and columns (George et al., 2018).
     """
     modules = [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"]
+    model = unwrapped(model)
     chosen = layers_of(model, modules)
     _refuse_mixing(model)
     _check_roots(loss, fisher, mc_samples)
     eigen = factors.eigh()
     values = {name: torch.zeros_like(part[2]) for name, part in eigen.parts.items()}
     total = 0.0
-    for inputs, targets in batches(data):
-        batch = _Batch(model, chosen, inputs)
-        root = LossRoot(loss, batch.outputs, targets, batch.capture.batch)
-        total += root.normaliser
-        for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
-            with torch.no_grad():
-                for layer, s in itertools.product(chosen, range(len(next(iter(stacks.values()))))):
-                    v = stacks[layer.weight][s]
-                    gradients = {layer.weight: _gradients(layer, batch.inputs[layer.weight], v)}
-                    if layer.bias is not None:
-                        gradients[layer.bias] = over_positions(v)
-                    for name in (one for one in gradients if one in factors):
-                        q_a, q_b, _ = eigen.parts[name]
-                        turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a
-                        values[name] += turned.square().sum(0) * root.normaliser
+    targets_ = Targets(chosen)
+    with running(model):
+        for inputs, targets in batches(data):
+            batch = _Batch(model, targets_, own(inputs), batch_axis)
+            root = batch.root(loss, own(targets))
+            total += root.normaliser
+            for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
+                with computing(root.f):
+                    for use, s in itertools.product(batch.capture.uses, range(len(next(iter(stacks.values()))))):
+                        gradients = {use.weight: batch.weight_gradients([use], {use: stacks[use][s]})}
+                        if use.bias is not None:
+                            gradients[use.bias] = over_positions(stacks[use][s])
+                        for name in (one for one in gradients if one in factors):
+                            q_a, q_b, _ = eigen.parts[name]
+                            turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a
+                            values[name] += turned.square().sum(0) * root.normaliser
     share = require_counted(total) if loss.reduction == "mean" else 1.0
     parts = {name: (q_a, q_b, values[name] / share) for name, (q_a, q_b, _) in eigen.parts.items()}
     return EigenFactors(dict(factors), parts)
 
 
 def empirical_ntk(
-    model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = None, strict: bool = False
+    model: nn.Module,
+    inputs: Any,
+    *,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    batch_axis: Given = None,
 ) -> Tensor:
     """The empirical neural tangent kernel of a model's outputs, over the parameters of its layers.
 
@@ -310,6 +423,7 @@ def empirical_ntk(
         inputs: a batch: a tensor, a tuple of arguments or a mapping.
         layers: names of modules; all known layers unless given.
         strict: whether parametrised layers of other kinds are an error instead of a warning.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
         [batch, batch, c, c]: J J', with rows of the first example and output, columns of the second.
@@ -325,26 +439,36 @@ def empirical_ntk(
         TypeError: for a model of another kind.
         ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
     """
-    chosen = layers_of(model, layers, strict)
+    model = unwrapped(model)
+    targets = Targets(layers_of(model, layers, strict, shared=True))
     _refuse_mixing(model)
-    batch = _Batch(model, chosen, inputs)
-    f = batch.outputs.detach()
-    if f.ndim != 2 or len(f) != batch.capture.batch:
-        raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
-    n, c = f.shape
-    units = [torch.zeros_like(f) for _ in range(c)]
-    for place, unit in enumerate(units):
-        unit[:, place] = 1
-    with torch.no_grad():
-        found = f.new_zeros((c * n, c * n))
-        stacked = [batch.capture.gradients(batch.outputs, unit, keep=True) for unit in units]
-        for layer in chosen:
-            s = torch.stack([one.pop(layer.weight) for one in stacked])
-            found += network(ops.ggn_gram, batch.spec(layer))(X=batch.inputs[layer.weight], S=s)
-            if layer.bias is not None:
-                flat = over_positions(s, 3).flatten(0, 1)
+    with running(model):
+        batch = _Batch(model, targets, own(inputs), batch_axis, empty=True, shared=True)
+        batch.check(batch.returned)
+        outputs = batch.outputs
+        f = outputs.detach()
+        if f.ndim != 2 or len(f) != batch.size:
+            raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
+        output_axis(batch.layout, batch.returned, outputs, batch.size)
+        n, c = f.shape
+        units = [torch.zeros_like(f) for _ in range(c)]
+        for place, unit in enumerate(units):
+            unit[:, place] = 1
+        stacked = [batch.capture.gradients(outputs, unit, keep=True) for unit in units]
+        with computing(f):
+            found = torch.zeros((c * n, c * n), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
+            for uses in batch.capture.by_parameter().values():
+                s = {use: torch.stack([one[use] for one in stacked]) for use in uses}
+                if len(uses) == 1:
+                    (use,) = uses
+                    found += network(ops.ggn_gram, batch.capture.spec(use))(X=batch.capture.inputs[use], S=s[use])
+                    continue
+                rows = [batch.weight_gradients(uses, {use: s[use][at] for use in uses}).flatten(1) for at in range(c)]
+                found += torch.cat(rows) @ torch.cat(rows).mT
+            for uses in batch.capture.by_parameter(True).values():
+                flat = _sum(torch.cat([over_positions(one[use]) for one in stacked]) for use in uses)
                 found += flat @ flat.mT
-    return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
+        return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
 
 
 def hessian_diagonal(
@@ -356,6 +480,7 @@ def hessian_diagonal(
     layers: Iterable[str] | None = None,
     strict: bool = False,
     generator: torch.Generator | None = None,
+    batch_axis: Given = None,
 ) -> dict[str, Tensor]:
     """The diagonal of the Hessian of the loss by each layer's parameters, exact or estimated.
 
@@ -373,6 +498,7 @@ def hessian_diagonal(
         layers: names of modules; all known layers unless given.
         strict: whether parametrised layers of other kinds are an error instead of a warning.
         generator: where signs are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
         For the name of each weight and bias an array of its shape.
@@ -392,39 +518,48 @@ def hessian_diagonal(
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}, expected at least 1")
-    chosen = layers_of(model, layers, strict)
+    model = unwrapped(model)
+    watched = Targets(layers_of(model, layers, strict))
     _refuse_mixing(model)
     found: dict[str, Tensor] = {}
-    total = 0.0
-    for inputs, targets in batches(data):
-        if total and getattr(loss, "reduction", None) not in (*_MEANS, "sum"):
-            raise ValueError("several batches need a loss whose reduction is 'mean', 'batchmean' or 'sum', found none")
-        batch = _Batch(model, chosen, inputs)
-        share = _share(loss, batch.outputs, targets)
-        if not share:  # no target counts, and the batch's own loss is 0/0
-            continue
-        total += share
-        with torch.enable_grad():
-            value = loss(batch.outputs, targets)
+    total, seen = 0.0, 0
+    mean = getattr(loss, "reduction", "mean") in _MEANS
+    with running(model):
+        for inputs, targets in batches(data):
+            seen += 1
+            if seen > 1 and not (_is_torchs(loss) and getattr(loss, "reduction", None) in (*_MEANS, "sum")):
+                raise ValueError(
+                    "several batches need a loss whose reduction is 'mean', 'batchmean' or 'sum', one of torch's own:"
+                    " how another one averages is not known"
+                )
+            inputs, targets = own(inputs), own(targets)
+            batch = _Batch(model, watched, inputs, batch_axis)
+            share = _share(loss, batch, targets)
+            if not share:  # no target counts, and the batch's own loss is 0/0
+                continue
+            total += share
+            value = batch.loss(loss, targets)
             gradients = batch.capture.gradients(value, torch.ones_like(value), keep=True, again=True)
-        for layer in chosen:
-            gradient, x = gradients[layer.weight], batch.inputs[layer.weight]
-            for z in _directions(gradient, samples, generator):
-                curved = torch.zeros_like(z)
-                if gradient.requires_grad:  # a loss that is linear in the outputs has no Hessian behind the last layer
-                    curved = batch.capture.gradients(gradient, z, keep=True, only=layer)[layer.weight]
-                with torch.no_grad():
-                    _add(found, _quadratic(layer, x, z, curved), share / (samples or 1))
-    share = require_counted(total) if getattr(loss, "reduction", "mean") in _MEANS else 1.0
-    return {name: value / share for name, value in found.items()}
+            for use in batch.capture.uses:
+                gradient, x = gradients[use], batch.capture.inputs[use]
+                for z in _directions(gradient, samples, generator):
+                    curved = torch.zeros_like(z)
+                    if (
+                        gradient.requires_grad
+                    ):  # a loss that is linear in the outputs has no Hessian after the last layer
+                        curved = batch.capture.gradients(gradient, z, keep=True, only=use)[use]
+                    with computing(z):
+                        _add(found, _quadratic(use, x, z, curved), share / (samples or 1))
+    divisor = require_counted(total) if mean else 1.0
+    return {name: value / divisor for name, value in found.items()}
 
 
-def _quadratic(layer: Layer, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:
+def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:
     """Σ over examples of (Jᵀ z) ⊙ (Jᵀ H z), by parameter."""
-    found = {layer.weight: (_gradients(layer, x, z) * _gradients(layer, x, curved)).sum(0)}
-    if layer.bias is not None:
+    found = {use.weight: (_gradients(use, x, z) * _gradients(use, x, curved)).sum(0)}
+    if use.bias is not None:
         sides = [over_positions(v) for v in (z, curved)]
-        found[layer.bias] = (sides[0] * sides[1]).sum(0)
+        found[use.bias] = (sides[0] * sides[1]).sum(0)
     return found
 
 
@@ -450,36 +585,51 @@ _MEANS = ("mean", "batchmean")
 """Reductions that divide by what a batch counts."""
 
 
-def _share(loss: nn.Module, outputs: Tensor, targets: Tensor) -> float:
+def _share(loss: Any, batch: _Batch, targets: Any) -> float:
     """What a batch counts in the mean over all of the data; 1 for a sum."""
     if getattr(loss, "reduction", "mean") not in _MEANS:
         return 1.0
     try:
         require_loss(loss)
     except TypeError:
-        return float(len(outputs))
-    return LossRoot(loss, outputs, targets, 1).normaliser
+        return float(batch.size)
+    return LossRoot(loss, batch.outputs, targets, 1).normaliser
 
 
+@contextmanager
 def _propagated(
-    model: nn.Module, loss: nn.Module, data: Any, layers: Iterable[str] | None, strict: bool
-) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-    """Each layer with its input and the gradient at its output, for one batch."""
-    chosen = layers_of(model, layers, strict)
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    layers: Iterable[str] | None,
+    strict: bool,
+    given: Given,
+    complete: bool = False,
+) -> Iterator[tuple[_Batch, dict[Use, Tensor]]]:
+    """One batch and the gradients at the outputs of its layers; the block computes with them.
+
+    Args:
+        model: the model.
+        loss: any callable of outputs and targets.
+        data: one pair.
+        layers: names of modules.
+        strict: whether parametrised layers of other kinds are an error.
+        given: where the examples lie.
+        complete: whether every parameter that is trained has to be there, unless `layers` is given.
+    """
+    model = unwrapped(model)
+    watched = Targets(layers_of(model, layers, strict, shared=True, trainable=complete))
     _refuse_mixing(model)
     pairs = list(itertools.islice(batches(data), 2))
     if len(pairs) > 1:
         raise ValueError("data holds several batches, expected one pair (inputs, targets)")
     ((inputs, targets),) = pairs
-    batch = _Batch(model, chosen, inputs)
-    with torch.enable_grad():
-        value = loss(batch.outputs, targets)
-    if value.ndim:
-        raise ValueError(f"the loss has shape {tuple(value.shape)}, expected a number: reduction 'mean' or 'sum'")
-    gradients = batch.capture.gradients(value, torch.ones_like(value), keep=False)
-    with torch.no_grad():
-        for layer in chosen:
-            yield layer, batch.inputs[layer.weight], gradients[layer.weight]
+    with running(model):
+        batch = _Batch(model, watched, own(inputs), given, empty=True, shared=True)
+        value = batch.loss(loss, own(targets))
+        gradients = batch.capture.gradients(value, torch.ones_like(value), keep=False)
+        with computing(value):
+            yield batch, gradients
 
 
 def _of_roots(
@@ -491,29 +641,31 @@ def _of_roots(
     strict: bool,
     mc_samples: int,
     generator: torch.Generator | None,
-    weights: Callable[[Layer, ConvSpec, Tensor, Tensor], Tensor],
+    given: Given,
+    weights: Callable[[_Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
+    shared: bool = False,
 ) -> dict[str, Tensor]:
     """What is a sum over columns of the root and over examples, over all of the data; of biases the diagonal."""
     _check_roots(loss, fisher, mc_samples)
-    chosen = layers_of(model, layers, strict)
+    model = unwrapped(model)
+    watched = Targets(layers_of(model, layers, strict, shared=shared))
     _refuse_mixing(model)
     found: dict[str, Tensor] = {}
     total = 0.0
-    for inputs, targets in batches(data):
-        batch = _Batch(model, chosen, inputs)
-        root = LossRoot(loss, batch.outputs, targets, batch.capture.batch)
-        share = root.normaliser
-        total += share
-        for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
-            with torch.no_grad():
-                for layer in chosen:
-                    s = stacks[layer.weight]
-                    parts = {layer.weight: weights(layer, batch.spec(layer), batch.inputs[layer.weight], s)}
-                    if layer.bias is not None:
-                        parts[layer.bias] = over_positions(s, 3).square().sum((0, 1))
+    with running(model):
+        for inputs, targets in batches(data):
+            batch = _Batch(model, watched, own(inputs), given, shared=shared)
+            root = batch.root(loss, own(targets))
+            share = root.normaliser
+            total += share
+            for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
+                with computing(root.f):
+                    parts = {name: weights(batch, uses, stacks) for name, uses in batch.capture.by_parameter().items()}
+                    for name, uses in batch.capture.by_parameter(True).items():
+                        parts[name] = _sum(over_positions(stacks[use], 3) for use in uses).square().sum((0, 1))
                     _add(found, parts, share)
-    share = require_counted(total) if loss.reduction == "mean" else 1.0
-    return {name: value / share for name, value in found.items()}
+    divisor = require_counted(total) if loss.reduction == "mean" else 1.0
+    return {name: found[name] / divisor for name in watched.parameters if name in found}
 
 
 def _check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -12,13 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from lensor.curvature.capture import Capture, Layer, layers_of, size_of
+from lensor.curvature.capture import Capture, Use, computing, unwrapped
+from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.distribution import shares
 from lensor.curvature.factors import Block, Inverse, KroneckerFactors
-from lensor.curvature.kfac import APPROXIMATIONS, Collector
+from lensor.curvature.kfac import APPROXIMATIONS, Collector, output_axis
+from lensor.curvature.layers import layers_of
+from lensor.curvature.layout import Given
 from lensor.curvature.losses import FISHERS, LossRoot, require_loss
+from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.errors import require_choice
 
 METHODS = ("cholesky", "eigen", "woodbury")
@@ -29,8 +37,10 @@ class KFAC(torch.optim.Optimizer):
     """Gradient descent with gradients multiplied by the damped inverse of Kronecker factors.
 
     Factors are collected while the model runs in training mode: no closure, no change to the training loop. A forward
-    pass counts if its gradients are those of the step. Parameters without factors (normalisation, embeddings) are
-    updated by the gradient itself.
+    pass counts if a backward pass through it adds to the `grad` of the layers' weights; what `torch.autograd.grad` does
+    meanwhile does not count. Parameters without factors (normalisation, embeddings) are updated by the gradient itself.
+    A model that is compiled as a whole runs as it was written while factors are collected; with `fullgraph=True` that
+    is an error of the compiler's.
 
     Args:
         model: the model, or a DistributedDataParallel one.
@@ -62,6 +72,8 @@ class KFAC(torch.optim.Optimizer):
             the step; in both cases parameters and state stay as they are.
         grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
         group: ranks of torch.distributed that train together: factors are summed over them, inversions shared out.
+        batch_axis: where the examples lie in the layers' inputs, as for `lensor.curvature.kfac`; found by a trial pass
+            unless given.
 
     Example:
         >>> import torch
@@ -109,6 +121,7 @@ class KFAC(torch.optim.Optimizer):
         nonfinite: str = "raise",
         grad_scaler: Any = None,
         group: dist.ProcessGroup | None = None,
+        batch_axis: Given = None,
     ) -> None:
         require_loss(loss)
         chosen = {"approx": (approx, APPROXIMATIONS), "fisher": (fisher, FISHERS), "method": (method, METHODS)}
@@ -117,20 +130,17 @@ class KFAC(torch.optim.Optimizer):
             require_choice(name, value, known)
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
         for name, count in (counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples}).items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, found {count}")
-        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, found {value}")
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, found {damping}")
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, found {count!r}")
+        if kl_clip is not None and not 0 < kl_clip < math.inf:
+            raise ValueError(f"kl_clip must be positive and finite, or None for no bound, found {kl_clip}")
         if not 0 <= ema < 1:
             raise ValueError(f"ema must be in [0, 1), found {ema}")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
             raise ValueError(f"fisher={fisher!r} does not see targets, which this loss needs: take 'empirical'")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.model = unwrapped(model)
         self.loss, self.approx, self.fisher, self.method = loss, approx, fisher, method
         self.kl_clip, self.ema, self.mc_samples, self.nonfinite = kl_clip, ema, mc_samples, nonfinite
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
@@ -138,15 +148,14 @@ class KFAC(torch.optim.Optimizer):
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
         super().__init__(list(named.values()) if params is None else params, options)
-        held = {id(p) for one in self.param_groups for p in one["params"]}
-        self._names = {name: p for name, p in named.items() if id(p) in held}
+        self.batch_axis = batch_axis
+        self._joint = bias == "joint"
+        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        self._names: dict[str, Tensor] = {}
+        self._form: Any = None
+        self._watch_new()
         if not self._names:
             raise ValueError("params holds none of the model's parameters that require gradients")
-        for one in self.param_groups:
-            if not one["damping"] > 0:
-                raise ValueError(f"damping must be positive, found {one['damping']} in a group of parameters")
-        self.layers = self._trained(layers)
-        self._joint = bias == "joint"
         self.steps = 0
         self.factors: KroneckerFactors | None = None
         self._pending: Collector | None = None
@@ -155,76 +164,139 @@ class KFAC(torch.optim.Optimizer):
         self._inverse: dict[str, Inverse] = {}
         self._generator: torch.Generator | None = None
         self._seed = seed
-        self._running: tuple[_Pass, Capture] | None = None
         self._warned = False
-        handles = self._hook()
-        weakref.finalize(self, _remove, handles)
+        self._hook()
 
-    def _trained(self, layers: Iterable[str] | None) -> list[Layer]:
-        """The layers whose weights this optimizer trains; a bias that it does not train is none of the block's."""
-        asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+    # ------------------------------------------------------------------------------------------------ what is trained
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; layers of the model that train from now on have factors from now on.
+
+        Raises:
+            ValueError: for options that make no sense, or a layer that can have no factors.
+        """
+        group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
+        for name in ("lr", "momentum", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, found {group[name]}")
+        if not 0 < group["damping"] < math.inf:
+            raise ValueError(f"damping must be positive, found {group['damping']} in a group of parameters")
+        super().add_param_group(param_group)
+        if hasattr(self, "_names"):
+            self._watch_new()
+
+    def _watch_new(self) -> None:
+        """Find the layers whose weights this optimizer trains; a bias that it does not train is not in its block."""
+        form = tuple((id(p), p.requires_grad) for one in self.param_groups for p in one["params"])
+        if form == self._form:
+            return
+        self._form = form
+        held = {found for found, _ in form}
+        named: dict[str, Tensor] = {
+            name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) in held
+        }
         found = []
-        for layer in layers_of(self.model, asked):
-            if layer.weight in self._names:
-                found.append(layer if layer.bias in self._names else replace(layer, bias=None))
-            elif asked is not None:
+        for layer in layers_of(self.model, self._asked):
+            if layer.weight in named:
+                found.append(layer if layer.bias in named else replace(layer, bias=None))
+            elif self._asked is not None:
                 raise ValueError(f"layer {layer.name!r} has a weight that this optimizer does not train")
-        return found
+        self._names, self.layers = named, found
+        for handle in getattr(self, "_accumulated", ()):
+            handle.remove()
+        here: weakref.ref[KFAC] = weakref.ref(self)
+        self._accumulated = [
+            named[layer.weight].register_post_accumulate_grad_hook(_Accumulated(here, layer.weight)) for layer in found
+        ]
 
     # ------------------------------------------------------------------------------------------------------ collecting
-    def _hook(self) -> list[RemovableHandle]:
-        """Hooks on model and layers for its whole life, in an order that lets the model be a layer itself."""
+    def _hook(self) -> None:
+        """Watch the model's forward pass, and its outputs after all of its hooks."""
+        self._thread = threading.local()
+        self._checked: set[Any] = set()
+        self._waiting: dict[str, list[tuple[int, _Pass, Use, Tensor]]] = {}
+        self._reached: list[tuple[int, _Pass]] = []
         here: weakref.ref[KFAC] = weakref.ref(self)
-        handles = [self.model.register_forward_pre_hook(_Hook(here, "_before"), with_kwargs=True)]
-        for layer in self.layers:
-            before, after = _Hook(here, "_before_layer", layer), _Hook(here, "_after_layer", layer)
-            handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(after))
-        handles.append(self.model.register_forward_hook(_Hook(here, "_after"), always_call=True))
-        return handles
+        handle = self.model.register_forward_hook(_After(here), with_kwargs=True)
+        watched = _Watched(here, self.model)
+        self.model.__dict__["forward"] = watched
+        self._handle = handle
+        weakref.finalize(self, _unhook, weakref.ref(self.model), watched, handle)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # code compiled before does not know that the model is watched
 
-    def _before(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._running = None
-        if not (self.model.training and torch.is_grad_enabled() and self.steps % self.factor_interval == 0):
-            return
+    def _collects(self) -> bool:
+        """Whether a forward pass of the model is one to collect from."""
+        return (
+            self.model.training
+            and torch.is_grad_enabled()
+            and self.steps % self.factor_interval == 0
+            and not depth()
+            and not getattr(self._thread, "inside", False)
+        )
+
+    def _forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The model's forward pass, while its layers are watched."""
         if all(p.grad is None for p in self._names.values()):
             self._pending = None  # what was collected belongs to gradients that were given up
+        self._watch_new()
+        self._reached.clear()
+        self._waiting.clear()
+        inputs = Arguments(arguments, named)
+        batch, targets = size_of(inputs), Targets(self.layers)
+        layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis)
         one = _Pass(Collector(self.layers, self.approx, self._joint, self.fisher, keep_graph=True))
-        on_output = partial(self._add_output, one) if self.fisher == "empirical" else None
-        batch = size_of(arguments if arguments else named)
-        self._running = one, Capture(self.layers, one.collected.add_input, batch, on_output)
+        on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
+        capture = Capture(
+            targets,
+            one.collected.add_input,
+            batch,
+            layout,
+            self.batch_axis,
+            on_output,
+            ordered=self.approx == "reduce",
+        )
+        self._thread.running, self._thread.inside = None, True
+        try:
+            with eagerly(), capture:
+                out = forward(*arguments, **named)
+        finally:
+            self._thread.inside = False
+        self._thread.running = one, capture, layout
+        hooks = self.model._forward_hooks
+        if self._handle.id in hooks:  # last, so that it sees what hooks of the user's have made of the outputs
+            hooks[self._handle.id] = hooks.pop(self._handle.id)
+        return out
 
-    def _before_layer(self, layer: Layer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if self._running is not None:
-            self._running[1].before(layer, arguments, named)
-
-    def _after_layer(self, layer: Layer, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
-        return out if self._running is None else self._running[1].after(layer, out)
-
-    def _after(self, arguments: tuple[Any, ...], out: Any) -> None:
-        running, self._running = self._running, None
-        if running is None or out is None:  # None where the forward pass has raised
+    def _after(self, out: Any) -> None:
+        """The outputs of the model, after all hooks."""
+        running, self._thread.running = getattr(self._thread, "running", None), None
+        if running is None:
             return
-        one, capture = running
-        capture.check()
-        outputs = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-        if outputs is None:
-            raise TypeError(f"the model returns a {type(out).__name__}, expected a tensor, or something with logits")
-        root = LossRoot(self.loss, outputs, None, capture.batch)
+        one, capture, layout = running
+        form = tuple((use.weight, use.shape) for use in capture.uses)
+        if form in self._checked:
+            capture.check(None)
+        else:
+            capture.check(out)
+            self._checked.add(form)
+        outputs = one_tensor(out)
+        with computing(outputs):
+            axis = output_axis(layout, out, outputs, capture.batch)
+            root = LossRoot(self.loss, outputs, None, capture.batch, axis)
         one.normaliser = root.normaliser
         one.collected.count(capture.batch, root.normaliser)
         if self.fisher == "empirical":
-            capture.require_gradients(self.layers)
+            capture.require_gradients(capture.uses)
         elif self.fisher != "forward-only":
             if self._generator is None:
                 self._generator = torch.Generator(outputs.device).manual_seed(self._seed)
             columns = root.of(self.fisher, self.mc_samples, self._generator)
             one.collected.add_columns(capture, outputs, columns, root)
         if outputs.requires_grad:
-            outputs.register_hook(partial(self._use, one))
+            outputs.register_hook(partial(_reach, weakref.ref(self), one))
 
-    def _use(self, one: _Pass, gradient: Tensor) -> None:
-        """Somebody propagates back through a pass: what it collected counts for the next step."""
+    def _use(self, one: _Pass) -> None:
+        """Gradients through a pass are those of the step: what it collected counts."""
         if one.used_in is None:
             if self._pending is None:
                 self._pending = one.collected
@@ -232,15 +304,27 @@ class KFAC(torch.optim.Optimizer):
                 self._pending.merge(one.collected)
             one.used_in = self._pending
 
-    def _add_output(self, one: _Pass, layer: Layer, gradient: Tensor) -> None:
+    def _accumulate(self, weight: str) -> None:
+        """A backward pass has added to the gradient of a weight: the passes that it went through count."""
+        task = torch._C._current_graph_task_id()
+        for reached, one in self._reached:
+            if reached == task:
+                self._use(one)
+        self._reached = [(reached, one) for reached, one in self._reached if reached != task]
+        for waited, one, use, gradient in self._waiting.pop(weight, ()):
+            if waited == task:
+                self._use(one)
+                self._add_output(one, use, gradient)
+
+    def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
         """The gradient at a layer's output in the user's own backward pass: an example's own times √normaliser."""
-        self._use(one, gradient)
         if one.used_in is not self._pending or self._pending is None:
             return  # the step that it was for has been made or given up
         scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
         mean = self.loss.reduction == "mean"
         factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
-        self._pending.add_output(layer, gradient, factor * (one.normaliser if mean else 1.0))
+        with computing(gradient):
+            self._pending.add_output(use, gradient, factor * (one.normaliser if mean else 1.0))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and the factors that were collected with them; a pass yet to be propagated back stays."""
@@ -277,7 +361,7 @@ class KFAC(torch.optim.Optimizer):
             return found
         if new is not None:
             old = self.factors
-            self.factors = new if old is None or self.ema == 0 else old.ema_(new, self.ema)
+            self.factors = new if old is None or self.ema == 0 else _averaged(old, new, self.ema)
         if (
             self.factors is None
             and not self._warned
@@ -288,7 +372,11 @@ class KFAC(torch.optim.Optimizer):
                 "no factors were collected, steps are the gradient's: train() and forward() of the model given",
                 stacklevel=3,
             )
-        if self.factors is not None and (not self._inverse or self.steps % self.inverse_interval == 0):
+        if self.factors is not None and (
+            not self._inverse
+            or self.steps % self.inverse_interval == 0
+            or self.factors.shapes != KroneckerFactors(self._inverted).shapes
+        ):
             self._invert()
         directions = self._directions()
         clip = self._clip(directions)
@@ -334,11 +422,19 @@ class KFAC(torch.optim.Optimizer):
         return f"the gradient or factor of {name} is not finite: no step was made"
 
     def _damping(self, block: Block) -> float:
-        parameter = self._names[block.names[0]]
-        for group in self.param_groups:
-            if any(one is parameter for one in group["params"]):
-                return group["damping"]
-        raise AssertionError("unreachable")
+        found = {}
+        for name in block.names:
+            found[name] = next(
+                group["damping"]
+                for group in self.param_groups
+                if any(one is self._names[name] for one in group["params"])
+            )
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"{' and '.join(found)} share a block and have the dampings {sorted(found.values())}, expected one:"
+                " give them one damping, or take bias='separate'"
+            )
+        return found[block.names[0]]
 
     def _mine(self) -> dict[str, int]:
         """The rank that inverts each block: shared out by cost."""
@@ -415,6 +511,7 @@ class KFAC(torch.optim.Optimizer):
             "inverted": inverted,
             "damped": dict(self._damped),
             "generator": None if self._generator is None else self._generator.get_state(),
+            "seed": self._seed,
         }
         return {**super().state_dict(), "kfac": own}
 
@@ -423,10 +520,18 @@ class KFAC(torch.optim.Optimizer):
 
         Raises:
             KeyError: if it is the state of another optimizer.
+            ValueError: if it is the state for another model, or other choices of approx and bias.
         """
         if "kfac" not in state_dict:
-            raise KeyError("this is no state of lensor.optim.KFAC")
+            raise KeyError("the state is not one of lensor.optim.KFAC")
         own = state_dict["kfac"]
+        read = KroneckerFactors.from_state_dict
+        factors = None if own["factors"] is None else read(own["factors"])
+        inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
+        for blocks in (factors or {}, inverted):
+            self._require_own(blocks)
+        if factors is not None and factors.approx != self.approx:
+            raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         ids = [one for group in state_dict["param_groups"] for one in group["params"]]
         parameters = [one for group in self.param_groups for one in group["params"]]
@@ -435,19 +540,74 @@ class KFAC(torch.optim.Optimizer):
             if known is not None:
                 self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
         self.steps, self._pending, self._inverse = own["steps"], None, {}
-        read = KroneckerFactors.from_state_dict
-        self.factors = None if own["factors"] is None else read(own["factors"])
-        self._inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
+        self.factors, self._inverted = factors, inverted
         self._damped = dict(own["damped"])
         if self._inverted:
             self._solve_mine()
+        self._seed, self._generator = own.get("seed", self._seed), None
         if own["generator"] is not None:
             device = next(iter(self._names.values())).device
             self._generator = torch.Generator(device)
             self._generator.set_state(own["generator"])
 
+    def _require_own(self, factors: Mapping[str, Block]) -> None:
+        """Raise ValueError unless factors are of this model's parameters, in blocks as this optimizer has them."""
+        own = {layer.weight: layer for layer in self.layers}
+        for name, block in factors.items():
+            for parameter, shape in block.shapes.items():
+                known = self._names.get(parameter)
+                if known is None or tuple(known.shape) != shape:
+                    found = "no such parameter" if known is None else f"shape {tuple(known.shape)}"
+                    raise ValueError(
+                        f"the state has a factor for {parameter!r} of shape {shape}, this optimizer trains {found}: it"
+                        " is the state for another model"
+                    )
+            layer = own.get(name)
+            if layer is not None and layer.bias is not None and (len(block.names) == 2) != self._joint:
+                expected = "joint" if self._joint else "separate"
+                raise ValueError(f"the state has another form of the block of {name!r}, expected bias={expected!r}")
 
-@dataclass
+    # --------------------------------------------------------------------------------------------------------- copying
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.__dict__.items() if key not in _UNCOPIED}
+        generator = state.pop("_generator")
+        state["_generator_state"] = None if generator is None else (generator.device, generator.get_state())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or an unpickled optimizer watches the model that was copied with it."""
+        kept = state.pop("_generator_state")
+        super().__setstate__(state)
+        self._generator = None
+        if kept is not None:
+            self._generator = torch.Generator(kept[0])
+            self._generator.set_state(kept[1])
+        self._pending, self._inverse = None, {}
+        names, self._names, self._form = self._names, {}, None
+        self._watch_new()
+        if self._names.keys() != names.keys():
+            raise ValueError("the copied optimizer does not train the parameters of the copied model")
+        self._hook()
+        if self._inverted:
+            self._solve_mine()
+
+
+_UNCOPIED = ("_thread", "_checked", "_waiting", "_reached", "_handle", "_accumulated", "_pending", "_inverse")
+"""Attributes that a copy makes for itself."""
+
+
+def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> KroneckerFactors:
+    """The average for the blocks that both have; the new ones alone for others, those of layers that begin to train."""
+    both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
+    if len(both) == len(old) == len(new):
+        return old.ema_(new, decay)
+    kept, more = old._with(both), new._with({name: new[name] for name in both})
+    if both:
+        kept.ema_(more, decay)
+    return new._with({name: kept[name] if name in both else block for name, block in new.items()})
+
+
+@dataclass(eq=False)
 class _Pass:
     """One forward pass: what it collected, what its mean loss is divided by, and for which step it counts."""
 
@@ -456,31 +616,110 @@ class _Pass:
     used_in: Collector | None = None
 
 
-class _Hook:
-    """A hook for an optimizer that may be gone. Copies and pickles of a model get one that does nothing."""
+def _wait(optimizer: weakref.ref[KFAC], one: _Pass, use: Use, gradient: Tensor) -> None:
+    """The gradient at a layer's output; it counts if the same backward pass adds to the gradient of the weight."""
+    found = optimizer()
+    if found is not None:
+        task = torch._C._current_graph_task_id()
+        waiting = found._waiting.setdefault(use.weight, [])
+        waiting[:] = [entry for entry in waiting if entry[0] == task]
+        waiting.append((task, one, use, gradient))
 
-    def __init__(self, optimizer: weakref.ref[KFAC], method: str, *given: Any) -> None:
-        self.optimizer, self.method, self.given = optimizer, method, given
 
-    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+def _reach(optimizer: weakref.ref[KFAC], one: _Pass, gradient: Tensor) -> None:
+    """A backward pass goes through the outputs of a forward pass."""
+    found = optimizer()
+    if found is not None:
+        found._reached.append((torch._C._current_graph_task_id(), one))
+
+
+class _Accumulated:
+    """A hook of a weight for an optimizer that may be gone."""
+
+    def __init__(self, optimizer: weakref.ref[KFAC], weight: str) -> None:
+        self.optimizer, self.weight = optimizer, weight
+
+    def __call__(self, parameter: Tensor) -> None:
         optimizer = self.optimizer()
-        return None if optimizer is None else getattr(optimizer, self.method)(*self.given, *arguments)
+        if optimizer is not None:
+            optimizer._accumulate(self.weight)
+
+
+class _Watched:
+    """Stands for a model's forward method, whose optimizer may be gone; copies and pickles have the method itself."""
+
+    watches = True
+
+    def __init__(self, optimizer: weakref.ref[KFAC], model: nn.Module) -> None:
+        self.optimizer, self.model = optimizer, weakref.ref(model)
+        self.before = vars(model).get("forward")
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _run_outside(self, arguments, named)
+        return self.run(arguments, named)
+
+    def run(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The forward pass, watched if the optimizer collects."""
+        model, optimizer = self.model(), self.optimizer()
+        assert model is not None
+        forward = self.before if self.before is not None else partial(type(model).forward, model)
+        if optimizer is None or not optimizer._collects():
+            return forward(*arguments, **named)
+        return optimizer._forward(forward, arguments, named)
 
     def __reduce__(self) -> Any:
-        return _idle, ()
+        if self.before is not None:
+            return _same, (self.before,)
+        return getattr, (self.model(), "forward")
 
 
-def _idle() -> Callable[..., None]:
-    return _nothing
+def _same(value: Any) -> Any:
+    return value
 
 
-def _nothing(*arguments: Any) -> None:
-    pass
+@_disable_dynamo
+def _run_outside(watched: _Watched, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Not compiled: a watched forward pass runs as it was written."""
+    return watched.run(arguments, named)
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+class _After:
+    """A hook for the outputs of a model; copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, optimizer: weakref.ref[KFAC] | None) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            _tell_outside(self, out)
+        else:
+            self.tell(out)
+
+    def tell(self, out: Any) -> None:
+        """Give the outputs to the optimizer."""
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        if optimizer is not None:
+            optimizer._after(out)
+
+    def __reduce__(self) -> Any:
+        return _After, (None,)
+
+
+@_disable_dynamo
+def _tell_outside(hook: _After, out: Any) -> None:
+    hook.tell(out)
+
+
+def _unhook(model: weakref.ref[nn.Module], watched: _Watched, handle: RemovableHandle) -> None:
+    """Leave a model as it was before it was watched, unless something else has been put around since."""
+    handle.remove()
+    found = model()
+    if found is not None and vars(found).get("forward") is watched:
+        if watched.before is None:
+            del found.__dict__["forward"]
+        else:
+            found.__dict__["forward"] = watched.before
 
 
 def _needs_targets(loss: nn.Module) -> bool:

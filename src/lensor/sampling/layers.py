@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lensor import nn
+from lensor.nn.calls import LayerCall, register_layer_function
 from lensor.nn.conversion import copied, with_base
 from lensor.nn.layers import output_padding_of
 from lensor.sampling.functional import (
@@ -120,6 +121,21 @@ def sampled_layer(
 ) -> Tensor:
     """What a sampled layer computes of its input; as torch's own functions, modes can override it."""
     return module._sample(forward, x, weight, bias, *more, batched=batched)
+
+
+def _read_sampled(
+    module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
+) -> LayerCall:
+    """The call of the exact layer: sampling changes the weight gradient only."""
+    if isinstance(module, Linear):
+        return LayerCall("linear", x, weight, bias)
+    hyper = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    if isinstance(module, SampledTransposedConvolution):
+        return LayerCall("conv_transpose", x, weight, bias, *hyper, output_padding=more[0])
+    return LayerCall("conv", x, weight, bias, *hyper)
+
+
+register_layer_function(sampled_layer, _read_sampled)
 
 
 def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lensor.curvature.capture import Inputs, call, undisturbed
+from lensor.curvature.data import Inputs, call
+from lensor.curvature.watching import undisturbed
 from lensor.sampling.layers import Sampled, convert
 
 _STEPS = 64

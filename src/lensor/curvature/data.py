@@ -1,0 +1,109 @@
+"""Data, inputs and outputs of models in the forms that users have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Inputs = Any
+"""What a model is called with: a tensor, a tuple of arguments, or a mapping of named ones."""
+
+
+class Arguments(NamedTuple):
+    """Arguments by place and by name, where a model is called with both."""
+
+    by_place: tuple[Any, ...]
+    by_name: dict[str, Any]
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model returns for its inputs."""
+    if isinstance(inputs, Arguments):
+        return model(*inputs.by_place, **inputs.by_name)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def one_tensor(outputs: Any) -> Tensor:
+    """The outputs as one tensor: the tensor itself, the only one of a tuple or list, or `.logits`.
+
+    Raises:
+        TypeError: if there are several, or none.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(outputs, (tuple, list)) and len(outputs) == 1 and isinstance(outputs[0], Tensor):
+        return outputs[0]
+    size = f" of {len(outputs)} entries" if isinstance(outputs, (tuple, list, Mapping)) else ""
+    raise TypeError(
+        f"the model returns a {type(outputs).__name__}{size}, expected one tensor, or something with logits: wrap the"
+        " model in a module whose forward pass returns the output that the loss takes"
+    )
+
+
+def call(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The model's outputs as one tensor.
+
+    Raises:
+        TypeError: if there is not exactly one.
+    """
+    return one_tensor(outputs_of(model, inputs))
+
+
+def over_positions(v: Tensor, front: int = 2) -> Tensor:
+    """The sum over positions: the axes after the first `front`, which end with the channels."""
+    return v.flatten(front).sum(front) if v.ndim > front else v
+
+
+def size_of(inputs: Inputs, *, empty: bool = False) -> int:
+    """The number of examples.
+
+    Args:
+        inputs: what the model is called with.
+        empty: whether there may be none.
+
+    Raises:
+        ValueError: if there is no tensor with a batch axis, or no example.
+    """
+    if isinstance(inputs, Arguments):
+        values = (*inputs.by_place, *inputs.by_name.values())
+    else:
+        values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
+    if first is None or first.ndim == 0:
+        raise ValueError("the inputs hold no tensor with a batch axis")
+    if len(first) == 0 and not empty:
+        raise ValueError("a batch holds no example")
+    return len(first)
+
+
+def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
+    """Pairs (inputs, targets): of a loader, or the one that is given.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: if there are none.
+    """
+    if isinstance(data, Tensor):
+        raise TypeError("data is a tensor, expected a pair (inputs, targets) or an iterable of such pairs")
+    if isinstance(data, (tuple, list)) and len(data) == 2 and _is_pair(*data):
+        data = [data]
+    empty = True
+    for pair in data:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"data holds a {type(pair).__name__}, expected pairs (inputs, targets)")
+        empty = False
+        yield pair[0], pair[1]
+    if empty:
+        raise ValueError("data holds no batch")
+
+
+def _is_pair(inputs: Any, targets: Any) -> bool:
+    """Whether two things are inputs and targets, not two pairs of them."""
+    return isinstance(targets, Tensor) or targets is None or isinstance(inputs, (Tensor, Mapping))

@@ -1,0 +1,79 @@
+"""Questions to the graph that autograd has recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Node = Any
+"""A node of autograd's graph."""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers, and in the attributes of objects that are no containers."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, torch.nn.Module)):
+            yield from (one for one in tree_leaves(vars(leaf)) if isinstance(one, Tensor))
+
+
+def inner_nodes(output: Tensor, arguments: Iterable[Any], parameters: Iterable[Tensor]) -> set[Node]:
+    """The nodes that one call has made: between its output and the nodes of its arguments.
+
+    Args:
+        output: what the call returned.
+        arguments: its arguments.
+        parameters: arguments whose own nodes (casts that others may share) belong to the call.
+    """
+    own = {id(one) for one in parameters}
+    outside = {one.grad_fn for one in arguments if isinstance(one, Tensor) and id(one) not in own}
+    outside.discard(None)
+    found: set[Node] = set()
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in found or node in outside or _leaf(node) is not None:
+            continue
+        found.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+class Reached:
+    """What is reached from some tensors in the graph.
+
+    Args:
+        roots: the tensors.
+    """
+
+    def __init__(self, roots: Iterable[Tensor]) -> None:
+        self.nodes: set[Node] = set()
+        self._users: dict[int, list[Node]] = {}
+        todo = [root.grad_fn for root in roots]
+        while todo:
+            node = todo.pop()
+            if node is None or node in self.nodes:
+                continue
+            self.nodes.add(node)
+            for following, _ in node.next_functions:
+                if following is None:
+                    continue
+                leaf = _leaf(following)
+                if leaf is None:
+                    todo.append(following)
+                else:
+                    self._users.setdefault(id(leaf), []).append(node)
+
+    def users(self, parameter: Tensor) -> list[Node]:
+        """The nodes that take a leaf."""
+        return self._users.get(id(parameter), [])
+
+
+def _leaf(node: Node) -> Tensor | None:
+    """The leaf whose gradient a node accumulates, None for other nodes."""
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None

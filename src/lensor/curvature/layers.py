@@ -1,0 +1,174 @@
+"""The layers of a model that curvature is computed for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+_Conv = nn.modules.conv._ConvNd
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution, transposed convolution or linear layer of a model.
+
+    Args:
+        name: the module's path, "" for the model itself.
+        module: the module.
+        weight: the weight's name among the model's parameters.
+        bias: the bias's name, or None.
+    """
+
+    name: str
+    module: nn.Module
+    weight: str
+    bias: str | None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer; its positions are the axes between the batch and the features."""
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels."""
+        return getattr(self.module, "groups", 1)
+
+    @cached_property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The weight's shape in torch's layout."""
+        return tuple(self.module.weight.shape)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight has the layer's input channels first."""
+        return bool(getattr(self.module, "transposed", False))
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of the output, over all groups."""
+        return self.weight_shape[1] * self.groups if self.is_transposed else self.weight_shape[0]
+
+    def __str__(self) -> str:
+        return repr(self.name) if self.name else "(the model)"
+
+
+def layers_of(
+    model: nn.Module,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    *,
+    shared: bool = False,
+    trainable: bool = False,
+) -> list[Layer]:
+    """The layers of a model that curvature is computed for, in the order of `model.named_modules()`.
+
+    Args:
+        model: the model.
+        layers: names of modules; all that are known unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        shared: whether layers may share a parameter.
+        trainable: whether the result must have every parameter of the model that requires a gradient, and only these,
+            unless `layers` is given.
+
+    Raises:
+        TypeError: if `model` is not a module.
+        ValueError: for names that are not known, for tied weights unless `shared`, if there is no layer, for complex
+            parameters, or, if `strict` or `trainable`, for parametrised layers of other kinds.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    found: list[Layer] = []
+    unknown: list[str] = []
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module):
+            if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
+                raise ValueError(f"layer {name!r} is lazy and has seen no input yet: call the model first")
+            prefix = f"{name}." if name else ""
+            found.append(Layer(name, module, f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None))
+        elif own and (not trainable or any(p.requires_grad for p in own.values())):
+            unknown.append(f"{name or '(the model)'} ({type(module).__name__})")
+    if layers is not None:
+        wanted = [layers] if isinstance(layers, str) else list(layers)
+        known = {layer.name: layer for layer in found}
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            raise ValueError(f"no layer named {', '.join(map(repr, missing))}, expected some of {', '.join(known)}")
+        found = [layer for layer in found if layer.name in wanted]
+    elif unknown:
+        message = f"no curvature is computed for the parameters of {', '.join(unknown)}"
+        if trainable:
+            raise ValueError(
+                f"{message}, so that norms over all parameters are not known: name the layers that count with layers="
+            )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=_depth())
+    if layers is not None and not found:
+        raise ValueError("layers names no layer")
+    if not found:
+        raise ValueError("the model has no convolution, transposed convolution or linear layer")
+    for layer in found:
+        if any(p.is_complex() for p in layer.module.parameters(recurse=False)):
+            raise ValueError(
+                f"layer {layer.name!r} has complex parameters, expected real ones: leave it out with layers="
+            )
+        if any(p.is_inference() for p in layer.module.parameters(recurse=False)):
+            raise ValueError(
+                f"layer {layer.name!r} has parameters that were made under torch.inference_mode, which have no"
+                " gradient: make the model outside of it, or replace them by clones"
+            )
+    if not shared:
+        _refuse_tied(model, found)
+    return found
+
+
+def _depth() -> int:
+    """The stack level of the code that called a public function, for warnings."""
+    import sys
+
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("lensor.", "contextlib")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is computed as torch's layers are, with a weight and a bias that are its parameters.
+
+    A subclass with its own forward pass (standardised weights, other padding) is another function of its parameters,
+    and so is a layer with a parametrisation.
+    """
+    own = {key for key, _ in module.named_parameters(recurse=False)}
+    if "weight" not in own or not own <= {"weight", "bias"} or (module.bias is not None) != ("bias" in own):
+        return False
+    for method in ("forward", "_conv_forward"):
+        maker = next((one.__module__ for one in type(module).__mro__ if method in vars(one)), "torch.nn.")
+        if _is_changed(module, method) or not maker.startswith(("torch.nn.", "lensor.")):
+            return False
+    return True
+
+
+def _is_changed(module: nn.Module, method: str) -> bool:
+    """Whether an object has a method that is not its class's; a copy of a watched one has the class's own."""
+    own = vars(module).get(method)
+    if own is None or getattr(own, "watches", False):
+        return False
+    return getattr(own, "__func__", None) is not getattr(type(module), method)
+
+
+def _refuse_tied(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Two names of one parameter mean two layers of one block, which the factors of neither describe."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for layer in layers:
+        for name in (layer.weight, layer.bias):
+            if name is not None and len(names[id(parameters[name])]) > 1:
+                raise ValueError(f"tied parameters are not supported: {' and '.join(names[id(parameters[name])])}")

@@ -1,0 +1,152 @@
+"""Calls of a layer's function: torch's, Lensor's, and others that register themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lensor.nn.layers import convolve, convolve_transposed
+from lensor.spec import ConvSpec
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """The arguments of one call of a convolution, a transposed convolution or a linear map.
+
+    Args:
+        kind: which of the three.
+        input: the input as it was passed.
+        weight: the weight.
+        bias: the bias, or None.
+        stride: and the following: hyper-parameters as they were passed; a linear map has none.
+        padding: zeros, "same", "valid", ints or pairs.
+        dilation: of the kernel.
+        groups: of channels.
+        padding_mode: of the padding.
+        output_padding: of a transposed convolution.
+    """
+
+    kind: Literal["linear", "conv", "conv_transpose"]
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    padding_mode: str = "zeros"
+    output_padding: Any = 0
+
+    @property
+    def dims(self) -> int:
+        """The number of spatial dimensions of the kernel."""
+        return self.weight.ndim - 2
+
+    def spec(self, input_size: Sequence[int]) -> ConvSpec:
+        """The convolution for inputs [batch, c_in, *input_size].
+
+        A linear map is a convolution with a kernel of size 1, or without spatial dimensions. Further spatial
+        dimensions in front of the kernel's own have a kernel of size 1.
+        """
+        first, second = self.weight.shape[:2]
+        bias = self.bias is not None
+        if self.kind == "linear":
+            return ConvSpec(second, first, tuple(input_size), 1 if input_size else (), bias=bias)
+        more = len(input_size) - self.dims
+        transposed = self.kind == "conv_transpose"
+        channels = (first, second * self.groups) if transposed else (second * self.groups, first)
+        padding = self.padding
+        if not isinstance(padding, str):
+            padding = (0,) * more + _each(padding, self.dims)
+        return ConvSpec(
+            *channels,
+            tuple(input_size),
+            (1,) * more + tuple(self.weight.shape[2:]),
+            stride=(1,) * more + _each(self.stride, self.dims),
+            padding=padding,
+            dilation=(1,) * more + _each(self.dilation, self.dims),
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+            bias=bias,
+            transposed=transposed,
+            output_padding=(0,) * more + _each(self.output_padding, self.dims),
+        )
+
+
+def _each(value: Any, dims: int) -> tuple:
+    """One entry for each dimension; torch takes one entry for all, too."""
+    if not isinstance(value, (tuple, list)):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> LayerCall:
+    return LayerCall("conv", input, weight, bias, stride, padding, dilation, groups, padding_mode)
+
+
+def _conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> LayerCall:
+    kind, mode = "conv_transpose", "zeros"
+    return LayerCall(kind, input, weight, bias, stride, padding, dilation, groups, mode, output_padding)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
+    return LayerCall("linear", input, weight, bias)
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., LayerCall]] = {
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    convolve: _conv,
+    torch.conv_transpose1d: _conv_transpose,
+    torch.conv_transpose2d: _conv_transpose,
+    torch.conv_transpose3d: _conv_transpose,
+    convolve_transposed: _conv_transpose,
+    torch.nn.functional.linear: _linear,
+}
+
+
+def register_layer_function(function: Callable[..., Any], read: Callable[..., LayerCall]) -> None:
+    """Let `layer_call` read the arguments of another overridable function.
+
+    Args:
+        function: a function that calls `torch.overrides.handle_torch_function`.
+        read: takes the same arguments and returns the call that computes the same.
+    """
+    _FUNCTIONS[function] = read
+
+
+def layer_call(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> LayerCall | None:
+    """The call of a layer's function, or None for any other function.
+
+    Example:
+        >>> import torch
+        >>> from lensor.nn.calls import layer_call
+        >>> call = layer_call(torch.conv2d, (torch.zeros(1, 2, 5, 5), torch.zeros(4, 2, 3, 3)), {"padding": 1})
+        >>> call.spec((5, 5))
+        ConvSpec(2, 4, (5, 5), 3, padding=1)
+    """
+    read = _FUNCTIONS.get(function)
+    return None if read is None else read(*arguments, **named)

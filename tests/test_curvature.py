@@ -844,25 +844,9 @@ class _Without(nn.Module):
         return self.last(x)
 
 
-class _Sized(nn.Module):
-    """A transposed convolution that is asked for a size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose1d(1, 1, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x[:, None], output_size=(8,))[:, 0]
-
-
 class _Summed(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).sum(0)
-
-
-class _TimeFirst(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
 
 def test_other_functions_of_a_weight_are_no_layers() -> None:

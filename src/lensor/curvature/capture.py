@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ class Capture(Watch):
     ) -> None:
         super().__init__(targets)
         self.on_input, self.batch, self.layout, self.given = on_input, batch, layout, given
-        self.on_output, self.ordered = on_output, ordered
+        self.on_output, self.ordered, self.recorded = on_output, ordered, True
         self.uses: list[Use] = []
         self._edges: dict[Use, GradientEdge] = {}
         self._nodes: dict[Use, set[Node]] = {}
@@ -155,12 +155,7 @@ class Capture(Watch):
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
         """Run a layer's function, pass its input on, and remember where its output lies in the graph."""
         name, layer = self.targets.weights[id(call.weight)]
-        try:
-            out = run()
-        except (RuntimeError, ValueError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(f"layer {layer.name!r} cannot be computed: {error}") from error
+        out = run()
         for tensor in (call.input, out):
             if tensor.is_complex():
                 raise ValueError(f"layer {layer.name!r} has a complex input or output, expected real ones")
@@ -279,7 +274,7 @@ class Capture(Watch):
 
     def _has_graph(self, name: str) -> bool:
         """Whether uses of a parameter are seen in the graph."""
-        return self.targets.parameters[name].requires_grad and torch.is_grad_enabled()
+        return self.targets.parameters[name].requires_grad and self.recorded
 
     def require_gradients(self, uses: Iterable[Use]) -> None:
         """Raise for layers at whose outputs no gradient can be had.
@@ -310,7 +305,17 @@ class Capture(Watch):
         uses = self.uses if only is None else [only]
         self.require_gradients(uses)
         edges = [self._edges[use] for use in uses]
-        found = torch.autograd.grad(outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True)
+        try:
+            found = torch.autograd.grad(
+                outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "a part of the model is checkpointed with use_reentrant=True, through which torch gives no gradients at"
+                " chosen places: pass use_reentrant=False to torch.utils.checkpoint"
+            ) from error
         result = {}
         for use, gradient in zip(uses, found, strict=True):
             if gradient is None:
@@ -372,9 +377,8 @@ def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True)
         capture: what watches it.
         record: whether gradients are recorded.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(record))
-        stack.enter_context(capture)
+    capture.recorded = record
+    with torch.set_grad_enabled(record), capture:
         return outputs_of(model, inputs)
 
 

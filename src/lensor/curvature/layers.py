@@ -104,7 +104,7 @@ def layers_of(
         message = f"no curvature is computed for the parameters of {', '.join(unknown)}"
         if trainable:
             raise ValueError(
-                f"{message}, so that norms over all parameters are not known: name the layers that count with layers="
+                f"{message}, expected a model of which all is known here: name the layers that count with layers="
             )
         if strict:
             raise ValueError(message)

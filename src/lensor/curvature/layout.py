@@ -9,10 +9,11 @@ passes with the examples in different orders.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -204,7 +205,7 @@ class _Finder:
 
     def _fake(self, size: int) -> _Seen:
         """A pass with shapes only."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
 
             def fake(value: Any) -> Any:
                 if not isinstance(value, Tensor):
@@ -279,6 +280,21 @@ class _Finder:
             if all(axis is None or axis.order for axis in (*(axis for _, axis in calls.values()), *outputs)):
                 break
         return calls, outputs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what fails in this thread: a pass with values follows one without that fails."""
+    thread, logger = threading.get_ident(), logging.getLogger("torch._subclasses.fake_tensor")
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(elsewhere)
 
 
 def _order(axis: BatchAxis, batch: int, before: Tensor | None, after: Tensor | None) -> BatchAxis:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, r
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.factors import EigenFactors, KroneckerFactors
 from lensor.curvature.kfac import output_axis
-from lensor.curvature.layers import layers_of
+from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import Given
 from lensor.curvature.losses import LossRoot, require_counted, require_loss
 from lensor.curvature.networks import network
@@ -384,13 +385,13 @@ def ekfac(
     chosen = layers_of(model, modules)
     _refuse_mixing(model)
     _check_roots(loss, fisher, mc_samples)
-    eigen = factors.eigh()
-    values = {name: torch.zeros_like(part[2]) for name, part in eigen.parts.items()}
     total = 0.0
-    targets_ = Targets(chosen)
+    watched = Targets(chosen)
     with running(model):
+        eigen = factors.eigh()
+        values = {name: torch.zeros_like(part[2]) for name, part in eigen.parts.items()}
         for inputs, targets in batches(data):
-            batch = _Batch(model, targets_, own(inputs), batch_axis)
+            batch = _Batch(model, watched, own(inputs), batch_axis)
             root = batch.root(loss, own(targets))
             total += root.normaliser
             for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
@@ -416,7 +417,7 @@ def empirical_ntk(
     strict: bool = False,
     batch_axis: Given = None,
 ) -> Tensor:
-    """The empirical neural tangent kernel of a model's outputs, over the parameters of its layers.
+    """The empirical neural tangent kernel of a model's outputs, over the parameters that are trained.
 
     Args:
         model: the model, in evaluation mode or without layers that mix examples; outputs [batch, c].
@@ -440,7 +441,7 @@ def empirical_ntk(
         ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
     """
     model = unwrapped(model)
-    targets = Targets(layers_of(model, layers, strict, shared=True))
+    targets = Targets(_trained(layers_of(model, layers, strict, shared=True, trainable=True), layers))
     _refuse_mixing(model)
     with running(model):
         batch = _Batch(model, targets, own(inputs), batch_axis, empty=True, shared=True)
@@ -457,7 +458,9 @@ def empirical_ntk(
         stacked = [batch.capture.gradients(outputs, unit, keep=True) for unit in units]
         with computing(f):
             found = torch.zeros((c * n, c * n), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
-            for uses in batch.capture.by_parameter().values():
+            for name, uses in batch.capture.by_parameter().items():
+                if layers is None and not targets.parameters[name].requires_grad:
+                    continue
                 s = {use: torch.stack([one[use] for one in stacked]) for use in uses}
                 if len(uses) == 1:
                     (use,) = uses
@@ -469,6 +472,23 @@ def empirical_ntk(
                 flat = _sum(torch.cat([over_positions(one[use]) for one in stacked]) for use in uses)
                 found += flat @ flat.mT
         return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
+
+
+def _trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
+    """The layers with a trained parameter, without biases that are not trained; all layers that were asked for."""
+    if asked is not None:
+        return found
+    biases = [layer.module.bias for layer in found]
+    trained = [
+        layer if isinstance(bias, Tensor) and bias.requires_grad else replace(layer, bias=None)
+        for layer, bias in zip(found, biases, strict=True)
+        if any(p.requires_grad for p in layer.module.parameters(recurse=False))
+    ]
+    if not trained:
+        raise ValueError(
+            "no parameter of the model's layers requires a gradient: name the layers that count with layers="
+        )
+    return trained
 
 
 def hessian_diagonal(

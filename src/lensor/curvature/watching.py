@@ -70,7 +70,17 @@ class Watch(TorchFunctionMode):
             return function(*arguments, **named)
         call = layer_call(function, arguments, named)
         if call is not None and id(call.weight) in self.targets.weights:
-            return self.on_layer(call, lambda: function(*arguments, **named))
+            name = self.targets.weights[id(call.weight)][1].name
+
+            def run() -> Tensor:
+                try:
+                    return function(*arguments, **named)
+                except (RuntimeError, ValueError, TypeError) as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    raise ValueError(f"layer {name!r} cannot be computed: {error}") from error
+
+            return self.on_layer(call, run)
         result = self.run(function, arguments, named)
         names = self.targets.names
         for value in (*arguments, *named.values()):

@@ -576,6 +576,9 @@ class KFAC(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy or an unpickled optimizer watches the model that was copied with it."""
+        if "_generator_state" not in state:  # torch's own part of a state that is loaded
+            super().__setstate__(state)
+            return
         kept = state.pop("_generator_state")
         super().__setstate__(state)
         self._generator = None

@@ -120,7 +120,7 @@ def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
 
 
 @verb
-def plan(net: AnyNetwork, *, effort: str | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
+def plan(net: AnyNetwork, /, *, effort: str | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
     """The plan for operands given as arrays or as their shapes; int keywords give sizes of indices.
 
     Args:
@@ -177,7 +177,7 @@ def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, i
 
 
 @verb
-def __call__(net: AnyNetwork, **operands: Any) -> Any:
+def __call__(net: AnyNetwork, /, **operands: Any) -> Any:
     """Evaluate the network on arrays of one framework; int keywords give sizes of indices that no array tells.
 
     Example:
@@ -191,7 +191,7 @@ def __call__(net: AnyNetwork, **operands: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------------- einsum
-def einsum(subscripts: str, *operands: Any, **sizes: int) -> Any:
+def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
     """Evaluate subscripts over arrays of one framework and index patterns together.
 
     Legs are separated by spaces, `(g c)` is an axis that holds two indices, `1` an axis of length 1, an index repeated

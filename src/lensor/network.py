@@ -288,8 +288,8 @@ class Verbs:
         def draw(self, path: Any = None, *, shade: Any = (), cut: Any = ()) -> Any: ...
         def to_tikz(self) -> str: ...
         # the planner and evaluation
-        def plan(self, *, effort: str | None = None, **operands: Any) -> Plan: ...
-        def __call__(self, **operands: Any) -> Any: ...
+        def plan(self, /, *, effort: str | None = None, **operands: Any) -> Plan: ...
+        def __call__(self, /, **operands: Any) -> Any: ...
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -518,8 +518,12 @@ class Network(Verbs):
         parts = {"nodes": self.nodes, "output": self.output, "scale": self.scale, "trace": self.trace} | parts
         return Network.make(sizes=sizes, **parts)
 
-    def relabel(self, mapping: Mapping[str, Group], sizes: Mapping[str, int | None] | None = None) -> Network:
+    def relabel(
+        self, mapping: Mapping[str, Group], sizes: Mapping[str, int | None] | None = None, *, join: bool = False
+    ) -> Network:
         """The network with each index in `mapping` replaced by a group of indices everywhere.
+
+        Different indices stay different, unless `join` says that those that get one name are to become one.
 
         Example:
             >>> import lensor
@@ -528,24 +532,37 @@ class Network(Verbs):
             X[n (a b)] -> (a b)
 
         Raises:
-            NetworkError: if a new index has no size, or the network that results breaks the grammar (see `check`).
+            NetworkError: if a new index has no size, if two indices would get one name without `join`, or if the
+                network that results breaks the grammar (see `check`).
         """
+        if not join:
+            self._require_apart(mapping)
         nodes = (new for node in self.nodes for new in relabel_node(node, mapping))
         output = (_relabel_group(leg, mapping) for leg in self.output)
         return self.replace(nodes=nodes, output=output, scale=self.scale.relabel(mapping), sizes=sizes or {})
 
+    def _require_apart(self, mapping: Mapping[str, Group]) -> None:
+        source: dict[str, str] = {}
+        for index in self.sizes:
+            for new in mapping.get(index, (index,)):
+                if new in source:
+                    raise NetworkError(
+                        f"the indices {source[new]!r} and {index!r} would both be named {new!r}; expected names that "
+                        "stay apart: to make one index of two, use diagonal, or pass join=True"
+                    )
+                source[new] = index
+
     def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
-        """A name for a new index: `base`, with as many `_` behind it as make it new.
+        """A name for a new index: `base`, with as many `_` after it as make it new.
+
+        Several names that are needed at once have to be told of each other, by `taken`.
 
         Example:
             >>> import lensor
             >>> lensor.contraction("n i -> i", "X").fresh("i", taken=["i_"])
             'i__'
         """
-        used = {*self.sizes, *taken}
-        while base in used:
-            base += "_"
-        return base
+        return new_name(base, {*self.sizes, *taken})
 
     # ------------------------------------------------------------------ the grammar
     def check(self) -> None:
@@ -702,6 +719,28 @@ class Sum(Verbs):
             )
             if not fits:
                 raise NetworkError(f"the terms of a sum have one output shape, got {shapes[0]} and {shape}")
+        self._require_aligned()
+
+    def _require_aligned(self) -> None:
+        """An output index of one term is an index of another only as an output index of its size in the same place."""
+        outputs: dict[str, tuple[tuple[int, int], int | None]] = {}
+        for term in self.terms:
+            for index, place in _places(term).items():
+                size = term.sizes[index]
+                known, before = outputs.setdefault(index, (place, size))
+                if known != place or (size is not None and before is not None and size != before):
+                    raise NetworkError(
+                        f"output index {index!r} stands in different places or has different sizes in the terms of the "
+                        "sum, expected one place and one size: network + another gives them names that fit"
+                    )
+                outputs[index] = place, before if size is None else size
+        for term in self.terms:
+            for index in outputs.keys() & term.sizes.keys():
+                if index not in term.output_indices:
+                    raise NetworkError(
+                        f"output index {index!r} of one term of the sum is summed in another, expected different names: "
+                        "network + another gives them names that fit"
+                    )
 
     @property
     def output(self) -> tuple[Group, ...]:
@@ -816,23 +855,73 @@ class Sum(Verbs):
         return sum_of((*self.terms, *other.terms))
 
 
+def _places(term: Network) -> dict[str, tuple[int, int]]:
+    """The leg of every output index, and its place there."""
+    return {index: (leg, at) for leg, group in enumerate(term.output) for at, index in enumerate(group)}
+
+
 AnyNetwork: TypeAlias = Network | Sum
 
 
 def sum_of(terms: Sequence[Network]) -> AnyNetwork:
-    """The sum of networks, their output indices named as in the first; one term is itself."""
+    """The sum of networks, their output indices named as in the first; one term is itself.
+
+    A leg whose indices cannot be those of the first term, because it is grouped or split in another way, keeps indices
+    of its own, with names that no other term has. Summed indices give way to output indices of the same name, all of
+    one name to one new name, since a name means one index throughout a sum.
+
+    Raises:
+        NetworkError: if the terms' output shapes differ.
+    """
     if len(terms) == 1:
         return terms[0]
     first = terms[0]
+    outputs = set(first.output_indices)
+    holders = Counter(index for term in terms for index in term.sizes)
+    used = set(holders)
+    summed: dict[str, str] = {}
     aligned = [first]
     for term in terms[1:]:
-        if [len(leg) for leg in term.output] == [len(leg) for leg in first.output]:
-            renames = dict(zip(term.output_indices, first.output_indices, strict=True))
-            clash = {index: term.fresh(index, first.sizes) for index in term.inner_indices if index in renames.values()}
-            clash = {index: new for index, new in clash.items() if index not in renames}
-            term = term.relabel(
-                {old: (new,) for old, new in (clash | renames).items()},
-                {new: term.sizes[old] for old, new in (clash | renames).items()},
-            )
+        renames = _aligned(term, first)
+        for index in term.sizes:
+            if index in renames:
+                continue
+            if index in term.output_indices:
+                if holders[index] > 1:
+                    renames[index] = new_name(index, used)
+            elif index in outputs:
+                if index not in summed:
+                    summed[index] = new_name(index, used)
+                renames[index] = summed[index]
+        renames = {old: new for old, new in renames.items() if old != new}
+        if renames:
+            mapping: dict[str, Group] = {old: (new,) for old, new in renames.items()}
+            term = term.relabel(mapping, {new: term.sizes[old] for old, new in renames.items()})
         aligned.append(term)
     return Sum(tuple(aligned))
+
+
+def _aligned(term: Network, first: Network) -> dict[str, str]:
+    """For the output indices of a term those of the first that stand in the same places and may have the same sizes."""
+    found: dict[str, str] = {}
+    for leg, wanted in zip(term.output, first.output, strict=False):
+        sizes = [(term.sizes[one], first.sizes[other]) for one, other in zip(leg, wanted, strict=False)]
+        if len(leg) == len(wanted) and all(one == other or None in (one, other) for one, other in sizes):
+            found.update(zip(leg, wanted, strict=True))
+    return found
+
+
+def new_name(base: str, used: set[str]) -> str:
+    """A name that is not used yet, `base` with as many `_` as it needs; from now on it counts as used.
+
+    Whoever needs several new names at once passes one set for all of them.
+
+    Example:
+        >>> used = {"c", "c_"}
+        >>> new_name("c", used), new_name("c_", used)
+        ('c__', 'c___')
+    """
+    while base in used:
+        base += "_"
+    used.add(base)
+    return base

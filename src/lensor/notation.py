@@ -21,6 +21,7 @@ from lensor.network import (
     Scale,
     Select,
     Verbs,
+    new_name,
     sum_of,
 )
 from lensor.pattern import IndexPattern, as_integer
@@ -187,7 +188,8 @@ def expand_ellipsis(parsed: Subscripts, ranks: Sequence[int | None]) -> Subscrip
                 parsed.starts[at],
             )
     most = max(extra.values(), default=0)
-    names = [f"ellipsis{place}" for place in range(most)]
+    used = {index for legs in parsed.operands for leg in legs for index in leg}
+    names = [new_name(f"ellipsis{place}", used) for place in range(most)]
 
     def expand(legs: tuple[Group, ...], count: int) -> tuple[Group, ...]:
         new: list[Group] = []
@@ -249,7 +251,7 @@ def infer_sizes(
     return sizes
 
 
-def contraction(subscripts: str, *operands: str | IndexPattern, **sizes: int) -> Network:
+def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int) -> Network:
     """The network that subscripts spell, over operand names and index patterns.
 
     Args:
@@ -374,17 +376,17 @@ def _format_term(term: Network, names: Mapping[tuple, str]) -> str:
 
 
 def _tell_apart(terms: Sequence[Network]) -> list[Network]:
-    """Terms in which a name has one size: a `where` clause can tell no more."""
-    taken = {index for term in terms for index in term.sizes}
+    """Terms in which a name has one size: a `where` clause can give no more."""
+    used = {index for term in terms for index in term.sizes}
     names: dict[tuple[str, int | None], str] = {}
+    seen: set[str] = set()
     apart = []
     for term in terms:
         renamed: dict[str, Group] = {}
         for index, size in term.dimensions:
             if (index, size) not in names:
-                first = all(index != known for known, _ in names)
-                names[index, size] = index if first else term.fresh(index, taken)
-                taken.add(names[index, size])
+                names[index, size] = new_name(index, used) if index in seen else index
+                seen.add(index)
             if names[index, size] != index:
                 renamed[index] = (names[index, size],)
         sizes = {name: term.sizes[index] for index, leg in renamed.items() for name in leg}

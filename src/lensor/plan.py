@@ -229,7 +229,7 @@ class Plan:
         """
         return peak_size(self.steps, self.shapes, self.result)
 
-    def __call__(self, **operands: Any) -> Any:
+    def __call__(self, /, **operands: Any) -> Any:
         """Run the plan on arrays of one framework.
 
         Raises:

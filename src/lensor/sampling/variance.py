@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lensor.errors import NetworkError, require_choice
-from lensor.network import Network, Node, Operand
+from lensor.network import Network, Node, Operand, new_name
 from lensor.sampling.schemes import SCHEMES, inclusion, kept_count, require_keep, require_norms
 
 
@@ -86,12 +86,16 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
     for index in moments:
         if index not in net.sizes:
             raise NetworkError(f"unknown index {index!r}, expected one of {sorted(net.sizes)}")
-    inner = {index: net.fresh(f"{index}_other") for index in moments if index in net.inner_indices}
+    used = {*net.sizes}
+    inner = {index: new_name(f"{index}_other", used) for index in moments if index in net.inner_indices}
+    taken = {*net.operand_names}
+    matrices = {index: new_name(f"moments_{index}", taken) for index in moments}
     opened = net
     for index in inner:
         opened = opened.keep(index)
     weighted: list[Node] = [
-        Operand(f"moments_{index}", ((index,), (inner[index],)) if index in inner else ((index,),)) for index in moments
+        Operand(name, ((index,), (inner[index],)) if index in inner else ((index,),))
+        for index, name in matrices.items()
     ]
     sizes = {other: net.sizes[index] for index, other in inner.items()}
     output = [leg for leg in opened.output if not set(leg) & inner.keys()]
@@ -99,10 +103,8 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
         nodes=(*opened.nodes, *weighted), output=(*output, *((other,) for other in inner.values())), sizes=sizes
     )
     square = one.merge(opened.rename(inner), share=one.output_indices, output="")
-    matrices = {
-        f"moments_{index}": matrix if index in inner else matrix.diagonal() for index, matrix in moments.items()
-    }
+    weights = {matrices[index]: matrix if index in inner else matrix.diagonal() for index, matrix in moments.items()}
     exact = {name: torch.as_tensor(value).double() for name, value in operands.items()}
     device = next((value.device for value in exact.values()), None)
-    given = {**exact, **{name: matrix.to(device) for name, matrix in matrices.items()}}
+    given = {**exact, **{name: matrix.to(device) for name, matrix in weights.items()}}
     return float(square(**given)) - float(net(**exact).square().sum())

@@ -53,7 +53,7 @@ def diagonal(net: Network, first: str, second: str) -> Network:
     size = sizes[0] if sizes[0] is not None else sizes[1]
     both = {first: size, second: size}
     inner = net.replace(output=_without(net.output, second), sizes=both)
-    return contract_deltas(inner.relabel({second: (first,)}, both))
+    return contract_deltas(inner.relabel({second: (first,)}, both, join=True))
 
 
 @transform

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import TypeVar
 
 from lensor.errors import NetworkError
-from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Scale, indices_of, sum_of, verb
+from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Scale, Sum, indices_of, new_name, sum_of, verb
 from lensor.notation import parse_subscripts
 from lensor.transforms._transform import require_index, require_operand
 from lensor.transforms.indices import contract_deltas, equate
+
+_N = TypeVar("_N", Network, Sum)
 
 
 @verb
@@ -45,15 +48,14 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
     return sum_of(terms)
 
 
-def _apart(net: Network, other: Network, keep: Sequence[str] = ()) -> Network:
-    """`other` with its indices renamed (by `_`) where `net` has them too, except those in `keep`."""
-    names: dict[str, str] = {}
-    for index in other.sizes:
-        if index not in keep and index in net.sizes:
-            names[index] = net.fresh(index + "_", [*other.sizes, *names.values()])
-    return other.relabel(
-        {old: (new,) for old, new in names.items()}, {new: other.sizes[old] for old, new in names.items()}
-    )
+def _apart(net: AnyNetwork, other: _N, keep: Sequence[str] = ()) -> _N:
+    """`other` with its indices renamed (by `_`) where `net` has them too, except those in `keep`.
+
+    The terms of sums are renamed together, so that an index has one name in all of them.
+    """
+    used = {*net.sizes, *other.sizes}
+    names = {index: new_name(index, used) for index in other.sizes if index not in keep and index in net.sizes}
+    return other.rename(names) if names else other
 
 
 @verb
@@ -133,7 +135,9 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
 
 @verb
 def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None) -> AnyNetwork:
-    """The product of two networks that share some indices; every other index of `other` gets a `_`.
+    """The product of two networks that share some indices.
+
+    An index of `other` that is not shared, but has a name that `net` uses, gets as many `_` as make its name new.
 
     Args:
         net: the first factor.
@@ -151,6 +155,7 @@ def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output:
     Raises:
         NetworkError: if a shared index is not in both, has two sizes, or the output names an unknown index.
     """
+    other = _apart(net, other, share)
     return sum_of([_merge_terms(one, two, share, output) for one, two in product(net.terms, other.terms)])
 
 
@@ -161,7 +166,6 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
         sizes = one.sizes[index], two.sizes[index]
         if None not in sizes and sizes[0] != sizes[1]:
             raise NetworkError(f"shared index {index!r} has size {sizes[0]} in one network and {sizes[1]} in the other")
-    two = _apart(one, two, share)
     sizes = {
         index: one.sizes.get(index) if one.sizes.get(index) is not None else two.sizes.get(index) for index in share
     }

@@ -126,7 +126,7 @@ def contract_deltas(net: Network) -> Network:
             kept.append(Delta(tuple(open_)))
         else:
             kept.append(Ones(first))
-    inner = Network.make(nodes, (), {**net.sizes, **sizes}, net.scale).relabel(mapping, sizes)
+    inner = Network.make(nodes, (), {**net.sizes, **sizes}, net.scale).relabel(mapping, sizes, join=True)
     held = {index for node in inner.nodes for index in indices_of(node)}
     kept = [node for node in kept if isinstance(node, Delta) or node.index not in held]
     return net.replace(nodes=(*inner.nodes, *kept), scale=inner.scale, sizes=sizes)

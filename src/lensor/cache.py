@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import threading
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,12 +14,51 @@ from typing import Any
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
+MAX_BYTES = 1 << 26
+"""What the entries of one cache weigh together at most, where the cache sets no limit of its own."""
+
+_SHARED = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType, threading.Thread)
+"""Kinds of objects that are there anyway, whatever is kept."""
+
+
+def weigh(value: Any) -> int:
+    """The bytes that keeping a value takes: those of everything it holds on to, arrays included.
+
+    Modules, classes, code and what belongs to them are there anyway and count nothing.
+
+    Example:
+        >>> import numpy as np
+        >>> weigh(np.zeros(1000)) >= 8000
+        True
+        >>> weigh((1, "a")) < 200
+        True
+    """
+    total, seen, todo = 0, set(), [value]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, _SHARED):
+            continue
+        seen.add(id(one))
+        if isinstance(one, dict) and ("__spec__" in one or one is sys.modules):
+            continue  # the names of a module
+        size = getattr(one, "nbytes", None) if hasattr(one, "dtype") else None
+        if isinstance(size, int):
+            total += size
+        total += sys.getsizeof(one, 0)
+        todo += gc.get_referents(one)
+    return total
+
 
 class Cache:
-    """A least-recently-used cache of at most `maxsize` entries.
+    """A least-recently-used cache of at most `maxsize` entries that weigh at most `max_bytes` together.
 
     A value is computed outside the lock, so two threads that miss at once compute it twice and keep one: values
-    must not depend on who computed them.
+    must not depend on who computed them. A value that alone weighs more than the limit is not kept.
+
+    Args:
+        maxsize: the most entries.
+        max_bytes: the most bytes that keys and values take together.
+        weigh: the bytes of a key or value, by default of everything it holds on to.
 
     Example:
         >>> cache = Cache(maxsize=2)
@@ -24,15 +66,24 @@ class Cache:
         1
         >>> cache.get("a"), cache.get("b")
         (1, None)
+        >>> 0 < cache.nbytes < 1000
+        True
     """
 
-    def __init__(self, maxsize: int) -> None:
-        self.maxsize = maxsize
+    def __init__(self, maxsize: int, max_bytes: int = MAX_BYTES, weigh: Callable[[Any], int] = weigh) -> None:
+        self.maxsize, self.max_bytes, self.weigh = maxsize, max_bytes, weigh
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
+        self._weights: dict[Hashable, int] = {}
+        self._total = 0
         self._lock = threading.Lock()
         self.peek = self._entries.get
         """As `get`, but for speed it leaves out that the entry was used."""
         _caches.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that all entries take together, as they weighed when they were put."""
+        return self._total
 
     def get(self, key: Hashable) -> Any:
         """The value kept under `key`, or None."""
@@ -43,12 +94,22 @@ class Cache:
             return value
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Keep `value` (not None) under `key`, dropping the entry used longest ago if there are too many."""
+        """Keep `value` (not None) under `key`, dropping the entries used longest ago if they are too many or heavy."""
+        weight = self.weigh((key, value))
         with self._lock:
+            self._drop(key)
+            if weight > self.max_bytes:
+                return
             self._entries[key] = value
-            self._entries.move_to_end(key)
-            while len(self._entries) > self.maxsize:
-                self._entries.popitem(last=False)
+            self._weights[key] = weight
+            self._total += weight
+            while len(self._entries) > self.maxsize or self._total > self.max_bytes:
+                self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: Hashable) -> None:
+        if key in self._entries:
+            del self._entries[key]
+            self._total -= self._weights.pop(key)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value kept under `key`, made and kept first if it is not there."""
@@ -62,6 +123,8 @@ class Cache:
         """Drop every entry."""
         with self._lock:
             self._entries.clear()
+            self._weights.clear()
+            self._total = 0
 
     def __len__(self) -> int:
         return len(self._entries)

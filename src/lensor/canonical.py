@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lensor.reading import progressions
+
 if TYPE_CHECKING:
     from lensor.network import Network
 
@@ -49,7 +51,7 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
             ends = ((p.input_size, p.padding[0], legs[0]), (p.output_size, -p.padding[0], legs[1]))
             return ("Shift", *sorted(ends))
         if p.kernel_size == 1 and p.padding_mode != "zeros":
-            return ("Reads", p.input_size, tuple(p.reads()[:, 0].tolist()), legs)  # the steps may be ambiguous
+            return ("Reads", p.input_size, tuple(progressions(p.line())), legs)  # the steps may be ambiguous
         # Padding on the right is irrelevant once the output size is given.
         return (
             kind,

@@ -29,6 +29,12 @@ _MOST_DIMENSIONS = 3
 _ROW = 16
 """Rows of this many entries are read at chosen positions as a whole."""
 
+_SMALL_TABLE = 1 << 16
+"""A pattern, or its sum over some legs, may be an array of this many entries however small the operands are."""
+
+_MOST_OFFSETS = 512
+"""Kernels of more positions have no products by lags: each pair of positions is a call."""
+
 _LARGEST_HALVES = 24
 """Two equal halves are looked for among at most this many tensors and patterns."""
 
@@ -133,6 +139,9 @@ class _Lowering:
         self.late: list[_Late] = []
         self.expanded: list[str] = []
         self.open: list[str] = list(term.output_indices)
+        arrays = {node.name: node.legs for node in term.nodes if isinstance(node, Operand)}
+        every = [*arrays.values(), term.output]
+        self.limit = _largest_table(math.prod(self.shape(index for leg in legs for index in leg)) for legs in every)
 
     # ------------------------------------------------------------------ small tools
     def shape(self, indices: Iterable[str]) -> tuple[int, ...]:
@@ -150,6 +159,12 @@ class _Lowering:
     def ungrouped(self, value: int, before: Sequence[str], group: Group, behind: Sequence[str]) -> _Tensor:
         indices = (*before, *group, *behind)
         return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    @staticmethod
+    def reads_nothing(pattern: IndexPattern) -> bool:
+        """Whether the range of positions that a pattern reads in lies outside of its input."""
+        length = (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
+        return -pattern.padding[0] >= pattern.input_size or length <= pattern.padding[0]
 
     def shifted(self, value: int, axis: int, start: int, length: int) -> int:
         """Positions start to start + length − 1 of an axis, zeros where it has none."""
@@ -169,6 +184,11 @@ class _Lowering:
             return True
         return any(other is not node and set(group) & set(indices_of(other)) for other in self.patterns)
 
+    def is_large(self, node: Pattern, loose: Iterable[int]) -> bool:
+        """Whether a pattern summed over the legs `loose` would be an array larger than the operands and the result."""
+        sizes = (node.pattern.input_size, node.pattern.output_size, node.pattern.kernel_size)
+        return math.prod(size for leg, size in enumerate(sizes) if leg not in loose) > self.limit
+
     # ------------------------------------------------------------------ the stages
     def run(self) -> int:
         held = {index for node in self.term.nodes if not isinstance(node, Ones) for index in indices_of(node)}
@@ -179,6 +199,8 @@ class _Lowering:
         if self.factor == 0:
             return self.zeros()
         self.apply_chosen()
+        if self.strategy.windows:
+            self.split_modes()
         if self.strategy.convolutions and self.strategy.composed:
             self.apply_convolutions()
         self.apply_selections()
@@ -239,6 +261,19 @@ class _Lowering:
             value = self.program.add(s.Diagonal((value,), first, second))
             indices = [i for at, i in enumerate(indices) if at not in (first, second)] + [index]
         return _Tensor(value, tuple(indices))
+
+    def split_modes(self) -> None:
+        """Where a pattern that pads by values from inside would be too large an array: the padding, read first."""
+        for node in list(self.patterns):
+            (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()
+            loose = [at for at, leg in enumerate(node.legs) if not self.used_elsewhere(leg, node)]
+            if padding is None or node.pattern.is_selection or not i or not self.is_large(node, loose):
+                continue
+            unit = f"{i[0]} with padding"  # no identifier, so no index has this name
+            self.sizes[unit] = inner.input_size
+            parts = [Pattern(padding.normalize(), (i, (unit,), ())), Pattern(inner.normalize(), ((unit,), o, k))]
+            at = next(at for at, other in enumerate(self.patterns) if other is node)
+            self.patterns[at : at + 1] = parts
 
     # ------------------------------------------------------------------ selections given at run time
     def apply_chosen(self) -> None:
@@ -405,18 +440,12 @@ class _Lowering:
     def read(self, value: int, axis: int, pattern: IndexPattern) -> int:
         if pattern.padding_mode != "zeros":
             return self.program.along(s.Gather((value,), axis, pattern))
-        low, count = self.valid_positions(pattern)
+        low, count = pattern.span()
         start = low * pattern.stride - pattern.padding[0]
         if (start, pattern.stride, count) != (0, 1, pattern.input_size):
             value = self.program.along(s.Slice((value,), axis, start, pattern.stride, count))
         right = pattern.output_size - low - count
         return self.program.along(s.Pad((value,), axis, low, right)) if low or right else value
-
-    @staticmethod
-    def valid_positions(pattern: IndexPattern) -> tuple[int, int]:
-        """The first output position of a selection that reads something, and how many do."""
-        valid = (pattern.reads()[:, 0] >= 0).nonzero()[0]
-        return int(valid[0]), len(valid)
 
     def put_off(self, node: Pattern) -> bool:
         """Put a selection into the output off until everything is contracted."""
@@ -492,7 +521,7 @@ class _Lowering:
         if pattern.padding_mode != "zeros":
             value = self.program.add(s.ScatterAdd((value,), axis, pattern))
             return self.ungrouped(value, rest[:axis], scatter.after, rest[axis:])
-        low, count = self.valid_positions(pattern)
+        low, count = pattern.span()
         if count != pattern.output_size:
             value = self.program.along(s.Slice((value,), axis, low, 1, count))
         if pattern.stride > 1 and count > 1:
@@ -512,18 +541,12 @@ class _Lowering:
                 continue
             if not self.used_elsewhere(o, node) or not self.used_elsewhere(k, node):
                 continue
-            length = (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
-            low, high = -pattern.padding[0], length - pattern.padding[0]
-            if low >= pattern.input_size or high <= 0:
+            if self.reads_nothing(pattern):
                 continue
             for tensor in holders:
                 value, axis, rest = self.merged(tensor, i)
-                value = self.shifted(value, axis, low, length)
-                step = s.Window(
-                    (value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation
-                )
                 indices = (*rest[:axis], *o, *rest[axis:], *k)
-                value = self.program.reshape(self.program.add(step), self.shape(indices))
+                value = self.program.reshape(self.window(value, axis, pattern), self.shape(indices))
                 self.tensors[self.tensors.index(tensor)] = _Tensor(value, indices)
             self.patterns.remove(node)
 
@@ -544,7 +567,13 @@ class _Lowering:
             if twin is None or not set(i) <= set(one.indices) or not i or not k or not o:
                 continue
             copy = tuple(two.indices[one.indices.index(index)] for index in i)
-            if twin.legs[0] != copy or pattern.stride != 1 or pattern.padding_mode != "zeros" or copy == i:
+            if (
+                pattern.kernel_size > _MOST_OFFSETS
+                or twin.legs[0] != copy
+                or pattern.stride != 1
+                or pattern.padding_mode != "zeros"
+                or copy == i
+            ):
                 continue
             legs = (*i, *o, *k, *copy, *twin.legs[2])
             own = [node, twin]
@@ -844,7 +873,7 @@ class _Lowering:
         """Contract two items; indices in `needed` are kept."""
         for tensor, pattern in ((one, two), (two, one)):
             if self.strategy.windows and isinstance(tensor, _Tensor) and isinstance(pattern, Pattern):
-                added = self.overlap_add(tensor, pattern, needed)
+                added = self.overlap_add(tensor, pattern, needed) or self.without_table(tensor, pattern, needed)
                 if added is not None:
                     return added
         a = self.materialized_for(one, two, needed)
@@ -865,18 +894,84 @@ class _Lowering:
         loose = tuple(leg for leg, group in enumerate(node.legs) if group and not used & set(group))
         return () if repeated or len(loose) == 3 else loose
 
+    def without_table(self, tensor: _Tensor, node: Pattern, needed: set[str]) -> _Tensor | None:
+        """The product with a pattern that would be too large an array, by views and copies; None if there is no way."""
+        pattern, (i, o, k) = node.pattern, node.legs
+        flat, held = (*i, *o, *k), set(tensor.indices)
+        if not i or len(set(flat)) < len(flat) or pattern.is_zero:
+            return None
+        if not self.is_large(node, self.loose_legs(node, needed | held)):
+            return None
+        if set(i) <= held and not set(i) & needed:
+            value, axis, rest = self.merged(tensor, i)
+            if pattern.is_selection and not k:
+                value, indices = self.read(value, axis, pattern), [*rest[:axis], *o, *rest[axis:]]
+            elif pattern.padding_mode == "zeros":
+                value, indices = self.window(value, axis, pattern), [*rest[:axis], *o, *rest[axis:], *k]
+            else:
+                return None
+            value = self.program.reshape(value, self.shape(indices))
+            return self.summed(self.without_repeats(value, indices), needed)
+        if set(i) & held:
+            return None
+        if pattern.is_selection and not k and o and set(o) <= held and not set(o) & needed:
+            return self.summed(self.scatter(tensor, _Late(pattern, o, i, reads=False)), needed)
+        for one, two, turned in ((o, k, pattern), (k, o, pattern.swap())):
+            whole = one and two and set(two) <= held and not set(two) & needed and not set(one) & held
+            if whole and turned.padding_mode == "zeros":
+                return self.summed(self.shifted_rows(tensor, turned, (i, one, two)), needed)
+        return None
+
+    def window(self, value: int, axis: int, pattern: IndexPattern) -> int:
+        """The patches along an axis as a view; kernel positions last."""
+        length = (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
+        value = self.shifted(value, axis, -pattern.padding[0], length)
+        step = s.Window((value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation)
+        return self.program.add(step)
+
+    def shifted_rows(self, tensor: _Tensor, pattern: IndexPattern, legs: tuple[Group, Group, Group]) -> _Tensor:
+        """Σ_k Π[i,o,k] z[k]: z in zeros once for each o, a stride further on from row to row.
+
+        Rows that are a stride longer than they should be, one after another, are cut into rows of the right length.
+        """
+        (i, o, k), stride, rows = legs, pattern.stride, pattern.output_size
+        span = pattern.dilation * (pattern.kernel_size - 1) + 1
+        length = (rows - 1) * stride + span
+        front = [index for index in tensor.indices if index not in k]
+        value = self.matrix(tensor, [*front, *k], (*self.shape(front), pattern.kernel_size))
+        axis, shape = len(front), self.shape(front)
+        if pattern.dilation > 1:
+            value = self.program.add(s.Stuff((value,), axis, pattern.dilation))
+        value = self.program.along(s.Pad((value,), axis, 0, length + stride - span))
+        value = self.program.reshape(value, (*shape, 1, length + stride))
+        value = self.program.add(s.Expand((value,), (*shape, rows, length + stride)))
+        value = self.program.reshape(value, (*shape, rows * (length + stride)))
+        value = self.program.along(s.Slice((value,), axis, 0, 1, rows * length))
+        value = self.program.reshape(value, (*shape, rows, length))
+        value = self.shifted(value, axis + 1, pattern.padding[0], pattern.input_size)
+        return self.ungrouped(value, front, (*o, *i), ())
+
     def overlap_add(self, tensor: _Tensor, node: Pattern, needed: set[str]) -> _Tensor | None:
         """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices."""
         pattern, (i, o, k) = node.pattern, node.legs
         summed = set(o) | set(k)
         if pattern.padding_mode != "zeros" or not o or not k or summed & needed or set(i) & set(tensor.indices):
             return None
-        if not summed <= set(tensor.indices) or len({*i, *o, *k}) < len((*i, *o, *k)):
+        if len({*i, *o, *k}) < len((*i, *o, *k)) or self.reads_nothing(pattern):
+            return None
+        missing = [leg for leg in (o, k) if not set(leg) & set(tensor.indices)]
+        large = self.is_large(node, self.loose_legs(node, needed.union(tensor.indices)))
+        if len(missing) == 1 and i and large:
+            # Σ_k Π[i,o,k] is too large an array: as many equal patches instead, which take no memory.
+            indices = (*tensor.indices, *missing[0])
+            value = self.program.reshape(tensor.value, (*self.shape(tensor.indices), *[1] * len(missing[0])))
+            tensor = _Tensor(self.program.add(s.Expand((value,), self.shape(indices))), indices)
+            if pattern.output_size < pattern.kernel_size:
+                pattern, o, k = pattern.swap(), k, o
+        if not summed <= set(tensor.indices):
             return None
         low, size = -pattern.padding[0], pattern.input_size
         length = (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
-        if low >= size or low + length <= 0:
-            return None
         kernel_last = [*(index for index in tensor.indices if index not in k), *k]
         value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in kernel_last])
         front = kernel_last[: len(kernel_last) - len(k)]
@@ -1014,11 +1109,18 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     """
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
+    larger: list[Plan] = []
     for strategy in STRATEGIES:
         if strategy.placed and not net.selections:
             continue
         plan = lower(simplified, strategy)
-        plans.setdefault(plan.steps, plan)
+        if _fits(plan):
+            plans.setdefault(plan.steps, plan)
+        else:
+            larger.append(plan)
+    if not plans:  # there is no way around a table: the smallest
+        plan = min(larger, key=lambda plan: max(_tables(plan)))
+        plans[plan.steps] = plan
     for plan in list(plans.values()):
         # What is squared and summed need never be there as a whole: a part of an index at a time stays in fast memory.
         strategy = next(strategy for strategy in STRATEGIES if strategy.name == plan.name)
@@ -1027,6 +1129,24 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             sliced = lower_sliced(net, strategy, index, min(net.sizes[index] or 0, _PARTS_OF_SQUARES))
             plans.setdefault(sliced.steps, sliced)
     return list(plans.values())
+
+
+def _largest_table(sizes: Iterable[int]) -> int:
+    """How many entries an array made of a pattern may have beside operands and a result of these sizes."""
+    return max(_SMALL_TABLE, sum(sizes))
+
+
+def _tables(plan: Plan) -> list[int]:
+    """The sizes of the arrays that are made of patterns."""
+    return [
+        math.prod(shape) for step, shape in zip(plan.steps, plan.shapes, strict=True) if isinstance(step, s.Constant)
+    ]
+
+
+def _fits(plan: Plan) -> bool:
+    """Whether no pattern is made into an array of more entries than operands and result have."""
+    sizes = [math.prod(step.size) for step in plan.steps if isinstance(step, s.Input)]
+    return max(_tables(plan), default=0) <= _largest_table([*sizes, math.prod(plan.shape)])
 
 
 _PARTS_OF_SQUARES = 32

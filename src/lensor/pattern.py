@@ -16,11 +16,12 @@ import numpy as np
 
 from lensor.cache import Cache
 from lensor.errors import require_type
+from lensor.reading import Line, Piece, Reading, Reads, Steps, Table, affine, after, progressions, same, steps_of
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
-_kept_reads = Cache(maxsize=256)
-_LARGEST_KEPT = 1 << 16  # entries; larger tables of reads are made anew each time
+_kept_reads = Cache(maxsize=256, max_bytes=1 << 24)
+_fitted = Cache(maxsize=4096)
 
 
 def as_integer(value: Any, name: str) -> int:
@@ -192,7 +193,8 @@ class IndexPattern:
             >>> pi.nnz, int(pi.materialize().sum())
             (7, 7)
         """
-        return int(self.counts().sum())
+        shorter = self if self.kernel_size <= self.output_size else self.swap()
+        return int(shorter.counts().sum())
 
     @property
     def density(self) -> float:
@@ -230,7 +232,18 @@ class IndexPattern:
         """Whether Π[i,o,0] = δ[i,o]."""
         if self.kernel_size != 1 or self.output_size != self.input_size:
             return False
-        return bool((self.reads()[:, 0] == np.arange(self.input_size)).all())
+        return progressions(self.line()) == [(0, int(self.input_size > 1), self.input_size)]
+
+    @property
+    def reads_everywhere(self) -> bool:
+        """Whether each (o, k) reads some input position: v[o,k] = Σ_i Π ≡ 1.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(6, 3).reads_everywhere, lensor.IndexPattern(6, 3, padding=1).reads_everywhere
+            (True, False)
+        """
+        return self.padding_mode != "zeros" or self._is_inside
 
     @property
     def is_injective(self) -> bool:
@@ -243,14 +256,18 @@ class IndexPattern:
             >>> lensor.IndexPattern(6, 2, stride=2).is_injective, lensor.IndexPattern(6, 2).is_injective
             (True, False)
         """
+        if self.padding_mode != "zeros":
+            return int(self._times_read().max()) <= 1
         g = gcd(self.stride, self.dilation)
-        if self.padding_mode == "zeros" and (
-            self.stride // g >= self.kernel_size or self.dilation // g >= self.output_size
-        ):
+        apart, back = self.dilation // g, self.stride // g
+        if back >= self.kernel_size or apart >= self.output_size:
             return True
-        reads = self.reads()
-        valid = reads[reads >= 0]
-        return not len(valid) or int(np.bincount(valid).max()) <= 1
+        # (o, k) and (o + D/g, k − S/g) read the same position; do both exist and lie inside?
+        left = self.padding[0] - back * self.dilation
+        twice = self._replace(
+            kernel_size=self.kernel_size - back, output_size=self.output_size - apart, padding=(left, 0)
+        )
+        return twice.is_zero
 
     @property
     def is_zero(self) -> bool:
@@ -261,7 +278,7 @@ class IndexPattern:
             >>> lensor.IndexPattern(4, 1, padding=(3, 0), output_size=3).is_zero
             True
         """
-        return self.nnz == 0
+        return self.padding_mode == "zeros" and self.nnz == 0
 
     # ----------------------------------------------------------------------------------------------------- arrays
     def reads(self) -> np.ndarray:
@@ -282,26 +299,85 @@ class IndexPattern:
                    [1, 2, 3],
                    [2, 3, 0]])
         """
-        if self.output_size * self.kernel_size > _LARGEST_KEPT:
-            return self._make_reads()
         return _kept_reads.get_or_make(self, self._make_reads)
 
     def _make_reads(self) -> np.ndarray:
-        size = self.input_size
-        o = np.arange(self.output_size, dtype=np.int64)[:, None]
-        k = np.arange(self.kernel_size, dtype=np.int64)
-        reads = k * self.dilation + o * self.stride - self.padding[0]
-        if self.padding_mode == "zeros":
-            reads[(reads < 0) | (reads >= size)] = -1
-        elif self.padding_mode == "circular":
-            reads %= size
-        elif self.padding_mode == "replicate":
-            np.clip(reads, 0, size - 1, out=reads)
-        else:  # reflect: about the first and the last position, once at most
-            np.abs(reads, out=reads)
-            reads = np.where(reads >= size, 2 * (size - 1) - reads, reads)
+        reads = self.reading().table()
         reads.flags.writeable = False
         return reads
+
+    def reading(self) -> Reading:
+        """What `reads` spells out, in a few numbers: the sum k·D + o·S − P, then the padding mode as a line in pieces.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(4, 3, padding=1, padding_mode="replicate").reading().outer
+            (Piece(start=-1, stop=0, slope=0, offset=0), Piece(start=0, stop=4, slope=1, offset=0), \
+Piece(start=4, stop=5, slope=0, offset=3))
+        """
+        size, low = self.input_size, -self.padding[0]
+        stop = low + (self.output_size - 1) * self.stride + (self.kernel_size - 1) * self.dilation + 1
+        found: Sequence[Piece]
+        if self.padding_mode == "zeros":
+            found = affine(size, 1)
+        elif self.padding_mode == "circular":
+            periods = range(low // size, (stop - 1) // size + 1)
+            found = [Piece(at * size, (at + 1) * size, 1, -at * size) for at in periods]
+        elif self.padding_mode == "replicate":
+            found = [Piece(low, 0, 0, 0), Piece(0, size, 1, 0), Piece(size, stop, 0, size - 1)]
+        else:  # reflect: about the first and the last position, once at most
+            found = [Piece(low, 0, -1, 0), Piece(0, size, 1, 0), Piece(size, stop, -1, 2 * (size - 1))]
+        cut = (Piece(max(piece.start, low), min(piece.stop, stop), *piece[2:]) for piece in found)
+        outer = tuple(piece for piece in cut if piece.start < piece.stop)
+        shape = (self.output_size, self.kernel_size)
+        return Reading(affine(shape[0], self.stride), affine(shape[1], self.dilation, low), outer, shape)
+
+    def line(self) -> Line:
+        """The input position that each output position of a selection (K = 1) reads, in pieces.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(4, 1, padding=(0, 2), padding_mode="reflect").line()
+            (Piece(start=0, stop=4, slope=1, offset=0), Piece(start=4, stop=6, slope=-1, offset=6))
+
+        Raises:
+            ValueError: for a larger kernel.
+        """
+        if self.kernel_size != 1:
+            raise ValueError(f"a line of reads needs kernel_size=1, found {self.kernel_size}")
+        outer = self.reading().outer
+        return after(outer, affine(self.output_size, self.stride, -self.padding[0]))
+
+    def span(self) -> tuple[int, int]:
+        """The first output position of a selection (K = 1) that reads something, and how many do.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(4, 1, padding=(1, 2)).span()
+            (1, 4)
+
+        Raises:
+            ValueError: for a larger kernel.
+        """
+        line = self.line()
+        return (line[0].start, line[-1].stop - line[0].start) if line else (0, 0)
+
+    def columns(self) -> list[tuple[int, ...]]:
+        """A key of what each kernel position reads at all output positions: equal keys where the reads are equal.
+
+        Example:
+            >>> import lensor
+            >>> one, two = lensor.IndexPattern(6, 3), lensor.IndexPattern(6, 2, output_size=4)
+            >>> [one.columns().index(key) for key in two.columns()]
+            [0, 1]
+
+        Raises:
+            ValueError: if a padding mode other than zeros is in use.
+        """
+        return [
+            () if part.o_hi < part.o_lo else (part.o_lo, part.o_hi, part.start, part.step * (part.o_hi > part.o_lo))
+            for part in self.slices()
+        ]
 
     def materialize(self) -> np.ndarray:
         """Π as a bool array [input_size, output_size, kernel_size], new at each call.
@@ -313,11 +389,7 @@ class IndexPattern:
                    [1, 0],
                    [0, 1]])
         """
-        reads = self.reads()
-        array = np.zeros((self.input_size, self.output_size, self.kernel_size), bool)
-        o, k = np.nonzero(reads >= 0)
-        array[reads[o, k], o, k] = True
-        return array
+        return self.summed((), np.dtype(bool))
 
     def leg_sum(self, leg: str) -> np.ndarray:
         """Π summed over the leg `"i"`, `"o"` or `"k"`, int64 over the other two in the order i, o, k (rule 16).
@@ -334,15 +406,109 @@ class IndexPattern:
         Raises:
             ValueError: for another leg.
         """
-        reads = self.reads()
-        if leg == "i":
-            return (reads >= 0).astype(np.int64)
-        if leg not in ("o", "k"):
+        if leg not in ("i", "o", "k"):
             raise ValueError(f"leg must be 'i', 'o' or 'k', found {leg!r}")
-        o, k = np.nonzero(reads >= 0)
-        kept, size = (k, self.kernel_size) if leg == "o" else (o, self.output_size)
-        flat = np.bincount(reads[o, k] * size + kept, minlength=self.input_size * size)
-        return flat.reshape(self.input_size, size).astype(np.int64)
+        return self.summed(("iok".index(leg),))
+
+    def summed(self, legs: Sequence[int], dtype: np.dtype | type = np.int64) -> np.ndarray:
+        """Π summed over some of its legs (0: i, 1: o, 2: k), over the others in this order.
+
+        Beside the result it takes the memory of a few lines of reads.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(3, 2).summed((1, 2))
+            array([1, 2, 1])
+        """
+        found: Any
+        match tuple(sorted(legs)):
+            case (0, 1):
+                found = self.counts()
+            case (0, 2):
+                found = self.swap().counts()
+            case (1, 2):
+                found = self._times_read()
+            case (0, 1, 2):
+                found = np.array(self.nnz)
+            case (2,):
+                return self.swap().summed((1,), dtype)
+            case () if self.kernel_size > self.output_size:
+                return self.swap().summed((), dtype).swapaxes(1, 2)
+            case (0,) if self.kernel_size > self.output_size:
+                return self.swap().summed((0,), dtype).T
+            case kept:
+                return self._by_kernel_position(kept, dtype)
+        return found.astype(dtype)
+
+    def _by_kernel_position(self, summed: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        """Π, or its sum over i or o, filled in for one kernel position after another."""
+        sizes = [self.input_size, self.output_size, self.kernel_size]
+        array = np.zeros([size for leg, size in enumerate(sizes) if leg not in summed], dtype)
+        reading, outputs = self.reading(), np.arange(self.output_size)
+        for k in range(self.kernel_size):
+            reads = reading.at(outputs, np.array(k))
+            valid = np.flatnonzero(reads >= 0)
+            if summed == (0,):
+                array[valid, k] = 1
+            elif summed == (1,):
+                array[:, k] = np.bincount(reads[valid], minlength=self.input_size)
+            else:
+                array[reads[valid], valid, k] = 1
+        return array
+
+    def _times_read(self) -> np.ndarray:
+        """Σ_{o,k} Π, int64 [input_size]: k ≡ (i+P)/g·(D/g)⁻¹ mod S/g, in the range that 0 ≤ i+P−kD ≤ (O−1)S leaves."""
+        padding, inner = self.split_padding()
+        if padding is not None:
+            found = np.zeros(self.input_size, np.int64)
+            np.add.at(found, padding.reads()[:, 0], inner._times_read())
+            return found
+        g = gcd(self.stride, self.dilation)
+        stride, dilation = self.stride // g, self.dilation // g
+        places = np.arange(self.input_size, dtype=np.int64) + self.padding[0]
+        low = np.maximum(0, -(((self.output_size - 1) * self.stride - places) // self.dilation))
+        high = np.minimum(self.kernel_size - 1, places // self.dilation)
+        residue = places // g % stride * pow(dilation, -1, stride) % stride
+        first = low + (residue - low) % stride
+        return np.where(places % g == 0, np.maximum(0, (high - first) // stride + 1), 0)
+
+    def constant_sum(self, legs: Sequence[int]) -> int | None:
+        """The number that Π summed over some of its legs (0: i, 1: o, 2: k) is throughout, None if it is not one.
+
+        Found from vectors along the legs; the sum itself is never made.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(6, 3).constant_sum((0,)), lensor.IndexPattern(6, 3).constant_sum((1,))
+            (1, None)
+            >>> lensor.IndexPattern(6, 3, padding=1, padding_mode="circular").constant_sum((1,))
+            1
+        """
+        match tuple(sorted(legs)):
+            case (0,):
+                return 1 if self.reads_everywhere else None
+            case (1,):
+                return self._constant_over_outputs()
+            case (2,):
+                return self.swap()._constant_over_outputs()
+            case ():
+                return None
+            case several:
+                return _the_one(self.summed(several).reshape(-1))
+
+    def _constant_over_outputs(self) -> int | None:
+        """The number that m[i,k] = Σ_o Π is throughout, None if it is not one."""
+        if self.padding_mode == "zeros":  # m is binary
+            return 1 if (self.counts() == self.input_size).all() else None
+        times, rest = divmod(self.output_size, self.input_size)
+        if rest or not times:
+            return None
+        # Around a circle, all kernel positions read alike but for a rotation.
+        for k in range(1 if self.padding_mode == "circular" else self.kernel_size):
+            reads = self.reading().at(np.arange(self.output_size), np.array(k))
+            if _the_one(np.bincount(reads, minlength=self.input_size)) is None:
+                return None
+        return times
 
     def counts(self) -> np.ndarray:
         """n[k] = Σ_{i,o} Π, int64 [kernel_size] (rule 17).
@@ -466,7 +632,7 @@ class IndexPattern:
             >>> tuple(lensor.IndexPattern(5, 3, padding=padding).is_symmetric for padding in (1, (1, 0)))
             (True, False)
         """
-        return bool(np.array_equal(self.flip().reads(), self.reads()))
+        return same(self.flip().reading(), self.reading())
 
     def normalize(self) -> IndexPattern:
         """The same pattern in normal form: what makes no difference is set to a value of its own (rules 7, 8).
@@ -529,13 +695,14 @@ class IndexPattern:
         return joint.normalize(), kernels
 
     @classmethod
-    def from_reads(cls, reads: np.ndarray, input_size: int) -> IndexPattern | None:
+    def from_reads(cls, reads: np.ndarray | Reading, input_size: int) -> IndexPattern | None:
         """The zeros-mode pattern with these reads, or None; exact, whatever the reads come from.
 
-        A step that the reads leave open (never two of them in one line) is the smallest that fits.
+        A step that the reads leave open (never two of them in one line) is a small one that fits.
 
         Args:
-            reads: the input position that each (output position, kernel position) reads, −1 for none.
+            reads: the input position that each (output position, kernel position) reads, −1 for none; an array, or
+                a `Reading`, which takes the work and the memory of its longer leg only.
             input_size: number of input positions.
 
         Example:
@@ -543,36 +710,27 @@ class IndexPattern:
             >>> lensor.IndexPattern.from_reads(np.array([[-1, 0], [1, 2], [3, 4]]), input_size=6)
             IndexPattern(6, 2, stride=2, padding=(1, -1))
         """
-        outputs, kernels = reads.shape
-        valid = np.argwhere(reads >= 0)
-        if not len(valid):
+        table: Reads = Table(reads) if isinstance(reads, np.ndarray) else reads
+        outputs, kernels = table.shape
+        if not (runs := table.runs()) and runs is not None:
             return cls(input_size, kernels, padding=(outputs + kernels, 0), output_size=outputs)
-        o0, k0 = (int(at) for at in valid[0])
-        stride, dilation = _step(reads.T), _step(reads)
-        if stride == 0 or dilation == 0:
-            return None
-        outer, inner = np.arange(outputs)[:, None] - o0, np.arange(kernels) - k0
 
-        def fits(stride: int, dilation: int) -> bool:
-            at = int(reads[o0, k0]) + outer * stride + inner * dilation
-            return np.array_equal(np.where((at >= 0) & (at < input_size), at, -1), reads)
+        def pattern(steps: Steps) -> IndexPattern:
+            return cls(input_size, kernels, steps.stride, (steps.left, 0), steps.dilation, output_size=outputs)
 
-        # A step of this size has no two reads in one line whatever the other is.
-        largest = input_size + (stride or dilation or input_size) * max(outputs, kernels)
-        s, d = stride or largest, dilation or largest
-        if stride is None and dilation is None and len(valid) > 1:
-            (o1, k1), apart = valid[-1] - valid[0], int(reads[tuple(valid[-1])] - reads[o0, k0])
-            tied = ((step, *divmod(apart - int(o1) * step, int(k1))) for step in range(1, largest))
-            s, d = next(((a, b) for a, b, rest in tied if b > 0 == rest and fits(a, b)), (s, d))
-        else:
-            if stride is None:
-                s = 1 if outputs == 1 else next((step for step in range(1, largest) if fits(step, d)), largest)
-            if dilation is None:
-                d = 1 if kernels == 1 else next((step for step in range(1, largest) if fits(s, step)), largest)
-        if not fits(s, d):
-            return None
-        left = k0 * d + o0 * s - int(reads[o0, k0])
-        return cls(input_size, kernels, s, (left, 0), d, output_size=outputs).normalize()
+        steps = steps_of(table, input_size, lambda steps: pattern(steps).reading())
+        return None if steps is None else pattern(steps).normalize()
+
+    def fitted(self) -> IndexPattern | None:
+        """The zeros-mode pattern with the same reads, one for all patterns that have them, or None.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(6, 1, padding=(6, 0), padding_mode="circular", output_size=6).fitted()
+            IndexPattern(6, 1)
+        """
+        found = _fitted.get_or_make(self, lambda: (IndexPattern.from_reads(self.reading(), self.input_size),))
+        return found[0]
 
     def split_padding(self) -> tuple[IndexPattern | None, IndexPattern]:
         """The padding by its mode apart from the reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
@@ -661,16 +819,10 @@ class IndexPattern:
 _FIELDS = ("input_size", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_size")
 
 
-def _step(lines: np.ndarray) -> int | None:
-    """The step between neighbours along lines: None if no line has two valid reads, 0 if there is no whole one."""
-    rows, places = np.nonzero(lines >= 0)
-    pairs = np.flatnonzero(rows[1:] == rows[:-1])
-    if not len(pairs):
-        return None
-    at = pairs[0]
-    values = lines[rows[at], places[at : at + 2]]
-    step, rest = divmod(int(values[1] - values[0]), int(places[at + 1] - places[at]))
-    return step if rest == 0 and step > 0 else 0
+def _the_one(vector: np.ndarray) -> int | None:
+    """The positive number that all entries are, None if there is no such."""
+    value = int(vector[0])
+    return value if value > 0 and bool((vector == value).all()) else None
 
 
 def _as_sides(padding: Any) -> tuple[int, int]:

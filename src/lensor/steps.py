@@ -14,6 +14,7 @@ from itertools import product
 from typing import ClassVar, TypeAlias
 
 from lensor.pattern import IndexPattern
+from lensor.reading import progressions
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -198,18 +199,8 @@ class Gather(Step):
         return _with_axis(shapes[0], self.axis, self.pattern.output_size)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """The positions it reads as runs of equal steps, (start, step, length), one after another."""
-        reads = [int(position) for position in self.pattern.reads()[:, 0]]
-        runs: list[tuple[int, int, int]] = []
-        for position in reads:
-            start, step, length = runs[-1] if runs else (0, 0, 0)
-            if length == 1 and position != start:
-                runs[-1] = (start, position - start, 2)
-            elif length > 1 and position == start + step * length:
-                runs[-1] = (start, step, length + 1)
-            else:
-                runs.append((position, 1, 1))
-        return runs
+        """The positions it reads as runs of equal steps, (start, step, length), one after another; steps may be 0."""
+        return progressions(self.pattern.line())
 
     def settings(self) -> str:
         return f"axis {self.axis} by {self.pattern}"
@@ -516,10 +507,9 @@ class PatchGram(Step):
             axis: dict[int, list[int]] = {}
             for k in range(pattern.kernel_size):
                 low = k * pattern.dilation - pattern.padding[0]
-                inside = range(low, low + pattern.output_size)
-                for i in range(pattern.input_size):
-                    if i not in inside:
-                        axis.setdefault(i, []).append(k)
+                below, above = min(max(low, 0), pattern.input_size), max(low + pattern.output_size, 0)
+                for i in (*range(below), *range(max(above, below), pattern.input_size)):
+                    axis.setdefault(i, []).append(k)
             found.append(axis)
         return found
 

@@ -11,6 +11,7 @@ import numpy as np
 from lensor import steps as s
 from lensor.kernels.constants import materialize_summed
 from lensor.kernels.selection import read_at
+from lensor.pattern import IndexPattern
 
 
 def _constant(step: s.Constant) -> Callable[[np.ndarray], np.ndarray]:
@@ -55,11 +56,13 @@ def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
     return sum_squares
 
 
-def _scatter_add(step: s.ScatterAdd) -> Callable[[np.ndarray], np.ndarray]:
-    reads = step.pattern.reads()[:, 0]
+def _reads(selection: IndexPattern) -> np.ndarray:
+    return selection.reading().at(np.arange(selection.output_size), np.array(0))
 
+
+def _scatter_add(step: s.ScatterAdd) -> Callable[[np.ndarray], np.ndarray]:
     def scatter_add(x: np.ndarray) -> np.ndarray:
-        whole = np.zeros(step.shape([x.shape]), x.dtype)
+        whole, reads = np.zeros(step.shape([x.shape]), x.dtype), _reads(step.pattern)
         np.add.at(np.moveaxis(whole, step.axis, 0), reads, np.moveaxis(x, step.axis, 0))
         return whole
 
@@ -78,7 +81,7 @@ def _put(step: s.Put) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 def _read(step: s.Read) -> Callable[..., np.ndarray]:
     def read(x: np.ndarray, *positions: np.ndarray) -> np.ndarray:
         ordered = [positions[axis.positions - 1] for axis in step.axes]
-        places = read_at(step, ordered, np.arange, lambda axis: axis.pattern.reads(), np.where)
+        places = read_at(step, ordered, np.arange, np.where)
         lead, tail = x.shape[: step.axis], x.shape[step.axis + len(step.axes) :]
         flat = np.concatenate([x.reshape(*lead, -1, *tail), np.zeros((*lead, 1, *tail), x.dtype)], axis=step.axis)
         return flat.take(places, step.axis).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
@@ -208,7 +211,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Slice: _slice,
     s.Pad: _pad,
     s.Stuff: _stuff,
-    s.Gather: lambda step: lambda x: x.take(step.pattern.reads()[:, 0], axis=step.axis),
+    s.Gather: lambda step: lambda x: x.take(_reads(step.pattern), axis=step.axis),
     s.Window: _window,
     s.OverlapAdd: _overlap_add,
     s.Diagonal: lambda step: lambda x: x.diagonal(axis1=step.first, axis2=step.second),

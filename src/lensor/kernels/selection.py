@@ -12,8 +12,7 @@ def read_at(
     step: s.Read,
     positions: Sequence[Any],
     everywhere: Callable[[int], Any],
-    reads: Callable[[s.Through], Any],
-    where: Callable[[Any, Any, int], Any],
+    where: Callable[[Any, Any, Any], Any],
 ) -> Any:
     """Flat positions within the axes, in the order of the result's; the product of their sizes where nothing is.
 
@@ -21,8 +20,7 @@ def read_at(
         step: the step.
         positions: the vectors of positions, one for each axis.
         everywhere: a framework's range(n) as a vector.
-        reads: a pattern's input positions [o, k] as an array, where it pads by values from inside.
-        where: a framework's choice between an array and a number.
+        where: a framework's choice between two arrays, or an array and a number.
     """
     count, flat, inside, total = len(step.axes), 0, True, 1
     for at, axis in enumerate(step.axes):
@@ -32,20 +30,29 @@ def read_at(
             first, second = free.reshape(*others, *before, -1, *behind), chosen.reshape(*before, -1, *behind, *others)
         else:
             first, second = free.reshape(*before, -1, *behind, *others), chosen.reshape(*others, *before, -1, *behind)
-        place, valid = _position(axis, {axis.first: first, axis.second: second}, reads)
+        place, valid = _position(axis, {axis.first: first, axis.second: second}, where)
         size = axis.sizes[axis.target]
         flat, inside, total = flat * size + place, valid & inside, total * size
     return where(inside, flat, total).reshape(-1)
 
 
-def _position(axis: s.Through, at: dict[int, Any], reads: Callable[[s.Through], Any]) -> tuple[Any, Any]:
+def in_mode(places: Any, size: int, mode: str, where: Callable[[Any, Any, Any], Any]) -> Any:
+    """Positions that a padding mode reads for positions that may lie outside of 0 to size − 1."""
+    if mode == "circular":
+        return places % size
+    if mode == "reflect":
+        places = where(places < 0, -places, places)
+        return where(places >= size, 2 * (size - 1) - places, places)
+    return places.clip(0, size - 1)
+
+
+def _position(axis: s.Through, at: dict[int, Any], where: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
     """The position of the target leg at those of the two others, and whether there is one."""
     pattern, left = axis.pattern, axis.pattern.padding[0]
-    if pattern.padding_mode != "zeros":
-        place = reads(axis)[at[1], at[2]]
-        return place, place >= 0
     if axis.target == 0:
         place = at[2] * pattern.dilation + at[1] * pattern.stride - left
+        if pattern.padding_mode != "zeros":
+            place = in_mode(place, pattern.input_size, pattern.padding_mode, where)
         return place, (place >= 0) & (place < pattern.input_size)
     if axis.target == 1:
         unit, found = pattern.stride, at[0] + left - at[2] * pattern.dilation

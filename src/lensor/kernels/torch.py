@@ -21,10 +21,10 @@ from torch.autograd import forward_ad
 
 from lensor import steps as s
 from lensor.cache import Cache
-from lensor.kernels.constants import materialize_summed
-from lensor.kernels.selection import read_at
+from lensor.kernels.selection import in_mode, read_at
+from lensor.pattern import IndexPattern
 
-_constants = Cache(maxsize=256)
+_constants = Cache(maxsize=256, weigh=lambda entry: entry[1].nbytes)
 
 
 class _Constant:
@@ -77,14 +77,9 @@ def _captured_constant(number: int, dtype: torch.dtype, device: torch.device) ->
     return name
 
 
-def _numbers_of(key: Hashable, values: Any) -> _Constant:
-    """A constant of whole numbers."""
-    return _Constant(key, lambda: torch.tensor(values, device="cpu"))
-
-
 def _constant(step: s.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
     def make() -> torch.Tensor:
-        return torch.tensor(materialize_summed(step.pattern, step.summed, np.dtype(np.float64)), device="cpu")
+        return torch.from_numpy(step.pattern.summed(step.summed, np.float64))
 
     return _Constant((step.pattern, step.summed), make)
 
@@ -115,13 +110,13 @@ def _slice(step: s.Slice) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _window(step: s.Window) -> Callable[[torch.Tensor], torch.Tensor]:
     span = step.dilation * (step.kernel - 1) + 1
-    positions = np.arange(step.positions)[:, None] * step.stride + np.arange(step.kernel) * step.dilation
-    reads = _numbers_of(("window", step.positions, step.kernel, step.stride, step.dilation), positions.ravel().tolist())
 
     def window(x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
             # torch's derivative of a strided view has no batching rule.
-            x = x.index_select(step.axis, reads(x)).unflatten(step.axis, (step.positions, step.kernel))
+            first = torch.arange(step.positions, device=x.device) * step.stride
+            reads = (first[:, None] + torch.arange(step.kernel, device=x.device) * step.dilation).flatten()
+            x = x.index_select(step.axis, reads).unflatten(step.axis, (step.positions, step.kernel))
             return x.movedim(step.axis + 1, -1)
         x = x.unfold(step.axis, span, step.stride)
         if step.dilation > 1:
@@ -155,13 +150,17 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     axis, runs = step.axis, step.runs()
     if 0 < len(runs) <= _MOST_RUNS:
         return lambda x: torch.cat([_run(x, axis, *one) for one in runs], axis)
-    reads = _Constant(("reads", step.pattern), lambda: torch.tensor(step.pattern.reads()[:, 0], device="cpu"))
-    return lambda x: x.index_select(step.axis, reads(x))
+    return lambda x: x.index_select(step.axis, _reads(step.pattern, x))
+
+
+def _reads(selection: IndexPattern, like: torch.Tensor) -> torch.Tensor:
+    """The input position that each output position of a selection reads, in any mode but zeros."""
+    places = torch.arange(selection.output_size, device=like.device) * selection.stride - selection.padding[0]
+    return in_mode(places, selection.input_size, selection.padding_mode, torch.where)
 
 
 def _scatter_add(step: s.ScatterAdd) -> Callable[[torch.Tensor], torch.Tensor]:
-    reads = _Constant(("reads", step.pattern), lambda: torch.tensor(step.pattern.reads()[:, 0], device="cpu"))
-    return lambda x: x.new_zeros(step.shape([x.shape])).index_add_(step.axis, reads(x), x)
+    return lambda x: x.new_zeros(step.shape([x.shape])).index_add_(step.axis, _reads(step.pattern, x), x)
 
 
 def _put(step: s.Put) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -169,15 +168,12 @@ def _put(step: s.Put) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def _read(step: s.Read) -> Callable[..., torch.Tensor]:
-    constants = {axis: _numbers_of(("all reads", axis.pattern), axis.pattern.reads()) for axis in step.axes}
-
     def read(x: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
         ordered = [positions[axis.positions - 1] for axis in step.axes]
         places = read_at(
             step,
             ordered,
             lambda size: torch.arange(size, device=x.device),
-            lambda axis: constants[axis](x),
             torch.where,
         )
         last = step.axis + len(step.axes) - 1
@@ -190,6 +186,8 @@ def _read(step: s.Read) -> Callable[..., torch.Tensor]:
 def _run(x: torch.Tensor, axis: int, start: int, step: int, length: int) -> torch.Tensor:
     low = min(start, start + step * (length - 1))
     x = x.narrow(axis, low, abs(step) * (length - 1) + 1)
+    if step == 0:
+        return x.expand(*x.shape[:axis], length, *x.shape[axis + 1 :])
     if abs(step) > 1:
         x = x[(slice(None),) * axis + (slice(None, None, abs(step)),)]
     return x if step > 0 else x.flip(axis)

@@ -13,10 +13,11 @@ import numpy as np
 
 from lensor.network import AnyNetwork, Group, Network, Operand, Pattern, indices_of, sum_of
 from lensor.passes.engine import run_phases
-from lensor.passes.patterns import apart, fresh_beside, one_hots, only_in, pattern_nodes, swap_nodes
+from lensor.passes.patterns import apart, fresh_beside, one_hots, only_in, pattern_nodes, read_through, swap_nodes
 from lensor.passes.rule import RuleList, rule
 from lensor.passes.structural import STRUCTURAL_RULES
 from lensor.pattern import IndexPattern
+from lensor.reading import Reading, affine, after, same
 from lensor.transforms.indices import equate
 
 
@@ -39,9 +40,7 @@ def _composed(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
     """One pattern that reads through a selection and a zeros-mode pattern behind it."""
     if inner.padding_mode != "zeros":
         return None
-    reads = inner.reads()
-    reads = np.where(reads >= 0, outer.reads()[:, 0][reads], -1)
-    fitted = IndexPattern.from_reads(reads, outer.input_size)
+    fitted = read_through(outer, inner)
     if fitted is not None or outer.padding_mode == "zeros":
         return fitted
     stride, dilation = outer.stride * inner.stride, outer.stride * inner.dilation
@@ -53,7 +52,7 @@ def _composed(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
     whole = IndexPattern(
         outer.input_size, inner.kernel_size, stride, sides, dilation, outer.padding_mode, inner.output_size
     )
-    return whole.normalize() if np.array_equal(whole.reads(), reads) else None
+    return whole.normalize() if same(whole.reading(), inner.reading().through(outer.line())) else None
 
 
 @rule("regrouping taken back into a pattern", "6")
@@ -64,25 +63,22 @@ def compose_blocks(net: Network) -> Network | None:
             continue
         for split in range(1, len(positions)):
             o, s = positions[:split], positions[split:]
-            reads = view.reads().reshape(net.group_size(o) or 0, -1)
+            count = net.group_size(o) or 0
+            size = view.output_size // count
+            blocks, outer = affine(count, view.stride * size), view.reading().outer
+            within = affine(size, view.stride, -view.padding[0])
             for two, first, (inputs, k, kernel) in pattern_nodes(net):
                 inside = one != two and first.is_selection and not kernel and inputs == s
                 if inside and only_in(net, s, [one, two]) and apart((i, o, s, k)):
-                    picked = first.reads()[:, 0]
-                    after = _regrouped(net, [one, two], np.where(picked >= 0, reads[:, picked], -1), view, (i, o, k))
-                    if after is not None:
-                        return after
-            after = _regrouped(net, [one], reads, view, (i, o, s)) if apart((i, o, s)) else None
-            if after is not None:
-                return after
+                    picked = Reading(blocks, after(within, first.line()), outer, (count, first.output_size))
+                    whole = IndexPattern.from_reads(picked, view.input_size)
+                    if whole is not None:
+                        return swap_nodes(net, [one, two], [Pattern(whole, (i, o, k))])
+            reading = Reading(blocks, within, outer, (count, size))
+            whole = IndexPattern.from_reads(reading, view.input_size) if apart((i, o, s)) else None
+            if whole is not None:
+                return swap_nodes(net, [one], [Pattern(whole, (i, o, s))])
     return None
-
-
-def _regrouped(
-    net: Network, drop: list[int], reads: np.ndarray, view: IndexPattern, legs: tuple[Group, Group, Group]
-) -> Network | None:
-    whole = IndexPattern.from_reads(reads, view.input_size)
-    return None if whole is None else swap_nodes(net, drop, [Pattern(whole, legs)])
 
 
 @rule("equal positions of copies: one index", "8")
@@ -125,8 +121,8 @@ def widen(net: Network) -> Network | None:
                 continue
             if not _names(net, i) & _names(net, j):
                 continue
-            columns = wide.reads().T.tolist()
-            places = [columns.index(column) if column in columns else -1 for column in part.reads().T.tolist()]
+            first = {column: place for place, column in reversed(list(enumerate(wide.columns())))}
+            places = [first.get(column, -1) for column in part.columns()]
             picked = IndexPattern.from_reads(np.array(places)[:, None], wide.kernel_size) if min(places) >= 0 else None
             if picked is not None:
                 name = fresh_beside(net, k or o, "wide")

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-import numpy as np
-
+from lensor.cache import Cache
 from lensor.network import Delta, Group, Network, Node, Ones, Operand, Pattern, Scale, Select, indices_of, relabel_node
 from lensor.passes.rule import RuleList, rule
 from lensor.pattern import IndexPattern
+from lensor.reading import Reading, affine, after
 from lensor.transforms.indices import contract_deltas, equate
 
 
@@ -72,7 +72,7 @@ def fresh_beside(net: Network, group: Group, what: str) -> str:
 def normalise(net: Network) -> Network | None:
     """K=1: D is irrelevant; O=1: S is; the padding on the right follows from O; a mode that is never used is zeros."""
     for at, pattern, legs in pattern_nodes(net):
-        normal = IndexPattern.from_reads(pattern.reads(), pattern.input_size) or pattern.normalize()
+        normal = pattern.fitted() or pattern.normalize()
         if normal != pattern:
             return swap_nodes(net, [at], [Pattern(normal, legs)])
     return None
@@ -92,9 +92,9 @@ def swap_single_input(net: Network) -> Network | None:
     """I=1 and K=1: [0 = o·S − P] is 1 for one o only, and so is the selection of that position of o."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.input_size == 1 and pattern.is_selection and pattern.output_size > 1 and not k:
-            places = np.flatnonzero(pattern.reads()[:, 0] >= 0)
-            if len(places) == 1:
-                size, place = pattern.output_size, int(places[0])
+            place, count = pattern.span()
+            if count == 1:
+                size = pattern.output_size
                 one_hot = IndexPattern(size, 1, padding=(-place, place + 1 - size), output_size=1)
                 return swap_nodes(net, [at], [Pattern(one_hot.normalize(), (o, i, k))])
     return None
@@ -106,7 +106,7 @@ def split_one_hot(net: Network) -> Network | None:
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if len(i) < 2 or o or k or pattern.is_zero:
             continue
-        place = int(pattern.reads()[0, 0])
+        place = pattern.line()[0].offset
         put = []
         for index in reversed(i):
             size = net.sizes[index] or 0
@@ -138,7 +138,7 @@ def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
     """(node, position, index) of every pattern that is 1 at one position of one index only."""
     for at, pattern, (x, o, k) in pattern_nodes(net):
         if len(x) == 1 and not o and not k and not pattern.is_zero:
-            yield at, int(pattern.reads()[0, 0]), x[0]
+            yield at, pattern.line()[0].offset, x[0]
 
 
 @rule("one position of a shared index: one of each holder's own", "8")
@@ -164,10 +164,9 @@ def mask(net: Network) -> Network | None:
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if not pattern.is_selection or k or not i or not only_in(net, i, [at]) or not apart((i, o)):
             continue
-        valid = np.flatnonzero(pattern.reads()[:, 0] >= 0)
-        if not len(valid) or pattern.padding_mode != "zeros":
+        low, count = pattern.span()
+        if not count or pattern.padding_mode != "zeros":
             continue
-        low, count = int(valid[0]), len(valid)
         if (pattern.input_size, pattern.stride, pattern.padding[0]) == (count, 1, low):
             continue
         shift = IndexPattern(
@@ -224,7 +223,7 @@ def identity(net: Network) -> Network | None:
 def compose_selection(net: Network) -> Network | None:
     """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] where Π2 reads only inside; the same for k.
 
-    Whether the composition is one pattern is decided by comparing all reads.
+    Whether the composition is one pattern is decided by comparing the reads of both.
     """
     for two, selection, (j, o, unit) in pattern_nodes(net):
         if not selection.is_selection or unit or not j:
@@ -232,28 +231,48 @@ def compose_selection(net: Network) -> Network | None:
         for one, pattern, (i, positions, kernel) in pattern_nodes(net):
             if one == two or not only_in(net, j, [one, two]) or not apart((i, positions, kernel, o)):
                 continue
-            picked = selection.reads()[:, 0]
-            reads = pattern.reads()
             if positions == j:
-                new = np.where(picked[:, None] >= 0, reads[picked], -1)
-                legs = (i, o, kernel)
+                legs, how = (i, o, kernel), "positions"
             elif kernel == j:
-                new = np.where(picked[None, :] >= 0, reads[:, picked], -1)
-                legs = (i, positions, o)
+                legs, how = (i, positions, o), "kernel"
             elif kernel == () and len(j) == 1 and positions[:1] == j and len(positions) > 1:
                 # The pattern's positions were split into (j, within) by the block rule; put it together again.
-                blocks = reads.reshape(selection.input_size, -1)
-                new = np.where(picked[:, None] >= 0, blocks[picked], -1)
-                legs = (i, o, positions[1:])
+                legs, how = (i, o, positions[1:]), "blocks"
             elif kernel == o == () and len(j) == 1 and positions[-1:] == j and len(positions) > 1:
-                new = reads.reshape(-1, selection.input_size)[:, picked]  # one position within the blocks
-                legs = (i, positions[:-1], ())
+                legs, how = (i, positions[:-1], ()), "within"  # one position within the blocks
             else:
                 continue
-            fitted = IndexPattern.from_reads(new, pattern.input_size)
+            fitted = _picked(pattern, selection, how)
             if fitted is not None:
                 return swap_nodes(net, [one, two], [Pattern(fitted, legs)])
     return None
+
+
+_composed = Cache(maxsize=4096)
+
+
+def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPattern | None:
+    """The pattern read at selected positions: of its output, its kernel, of blocks of its output or within them."""
+
+    def make() -> tuple[IndexPattern | None]:
+        reading, picked = pattern.reading(), selection.line()
+        (outputs, kernels), size, count = reading.shape, selection.input_size, selection.output_size
+        rows, columns, outer, stride = reading.rows, reading.columns, reading.outer, pattern.stride
+        match how:
+            case "positions":
+                found = Reading(after(rows, picked), columns, outer, (count, kernels))
+            case "kernel":
+                found = Reading(rows, after(columns, picked), outer, (outputs, count))
+            case "blocks":
+                block = outputs // size
+                first = after(affine(size, stride * block), picked)
+                found = Reading(first, affine(block, stride, columns[0].offset), outer, (count, block))
+            case _:
+                within = after(affine(size, stride, columns[0].offset), picked)
+                found = Reading(affine(outputs // size, stride * size), within, outer, (outputs // size, count))
+        return (IndexPattern.from_reads(found, pattern.input_size),)
+
+    return _composed.get_or_make((pattern, selection, how), make)[0]
 
 
 @rule("padding or cropping composed with a pattern", "8, 23")
@@ -270,17 +289,25 @@ def compose_shift(net: Network) -> Network | None:
                 continue
             if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_selection:
                 continue  # the split of a padding mode from its pattern stays split
-            reads = pattern.reads()
-            new = np.where(reads >= 0, shift.reads()[:, 0][reads], -1)
-            fitted = IndexPattern.from_reads(new, shift.input_size) or _in_mode(shift, pattern)
+            fitted = read_through(shift, pattern) or _in_mode(shift, pattern)
             if fitted is not None:
                 return swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
     return None
 
 
+def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern | None:
+    """The pattern whose input is what a selection reads, as one in zeros mode, or None."""
+
+    def make() -> tuple[IndexPattern | None]:
+        reading = pattern.reading().through(selection.line())
+        return (IndexPattern.from_reads(reading, selection.input_size),)
+
+    return _composed.get_or_make((selection, pattern), make)[0]
+
+
 def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | None:
     """A padding by a mode and a selection from inside it, as one selection in that mode."""
-    if shift.padding_mode == "zeros" or (selection.reads() < 0).any():
+    if shift.padding_mode == "zeros" or not selection.reads_everywhere:
         return None
     left = shift.padding[0] + selection.padding[0]
     right = (selection.output_size - 1) * selection.stride + 1 - shift.input_size - left
@@ -296,7 +323,7 @@ def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | Non
 def crop_input(net: Network) -> Network | None:
     """Σ_i C[i,j] Π(I,K,S,P,D)[i,o,k] = Π(J,K,S,P+a,D)[j,o,k] for the crop C[i,j] = [i = j + a]."""
     for one, crop, (i, j, unit) in pattern_nodes(net):
-        inside = crop.is_selection and not unit and crop.stride == 1 and (crop.reads() >= 0).all()
+        inside = crop.is_selection and not unit and crop.stride == 1 and crop.reads_everywhere
         if not inside or crop.padding_mode != "zeros" or not i:
             continue
         for two, pattern, (inputs, o, k) in pattern_nodes(net):
@@ -305,7 +332,7 @@ def crop_input(net: Network) -> Network | None:
             if not apart((i, j, o, k)):
                 continue
             longer = pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size
-            if longer and (pattern.reads() >= 0).all():
+            if longer and pattern.reads_everywhere:
                 continue  # both are crops: the shorter is taken into the longer
             shorter = IndexPattern(
                 crop.output_size,
@@ -352,11 +379,11 @@ def with_own_position(net: Network) -> Network | None:
             other = 1 if legs[2] == x else 2
             if not legs[other] or not apart(legs):
                 continue
-            lines = pattern.reads() if other == 1 else pattern.reads().T
-            for place, line in enumerate(lines):
-                if np.array_equal(line, part.reads()[:, 0]):
-                    one_hot = IndexPattern(len(lines), 1, padding=(-place, place + 1 - len(lines)), output_size=1)
-                    return swap_nodes(net, [one], [Pattern(one_hot.normalize(), (legs[other], (), ()))])
+            lines, (wanted,) = (pattern.swap() if other == 1 else pattern).columns(), part.columns()
+            if wanted in lines:
+                size, place = len(lines), lines.index(wanted)
+                one_hot = IndexPattern(size, 1, padding=(-place, place + 1 - size), output_size=1)
+                return swap_nodes(net, [one], [Pattern(one_hot.normalize(), (legs[other], (), ()))])
     return None
 
 
@@ -370,26 +397,14 @@ def constant_leg_sum(net: Network) -> Network | None:
         loose = [place for place in range(3) if only_in(net, legs[place], [at])]
         if not loose or not apart(legs):
             continue
-        total = _summed(pattern, loose)
-        value = int(total.flat[0])
-        if value == 0 or not (total == value).all():
+        value = pattern.constant_sum(loose)
+        if value is None:
             continue
         summed = {index for place in loose for index in legs[place]}
         kept = dict.fromkeys(index for leg in legs for index in leg if index not in summed)
         scale = net.scale * Scale(Fraction(value))
         return swap_nodes(net, [at], [Ones(index) for index in kept], scale=scale)
     return None
-
-
-def _summed(pattern: IndexPattern, loose: Sequence[int]) -> np.ndarray:
-    """The pattern summed over the legs in `loose`."""
-    if 0 in loose:
-        matrix = (pattern.reads() >= 0).astype(np.int64)  # [o, k]
-        return matrix.sum(axis=tuple(place - 1 for place in loose if place > 0))
-    if loose == [1, 2]:
-        reads = pattern.reads()
-        return np.bincount(reads[reads >= 0], minlength=pattern.input_size)
-    return pattern.leg_sum("o" if loose == [1] else "k")
 
 
 # ------------------------------------------------------------------------------------------------------ decompositions

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from lensor.bench.explain import Explanation, Total
     from lensor.bench.run import Bench
 
-MODEL = "A net of the catalogue, an import path pkg.mod:factory, or a file of torch.export (.pt2)."
+MODEL = (
+    "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file of torch.export (.pt2; its"
+    " graph is read, nothing of it is run)."
+)
 INPUT = "Shape of one example, without batch axis: 3x224x224; repeated for models of several arguments."
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]

@@ -611,7 +611,7 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
         (["--dtype", "int8"], "unknown dtype 'int8', expected one of float64, float32"),
         (["--device", "tpu"], "unknown device 'tpu', expected one of cpu"),
         (["report", "no-such-file.csv"], "cannot read no-such-file.csv: No such file"),
-        (["report", "README.md"], "README.md is no results file"),
+        (["report", "README.md"], "README.md is not a results file"),
         (["report", "r.csv", "--roof", "1", "2"], "--roof is for report.md, which --out FOLDER writes"),
         (["report", "r.csv", "--roof", "0", "2", "--out", "o"], "--roof is 0 2, expected two positive numbers"),
         (["--ops", "forward", "growth", "out"], "--ops before growth is ignored: give options behind the command"),

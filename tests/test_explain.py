@@ -141,7 +141,7 @@ def test_an_exported_program_has_the_convolutions_of_the_module(tmp_path: Path) 
 
 def test_foreign_and_missing_files_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "no.pt2").write_text("not a program")
-    with pytest.raises(BenchError, match="no exported program"):
+    with pytest.raises(BenchError, match="is not an exported program"):
         exported(tmp_path / "no.pt2")
     assert not caplog.records
     with pytest.raises(BenchError, match="there is no file"):

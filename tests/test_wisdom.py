@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ from tests.cases import assert_close, operands_of
 
 NET = ops.conv(ConvSpec(2, 3, (9, 9), 3, padding=1)).bind(n=2)
 OPERANDS = operands_of(NET)
+
+
+_ENTRY = b'{"lensor wisdom": 1, "measured": {"k": {"network": "", "where": "", "seconds": {"a": %}}}}'
+"""A file with one entry, whose time is to be put in."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +136,14 @@ def test_many_processes_save_at_once(tmp_path: Path) -> None:
         (b'{"lensor wisdom": 1, "measured": {"k": {"network": "", "where": ""}}}', "no entry 'seconds'"),
         (b'{"lensor wisdom": 1, "measured": {"k": {"network": "", "where": "", "seconds": {"a": "x"}}}}', "convert"),
         (b'{"lensor wisdom": 1, "measured": {"k": {"network": "", "where": "", "seconds": {"a": NaN}}}}', "finite"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"lensor wisdom": 1, "measured": ' + b'{"a":' * 200_000, "nested too deeply"),
+        (b'{"lensor wisdom": 1' + b"0" * 5000 + b"}", "limit"),
+        (b'{"lensor wisdom": ' + b"9" * 4000 + b"}", "version 999"),
+        (_ENTRY.replace(b"%", b"1" + b"0" * 400), "too large"),
+        (_ENTRY.replace(b"%", b"-1"), "not negative"),
+        (b"# A user's notes\n", "Expecting value"),
+        (b'{"version": 3, "layers": []}', "no entry 'lensor wisdom'"),
     ],
 )
 def test_a_damaged_file_is_a_warning(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -140,8 +153,12 @@ def test_a_damaged_file_is_a_warning(tmp_path: Path, content: bytes, reason: str
         assert wisdom.load(path) == 0
     assert wisdom.entries() == ()
     NET.plan(effort="measure", **OPERANDS)
-    with pytest.warns(wisdom.WisdomWarning):
-        assert wisdom.save(path) == 1
+    if content:
+        with pytest.raises(wisdom.WisdomError, match=f"{path} holds something else .*{reason}.*it was left as it is"):
+            wisdom.save(path)
+        assert path.read_bytes() == content
+        path.unlink()
+    assert wisdom.save(path) == 1
     assert wisdom.load(path) == 1
 
 
@@ -154,6 +171,118 @@ def test_a_truncated_file_is_a_warning(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.warns(wisdom.WisdomWarning):
             assert wisdom.load(path) == 0
+
+
+def some_entries() -> int:
+    wisdom.record("key", NET, "here", {"windows": 1.0})
+    return len(wisdom.entries())
+
+
+def test_lone_surrogates_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "wisdom.json"
+    path.write_bytes(_ENTRY.replace(b"%", b"1").replace(b'"network": ""', rb'"network": "\ud800 \u03a0"'))
+    assert wisdom.load(path) == 1
+    assert wisdom.save(path) == 1
+    wisdom.forget()
+    assert wisdom.load(path) == 1
+    (one,) = wisdom.entries()
+    assert one.network == "\ud800 Π"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_the_mode_of_a_file_stays(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "wisdom.json"
+    some_entries()
+    before = os.umask(0o022)
+    try:
+        wisdom.save(path)
+        assert path.stat().st_mode & 0o777 == 0o644
+        path.chmod(mode)
+        wisdom.save(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_symbolic_link_stays_one(tmp_path: Path, dangling: bool) -> None:
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "wisdom.json", tmp_path / "link.json"
+    number = some_entries()
+    if not dangling:
+        wisdom.save(target)
+    link.symlink_to(target)
+    assert wisdom.save(link) == number
+    assert link.is_symlink()
+    assert target.is_file()
+    assert not target.is_symlink()
+    assert wisdom.load(link) == number
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp"] == []
+
+
+def test_what_is_not_a_regular_file_is_an_error_and_stays(tmp_path: Path) -> None:
+    some_entries()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), tmp_path / "full", tmp_path / "loop"):
+        for act in (wisdom.save, wisdom.load):
+            with pytest.raises(OSError, match=path.name):
+                act(path)
+    assert Path("/dev/full").is_char_device()
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp") == []
+
+
+def test_a_full_disk_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "wisdom.json"
+    number = some_entries()
+    wisdom.save(path)
+    program = (
+        "import resource, signal, sys\n"
+        "from lensor import ConvSpec, ops, wisdom\n"
+        "net = ops.unfold(ConvSpec(1, 1, (5,), 3)).bind(n=2)\n"
+        "for step in range(200):\n"
+        "    wisdom.record(str(step), net, 'here', {'windows': 1.0})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    wisdom.save(sys.argv[1])\n"
+        "except OSError as error:\n"
+        "    print(type(error).__name__, error.filename)\n"
+    )
+    before = path.read_bytes()
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert done.stdout == f"OSError {path}\n", done.stderr
+    assert path.read_bytes() == before
+    assert wisdom.load(path) == number
+    assert {entry.name for entry in tmp_path.iterdir()} == {"wisdom.json", ".wisdom.json.lock"}
+
+
+def test_a_lock_of_somebody_else_is_not_followed_or_emptied(tmp_path: Path) -> None:
+    some_entries()
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / ".wisdom.json.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"wisdom\.json"):
+        wisdom.save(tmp_path / "wisdom.json")
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, number, opens = tmp_path / "wisdom.json", some_entries(), os.open
+    wisdom.save(path)
+    before = path.read_bytes()
+
+    def refuse(name: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_CREAT and not os.path.exists(name):
+            raise PermissionError(13, "Permission denied", name)
+        return opens(name, flags, *rest, **named)
+
+    monkeypatch.setattr(wisdom.os, "open", refuse)
+    with pytest.raises(PermissionError, match=r"/wisdom\.json'"):
+        wisdom.save(path)
+    assert path.read_bytes() == before
+    assert wisdom.load(path) == number
 
 
 def test_a_missing_file_or_folder_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The command line: `lensor` with its commands."""
 
+import io
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +11,40 @@ from lensor import __version__
 
 _MISSING = "lensor: the command line needs {name}: install lensor[cli], or lensor[demo] for the demo too"
 
+_INTERRUPTED = 130
+"""The exit status after Ctrl-C, as of shells: 128 and the signal's number."""
+
 
 def main() -> None:
     """Run the command line; the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that a terminal's encoding does not have are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app = make_app()
-    except ModuleNotFoundError as error:
-        sys.exit(_MISSING.format(name=error.name))
-    app(prog_name="lensor")
+        try:
+            app = make_app()
+        except ModuleNotFoundError as error:
+            sys.exit(_MISSING.format(name=error.name))
+        try:
+            app(prog_name="lensor")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where an error can still be told
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:  # the reader has seen enough
+        _drop_output()
+        sys.exit(1)
+    except OSError as error:
+        _drop_output()
+        sys.exit(f"lensor: cannot write {error.filename or 'the output'}: {error.strerror or error}")
+
+
+def _drop_output() -> None:
+    """Send what was not written yet to nowhere, instead of failing again when Python ends."""
+    if sys.stdout is not None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_app() -> Any:
@@ -25,14 +54,15 @@ def make_app() -> Any:
         ModuleNotFoundError: if typer or rich is not installed.
     """
     import typer
-    from rich.console import Console
 
     from lensor.bench.commands import add_commands
+    from lensor.bench.terminal import console
+    from lensor.bench.text import printable
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
     def stop(message: str) -> typer.Exit:
-        Console(stderr=True).print(f"lensor: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(f"lensor: {printable(message)}", style="red", highlight=False, soft_wrap=True)
         return typer.Exit(1)
 
     def print_version(asked: bool) -> None:
@@ -67,9 +97,8 @@ def make_app() -> Any:
             settings = Settings.quick(out, threads)
         else:
             settings = Settings(out, batch, size, threads, tuple(model or Settings.models), seconds)
-        console = Console()
         try:
-            run(settings, console if console.is_terminal else Console(width=150))
+            run(settings, console())
         except DemoError as error:
             raise stop(str(error)) from None
 
@@ -83,7 +112,7 @@ def make_app() -> Any:
 
         try:
             for path in gallery.write(out):
-                typer.echo(f"wrote {path}")
+                typer.echo(f"wrote {printable(str(path))}")
         except OSError as error:
             raise stop(f"cannot write {error.filename or out}: {error.strerror or error}") from None
         except ImportError as error:

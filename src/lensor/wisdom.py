@@ -17,19 +17,21 @@ Example:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lensor.cost import processor
+from lensor.errors import LensorError
 from lensor.kernels import Backend
 from lensor.network import AnyNetwork
 from lensor.notation import to_text
@@ -37,9 +39,16 @@ from lensor.notation import to_text
 _FORMAT = 1
 """The version of the files; one with another version is not read."""
 
+_MOST = 200
+"""Characters of a reason why a file cannot be read, which may quote the file."""
+
 
 class WisdomWarning(UserWarning):
     """A file of measured times that could not be used."""
+
+
+class WisdomError(LensorError, ValueError):
+    """A file that `save` leaves as it is, because it holds something else than times that can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,8 @@ def entries() -> tuple[Measured, ...]:
         >>> sorted(one.seconds) == sorted(c.name for c in plan.candidates if c.measured is not None)
         True
     """
-    return tuple(_known.values())
+    with _lock:
+        return tuple(_known.values())
 
 
 def _update(new: Mapping[str, Measured]) -> None:
@@ -133,13 +143,14 @@ def _update(new: Mapping[str, Measured]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def save(path: str | os.PathLike[str]) -> int:
-    """Write what is known into a file, beside what the file holds already; the number of entries in it.
+    """Write what is known into a file, together with what the file holds already; the number of entries in it.
 
     Other processes may save to and load from the same file at any time: the file is replaced as a whole, and writers
-    wait for each other (on systems without file locks the last one wins).
+    wait for each other (on systems without file locks the last one wins). Whatever keeps it from being written, a full
+    disk included, leaves the file as it was. A symbolic link stays one, and the file keeps its mode.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder must exist, and new files must be allowed in it.
 
     Example:
         >>> import lensor, pathlib, tempfile
@@ -148,24 +159,31 @@ def save(path: str | os.PathLike[str]) -> int:
         True
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, or is not a regular file.
+        WisdomError: if the file holds something else than times that can be read: it is damaged, of another version of
+            the format, or another program's. It is left as it is.
     """
-    path = Path(path)
-    with _locked(path):
-        known = {**(_read(path) if path.exists() else {}), **_known}
+    path = os.path.realpath(os.fsdecode(path))  # a link's target is replaced, not the link
+    with _named(path), _locked(path):
+        try:
+            data, before = _content(path)
+            known = _parse(data) if data else {}
+        except FileNotFoundError:
+            known, before = {}, None
+        except _Unreadable as problem:
+            raise WisdomError(
+                f"{path} holds something else than wisdom that can be read ({problem}); it was left as it is: save to"
+                " another file, or remove it"
+            ) from None
+        with _lock:
+            known |= _known
         choices = {
             key: {"network": one.network, "where": one.where, "seconds": dict(one.seconds)}
             for key, one in known.items()
         }
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"lensor wisdom": _FORMAT, "measured": choices}, file, indent=1, ensure_ascii=False)
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        text = json.dumps({"lensor wisdom": _FORMAT, "measured": choices}, indent=1, ensure_ascii=False)
+        # Surrogates that are not one of a pair are escaped, which is JSON for them.
+        _replace(path, text.encode("utf-8", "backslashreplace"), before)
     return len(known)
 
 
@@ -186,23 +204,79 @@ def load(path: str | os.PathLike[str]) -> int:
         True
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, or is not a regular file.
     """
-    found = _read(Path(path))
+    path = os.fsdecode(path)
+    data, _ = _content(path)
+    try:
+        found = _parse(data)
+    except _Unreadable as problem:
+        warnings.warn(f"{path} holds no wisdom that can be read: {problem}", WisdomWarning, stacklevel=2)
+        return 0
     _update(found)
     return len(found)
 
 
-def _read(path: Path) -> dict[str, Measured]:
+class _Unreadable(Exception):
+    """Why a file's content cannot be used."""
+
+
+def _content(path: str) -> tuple[bytes, os.stat_result]:
+    """What a regular file holds, and its state; nothing else is opened, since reading a pipe or device may never end.
+
+    Raises:
+        OSError: if it cannot be read, or is something else.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        content = json.loads(path.read_bytes().decode())
+        state = os.fstat(handle)
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(), state
+    finally:
+        os.close(handle)
+
+
+def _replace(path: str, data: bytes, before: os.stat_result | None) -> None:
+    """Write a file as a whole: a new one next to it takes its place, and its mode and owner, when it is complete."""
+    name = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(name, flags, 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if before is not None and hasattr(os, "fchown"):
+                with suppress(OSError):  # only root may give a file away
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _parse(data: bytes) -> dict[str, Measured]:
+    """The entries in a file's content.
+
+    Raises:
+        _Unreadable: with the reason.
+    """
+    try:
+        content = json.loads(data.decode())
         if content["lensor wisdom"] != _FORMAT:
             raise ValueError(f"version {content['lensor wisdom']!r}, expected {_FORMAT}")
         return {str(key): _entry(one) for key, one in content["measured"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        reason = f"no entry {problem}" if isinstance(problem, KeyError) else str(problem)
-        warnings.warn(f"{path} holds no wisdom that can be read: {reason}", WisdomWarning, stacklevel=3)
-        return {}
+    except KeyError as problem:
+        raise _Unreadable(f"no entry {str(problem)[:_MOST]}") from None
+    except RecursionError:
+        raise _Unreadable("its JSON is nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as problem:
+        raise _Unreadable(str(problem)[:_MOST]) from None
 
 
 def _entry(one: Mapping[str, Any]) -> Measured:
@@ -213,13 +287,35 @@ def _entry(one: Mapping[str, Any]) -> Measured:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _named(path: str) -> Iterator[None]:
+    """Let errors of files that are made on the way name the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename == path:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
     """Wait for other writers of a file."""
     try:
         import fcntl
     except ImportError:
         yield
         return
-    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder, name = os.path.split(path)
+    # Neither is a link followed nor anything emptied: a shared folder may hold what others put there.
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    lock = os.path.join(folder, f".{name}.lock")
+    try:
+        handle = os.open(lock, flags | os.O_RDWR, 0o666)
+    except PermissionError:  # another user's
+        handle = os.open(lock, flags & ~os.O_CREAT | os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lensor.bench.errors import BenchError
+from lensor.bench.errors import BenchError, in_one_line
 
 _FILES = ("cifar-100-binary/train.bin", "cifar-100-python/train", "train.bin", "train")
 _PIXELS = 3 * 32 * 32
@@ -28,10 +28,12 @@ def cifar100(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         raise BenchError(f"no CIFAR-100 in {folder}: expected one of {', '.join(_FILES)} there")
     try:
         pictures, labels = _binary(path) if path.suffix == ".bin" else _pickled(path)
-    except (ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise BenchError(f"{path} is no CIFAR-100: {error}") from None
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # whatever a damaged file leads to
+        raise BenchError(f"{path} is not CIFAR-100: {in_one_line(error)}") from None
     if len(labels) == 0 or len(labels) != len(pictures) or not (labels.min() >= 0 and labels.max() < 100):
-        raise BenchError(f"{path} is no CIFAR-100: expected a label below 100 for each of {len(pictures)} pictures")
+        raise BenchError(f"{path} is not CIFAR-100: expected a label below 100 for each of {len(pictures)} pictures")
     return pictures.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from csv import writer
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -34,6 +34,8 @@ from lensor.bench.reproduce import settings as reproduce_settings
 from lensor.bench.reproduce import write as write_figures
 from lensor.bench.results import ResultsFile, Row, read
 from lensor.bench.settings import Settings
+from lensor.bench.terminal import console
+from lensor.bench.text import printable, write_rows
 
 if TYPE_CHECKING:
     from lensor.bench.conformance import Matrix
@@ -41,14 +43,14 @@ if TYPE_CHECKING:
     from lensor.bench.explain import Explanation, Total
     from lensor.bench.run import Bench
 
-MODEL = "A net of the catalogue, an import path pkg.mod:factory, or a file of torch.export (.pt2)."
+MODEL = (
+    "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file of torch.export (.pt2; its"
+    " graph is read, nothing of it is run)."
+)
 INPUT = "Shape of one example, without batch axis: 3x224x224; repeated for models of several arguments."
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 """The shapes of a model's arguments."""
-
-WIDE = 150
-"""The width of tables where there is no terminal."""
 
 
 def add_commands(app: typer.Typer, stop: Callable[[str], typer.Exit]) -> None:
@@ -438,10 +440,13 @@ def _explain(model: str, shapes: Shapes, settings: Settings, html: Path | None, 
 
 
 def _refuse_early(path: Path) -> None:
-    """Raise for a file that cannot be written, before anything is measured for it."""
-    if path.is_dir() or not path.parent.is_dir():
-        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise BenchError(f"cannot write {path}: {why}")
+    """Raise for a file that cannot be written, before anything is measured for it; devices and pipes may be."""
+    with writing(path):
+        if path.is_dir() or not path.parent.is_dir():
+            why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise BenchError(f"cannot write {path}: {why}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise BenchError(f"cannot write {path}: permission denied")
 
 
 def _refuse_folder_early(out: Path, names: Sequence[str]) -> None:
@@ -465,7 +470,7 @@ def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], sho
     for one, following in zip(found, [*found[1:], None], strict=True):
         row = cells(one)
         end = following is None or following.layer != one.layer
-        table.add_row(*(Text(cell.text, style=styles[cell.style]) for cell in row), end_section=end)
+        table.add_row(*(Text(printable(cell.text), style=styles[cell.style]) for cell in row), end_section=end)
     shown.print(table)
     headings = ("the whole model", "Mflop", "standard, ms", "Lensor, ms", "ratio", "without a time")
     table = Table(headings[0], *(Column(name, justify="right") for name in headings[1:]))
@@ -489,12 +494,12 @@ def _growth(settings: Settings, out: Path, resume: bool) -> None:
     from lensor.bench.run import Bench
 
     benches = [Bench(one, layers) for one, layers in sittings(settings)]
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    _refuse_folder_early(out, ("growth.png",))
     results = ResultsFile(out / "growth.csv", benches[0].machine, resume)
     shown = console()
     _measure(benches, results, shown)
-    plot(results.rows, {bench.setting for bench in benches}, out / "growth.png")
+    with writing(out / "growth.png"):
+        plot(results.rows, {bench.setting for bench in benches}, out / "growth.png")
     for name in ("growth.csv", "growth.png"):
         shown.print(f"wrote {out / name}", soft_wrap=True, highlight=False)
 
@@ -502,7 +507,7 @@ def _growth(settings: Settings, out: Path, resume: bool) -> None:
 def _measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> None:
     """Measure with a progress bar."""
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
         *(TextColumn("left"), TimeRemainingColumn()),
     )
     # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
@@ -598,6 +603,9 @@ def _conformance(peers: tuple[str, ...], quantities: tuple[str, ...], markdown: 
 
     if markdown is not None and csv is not None and markdown.resolve() == csv.resolve():
         raise BenchError(f"{markdown} cannot be both the page and the CSV file")
+    for path in (markdown, csv):
+        if path is not None:
+            _refuse_early(path)
     libraries = conformance.libraries_of(peers)
     asked = choose("quantity", quantities, conformance.QUANTITIES)
     shown = console()
@@ -629,11 +637,13 @@ def _print_matrix(matrix: Matrix, shown: Console) -> None:
     from lensor.bench.conformance import COLUMNS, QUANTITIES, SYMBOLS
 
     library, rows = matrix.library, list(matrix.rows())
-    shown.print(f"[bold]{library.name}[/] {library.version}: {matrix.summary}", highlight=False)
+    head = Text.assemble((library.name, "bold"), printable(f" {library.version}: {matrix.summary}"))
+    shown.print(head, highlight=False)
     for part in _parts(list(COLUMNS), shown.width - 6 - max(map(len, QUANTITIES.values()))) if rows else []:
         table = Table(Column(no_wrap=True), *(Column(name, justify="center") for name in part), box=SIMPLE)
         for quantity, cells in rows:
-            symbols = (f"[{_COLOURS[cell.status]}]{SYMBOLS[cell.status]}[/]" for cell in cells if cell.column in part)
+            of_part = (cell for cell in cells if cell.column in part)
+            symbols = (Text(SYMBOLS[cell.status], style=_COLOURS[cell.status]) for cell in of_part)
             table.add_row(QUANTITIES[quantity], *symbols)
         shown.print(table)
     if matrix.absent:
@@ -701,7 +711,7 @@ def _models(
     shown.print(table)
     if csv is not None:
         with writing(csv), csv.open("w", encoding="utf-8", newline="") as file:
-            writer(file).writerows(lines)
+            write_rows(file, lines)
 
 
 def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> None:
@@ -719,9 +729,11 @@ def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> 
 def _training(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int, out: Path) -> None:
     require("torch", "matplotlib")
     from lensor.bench.training import HEADINGS as OF_TRAINING
-    from lensor.bench.training import reached, run
+    from lensor.bench.training import TASKS, reached, run
     from lensor.bench.training import write as write_training
 
+    choose("task", tasks, TASKS)
+    _refuse_folder_early(out, ("training.csv", "training.png"))
     shown = console()
     with shown.status("training"):
         points = list(run(tasks, steps, seeds, batch, threads))
@@ -730,7 +742,9 @@ def _training(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads:
         for line in reached(points, task):
             table.add_row(*line)
         shown.print(table)
-    for path in write_training(points, out):
+    with writing(out):
+        paths = write_training(points, out)
+    for path in paths:
         shown.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
@@ -751,12 +765,6 @@ def _print_summaries(rows: list[Row], options: Options, shown: Console) -> None:
         count = sum(row.found.status == status for row in rows)
         if count:
             shown.print(f"{count} {status}: see the message column", style="red", highlight=False)
-
-
-def console() -> Console:
-    """A console that is wide where it is no terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDE)
 
 
 def _shapes(given: list[str] | None) -> Shapes:

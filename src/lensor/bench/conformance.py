@@ -6,7 +6,6 @@ called as its users would call it (`libraries`).
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import math
@@ -25,6 +24,7 @@ from lensor.bench.definitions import WITHOUT_BATCH, Case, Convolution, expected
 from lensor.bench.errors import BenchError, choose, in_one_line, require
 from lensor.bench.libraries import LIBRARIES, Library
 from lensor.bench.measure import relative_error
+from lensor.bench.text import write_rows
 
 TOLERANCE = 1e-6
 """The largest relative error that counts as rounding: a scale may be a number in single precision."""
@@ -428,7 +428,7 @@ def csv_rows(matrices: Iterable[Matrix]) -> Iterator[tuple[Any, ...]]:
 def csv_text(matrices: Sequence[Matrix]) -> str:
     """Every case as CSV."""
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([HEADER, *csv_rows(matrices)])
+    write_rows(file, [HEADER, *csv_rows(matrices)])
     return file.getvalue()
 
 

@@ -12,6 +12,7 @@ importance sampling draws other counts than the one before, and plans for those 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import math
 import statistics
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 
 from lensor import sampling
 from lensor.bench.cifar import cifar100
-from lensor.bench.errors import BenchError, require
+from lensor.bench.errors import BenchError, read_bytes, require, require_regular
 from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
 from lensor.bench.results import Machine, difference, finished
+from lensor.bench.text import from_cell, write_rows
 from lensor.bench.training import TASKS
 from lensor.sampling.layers import Sampled
 
@@ -265,19 +267,20 @@ def read(path: Path, made: Made) -> list[Point]:
         BenchError: if the file is none of these or damaged, or if its points were measured with anything else than
             `made`; it is left as it was.
     """
+    require_regular(path)
     if not path.exists():
         return []
-    data = path.read_bytes()
+    data = read_bytes(path)
     whole = finished(data)
-    lines = csv.DictReader(whole.decode("utf-8", "replace").splitlines())
+    lines = csv.DictReader(io.StringIO(whole.decode("utf-8", "replace"), newline=""))
     if tuple(lines.fieldnames or ()) != HEADER:
         raise BenchError(
             f"{path} is no file of this version of `lensor reproduce crs`: remove it, or give another --out"
         )
     try:
         points = [_point(line) for line in lines]
-    except (KeyError, TypeError, ValueError):
-        raise BenchError(f"{path} is damaged behind line {lines.line_num - 1}: mend or remove it") from None
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
+        raise BenchError(f"{path} is damaged in line {lines.line_num}: mend or remove it") from None
     for point in points:
         if point.made != made:
             raise BenchError(
@@ -291,7 +294,7 @@ def read(path: Path, made: Made) -> list[Point]:
 
 
 def _point(line: dict[str, str]) -> Point:
-    values: dict[str, Any] = {name: _KINDS.get(name, str)(value) for name, value in line.items()}
+    values: dict[str, Any] = {name: _KINDS.get(name, str)(from_cell(value)) for name, value in line.items()}
     made = Made(**{field.name: values.pop(field.name) for field in fields(Made)})
     return Point(**values, made=made)
 
@@ -300,12 +303,9 @@ def append(path: Path, point: Point) -> None:
     """Add a point to a file, which is made if it is not there."""
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
-        if new:
-            writer.writeheader()
         record = asdict(point)
-        made = record.pop("made")
-        writer.writerow(record | made)
+        record |= record.pop("made")
+        write_rows(file, [*([HEADER] if new else []), [record[name] for name in HEADER]])
 
 
 # ------------------------------------------------------------------------------------------------------------- summary

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from lensor.bench.text import printable
+
 
 class BenchError(Exception):
     """What keeps a measurement from running, in one line."""
@@ -57,6 +59,32 @@ def writing(path: Path) -> Iterator[None]:
         raise BenchError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def require_regular(path: Path) -> None:
+    """Raise for a device, a pipe or a folder in the place of a file that is read and written.
+
+    Raises:
+        BenchError: if it is there and something else than a file.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "a device or pipe"
+            raise BenchError(f"cannot write {path}: it is {what}, expected a file")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file or pipe holds; devices, which may have no end, are not read.
+
+    Raises:
+        BenchError: if it cannot be read.
+    """
+    try:
+        if path.is_char_device() or path.is_block_device():
+            raise BenchError(f"cannot read {path}: it is a device, expected a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror or error}") from None
+
+
 def in_one_line(error: BaseException | None, most: int | None = 200) -> str:
     r"""An error's type and the first line of its message.
 
@@ -66,4 +94,4 @@ def in_one_line(error: BaseException | None, most: int | None = 200) -> str:
         ('ValueError: no such thing', 'KeyboardInterrupt')
     """
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:most]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {printable(lines[0])[:most]}" if lines else type(error).__name__

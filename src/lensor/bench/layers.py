@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
 from lensor.bench.errors import BenchError
+from lensor.bench.text import printable, write_rows
 from lensor.spec import ConvSpec
 
 
@@ -28,6 +28,10 @@ class Layer:
     name: str
     spec: ConvSpec
     count: int
+
+    def __post_init__(self) -> None:
+        for name in ("model", "name"):  # what a user's model is called may hold anything
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     @property
     def label(self) -> str:
@@ -151,8 +155,22 @@ def parse_sizes(text: str) -> tuple[int, ...]:
 
 
 def _parse_padding(text: str) -> tuple[tuple[int, int], ...]:
+    if not re.fullmatch(r"-?\d+(\+-?\d+)?(x-?\d+(\+-?\d+)?)*", text, re.ASCII):
+        raise ValueError(f"padding is {text!r}, expected numbers such as 1x0+2")
     sides = [part.split("+") for part in text.split("x")]
     return tuple((int(pair[0]), int(pair[-1])) for pair in sides)
+
+
+def integer(row: Mapping[str, str], name: str) -> int:
+    """The number in a column of a row.
+
+    Raises:
+        ValueError: for anything else, with the column's name.
+    """
+    try:
+        return int(row[name])
+    except ValueError:
+        raise ValueError(f"{name} is {row[name]!r}, expected an integer") from None
 
 
 def spec_record(spec: ConvSpec) -> dict[str, object]:
@@ -182,14 +200,14 @@ def spec_of(row: dict[str, str]) -> ConvSpec:
         KeyError, ValueError: for columns that are missing or make no sense.
     """
     spec = ConvSpec(
-        int(row["in_channels"]),
-        int(row["out_channels"]),
+        integer(row, "in_channels"),
+        integer(row, "out_channels"),
         parse_sizes(row["input_size"]),
         parse_sizes(row["kernel_size"]),
         parse_sizes(row["stride"]),
         _parse_padding(row["padding"]),
         parse_sizes(row["dilation"]),
-        int(row["groups"]),
+        integer(row, "groups"),
         row["padding_mode"],
         row["bias"] == "1",
         row["transposed"] == "1",
@@ -203,7 +221,7 @@ def spec_of(row: dict[str, str]) -> ConvSpec:
 
 def write_layers(file: IO[str], layers: Iterable[Layer], input_shape: str) -> None:
     """Write convolutions as rows of CSV, without a header."""
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    for layer in layers:
-        shown = {"net": layer.model, "input_shape": input_shape, "name": layer.name, "count": layer.count}
-        writer.writerow(shown | spec_record(layer.spec))
+    write_rows(
+        file,
+        ((layer.model, input_shape, layer.name, layer.count, *spec_record(layer.spec).values()) for layer in layers),
+    )

@@ -12,6 +12,7 @@ from lensor.bench.errors import BenchError, choose, require, writing
 from lensor.bench.layers import KINDS
 from lensor.bench.operations import OPERATIONS, STANDARD
 from lensor.bench.results import OK, Row
+from lensor.bench.text import printable
 
 FASTEST = "fastest"
 ALL = "all"
@@ -194,7 +195,8 @@ def settings_of(rows: Iterable[Row]) -> list[str]:
 
 
 def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    shown = (printable(str(cell)).replace("|", "¦").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join(shown)} |"
 
 
 def table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) -> Iterable[str]:
@@ -242,7 +244,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
 def without_time(rows: Iterable[Row]) -> list[str]:
     """A section on what has no time, and why; nothing if all have one."""
     cells = [
-        (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message.replace("|", "¦"))
+        (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message)
         for row in rows
         if row.found.status != OK
     ]

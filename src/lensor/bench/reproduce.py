@@ -8,7 +8,6 @@ earlier command measured is not measured again.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from lensor.bench.operations import PAPER_OPERATIONS, STANDARD
 from lensor.bench.report import HEADINGS, Options, digits, plot, ratios, settings_of, summaries, table, without_time
 from lensor.bench.results import OK, Row
 from lensor.bench.settings import Settings
+from lensor.bench.text import write_rows
 
 if TYPE_CHECKING:
     from lensor.bench.crs import Point
@@ -430,9 +430,7 @@ def _written(title: str, name: str, out: Path, text: Iterable[str], summary: tup
 
 def _write_csv(path: Path, headings: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(headings)
-        writer.writerows(rows)
+        write_rows(file, [headings, *rows])
 
 
 def _figure() -> tuple[Any, Any]:

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from lensor.bench.errors import BenchError, writing
-from lensor.bench.layers import SPEC_COLUMNS, Layer, label, spec_of, spec_record
+from lensor.bench.errors import BenchError, read_bytes, require_regular, writing
+from lensor.bench.layers import SPEC_COLUMNS, Layer, integer, label, spec_of, spec_record
+from lensor.bench.operations import OPERATIONS
+from lensor.bench.text import from_cell, write_rows
 
 OK = "ok"
 """The status of a row whose result was right."""
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""The dtypes of operands."""
 
 STATUSES = (OK, "wrong", "refused", "failed")
 """All of them."""
@@ -98,6 +104,8 @@ class Found:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0:
                 raise ValueError(f"{field.name} is {value}, expected no negative number")
+            if field.name != "error" and isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}, expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -136,26 +144,39 @@ def _record(row: Row) -> dict[str, object]:
     return shown
 
 
-def _row(record: dict[str, str]) -> Row:
-    """The row in a record.
+def _row(cells: Sequence[str]) -> Row:
+    """The row in the cells of a line.
 
     Raises:
-        BenchError, KeyError, ValueError: for what is no row.
+        BenchError, ValueError: for what is not a row.
     """
-    layer = Layer(record["nets"], record["module"], spec_of(record), int(record["count"]))
+    if len(cells) != len(HEADER):
+        raise ValueError(f"it has {len(cells)} cells, expected {len(HEADER)}")
+    record = dict(zip(HEADER, map(from_cell, cells), strict=True))
+    for name, known in (("operation", tuple(OPERATIONS)), ("dtype", DTYPES)):
+        if record[name] not in known:
+            raise ValueError(f"{name} is {record[name]!r}, expected one of {', '.join(known)}")
+    layer = Layer(record["nets"], record["module"], spec_of(record), integer(record, "count"))
     setting, found, machine = (_part(part, record) for part in _PARTS)
     return Row(record["operation"], record["implementation"], record["version"], layer, setting, found, machine)
 
 
 def _part(part: type[Any], record: dict[str, str]) -> Any:
     hints = get_type_hints(part)
-    return part(**{field.name: _value(hints[field.name], record[field.name]) for field in fields(part)})
+    return part(**{field.name: _value(hints[field.name], record, field.name) for field in fields(part)})
 
 
-def _value(hint: Any, text: str) -> Any:
+def _value(hint: Any, record: dict[str, str], name: str) -> Any:
     if get_args(hint):  # int | None, float | None
-        return None if text == "" else get_args(hint)[0](text)
-    return hint(text)
+        if record[name] == "":
+            return None
+        (hint, _) = get_args(hint)
+    if hint is int:
+        return integer(record, name)
+    try:
+        return hint(record[name])
+    except ValueError:
+        raise ValueError(f"{name} is {record[name]!r}, expected a number") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -170,23 +191,20 @@ def read(path: Path) -> list[Row]:
 
 def _scan(path: Path) -> tuple[list[Row], int]:
     """The rows of a file, and the length in bytes of what they take up."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BenchError(f"cannot read {path}: {error.strerror or error}") from None
+    data = read_bytes(path)
     whole = finished(data)
     try:
-        lines = whole.decode("utf-8").splitlines()
+        text = whole.decode("utf-8")
     except UnicodeDecodeError:
-        lines = []
-    if not lines or lines[0] != ",".join(HEADER):
-        raise BenchError(f"{path} is no results file of this version of lensor bench; it was left as it is")
+        text = ""
+    if text.partition("\n")[0].rstrip("\r") != ",".join(HEADER):
+        raise BenchError(f"{path} is not a results file of this version of lensor bench; it was left as it is")
     rows: list[Row] = []
     seen = set()
-    reader = csv.reader(lines[1:])
+    reader = csv.reader(io.StringIO(text.partition("\n")[2], newline=""))
     try:
         for cells in reader:
-            row = _row(dict(zip(HEADER, cells, strict=True)))
+            row = _row(cells)
             if row.key in seen:
                 raise ValueError("what it measures is measured above")
             seen.add(row.key)
@@ -219,6 +237,7 @@ class ResultsFile:
         self.path = path
         self.rows: list[Row] = []
         header = (",".join(HEADER) + "\n").encode()
+        require_regular(path)
         with writing(path):
             held = path.read_bytes() if path.exists() else b""
             if held == header or not header.startswith(held):
@@ -247,10 +266,8 @@ class ResultsFile:
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows, in one piece, to the disk."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, HEADER, lineterminator="\n")
         new = list(rows)
-        for row in new:
-            writer.writerow(_record(row))
+        write_rows(text, (_record(row).values() for row in new))
         with writing(self.path):
             self._append(text.getvalue().encode())
         self.rows += new

@@ -6,7 +6,6 @@ of ResNet-18; training is that of small CNNs on the digits of scikit-learn and o
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from lensor.bench.errors import choose, require
 from lensor.bench.measure import interleaved, peak_bytes
 from lensor.bench.measure import threads as using
 from lensor.bench.nets import all_cnn_c
+from lensor.bench.text import write_rows
 from lensor.bench.training import TASKS, Task, step_seconds, training_step, validated
 from lensor.sampling.schemes import draw
 from lensor.spec import ConvSpec
@@ -220,9 +220,7 @@ def write_csv(rows: Sequence[Any], path: Path) -> Path:
     """Write rows of one kind to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(asdict(row) for row in rows)
+        write_rows(file, [[field.name for field in fields(rows[0])], *(asdict(row).values() for row in rows)])
     return path
 
 

@@ -8,7 +8,6 @@ steps times the seconds of a step, which are measured for all optimizers of a ta
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lensor.bench.errors import choose, require
 from lensor.bench.measure import interleaved
 from lensor.bench.measure import threads as using
+from lensor.bench.text import write_rows
 from lensor.curvature import LinAlgError
 from lensor.optim import KFAC
 
@@ -303,9 +303,7 @@ def write(points: Sequence[Point], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "training.csv"
     with table.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.DictWriter(file, [field.name for field in fields(Point)], lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(asdict(point) for point in points)
+        write_rows(file, [[field.name for field in fields(Point)], *(asdict(point).values() for point in points)])
     tasks = list(dict.fromkeys(point.task for point in points))
     figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.6 * len(tasks)), squeeze=False, layout="constrained")
     for row, task in zip(axes, tasks, strict=True):

@@ -156,6 +156,12 @@ class Operator(ABC):
         count = len(self._blocks)
         return f"{type(self).__name__}({self._options()}{count} block{'s' * (count != 1)})"
 
+    def __copy__(self) -> Self:
+        """Another operator on the same tensors; what changes its blocks leaves this one's alone."""
+        found = object.__new__(type(self))
+        vars(found).update({name: dict(one) if isinstance(one, dict) else one for name, one in vars(self).items()})
+        return found
+
     def _options(self) -> str:
         """What it was made with, for its text."""
         return ""
@@ -219,13 +225,8 @@ class Operator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         like = next(iter(self._blocks.values())).B
-
-        def product(vector: Any) -> Any:
-            tensor = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
-            columns = tensor.reshape(self.size, -1).mT
-            return (self @ columns).mT.reshape(tensor.shape).cpu().to(outside).numpy()
-
         outside = torch.float32 if like.dtype == torch.bfloat16 else like.dtype  # which NumPy has not
+        product = _FlatProduct(self, like.dtype, like.device, outside)
         kind = torch.zeros((), dtype=outside).numpy().dtype
         options: dict[str, Any] = {"matvec": product, "matmat": product, "rmatvec": product, "rmatmat": product}
         return LinearOperator(shape=(self.size, self.size), dtype=kind, **options)  # type: ignore[call-arg]
@@ -250,6 +251,21 @@ class Operator(ABC):
             fronts.add(found[:cut])
         if len(fronts) > 1:
             raise ValueError(f"the axes in front of the shapes differ: {sorted(fronts)}")
+
+
+@dataclass(frozen=True, eq=False)
+class _FlatProduct:
+    """An operator times flat NumPy vectors, [size] or [size, columns]."""
+
+    operator: Operator
+    dtype: torch.dtype
+    device: torch.device
+    outside: torch.dtype
+
+    def __call__(self, vector: Any) -> Any:
+        tensor = torch.as_tensor(vector, dtype=self.dtype, device=self.device)
+        columns = tensor.reshape(self.operator.size, -1).mT
+        return (self.operator @ columns).mT.reshape(tensor.shape).cpu().to(self.outside).numpy()
 
 
 class KroneckerFactors(Operator, Mapping[str, Block]):
@@ -350,7 +366,12 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return torch.stack(found).sum()
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """log det of all blocks with the damping on the diagonal; -inf for singular ones without it."""
+        """log det of all blocks with the damping on the diagonal; -inf for singular ones without it.
+
+        Raises:
+            ValueError: for a negative damping.
+        """
+        _require_not_negative(damping)
         found = []
         for block in self.values():
             b = torch.linalg.eigvalsh(block.B).clamp_min(0)
@@ -426,10 +447,16 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         """decay · self + (1 − decay) · other, in place; roots are kept as roots of more rows.
 
         Raises:
-            ValueError: if they are of other parameters, another approx or convention.
+            ValueError: if they are of other parameters or blocks, another approx, convention or reduction, or if the
+                decay is not between 0 and 1.
         """
-        if self.shapes != other.shapes or (self.approx, self.convention) != (other.approx, other.convention):
-            raise ValueError("an average is of factors of the same parameters, approx and convention")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay}, expected a number between 0 and 1")
+        names = ("approx", "convention", "reduction")
+        if self.shapes != other.shapes or any(getattr(self, name) != getattr(other, name) for name in names):
+            raise ValueError("an average is of factors of the same parameters, approx, convention and reduction")
+        for name, block in self._blocks.items():  # all of them before the first is changed
+            _require_alike(name, block, other._blocks.get(name))
         for name, block in self._blocks.items():
             new = other[name]
             b = block.B.mul(decay).add_(new.B, alpha=1 - decay)
@@ -438,7 +465,8 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                 root = torch.cat([block.root * decay**0.5, new.root * (1 - decay) ** 0.5], 1)
             else:
                 formed = block.A.mul(decay).add_(new.A, alpha=1 - decay)
-            self._blocks[name] = replace(block, formed=formed, root=root, B=b)
+            positions = block.positions if block.positions == new.positions else 0
+            self._blocks[name] = replace(block, formed=formed, root=root, B=b, positions=positions)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -456,27 +484,40 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return {"version": 1, **self._settings(), "blocks": blocks}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Any], model: torch.nn.Module | None = None) -> Self:
         """Factors from what `state_dict` gave.
 
+        Args:
+            state: the state.
+            model: if given, the factors' parameters must be this model's, with its shapes.
+
         Raises:
-            ValueError: for a state of another kind or version.
+            ValueError: for a state of another kind or version, one that is damaged, or one of another model.
         """
-        if state.get("version") != 1 or "blocks" not in state:
-            raise ValueError("this is no state of Kronecker factors that this version reads")
-        blocks = {
-            name: Block(
-                tuple(one["names"]),
-                tuple(one["shape"]),
-                bool(one["transposed"]),
-                one.get("A"),
-                one.get("root"),
-                one["B"],
-                int(one["positions"]),
-            )
-            for name, one in state["blocks"].items()
-        }
-        return cls(blocks, *(state[name] for name in ("approx", "examples", "convention", "reduction", "outputs")))
+        if not isinstance(state, Mapping) or state.get("version") != 1 or not isinstance(state.get("blocks"), Mapping):
+            raise ValueError("this is not a state of Kronecker factors that this version reads")
+        names = ("approx", "examples", "convention", "reduction", "outputs")
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise ValueError(f"the state of Kronecker factors is damaged: {missing[0]} is missing")
+        require_choice("approx", state["approx"], ("expand", "reduce"))
+        require_choice("convention", state["convention"], tuple(MODEL_CONVENTIONS))
+        require_choice("reduction", state["reduction"], ("mean", "sum"))
+        for name in ("examples", "outputs"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"the state of Kronecker factors is damaged: {name} is {state[name]!r}")
+        blocks = {str(name): _block_of(str(name), one) for name, one in state["blocks"].items()}
+        found = cls(blocks, *(state[name] for name in names))
+        every = [name for block in blocks.values() for name in block.names]
+        if len(set(every)) < len(every):
+            raise ValueError(f"the state of Kronecker factors is damaged: parameters occur twice among {every}")
+        if model is not None:
+            known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            for name, shape in found.shapes.items():
+                if known.get(name) != shape:
+                    there = f"{name} of shape {known[name]}" if name in known else f"no parameter {name}"
+                    raise ValueError(f"the state is of another model: it has {name} of shape {shape}, found {there}")
+        return found
 
 
 class EigenFactors(Operator):
@@ -515,7 +556,12 @@ class EigenFactors(Operator):
         return EigenFactors(self._blocks, parts)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """log det with the damping on the diagonal."""
+        """log det with the damping on the diagonal.
+
+        Raises:
+            ValueError: for a negative damping.
+        """
+        _require_not_negative(damping)
         return torch.stack([torch.log(values + damping).sum() for _, _, values in self.parts.values()]).sum()
 
     def trace(self) -> Tensor:
@@ -538,10 +584,9 @@ class Inverse(Operator):
     def __init__(self, blocks: Mapping[str, Block], damping: float, method: str) -> None:
         super().__init__(blocks)
         _require_damping(damping)
-        ways = {"eigen": _eigen, "cholesky": _cholesky, "woodbury": _woodbury}
-        require_choice("method", method, tuple(ways))
+        require_choice("method", method, tuple(_WAYS))
         self.damping, self.method = damping, method
-        self._solvers = {name: ways[method](name, block, damping) for name, block in blocks.items()}
+        self._solvers = {name: _WAYS[method].of(name, block, damping) for name, block in blocks.items()}
 
     def _options(self) -> str:
         return f"damping={self.damping}, method={self.method!r}, "
@@ -550,51 +595,87 @@ class Inverse(Operator):
         return self._solvers[name](rows)
 
 
-def _eigen(name: str, block: Block, damping: float) -> Any:
-    b, q_b = torch.linalg.eigh(block.B)
-    b = b.clamp_min(0)
-    if block.root is None:
-        a, q_a = torch.linalg.eigh(block.A)
-    else:  # the complement of the root's rows has the eigenvalue 0
-        _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
-        a, q_a = singular.square(), q_at.mT
-    over = 1 / (b[:, :, None] * a.clamp_min(0)[:, None, :] + damping)
+@dataclass(frozen=True, eq=False)
+class _Eigen:
+    """Q_B ⊗ Q_A times `over` times the transpose; with `damping` rows outside of Q_A's span are divided by it."""
 
-    def solve(rows: Tensor) -> Tensor:
-        turned = rows @ q_a
+    q_a: Tensor
+    q_b: Tensor
+    over: Tensor
+    damping: float | None
+
+    @classmethod
+    def of(cls, name: str, block: Block, damping: float) -> Self:
+        b, q_b = torch.linalg.eigh(block.B)
+        b = b.clamp_min(0)
         if block.root is None:
-            return q_b @ ((q_b.mT @ turned) * over) @ q_a.mT
-        inside = q_b @ ((q_b.mT @ turned) * (over - 1 / damping)) @ q_a.mT
-        return inside + rows / damping
+            a, q_a = torch.linalg.eigh(block.A)
+        else:  # the complement of the root's rows has the eigenvalue 0
+            _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
+            a, q_a = singular.square(), q_at.mT
+        over = 1 / (b[:, :, None] * a.clamp_min(0)[:, None, :] + damping)
+        if block.root is None:
+            return cls(q_a, q_b, over, None)
+        return cls(q_a, q_b, over - 1 / damping, damping)
 
-    return solve
+    def __call__(self, rows: Tensor) -> Tensor:
+        inside = self.q_b @ ((self.q_b.mT @ (rows @ self.q_a)) * self.over) @ self.q_a.mT
+        return inside if self.damping is None else inside + rows / self.damping
 
 
-def _cholesky(name: str, block: Block, damping: float) -> Any:
-    on_a, on_b = _factored(block, damping)
-    a, b = _damped_inverse(f"A of {name}", block.A, on_a), _damped_inverse(f"B of {name}", block.B, on_b)
-    return lambda rows: b @ rows @ a
+@dataclass(frozen=True, eq=False)
+class _Cholesky:
+    """The damped inverses of B and of A."""
 
+    a: Tensor
+    b: Tensor
 
-def _woodbury(name: str, block: Block, damping: float) -> Any:
-    root = block.root
-    if root is None:
-        raise ValueError(f"{name} has no root: it is kept for approx='reduce' and fewer examples than rows of A")
-    c = block.B[:, :1, :1]
-    eye = torch.eye(block.B.shape[1], dtype=c.dtype, device=c.device)
-    plain = bool((c * eye == block.B).all()) and bool((c > 0).all())
-    if plain:
-        on_a, b = damping / c, 1 / c
-    else:
+    @classmethod
+    def of(cls, name: str, block: Block, damping: float) -> Self:
         on_a, on_b = _factored(block, damping)
-        b = _damped_inverse(f"B of {name}", block.B, on_b)
-    inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
+        return cls(_damped_inverse(f"A of {name}", block.A, on_a), _damped_inverse(f"B of {name}", block.B, on_b))
 
-    def solve(rows: Tensor) -> Tensor:
-        solved = (rows - ((rows @ root.mT) @ inner) @ root) / on_a
-        return solved * b if plain else b @ solved
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.b @ rows @ self.a
 
-    return solve
+
+@dataclass(frozen=True, eq=False)
+class _Woodbury:
+    """A's damped inverse by way of its root; `b` is B's, or a number for each group where B is plain."""
+
+    root: Tensor
+    inner: Tensor
+    on_a: Tensor
+    b: Tensor
+    plain: bool
+
+    @classmethod
+    def of(cls, name: str, block: Block, damping: float) -> Self:
+        root = block.root
+        if root is None:
+            raise ValueError(f"{name} has no root: it is kept for approx='reduce' and fewer examples than rows of A")
+        c = block.B[:, :1, :1]
+        eye = torch.eye(block.B.shape[1], dtype=c.dtype, device=c.device)
+        plain = bool((c * eye == block.B).all()) and bool((c > 0).all())
+        if plain:
+            on_a, b = damping / c, 1 / c
+        else:
+            on_a, on_b = _factored(block, damping)
+            b = _damped_inverse(f"B of {name}", block.B, on_b)
+        inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
+        return cls(root, inner, on_a, b, plain)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        solved = (rows - ((rows @ self.root.mT) @ self.inner) @ self.root) / self.on_a
+        return solved * self.b if self.plain else self.b @ solved
+
+
+_WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
+    "eigen": _Eigen,
+    "cholesky": _Cholesky,
+    "woodbury": _Woodbury,
+}
+"""What solves a block, by the method's name."""
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
@@ -617,6 +698,74 @@ def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
 def _require_damping(damping: float) -> None:
     if not damping > 0 or not math.isfinite(damping):
         raise ValueError(f"damping must be positive, found {damping}")
+
+
+def _require_not_negative(damping: float) -> None:
+    if not damping >= 0 or not math.isfinite(damping):
+        raise ValueError(f"damping must not be negative, found {damping}")
+
+
+def _require_alike(name: str, one: Block, other: Block | None) -> None:
+    """Raise unless the blocks' factors can be added.
+
+    Raises:
+        ValueError: with what differs.
+    """
+
+    def text(block: Block | None) -> str:
+        return "none" if block is None else f"{block.names}, {block.form}, {block.B.dtype} on {block.B.device}"
+
+    keys = [
+        None
+        if block is None
+        else (block.names, block.transposed, block.B.shape, block.d, block.B.dtype, block.B.device)
+        for block in (one, other)
+    ]
+    if keys[0] != keys[1]:
+        raise ValueError(f"an average is of blocks of the same form: {name} is {text(one)} and {text(other)}")
+
+
+def _block_of(name: str, state: Any) -> Block:
+    """The block in a part of a state.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+
+    def damaged(what: str) -> ValueError:
+        return ValueError(f"the state of Kronecker factors is damaged: block {name} {what}")
+
+    try:
+        block = Block(
+            tuple(map(str, state["names"])),
+            tuple(map(int, state["shape"])),
+            bool(state["transposed"]),
+            state.get("A"),
+            state.get("root"),
+            state["B"],
+            int(state["positions"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(f"cannot be read ({type(error).__name__}: {error})") from None
+    if len(block.names) not in (1, 2) or block.names[0] != name:
+        raise damaged(f"is of the parameters {block.names}")
+    if (block.formed is None) == (block.root is None):
+        raise damaged("has both of A and its root, or none of them")
+    which = "A" if block.root is None else "root"
+    for key, tensor in (("B", block.B), (which, block.formed if block.root is None else block.root)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
+            raise damaged(f"has {key} that is not a tensor of three axes and real numbers")
+        if key != "root" and tensor.shape[1] != tensor.shape[2]:
+            raise damaged(f"has {key} of shape {tuple(tensor.shape)}, expected square matrices")
+        if (tensor.shape[0], tensor.dtype, tensor.device) != (block.groups, block.B.dtype, block.B.device):
+            raise damaged(f"has {key} with other groups, or of another dtype or device, than B")
+    c, more = block.B.shape[1], len(block.names) - 1
+    fits = math.prod(block.shape) == block.groups * c * (block.d - more)
+    if block.transposed:
+        fits = fits and len(block.shape) > 1 and block.shape[1] == c and block.shape[0] % block.groups == 0
+    if not fits:
+        raise damaged(f"has factors {block.form}, which do not fit a parameter of shape {block.shape}")
+    return block
 
 
 def _traces(matrices: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import statistics
@@ -12,8 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lensor.bench.layers import Layer
+from lensor.bench.text import write_rows
 from lensor.demo.layers import network, short_form
 from lensor.demo.measure import Comparison
 from lensor.demo.run import Settings
@@ -57,8 +58,8 @@ def _colour(ratio: float) -> str:
     return "green" if ratio < 0.95 else "red" if ratio > 1.05 else "default"
 
 
-def _coloured(ratio: float) -> str:
-    return f"[{_colour(ratio)}]{_digits(ratio)}[/]"
+def _coloured(ratio: float) -> Text:
+    return Text(_digits(ratio), style=_colour(ratio))
 
 
 def _digits(ratio: float) -> str:
@@ -85,7 +86,7 @@ def show(comparisons: Sequence[Comparison], settings: Settings, console: Console
             table.add_section()
         model = expand.layer.model
         net = network(expand.layer, "expand").simplify()
-        described = [expand.layer.kind, short_form(net).replace("[", r"\[")] if wide else []
+        described = [expand.layer.kind, short_form(net)] if wide else []
         ratios = [expand.median_ratio, expand.memory_ratio, reduce.median_ratio, reduce.memory_ratio]
         table.add_row(
             expand.layer.label,
@@ -109,9 +110,7 @@ def write(comparisons: Sequence[Comparison], settings: Settings) -> list[Path]:
     paths[0].write_text("\n".join(_markdown(comparisons, settings)) + "\n", encoding="utf-8")
     with paths[1].open("w", newline="", encoding="utf-8") as file:
         rows = [_record(found) for found in comparisons]
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_rows(file, [list(rows[0]), *(row.values() for row in rows)])
     _plot(comparisons, settings, paths[2])
     return paths
 

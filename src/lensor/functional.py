@@ -86,12 +86,24 @@ class _Operation:
 
     def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
         if kernels.is_capturing():
+            if kernels.is_symbolic(arrays, options) and not _is_limited():
+                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
             return self.captured(arrays, options)
         try:
             call = _calls.peek(self.key(arrays, options, _parts))
         except (AttributeError, TypeError):  # no arrays, or sizes that are being traced
             call = None
-        return (call or self.remembered(arrays, options)).run(arrays)
+        if call is None:
+            kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
+            if kernels.is_symbolic(arrays, options):
+                _check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
+                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
+            call = self.remembered(arrays, options)
+        return call.run(arrays)
+
+    def padded(self, arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        """The arrays, None for those that a call leaves out."""
+        return arrays + (None,) * (len(self.arguments) - len(arrays))
 
     def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
         """What a call depends on; the text of the options tells 1, 1.0 and True apart, which are equal."""
@@ -103,7 +115,6 @@ class _Operation:
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """The call for these arrays and options, made and kept if it is new."""
-        kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
         key = self.key(arrays, options, lambda array: (_shape(array), array.dtype, _device(array)))
         call = _calls.get(key)
         if call is None:
@@ -163,8 +174,14 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     return name
 
 
+def _is_limited() -> bool:
+    """Whether a memory limit is set: it holds for a plan, and a plan is for sizes that are numbers."""
+    return planner.current().max_bytes is not None
+
+
 # What `torch.compiler.assume_constant_result` sets, without an import of torch: the function is called, not traced.
 _captured_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_limited._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _in_order(plan: Plan, names: tuple[str, ...], like: Array) -> Callable[..., Array]:

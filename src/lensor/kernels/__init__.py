@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -55,4 +57,29 @@ def is_capturing() -> bool:
     return torch is not None and torch.compiler.is_compiling()
 
 
-__all__ = ["Backend", "backend_of", "is_capturing", "load", "name_of"]
+def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
+    """Whether a graph is being written down in which a size of the arrays, or one among the options, is a symbol."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        sizes = itertools.chain(options, *(array.shape for array in arrays), *filter(_is_sequence, options))
+        if not any(isinstance(size, torch.SymInt) for size in sizes):
+            return False  # in everyday calls, without the import of what compilers need
+    from lensor.kernels import dynamic
+
+    return dynamic.is_symbolic(arrays, options)
+
+
+def _is_sequence(option: Any) -> bool:
+    return isinstance(option, (tuple, list))
+
+
+def for_all_sizes(operation: str) -> Callable[..., Any]:
+    """An operation of `lensor.functional`, by its name there, for sizes that are symbols."""
+    from lensor.kernels import dynamic
+
+    return dynamic.OPERATIONS[operation]
+
+
+__all__ = ["Backend", "backend_of", "for_all_sizes", "is_capturing", "is_symbolic", "load", "name_of"]

@@ -292,6 +292,22 @@ def test_a_trial_pass_leaves_the_model_as_it_was() -> None:
     assert torch.equal(after, torch.get_rng_state())  # one pass has drawn numbers
 
 
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_trial_passes_of_the_optimizer_leave_statistics_and_draws_alone(approx: str) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(9, 3))
+    other, x = copy.deepcopy(model), torch.randn(4, 2, 5)
+    optimizer = KFAC(model, CE, approx=approx)
+    state = torch.get_rng_state()
+    out = model(x)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    assert torch.equal(out, other(x))
+    assert torch.equal(after, torch.get_rng_state())
+    for (name, a), (_, b) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+    del optimizer
+
+
 # ------------------------------------------------------------------------------------------------ losses, hooks
 def test_subclasses_of_losses_are_not_their_parents() -> None:
     class Weighted(nn.MSELoss):

@@ -205,7 +205,7 @@ class _Finder:
 
     def _fake(self, size: int) -> _Seen:
         """A pass with shapes only."""
-        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        with undisturbed(self.model), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
 
             def fake(value: Any) -> Any:
                 if not isinstance(value, Tensor):

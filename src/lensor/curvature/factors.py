@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -67,7 +68,8 @@ class Block:
         if self.formed is not None:
             return self.formed
         assert self.root is not None
-        return self.root.mT @ self.root
+        with _uncast(self.root):
+            return self.root.mT @ self.root
 
     @property
     def groups(self) -> int:
@@ -193,7 +195,8 @@ class Operator(ABC):
         self._check(vectors)
         found: dict[str, Tensor] = {}
         for name, block in self._blocks.items():
-            found |= block.from_rows(self._times(name, block.to_rows(vectors)))
+            with _uncast(block.B):
+                found |= block.from_rows(self._times(name, block.to_rows(vectors)))
         return {name: found[name] for name in vectors}
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -586,7 +589,10 @@ class Inverse(Operator):
         _require_damping(damping)
         require_choice("method", method, tuple(_WAYS))
         self.damping, self.method = damping, method
-        self._solvers = {name: _WAYS[method].of(name, block, damping) for name, block in blocks.items()}
+        self._solvers = {}
+        for name, block in blocks.items():
+            with _uncast(block.B):
+                self._solvers[name] = _WAYS[method].of(name, block, damping)
 
     def _options(self) -> str:
         return f"damping={self.damping}, method={self.method!r}, "
@@ -676,6 +682,12 @@ _WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
     "woodbury": _Woodbury,
 }
 """What solves a block, by the method's name."""
+
+
+def _uncast(like: Tensor) -> AbstractContextManager[Any]:
+    """Products of factors have the factors' dtype inside of `torch.autocast`, too."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -49,10 +50,27 @@ def backend_of(*arrays: Any) -> Backend:
     return load(next(iter(names), "numpy"))
 
 
+def override_of(*arrays: Any) -> Callable[..., Any] | None:
+    """What takes the place of a function of arrays, by torch's protocol, if one of them only stands for an array.
+
+    The proxies of torch.fx do: they write down the function and its arguments. The override is called with the
+    function, the tuple of its arguments, and its keyword arguments.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    for array in arrays:
+        kind = type(array)
+        found = getattr(kind, "__torch_function__", None)
+        if found is not None and not isinstance(array, torch.Tensor):
+            return lambda function, arguments, **options: found(function, (kind,), arguments, options)
+    return None
+
+
 def is_capturing() -> bool:
     """Whether a framework is writing down a graph of what runs (torch.compile, torch.export)."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.compiler.is_compiling()
 
 
-__all__ = ["Backend", "backend_of", "is_capturing", "load", "name_of"]
+__all__ = ["Backend", "backend_of", "is_capturing", "load", "name_of", "override_of"]

@@ -75,7 +75,9 @@ def random_call(seed: int, dtype: Any) -> dict[str, tuple[tuple, tuple]]:
     if not dtype.is_complex:
         s, approx = torch.stack([v, v.sin()]), choose.choice(["expand", "reduce"])
         form = "factor" if approx == "expand" else choose.choice(["factor", "root"])
-        convention = "paper" if groups == 2 or form == "root" or approx == "reduce" else choose.choice(["asdl", "paper"])
+        convention = (
+            "paper" if groups == 2 or form == "root" or approx == "reduce" else choose.choice(["asdl", "paper"])
+        )
         plain = (kernel, stride, padding, dilation, groups, approx)
         calls["_kfac_input_factor"] = ((x,), (*plain, False, 0, convention, form, mode))
         calls["_kfac_output_factor"] = ((s,), (groups, approx, convention, mode))
@@ -269,7 +271,10 @@ def test_fold_is_compiled_into_as_many_graphs_as_torch_s_own() -> None:
 
 
 def test_layers_of_four_dimensions_take_one_graph() -> None:
-    layers = lensor_nn.ConvNd(2, 3, 2, dims=4, padding=1, padding_mode="circular"), lensor_nn.ConvTransposeNd(3, 2, 2, 2, 1, dims=4)
+    layers = (
+        lensor_nn.ConvNd(2, 3, 2, dims=4, padding=1, padding_mode="circular"),
+        lensor_nn.ConvTransposeNd(3, 2, 2, 2, 1, dims=4),
+    )
     model = nn.Sequential(*layers).requires_grad_(False)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)

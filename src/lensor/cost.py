@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lensor import steps as s
-from lensor.layout import Value, contiguous, layouts, step_copies
+from lensor.layout import Value, contiguous, layouts, put_in_order, step_copies
 from lensor.layout import moved as moved_entries
 from lensor.plan import Plan
 
@@ -131,12 +131,14 @@ def _shortest(function: Callable[[], object]) -> float:
 # ------------------------------------------------------------------------------------------------------------ estimates
 def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
     """Estimated seconds: flops at the rate of the step, bytes that are moved, calls."""
-    values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes)
+    values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes, plan.result)
     total = 0.0
     for place, step in enumerate(plan.steps):
         shapes, moved = [plan.shapes[at] for at in step.takes], float(entries[place])
         if isinstance(step, s.Reshape) and values[place].copied and _run(plan, values, step.takes[0]) < _SHORT_RUN:
             moved += _SCATTERED * math.prod(plan.shapes[place])
+        if place == plan.result and _run(plan, values, place) < _SHORT_RUN:
+            moved += _SCATTERED * put_in_order(plan.shapes, values, place)
         if isinstance(step, s.Read):
             row = math.prod(shapes[0][step.axis + len(step.axes) :])
             moved += math.prod(shapes[0]) + (_SINGLE * math.prod(plan.shapes[place]) if row == 1 else 0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lensor.cache import Cache
 from lensor.errors import SubscriptsError
-from lensor.kernels import Backend, backend_of, load
+from lensor.kernels import Backend, backend_of, load, override_of
 from lensor.network import AnyNetwork, Network, Operand, Select, verb
 from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
 from lensor.pattern import IndexPattern, as_integer
@@ -63,7 +63,7 @@ def compile(
 
 
 def _derived(
-    plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings
+    plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings, in_channels_last: bool
 ) -> Callable[[Sequence[Any], Any], Any]:
     """The planned VJP or JVP of a plan's network, as a function of the plan's operands and a direction."""
     net = plan.network
@@ -77,6 +77,8 @@ def _derived(
     ready = runnable(
         compile(derived, {name: shapes[name] for name in derived.operand_names}, like=like, settings=settings), backend
     )
+    if in_channels_last:
+        ready = ready.channels_last
     places = [-1 if name == direction else plan.operands.index(name) for name in ready.names]
     return lambda arrays, direction: ready.unchecked(*(direction if at < 0 else arrays[at] for at in places))
 
@@ -215,6 +217,8 @@ def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
     """
     sizes = {name: as_integer(size, f"the size of index {name!r}") for name, size in sizes.items()}
     arrays = {f"x{at}": operand for at, operand in enumerate(operands) if not isinstance(operand, IndexPattern)}
+    if (override := override_of(*arrays.values())) is not None:
+        return override(einsum, (subscripts, *operands), **sizes)
     backend = backend_of(*arrays.values()) if arrays else load("numpy")
     key = (
         subscripts,

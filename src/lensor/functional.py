@@ -56,6 +56,7 @@ class _Request(NamedTuple):
     shapes: Mapping[str, Shape]  # of the network's operands, in the order of the call's arrays
     unbatched: bool = False  # drop the result's batch axis
     conjugate: tuple[str, ...] = ()  # operands that a derivative conjugates
+    spec: ConvSpec | None = None  # of the convolution, where results have the order of axes of the framework's own
 
 
 class _Call(NamedTuple):
@@ -94,7 +95,9 @@ class _Operation:
         except (AttributeError, TypeError):  # no arrays, or sizes that are being traced
             call = None
         if call is None:
-            kernels.backend_of(*arrays)  # raises for what is no array, or of two frameworks
+            if (override := kernels.override_of(*arrays)) is not None:
+                return override(operation, (self.name, arrays, *options))
+            kernels.backend_of(*arrays)  # raises for what is not an array, or of two frameworks
             if kernels.is_symbolic(arrays, options):
                 _check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
                 return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
@@ -142,11 +145,18 @@ class _Operation:
         )
         plan = execute.compile(request.network, request.shapes, like=arrays[0])
         return _Call(
-            _in_order(plan, tuple(request.shapes), arrays[0]), adapt if any(adapt) else None, request.unbatched
+            _in_order(plan, tuple(request.shapes), arrays[0], request.spec),
+            adapt if any(adapt) else None,
+            request.unbatched,
         )
 
 
 _operations: dict[str, _Operation] = {}
+
+
+def operation(name: str, arrays: tuple[Array, ...], *options: Any) -> Array:
+    """The operation of that name: what the graphs of torch.fx call."""
+    return _operations[name](tuple(arrays), *options)
 
 
 class _CapturedCalls:
@@ -184,13 +194,15 @@ _captured_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_limited._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _in_order(plan: Plan, names: tuple[str, ...], like: Array) -> Callable[..., Array]:
+def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
     """The plan as a function of arrays in the order of `names`; everything else was checked before."""
-    ready = runtime.runnable(plan, kernels.backend_of(like))
+    backend = kernels.backend_of(like)
+    ready = runtime.runnable(plan, backend)
+    call = ready.unchecked if spec is None else backend.formatted(ready, spec)
     if ready.names == list(names):
-        return ready.unchecked
+        return call
     places = [names.index(name) for name in ready.names]
-    return lambda *arrays: ready.unchecked(*(arrays[place] for place in places))
+    return lambda *arrays: call(*(arrays[place] for place in places))
 
 
 def _operation(*arguments: str, real: bool = False) -> Callable[[Callable[..., _Request]], _Operation]:
@@ -406,7 +418,7 @@ def _conv(input: Shape, weight: Shape, bias: Shape | None, *options: Any) -> _Re
     if bias is not None:
         _check_shape("bias", bias, weight[:1], "[c_out]")
         shapes["b"] = bias
-    return _Request(ops.conv(layer.spec), shapes, layer.unbatched)
+    return _Request(ops.conv(layer.spec), shapes, layer.unbatched, spec=layer.spec)
 
 
 def conv(
@@ -496,7 +508,7 @@ def _conv_transpose(
     if bias is not None:
         _check_shape("bias", bias, (weight[1] * groups,), "[c_out]")
         shapes["b"] = bias
-    return _Request(ops.conv_transpose(spec), shapes, unbatched)
+    return _Request(ops.conv_transpose(spec), shapes, unbatched, spec=spec)
 
 
 def conv_transpose(
@@ -744,7 +756,7 @@ def unfold_transpose(
 def _conv_input_vjp(weight: Shape, grad_output: Shape, input_size: Any, *options: Any) -> _Request:
     layer = _layer(_sizes("input_size", input_size), weight, *options, names=("input_size", "weight"))
     layer.check_cotangent("grad_output", grad_output)
-    return _Request(ops.input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",))
+    return _Request(ops.input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",), layer.spec)
 
 
 def conv_input_vjp(
@@ -793,7 +805,8 @@ def conv_input_vjp(
 def _conv_weight_vjp(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> _Request:
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"))
     layer.check_cotangent("grad_output", grad_output)
-    return _Request(ops.weight_vjp(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
+    shapes = {"X": layer.input, "V": layer.output}
+    return _Request(ops.weight_vjp(layer.spec), shapes, conjugate=("X",), spec=layer.spec)
 
 
 def conv_weight_vjp(

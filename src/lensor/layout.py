@@ -148,15 +148,31 @@ def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -
             peak = max(peak, alive + scratch(steps[place], taken, shapes[place]))
             ends[last[place]] = ends.get(last[place], 0) + size
         alive -= ends.pop(place, 0)
-    return peak
+    return max(peak, alive + put_in_order(shapes, values, result))
 
 
-def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[int]:
-    """Entries that each step reads and writes: operands and result, none where the result is a view."""
-    return [
+def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> list[int]:
+    """Entries that each step reads and writes: operands and result, none where the result is a view.
+
+    The result is put into row-major order at the end if it is not in that order.
+    """
+    values = layouts(steps, shapes)
+    found = [
         math.prod(shapes[place]) + sum(math.prod(shapes[at]) for at in step.takes) if value.copied else 0
-        for place, (step, value) in enumerate(zip(steps, layouts(steps, shapes), strict=True))
+        for place, (step, value) in enumerate(zip(steps, values, strict=True))
     ]
+    found[result] += 2 * put_in_order(shapes, values, result)
+    return found
+
+
+def put_in_order(shapes: Sequence[s.Shape], values: Sequence[Value], result: int) -> int:
+    """Entries of a result that are copied because they are not in row-major order; 0 for one that is."""
+    shape = shapes[result]
+    ordered = all(
+        size == 1 or found == wanted
+        for size, found, wanted in zip(shape, values[result].strides, contiguous(shape), strict=True)
+    )
+    return 0 if ordered else math.prod(shape)
 
 
 def step_copies(step: s.MatMul | s.Gram, taken: Sequence[tuple[s.Shape, Strides]]) -> tuple[int, int]:

@@ -1018,6 +1018,8 @@ class _Lowering:
     def product(self, a: _Tensor, b: _Tensor, batch: list[str], contracted: list[str]) -> _Tensor:
         """Two tensors as matrices [batch, free, contracted], multiplied."""
         free_a, free_b = (self.as_wanted(tensor, batch, contracted) for tensor in (a, b))
+        if self.is_result(batch, free_b, free_a) and not self.is_result(batch, free_a, free_b):
+            a, b, free_a, free_b = b, a, free_b, free_a
         indices = (*batch, *free_a, *free_b)
         left = self.operand(a, batch, free_a, contracted)
         right = self.operand(b, batch, free_b, contracted)
@@ -1028,6 +1030,14 @@ class _Lowering:
         right = self.program.transpose(right, [*range(axes - 2), axes - 1, axes - 2])
         value = self.program.add(s.MatMul((left, right)))
         return _Tensor(self.program.reshape(value, self.shape(indices)), indices)
+
+    def is_result(self, *groups: list[str]) -> bool:
+        """Whether the indices are those of the result in its order, as far as memory shows it."""
+        found, wanted = (
+            [index for index in order if self.sizes[index] != 1 and index not in self.expanded]
+            for order in (itertools.chain(*groups), self.open)
+        )
+        return found == wanted
 
     def as_wanted(self, tensor: _Tensor, batch: list[str], contracted: list[str]) -> list[str]:
         """The free indices of a factor, in the order of the result if the product is larger than the factor."""

@@ -191,7 +191,7 @@ class Plan:
 
     @cached_property
     def _moved(self) -> list[int]:
-        return moved(self.steps, self.shapes)
+        return moved(self.steps, self.shapes, self.result)
 
     def step_bytes(self, place: int) -> int:
         """Bytes that one step reads and writes; 0 for a view.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from lensor import steps as s
@@ -31,16 +32,24 @@ class Runnable:
     `unchecked` takes the arrays in the order of the plan's operands and checks nothing; calling the object with a
     mapping checks names, shapes, dtypes and devices first. `steps` is the plan's steps alone; where a framework records
     derivatives, `unchecked` records the network's own instead of those of the steps.
+
+    Results are arrays in memory that nobody else sees, in row-major order; with `channels_last` (see there) results and
+    derivatives that have positions are in torch's order of that name.
     """
 
-    def __init__(self, plan: Plan, backend: Backend) -> None:
-        self.plan, self.backend = plan, backend
+    def __init__(self, plan: Plan, backend: Backend, in_channels_last: bool = False) -> None:
+        self.plan, self.backend, self.in_channels_last = plan, backend, in_channels_last
         self.inputs = [step for step in plan.steps if isinstance(step, s.Input)]
         self.names = [step.operand for step in self.inputs]
-        self.steps = self.unchecked = _compiled(plan, backend)
+        self.steps = self.unchecked = _compiled(plan, backend, in_channels_last)
         if plan.deriver is not None and self.names:
             self.unchecked = backend.differentiable(self.steps, self.derivative, _needs(plan.network, self.names))
         self._derivatives: dict[tuple, Callable[..., Any]] = {}
+
+    @cached_property
+    def channels_last(self) -> Runnable:
+        """The same plan with results in the order of axes that torch calls channels_last."""
+        return self if self.in_channels_last else Runnable(self.plan, self.backend, in_channels_last=True)
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
         """Check the operands and run."""
@@ -74,7 +83,9 @@ class Runnable:
         key = (kind, place, self.backend.kind(direction), self.backend.is_traced(direction))
         found = self._derivatives.get(key)
         if found is None:
-            found = self.plan.deriver(self.plan, self.backend, kind, self.names[place], direction)
+            found = self.plan.deriver(
+                self.plan, self.backend, kind, self.names[place], direction, in_channels_last=self.in_channels_last
+            )
             self._derivatives[key] = found
         if kind == "vjp" and self.backend.is_complex(direction):
             arrays = [
@@ -97,7 +108,7 @@ def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...
     return tuple(tuple(at for at, name in enumerate(names) if name in needed) for needed in found)
 
 
-def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
+def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> Callable[..., Any]:
     """One function of the operands: a line for each step, values dropped after their last use.
 
     Steps without operands (patterns, ones) are made from the first operand, which tells dtype and device.
@@ -105,7 +116,10 @@ def _compiled(plan: Plan, backend: Backend) -> Callable[..., Any]:
     steps = plan.steps
     names = [f"v{place}" for place, step in enumerate(steps) if isinstance(step, s.Input)]
     values = [f"v{place}" for place, step in enumerate(steps) if type(step) is s.Input]
-    space: dict[str, Any] = {"default": backend.default_reference, "copy": backend.copy, "owned": backend.owned}
+    space: dict[str, Any] = {"default": backend.default_reference}
+    for name in ("copy", "owned", "settled"):
+        function = getattr(backend, name)
+        space[name] = partial(function, channels_last=True) if in_channels_last else function
     lines = [f"def call({', '.join(names)}):"]
     if not values:
         lines.append("    like = default()")
@@ -133,10 +147,10 @@ def _returned(plan: Plan) -> str:
     """What a compiled plan returns: the result, made the caller's own where it may lie in memory of somebody else's."""
     result = f"v{plan.result}"
     values, place = layouts(plan.steps, plan.shapes), plan.result
-    while plan.shape:
+    while True:
         step = plan.steps[place]
         if not step.is_view:
-            return result
+            return f"settled({result})"
         if not step.takes or isinstance(step, (s.Expand, s.Window, s.Diagonal)):
             break  # an operand or a constant; entries that overlap, or that a framework will not let anybody write
         if values[place].copied:

@@ -51,6 +51,23 @@ def backend_of(*arrays: Any) -> Backend:
     return load(next(iter(names), "numpy"))
 
 
+def override_of(*arrays: Any) -> Callable[..., Any] | None:
+    """What takes the place of a function of arrays, by torch's protocol, if one of them only stands for an array.
+
+    The proxies of torch.fx do: they write down the function and its arguments. The override is called with the
+    function, the tuple of its arguments, and its keyword arguments.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    for array in arrays:
+        kind = type(array)
+        found = getattr(kind, "__torch_function__", None)
+        if found is not None and not isinstance(array, torch.Tensor):
+            return lambda function, arguments, **options: found(function, (kind,), arguments, options)
+    return None
+
+
 def is_capturing() -> bool:
     """Whether a framework is writing down a graph of what runs (torch.compile, torch.export)."""
     torch = sys.modules.get("torch")
@@ -82,4 +99,4 @@ def for_all_sizes(operation: str) -> Callable[..., Any]:
     return dynamic.OPERATIONS[operation]
 
 
-__all__ = ["Backend", "backend_of", "for_all_sizes", "is_capturing", "is_symbolic", "load", "name_of"]
+__all__ = ["Backend", "backend_of", "for_all_sizes", "is_capturing", "is_symbolic", "load", "name_of", "override_of"]

@@ -118,7 +118,13 @@ def _checked(
         output_padding=output_padding,
     )
     return (
-        spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.groups, spec.padding_mode, spec.output_padding
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.groups,
+        spec.padding_mode,
+        spec.output_padding,
     )
 
 
@@ -332,9 +338,7 @@ def conv_transpose(
     extra = output_padding
     if is_symbolic((), (output_padding,)):  # a module that was asked for an output size
         output_padding = 0
-    h = _hyper(
-        dims, w.shape[2:], stride, padding, dilation, groups, transposed=True, output_padding=output_padding
-    )
+    h = _hyper(dims, w.shape[2:], stride, padding, dilation, groups, transposed=True, output_padding=output_padding)
     if not isinstance(extra, Sequence):
         extra = (extra,) * dims
     if dims <= 3:
@@ -497,7 +501,9 @@ def _prepared(
         raise ValueError(
             f"input has {x.shape[1]} channels, which do not fit weight_size={tuple(weight_size)} and groups={h.groups}"
         )
-    name, layout = ("sqrt_ggn", "[v, batch, c_out, *output_size]") if vectors else ("grad_output", "[batch, c_out, ...]")
+    name, layout = (
+        ("sqrt_ggn", "[v, batch, c_out, *output_size]") if vectors else ("grad_output", "[batch, c_out, ...]")
+    )
     expected = (*v[:vectors], x.shape[0], weight_size[0], *h.positions(x.shape[2:]))
     _require_shape(name, v, expected, layout)
     return _padded(x, h), h

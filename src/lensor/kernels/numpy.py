@@ -12,6 +12,7 @@ from lensor import steps as s
 from lensor.kernels.constants import materialize_summed
 from lensor.kernels.selection import read_at
 from lensor.pattern import IndexPattern
+from lensor.spec import ConvSpec
 
 
 def _constant(step: s.Constant) -> Callable[[np.ndarray], np.ndarray]:
@@ -269,13 +270,19 @@ class NumpyBackend:
     def conj(self, array: Any) -> Any:
         return array.conj()
 
-    def copy(self, array: Any) -> Any:
-        return np.array(array)
+    def copy(self, array: Any, *, channels_last: bool = False) -> Any:
+        return np.array(array) if array.ndim else array.copy()
 
-    def owned(self, array: Any, *others: Any) -> Any:
+    def owned(self, array: Any, *others: Any, channels_last: bool = False) -> Any:
         if array.flags.c_contiguous and not any(np.may_share_memory(array, other) for other in others):
             return array
-        return np.array(array)
+        return self.copy(array)
+
+    def settled(self, array: Any, *, channels_last: bool = False) -> Any:
+        return array  # NumPy's own functions keep the order that arrays come in, and its reshape copies
+
+    def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
+        return ready.unchecked
 
     def differentiable(
         self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]

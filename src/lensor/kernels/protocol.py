@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from lensor.spec import ConvSpec
 from lensor.steps import Step
 
 
@@ -54,12 +55,25 @@ class Backend(Protocol):
         """The complex conjugate."""
         ...
 
-    def copy(self, array: Any) -> Any:
-        """The array as one of its own, in row-major order."""
+    def copy(self, array: Any, *, channels_last: bool = False) -> Any:
+        """The array as one of its own, in row-major order, or in that of its kind that torch calls channels_last."""
         ...
 
-    def owned(self, array: Any, *others: Any) -> Any:
-        """The array if it is in row-major order and lies in no memory of the others', else a copy."""
+    def owned(self, array: Any, *others: Any, channels_last: bool = False) -> Any:
+        """The array in that order if it lies in no memory of the others', else a copy."""
+        ...
+
+    def settled(self, array: Any, *, channels_last: bool = False) -> Any:
+        """An array that lies in memory of its own as one that may be written to and viewed, copied where needed."""
+        ...
+
+    def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
+        """A plan's function of arrays whose results have the order of axes of the framework's own convolution.
+
+        Args:
+            ready: the plan with the backend's functions, a `lensor.runtime.Runnable`.
+            spec: the convolution that the plan computes, or a derivative of which.
+        """
         ...
 
     def differentiable(

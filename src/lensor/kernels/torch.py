@@ -16,13 +16,18 @@ from torch._C import (  # pyright: ignore[reportMissingImports, reportAttributeA
     _are_functorch_transforms_active,
     _is_any_autocast_enabled,
 )
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 
 from lensor import steps as s
 from lensor.cache import Cache
 from lensor.kernels.selection import in_mode, read_at
 from lensor.pattern import IndexPattern
+from lensor.spec import ConvSpec
 
 _constants = Cache(maxsize=256, weigh=lambda entry: entry[1].nbytes)
 
@@ -94,6 +99,10 @@ def _pad(step: s.Pad) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _stuff(step: s.Stuff) -> Callable[[torch.Tensor], torch.Tensor]:
     def stuff(x: torch.Tensor) -> torch.Tensor:
+        if _may_write(x):
+            out = x.new_zeros(step.shape([tuple(x.shape)]))
+            out[(*[slice(None)] * step.axis, slice(None, None, step.step))] = x
+            return out
         x = x.unsqueeze(step.axis + 1)
         x = torch.nn.functional.pad(x, [0, 0] * (x.ndim - 2 - step.axis) + [0, step.step - 1])
         x = x.flatten(step.axis, step.axis + 1)
@@ -526,6 +535,50 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
 }
 
 
+def _of_all_levels(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that transforms have wrapped."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _format_of(x: torch.Tensor, channels_last: bool) -> torch.memory_format:
+    return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format) if channels_last else torch.contiguous_format
+
+
+def _is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
+    """Whether torch's own convolution of an input and a weight, or of one of them, has a result in that order."""
+    if torch.compiler.is_compiling() or len(arrays) == 1:
+        return any(map(_suggests_channels_last, arrays))
+    if not all(map(_plain, arrays)):
+        return False  # batches of a transform do not say
+    x, weight = arrays
+    padding = [max(sides) for sides in spec.padding]
+    if spec.padding_mode == "circular":  # torch pads first, into row-major order
+        x = x.new_empty(x.shape)
+    if not _suggests_channels_last(x) and not _suggests_channels_last(weight):
+        return False
+    options = (list(spec.stride), padding, list(spec.dilation), spec.transposed, list(spec.output_padding), spec.groups)
+    backend = torch._C._select_conv_backend(x, weight, None, *options, None)
+    return torch._C._conv_determine_backend_memory_format(x, weight, backend) != torch.contiguous_format
+
+
+def _suggests_channels_last(x: torch.Tensor) -> bool:
+    """Whether torch takes an array of 4 or 5 axes to be in that order, which strides do not always tell."""
+    strides, sizes = x.stride(), x.shape
+    least = 0
+    if strides[1] == 0:
+        return False
+    for axis in (1, *range(x.ndim - 1, 1, -1), 0):
+        if sizes[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(sizes[axis], 1)
+    return True
+
+
 class _Derivatives:
     """What `_Planned` knows of the function that it records."""
 
@@ -577,9 +630,7 @@ class _Transformed(_Planned):
 
     @staticmethod
     def forward(own: _Derivatives, *arrays: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        result = own.run(*arrays)
-        # A view takes a tangent of its own strides only.
-        return result.clone() if forward_ad._current_level >= 0 and result._is_view() else result
+        return own.run(*arrays)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -666,16 +717,45 @@ class TorchBackend:
     def conj(self, array: Any) -> Any:
         return array.conj()
 
-    def copy(self, array: Any) -> Any:
-        return array.clone(memory_format=torch.contiguous_format)
+    def copy(self, array: Any, *, channels_last: bool = False) -> Any:
+        return array.clone(memory_format=_format_of(array, channels_last))
 
-    def owned(self, array: Any, *others: Any) -> Any:
-        if type(array) is not torch.Tensor or not _plain(array) or array.is_meta or not array.is_contiguous():
-            return self.copy(array)
+    def owned(self, array: Any, *others: Any, channels_last: bool = False) -> Any:
+        if type(array) is not torch.Tensor or not _plain(array) or array.is_meta:
+            return self.copy(array, channels_last=channels_last)
         memory = array.untyped_storage().data_ptr()
         if any(other.untyped_storage().data_ptr() == memory for other in others):
-            return self.copy(array)
-        return array
+            return self.copy(array, channels_last=channels_last)
+        return self.settled(array, channels_last=channels_last)
+
+    def settled(self, array: Any, *, channels_last: bool = False) -> Any:
+        order = _format_of(array, channels_last)
+        if not (array.is_contiguous(memory_format=order) if channels_last else array.is_contiguous()):
+            return array.contiguous(memory_format=order)
+        if torch.compiler.is_compiling() or array.requires_grad or not _of_all_levels(array)._is_view():
+            return array
+        # The same memory, but no view: torch refuses to write into a view that a function of one's own returns.
+        return array.detach() if _plain(array) else torch.ops.aten._unsafe_view(array, array.shape)
+
+    def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
+        if not 2 <= len(spec.kernel_size) <= 3:
+            return ready.unchecked
+        deciding = [ready.names.index(name) for name in ("X", "W") if name in ready.names]
+
+        def call(*arrays: torch.Tensor) -> torch.Tensor:
+            for place in deciding:
+                strides = arrays[place].stride()
+                if strides[1] * arrays[place].shape[1] <= strides[-1]:
+                    break
+            else:
+                return ready.unchecked(*arrays)
+            if not _is_channels_last([arrays[place] for place in deciding], spec):
+                return ready.unchecked(*arrays)
+            if torch.compiler.is_compiling():  # what is compiled is made before
+                return self.settled(ready.unchecked(*arrays), channels_last=True)
+            return ready.channels_last.unchecked(*arrays)
+
+        return call
 
     def differentiable(
         self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]

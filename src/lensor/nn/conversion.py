@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lensor.nn import layers
 
@@ -84,15 +87,38 @@ def _convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
 
 
 def copied(model: Model) -> Model:
-    """A deep copy; ValueError where torch cannot make one."""
+    """A deep copy; ValueError where a tensor is the result of a computation that the copy could not repeat."""
+    memo: dict[int, Any] = {}
+    again: list[tuple[str, str, Callable[[torch.nn.Module], torch.Tensor]]] = []
     for name, module in model.named_modules():
+        computed = dict(_computed(module))
         for attribute, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
+            if not isinstance(value, torch.Tensor) or value.is_leaf:
+                continue
+            if attribute not in computed:
                 raise ValueError(
-                    f"{attribute!r} of {repr(name) if name else 'the model'} is the result of a computation (as with"
-                    " torch.nn.utils.weight_norm), which torch cannot copy; expected inplace=True"
+                    f"{attribute!r} of {repr(name) if name else 'the model'} is the result of a computation, which"
+                    " torch cannot copy; expected parameters and buffers, or inplace=True"
                 )
-    return copy.deepcopy(model)
+            memo[id(value)] = value.detach().clone()
+            again.append((name, attribute, computed[attribute]))
+    made = copy.deepcopy(model, memo)
+    for name, attribute, compute in again:
+        module = made.get_submodule(name)
+        with torch.enable_grad():
+            setattr(module, attribute, compute(module))
+    return made
+
+
+def _computed(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[torch.nn.Module], torch.Tensor]]]:
+    """The tensors that torch's hooks compute of a module's parameters before each call, and how."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield hook.name, hook.compute_weight
+        elif isinstance(hook, SpectralNorm):
+            yield hook.name, functools.partial(hook.compute_weight, do_power_iteration=False)
+        elif isinstance(hook, BasePruningMethod):
+            yield hook._tensor_name, hook.apply_mask
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy, Tracer
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -14,6 +15,7 @@ from lensor import functional
 
 Size: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
+Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 
 
 def _dimensions(dims: int | None, **sizes: Any) -> int:
@@ -96,18 +98,41 @@ def convolve_transposed(
     return functional.conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
-class Convolution:
+def typed(forward: Forward) -> Forward:
+    """The method with torch's tensor as the type of what it takes, not its name: graphs of torch.fx keep the types."""
+    names = forward.__annotations__
+    names.update({name: Tensor for name, kind in names.items() if kind == "Tensor"})
+    return forward
+
+
+class Leaf:
+    """What makes a module a leaf of torch.fx's graphs, as torch's own layers are: a mixin before a module's class.
+
+    Tracers take modules of torch's for leaves by their names, and trace through others: then hooks, the mode that a
+    module is in, and what a parametrization computes would be those of the time of tracing.
+    """
+
+    def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, Proxy) and isinstance(argument.tracer, Tracer):
+                tracer = argument.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return super()._call_impl(*args, **kwargs)  # type: ignore[misc]
+
+
+class Convolution(Leaf):
     """What makes a torch convolution compute with Lensor: a mixin before torch's class."""
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
 
+    @typed
     def forward(self: Any, input: Tensor) -> Tensor:
         """Convolve [batch, c_in, *input_size] or [c_in, *input_size]."""
         return self._conv_forward(input, self.weight, self.bias)
 
 
-class TransposedConvolution:
+class TransposedConvolution(Leaf):
     """What makes a torch transposed convolution compute with Lensor: a mixin before torch's class."""
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -332,7 +357,7 @@ class ConvTransposeNd(TransposedConvolution, _ConvTransposeNd):
         )
 
 
-class _Patches(torch.nn.Module):
+class _Patches(Leaf, torch.nn.Module):
     """What unfold and fold share."""
 
     def __init__(
@@ -386,6 +411,7 @@ class UnfoldNd(_Patches):
         dims = _dimensions(dims, kernel_size=kernel_size)
         super().__init__(dims, kernel_size, dilation, padding, stride, padding_mode)
 
+    @typed
     def forward(self, input: Tensor) -> Tensor:
         """[batch, c, *input_size] to [batch, c·ΠK, ΠO]; the batch axis may lack."""
         return functional.unfold(
@@ -429,6 +455,7 @@ class FoldNd(_Patches):
         super().__init__(dims, kernel_size, dilation, padding, stride, padding_mode)
         self.output_size = _each("output_size", output_size, dims)
 
+    @typed
     def forward(self, input: Tensor) -> Tensor:
         """[batch, c·ΠK, ΠO] to [batch, c, *output_size]; the batch axis may lack."""
         return functional.fold(

@@ -17,6 +17,7 @@ from lensor import ops
 from lensor.cache import Cache
 from lensor.errors import require_choice
 from lensor.execute import evaluate
+from lensor.kernels import override_of
 from lensor.network import Group, Network
 from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.notation import contraction
@@ -409,6 +410,11 @@ def conv(
     Equation:
         Equation 9 of the paper's §5.2 on `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k`.
     """
+    if (override := override_of(input, weight)) is not None:
+        options = (stride, padding, dilation, groups)
+        return override(
+            conv, (input, weight, bias, *options), padding_mode=padding_mode, **_in_graph(keep, scheme, generator)
+        )
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return exact.conv(x, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
@@ -478,6 +484,9 @@ def conv_transpose(
     Equation:
         Equation 9 of the paper's §5.2 on the transposed convolution's weight VJP.
     """
+    if (override := override_of(input, weight)) is not None:
+        options = (stride, padding, output_padding, groups, dilation)
+        return override(conv_transpose, (input, weight, bias, *options), **_in_graph(keep, scheme, generator))
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return exact.conv_transpose(x, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -538,11 +547,24 @@ def linear(
     Equation:
         §5.2 of the paper on the matrix product `n c_out, n c_in -> c_out c_in`.
     """
+    if (override := override_of(input, weight)) is not None:
+        return override(linear, (input, weight, bias), **_in_graph(keep, scheme, generator))
     forward = torch.nn.functional.linear
     if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
         return forward(input, weight, bias)  # which says what is wrong
     bilinear = linear_map(weight.shape[1], weight.shape[0], max(input.ndim, 2))
     return batched(lambda x: apply(bilinear, forward, x, weight, bias, keep, scheme, generator), input, 2)
+
+
+def _in_graph(keep: Keep, scheme: Scheme, generator: torch.Generator | None) -> dict[str, Any]:
+    """What is sampled as arguments that a graph of torch.fx can hold."""
+    if generator is not None:
+        raise TypeError(
+            "generator is a torch.Generator, which a graph of torch.fx cannot hold: trace a model that has the layer as"
+            " a submodule, or leave generator out to draw from torch's own"
+        )
+    scheme = scheme if isinstance(scheme, str) else dict(scheme)
+    return {"keep": {name: float(rate) for name, rate in keep.items()}, "scheme": scheme}
 
 
 def spec_of(

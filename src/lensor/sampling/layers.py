@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
@@ -17,14 +18,17 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from lensor import nn
 from lensor.nn.calls import LayerCall, register_layer_function
 from lensor.nn.conversion import copied, with_base
-from lensor.nn.layers import output_padding_of
+from lensor.nn.layers import Leaf, output_padding_of, typed
 from lensor.sampling.functional import (
     BilinearMap,
     Forward,
     Keep,
     Scheme,
     apply,
+    conv,
+    conv_transpose,
     convolution,
+    linear,
     linear_map,
     names_of,
     rates_of,
@@ -36,7 +40,7 @@ from lensor.sampling.functional import (
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-class Sampled:
+class Sampled(Leaf):
     """What makes a module sample its weight gradient in training mode: a mixin before the module's own class.
 
     Args:
@@ -90,6 +94,13 @@ class Sampled:
         """The map that the module computes of an input with a batch axis."""
         raise NotImplementedError
 
+    def _as_function(self, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
+        """What the module computes in training mode, by a function of `lensor.sampling`."""
+        raise NotImplementedError
+
+    def _sampling(self) -> dict[str, Any]:
+        return {"keep": self.keep, "scheme": self.scheme, "generator": self.generator}
+
     def _fits(self, x: Tensor) -> bool:
         """Whether an input, with or without a batch axis, has as many axes and channels as the module takes."""
         raise NotImplementedError
@@ -98,6 +109,8 @@ class Sampled:
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
         """`forward`, with its weight gradient sampled where the module is in training mode."""
+        if isinstance(x, Proxy):  # the module is the whole model that torch.fx traces, else it is a leaf
+            return self._as_function(x, weight, bias, *more) if self.training else forward(x, weight, bias)
         if has_torch_function_variadic(x, weight):
             arguments = (self, forward, x, weight, bias, *more)
             return handle_torch_function(sampled_layer, (x, weight), *arguments, batched=batched)
@@ -173,6 +186,10 @@ class SampledConvolution(_OfConvolution):
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return _map(self, x)
 
+    def _as_function(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        return conv(x, weight, bias, *options, padding_mode=self.padding_mode, **self._sampling())
+
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batched = input.ndim == len(self.kernel_size) + 2
         return self._sample(super()._conv_forward, input, weight, bias, batched=batched)  # type: ignore[misc]
@@ -183,6 +200,10 @@ class SampledTransposedConvolution(_OfConvolution):
 
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return _map(self, x, tuple(output_padding or self.output_padding))
+
+    def _as_function(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
+        options = (self.stride, self.padding, more[0], self.groups, self.dilation)
+        return conv_transpose(x, weight, bias, *options, **self._sampling())
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
@@ -282,6 +303,10 @@ class Linear(Sampled, torch.nn.Linear):
     def _fits(self, x: Tensor) -> bool:
         return x.ndim > 0 and x.shape[-1] == self.in_features
 
+    def _as_function(self, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
+        return linear(x, weight, bias, **self._sampling())
+
+    @typed
     def forward(self, input: Tensor) -> Tensor:
         """The linear map along the last axis."""
         return self._sample(torch.nn.functional.linear, input, self.weight, self.bias, batched=input.ndim > 1)
@@ -306,7 +331,7 @@ class _Rectified(torch.autograd.Function):
         return grads[0].masked_fill(zero, 0)
 
 
-class ReLU(torch.nn.ReLU):
+class ReLU(Leaf, torch.nn.ReLU):
     """`torch.nn.ReLU` that keeps one byte an entry for its backward pass, not its result.
 
     torch's keeps its result, which is the next layer's input: a layer that samples its input would save nothing. Values
@@ -318,9 +343,10 @@ class ReLU(torch.nn.ReLU):
         tensor([0., 2.])
     """
 
+    @typed
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
-        if not (self.training and torch.is_grad_enabled() and input.requires_grad):
+        if isinstance(input, Proxy) or not (self.training and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         found: Tensor = _Rectified.apply(input)  # type: ignore[assignment]
         return input.copy_(found) if self.inplace else found

@@ -380,14 +380,13 @@ def _recording(module: nn.Module, record: Record) -> Iterator[None]:
             module._parameters[key] = None if p is None else p.detach().requires_grad_(False)  # type: ignore[assignment]
         try:
             out = inner(*arguments, **named)
-            plain = x
             if record.faithful:
-                record.faithful = _is_faithful(module, plain.detach(), out.detach(), len(named) + len(arguments))
+                record.faithful = _is_faithful(module, x.detach(), out.detach())
         finally:
             module._parameters.update(own)
         if record.faithful:
             record.patches.append(patches(module, x.detach()))
-        mark = torch.zeros_like(out, requires_grad=torch.is_grad_enabled())
+        mark = torch.zeros_like(out, requires_grad=True)
         record.marks.append(mark)
         return out + mark
 
@@ -401,10 +400,8 @@ def _recording(module: nn.Module, record: Record) -> Iterator[None]:
             module.forward = before
 
 
-def _is_faithful(module: nn.Module, x: Tensor, out: Tensor, arguments: int) -> bool:
+def _is_faithful(module: nn.Module, x: Tensor, out: Tensor) -> bool:
     """Whether a call was torch's own function of the input, weight and bias."""
-    if arguments != 1:
-        return False
     with torch.no_grad():
         try:
             expected = _applied(module, x, module.weight, module.bias)  # type: ignore[arg-type]

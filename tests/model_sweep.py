@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import random
+import signal
 import sys
 import time
 import traceback
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from lensor import curvature
 from lensor.optim import KFAC
 from tests.model_oracles import Oracle, as_rows, dense, from_rows
-from tests.models import Case, make_case, tripled, unpacked
+from tests.models import COMPILED, Case, make_case, tripled, unpacked
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 OUTCOMES = ("right", "refused", "WRONG", "crash", "unchecked")
@@ -49,6 +50,11 @@ class Result:
     traits: tuple[str, ...]
     model: str
     ordinary: bool
+
+
+def own(layer: str, kind: str = "weight") -> str:
+    """The name of a layer's parameter."""
+    return f"{layer}.{kind}" if layer else kind
 
 
 class Wrong(Exception):
@@ -77,7 +83,7 @@ class Check:
         if any(trait in case.traits for trait in ("compiled", "compiled part", "DataParallel")):
             return None
         names = [name for name in self.oracle.layers if name not in case.idle]
-        mine = {f"{name}.{key}" for name in names for key in ("weight", "bias")}
+        mine = {own(name, key) for name in names for key in ("weight", "bias")}
         others = [name for name in self.oracle.trained if name not in mine]
         if names and rng.random() < (0.6 if others else 0.05):
             return names if rng.random() < 0.7 else sorted(rng.sample(names, rng.randint(1, len(names))))
@@ -92,7 +98,7 @@ class Check:
         """Parameters that a result has to hold."""
         if self.layers is None:
             return set(self.oracle.trained)
-        mine = {f"{name}.{key}" for name in self.layers for key in ("weight", "bias")}
+        mine = {own(name, key) for name in self.layers for key in ("weight", "bias")}
         return mine & set(self.oracle.trained)
 
     def name(self, found: str) -> str:
@@ -132,7 +138,7 @@ class Check:
         missing = sorted(self.required - named)
         if not missing:
             return
-        mine = {f"{name}.{key}" if name else key for name in self.oracle.plain_layers for key in ("weight", "bias")}
+        mine = {own(name, key) for name in self.oracle.plain_layers for key in ("weight", "bias")}
         if function in COMPLETE or not self.warned or any(name in mine for name in missing):
             raise Wrong(f"no {', '.join(missing)}{' (warned)' if self.warned else ''}")
 
@@ -199,7 +205,7 @@ def mini_blocks(check: Check) -> Iterator[Any]:
     check.complete("ggn_mini_blocks", set(named))
     simple = oracle.ggn_diagonal(fisher)
     largest = max((float(value.abs().max()) for value in simple.values()), default=0.0)
-    modules = {f"{name}.weight" if name else "weight": module for name, module in oracle.layers.items()}
+    modules = {own(name): module for name, module in oracle.layers.items()}
     for name, value in named.items():
         if name not in modules:
             if value.shape == simple[name].shape:
@@ -233,13 +239,13 @@ def compare_factors(check: Check, found: Mapping[str, Any], approx: str, fisher:
     named = {check.name(name): block for name, block in found.items()}
     held = {check.name(one) for block in found.values() for one in block.names}
     check.complete("kfac", held)
-    layers = {f"{name}.weight" if name else "weight": name for name in oracle.layers}
-    biases = {f"{name}.bias" if name else "bias": name for name in oracle.layers}
+    layers = {own(name): name for name in oracle.layers}
+    biases = {own(name, "bias"): name for name in oracle.layers}
     for name, block in named.items():
         if name in layers:
             layer = layers[name]
             within = joint and len(block.names) == 2
-            if joint and not within and f"{layer}.bias" in oracle.trained:
+            if joint and not within and own(layer, "bias") in oracle.trained:
                 raise Wrong(f"the block of {name} has no bias")
             a, b = _defined(check, layer, approx, fisher, within)
         elif name in biases:
@@ -274,7 +280,7 @@ def _defined(check: Check, layer: str, approx: str, fisher: str, joint: bool) ->
     records = check.oracle.records[0]
     if any(record[layer].jacobian is None or not record[layer].faithful for record in records):
         raise Wrong(f"a block of {layer}, which does not run as torch's layers do")
-    weight = f"{layer}.weight" if layer else "weight"
+    weight = own(layer)
     if weight in check.oracle.records[1]:
         raise Wrong(f"a block of {weight}, which is used elsewhere, too")
     return check.oracle.factors(layer, approx, fisher, joint)
@@ -291,8 +297,8 @@ def eigen(check: Check) -> Iterator[Any]:
 
     factors, found = yield both
     check.complete("ekfac", {check.name(one) for block in factors.values() for one in block.names})
-    layers = {f"{name}.weight" if name else "weight": name for name in oracle.layers}
-    biases = {f"{name}.bias" if name else "bias": name for name in oracle.layers}
+    layers = {own(name): name for name in oracle.layers}
+    biases = {own(name, "bias"): name for name in oracle.layers}
     for name, (q_a, q_b, values) in found.parts.items():
         block, weight = factors[name], check.name(name)
         q_a, q_b = q_a.double(), q_b.double()
@@ -327,7 +333,7 @@ def ntk(check: Check) -> Iterator[Any]:
     if check.layers is None:
         readings = [list(oracle.trained), list(oracle.parameters)]
     else:
-        mine = {f"{name}.{key}" for name in check.layers for key in ("weight", "bias")}
+        mine = {own(name, key) for name in check.layers for key in ("weight", "bias")}
         readings = [[n for n in oracle.trained if n in mine], [n for n in oracle.parameters if n in mine]]
     if any(oracle.parameters[name].is_complex() for name in readings[1]):
         raise Wrong("a kernel of complex parameters")
@@ -411,8 +417,6 @@ def _variant(check: Check) -> str:
     case = check.case
     variant = case.optimizer
     wrapped = any(t in case.traits for t in ("compiled", "compiled part", "DataParallel"))
-    if variant == "compiled after" and (wrapped or check.rng.random() > 0.2):
-        return ""
     if variant == "hook after" and wrapped:
         return ""
     simple = case.layout == "b" and all(axis == 0 for axis in case.axes) and "fixed batch size" not in case.traits
@@ -438,7 +442,7 @@ def _trained(check: Check, variant: str, options: dict[str, Any], undo: list[Cal
     case, model = check.case, check.case.model
     model.train()
     for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.modules.batchnorm._BatchNorm)):
+        if isinstance(module, (nn.Dropout, nn.modules.batchnorm._BatchNorm)) or _iterates(module):
             module.eval()
     later: list[nn.Parameter] = []
     if variant == "trains later":
@@ -502,6 +506,11 @@ def _trained(check: Check, variant: str, options: dict[str, Any], undo: list[Cal
     return blocks, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def _iterates(module: nn.Module) -> bool:
+    """Whether a module writes into its buffers in training mode: spectral normalisation."""
+    return "_u" in module._buffers or any(name.endswith("_u") for name in module._buffers)
+
+
 def _for_loss(case: Case, out: Any) -> Any:
     lone = case.pack != "tensor" and (case.loss.known or case.pack == "tuple of one")
     return unpacked(case.pack, out)[0] if lone else out
@@ -539,7 +548,7 @@ def _explicit(check: Check, blocks: Mapping[str, tuple[str, ...]], options: Mapp
     for _ in range(2):
         oracle = Oracle(case)
         alike = oracle.plain_layers
-        weights = {f"{name}.weight" if name else "weight": name for name in oracle.layers}
+        weights = {own(name): name for name in oracle.layers}
         lacking = [w for w, name in weights.items() if name in alike and w in oracle.trained and w not in blocks]
         if lacking and not check.warned:
             raise Wrong(f"no factors of {', '.join(lacking)}")
@@ -564,7 +573,7 @@ def _explicit(check: Check, blocks: Mapping[str, tuple[str, ...]], options: Mapp
                 steps[names[1]] = solved[..., -1].reshape(-1)
                 solved = solved[..., :-1]
             steps[name] = from_rows(module, solved, gradient[name].shape)
-            bias = f"{layer}.bias" if layer else "bias"
+            bias = own(layer, "bias")
             if bias in blocks and bias in gradient:
                 ones = float(oracle.positions(layer)) if options["approx"] == "expand" else 1.0
                 one = torch.full((len(b), 1, 1), ones, dtype=b.dtype)
@@ -636,6 +645,8 @@ def attempt(check: Check, name: str) -> tuple[str, str]:
             return "right", ""
         except Wrong as error:
             return "WRONG", str(error)
+        except Exception as error:
+            return "crash", f"the check itself: {''.join(traceback.format_exception(error)[-2:])}"
         raise AssertionError("a check that does not end")
     finally:
         steps.close()
@@ -671,10 +682,12 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
     return next((name for name in after if name not in before), "")
 
 
-def run_case(seed: int, only: str | None = None, trait: str | None = None) -> list[Result]:
-    """Every function on the model of a seed."""
+def run_case(
+    seed: int, only: str | None = None, trait: str | None = None, functions: Iterable[str] | None = None
+) -> list[Result]:
+    """Functions on the model of a seed: all of them, but three of a compiled model, for tracing is slow."""
     case = make_case(seed, None if trait is None else [] if trait == "-" else [trait])
-    compiled = any("compiled" in one for one in case.traits) or case.optimizer == "compiled after"
+    compiled = any(one in COMPILED for one in case.traits)
     found: list[Result] = []
 
     def add(name: str, outcome: str, text: str) -> None:
@@ -683,9 +696,12 @@ def run_case(seed: int, only: str | None = None, trait: str | None = None) -> li
     try:
         check = Check(case)
         before = _state(case.model)
-        for name in FUNCTIONS:
-            if only is not None and only != name:
-                continue
+        names = list(FUNCTIONS if functions is None else functions)
+        if "compiled after the optimizer" in case.traits:
+            names = ["KFAC"]
+        elif compiled and functions is None:
+            names = sorted(random.Random(seed).sample(names, 3), key=names.index)
+        for name in names if only is None else [only]:
             check.rng = random.Random(f"{name} of {seed}")
             outcome, text = attempt(check, name)
             needs_targets = name == "KFAC" and "does not see targets" in text
@@ -710,7 +726,7 @@ def run_case(seed: int, only: str | None = None, trait: str | None = None) -> li
 def _expected(check: Check, name: str) -> bool:
     """Whether an ordinary model has to be computed, not refused."""
     case, oracle = check.case, check.oracle
-    mine = {f"{n}.{key}" if n else key for n in oracle.plain_layers for key in ("weight", "bias")}
+    mine = {own(name, key) for name in oracle.plain_layers for key in ("weight", "bias")}
     if check.layers is None and name in COMPLETE and not set(oracle.trained) <= mine:
         return False
     if name == "empirical_ntk":
@@ -721,11 +737,34 @@ def _expected(check: Check, name: str) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------------- many models
+LIMIT = 300
+"""Seconds after which a model is given up."""
+
+
+@contextlib.contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError after a while, where the system can."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"no result after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _guarded(arguments: tuple[int, str | None, str | None]) -> list[Result]:
     torch.set_num_threads(1)
     seed, only, trait = arguments
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _within(LIMIT):
             warnings.simplefilter("ignore")
             return run_case(seed, only, trait)
     except Exception as error:
@@ -782,8 +821,9 @@ def main(arguments: list[str] | None = None) -> int:
             if (bad and shown < options.show) or options.verbose:
                 shown += 1
                 print(f"{one.outcome:8} {one.seed:6} {one.function}: {one.text[:300]}  [{', '.join(one.traits)}]")
-                if options.verbose or (bad and one.outcome != "crash"):
+                if one.model != model:
                     print(f"                {one.model[:600]}")
+                model = one.model
         sys.stdout.flush()
 
     if options.jobs > 1:

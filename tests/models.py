@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import math
 import random
@@ -433,7 +432,7 @@ def _callable_loss(rng: random.Random, kind: str, mean: bool, entries: Any, rows
 
 
 # -------------------------------------------------------------------------------------------------------------- values
-@dataclass
+@dataclass(eq=False)
 class Value:
     """A value of the forward pass of the whole batch.
 
@@ -530,6 +529,7 @@ AROUND = (
     "forward replaced",
     "compiled",
     "compiled part",
+    "compiled after the optimizer",
     "converted",
     "sampled",
     "checkpoint",
@@ -538,6 +538,7 @@ AROUND = (
     "batch norm in training",
     "fixed batch size",
     "DataParallel",
+    "the model is a layer",
 )
 CALLS = (
     "keyword inputs",
@@ -552,7 +553,8 @@ CALLS = (
     "half float inputs are views",
 )
 TRAITS = (*START, *MIDDLE, *END, *AROUND, *CALLS)
-RARE = {"compiled": 0.5, "compiled part": 0.5, "another thread predicts": 0.5, "another thread does the same": 0.5}
+COMPILED = ("compiled", "compiled part", "compiled after the optimizer")
+RARE = {**dict.fromkeys(COMPILED, 0.4), "another thread predicts": 0.5, "another thread does the same": 0.5}
 MORE = {"time first, T = B": 2.0, "several outputs": 2.0, "forward hook": 2.0, "loss is a subclass": 1.5}
 OPTIMIZER = (
     "",
@@ -562,7 +564,6 @@ OPTIMIZER = (
     "hook after",
     "two backward passes",
     "closure",
-    "compiled after",
 )
 
 
@@ -921,6 +922,7 @@ class Builder:
             "frames in the batch, batch outermost": "clip",
             "frames in the batch, time outermost": "clip",
             "dropout in training": "vec",
+            "the model is a layer": "vec",
         }
         wanted = next((needs[trait] for trait in traits if trait in needs), None)
         kind = wanted or rng.choice(["image", "image", "image", "seq", "seq", "vec"])
@@ -1375,6 +1377,7 @@ class Case:
     refuse: set[str] = field(default_factory=set)
     skip: set[str] = field(default_factory=set)
     optimizer: str = ""
+    layer: str = ""
     rng: random.Random = field(default_factory=random.Random)
 
     @property
@@ -1534,6 +1537,10 @@ def _draw(seed: int, text: str, traits: list[str]) -> Case:
     case = _built(seed, text, traits)
     twin = _built(seed, text, traits)
     case.plain = twin.model
+    if "the model is a layer" in traits:
+        if len(case.model.steps) != 1 or case.model.penalty is not None or case.pack != "tensor":
+            raise Unsuitable
+        case.model, case.plain = case.model.get_submodule(case.layer), case.plain.get_submodule(case.layer)
     for module in case.plain.modules():
         if isinstance(module, Net):
             module.plain = True
@@ -1551,6 +1558,8 @@ def _built(seed: int, text: str, traits: list[str]) -> Case:
     middle = [trait for trait in traits if trait in MIDDLE]
     rng.shuffle(middle)
     steps = rng.randint(0, 2) if traits else rng.randint(1, 5)
+    if "the model is a layer" in traits:
+        steps = 0
     fixed = ("time first, T = B", "frames in the batch, batch outermost", "frames in the batch, time outermost")
     if any(trait in fixed for trait in middle):
         middle.sort(key=lambda trait: trait not in fixed)
@@ -1566,7 +1575,7 @@ def _built(seed: int, text: str, traits: list[str]) -> Case:
         value = builder.vector(value)
         value = builder.layer(value)
         value, _ = builder.call(value, nn.BatchNorm1d(value.shape[-1]), text="BatchNorm in training")
-    for _ in range(rng.randint(0, 2)):
+    for _ in range(0 if "the model is a layer" in traits else rng.randint(0, 2)):
         value = builder.ordinary(value)
     return _ended(seed, rng, builder, value)
 
@@ -1583,7 +1592,12 @@ def _ended(seed: int, rng: random.Random, builder: Builder, value: Value) -> Cas
     )
     classes = rng.randint(2, 4) if builder.wild else rng.choice([2, 3])
     form = rng.choice(["vec", "vec", "vec", "seq", "image", "as it is"])
-    if several or "dropout in training" in traits or "batch norm in training" in traits:
+    if (
+        several
+        or "the model is a layer" in traits
+        or "dropout in training" in traits
+        or "batch norm in training" in traits
+    ):
         form = "vec"
     kind = rng.choice(["classes", "classes", "values", "values", "binary", "probabilities"])
     if "loss is a plain subclass" in traits or "other loss" in traits:
@@ -1669,7 +1683,9 @@ def _ended(seed: int, rng: random.Random, builder: Builder, value: Value) -> Cas
         seed, net, net, builder.inputs, net.names, builder.axes, batch, time, targets, layout, pack, loss, list(traits),
         text, torch.float64, "tensor", builder.idle,
     )  # fmt: skip
-    case.refuse, case.rng = refuse, rng
+    case.refuse, case.rng, case.layer = refuse, rng, builder.layers[0] if builder.layers else ""
+    if "unbatched inside vmap" in traits:
+        case.skip |= {"kfac", "ekfac", "KFAC"}
     net.eval()
     _around(case, builder)
     return case
@@ -1813,6 +1829,8 @@ def _check(case: Case) -> None:
             found = torch.autograd.grad(value, trainable, allow_unused=True)
             if all(g is None or not bool(g.any()) for g in found):
                 raise Unsuitable
+            if any(step.checkpointed for net in case.model.modules() if isinstance(net, Net) for step in net.steps):
+                _check_checkpoints(case, lone)
             if case.seeded:
                 return
             total = case.loss.divisor(first, case.wide_targets)
@@ -1834,6 +1852,14 @@ def _check(case: Case) -> None:
         raise Unsuitable(str(error)) from error
 
 
+def _check_checkpoints(case: Case, lone: bool) -> None:
+    """What is recomputed must not have been written into: torch itself cannot propagate through that."""
+    out = case.run(case.model, case.inputs)
+    value = case.loss.given(unpacked(case.pack, out)[0] if lone else out, case.wide_targets)
+    value.backward()
+    case.model.zero_grad()
+
+
 def _finish(case: Case) -> None:
     """What the library sees alone: converted, compiled, wrapped; the form of inputs; the dtype."""
     rng, traits = case.rng, case.traits
@@ -1841,6 +1867,8 @@ def _finish(case: Case) -> None:
     if "keyword inputs" in traits or (len(case.inputs) > 1 and rng.random() < 0.5):
         case.form = "mapping"
     case.optimizer = rng.choice(OPTIMIZER)
+    if "compiled after the optimizer" in traits:
+        case.optimizer = "compiled after"
     if rng.random() < 0.1 and "complex layer" not in traits:
         case.dtype = torch.float32
         case.model.float()
@@ -1895,5 +1923,4 @@ def _indices(module: nn.Module) -> list[str]:
     return ["n"]
 
 
-__all__ = ["FUNCTIONS", "OPTIMIZER", "TRAITS", "Case", "Loss", "Net", "make_case", "packed", "unpacked"]
-_ = dataclasses
+__all__ = ["COMPILED", "FUNCTIONS", "OPTIMIZER", "TRAITS", "Case", "Loss", "Net", "make_case", "packed", "unpacked"]

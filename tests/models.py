@@ -1888,15 +1888,16 @@ def _finish(case: Case) -> None:
     if "inputs need gradients" in traits:
         case.inputs = [one.requires_grad_() if one.is_floating_point() else one for one in case.inputs]
     net: Any = case.model
+    computed = "old weight_norm" in traits or "pruned" in traits  # weights that cannot be copied
     if "converted" in traits:
         import lensor.nn
 
-        case.model = lensor.nn.convert(net, inplace="old weight_norm" in traits)
+        case.model = lensor.nn.convert(net, inplace=computed)
     if "sampled" in traits:
         import lensor.sampling
 
         dims = sorted({index for _, m in _layers_in(net) for index in _indices(m)})
-        case.model = lensor.sampling.convert(case.model, dict.fromkeys(dims, 1.0), inplace="old weight_norm" in traits)
+        case.model = lensor.sampling.convert(case.model, dict.fromkeys(dims, 1.0), inplace=computed)
     if "compiled part" in traits:
         name, layer = rng.choice([(n, m) for n, m in case.model.named_children()])
         layer.compile(backend="eager") if rng.random() < 0.5 else setattr(

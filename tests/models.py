@@ -1648,7 +1648,10 @@ def _ended(seed: int, rng: random.Random, builder: Builder, value: Value) -> Cas
         pack = "tuple of one"
     net.heads, net.pack = [one.at for one in heads], pack
     if "weight penalty" in traits:
-        name = rng.choice([n for n, p in net.named_parameters() if not p.is_complex()])
+        names = [n for n, p in net.named_parameters() if not p.is_complex()]
+        if not names:
+            raise Unsuitable("no parameter")
+        name = rng.choice(names)
         net.penalty = lambda net: 0.1 * (dict(net.named_parameters())[name] ** 2).sum()
         builder.text.append(f"+ penalty of {name}")
     trait = next((t for t in traits if t in END and "loss" in t and t != "several outputs, known loss"), None)

@@ -228,6 +228,41 @@ def test_equal_examples_in_an_unknown_order_are_told_apart_by_noise() -> None:
     check_by_example(model, x, y)
 
 
+@pytest.mark.parametrize("how", ["reversed", "centred", "random", "two views", "reversed outputs"])
+def test_examples_that_are_mixed_or_reordered_are_refused(how: str) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).tanh()
+            if how == "reversed":
+                return self.last(h.flip(0)).flip(0)
+            if how == "reversed outputs":
+                return self.last(h).flip(0)
+            if how == "two views":
+                return self.last(torch.cat([h, h + 1])).unflatten(0, (2, -1)).mean(0)
+            return self.last(h - h.mean(0) if how == "centred" else h + torch.randn_like(h))
+
+    model, x, y = Mixing().double(), torch.randn(4, 4).double(), torch.tensor([0, 2, 1, 0])
+    if how == "two views":
+        check_by_example(model, x, y)
+        return
+    calls: list[Callable[[], Any]] = [
+        lambda: curvature.ggn_diagonal(model, SUM, (x, y)),
+        lambda: curvature.empirical_ntk(model, x),
+    ]
+    if how != "reversed outputs":  # where a gradient is still that of the example that a layer sees
+        calls += [
+            lambda: per_example_gradients(model, SUM, (x, y)),
+            lambda: per_example_gradient_norms(model, SUM, (x, y)),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match="rows of an example depend on the other examples"):
+            call()
+
+
 def test_what_does_not_follow_the_examples_is_refused() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:

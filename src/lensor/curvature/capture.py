@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +15,16 @@ from torch.utils._pytree import tree_map
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import Node, Reached, inner_nodes, tensors_in
 from lensor.curvature.layers import Layer
-from lensor.curvature.layout import BatchAxis, Given, Layout, NoLayoutError, find_layout, given_axis
-from lensor.curvature.watching import Targets, Watch, aside, eagerly, undisturbed
+from lensor.curvature.layout import (
+    BatchAxis,
+    Given,
+    Layout,
+    NoLayoutError,
+    find_layout,
+    given_axis,
+    only_axis,
+)
+from lensor.curvature.watching import Targets, Watch, aside, eagerly, uncast, undisturbed
 from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec
 
@@ -101,6 +109,7 @@ class Capture(Watch):
         given: what the user says of it.
         on_output: is called with a use and the gradient at its output when somebody propagates through the graph.
         ordered: whether it matters which rows belong to which example.
+        independent: whether the examples must be computed independently of each other, in their own order.
     """
 
     def __init__(
@@ -112,10 +121,11 @@ class Capture(Watch):
         given: Given = None,
         on_output: OnInput | None = None,
         ordered: bool = True,
+        independent: bool = True,
     ) -> None:
         super().__init__(targets)
         self.on_input, self.batch, self.layout, self.given = on_input, batch, layout, given
-        self.on_output, self.ordered, self.recorded = on_output, ordered, True
+        self.on_output, self.ordered, self.independent, self.recorded = on_output, ordered, independent, True
         self.uses: list[Use] = []
         self._edges: dict[Use, GradientEdge] = {}
         self._nodes: dict[Use, set[Node]] = {}
@@ -130,7 +140,7 @@ class Capture(Watch):
         Raises:
             ValueError: if it cannot be found.
         """
-        if given is not None and not isinstance(given, dict):
+        if given is not None and not isinstance(given, Mapping):
             return None
         try:
             return find_layout(model, inputs, targets, batch)
@@ -189,7 +199,9 @@ class Capture(Watch):
         x, batch = call.input, self.batch
         shape = tuple(x.shape)
         found = given_axis(self.given, layer.name, shape, batch)
-        if found is None and self.layout is not None:
+        if found is None and self.layout is not None and self.layout.calls is None:
+            found = only_axis(shape, batch) if x.ndim else None
+        elif found is None and self.layout is not None and self.layout.calls is not None:
             if key not in self.layout.calls or self.layout.calls[key][0] != x.ndim:
                 raise ValueError(
                     f"layer {layer.name!r} ran on an input of shape {shape}, in a trial pass it did not: models whose"
@@ -216,6 +228,12 @@ class Capture(Watch):
             raise ValueError(
                 f"layer {layer.name!r} has an input of shape {shape}, expected {found.rows} × {batch} examples along"
                 f" axis {found.axis}"
+            )
+        if not found.independent and self.independent:
+            raise ValueError(
+                f"layer {layer.name!r} has an input in which the rows of an example depend on the other examples, on"
+                " their order or on chance, expected a model that treats every example alike: if it does, say where the"
+                " examples lie with batch_axis="
             )
         if found.order is None and self.ordered:
             raise ValueError(
@@ -352,7 +370,7 @@ class KeptInputs(Capture):
 @contextmanager
 def computing(like: Tensor) -> Iterator[None]:
     """Own computations: nothing is recorded, and nothing is cast by `torch.autocast`."""
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    with torch.no_grad(), uncast(like):
         yield
 
 

@@ -188,7 +188,8 @@ class Collector:
         batch = size_of(inputs)
         watched = Targets(self.layers)
         layout = Capture.layout_of(model, inputs, watched, batch, batch_axis)
-        capture = Capture(watched, self.add_input, batch, layout, batch_axis, ordered=self.approx == "reduce")
+        ordered = self.approx == "reduce"
+        capture = Capture(watched, self.add_input, batch, layout, batch_axis, ordered=ordered, independent=False)
         returned = run(model, inputs, capture, record=self.fisher != "forward-only")
         capture.check(returned)
         outputs = one_tensor(returned)
@@ -287,7 +288,9 @@ class Collector:
         return KroneckerFactors(blocks, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
 
 
-def output_axis(layout: Layout | None, returned: Any, outputs: Tensor, batch: int) -> BatchAxis:
+def output_axis(
+    layout: Layout | None, returned: Any, outputs: Tensor, batch: int, independent: bool = False
+) -> BatchAxis:
     """Where the examples lie in the model's outputs.
 
     Args:
@@ -295,19 +298,25 @@ def output_axis(layout: Layout | None, returned: Any, outputs: Tensor, batch: in
         returned: what the model returned.
         outputs: the tensor of it that counts.
         batch: the number of examples.
+        independent: whether the examples must be computed independently of each other, in their own order.
 
     Raises:
         ValueError: if they are not in the first axis, or several rows of theirs are in an order that is not known.
     """
     shape = tuple(outputs.shape)
-    found = BatchAxis(0, shape[0] // batch) if shape and layout is None else None
-    if layout is not None:
+    found = BatchAxis(0, shape[0] // max(batch, 1)) if shape else None
+    if layout is not None and layout.outputs is not None:
         places = [at for at, one in enumerate(tensors_in(returned)) if one is outputs]
         found = layout.outputs[places[0]] if places and places[0] < len(layout.outputs) else None
     if found is None or found.axis != 0 or not shape or shape[0] != found.rows * batch:
         raise ValueError(
             f"the model returns {shape} for {batch} examples, expected that many rows, or as many for each example, in"
             " the first axis"
+        )
+    if independent and not found.independent:
+        raise ValueError(
+            "the model returns outputs in which the rows of an example depend on the other examples, on their order or on"
+            " chance, expected a model that treats every example alike: if it does, say batch_axis=0"
         )
     if found.order is None:
         raise ValueError(

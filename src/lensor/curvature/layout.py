@@ -1,30 +1,28 @@
-"""Which axis of a layer's input the examples lie along, found by running the model with another number of them.
+"""Which axis of a layer's input the examples lie along, found by running the model on a few of them.
 
-Sizes of one pass cannot tell [batch, time, channels] from [time, batch, channels] where both are equal. A second pass
-with another batch size can: the axis whose size follows is that of the examples. The passes compute no values (fake
-tensors), unless the model cannot run so or has hooks of the user's, which may not see fake tensors. Where an axis holds
-several rows for each example, [batch · time, channels] is told from [time · batch, channels] by their values, in two
-passes with the examples in different orders.
+Sizes of one pass cannot tell [batch, time, channels] from [time, batch, channels] where both are equal. Two passes with
+three and with two of the examples, in another order, can: the axis whose size follows is that of the examples, and the
+values of an example's rows are the same in both. Values also tell [batch · time, channels] from
+[time · batch, channels], and show where a model mixes examples or changes their order.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.watching import Targets, Watch, aside, forgotten, undisturbed
+from lensor.curvature.watching import Targets, Watch, aside, forgotten, uncast, undisturbed
 from lensor.nn.calls import LayerCall
 
 Key = tuple[str, int]
@@ -43,11 +41,13 @@ class BatchAxis:
         rows: how many rows along it belong to each example.
         order: whether the examples are the "outer" or the "inner" of the two that share the axis, if `rows` is not 1;
             None if that is not known.
+        independent: whether an example's rows were the same among other examples.
     """
 
     axis: int
     rows: int = 1
     order: Literal["outer", "inner"] | None = "outer"
+    independent: bool = True
 
     def first(self, x: Tensor, batch: int) -> Tensor:
         """A tensor with the examples as first axis, and their rows as second one unless it is one each; a view."""
@@ -63,12 +63,18 @@ class Layout:
     """Where the examples lie in every layer's inputs, and in the model's outputs; None where they do not occur.
 
     Args:
-        calls: by call: the input's number of axes, and where the examples lie.
+        calls: by call: the input's number of axes, and where the examples lie. None for a single example or an empty
+            batch: all rows belong to it.
         outputs: for every tensor of the outputs.
     """
 
-    calls: Mapping[Key, tuple[int, BatchAxis | None]]
-    outputs: tuple[BatchAxis | None, ...]
+    calls: Mapping[Key, tuple[int, BatchAxis | None]] | None
+    outputs: tuple[BatchAxis | None, ...] | None
+
+
+def only_axis(shape: Sequence[int], batch: int) -> BatchAxis:
+    """Where the examples lie if there is only one, or none."""
+    return BatchAxis(0, shape[0]) if batch else BatchAxis(list(shape).index(0) if 0 in shape else 0)
 
 
 class NoLayoutError(ValueError):
@@ -77,12 +83,31 @@ class NoLayoutError(ValueError):
 
 @dataclass
 class _Seen:
-    """What one pass has shown."""
+    """What one pass has shown: shapes, and tensors multiplied with a vector along some axes, so that little is kept."""
 
     shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
-    outputs: list[tuple[int, ...]] = field(default_factory=list)
     values: dict[Key, Tensor] = field(default_factory=dict)
-    output_values: list[Tensor] = field(default_factory=list)
+    scales: dict[Key, float] = field(default_factory=dict)
+
+    def add(self, key: Key, x: Tensor, whole: bool) -> None:
+        """Write a tensor down.
+
+        Args:
+            key: what it is.
+            x: the tensor.
+            whole: whether all axes but the first are multiplied with a vector, instead of the last one only.
+        """
+        self.shapes[key] = tuple(x.shape)
+        if not x.is_floating_point() or not x.numel():
+            return
+        rows = x.detach().flatten(1) if whole and x.ndim > 1 else x.detach()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.scales[key] = float(rows.abs().max()) * torch.finfo(x.dtype).eps
+        if rows.ndim > 1:
+            self.scales[key] *= rows.shape[-1] ** 0.5
+            places = torch.arange(rows.shape[-1], device=rows.device, dtype=rows.dtype)
+            rows = rows @ torch.sin(1.7 * places + 1)
+        self.values[key] = rows
 
 
 _DROPOUTS = {
@@ -92,23 +117,24 @@ _DROPOUTS = {
 
 
 class _Trial(Watch):
-    """Writes down the shapes, and where asked for the values, of the layers' inputs. Nothing is dropped out."""
+    """Writes down the layers' inputs. Nothing is dropped out."""
 
-    def __init__(self, targets: Targets, kept: set[Key]) -> None:
+    def __init__(self, targets: Targets) -> None:
         super().__init__(targets)
-        self.seen, self.kept = _Seen(), kept
+        self.seen, self._counts = _Seen(), Counter[str]()
 
     def run(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Any function but a layer's own."""
         if function in _DROPOUTS:
             return arguments[0] if arguments else named["input"]
         return function(*arguments, **named)
 
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
+        """A layer's function."""
         name = self.targets.weights[id(call.weight)][0]
-        key = name, sum(known == name for known, _ in self.seen.shapes)
-        self.seen.shapes[key] = tuple(call.input.shape)
-        if key in self.kept:
-            self.seen.values[key] = call.input.detach().clone()
+        with torch.no_grad(), uncast(call.input):
+            self.seen.add((name, self._counts[name]), call.input, call.kind != "linear")
+        self._counts[name] += 1
         return run()
 
 
@@ -129,6 +155,8 @@ def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) 
         NoLayoutError: if the model does not run with another number of examples.
         ValueError: if more than one axis follows the number of examples.
     """
+    if batch < 2:
+        return Layout(None, None)
     key = _form(model, inputs, targets, batch)
     with _known_lock:
         found = _known.setdefault(model, {}).get(key)
@@ -163,185 +191,147 @@ def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any
     return modules, tuple(targets.parameters), part(inputs)
 
 
+_OUTPUTS = "the model's outputs"
+
+
 class _Finder:
     """Trial passes of one model."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> None:
         self.model, self.targets, self.batch = model, targets, batch
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        if self._are_equal():
+            self.inputs = self._noisy()
 
     def find(self) -> Layout:
-        one, two, sizes = self._two_passes()
-        if list(one.shapes) != list(two.shapes) or len(one.outputs) != len(two.outputs):
-            raise NoLayoutError("the model calls other layers for another number of examples")
-        calls = {key: (len(shape), _axis(shape, two.shapes[key], sizes, key)) for key, shape in one.shapes.items()}
-        outputs = tuple(
-            _axis(a, b, sizes, ("the model's outputs", 0)) for a, b in zip(one.outputs, two.outputs, strict=True)
-        )
-        shared = {key for key, (_, axis) in calls.items() if axis is not None and axis.rows > 1}
-        if shared or any(axis is not None and axis.rows > 1 for axis in outputs):
-            calls, outputs = self._ordered(calls, outputs, shared)
-        return Layout(calls, outputs)
+        """The layout of the model.
 
-    def _two_passes(self) -> tuple[_Seen, _Seen, tuple[int, int]]:
-        """Passes with two numbers of examples: without values if the model can run so."""
-        b = max(self.batch, 1)
+        Raises:
+            NoLayoutError: if the model does not run with other numbers of examples.
+        """
+        choices = [([0, 1], [1, 0, 0])] if self.batch == 2 else [([0, 1, 2], [1, 0])]
+        if self.batch > 3:
+            choices.append(([0, 1, 2, 3], [1, 0]))
         trouble: Exception | None = None
-        if not _has_hooks(self.model):
+        for one, two in choices:
             try:
-                return self._fake(b), self._fake(2 * b), (b, 2 * b)
+                return self._compared(one, two)
+            except NoLayoutError:
+                raise
             except Exception as error:
                 trouble = error
-        if self.batch:
-            other = b // 2 if b > 3 else 2 * b
-            seen = self._real(self._some(b))  # which fails as the model itself does
-            try:
-                return seen, self._real(self._some(other)), (b, other)
-            except Exception as error:
-                trouble = error
+        self._pass(list(range(self.batch)))  # which fails as the model itself does
         raise NoLayoutError(
             f"the model does not run with another number of examples than {self.batch} ({_first_line(trouble)})"
         ) from trouble
 
-    def _fake(self, size: int) -> _Seen:
-        """A pass with shapes only."""
-        with undisturbed(self.model), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    def _compared(self, one: list[int], two: list[int]) -> Layout:
+        """The layout from two passes."""
+        a, b = self._pass(one), self._pass(two)
+        if list(a.shapes) != list(b.shapes):
+            raise NoLayoutError("the model calls other layers for another number of examples")
+        axes = {key: _axis(key, a, b, one, two) for key in a.shapes}
+        if any(axis is not None and axis.order is None for axis in axes.values()):
+            # Statistics of a batch depend on which examples it holds, but not on their order.
+            three = [*one[1:], one[0]]
+            again, noisy = self._pass(three), _Finder(self.model, self._noisy(), self.targets, self.batch)
+            c, d = noisy._pass(one), noisy._pass(three)
+            for key, axis in axes.items():
+                if axis is not None and axis.order is None:
+                    fits = _fits(axis, key, a, again, one, three) or _fits(axis, key, c, d, one, three)
+                    if len(fits) != 1:
+                        fits = _fits(axis, key, c, d, one, three)
+                    axes[key] = replace(axis, order=fits[0] if len(fits) == 1 else None)
+        calls = {key: (len(a.shapes[key]), axis) for key, axis in axes.items() if key[0] != _OUTPUTS}
+        return Layout(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
 
-            def fake(value: Any) -> Any:
-                if not isinstance(value, Tensor):
-                    return value
-                shape = list(value.shape)
-                if shape[:1] == [self.batch]:
-                    shape[0] = size
-                made = torch.empty(shape, dtype=value.dtype, device=value.device)
-                return made.requires_grad_() if value.requires_grad else made
-
-            return self._pass(tree_map(fake, self.inputs), set())
-
-    def _some(self, size: int) -> Inputs:
-        """The first examples, or all of them twice."""
-        return self._each(lambda x: x[:size] if size <= self.batch else torch.cat([x, x])[:size])
+    def _pass(self, places: list[int]) -> _Seen:
+        """A pass with some of the examples, without effects on the model and on random numbers."""
+        inputs = self._each(lambda x: x[places])
+        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        trial = _Trial(self.targets)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            stack.enter_context(undisturbed(self.model))
+            stack.enter_context(forgotten(list(self.model.modules())))
+            # Weights that automatic casts keep would tie the graphs of two passes together.
+            stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
+            with trial:
+                outputs = outputs_of(self.model, inputs)
+            for at, tensor in enumerate(tensors_in(outputs)):
+                with torch.no_grad(), uncast(tensor):
+                    trial.seen.add((_OUTPUTS, at), tensor, whole=False)
+        return trial.seen
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The inputs with a change of those that hold the examples."""
+
         def one(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.shape[:1] == (self.batch,)
             return change(value.detach()).requires_grad_(value.requires_grad) if batched else value
 
         return tree_map(one, self.inputs)
 
-    def _real(self, inputs: Inputs, kept: set[Key] | None = None) -> _Seen:
-        """A pass with values."""
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), undisturbed(self.model):
-            return self._pass(inputs, kept or set(), values=kept is not None)
+    def _are_equal(self) -> bool:
+        """Whether the first examples are equal, so that nothing tells them apart."""
+        found: list[bool] = []
+        self._each(lambda x: (found.append(bool((x[:3] == x[:1]).all())), x)[1])
+        return bool(found) and all(found)
 
-    def _pass(self, inputs: Inputs, kept: set[Key], values: bool = False) -> _Seen:
-        trial = _Trial(self.targets, kept)
-        with ExitStack() as stack:
-            # Weights that automatic casts keep must not be those of a pass without values.
-            stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-            torch.set_autocast_cache_enabled(False)
-            stack.enter_context(forgotten(list(self.model.modules())))
-            stack.enter_context(trial)
-            outputs = outputs_of(self.model, inputs)
-        for tensor in tensors_in(outputs):
-            trial.seen.outputs.append(tuple(tensor.shape))
-            if values:
-                trial.seen.output_values.append(tensor.detach().clone())
-        return trial.seen
-
-    def _ordered(
-        self, calls: dict[Key, tuple[int, BatchAxis | None]], outputs: tuple[BatchAxis | None, ...], shared: set[Key]
-    ) -> tuple[dict[Key, tuple[int, BatchAxis | None]], tuple[BatchAxis | None, ...]]:
-        """Tell the order of examples and rows that share an axis, by what a change of the examples' order changes."""
-        if self.batch < 2:
-            return calls, outputs
+    def _noisy(self) -> Inputs:
+        """The inputs with noise; numbers that are not floating-point ones stay."""
+        generator = torch.Generator().manual_seed(0)
 
         def noisy(x: Tensor) -> Tensor:
-            return x + torch.randn_like(x) * (0.1 * x.abs().mean() + 0.1) if x.is_floating_point() else x
+            if not x.is_floating_point() or not x.numel():
+                return x
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            return x + noise * (0.1 * x.abs().mean() + 0.1)
 
-        for change in (lambda x: x, noisy):
-            with torch.random.fork_rng(devices=[]):
-                changed = self._each(change)
-            mine = _Finder(self.model, changed, self.targets, self.batch)
-            try:
-                one = mine._real(changed, shared)
-                two = mine._real(mine._each(lambda x: x.roll(1, 0)), shared)
-            except Exception:
-                one = two = None
-            calls = {
-                key: (ndim, axis and _order(axis, self.batch, one and one.values.get(key), two and two.values.get(key)))
-                for key, (ndim, axis) in calls.items()
-            }
-            pairs = [(None, None)] * len(outputs)
-            if one is not None and two is not None:
-                pairs = list(zip(one.output_values, two.output_values, strict=True))
-            outputs = tuple(axis and _order(axis, self.batch, *pair) for axis, pair in zip(outputs, pairs, strict=True))
-            if all(axis is None or axis.order for axis in (*(axis for _, axis in calls.values()), *outputs)):
-                break
-        return calls, outputs
+        return self._each(noisy)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging what fails in this thread: a pass with values follows one without that fails."""
-    thread, logger = threading.get_ident(), logging.getLogger("torch._subclasses.fake_tensor")
-
-    def elsewhere(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    logger.addFilter(elsewhere)
-    try:
-        yield
-    finally:
-        logger.removeFilter(elsewhere)
-
-
-def _order(axis: BatchAxis, batch: int, before: Tensor | None, after: Tensor | None) -> BatchAxis:
-    """The axis with the order under which the rows of rolled examples are the rolled rows; None if not exactly one."""
-    if axis.rows == 1:
-        return axis
-    if before is None or after is None or before.shape != after.shape:
-        return replace(axis, order=None)
-    fits: list[Literal["outer", "inner"]] = []
-    for order in ("outer", "inner"):
+def _fits(
+    axis: BatchAxis, key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]
+) -> list[Literal["outer", "inner"]]:
+    """The orders under which the rows of each example are the same in two passes."""
+    if key not in a.values or key not in b.values:
+        return ["outer"] if axis.rows == 1 else []
+    x, y, accuracy = a.values[key], b.values[key], 1e3 * max(a.scales[key], b.scales[key])
+    if axis.axis >= x.ndim:
+        return ["outer"] if axis.rows == 1 else []
+    found: list[Literal["outer", "inner"]] = []
+    for order in ("outer", "inner") if axis.rows > 1 else ("outer",):
         there = replace(axis, order=order)
-        rolled, found = there.first(before, batch).roll(1, 0).double(), there.first(after, batch).double()
-        scale = float(rolled.abs().max())
-        accuracy = 1e3 * torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
-        if bool(((rolled - found).abs() <= accuracy * scale).all()):
-            fits.append(order)
-    return replace(axis, order=fits[0] if len(fits) == 1 else None)
+        rows, others = there.first(x, len(one)), there.first(y, len(two))
+        if bool(((rows[[one.index(place) for place in two]] - others).abs() <= accuracy).all()):
+            found.append(order)
+    return found
 
 
-def _axis(one: tuple[int, ...], two: tuple[int, ...], sizes: tuple[int, int], key: Key) -> BatchAxis | None:
+def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> BatchAxis | None:
     """The axis whose size is proportional to the number of examples."""
-    different = [at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
-    if len(one) != len(two) or len(different) > 1:
-        raise ValueError(
-            f"{key[0]} has an input of shape {one} for {sizes[0]} examples and {two} for {sizes[1]}, expected one axis"
-            " that follows the number of examples"
+    shape, other = a.shapes[key], b.shapes[key]
+    different = [at for at, (p, q) in enumerate(zip(shape, other, strict=False)) if p != q]
+    what = f"{key[0]} has" if key[0] != _OUTPUTS else "the model's outputs have"
+    if len(shape) != len(other) or len(different) > 1:
+        raise NoLayoutError(
+            f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected one axis that"
+            " follows the number of examples"
         )
     if not different:
         return None
     (axis,) = different
-    if one[axis] % sizes[0] or one[axis] // sizes[0] * sizes[1] != two[axis]:
-        raise ValueError(
-            f"{key[0]} has an input of shape {one} for {sizes[0]} examples and {two} for {sizes[1]}, expected a"
-            " multiple of the number of examples"
+    if shape[axis] % len(one) or shape[axis] // len(one) * len(two) != other[axis]:
+        raise NoLayoutError(
+            f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected a multiple of"
+            " the number of examples"
         )
-    return BatchAxis(axis, one[axis] // sizes[0])
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    """Whether hooks of the user's run in a forward pass, which must not see fake tensors."""
-    made = nn.modules.module
-    if made._global_forward_hooks or made._global_forward_pre_hooks:
-        return True
-    return any(
-        not type(hook).__module__.startswith(("torch.", "lensor."))
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    found = BatchAxis(axis, shape[axis] // len(one))
+    fits = _fits(found, key, a, b, one, two)
+    return replace(
+        found, order=fits[0] if len(fits) == 1 else "outer" if found.rows == 1 else None, independent=bool(fits)
     )
 
 

@@ -65,7 +65,7 @@ class _Batch:
         self.check(self.returned)
         outputs = self.outputs
         with computing(outputs):
-            axis = output_axis(self.layout, self.returned, outputs, self.size)
+            axis = output_axis(self.layout, self.returned, outputs, self.size, independent=True)
             return LossRoot(loss, outputs, targets, self.size, axis)
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
@@ -450,7 +450,7 @@ def empirical_ntk(
         f = outputs.detach()
         if f.ndim != 2 or len(f) != batch.size:
             raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
-        output_axis(batch.layout, batch.returned, outputs, batch.size)
+        output_axis(batch.layout, batch.returned, outputs, batch.size, independent=True)
         n, c = f.shape
         units = [torch.zeros_like(f) for _ in range(c)]
         for place, unit in enumerate(units):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -192,6 +192,12 @@ def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
     """Lists and dictionaries among the attributes, with copies; buffers, which torch keeps in a dictionary, as well."""
     return [(value, value.copy()) for value in vars(module).values() if type(value) in (list, dict)]
+
+
+def uncast(like: Tensor) -> AbstractContextManager[Any]:
+    """Own computations are not cast by `torch.autocast`."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------ compiled models

@@ -254,6 +254,7 @@ class KFAC(torch.optim.Optimizer):
             self.batch_axis,
             on_output,
             ordered=self.approx == "reduce",
+            independent=False,
         )
         self._thread.running, self._thread.inside = None, True
         try:

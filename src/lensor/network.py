@@ -404,6 +404,24 @@ class Network(Verbs):
                 legs.setdefault(node.name, node.legs)
         return MappingProxyType(legs)
 
+    @cached_property
+    def holders(self) -> Mapping[str, frozenset[int]]:
+        """The places of the nodes that hold each index, −1 for the output; read-only.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i, i o -> n o", "X", "W")
+            >>> {index: sorted(net.holders[index]) for index in "nio"}
+            {'n': [-1, 0], 'i': [0, 1], 'o': [-1, 1]}
+        """
+        found: dict[str, set[int]] = {index: set() for index in self.sizes}
+        for at, node in enumerate(self.nodes):
+            for index in indices_of(node):
+                found[index].add(at)
+        for index in self.output_indices:
+            found[index].add(-1)
+        return MappingProxyType({index: frozenset(places) for index, places in found.items()})
+
     @property
     def selections(self) -> frozenset[str]:
         """The names of the operands that are positions, not arrays (see `Select`).
@@ -738,8 +756,8 @@ class Sum(Verbs):
             for index in outputs.keys() & term.sizes.keys():
                 if index not in term.output_indices:
                     raise NetworkError(
-                        f"output index {index!r} of one term of the sum is summed in another, expected different names: "
-                        "network + another gives them names that fit"
+                        f"output index {index!r} of one term of the sum is summed in another: expected different "
+                        "names, as network + another gives them"
                     )
 
     @property
@@ -821,12 +839,14 @@ class Sum(Verbs):
     def canonical(self) -> tuple:
         """A key that is the same for all sums that are equal up to names and order."""
         keys = [term.canonical for term in self.terms]
-        # A size that one term tells may hold for others by name: which indices of which terms share it.
-        shared: dict[str, list[str]] = {}
-        for term, key in zip(self.terms, keys, strict=True):
+        # A size that one term has may hold for others by name: which indices of which terms share it.
+        shared: dict[str, list[tuple[str, int]]] = {}
+        texts = [repr(key) for key in keys]
+        for term, text in zip(self.terms, texts, strict=True):
+            order = term.canonical_order
             for index in term.inner_indices:
                 if term.sizes[index] is None:
-                    shared.setdefault(index, []).append(repr((key, term.canonical_order[index])))
+                    shared.setdefault(index, []).append((text, order[index]))
         ties = sorted(tuple(sorted(places)) for places in shared.values() if len(places) > 1)
         return ("sum", tuple(sorted(keys, key=repr)), tuple(ties))
 

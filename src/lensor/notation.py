@@ -294,11 +294,18 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
 def spread_over_deltas(nodes: Sequence[Node], sizes: dict[str, int | None]) -> dict[str, int | None]:
     """Sizes with those of indices that deltas join made known by each other."""
     sizes = dict(sizes)
-    for _ in nodes:
-        for node in nodes:
-            if isinstance(node, Delta):
-                known = next((sizes[index] for index in node.indices if sizes[index] is not None), None)
-                sizes.update({index: known for index in node.indices if sizes[index] is None})
+    held: dict[str, list[Delta]] = {}
+    for node in nodes:
+        if isinstance(node, Delta):
+            for index in node.indices:
+                held.setdefault(index, []).append(node)
+    known = [index for index in held if sizes[index] is not None]
+    while known:
+        index = known.pop()
+        for other in (other for delta in held.pop(index, ()) for other in delta.indices):
+            if sizes[other] is None:
+                sizes[other] = sizes[index]
+                known.append(other)
     return sizes
 
 

@@ -21,6 +21,41 @@ _MOST_FOR_OPT_EINSUM = 8
 _MOST_FOR_ALL_TREES = 7
 """All trees of this many tensors are tried; dynamic programming (no outer products) finds the best of more."""
 
+_MOST_CONNECTED_SETS = 600
+"""The best order is looked for in networks of at most this many connected sets of tensors: the work grows with them."""
+
+
+def has_best_order(net: AnyNetwork) -> bool:
+    """Whether the best order of a network is found in bounded time: by how many connected sets of nodes there are.
+
+    Example:
+        >>> import lensor
+        >>> has_best_order(lensor.contraction("a b, b c, c d -> a d", "X", "Y", "Z"))
+        True
+    """
+    return all(_has_few_connected_sets(term) for term in net.terms)
+
+
+def _has_few_connected_sets(term: Network) -> bool:
+    near = [0] * len(term.nodes)
+    for places in term.holders.values():
+        inside = sum(1 << at for at in places if at >= 0)
+        for at in places:
+            if at >= 0:
+                near[at] |= inside
+    todo = [(1 << at, near[at]) for at in range(len(near))]
+    seen = {one for one, _ in todo}
+    while todo:
+        inside, reach = todo.pop()
+        for at in range(len(near)):
+            larger = inside | 1 << at
+            if reach >> at & 1 and larger not in seen:
+                seen.add(larger)
+                todo.append((larger, reach | near[at]))
+                if len(seen) > _MOST_CONNECTED_SETS:
+                    return False
+    return True
+
 
 def find_order(
     inputs: Sequence[frozenset[str]], output: frozenset[str], sizes: Mapping[str, int], order: str = "auto"

@@ -242,7 +242,8 @@ class Plan:
 
         Listed are Feynman's (all sums as nested loops, nothing kept), left to right, greedy and optimal pairwise
         contraction of the simplified network with its patterns materialized, and this plan. Flops count a
-        multiply-add as 2; sizes are entries alive at once beside operands and patterns, the result counted.
+        multiply-add as 2; sizes are entries alive at once beside operands and patterns, the result counted. The optimal
+        order of many tensors that all share indices takes too long to find: it is left out then.
 
         Example:
             >>> import lensor

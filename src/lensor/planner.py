@@ -18,7 +18,7 @@ from lensor.lower import STRATEGIES, candidates, compare_orders, lower_sliced, s
 from lensor.network import AnyNetwork
 from lensor.pattern import as_integer
 from lensor.plan import Candidate, Plan
-from lensor.runtime import Runnable, run
+from lensor.runtime import Runnable, bytes_needed, run
 
 _HOPELESS = 5.0
 """A candidate whose estimate is this many times the best one is never run."""
@@ -138,7 +138,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
     if settings.max_bytes is not None:
         found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize)
         if not found:
-            least = smallest.peak_size * itemsize
+            least = bytes_needed(smallest, itemsize)
             raise ValueError(f"max_bytes is {settings.max_bytes}, but the smallest plan needs {least} bytes")
     known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
     best = 0
@@ -176,7 +176,7 @@ def _within(
     there are no plans.
     """
     smallest = min(found, key=lambda pair: pair[0].peak_size)
-    fits = [(plan, seconds) for plan, seconds in found if plan.peak_size * itemsize <= limit]
+    fits = [(plan, seconds) for plan, seconds in found if bytes_needed(plan, itemsize) <= limit]
     if fits:
         return fits, smallest
     result = math.prod(found[0][0].shape)
@@ -191,7 +191,7 @@ def _within(
                 plan = lower_sliced(net, strategy, index, parts)
                 one = (plan, estimate(plan, machine(), itemsize))
                 smallest = min(smallest, one, key=lambda pair: pair[0].peak_size)
-                if plan.peak_size * itemsize <= limit:
+                if bytes_needed(plan, itemsize) <= limit:
                     fits.append(one)
                     break
                 if parts == size:

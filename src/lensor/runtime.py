@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -41,7 +42,7 @@ class Runnable:
         self.plan, self.backend, self.in_channels_last = plan, backend, in_channels_last
         self.inputs = [step for step in plan.steps if isinstance(step, s.Input)]
         self.names = [step.operand for step in self.inputs]
-        self.steps = self.unchecked = _compiled(plan, backend, in_channels_last)
+        self.steps = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last))
         if plan.deriver is not None and self.names:
             self.unchecked = backend.differentiable(self.steps, self.derivative, _needs(plan.network, self.names))
         self._derivatives: dict[tuple, Callable[..., Any]] = {}
@@ -106,6 +107,51 @@ def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...
                 others.remove(name)
                 found[place].update(others)
     return tuple(tuple(at for at, name in enumerate(names) if name in needed) for needed in found)
+
+
+_MOVES = (
+    *(s.Input, s.Constant, s.Fill, s.Identity, s.Reshape, s.Transpose, s.Slice, s.Pad, s.Stuff, s.Gather, s.Pick),
+    *(s.Read, s.Window, s.Diagonal, s.Expand, s.Concat),
+)
+"""Steps that compute nothing: entries are those of what they take, or zeros and ones."""
+
+_PRODUCTS = (s.MatMul, s.Gram, s.Convolution)
+
+
+def one_sum(plan: Plan) -> s.Step | None:
+    """The only step of a plan that computes, which a framework may add up in a precision that suffices; else None.
+
+    Of other plans values in between, of more steps or before they are scaled, may not fit where the result does. A
+    product plus an operand (a bias) counts as one step.
+    """
+    computed = [step for step in plan.steps if not isinstance(step, _MOVES)]
+    if len(computed) == 2 and isinstance(computed[0], _PRODUCTS) and isinstance(computed[1], s.Add):
+        computed.pop()
+    # Kernels add up these in several operations.
+    several = (s.OverlapAdd, s.ScatterAdd, s.Put, s.PatchGram, s.Multiple)
+    if len(computed) != 1 or isinstance(computed[0], several) or getattr(computed[0], "factor", 1) != 1:
+        return None
+    return computed[0]
+
+
+def bytes_needed(plan: Plan, itemsize: int) -> int:
+    """Memory that a plan needs beside operands and patterns, for operands of some bytes an entry.
+
+    Half precision is computed in single precision, with copies of the operands, where that is several steps.
+    """
+    if itemsize != 2 or one_sum(plan) is not None or _only_moves(plan):
+        return plan.peak_size * itemsize
+    copies = sum(math.prod(step.size) for step in plan.steps if type(step) is s.Input)
+    return 4 * (plan.peak_size + copies) + 2 * math.prod(plan.shape)
+
+
+def _widened(plan: Plan, backend: Backend, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The plan's function in single precision for operands in half precision, whose range sums soon leave."""
+    return run if _only_moves(plan) else backend.widened(run, one_sum(plan))
+
+
+def _only_moves(plan: Plan) -> bool:
+    return all(isinstance(step, _MOVES) for step in plan.steps)
 
 
 def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> Callable[..., Any]:

@@ -6,13 +6,15 @@ the widest gaps. Vertices then move towards their best places only as far as no 
 flat for that starts from a circle, from layers and from random places, and majorisation minimises its stress. The two
 halves of a symmetric network are mirrored and move together. Fewest crossings win, then room, symmetry and stress.
 
-A graph that is not planar becomes planar first: lines are put in as long as it stays so, each line that is left cuts as
-few as it can, and every cut is a vertex of four lines. That graph is drawn as planar ones are; its cuts then become
-crossings of lines that are straight wherever that crosses no more, and bent where they must be. All is deterministic.
+A graph that is nearly planar becomes planar first: lines are put in as long as it stays so, each line that is left
+cuts as few as it can, and every cut is a vertex of four lines. That graph is drawn as planar ones are; its cuts then
+become crossings of lines that are straight wherever that crosses no more, and bent where they must be. Of a graph with
+many crossings all lines are straight. The larger a graph is, the fewer moves are tried; all is deterministic.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,11 +52,21 @@ _CROSSING = 3
 _FACES = 3
 """So many faces are tried as the outer one."""
 
-_ORDERS, _CUT, _CUT_LENGTH = 12, 2, 0.6
-"""In so many orders lines are put into a planar graph; so many of the results are drawn; how long pieces are to be."""
+_ORDERS, _LINES, _CUT, _CUT_LENGTH = 12, 400, 2, 0.6
+"""In so many orders lines are put into a planar graph, fewer if that were more lines than this in all; so many of the
+results are drawn; how long pieces are to be."""
 
-_MOST_MAPPINGS = 400
-"""So many symmetries of a graph are looked at."""
+_MOST_MAPPINGS, _MOST_MATCHES = 400, 20_000
+"""So many symmetries of a graph are looked at, found with so many comparisons of vertices."""
+
+_MOST_CUTS = 20
+"""A graph whose lines are cut more often than this to be planar is drawn with straight lines that cross."""
+
+_MOST_WORK = 8_000_000
+"""Pairs of vertices and lines that are looked at to improve one layout; more would take seconds."""
+
+_RADIAL, _LEG_GAP = 12, 0.35
+"""A vertex with more open ends than this, and nothing else, has them on a circle, so far apart."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +119,15 @@ def _part(graph: Graph, part: Sequence[int]) -> tuple[Positions, dict[int, Route
     if len(part) == 1:
         return np.zeros((1, 2)), {}
     planar = nx.check_planarity(_networkx(graph, part))[0]
-    if planar:
-        points, routes = _straight(graph, part, np.array(ends)), ends
-    else:
-        points, routes = _bent(_distances(graph, part, np.array(ends)), ends)
+    bent = None if planar else _bent(_distances(graph, part, np.array(ends)), ends)
+    points, routes = (_straight(graph, part, np.array(ends)), ends) if bent is None else bent
     return points, dict(zip(lines, routes, strict=True))
 
 
 def _straight(graph: Graph, part: Sequence[int], ends: np.ndarray) -> Positions:
-    """The points of a planar part."""
+    """The points of a part whose lines are all straight."""
+    if len(ends) > _RADIAL and len(hub := set(ends[0]).intersection(*map(set, ends))) == 1:
+        return _radial(len(part), hub.pop())
     count, wanted = len(part), _distances(graph, part, ends)
     mirror = _mirror(graph, part, ends)
     tried: list[tuple[tuple[int, int, bool, float], Positions]] = []
@@ -137,6 +149,13 @@ def _straight(graph: Graph, part: Sequence[int], ends: np.ndarray) -> Positions:
         keep(_annealed(place, wanted, ends, None if score[2] else mirror), not score[2])
     best = min(tried, key=lambda one: one[0])
     return _turned(best[1], not best[0][2])
+
+
+def _radial(count: int, hub: int) -> Positions:
+    """All other vertices on a circle around one."""
+    angles = 2 * np.pi * np.arange(count - 1) / (count - 1)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1) * (count - 1) * _LEG_GAP / (2 * np.pi)
+    return np.insert(circle, hub, 0.0, axis=0)
 
 
 def _distances(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray:
@@ -187,12 +206,15 @@ def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator
 
 def _depths(count: int, ends: np.ndarray, first: int) -> np.ndarray:
     """Steps from a vertex."""
+    near: list[list[int]] = [[] for _ in range(count)]
+    for one, other in ends.tolist():
+        near[one].append(other)
+        near[other].append(one)
     depth = np.full(count, -1)
-    depth[first] = 0
-    for level in range(count):
-        for a, b in (*ends, *ends[:, ::-1]):
-            if depth[a] == level and depth[b] < 0:
-                depth[b] = level + 1
+    depth[first], level = 0, [first]
+    while level:
+        level = list(dict.fromkeys(other for one in level for other in near[one] if depth[other] < 0))
+        depth[level] = depth.max() + 1
     return depth
 
 
@@ -218,6 +240,10 @@ def _stress(place: Positions, wanted: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------- symmetry
+class _TooManyMatchesError(Exception):
+    """A graph whose symmetries take long to find."""
+
+
 def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray | None:
     """The symmetry of the graph that is its own inverse and moves most vertices; None if there is none."""
     named = nx.Graph()
@@ -225,12 +251,20 @@ def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray |
         one = graph.vertices[vertex]
         named.add_node(at, what=(one.shape, one.text))
     named.add_edges_from(map(tuple, ends))
-    matcher = nx.isomorphism.GraphMatcher(named, named, node_match=lambda a, b: a["what"] == b["what"])
+    matches = itertools.count()
+
+    def alike(one: dict[str, object], other: dict[str, object]) -> bool:
+        if next(matches) >= _MOST_MATCHES:
+            raise _TooManyMatchesError
+        return one["what"] == other["what"]
+
+    matcher = nx.isomorphism.GraphMatcher(named, named, node_match=alike)
     best, moved = None, 0
-    for mapping in itertools.islice(matcher.isomorphisms_iter(), _MOST_MAPPINGS):
-        count = sum(a != b for a, b in mapping.items())
-        if count > moved and all(mapping[b] == a for a, b in mapping.items()):
-            best, moved = mapping, count
+    with contextlib.suppress(_TooManyMatchesError):
+        for mapping in itertools.islice(matcher.isomorphisms_iter(), _MOST_MAPPINGS):
+            count = sum(a != b for a, b in mapping.items())
+            if count > moved and all(mapping[b] == a for a, b in mapping.items()):
+                best, moved = mapping, count
     tensors = [at for at, vertex in enumerate(part) if graph.vertices[vertex].text]
     if best is None or not any(best[at] != at for at in tensors):
         return None
@@ -279,14 +313,24 @@ def _crossings(ends: np.ndarray, place: Positions) -> int:
     return int(np.triu(_crossing_pairs(ends, place), 1).sum()) if len(ends) > 1 else 0
 
 
-def _clearances(ends: np.ndarray, place: Positions) -> np.ndarray:
-    """[..., vertices, lines]: distances of vertices to lines they are not an end of."""
+def _meets_last(ends: np.ndarray, place: Positions) -> bool:
+    """Whether the last line meets another one without a common vertex."""
+    others, last = ends[:-1], ends[-1]
+    a1, b1, a2, b2 = place[others[:, 0]], place[others[:, 1]], place[last[0]], place[last[1]]
+    one, two = _sides(a1, b1, a2) * _sides(a1, b1, b2), _sides(a2, b2, a1) * _sides(a2, b2, b1)
+    shared = (others[:, :, None] == last).any((-1, -2))
+    return bool(((one <= 0) & (two <= 0) & ~shared & ((one < 0) | (two < 0))).any())
+
+
+def _clearances(ends: np.ndarray, place: Positions, only: int | None = None) -> np.ndarray:
+    """[..., vertices, lines]: distances of vertices, or of only one, to lines they are not an end of."""
+    numbers = np.arange(place.shape[-2]) if only is None else np.array([only])
     a, b = place[..., None, ends[:, 0], :], place[..., None, ends[:, 1], :]
-    along = b - a
-    t = ((place[..., :, None, :] - a) * along).sum(-1) / np.maximum((along**2).sum(-1), 1e-12)
+    along, points = b - a, place[..., numbers, None, :]
+    t = ((points - a) * along).sum(-1) / np.maximum((along**2).sum(-1), 1e-12)
     near = a + np.clip(t, 0, 1)[..., None] * along
-    gaps = np.linalg.norm(place[..., :, None, :] - near, axis=-1)
-    own = (np.arange(place.shape[-2])[:, None, None] == ends[None]).any(-1)
+    gaps = np.linalg.norm(points - near, axis=-1)
+    own = (numbers[:, None, None] == ends[None]).any(-1)
     return np.where(own, np.inf, gaps)
 
 
@@ -301,6 +345,11 @@ def _touching(ends: np.ndarray, place: Positions) -> int:
     return int((_clearances(ends, place) < _CLEAR).sum()) + int((gaps < _CLEAR).sum()) // 2
 
 
+def _work(place: Positions, ends: np.ndarray) -> int:
+    """Pairs that are looked at to judge one layout."""
+    return (len(place) + len(ends)) ** 2
+
+
 def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
     """Vertices moved towards where stress wants them, one after another, as far as nothing comes to cross or touch."""
     lengths = np.linalg.norm(place[ends[:, 0]] - place[ends[:, 1]], axis=-1)
@@ -311,8 +360,10 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
     def room(at: Positions) -> float:
         return min(float(_clearances(ends, at).min(initial=9.0)), float(_gaps(at).min()))
 
+    rounds = max(min(_MOVES, _WORK // len(place) ** 2), _FEWEST_MOVES)
+    rounds = min(rounds, _MOST_WORK // (len(place) * _work(place, ends)))
     least, most = room(place), _crossings(ends, place)
-    for _ in range(max(min(_MOVES, _WORK // len(place) ** 2), _FEWEST_MOVES)):
+    for _ in range(rounds):
         moved = False
         for vertex in range(len(place)):
             away = place[vertex] - place
@@ -350,7 +401,8 @@ def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np
         return _CROSSING * _crossing_pairs(ends, at).sum((-1, -2)) / 2 + near + 0.02 * _stress(at, wanted)
 
     best, least = place, np.inf
-    for length, heat in zip(np.geomspace(1.0, 0.05, _ATTEMPTS), np.geomspace(0.3, 0.005, _ATTEMPTS), strict=True):
+    attempts = min(_ATTEMPTS, _MOST_WORK // (_OPTIONS * _work(place, ends)))
+    for length, heat in zip(np.geomspace(1.0, 0.05, attempts), np.geomspace(0.3, 0.005, attempts), strict=True):
         vertex = int(random.integers(len(place)))
         options = np.repeat(place[None], _OPTIONS, 0)
         options[1:, vertex] += random.normal(size=(_OPTIONS - 1, 2)) * length
@@ -450,13 +502,14 @@ def _tutte(
 
 def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
     """Open ends in the widest gaps around their vertex, as long as no line is in the way."""
-    place, done = place.copy(), set[int]()
+    place, done, waiting = place.copy(), set[int](), set(leaves)
+    owner = {a: b for one, other in ends.tolist() for a, b in ((one, other), (other, one)) if a in waiting}
+    there = [(a, b) for a, b in ends.tolist() if a not in waiting and b not in waiting]
     for leaf in leaves:
         if leaf in done:
             continue
-        (own,) = (int(b if a == leaf else a) for a, b in ends if leaf in (a, b))
+        own = owner[leaf]
         twin = leaf if mirror is None else int(mirror[leaf])
-        there = [(int(a), int(b)) for a, b in ends if not ({int(a), int(b)} & {*leaves} - done)]
         placed = np.array([*there, (own, leaf)])
         around = [b if a == own else a for a, b in there if own in (a, b)]
         angles = sorted(float(np.arctan2(*(place[other] - place[own])[::-1])) for other in around)
@@ -471,21 +524,30 @@ def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirr
             tries = [(sign * np.pi / 2, length) for length in (0.75, 0.45, 0.25, 0.12) for sign in (1, -1)]
         for angle, length in tries:
             place[leaf] = place[own] + length * np.array([np.cos(angle), np.sin(angle)])
-            if _crossings(placed, place) == 0 and _clearances(placed, place[[*range(len(place))]])[leaf].min() > 0.02:
+            if not _meets_last(placed, place) and _clearances(placed, place, leaf).min() > 0.02:
                 break
         done.add(leaf)
+        there.append((own, leaf))
         if twin != leaf:
             place[twin] = place[leaf] * (-1.0, 1.0)
             done.add(twin)
+            there.append((owner[twin], twin))
     return place
 
 
 # ------------------------------------------------------------------------------------------------------- planarisations
-def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Route]]:
-    """The points of a part that is not planar, bends after its vertices, and the routes of its lines."""
+def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Route]] | None:
+    """The points of a part that is not planar, bends after its vertices, and the routes of its lines.
+
+    None if it has so many crossings that bends would not help.
+    """
     count, random = len(wanted), np.random.default_rng(0)
-    orders = [random.permutation(len(ends)).tolist() for _ in range(_ORDERS)]
-    cut = sorted((_cut_lines(count, ends, order) for order in orders), key=_bends)
+    if len(ends) - (3 * count - 6) > _MOST_CUTS:
+        return None
+    orders = [random.permutation(len(ends)).tolist() for _ in range(min(_ORDERS, max(_CUT, _LINES // len(ends))))]
+    cut = sorted((one for order in orders if (one := _cut_lines(count, ends, order)) is not None), key=_bends)
+    if not cut:
+        return None
     tried: list[_Bent] = []
     for routes in cut[:_CUT]:
         for start, _ in _planar_starts(int(_pieces(routes).max()) + 1, _pieces(routes), None):
@@ -542,8 +604,11 @@ def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[in
     return np.delete(points, bend, 0), after
 
 
-def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[Route]:
-    """Routes of lines through new vertices, at which they cut others: a largest planar part, then what is left."""
+def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[Route] | None:
+    """Routes of lines through new vertices, at which they cut others: a largest planar part, then what is left.
+
+    None if there are too many cuts.
+    """
     graph, left = nx.empty_graph(count), []
     routes = [list(pair) for pair in ends]
     for line in order:
@@ -553,6 +618,8 @@ def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[
             left.append(line)
     for line in left:
         _insert(graph, routes, line)
+        if len(graph) - count > _MOST_CUTS:
+            return None
     return [tuple(route) for route in routes]
 
 

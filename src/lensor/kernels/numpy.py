@@ -284,6 +284,15 @@ class NumpyBackend:
     def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
         return ready.unchecked
 
+    def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
+        def call(*arrays: np.ndarray) -> np.ndarray:  # NumPy adds up many sums in half precision, one step or not
+            if all(array.dtype != np.float16 for array in arrays):
+                return run(*arrays)
+            wide = [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]
+            return run(*wide).astype(np.float16)
+
+        return call
+
     def differentiable(
         self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]
     ) -> Callable[..., Any]:

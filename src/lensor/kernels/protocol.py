@@ -76,6 +76,15 @@ class Backend(Protocol):
         """
         ...
 
+    def widened(self, run: Callable[..., Any], one_sum: Step | None) -> Callable[..., Any]:
+        """A function of arrays that computes in float32 what is given in float16, and returns float16.
+
+        Args:
+            run: the function.
+            one_sum: the only step that computes, which the framework may add up in float32 by itself, if it is one.
+        """
+        ...
+
     def differentiable(
         self,
         run: Callable[..., Any],

@@ -674,6 +674,13 @@ def _casts(x: torch.Tensor) -> _Casts | None:
     return _Casts(device, torch.get_autocast_dtype(device), x.dtype)
 
 
+def _uncast(device: str) -> AbstractContextManager[Any]:
+    """Without automatic casts, which would put products into half precision again."""
+    if not _is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 class TorchBackend:
     """Tensors of torch."""
 
@@ -754,6 +761,26 @@ class TorchBackend:
             if torch.compiler.is_compiling():  # what is compiled is made before
                 return self.settled(ready.unchecked(*arrays), channels_last=True)
             return ready.channels_last.unchecked(*arrays)
+
+        return call
+
+    def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
+        # On CPUs, derivatives of torch's convolutions are added up in half precision, example by example.
+        only_on_cpu = isinstance(one_sum, s.Convolution) and one_sum.kind != "forward"
+        if one_sum is not None and not only_on_cpu:
+            return run
+
+        def call(*arrays: torch.Tensor) -> torch.Tensor:
+            for array in arrays:
+                if array.dtype is torch.float16:
+                    break
+            else:
+                return run(*arrays)
+            if only_on_cpu and array.device.type != "cpu":
+                return run(*arrays)
+            wide = [array.float() if array.dtype is torch.float16 else array for array in arrays]
+            with _uncast(array.device.type):
+                return run(*wide).to(torch.float16)
 
         return call
 

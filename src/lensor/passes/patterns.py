@@ -49,10 +49,7 @@ def swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: 
 
 def only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
     """Whether no index of the group stands in the output or in a node that is not listed."""
-    if set(group) & set(net.output_indices):
-        return False
-    others = (node for at, node in enumerate(net.nodes) if at not in nodes)
-    return not any(set(group) & set(indices_of(node)) for node in others)
+    return all(net.holders[index].issubset(nodes) for index in group)
 
 
 def apart(legs: Sequence[Group]) -> bool:
@@ -352,12 +349,12 @@ def two_shared_legs(net: Network) -> Network | None:
     found = list(pattern_nodes(net))
     for a, (_one, pattern, legs) in enumerate(found):
         for two, other, others in found[a + 1 :]:
-            if pattern.normalize() != other.normalize():
-                continue
             differ = [place for place in range(3) if legs[place] != others[place]]
             if differ and not any(legs[place] for place in range(3) if place not in differ):
                 continue  # vectors that share no index
             if len(differ) > 1 or (pattern.padding_mode != "zeros" and differ not in ([], [0])):
+                continue
+            if pattern.normalize() != other.normalize():
                 continue
             spare = [Ones(index) for index in dict.fromkeys(index for leg in others for index in leg)]
             rest = swap_nodes(net, [two], spare)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 
-from lensor.network import Delta, Group, Network, Ones, Scale, indices_of
+from lensor.network import Delta, Group, Network, Node, Ones, Scale, indices_of
 from lensor.passes.rule import RuleList, rule
 from lensor.transforms.indices import contract_deltas
 
@@ -35,16 +36,19 @@ def delta(net: Network) -> Network | None:
 @rule("ones dropped", "structural")
 def ones(net: Network) -> Network | None:
     """Ones on an index that another node holds are 1; the sum over ones alone is the index's size."""
-    for at, node in enumerate(net.nodes):
-        if not isinstance(node, Ones):
-            continue
-        rest = (*net.nodes[:at], *net.nodes[at + 1 :])
-        if any(node.index in indices_of(other) for other in rest):
-            return net.replace(nodes=rest)
-        if node.index not in net.output_indices:
-            scale = net.scale * Scale(powers=((node.index, 1),))
-            return net.replace(nodes=rest, scale=scale.bind(net.sizes))
-    return None
+    if not any(isinstance(node, Ones) for node in net.nodes):
+        return None
+    holders = Counter(index for node in net.nodes for index in set(indices_of(node)))
+    kept: list[Node] = []
+    scale = net.scale
+    for node in net.nodes:
+        if isinstance(node, Ones) and holders[node.index] > 1:
+            holders[node.index] -= 1
+        elif isinstance(node, Ones) and -1 not in net.holders[node.index]:
+            scale = scale * Scale(powers=((node.index, 1),))
+        else:
+            kept.append(node)
+    return None if len(kept) == len(net.nodes) else net.replace(nodes=kept, scale=scale.bind(net.sizes))
 
 
 def _neighbours(legs: Iterable[Group], first: str, second: str) -> bool:

@@ -7,7 +7,20 @@ from itertools import product
 from typing import TypeVar
 
 from lensor.errors import NetworkError
-from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Scale, Sum, indices_of, new_name, sum_of, verb
+from lensor.network import (
+    AnyNetwork,
+    Group,
+    Network,
+    Node,
+    Ones,
+    Operand,
+    Scale,
+    Sum,
+    indices_of,
+    new_name,
+    sum_of,
+    verb,
+)
 from lensor.notation import parse_subscripts
 from lensor.transforms._transform import require_index, require_operand
 from lensor.transforms.indices import contract_deltas, equate
@@ -195,18 +208,21 @@ def components(net: AnyNetwork) -> tuple[Network, ...]:
     """
     if not isinstance(net, Network):
         raise NetworkError("a sum has no connected parts; ask its terms")
-    parts: list[tuple[set[str], list]] = []
-    for node in net.nodes:
-        indices, nodes = set(indices_of(node)), [node]
-        rest = []
-        for known, others in parts:
-            if known & indices:
-                indices, nodes = indices | known, others + nodes
-            else:
-                rest.append((known, others))
-        parts = [*rest, (indices, nodes)]
-    order = {id(node): at for at, node in enumerate(net.nodes)}
-    parts.sort(key=lambda part: min(order[id(node)] for node in part[1]))
+    parts: list[tuple[set[str], list[Node]]] = []
+    seen: set[int] = set()
+    for start in range(len(net.nodes)):
+        if start in seen:
+            continue
+        seen.add(start)
+        places, todo, held = [], [start], set()
+        while todo:
+            places.append(todo.pop())
+            new = set(indices_of(net.nodes[places[-1]])) - held
+            held |= new
+            near = {at for index in new for at in net.holders[index]} - seen - {-1}
+            seen |= near
+            todo += near
+        parts.append((held, [net.nodes[at] for at in sorted(places)]))
     return tuple(
         Network.make(
             nodes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lensor.network import Delta, Group, Network, Ones, indices_of
 
@@ -102,22 +102,14 @@ def contract_deltas(net: Network) -> Network:
     deltas = [node for node in net.nodes if isinstance(node, Delta)]
     if not deltas:
         return net
-    classes: list[list[str]] = []
-    for delta in deltas:
-        joined = list(delta.indices)
-        rest = []
-        for known in classes:
-            if set(known) & set(joined):
-                joined = known + [index for index in joined if index not in known]
-            else:
-                rest.append(known)
-        classes = [*rest, joined]
+    classes = _classes(deltas)
     nodes = [node for node in net.nodes if not isinstance(node, Delta)]
     kept: list[Delta | Ones] = []
+    places = {index: at for at, index in enumerate(net.output_indices)}
     mapping: dict[str, Group] = {}
     sizes: dict[str, int | None] = {}
     for joined in classes:
-        open_ = [index for index in net.output_indices if index in joined]
+        open_ = sorted((index for index in joined if index in places), key=places.__getitem__)
         first = open_[0] if open_ else joined[0]
         size = next((net.sizes[index] for index in joined if net.sizes[index] is not None), None)
         sizes.update(dict.fromkeys(joined, size))
@@ -130,3 +122,23 @@ def contract_deltas(net: Network) -> Network:
     held = {index for node in inner.nodes for index in indices_of(node)}
     kept = [node for node in kept if isinstance(node, Delta) or node.index not in held]
     return net.replace(nodes=(*inner.nodes, *kept), scale=inner.scale, sizes=sizes)
+
+
+def _classes(deltas: Sequence[Delta]) -> list[list[str]]:
+    """The indices that deltas join, directly or through others; each class starts with the index that names it."""
+    classes: dict[int, list[str]] = {}
+    named: dict[int, str] = {}
+    where: dict[str, int] = {}  # the smaller classes move into the largest, under a number that keeps their order
+    alias: dict[int, int] = {}
+    for number, delta in enumerate(deltas):
+        hit = sorted({alias[where[index]] for index in delta.indices if index in where})
+        new = [index for index in delta.indices if index not in where]
+        name = named[hit[-1]] if hit else new[0]
+        found = sorted((classes.pop(known) for known in hit), key=len)
+        joined = found.pop() if found else []
+        home = where[joined[0]] if joined else number
+        for index in (*(index for part in found for index in part), *new):
+            where[index] = home
+            joined.append(index)
+        alias[home], classes[number], named[number] = number, joined, name
+    return [[named[number], *(index for index in classes[number] if index != named[number])] for number in classes]

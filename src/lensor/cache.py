@@ -134,10 +134,14 @@ class Cache:
 
 
 def clear_caches() -> None:
-    """Drop everything Lensor remembers to be fast: simplified networks, plans, materialized patterns.
+    """Drop everything Lensor remembers to be fast: simplified networks, plans, calls, arrays made of patterns.
+
+    There is no need to call this to keep memory bounded: each cache drops what was used longest ago once its entries
+    take more than 64 MB (`lensor.cache.MAX_BYTES`), and nothing that is kept is larger than the operands it was made
+    for. Call it to measure a first call, or to give the memory back.
 
     What graphs of `torch.compile` and `torch.export` were made of stays: they may run again. So do measured times,
-    which `lensor.wisdom.forget` drops.
+    which `lensor.wisdom.forget` drops, and plans that you hold.
 
     Example:
         >>> import lensor

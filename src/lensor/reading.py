@@ -17,6 +17,9 @@ import numpy as np
 _NOWHERE = -(1 << 61)
 """What a line is where it is not defined; two of these can be added."""
 
+_SMALL = 1 << 12
+"""Tables of so many entries are compared entry by entry, which is faster."""
+
 _MOST_TRIES = 1 << 12
 """So many pairs of steps are tried where two reads alone tie them to each other."""
 
@@ -265,11 +268,11 @@ def same(one: Reads, two: Reads) -> bool:
         return False
     if one.shape[0] > one.shape[1]:
         one, two = one.transposed(), two.transposed()
-    runs = [one.runs(), two.runs()]
-    if runs[0] is None or runs[1] is None:
-        places = np.indices(one.shape)
-        return np.array_equal(one.at(*places), two.at(*places))
     lines, count = np.arange(one.shape[0]), one.shape[1]
+    runs = None if len(lines) * count <= _SMALL else (one.runs(), two.runs())
+    if runs is None or runs[0] is None or runs[1] is None:
+        places = lines[:, None], np.arange(count)
+        return np.array_equal(one.at(*places), two.at(*places))
     for run in (*runs[0], *runs[1]):
         for places in (run.low - 1, run.low, run.high - 1, run.high):
             positions = np.clip(places, 0, count - 1)

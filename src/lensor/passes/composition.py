@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lensor.cache import Cache
 from lensor.network import AnyNetwork, Group, Network, Operand, Pattern, indices_of, sum_of
 from lensor.passes.engine import run_phases
 from lensor.passes.patterns import apart, fresh_beside, one_hots, only_in, pattern_nodes, read_through, swap_nodes
@@ -43,6 +44,14 @@ def _composed(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
     fitted = read_through(outer, inner)
     if fitted is not None or outer.padding_mode == "zeros":
         return fitted
+    return _in_mode.get_or_make((outer, inner), lambda: (_composed_in_mode(outer, inner),))[0]
+
+
+_in_mode = Cache(maxsize=4096)
+
+
+def _composed_in_mode(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
+    """The same as one pattern in the padding mode of the selection."""
     stride, dilation = outer.stride * inner.stride, outer.stride * inner.dilation
     left = outer.padding[0] + outer.stride * inner.padding[0]
     length = (inner.output_size - 1) * stride + dilation * (inner.kernel_size - 1) + 1

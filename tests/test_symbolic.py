@@ -212,6 +212,7 @@ def test_sizes_that_may_be_fixed_are_not(strict: bool) -> None:
     torch.testing.assert_close(program.module()(x), ours(x))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_traced() -> None:
     ours = lensor_nn.convert(MODELS["circular"]())
     with torch.no_grad():
@@ -362,3 +363,26 @@ def test_sampled_layers_in_evaluation_mode_are_exported_for_all_sizes() -> None:
     x = torch.randn(3, 2, 14, 12)
     for strict in (False, True):
         torch.testing.assert_close(exported(sampled, strict).module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_sampled_layers_in_training_mode_are_exported_as_their_exact_outputs(strict: bool) -> None:
+    model = nn.Sequential(MODELS["zeros"]())
+    sampled = sampling.convert(model, {"i1": 0.5, "n": 0.5}, scheme="importance")
+    assert sampled[0].training
+    x = torch.randn(3, 2, 14, 12)
+    torch.testing.assert_close(exported(sampled, strict).module()(x), model(x))
+
+
+@pytest.mark.parametrize("scheme", ["bernoulli", "importance"])
+def test_sampled_layers_are_compiled_once_for_all_sizes(scheme: str) -> None:
+    """What surrounds them, that is: they run between two graphs."""
+    model = sampling.convert(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()), {"i1": 0.5, "n": 0.5}, scheme=scheme)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for batch in range(2, 16):
+        x = torch.randn(batch, 2, 6, 6)
+        found = compiled(x)
+        torch.testing.assert_close(found, model(x))
+        found.sum().backward()
+    assert counter.frame_count <= 3

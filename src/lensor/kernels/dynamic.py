@@ -39,7 +39,7 @@ _MOST = 1 << 40
 
 def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
     """Whether the size of an array, or a size among the options, is a symbol."""
-    if torch.jit.is_tracing():  # there every size is one
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # there every size is one
         return True
     for array in arrays:
         for size in array.shape:
@@ -165,7 +165,7 @@ def _numbers(option: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ checks
 def _require_shape(name: str, found: Sizes, expected: Sizes, meaning: str) -> None:
-    if len(found) != len(expected) or any([a != b for a, b in zip(found, expected, strict=True)]):
+    if len(found) != len(expected) or any(a != b for a, b in zip(found, expected, strict=True)):
         raise ValueError(f"{name} has shape {tuple(found)}, expected {tuple(expected)}: {meaning}")
 
 
@@ -187,7 +187,7 @@ def _dims_of_weight(name: str, weight: Sizes) -> int:
 # ----------------------------------------------------------------------------------------------------------- padding
 def _padded(x: Tensor, h: _Hyper) -> Tensor:
     """[batch, channels, *size] with its padding."""
-    if not any([left or right for left, right in h.padding]):
+    if not any(left or right for left, right in h.padding):
         return x
     if h.mode == "zeros" or len(h.padding) <= 3:
         widths = [width for sides in reversed(h.padding) for width in sides]
@@ -233,9 +233,9 @@ def _stuffed(x: Tensor, axis: int, step: int) -> Tensor:
     return x.narrow(axis, 0, x.shape[axis] - (step - 1))
 
 
-# ------------------------------------------------------------------------------- convolutions in any number of dimensions
+# ------------------------------------------------------------------------------------------------ convolutions
 def _every(x: Tensor, k: int, h: _Hyper, count: Any) -> Tensor:
-    """[batch, channels, positions, ...] of a padded input to [batch·o, channels, ...] for position k of the first axis."""
+    """[batch, channels, size, ...] of a padded input to [batch·o, channels, ...], for position k of the first axis."""
     start = k * h.dilation[0]
     return x[:, :, start : start + (count - 1) * h.stride[0] + 1 : h.stride[0]].movedim(2, 1).flatten(0, 1)
 
@@ -305,7 +305,7 @@ def conv(
     dims = _dims_of_weight("weight", w.shape)
     _require_axes("input", x.ndim, dims)
     h = _hyper(dims, w.shape[2:], stride, padding, dilation, groups, padding_mode)
-    alike = h.mode == "zeros" and all([left == right for left, right in h.padding])
+    alike = h.mode == "zeros" and all(left == right for left, right in h.padding)
     if dims <= 3 and (alike or (h.mode == "zeros" and isinstance(padding, str))):
         sides = padding if isinstance(padding, str) else [left for left, _ in h.padding]
         return _CONVOLUTIONS[dims](x, w, bias, h.stride, sides, h.dilation, h.groups)  # type: ignore[misc]

@@ -258,6 +258,12 @@ def _step(size: int, keep: Fraction) -> int:
     return max(1, math.ceil(math.sqrt(size * keep * (1 - keep))))
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` writes down a program: it has no backward pass, and outputs are exact."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return torch.compiler.is_compiling() and exporting is not None and exporting()
+
+
 def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
     """The call for an input of at least so many axes, the first of which is the batch; one axis less is one example."""
     return call(x) if x.ndim >= dims else call(x[None])[0]
@@ -420,7 +426,8 @@ def conv(
         return exact.conv(x, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
 
     dims = weight.ndim - 2
-    if dims < 1 or input.ndim not in (dims + 1, dims + 2) or input.shape[-dims - 1] != groups * weight.shape[1]:
+    fits = dims > 0 and input.ndim in (dims + 1, dims + 2) and input.shape[-dims - 1] == groups * weight.shape[1]
+    if not fits or is_exporting():
         return forward(input, weight, bias)  # which says what is wrong
     spec = spec_of(
         input.shape[-dims - 1],
@@ -492,7 +499,8 @@ def conv_transpose(
         return exact.conv_transpose(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
     dims = weight.ndim - 2
-    if dims < 1 or input.ndim not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[0]:
+    fits = dims > 0 and input.ndim in (dims + 1, dims + 2) and input.shape[-dims - 1] == weight.shape[0]
+    if not fits or is_exporting():
         return forward(input, weight, bias)  # which says what is wrong
     spec = spec_of(
         weight.shape[0],
@@ -550,7 +558,7 @@ def linear(
     if (override := override_of(input, weight)) is not None:
         return override(linear, (input, weight, bias), **_in_graph(keep, scheme, generator))
     forward = torch.nn.functional.linear
-    if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1] or is_exporting():
         return forward(input, weight, bias)  # which says what is wrong
     bilinear = linear_map(weight.shape[1], weight.shape[0], max(input.ndim, 2))
     return batched(lambda x: apply(bilinear, forward, x, weight, bias, keep, scheme, generator), input, 2)

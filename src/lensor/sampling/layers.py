@@ -28,6 +28,7 @@ from lensor.sampling.functional import (
     conv,
     conv_transpose,
     convolution,
+    is_exporting,
     linear,
     linear_map,
     names_of,
@@ -114,8 +115,15 @@ class Sampled(Leaf):
         if has_torch_function_variadic(x, weight):
             arguments = (self, forward, x, weight, bias, *more)
             return handle_torch_function(sampled_layer, (x, weight), *arguments, batched=batched)
-        if not self.training or not self._fits(x):  # torch says what does not fit
+        if not self.training or not self._fits(x) or is_exporting():  # torch says what does not fit
             return forward(x, weight, bias)
+        return self._sample_uncompiled(forward, x, weight, bias, *more, batched=batched)
+
+    @torch.compiler.disable
+    def _sample_uncompiled(
+        self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
+    ) -> Tensor:
+        """The same, run and not traced: how much is drawn depends on sizes and on chance, and graphs on both."""
         if not batched:
             return self._sample(
                 lambda x, weight, bias: forward(x[0], weight, bias)[None], x[None], weight, bias, *more, batched=True

@@ -25,9 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 # BackPACK asks for torchvision and does not import it; none fits the CPU build of torch, and one that does not fit
 # breaks transformers. curvlinops asks for BackPACK. So these two come alone, and what else they need before them.
+# One test reads torchvision's models, which needs no more than its Python files, in a process of its own.
 $(PEERS): $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt einconv einops linear_operator opacus scipy tqdm unfoldNd
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch curvlinops-for-pytorch
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target .venv/torchvision torchvision
 	touch $@
 
 peers: $(PEERS)

@@ -42,12 +42,6 @@ INSTALLS = LINUX and os.geteuid() == 0 and shutil.which("apt-get") is not None
 
 ROOT = "only root may install Debian's packages, and this is not root, or not Debian"
 SKIPS = [
-    Listed(
-        "tests/test_catalogue.py::test_data_is_what_the_models_have",
-        "torchvision is not installed",
-        "no torchvision can be imported with the CPU build of torch that the tests run with;"
-        " the layers of these nets were checked when the catalogue was made with torchvision",
-    ),
     Listed("tests/test_draw.py::test_tikz", "no TeX is installed", ROOT, not INSTALLS),
     Listed("tests/test_explain.py", "Chromium and its driver are not installed", ROOT, not INSTALLS),
     Listed("tests/test_site.py", "Chromium and its driver are not installed", ROOT, not INSTALLS),

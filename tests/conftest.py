@@ -1,12 +1,15 @@
 """Hypothesis draws the same examples in every run; HYPOTHESIS_PROFILE=search draws many new ones.
 
+Every test finds the global generators of random numbers in the same state, whatever ran before it.
 Tests that run side by side have one thread each: those of several would wait for each other.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +21,26 @@ from hypothesis import HealthCheck, settings
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
-    "default", derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=QUIET
+    "default",
+    derandomize=True,
+    deadline=None,
+    max_examples=150,
+    database=None,
+    print_blob=True,
+    suppress_health_check=QUIET,
 )
-settings.register_profile("search", deadline=None, max_examples=5000, suppress_health_check=QUIET)
+settings.register_profile("search", deadline=None, max_examples=5000, print_blob=True, suppress_health_check=QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function):  # an example of a document goes on from the one before it
+        random.seed(0)
+        for name in ("numpy", "torch"):
+            if name in sys.modules:
+                module = sys.modules[name]
+                (module.manual_seed if name == "torch" else module.random.seed)(0)
 
 
 @pytest.fixture

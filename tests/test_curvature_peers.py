@@ -1,6 +1,6 @@
-"""Whole-model curvature beside libraries, on what they support, in their own conventions; skipped where they are not.
+"""Whole-model curvature compared with other libraries, on what they support, in their own conventions.
 
-The extra `lensor[bench]` installs them. CI runs without: BackPACK asks for a torchvision, which breaks transformers.
+`make peers` installs them. Without them these tests are skipped, which fails in CI.
 """
 
 from __future__ import annotations

@@ -13,7 +13,15 @@ from lensor.cache import Cache
 from lensor.errors import SubscriptsError
 from lensor.kernels import Backend, backend_of, load, override_of
 from lensor.network import AnyNetwork, Network, Operand, Select, verb
-from lensor.notation import contraction, expand_ellipsis, format_legs, infer_sizes, parse_subscripts, spread_over_deltas
+from lensor.notation import (
+    contraction,
+    expand_ellipsis,
+    format_legs,
+    infer_sizes,
+    parse_subscripts,
+    spread_over_deltas,
+    with_spaces,
+)
 from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
 from lensor.planner import Settings, choose, current, planning, untimed
@@ -146,10 +154,17 @@ def plan(net: AnyNetwork, /, *, effort: str | None = None, max_bytes: int | None
     with planning(effort=effort, max_bytes=max_bytes):
         settings = current()
     arrays, sizes = split_sizes(net, operands)
-    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in arrays.items()}
+    shapes = {name: _shape_of(name, value) for name, value in arrays.items()}
     like = _reference(net, arrays)
     like = np.zeros((), np.float32) if like is None else like
     return compile(net, shapes, sizes, like, settings)
+
+
+def _shape_of(name: str, value: Any) -> tuple[int, ...]:
+    shape = getattr(value, "shape", value)
+    if isinstance(shape, Sequence) and not isinstance(shape, str):
+        return tuple(as_integer(size, f"a size in the shape of {name!r}") for size in shape)
+    raise TypeError(f"operand {name!r} is {value!r}, expected an array or a shape, a sequence of ints")
 
 
 def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -215,6 +230,8 @@ def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
         ValueError: if an index has two sizes or a size is unknown.
         TypeError: for operands that are no arrays, or arrays of two frameworks.
     """
+    if not isinstance(subscripts, str):
+        raise TypeError(f"subscripts must be a str and come first, found {type(subscripts).__name__}")
     sizes = {name: as_integer(size, f"the size of index {name!r}") for name, size in sizes.items()}
     arrays = {f"x{at}": operand for at, operand in enumerate(operands) if not isinstance(operand, IndexPattern)}
     if (override := override_of(*arrays.values())) is not None:
@@ -246,7 +263,8 @@ def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str
     for at, (legs, shape, start) in enumerate(zip(parsed.operands, shapes, parsed.starts, strict=True)):
         if len(legs) != len(shape):
             raise SubscriptsError(
-                f"operand {at} has {len(shape)} axes (shape {shape}), the subscripts have {len(legs)} for it",
+                f"operand {at} has {len(shape)} axes (shape {shape}), the subscripts have {len(legs)} for it"
+                f"{with_spaces(subscripts)}",
                 subscripts,
                 start,
             )

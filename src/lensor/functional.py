@@ -92,7 +92,7 @@ class _Operation:
             return self.captured(arrays, options)
         try:
             call = _calls.peek(self.key(arrays, options, _parts))
-        except (AttributeError, TypeError):  # no arrays, or sizes that are being traced
+        except (AttributeError, TypeError, RuntimeError):  # no plain arrays, or sizes that are being traced
             call = None
         if call is None:
             if (override := kernels.override_of(*arrays)) is not None:
@@ -113,7 +113,7 @@ class _Operation:
         settings = planner.current()
         key = (self, repr(options), settings.effort, settings.max_bytes, settings.preferred_bytes, settings.known)
         for array in arrays:
-            key += (type(array), parts(array))
+            key += (type(array), parts(array), getattr(array, "layout", None))
         return key
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
@@ -250,6 +250,8 @@ def _check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
     for name, dtype in names.items():
         if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):
             raise TypeError(f"{name} has dtype {dtype}, expected a floating-point dtype")
+        if dtype.startswith(("float8", "float4")):
+            raise TypeError(f"{name} has dtype {dtype}, expected one of at least 16 bits: frameworks only store it")
         if real and dtype.startswith(("complex", "clongdouble")):
             raise TypeError(f"{name} has complex dtype {dtype}, expected a real dtype: curvature is not defined for it")
     for name, array in others:

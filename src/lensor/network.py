@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lensor.canonical import canonical_form
-from lensor.errors import NetworkError
+from lensor.errors import NetworkError, require_type
 from lensor.pattern import IndexPattern
 
 if TYPE_CHECKING:
@@ -712,7 +712,10 @@ class Network(Verbs):
             object.__setattr__(self, name, value)
 
     def __add__(self, other: Network | Sum) -> Network | Sum:
-        return sum_of((*self.terms, *other.terms))
+        return _added(self, other)
+
+    def __radd__(self, other: int) -> Network | Sum:
+        return _added(self, other)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -728,6 +731,8 @@ class Sum(Verbs):
     terms: tuple[Network, ...]
 
     def __post_init__(self) -> None:
+        for term in self.terms:
+            require_type(term, "a term", Network)
         if len(self.terms) < 2:
             raise NetworkError(f"a sum has two or more terms, got {len(self.terms)}")
         shapes = [term.output_shape for term in self.terms]
@@ -872,7 +877,21 @@ class Sum(Verbs):
         object.__setattr__(self, "terms", state["terms"])
 
     def __add__(self, other: Network | Sum) -> Network | Sum:
-        return sum_of((*self.terms, *other.terms))
+        return _added(self, other)
+
+    def __radd__(self, other: int) -> Network | Sum:
+        return _added(self, other)
+
+
+def _added(net: Network | Sum, other: Any) -> Network | Sum:
+    if isinstance(other, (Network, Sum)):
+        return sum_of((*net.terms, *other.terms))
+    if type(other) is int and other == 0:  # where Python's sum starts
+        return net
+    raise TypeError(
+        f"only networks can be added to a network, found {other!r} of type {type(other).__name__}; to multiply by a "
+        "number use net.scaled(...), to add one write it as a network of ones, lensor.contraction('i -> i', '1')"
+    )
 
 
 def _places(term: Network) -> dict[str, tuple[int, int]]:

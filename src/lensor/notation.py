@@ -158,7 +158,8 @@ def parse_subscripts(text: str) -> Subscripts:
                 raise SubscriptsError(f"output index {token.text!r} is repeated in the output", text, token.position)
             if token.text not in held:
                 raise SubscriptsError(
-                    f"output index {token.text!r} is nowhere present in the operands; they hold {sorted(held)}",
+                    f"output index {token.text!r} is nowhere present in the operands; they hold {sorted(held)}"
+                    f"{with_spaces(text)}",
                     text,
                     token.position,
                 )
@@ -169,6 +170,18 @@ def parse_subscripts(text: str) -> Subscripts:
     if "..." in held and "..." not in seen:
         raise SubscriptsError("'...' must be in the output too: its indices are not summed", text, reader.next.position)
     return Subscripts(text, tuple(operands), output, tuple(starts))
+
+
+def with_spaces(text: str) -> str:
+    """What to add to an error if a text looks like NumPy's or torch's subscripts: the text with spaces."""
+    parts = [part.split() for part in re.split(r",|->", text)]
+    if not all(len(names) <= 1 and all(name.isalpha() for name in names) for names in parts):
+        return ""
+    *operands, output = [set("".join(names)) for names in parts]
+    if not output.issubset(set().union(*operands)) or all(len(name) <= 1 for names in parts for name in names):
+        return ""
+    spaced = [" ".join("".join(names)) for names in parts]
+    return f"; spaces separate indices: if every letter is one, write {', '.join(spaced[:-1]) + ' -> ' + spaced[-1]!r}"
 
 
 def expand_ellipsis(parsed: Subscripts, ranks: Sequence[int | None]) -> Subscripts:
@@ -217,8 +230,11 @@ def infer_sizes(
     open_ = []
     for name, legs, shape in legs_and_shapes:
         if len(legs) != len(shape):
+            spelled = format_legs(legs)
+            letters = " ".join(spelled)
+            hint = f"; spaces separate indices: {letters!r} has {len(shape)}" if len(spelled) == len(shape) else ""
             raise ValueError(
-                f"{name} has {len(shape)} axes (shape {tuple(shape)}), expected {len(legs)}: {format_legs(legs)}"
+                f"{name} has {len(shape)} axes (shape {tuple(shape)}), expected {len(legs)}: {spelled}{hint}"
             )
         open_.extend((name, leg, size) for leg, size in zip(legs, shape, strict=True) if size is not None)
         for leg in legs:
@@ -596,7 +612,8 @@ def _assemble(
     inferred = infer_sizes(shapes, spread_over_deltas(nodes, infer_sizes(shapes, known)))
     missing = [index for leg in output for index in leg if index not in inferred]
     if missing:
-        raise NetworkError(f"output index {missing[0]!r} occurs in no node; indices of nodes: {sorted(held)}")
+        hint = "; spaces separate indices" if with_spaces(f"{','.join(held)}->{format_legs(output)}") else ""
+        raise NetworkError(f"output index {missing[0]!r} occurs in no node; indices of nodes: {sorted(held)}{hint}")
     return Network.make(nodes, output, inferred, scale)
 
 

@@ -699,6 +699,10 @@ class TorchBackend:
         for array, name in zip(arrays, names, strict=True):
             if not (array.is_floating_point() or array.is_complex()):
                 raise TypeError(f"{name} has dtype {array.dtype}, expected a floating or complex dtype")
+            if array.dtype.itemsize < 2:
+                raise TypeError(
+                    f"{name} has dtype {array.dtype}, expected one of at least 16 bits: torch only stores it"
+                )
             if array.dtype != arrays[0].dtype:
                 raise TypeError(
                     f"{name} has dtype {array.dtype}, expected {arrays[0].dtype} as {names[0]} has: one dtype for all"

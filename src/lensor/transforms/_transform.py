@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
-from lensor.errors import NetworkError
+from lensor.errors import NetworkError, require_type
 from lensor.network import AnyNetwork, Network, sum_of, verb
 
 P = ParamSpec("P")
@@ -42,7 +42,8 @@ def require_operand(net: AnyNetwork, name: str) -> None:
 
 
 def require_index(net: AnyNetwork, index: str, where: Iterable[str] | None = None, kind: str = "index") -> None:
-    """Raise NetworkError unless `index` is among `where` (by default all indices of `net`)."""
+    """Raise NetworkError unless `index`, a str, is among `where` (by default all indices of `net`)."""
+    require_type(index, kind, str)
     among = list(net.sizes if where is None else where)
     if index not in among:
         raise NetworkError(f"unknown {kind} {index!r}, expected one of {among}")

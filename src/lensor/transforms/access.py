@@ -259,9 +259,12 @@ def keep(net: Network, index: str, position: int = 0) -> Network:
         X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> n (g c_out) c_in k1
 
     Raises:
-        NetworkError: if there is no such summed index.
+        NetworkError: if there is no such summed index, or the position is not one of 0 to the number of output legs.
     """
     require_index(net, index, net.inner_indices, "summed index")
     legs = list(net.output)
-    legs.insert(position, (index,))
+    at = as_integer(position, "position")
+    if not 0 <= at <= len(legs):
+        raise NetworkError(f"the output has {len(legs)} legs: expected 0 <= position <= {len(legs)}, got {at}")
+    legs.insert(at, (index,))
     return net.replace(output=tuple(legs))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TypeVar
 
-from lensor.errors import NetworkError
+from lensor.errors import NetworkError, require_type
 from lensor.network import (
     AnyNetwork,
     Group,
@@ -89,6 +89,7 @@ def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork
         NetworkError: if there is no such operand, or the legs do not fit.
     """
     require_operand(net, operand)
+    require_type(network, "network", Network, Sum)
     terms: list[Network] = []
     for term in net.terms:
         times = sum(isinstance(node, Operand) and node.name == operand for node in term.nodes)
@@ -168,6 +169,9 @@ def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output:
     Raises:
         NetworkError: if a shared index is not in both, has two sizes, or the output names an unknown index.
     """
+    require_type(other, "other", Network, Sum)
+    if isinstance(share, str):
+        raise TypeError(f"share must be a sequence of names, found the str {share!r}")
     other = _apart(net, other, share)
     return sum_of([_merge_terms(one, two, share, output) for one, two in product(net.terms, other.terms)])
 

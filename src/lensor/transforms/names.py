@@ -110,10 +110,16 @@ def group(net: Network, *indices: str) -> Network:
         X[n i] Y[n j] -> (i j) n
 
     Raises:
-        NetworkError: for an unknown output index.
+        NetworkError: for an unknown output index, one that is given twice, or none at all.
     """
+    if not indices:
+        raise NetworkError(
+            f"group needs the indices of the new leg, found none, expected some of {[*net.output_indices]}"
+        )
     for index in indices:
         require_index(net, index, net.output_indices, "output index")
+        if indices.count(index) > 1:
+            raise NetworkError(f"index {index!r} is given {indices.count(index)} times, expected different indices")
     legs: list[Group] = []
     for leg in net.output:
         rest = tuple(index for index in leg if index not in indices)
@@ -213,9 +219,15 @@ def scaled(net: Network, factor: Fraction | int | float | str = 1, powers: Mappi
         1/2 n^-1 X[n i] -> i
 
     Raises:
-        NetworkError: for the power of an unknown index.
+        NetworkError: for the power of an unknown index, or a factor that is no finite number.
+        TypeError: for a power that is no integer.
     """
-    for index in powers or {}:
+    whole = {index: as_integer(power, f"the power of {index!r}") for index, power in (powers or {}).items()}
+    for index in whole:
         require_index(net, index)
-    more = Scale(Fraction(factor), tuple(sorted((powers or {}).items())))
+    try:
+        number = Fraction(factor)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise NetworkError(f"factor is {factor!r}, expected a finite number, such as 2, 0.5 or '1/3'") from None
+    more = Scale(number, tuple(sorted(whole.items())))
     return net.replace(scale=(net.scale * more).bind(net.sizes))

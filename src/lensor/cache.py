@@ -41,10 +41,8 @@ def weigh(value: Any) -> int:
         seen.add(id(one))
         if isinstance(one, dict) and ("__spec__" in one or one is sys.modules):
             continue  # the names of a module
-        size = getattr(one, "nbytes", None) if hasattr(one, "dtype") else None
-        if isinstance(size, int):
-            total += size
-        total += sys.getsizeof(one, 0)
+        size = getattr(one, "nbytes", 0) if hasattr(one, "dtype") else 0
+        total += max(sys.getsizeof(one, 0), size)
         todo += gc.get_referents(one)
     return total
 

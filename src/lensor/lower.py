@@ -272,7 +272,7 @@ class _Lowering:
             loose = [at for at, leg in enumerate(node.legs) if not self.used_elsewhere(leg, node)]
             if padding is None or node.pattern.is_selection or not i or not self.is_large(node, loose):
                 continue
-            unit = f"{i[0]} with padding"  # no identifier, so no index has this name
+            unit = f"{i[0]} with padding {len(self.sizes)}"  # no identifier, so no index has this name
             self.sizes[unit] = inner.input_size
             parts = [Pattern(padding.normalize(), (i, (unit,), ())), Pattern(inner.normalize(), ((unit,), o, k))]
             at = next(at for at, other in enumerate(self.patterns) if other is node)

@@ -13,6 +13,7 @@ import pytest
 import lensor
 import lensor.functional as F
 import lensor.nn
+import lensor.sampling
 from lensor import plan as plans
 from lensor import steps as s
 from lensor.layout import peak_size
@@ -96,6 +97,26 @@ def test_the_issue_s_inputs() -> None:
     x = torch.randn(8, 64, 28, 28)
     close(lensor.nn.convert(model)(x), model(x))
     close(lensor.nn.convert(model).eval()(x), model(x))
+
+
+def test_sampled_layers_lie_in_memory_as_torch_s() -> None:
+    torch.manual_seed(0)
+    made: list[tuple[Any, Any]] = [(torch.nn.Linear(8, 5), torch.randn(shape)) for shape in ((4, 8), (4, 6, 8), (8,))]
+    for transposed, kernel, groups, last in itertools.product((False, True), (1, 3), (1, 2), (False, True)):
+        layer = getattr(torch.nn, f"Conv{'Transpose' * transposed}2d")(4, 6, kernel, groups=groups)
+        x = torch.randn(2, 4, 6, 5)
+        if last:
+            layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        made.append((layer, x))
+    for layer, x in made:
+        found = []
+        for module in (lensor.sampling.convert(layer, {"n": 0.5}, scheme="fixed"), layer):
+            leaf = x.clone().requires_grad_()
+            y = module(leaf)
+            grads = torch.autograd.grad(y.square().sum(), [leaf, module.weight], retain_graph=True)
+            found.append([*map(order, (y, *grads)), y.mul_(2).relu_().detach()])
+        assert found[0][:3] == found[1][:3]
+        close(found[0][3], found[1][3])
 
 
 # ------------------------------------------------------------------------------------------------------------ in place

@@ -542,6 +542,13 @@ def _of_all_levels(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def unviewed(x: torch.Tensor) -> torch.Tensor:
+    """The tensor as no view, in the same memory: torch refuses to write into a view that a custom function returned."""
+    if torch.compiler.is_compiling() or x.requires_grad or not _of_all_levels(x)._is_view():
+        return x
+    return x.detach() if _plain(x) else torch.ops.aten._unsafe_view(x, x.shape)
+
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -549,24 +556,29 @@ def _format_of(x: torch.Tensor, channels_last: bool) -> torch.memory_format:
     return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format) if channels_last else torch.contiguous_format
 
 
+def in_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in that order of axes; as it is under a transform, where orders are not known."""
+    return x.contiguous(memory_format=_format_of(x, True)) if _plain(x) else x
+
+
 def _is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
     """Whether torch's own convolution of an input and a weight, or of one of them, has a result in that order."""
     if torch.compiler.is_compiling() or len(arrays) == 1:
-        return any(map(_suggests_channels_last, arrays))
+        return any(map(suggests_channels_last, arrays))
     if not all(map(_plain, arrays)):
         return False  # batches of a transform do not say
     x, weight = arrays
     padding = [max(sides) for sides in spec.padding]
     if spec.padding_mode == "circular":  # torch pads first, into row-major order
         x = x.new_empty(x.shape)
-    if not _suggests_channels_last(x) and not _suggests_channels_last(weight):
+    if not suggests_channels_last(x) and not suggests_channels_last(weight):
         return False
     options = (list(spec.stride), padding, list(spec.dilation), spec.transposed, list(spec.output_padding), spec.groups)
     backend = torch._C._select_conv_backend(x, weight, None, *options, None)
     return torch._C._conv_determine_backend_memory_format(x, weight, backend) != torch.contiguous_format
 
 
-def _suggests_channels_last(x: torch.Tensor) -> bool:
+def suggests_channels_last(x: torch.Tensor) -> bool:
     """Whether torch takes an array of 4 or 5 axes to be in that order, which strides do not always tell."""
     strides, sizes = x.stride(), x.shape
     least = 0
@@ -743,10 +755,7 @@ class TorchBackend:
         order = _format_of(array, channels_last)
         if not (array.is_contiguous(memory_format=order) if channels_last else array.is_contiguous()):
             return array.contiguous(memory_format=order)
-        if torch.compiler.is_compiling() or array.requires_grad or not _of_all_levels(array)._is_view():
-            return array
-        # The same memory, but no view: torch refuses to write into a view that a function of one's own returns.
-        return array.detach() if _plain(array) else torch.ops.aten._unsafe_view(array, array.shape)
+        return unviewed(array)
 
     def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
         if not 2 <= len(spec.kernel_size) <= 3:

@@ -18,6 +18,7 @@ from lensor.cache import Cache
 from lensor.errors import require_choice
 from lensor.execute import evaluate
 from lensor.kernels import override_of
+from lensor.kernels.torch import in_channels_last, suggests_channels_last, unviewed
 from lensor.network import Group, Network
 from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.notation import contraction
@@ -144,10 +145,11 @@ class _Sampled(torch.autograd.Function):
         part: Tensor,
         *drawn: Tensor,
     ) -> Tensor:
-        return forward(x, weight, bias)
+        return unviewed(forward(x, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.channels_last = output.ndim in (4, 5) and suggests_channels_last(output)
         ctx.bilinear, _, ctx.chosen, x, weight, bias, part, *drawn = inputs
         ctx.shapes, ctx.has_bias, ctx.count = (x.shape, weight.shape), bias is not None, len(inputs)
         _, _, _, needs_x, needs_weight, *_ = ctx.needs_input_grad
@@ -161,6 +163,8 @@ class _Sampled(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             # The weight's first: what it needs beside is gone before the input's gradient, which is large, is made.
             weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
+            if weight_grad is not None and ctx.channels_last:
+                weight_grad = in_channels_last(weight_grad)
             x_grad = bilinear.input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
             bias_grad = grad.sum(others) if ctx.has_bias and needs_bias else None
         return None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 6)

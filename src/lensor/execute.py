@@ -67,7 +67,16 @@ def compile(
         plan = choose(bind_shapes(net, shapes), settings, backend, kind)
         return replace(plan, deriver=partial(_derived, settings=settings))
 
-    return _plans.get_or_make(key, make)
+    try:
+        return _plans.get_or_make(key, make)
+    except TypeError:
+        for name, shape in shapes.items():
+            if any(type(size).__name__ == "SymInt" for size in shape):
+                raise TypeError(
+                    f"operand {name!r} has shape {shape} with sizes that are symbols, expected numbers: a network is"
+                    " planned for known sizes; the functions of lensor.functional take symbols"
+                ) from None
+        raise
 
 
 def _derived(

@@ -251,7 +251,7 @@ class Plan:
             >>> print(lensor.ops.conv(spec).plan(X=(3, 2, 5), W=(4, 2, 3)).compare())
             order                        flops        peak size
             Feynman                      3,240               36
-            left to right                1,800              405
+            left to right                1,800              360
             greedy                         972              108
             optimal                        972              108
             planner                        432               36

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 from torch.overrides import TorchFunctionMode
 
 from lensor.curvature.layers import Layer
@@ -71,6 +72,11 @@ class Watch(TorchFunctionMode):
         call = layer_call(function, arguments, named)
         if call is not None and id(call.weight) in self.targets.weights:
             name = self.targets.weights[id(call.weight)][1].name
+            if is_functorch_wrapped_tensor(call.input):
+                raise ValueError(
+                    f"layer {name!r} runs inside of a transform of torch.func (vmap, grad), where its inputs are not those"
+                    " of all examples: leave it out with layers="
+                )
 
             def run() -> Tensor:
                 try:

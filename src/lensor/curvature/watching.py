@@ -74,7 +74,7 @@ class Watch(TorchFunctionMode):
             name = self.targets.weights[id(call.weight)][1].name
             if is_functorch_wrapped_tensor(call.input):
                 raise ValueError(
-                    f"layer {name!r} runs inside of a transform of torch.func (vmap, grad), where its inputs are not those"
+                    f"layer {name!r} runs inside of a transform of torch.func (vmap, grad), where inputs are not those"
                     " of all examples: leave it out with layers="
                 )
 

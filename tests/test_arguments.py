@@ -12,8 +12,10 @@ import lensor
 import lensor.functional as F
 from lensor import NetworkError, SubscriptsError
 
-NET = lensor.contraction("n c i -> n c", "X")
+NET: Any = lensor.contraction("n c i -> n c", "X")
+EINSUM: Any = lensor.einsum
 A = np.ones((2, 6))
+THREE: Any = 3
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ A = np.ones((2, 6))
         (lambda: NET + 1, TypeError, r"only networks can be added to a network, found 1 of type int.*scaled"),
         (lambda: 1 + NET, TypeError, "only networks can be added to a network, found 1 of type int"),
         (lambda: (NET + NET) + A, TypeError, r"(?s)only networks .* of type ndarray"),
-        (lambda: lensor.Sum((NET, 3)), TypeError, "a term must be a Network, found 3 of type int"),
+        (lambda: lensor.Sum((NET, THREE)), TypeError, "a term must be a Network, found 3 of type int"),
         (lambda: NET.keep("i", 3), NetworkError, "the output has 2 legs: expected 0 <= position <= 2, got 3"),
         (lambda: NET.keep("i", -1), NetworkError, "expected 0 <= position <= 2, got -1"),
         (lambda: NET.scaled("x"), NetworkError, "factor is 'x', expected a finite number"),
@@ -36,7 +38,7 @@ A = np.ones((2, 6))
         (lambda: NET.substitute("X", 3), TypeError, "network must be a Network or a Sum, found 3 of type int"),
         (lambda: NET.plan(X=[[1.0]]), TypeError, r"a size in the shape of 'X' must be an integer, found \[1.0\]"),
         (lambda: NET.plan(X=3), TypeError, "operand 'X' is 3, expected an array or a shape"),
-        (lambda: lensor.einsum(A, "i j -> i"), TypeError, "subscripts must be a str and come first, found ndarray"),
+        (lambda: EINSUM(A, "i j -> i"), TypeError, "subscripts must be a str and come first, found ndarray"),
     ],
 )
 def test_errors(call: Any, error: type[Exception], message: str) -> None:

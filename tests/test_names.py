@@ -178,9 +178,10 @@ def step_jvp(rng: Random, net: AnyNetwork, operands: Operands) -> tuple[AnyNetwo
     after = net.jvp(name, tangent)
     fill_like(operands, tangent, operands[name].shape)
     rest = {other: array for other, array in operands.items() if other != name}
-    _, expected = torch.func.jvp(
-        lambda array: dense(net, {**rest, name: array}), (operands[name],), (operands[tangent],)
-    )
+    expected = torch.func.jvp(lambda array: dense(net, {**rest, name: array}), (operands[name],), (operands[tangent],))[
+        1
+    ]
+    assert isinstance(expected, torch.Tensor)
     return after, expected
 
 
@@ -191,6 +192,7 @@ def step_jacobian(rng: Random, net: AnyNetwork, operands: Operands) -> tuple[Any
     if dense(net, operands).numel() * operands[name].numel() > 4000:
         return None
     expected = torch.autograd.functional.jacobian(lambda array: dense(net, {**operands, name: array}), operands[name])
+    assert isinstance(expected, torch.Tensor)
     return net.jacobian(name), expected
 
 
@@ -458,4 +460,5 @@ def test_indices_and_operands_named_as_arguments_are(name: str) -> None:
     np.testing.assert_allclose(net(A=a), a.sum(0))
     np.testing.assert_allclose(lensor.einsum(f"{name} j -> j", a, **{name: 2}), a.sum(0))
     np.testing.assert_allclose(lensor.contraction("i j -> j", name)(**{name: a}), a.sum(0))
-    np.testing.assert_allclose(lensor.contraction("i j -> j", name).plan(**{name: a})(**{name: a}), a.sum(0))
+    named: dict[str, Any] = {name: a}
+    np.testing.assert_allclose(lensor.contraction("i j -> j", name).plan(**named)(**named), a.sum(0))

@@ -355,7 +355,7 @@ def _connected(nodes: list[Any], indices: set[str]) -> list[tuple[list[Any], lis
         while todo:
             at = todo.pop()
             found.append(at)
-            for other in (other for index in held[at] for other in holders[index]):
+            for other in (other for index in held[at] for other in holders.pop(index, ())):
                 if other not in seen:
                     seen.add(other)
                     todo.append(other)

@@ -545,7 +545,8 @@ def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Ro
     if len(ends) - (3 * count - 6) > _MOST_CUTS:
         return None
     orders = [random.permutation(len(ends)).tolist() for _ in range(min(_ORDERS, max(_CUT, _LINES // len(ends))))]
-    cut = sorted((one for order in orders if (one := _cut_lines(count, ends, order)) is not None), key=_bends)
+    found = (_cut_lines(count, ends, order) for order in orders)
+    cut: list[list[Route]] = sorted((routes for routes in found if routes is not None), key=_bends)
     if not cut:
         return None
     tried: list[_Bent] = []

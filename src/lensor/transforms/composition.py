@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TypeVar
+from typing import Any
 
 from lensor.errors import NetworkError, require_type
 from lensor.network import (
@@ -24,8 +24,6 @@ from lensor.network import (
 from lensor.notation import parse_subscripts
 from lensor.transforms._transform import require_index, require_operand
 from lensor.transforms.indices import contract_deltas, equate
-
-_N = TypeVar("_N", Network, Sum)
 
 
 @verb
@@ -61,7 +59,7 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
     return sum_of(terms)
 
 
-def _apart(net: AnyNetwork, other: _N, keep: Sequence[str] = ()) -> _N:
+def _apart(net: AnyNetwork, other: Any, keep: Sequence[str] = ()) -> Any:
     """`other` with its indices renamed (by `_`) where `net` has them too, except those in `keep`.
 
     The terms of sums are renamed together, so that an index has one name in all of them.

@@ -981,7 +981,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unbatched": (
         lambda: kfac(nn.Conv1d(1, 1, 1), nn.MSELoss(), (torch.ones(1, 5), torch.ones(1, 5))),
         ValueError,
-        "does not run with another number of examples than 1 .* say it with batch_axis=",
+        r"shape \(1, 5\), expected a batch of 1 examples first",
     ),
     "nan": (
         lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X * torch.nan, X)),

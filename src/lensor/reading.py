@@ -176,7 +176,7 @@ class Reading:
 
     def transposed(self) -> Reading:
         """The table with outputs and kernel positions exchanged."""
-        return Reading(self.columns, self.rows, self.outer, self.shape[::-1])
+        return Reading(self.columns, self.rows, self.outer, (self.shape[1], self.shape[0]))
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Entries of the table; what lies outside it is −1."""

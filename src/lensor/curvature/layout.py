@@ -238,7 +238,7 @@ class _Finder:
             c, d = noisy._pass(one), noisy._pass(three)
             for key, axis in axes.items():
                 if axis is not None and axis.order is None:
-                    fits = _fits(axis, key, a, again, one, three) or _fits(axis, key, c, d, one, three)
+                    fits = _fits(axis, key, a, again, one, three)
                     if len(fits) != 1:
                         fits = _fits(axis, key, c, d, one, three)
                     axes[key] = replace(axis, order=fits[0] if len(fits) == 1 else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lensor.conventions import MODEL_CONVENTIONS
+from lensor.curvature.watching import uncast
 from lensor.errors import require_choice
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
@@ -68,7 +68,7 @@ class Block:
         if self.formed is not None:
             return self.formed
         assert self.root is not None
-        with _uncast(self.root):
+        with uncast(self.root):
             return self.root.mT @ self.root
 
     @property
@@ -195,7 +195,7 @@ class Operator(ABC):
         self._check(vectors)
         found: dict[str, Tensor] = {}
         for name, block in self._blocks.items():
-            with _uncast(block.B):
+            with uncast(block.B):
                 found |= block.from_rows(self._times(name, block.to_rows(vectors)))
         return {name: found[name] for name in vectors}
 
@@ -591,7 +591,7 @@ class Inverse(Operator):
         self.damping, self.method = damping, method
         self._solvers = {}
         for name, block in blocks.items():
-            with _uncast(block.B):
+            with uncast(block.B):
                 self._solvers[name] = _WAYS[method].of(name, block, damping)
 
     def _options(self) -> str:
@@ -682,12 +682,6 @@ _WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
     "woodbury": _Woodbury,
 }
 """What solves a block, by the method's name."""
-
-
-def _uncast(like: Tensor) -> AbstractContextManager[Any]:
-    """Products of factors have the factors' dtype inside of `torch.autocast`, too."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:

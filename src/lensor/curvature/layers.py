@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,6 @@ def layers_of(
 
 def _depth() -> int:
     """The stack level of the code that called a public function, for warnings."""
-    import sys
-
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("lensor.", "contextlib")):
         frame, level = frame.f_back, level + 1

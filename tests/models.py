@@ -1256,6 +1256,7 @@ class Builder:
         value = self.unfolded(value)
         turned = self.run(lambda net, v: v.flip(0), value, kind=value.kind, text="flip(0)")
         found = self.layer(turned)
+        self.values = [one for one in self.values if one not in (turned, found)]  # of another order than the rest
         return self.run(lambda net, v: v.flip(0), found, kind=found.kind, text="flip(0)")
 
     def _two_views_in_the_batch(self, value: Value) -> Value:
@@ -1775,6 +1776,8 @@ def _around(case: Case, builder: Builder) -> None:
             (nn.utils.weight_norm if rng.random() < 0.6 else nn.utils.spectral_norm)(layer)
         notes.append(f"hooks of weight_norm or spectral_norm on {name}")
     if "pruned" in traits:
+        if not isinstance(layer.weight, nn.Parameter):
+            raise Unsuitable("torch prunes parameters alone, not what a parametrization computes")
         prune.l1_unstructured(layer, "weight", amount=0.4)
         notes.append(f"{name} pruned")
     if "forward replaced" in traits:

@@ -542,6 +542,8 @@ def _others(check: Check, model: nn.Module, inputs: list[Any]) -> None:
             one.requires_grad_()
     value = case.loss.given(_for_loss(case, case.run(model, moved)), case.targets)
     leaves = [one for one in moved if one.requires_grad]
+    if "checkpoint, reentrant" in case.traits:
+        return  # torch refuses autograd.grad of such a pass
     if way == "parameters":
         torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     elif leaves and way in ("saliency", "penalty"):

@@ -624,7 +624,8 @@ class Builder:
         """Add a module and a step that calls it."""
         name = self.register(module, self.rng.random() < 0.2)
         text = text or f"{name}={_described(module)}"
-        return self.run(_calling(name), value, kind=kind or value.kind, text=text, fresh=True), name
+        fresh = not isinstance(module, nn.Dropout)  # which returns its input in evaluation mode
+        return self.run(_calling(name), value, kind=kind or value.kind, text=text, fresh=fresh), name
 
     def a_conv(self, value: Value, c_out: int | None = None, keep: bool = False) -> nn.Module:
         """A random convolution for an image; one that keeps its size if asked."""

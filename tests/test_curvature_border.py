@@ -548,6 +548,67 @@ def test_modes_of_the_caller(mode: str) -> None:
     found.inverse(0.1, "cholesky")
 
 
+class _InAnotherOrder(nn.Module):
+    """A layer that gets frames, or the examples, in another order than the data has them."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))  # [examples, time, 8]
+        if self.order == "turned":
+            return self.last(self.middle(x.flip(0)).flip(0).mean(1))
+        if self.order == "outer":
+            return self.last(self.middle(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+        rows = self.middle(x.transpose(0, 1).flatten(0, 1))
+        return self.last(rows.unflatten(0, (x.shape[1], x.shape[0])).mean(0))
+
+
+@pytest.mark.parametrize("order", ["turned", "outer", "inner"])
+@pytest.mark.parametrize("half", ["autocast", "bfloat16", "float16"])
+def test_orders_of_the_examples_in_half_precision(half: str, order: str) -> None:
+    torch.manual_seed(3)
+    model, x, y = _InAnotherOrder(order), torch.randn(4, 3, 6), torch.tensor([0, 1, 2, 0])
+    want = {name: torch.zeros(4, *p.shape) for name, p in model.named_parameters()}
+    for n in range(4):
+        found = torch.autograd.grad(SUM(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))
+        for name, gradient in zip(want, found, strict=True):
+            want[name][n] = gradient
+    casts = torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast")
+    if half != "autocast":
+        model, x = model.to(getattr(torch, half)), x.to(getattr(torch, half))
+    with casts:
+        if order == "turned":
+            with pytest.raises(ValueError, match="on their order"):
+                per_example_gradients(model, SUM, (x, y))
+            return
+        found = per_example_gradients(model, SUM, (x, y))
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name].float(), gradient, rtol=0.1, atol=0.05 * float(gradient.abs().max()))
+
+
+class _OfBfloat16Only(nn.Sequential):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != torch.bfloat16:
+            raise TypeError("bfloat16 only")
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, _OfBfloat16Only])
+def test_examples_too_alike_in_half_precision(kind: type[nn.Sequential]) -> None:
+    model = kind(nn.Linear(6, 8), nn.Linear(8, 3)).bfloat16()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)  # its outputs are the bias but for a rounding
+    data = torch.randn(4, 6).bfloat16(), torch.tensor([0, 1, 2, 0])
+    if kind is _OfBfloat16Only:  # cannot be run in single precision, in which the examples differ
+        with pytest.raises(ValueError, match="too alike in half precision to tell"):
+            per_example_gradients(model, SUM, data)
+    found = per_example_gradients(model, SUM, data, batch_axis=0 if kind is _OfBfloat16Only else None)
+    assert found["1.weight"].shape == (4, 3, 8)
+
+
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "type-2", "forward-only"])
 def test_the_optimizer_under_autocast(fisher: str) -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 3))

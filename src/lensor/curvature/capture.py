@@ -232,8 +232,8 @@ class Capture(Watch):
         if not found.independent and self.independent:
             raise ValueError(
                 f"layer {layer.name!r} has an input in which the rows of an example depend on the other examples, on"
-                " their order or on chance, expected a model that treats every example alike: if it does, say where the"
-                " examples lie with batch_axis="
+                " their order or on chance, or are too alike in half precision to tell, expected a model that treats"
+                " every example alike: if it does, say where the examples lie with batch_axis="
             )
         if found.order is None and self.ordered:
             raise ValueError(

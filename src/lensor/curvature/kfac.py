@@ -316,7 +316,8 @@ def output_axis(
     if independent and not found.independent:
         raise ValueError(
             "the model returns outputs in which the rows of an example depend on the other examples, on their order or"
-            " on chance, expected a model that treats every example alike: if it does, say batch_axis=0"
+            " on chance, or are too alike in half precision to tell, expected a model that treats every example alike:"
+            " if it does, say batch_axis=0"
         )
     if found.order is None:
         raise ValueError(

@@ -41,13 +41,14 @@ class BatchAxis:
         rows: how many rows along it belong to each example.
         order: whether the examples are the "outer" or the "inner" of the two that share the axis, if `rows` is not 1;
             None if that is not known.
-        independent: whether an example's rows were the same among other examples.
+        independent: whether an example's rows were the same among other examples; None if rows of different examples
+            are too close to tell.
     """
 
     axis: int
     rows: int = 1
     order: Literal["outer", "inner"] | None = "outer"
-    independent: bool = True
+    independent: bool | None = True
 
     def first(self, x: Tensor, batch: int) -> Tensor:
         """A tensor with the examples as first axis, and their rows as second one unless it is one each; a view."""
@@ -81,13 +82,20 @@ class NoLayoutError(ValueError):
     """The model could not be run with another number of examples."""
 
 
+_ROUNDINGS, _ROUNDINGS_OF_HALF = 1e3, 12
+"""Rows of one example in two passes differ by at most this many roundings of the largest entry; in half precision, in
+which every rounding counts, of the root of the mean square."""
+
+
 @dataclass
 class _Seen:
     """What one pass has shown: shapes, and tensors multiplied with a vector along some axes, so that little is kept."""
 
     shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
-    scales: dict[Key, float] = field(default_factory=dict)
+    accuracies: dict[Key, float] = field(default_factory=dict)
+    coarse: set[Key] = field(default_factory=set)
+    """Those in half precision, in which rows of different examples may seem equal."""
 
     def add(self, key: Key, x: Tensor, whole: bool) -> None:
         """Write a tensor down.
@@ -102,9 +110,14 @@ class _Seen:
             return
         rows = x.detach().flatten(1) if whole and x.ndim > 1 else x.detach()
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.scales[key] = float(rows.abs().max()) * torch.finfo(x.dtype).eps
+        eps = torch.finfo(x.dtype).eps
+        if torch.finfo(x.dtype).bits < 32:
+            self.coarse.add(key)
+            self.accuracies[key] = _ROUNDINGS_OF_HALF * eps * float(rows.square().mean().sqrt())
+        else:
+            self.accuracies[key] = _ROUNDINGS * eps * float(rows.abs().max())
         if rows.ndim > 1:
-            self.scales[key] *= rows.shape[-1] ** 0.5
+            self.accuracies[key] *= rows.shape[-1] ** 0.5
             places = torch.arange(rows.shape[-1], device=rows.device, dtype=rows.dtype)
             rows = rows @ torch.sin(1.7 * places + 1)
         self.values[key] = rows
@@ -117,16 +130,25 @@ _DROPOUTS = {
 
 
 class _Trial(Watch):
-    """Writes down the layers' inputs. Nothing is dropped out."""
+    """Writes down the layers' inputs. Nothing is dropped out, and half precision is computed in single precision.
 
-    def __init__(self, targets: Targets) -> None:
+    Args:
+        targets: the parameters whose calls count.
+        wide: whether half precision is widened; functions that write into a tensor get it as it is.
+    """
+
+    def __init__(self, targets: Targets, wide: bool) -> None:
         super().__init__(targets)
-        self.seen, self._counts = _Seen(), Counter[str]()
+        self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
 
-    def run(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
-        """Any function but a layer's own."""
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """The result of a function."""
         if function in _DROPOUTS:
             return arguments[0] if arguments else named["input"]
+        name = getattr(function, "__name__", "")
+        writes = "out" in named or name in ("__set__", "__setitem__") or (name[-1:] == "_" != name[-2:-1])
+        if self.wide and not writes:
+            arguments, named = tree_map(_widened, (tuple(arguments), named))
         return function(*arguments, **named)
 
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
@@ -136,6 +158,14 @@ class _Trial(Watch):
             self.seen.add((name, self._counts[name]), call.input, call.kind != "linear")
         self._counts[name] += 1
         return run()
+
+
+def _is_half(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and torch.finfo(x.dtype).bits < 32
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if _is_half(x) else x
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
@@ -198,7 +228,7 @@ class _Finder:
     """Trial passes of one model."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> None:
-        self.model, self.targets, self.batch = model, targets, batch
+        self.model, self.targets, self.batch, self.wide = model, targets, batch, False
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         if self._are_equal():
             self.inputs = self._noisy()
@@ -213,17 +243,30 @@ class _Finder:
         if self.batch > 3:
             choices.append(([0, 1, 2, 3], [1, 0]))
         trouble: Exception | None = None
-        for one, two in choices:
-            try:
-                return self._compared(one, two)
-            except NoLayoutError:
-                raise
-            except Exception as error:
-                trouble = error
+        for wide in (True, False) if self._in_half_precision() else (False,):
+            self.wide = wide
+            for one, two in choices:
+                try:
+                    return self._compared(one, two)
+                except NoLayoutError:
+                    raise
+                except Exception as error:
+                    trouble = error
         self._pass(list(range(self.batch)))  # which fails as the model itself does
         raise NoLayoutError(
             f"the model does not run with another number of examples than {self.batch} ({_first_line(trouble)})"
         ) from trouble
+
+    def _in_half_precision(self) -> bool:
+        """Whether something is computed in half precision, in which different examples may seem equal."""
+        found = [torch.is_autocast_enabled(kind) for kind in self._autocasts()]
+        self._each(lambda x: (found.append(_is_half(x)), x)[1])
+        return any(found) or any(_is_half(x) for x in (*self.model.parameters(), *self.model.buffers()))
+
+    def _autocasts(self) -> set[str]:
+        """The kinds of devices of the model for which there are automatic casts."""
+        kinds = {tensor.device.type for tensor in self.model.parameters()}
+        return {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
 
     def _compared(self, one: list[int], two: list[int]) -> Layout:
         """The layout from two passes."""
@@ -231,12 +274,16 @@ class _Finder:
         if list(a.shapes) != list(b.shapes):
             raise NoLayoutError("the model calls other layers for another number of examples")
         axes = {key: _axis(key, a, b, one, two) for key in a.shapes}
-        if any(axis is not None and axis.order is None for axis in axes.values()):
+        if any(axis is not None and None in (axis.order, axis.independent) for axis in axes.values()):
             # Statistics of a batch depend on which examples it holds, but not on their order.
             three = [*one[1:], one[0]]
             again, noisy = self._pass(three), _Finder(self.model, self._noisy(), self.targets, self.batch)
-            c, d = noisy._pass(one), noisy._pass(three)
+            noisy.wide = self.wide
+            c, d, e = noisy._pass(one), noisy._pass(three), noisy._pass(two)
             for key, axis in axes.items():
+                if axis is not None and axis.independent is None:
+                    found = _axis(key, c, e, one, two)
+                    axes[key] = axis = replace(axis, independent=found is not None and found.independent is True)
                 if axis is not None and axis.order is None:
                     fits = _fits(axis, key, a, again, one, three)
                     if len(fits) != 1:
@@ -249,7 +296,7 @@ class _Finder:
         """A pass with some of the examples, without effects on the model and on random numbers."""
         inputs = self._each(lambda x: x[places])
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        trial = _Trial(self.targets)
+        trial = _Trial(self.targets, self.wide)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
             stack.enter_context(undisturbed(self.model))
@@ -257,6 +304,8 @@ class _Finder:
             # Weights that automatic casts keep would tie the graphs of two passes together.
             stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
+            for kind in self._autocasts() if self.wide else ():
+                stack.enter_context(torch.autocast(kind, enabled=False))
             with trial:
                 outputs = outputs_of(self.model, inputs)
             for at, tensor in enumerate(tensors_in(outputs)):
@@ -298,7 +347,7 @@ def _fits(
     """The orders under which the rows of each example are the same in two passes."""
     if key not in a.values or key not in b.values:
         return ["outer"] if axis.rows == 1 else []
-    x, y, accuracy = a.values[key], b.values[key], 1e3 * max(a.scales[key], b.scales[key])
+    x, y, accuracy = a.values[key], b.values[key], max(a.accuracies[key], b.accuracies[key])
     if axis.axis >= x.ndim:
         return ["outer"] if axis.rows == 1 else []
     found: list[Literal["outer", "inner"]] = []
@@ -330,9 +379,22 @@ def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> Batch
         )
     found = BatchAxis(axis, shape[axis] // len(one))
     fits = _fits(found, key, a, b, one, two)
+    independent: bool | None = bool(fits)
+    if (
+        fits
+        and key in a.coarse | b.coarse
+        and _fits(found, key, a, b, one, two[::-1])
+        and not _are_equal(a.values[key])
+    ):
+        independent = None
     return replace(
-        found, order=fits[0] if len(fits) == 1 else "outer" if found.rows == 1 else None, independent=bool(fits)
+        found, order=fits[0] if len(fits) == 1 else "outer" if found.rows == 1 else None, independent=independent
     )
+
+
+def _are_equal(values: Tensor) -> bool:
+    """Whether all numbers are one, so that no order of the examples is wrong."""
+    return bool((values == values.flatten()[:1]).all())
 
 
 def _first_line(error: Exception | None) -> str:

@@ -80,14 +80,14 @@ class Watch(TorchFunctionMode):
 
             def run() -> Tensor:
                 try:
-                    return function(*arguments, **named)
+                    return self.call(function, arguments, named)
                 except (RuntimeError, ValueError, TypeError) as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
                     raise ValueError(f"layer {name!r} cannot be computed: {error}") from error
 
             return self.on_layer(call, run)
-        result = self.run(function, arguments, named)
+        result = self.call(function, arguments, named)
         names = self.targets.names
         for value in (*arguments, *named.values()):
             for one in value if isinstance(value, (tuple, list)) else (value,):
@@ -96,8 +96,8 @@ class Watch(TorchFunctionMode):
                     self.on_other(name, getattr(function, "__name__", str(function)))
         return result
 
-    def run(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
-        """Any function but a layer's own."""
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """The result of a function."""
         return function(*arguments, **named)
 
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from lensor.curvature.data import Inputs, outputs_of
-from lensor.curvature.graph import Node, Reached, inner_nodes, tensors_in
+from lensor.curvature.graph import Node, Reached, inner_nodes, leading_to, tensors_in
 from lensor.curvature.layers import Layer
 from lensor.curvature.layout import (
     BatchAxis,
@@ -24,7 +24,7 @@ from lensor.curvature.layout import (
     given_axis,
     only_axis,
 )
-from lensor.curvature.watching import Targets, Watch, aside, eagerly, uncast, undisturbed
+from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed
 from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec
 
@@ -129,13 +129,16 @@ class Capture(Watch):
         self.uses: list[Use] = []
         self._edges: dict[Use, GradientEdge] = {}
         self._nodes: dict[Use, set[Node]] = {}
+        self._kept: dict[Use, set[Node]] = {}
         self._counts: dict[str, int] = {}
         self._others: dict[str, str] = {}
         self._reached: Reached | None = None
 
     @staticmethod
-    def layout_of(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, given: Given) -> Layout | None:
-        """The layout of a model, or None if the user gives it.
+    def layout_of(
+        model: nn.Module, inputs: Inputs, targets: Targets, batch: int, given: Given, remember: bool = False
+    ) -> Layout | None:
+        """The layout of a model, or None if the user gives it; see `find_layout`.
 
         Raises:
             ValueError: if it cannot be found.
@@ -143,7 +146,7 @@ class Capture(Watch):
         if given is not None and not isinstance(given, Mapping):
             return None
         try:
-            return find_layout(model, inputs, targets, batch)
+            return find_layout(model, inputs, targets, batch, remember)
         except NoLayoutError as error:
             if given is not None:
                 return None
@@ -176,6 +179,7 @@ class Capture(Watch):
         use = Use(layer, without, name, bias, self.batch, self._axis(call, layer, (name, number), out), out.shape)
         parameters = [call.weight] if bias is None or call.bias is None else [call.weight, call.bias]
         self._nodes[use] = inner_nodes(out, (call.input, call.weight, call.bias), parameters)
+        self._kept[use] = leading_to(self._nodes[use], parameters) - {out.grad_fn}
         with computing(x):
             self.on_input(use, use.as_convolution(_widened(x)))
         if not out.requires_grad and torch.is_grad_enabled():  # everything before it is frozen
@@ -267,6 +271,12 @@ class Capture(Watch):
             strangers: list[Node] = [node for node in self._reached.users(parameter) if node not in known]
             if strangers:
                 others[name] = self._others.get(name) or str(strangers[0].name())
+        for use, nodes in self._kept.items():
+            # What a call has made of a parameter (a transpose, a cast) may be taken by another use of the parameter.
+            for node in nodes:
+                strangers = [one for one in self._reached.consumers.get(node, ()) if one not in known]
+                if strangers:
+                    others.setdefault(use.weight, str(strangers[0].name()))
         if others:
             name, how = next(iter(others.items()))
             layer = self.targets.owners[name]
@@ -396,7 +406,7 @@ def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True)
         record: whether gradients are recorded.
     """
     capture.recorded = record
-    with torch.set_grad_enabled(record), capture:
+    with torch.set_grad_enabled(record), Preserving(), capture:
         return outputs_of(model, inputs)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Inputs = Any
 """What a model is called with: a tensor, a tuple of arguments, or a mapping of named ones."""
@@ -78,6 +79,13 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
     if first is None or first.ndim == 0:
         raise ValueError("the inputs hold no tensor with a batch axis")
+    if len(first) == 1 and not isinstance(inputs, Tensor):
+        sizes = [len(one) for one in tree_leaves(list(values)) if isinstance(one, Tensor) and one.ndim]
+        if max(sizes) > 1:
+            raise ValueError(
+                f"the first axes of the inputs have sizes {sizes}, expected the first of them to hold the examples: one"
+                " entry may be one example, or what all examples share (then expand it to as many entries)"
+            )
     if len(first) == 0 and not empty:
         raise ValueError("a batch holds no example")
     return len(first)

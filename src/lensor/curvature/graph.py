@@ -44,8 +44,25 @@ def inner_nodes(output: Tensor, arguments: Iterable[Any], parameters: Iterable[T
     return found
 
 
+def leading_to(nodes: set[Node], parameters: Iterable[Tensor]) -> set[Node]:
+    """Those of some nodes from which one of the parameters is reached along these nodes alone."""
+    wanted = {id(one) for one in parameters}
+    found: set[Node] = set()
+    grows = True
+    while grows:
+        grows = False
+        for node in nodes - found:
+            next_nodes = [following for following, _ in node.next_functions if following is not None]
+            if any(following in found or id(_leaf(following)) in wanted for following in next_nodes):
+                found.add(node)
+                grows = True
+    return found
+
+
 class Reached:
     """What is reached from some tensors in the graph.
+
+    `consumers` has for each node those that take its value.
 
     Args:
         roots: the tensors.
@@ -53,6 +70,7 @@ class Reached:
 
     def __init__(self, roots: Iterable[Tensor]) -> None:
         self.nodes: set[Node] = set()
+        self.consumers: dict[Node, list[Node]] = {}
         self._users: dict[int, list[Node]] = {}
         todo = [root.grad_fn for root in roots]
         while todo:
@@ -65,6 +83,7 @@ class Reached:
                     continue
                 leaf = _leaf(following)
                 if leaf is None:
+                    self.consumers.setdefault(following, []).append(node)
                     todo.append(following)
                 else:
                     self._users.setdefault(id(leaf), []).append(node)

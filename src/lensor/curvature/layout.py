@@ -8,6 +8,8 @@ values of an example's rows are the same in both. Values also tell [batch · tim
 
 from __future__ import annotations
 
+import copy
+import random
 import threading
 import weakref
 from collections import Counter
@@ -16,13 +18,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.watching import Targets, Watch, aside, forgotten, uncast, undisturbed
+from lensor.curvature.watching import (
+    Preserving,
+    Targets,
+    Watch,
+    aside,
+    forgotten,
+    uncast,
+    undisturbed,
+    written,
+)
 from lensor.nn.calls import LayerCall
 
 Key = tuple[str, int]
@@ -129,6 +141,26 @@ _DROPOUTS = {
 } | {torch.dropout, torch.alpha_dropout, torch.feature_alpha_dropout, torch.feature_dropout}
 
 
+_BY_VALUES = {
+    getattr(torch, name)
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_pack_padded_sequence")
+} | {torch.Tensor.nonzero, torch.Tensor.argwhere, torch.Tensor.masked_select, torch.Tensor.unique, torch.Tensor.item}
+_BY_VALUES |= {torch.Tensor.tolist, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.__bool__}
+_BY_VALUES |= {torch.Tensor.numpy, torch._VF.unique_dim if hasattr(torch._VF, "unique_dim") else torch.unique}
+
+
+def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> bool:
+    """Whether the shape of a result, or what a program does next, depends on the values of a tensor."""
+    if function is torch.Tensor.__getitem__:
+        index = arguments[1] if isinstance(arguments[1], tuple) else (arguments[1],)
+        return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in index)
+    if function in (torch.where, torch.Tensor.where):
+        return len(arguments) + len(named) == 1
+    if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+        return any(isinstance(one, Tensor) for one in (*arguments[1:], *named.values()))
+    return function in _BY_VALUES
+
+
 class _Trial(Watch):
     """Writes down the layers' inputs. Nothing is dropped out, and half precision is computed in single precision.
 
@@ -140,14 +172,16 @@ class _Trial(Watch):
     def __init__(self, targets: Targets, wide: bool) -> None:
         super().__init__(targets)
         self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
+        self.by_values = False
+        """Whether shapes may depend on values: each example may have another number of rows."""
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         """The result of a function."""
         if function in _DROPOUTS:
             return arguments[0] if arguments else named["input"]
-        name = getattr(function, "__name__", "")
-        writes = "out" in named or name in ("__set__", "__setitem__") or (name[-1:] == "_" != name[-2:-1])
-        if self.wide and not writes:
+        if _gives_shapes_by_values(function, arguments, named):
+            self.by_values = True
+        if self.wide and not written(function, arguments, named):
             arguments, named = tree_map(_widened, (tuple(arguments), named))
         return function(*arguments, **named)
 
@@ -158,6 +192,14 @@ class _Trial(Watch):
             self.seen.add((name, self._counts[name]), call.input, call.kind != "linear")
         self._counts[name] += 1
         return run()
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an object among the inputs, into which the model may write, where it can be copied."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def _is_half(x: Any) -> bool:
@@ -172,14 +214,16 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKe
 _known_lock = threading.Lock()
 
 
-def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Layout:
-    """Where the examples lie, from trial passes that are remembered for a model and inputs of one form.
+def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool = False) -> Layout:
+    """Where the examples lie, from trial passes.
 
     Args:
         model: the model.
         inputs: what it is called with; tensors whose first axis has `batch` entries are examples.
         targets: the parameters whose calls count.
         batch: the number of examples.
+        remember: whether a layout is kept for the next inputs of this form: enough for the axes of a model whose
+            attributes stay, but which rows belong to which example may depend on values of parameters and inputs.
 
     Raises:
         NoLayoutError: if the model does not run with another number of examples.
@@ -187,6 +231,9 @@ def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) 
     """
     if batch < 2:
         return Layout(None, None)
+    if not remember:
+        with aside():
+            return _Finder(model, inputs, targets, batch).find()
     key = _form(model, inputs, targets, batch)
     with _known_lock:
         found = _known.setdefault(model, {}).get(key)
@@ -201,10 +248,16 @@ def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) 
     return found
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
     """What a layout depends on: the modules and their modes, the layers, the inputs up to their number."""
     modules = tuple(
-        (id(module), type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+        (
+            *(id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)),
+            *((name, value) for name, value in vars(module).items() if type(value) in _PLAIN),
+        )
         for module in model.modules()
     )
 
@@ -229,6 +282,7 @@ class _Finder:
 
     def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> None:
         self.model, self.targets, self.batch, self.wide = model, targets, batch, False
+        self.by_values = False
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         if self._are_equal():
             self.inputs = self._noisy()
@@ -247,7 +301,8 @@ class _Finder:
             self.wide = wide
             for one, two in choices:
                 try:
-                    return self._compared(one, two)
+                    found = self._compared(one, two)
+                    return self._checked(found) if self.by_values else found
                 except NoLayoutError:
                     raise
                 except Exception as error:
@@ -292,6 +347,38 @@ class _Finder:
         calls = {key: (len(a.shapes[key]), axis) for key, axis in axes.items() if key[0] != _OUTPUTS}
         return Layout(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
 
+    def _checked(self, layout: Layout) -> Layout:
+        """The layout where every example has as many rows; others depend on which examples there are.
+
+        Where a model's shapes depend on values, the examples of the other passes may have as many rows by chance: all
+        of them, in two orders, show it.
+        """
+        every = list(range(self.batch))
+        turned = every[::-1]
+        a, b = self._pass(every), self._pass(turned)
+        if list(a.shapes) != list(b.shapes):
+            raise NoLayoutError("the model calls other layers for the examples in another order")
+
+        def checked(key: Key, axis: BatchAxis | None) -> BatchAxis | None:
+            if axis is None or key not in a.shapes:
+                return axis
+            size = a.shapes[key][axis.axis] if axis.axis < len(a.shapes[key]) else -1
+            if size != axis.rows * self.batch or a.shapes[key] != b.shapes[key]:
+                raise NoLayoutError(
+                    f"{key[0]} has rows of a number that depends on the values of the examples: {a.shapes[key]} for"
+                    f" {self.batch} of them"
+                )
+            if not axis.independent or axis.order in _fits(axis, key, a, b, every, turned):
+                return axis
+            return replace(axis, independent=False, order="outer" if axis.rows == 1 else None)
+
+        calls = layout.calls or {}
+        outputs = layout.outputs or ()
+        return Layout(
+            {key: (ndim, checked(key, axis)) for key, (ndim, axis) in calls.items()},
+            tuple(checked((_OUTPUTS, at), axis) for at, axis in enumerate(outputs)),
+        )
+
     def _pass(self, places: list[int]) -> _Seen:
         """A pass with some of the examples, without effects on the model and on random numbers."""
         inputs = self._each(lambda x: x[places])
@@ -299,6 +386,10 @@ class _Finder:
         trial = _Trial(self.targets, self.wide)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            stack.callback(random.setstate, random.getstate())
+            stack.callback(np.random.set_state, np.random.get_state())
+            # A checkpoint around the model, which counts what is saved, is not to count this.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
             stack.enter_context(undisturbed(self.model))
             stack.enter_context(forgotten(list(self.model.modules())))
             # Weights that automatic casts keep would tie the graphs of two passes together.
@@ -306,8 +397,9 @@ class _Finder:
             torch.set_autocast_cache_enabled(False)
             for kind in self._autocasts() if self.wide else ():
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            with trial:
+            with Preserving(), trial:
                 outputs = outputs_of(self.model, inputs)
+            self.by_values |= trial.by_values
             for at, tensor in enumerate(tensors_in(outputs)):
                 with torch.no_grad(), uncast(tensor):
                     trial.seen.add((_OUTPUTS, at), tensor, whole=False)
@@ -317,7 +409,9 @@ class _Finder:
         """The inputs with a change of those that hold the examples."""
 
         def one(value: Any) -> Any:
-            batched = isinstance(value, Tensor) and value.shape[:1] == (self.batch,)
+            if not isinstance(value, Tensor):
+                return _copied(value)
+            batched = value.shape[:1] == (self.batch,)
             return change(value.detach()).requires_grad_(value.requires_grad) if batched else value
 
         return tree_map(one, self.inputs)

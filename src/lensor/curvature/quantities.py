@@ -15,9 +15,10 @@ from lensor import ops
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.factors import EigenFactors, KroneckerFactors
+from lensor.curvature.graph import tensors_in
 from lensor.curvature.kfac import output_axis
 from lensor.curvature.layers import Layer, layers_of
-from lensor.curvature.layout import Given
+from lensor.curvature.layout import BatchAxis, Given
 from lensor.curvature.losses import LossRoot, require_counted, require_loss
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
@@ -79,7 +80,35 @@ class _Batch:
         if not value.requires_grad:
             raise ValueError("the loss does not depend on the model's layers: no gradient is recorded")
         self.check(value)
+        self._require_apart(loss, value)
         return value
+
+    def _require_apart(self, loss: Any, value: Tensor) -> None:
+        """Raise unless every example's outputs are its own, and the loss is a sum over them.
+
+        Raises:
+            ValueError: for a model or a loss that mixes examples.
+        """
+        axes = self.layout.outputs if self.layout is not None else None
+        found = [
+            (tensor, axis)
+            for tensor, axis in zip(tensors_in(self.returned), axes or (), strict=False)
+            if axis is not None and tensor.requires_grad
+        ]
+        if any(not axis.independent for _, axis in found):
+            raise ValueError(
+                "the model returns outputs in which the rows of an example depend on the other examples, on their order"
+                " or on chance, or are too alike in half precision to tell, expected a model that treats every example"
+                " alike: if it does, say batch_axis=0"
+            )
+        found = [(tensor, axis) for tensor, axis in found if axis.order is not None]
+        if self.size < 2 or not found or _is_torchs(loss):
+            return
+        if _is_mixing(value, found, self.size):
+            raise ValueError(
+                "the loss is not a sum or mean over examples: its slope at the outputs of one depends on the outputs of"
+                " others, so that no part of it belongs to an example"
+            )
 
     def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
         """Columns at the layers' outputs, [v, batch, channels, *positions], a few at a time."""
@@ -99,6 +128,31 @@ class _Batch:
         """Values by the parameters' names, in the order of the layers."""
         both = weights | biases
         return {name: both[name] for name in self.capture.targets.parameters if name in both}
+
+
+def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch: int) -> bool:
+    """Whether the Hessian of a loss couples the outputs of different examples, seen by one random direction.
+
+    False for a loss that torch cannot differentiate twice.
+    """
+    tensors = [tensor for tensor, _ in outputs]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        slopes = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+        products = []
+        for (tensor, axis), slope in zip(outputs, slopes, strict=True):
+            if slope is not None and slope.requires_grad:
+                direction = torch.randn(tensor.shape, generator=generator).to(tensor)
+                axis.first(direction, batch)[1::2] = 0
+                products.append((slope * direction).sum())
+        if not products:
+            return False
+        curved = torch.autograd.grad(sum(products), tensors, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return False
+    rows = [axis.first(one, batch) for (_, axis), one in zip(outputs, curved, strict=True) if one is not None]
+    largest = max((float(one.abs().max()) for one in rows if one.numel()), default=0.0)
+    return any(bool((one[1::2].abs() > 1e-5 * largest).any()) for one in rows)
 
 
 def _is_torchs(loss: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lensor.curvature.layers import Layer
 from lensor.nn.calls import LayerCall, layer_call
@@ -155,18 +156,107 @@ def depth() -> int:
     return getattr(_thread, "depth", 0)
 
 
+_WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_WRITES |= {"__setitem__", "__set__", "__ilshift__", "__irshift__"}
+
+
+def written(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> list[Any]:
+    """What a torch function writes into: its `out`, or the first argument of those that work in place."""
+    name = getattr(function, "__name__", "")
+    if named.get("out") is not None:
+        found = named["out"]
+    elif arguments and (name in _WRITES or (name[-1:] == "_" and name[-2:] != "__")):
+        found = arguments[0]
+    else:
+        return []
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+_DATA = vars(torch._C.TensorBase)["data"]
+
+
+class _Kept:
+    """What the tensors of a model held before functions wrote into them: parameters, buffers and attributes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._owners: dict[int, Tensor] | None = None
+        self._storages: dict[int, tuple[Tensor, Any]] = {}
+        self._data: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, tensor: Any, data: bool) -> None:
+        """Keep what a tensor holds, if it is one of the model's; with `data` also the memory that it refers to."""
+        if not isinstance(tensor, Tensor):
+            return
+        if self._owners is None:
+            self._owners = {}
+            for one in _tensors_of(self.model):
+                place = _address(one)
+                if place:
+                    self._owners.setdefault(place, one)
+        place = _address(tensor)
+        if data and any(tensor is one for one in self._owners.values()):
+            self._data.setdefault(id(tensor), (tensor, tensor.detach()))
+        elif place in self._owners and place not in self._storages:
+            with torch.no_grad():
+                self._storages[place] = (self._owners[place].detach(), tensor.untyped_storage().clone())
+
+    def put_back(self) -> None:
+        """Undo what was written."""
+        for tensor, data in self._data.values():
+            tensor.data = data
+        for owner, storage in self._storages.values():
+            owner.untyped_storage().copy_(storage)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory is; 0 for tensors without any."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                yield from (one for one in tree_leaves(value) if isinstance(one, Tensor))
+
+
+class Preserving(TorchFunctionMode):
+    """Keeps what a model's tensors held, for `undisturbed`, before functions write into them."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
+    ) -> Any:
+        """One call."""
+        named = named or {}
+        kept: list[_Kept] = getattr(_thread, "kept", [])
+        if kept:
+            data = getattr(function, "__self__", None) is _DATA
+            for tensor in written(function, arguments, named):
+                kept[-1].keep(tensor, data)
+        return function(*arguments, **named)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model and leave its buffers (statistics of normalisation in training mode) as they were.
+    """Run a model, within `Preserving`, and leave its parameters, buffers and tensors among attributes as they were.
 
-    What did not change is not written: a graph may need it. Values are compared, for normalisation writes its
-    statistics past torch's count of versions.
+    What did not change is not written: a graph may need it. Buffers of models in training mode are compared, for
+    normalisation writes its statistics past torch's functions and count of versions.
     """
     training = any(module.training for module in model.modules())
     before = {name: buffer.detach().clone() for name, buffer in (model.named_buffers() if training else ())}
+    stack = _thread.__dict__.setdefault("kept", [])
+    stack.append(_Kept(model))
     try:
         yield
     finally:
+        stack.pop().put_back()
         buffers = dict(model.named_buffers())
         with torch.no_grad():
             for name, value in before.items():

@@ -243,7 +243,8 @@ class KFAC(torch.optim.Optimizer):
         self._waiting.clear()
         inputs = Arguments(arguments, named)
         batch, targets = size_of(inputs), Targets(self.layers)
-        layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis)
+        remember = self.approx == "expand"  # which treats rows alike, whichever example they belong to
+        layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis, remember)
         one = _Pass(Collector(self.layers, self.approx, self._joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(

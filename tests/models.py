@@ -1849,7 +1849,7 @@ def _check(case: Case) -> None:
                 for a, b in zip(own, heads, strict=True):
                     b = case.own(b, n)
                     if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
-                        raise AssertionError(f"{case.seed}: examples depend on each other: {case.text}")
+                        raise Unsuitable("examples depend on each other")
                 parts.append(case.loss.summed(own[0] if lone else out, y) / total)
             if not torch.allclose(sum(parts), value, rtol=1e-9, atol=1e-12):
                 raise AssertionError(f"{case.seed}: the loss is not the sum of its parts: {case.text}")

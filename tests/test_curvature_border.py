@@ -912,3 +912,463 @@ def test_one_block_has_one_damping() -> None:
 def test_numbers_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KFAC(nn.Linear(4, 3), CE, **options)
+
+
+# ------------------------------------------------------------------------------- uses and rows that hide from the graph
+class _Energy(nn.Module):
+    """An energy, and with it the slope of the energy with respect to the inputs."""
+
+    def __init__(self, form: str = "both", convolution: bool = False) -> None:
+        super().__init__()
+        kind = (lambda a, b: nn.Conv1d(a, b, 1)) if convolution else nn.Linear
+        self.first, self.last, self.form, self.convolution = kind(2, 4), kind(4, 1), form, convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        z = x[..., None] if self.convolution else x
+        energy = self.last(torch.tanh(self.first(z))).flatten(1)
+        (slope,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return torch.cat([energy, -slope], 1) if self.form == "both" else -slope
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("form", ["both", "slope"])
+def test_models_that_differentiate_themselves_are_refused(form: str, convolution: bool) -> None:
+    model, x = _Energy(form, convolution), torch.randn(5, 2)
+    y = torch.randn(5, 3 if form == "both" else 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: kfac(model, MSE, (x, y)),
+        lambda: per_example_gradients(model, MSE, (x, y)),
+        lambda: per_example_gradient_norms(model, MSE, (x, y)),
+        lambda: curvature.ggn_diagonal(model, MSE, (x, y)),
+        lambda: curvature.hessian_diagonal(model, MSE, (x, y)),
+        lambda: curvature.empirical_ntk(model, x),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"is also used outside of the layer|was replaced after the layer ran"):
+            call()
+    model.train()
+    optimizer = KFAC(model, MSE)
+    with pytest.raises(ValueError, match="is also used outside of the layer"):
+        model(x)
+    assert optimizer.factors is None
+
+
+def test_losses_that_differentiate_the_model_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = torch.randn(5, 2).requires_grad_(), torch.randn(5, 1)
+
+    def residual(u: Tensor, y: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return ((slope.sum(1, keepdim=True) + u - y) ** 2).sum()
+
+    for call in (per_example_gradients, per_example_gradient_norms, curvature.hessian_diagonal):
+        with pytest.raises(ValueError, match=r"parameter '0\.weight' of layer '0' is also used outside of the layer"):
+            call(model, residual, (x, y))
+
+
+def test_tied_weights_under_autocast_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.e(x)) @ self.e.weight
+
+    model, x = Tied(), torch.randn(5, 6)
+    for call in (kfac, per_example_gradients, curvature.ggn_diagonal):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="used outside of the layer"):
+            call(model, MSE, (x, x))
+
+
+_AFTER: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda o: o - o.mean(0),
+    "softmax over the batch": lambda o: o.softmax(0),
+    "batch norm": lambda o: F.batch_norm(o, None, None, training=True),
+    "another order": lambda o: o.flip(0),
+}
+
+
+@pytest.mark.parametrize("after", list(_AFTER))
+def test_examples_mixed_after_the_last_layer_are_refused(after: str) -> None:
+    class Mixed(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return _AFTER[after](super().forward(input))
+
+    model, x, y = Mixed(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3), torch.randn(4, 2)
+    for loss in (MSE, lambda o, y: ((o - y) ** 2).sum()):
+        for call in (per_example_gradients, per_example_gradient_norms, curvature.hessian_diagonal):
+            with pytest.raises(ValueError, match="in which the rows of an example depend on the other examples"):
+                call(model, loss, (x, y))
+
+
+def _contrastive(o: Tensor, y: Tensor) -> Tensor:
+    o = F.normalize(o, dim=1)
+    return F.cross_entropy(o @ o.detach().mT + o @ o.mT, torch.arange(len(o)))
+
+
+_WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "root": lambda o, y: F.mse_loss(o, y).sqrt(),
+    "logarithm": lambda o, y: F.mse_loss(o, y).log(),
+    "explained": lambda o, y: F.mse_loss(o, y, reduction="sum") / ((y - y.mean(0)) ** 2).sum() + o.mean() ** 2,
+    "contrastive": _contrastive,
+}
+
+
+@pytest.mark.parametrize("loss", list(_WHOLE))
+def test_losses_that_are_no_sum_over_examples_are_refused(loss: str) -> None:
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(7, 3), torch.randn(7, 2)
+    for call in (per_example_gradients, per_example_gradient_norms, curvature.hessian_diagonal):
+        with pytest.raises(ValueError, match="the loss is not a sum or mean over examples"):
+            call(model, _WHOLE[loss], (x, y))
+
+
+def test_losses_that_are_sums_over_examples_pass() -> None:
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double(), 0
+    losses: list[Callable[[Tensor, Any], Tensor]] = [
+        lambda o, _: (o.norm(dim=1) * torch.arange(1, len(o) + 1)).sum() if len(o) == 5 else o.norm() * scale,
+        lambda o, _: o.logsumexp(1).sum(),
+        lambda o, _: o.sum(),
+        lambda o, _: o.abs().sum(),
+    ]
+    for loss in losses:
+        found = per_example_gradients(model, loss, (x, torch.zeros(5)))
+        for n in range(5):
+            scale = n + 1
+            want = torch.autograd.grad(loss(model(x[n : n + 1]), y), list(model.parameters()), allow_unused=True)
+            for name, gradient in zip(found, want, strict=True):
+                torch.testing.assert_close(found[name][n], gradient)
+
+
+def test_layouts_follow_attributes_and_parameters() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.batch_first = nn.Linear(3, 4), nn.Linear(4, 2), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if self.batch_first else x.transpose(0, 1)
+            return self.b(torch.tanh(self.a(x))).sum(1 if self.batch_first else 0)
+
+    model, x, y = Either().double(), torch.randn(4, 4, 3).double(), torch.tensor([0, 1, 0, 1])
+    for first in (True, False, True):
+        model.batch_first = first
+        check_by_example(model, x, y)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.gate = nn.Linear(3, 4), nn.Linear(4, 2), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            return self.b(h + self.gate * h.mean(0))
+
+    gated = Gated()
+    per_example_gradients(gated, SUM, (x[:, 0].float(), y), layers=["a", "b"])
+    with torch.no_grad():
+        gated.gate.fill_(0.5)
+    with pytest.raises(ValueError, match="rows of an example depend on the other examples"):
+        per_example_gradients(gated, SUM, (x[:, 0].float(), y), layers=["a", "b"])
+
+
+class _Ragged(nn.Module):
+    """A head on those positions of an example that count."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(3, 4), nn.Linear(4, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, counts = torch.tanh(self.a(x)), x[..., 0] > 0
+        if self.how == "mask":
+            rows, owners = h[counts], counts.nonzero()[:, 0]
+        else:
+            parts = [one[keep] for one, keep in zip(h, counts, strict=True)]
+            rows = torch.cat(parts)
+            owners = torch.repeat_interleave(torch.arange(len(x)), torch.tensor([len(one) for one in parts]))
+        return torch.zeros(len(x), 2).to(x).index_add(0, owners, self.b(rows))
+
+
+@pytest.mark.parametrize("how", ["mask", "parts"])
+def test_rows_by_values_are_right_or_refused(how: str) -> None:
+    model, refused = _Ragged(how).double(), 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        x, y = torch.randn(4, 3, 3).double(), torch.tensor([0, 1, 0, 1])
+        counts = (x[..., 0] > 0).sum(1)
+        if seed % 2:
+            x[..., 0] = torch.tensor([[1.0, 1.0, -1.0]])
+            counts = torch.tensor([2, 2, 2, 2])
+        try:
+            found = per_example_gradients(model, SUM, (x, y))
+        except ValueError:
+            refused += 1
+            assert len(set(counts.tolist())) > 1 or 0 in counts
+            continue
+        for name, gradient in by_example(model, SUM, x, y).items():
+            torch.testing.assert_close(found[name], gradient)
+    assert 0 < refused < 40
+
+
+@pytest.mark.parametrize("what", ["parameter", "attribute", "in a list", "buffer", "own weight", "data"])
+def test_trial_passes_leave_what_a_model_writes(what: str) -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.calls = nn.Linear(3, 2), 0
+            self.code = nn.Parameter(torch.zeros(3), requires_grad=False)
+            self.plain, self.box = torch.zeros(3), [torch.zeros(3)]
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            def update(held: Tensor) -> None:
+                held.mul_(0.9).add_(x.detach().mean(0))
+
+            with torch.no_grad():
+                if what == "parameter":
+                    update(self.code.data)
+                elif what == "attribute":
+                    update(self.plain)
+                elif what == "in a list":
+                    update(self.box[0])
+                elif what == "buffer":
+                    self.count += 1
+                elif what == "own weight":
+                    self.f.weight *= 0.5
+                else:
+                    self.code.data = self.code + 1
+            return self.f(x)
+
+        def state(self) -> list[Tensor]:
+            held = [self.code, self.plain, self.box[0], self.count, self.f.weight]
+            return [one.detach().clone() for one in held]  # type: ignore[union-attr]
+
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    model = Writing().eval()
+    plain, watched, before = copy.deepcopy(model).train(), copy.deepcopy(model).train(), model.state()
+    per_example_gradients(model, CE, (x, y))
+    kfac(model, CE, (x, y))
+    assert all(torch.equal(a, b) for a, b in zip(model.state(), before, strict=True))
+    optimizer = KFAC(watched, CE)
+    plain(x)
+    watched(x)
+    assert all(torch.equal(a, b) for a, b in zip(watched.state(), plain.state(), strict=True))
+    assert optimizer.factors is None
+
+
+def test_inputs_of_which_the_first_has_one_row_are_refused() -> None:
+    class Diffusion(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 2)
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.f(torch.cat([x, t.expand(len(x), 1)], 1))
+
+    model, x, y = Diffusion(), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"first axes of the inputs have sizes \[1, 5\]"):
+        kfac(model, CE, ((torch.tensor([[0.3]]), x), y))
+    assert kfac(model, CE, ((torch.full((5, 1), 0.3), x), y)).examples == 5
+
+
+def test_hooks_of_parameters_are_refused_for_single_examples() -> None:
+    model, data = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    optimizer = KFAC(model, CE)  # whose own hooks change nothing
+    per_example_gradients(model, CE, data)
+    handle = model.weight.register_hook(lambda gradient: gradient * 0.5)
+    for call in (per_example_gradients, per_example_gradient_norms):
+        with pytest.raises(ValueError, match="parameter 'weight' has a hook"):
+            call(model, CE, data)
+    kfac(model, CE, data)  # curvature is not a gradient
+    handle.remove()
+    per_example_gradients(model, CE, data)
+    del optimizer
+
+
+@pytest.mark.parametrize("loss", ["weights", "ignored", "huber", "batchmean"])
+def test_hessian_diagonals_of_batches_are_those_of_all_data(loss: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    x, y = torch.randn(7, 3).double(), torch.tensor([0, 1, 2, 0, 1, 1, 2])
+    targets: Tensor = y if loss in ("weights", "ignored") else torch.rand(7, 3).double()
+    of: nn.Module = {
+        "weights": nn.NLLLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double()),
+        "ignored": nn.NLLLoss(ignore_index=1),
+        "huber": nn.HuberLoss(delta=0.3),
+        "batchmean": nn.KLDivLoss(reduction="batchmean"),
+    }[loss]
+    whole = curvature.hessian_diagonal(model, of, (x, targets))
+    parts = curvature.hessian_diagonal(model, of, [(x[:2], targets[:2]), (x[2:], targets[2:])])
+    weight = model[0].weight
+
+    def value(w: Tensor) -> Tensor:
+        return of(torch.func.functional_call(model, {"0.weight": w}, (x,)), targets)
+
+    want = torch.autograd.functional.hessian(value, weight).reshape(12, 12).diagonal().reshape(4, 3)
+    torch.testing.assert_close(whole["0.weight"], want)
+    torch.testing.assert_close(parts["0.weight"], want)
+
+
+# ------------------------------------------------------------------------------------------ training as people train
+def _two() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+
+
+def _factors_of(change: Callable[[nn.Module, Tensor, Tensor], Tensor], **options: Any) -> dict[str, Tensor]:
+    """Factors after one step with a loss of the caller's."""
+    model, x, y = _two()
+    optimizer = KFAC(model, CE, ema=0.0, **options)
+    change(model, x, y).backward()
+    optimizer.step()
+    assert optimizer.factors is not None
+    assert optimizer.factors.examples == 5
+    return {name + key: tensor for name, one in optimizer.factors.items() for key, tensor in one.tensors().items()}
+
+
+def _plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return CE(model(x), y)
+
+
+def _with_teacher(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    teacher = {name: 3 * p.detach() for name, p in model.named_parameters()}
+    out = model(x)
+    taught = torch.func.functional_call(model, teacher, (x,))
+    assert not taught.requires_grad
+    return CE(out, y) + 0 * F.mse_loss(out, taught)
+
+
+def _checkpointed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return CE(checkpoint(model, x, use_reentrant=False), y)
+
+
+def _with_penalty(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    z = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(z).sum(), z, create_graph=True)
+    return CE(model(x), y) + 0.1 * slope.square().sum()
+
+
+def _predicted_elsewhere(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    model.forward(2 * x[:3])  # watched, but not seen by hooks on the outputs
+    model.eval()
+    assert model(x).shape == (5, 2)
+    model.train()
+    return _plain(model, x, y)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type-2"])
+@pytest.mark.parametrize("change", [_with_teacher, _checkpointed, _with_penalty, _predicted_elsewhere])
+def test_factors_are_of_the_passes_that_count(change: Callable[..., Tensor], fisher: str) -> None:
+    want, found = _factors_of(_plain, fisher=fisher), _factors_of(change, fisher=fisher)
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("way", ["before", "between", "zeros", "foreach"])
+def test_gradients_that_are_given_up_take_their_factors_with_them(way: str) -> None:
+    def change(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        CE(10 * model(5 * x), y).backward()
+        out = model(x) if way == "between" else None
+        if way == "foreach":
+            torch._foreach_zero_([p.grad for p in model.parameters()])  # type: ignore[misc]
+        else:
+            model.zero_grad(set_to_none=way != "zeros")
+        return CE(model(x) if out is None else out, y)
+
+    want, found = _factors_of(_plain), _factors_of(change)
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def test_a_use_that_begins_later_is_refused() -> None:
+    class Warm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.tied = nn.Linear(3, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.tanh(self.e(x))
+            return z @ self.e.weight if self.tied else z
+
+    model, x, y = Warm(), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    optimizer = KFAC(model, CE)
+    CE(model(x), y).backward()
+    optimizer.step()
+    model.tied = True
+    with pytest.raises(ValueError, match=r"'e\.weight' of layer 'e' is also used outside of the layer"):
+        model(x)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_under_a_scheduler_step_their_own_model(how: str) -> None:
+    model, x, y = _two()
+    optimizer = KFAC(model, CE)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    CE(model(x), y).backward()
+    optimizer.step()
+    scheduler.step()
+    pair = (model, optimizer)
+    other, copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    before = [p.detach().clone() for p in (*model.parameters(), *other.parameters())]
+    copied.zero_grad()
+    CE(other(x), y).backward()
+    copied.step()
+    now = [*model.parameters(), *other.parameters()]
+    moved = [not torch.equal(a, b) for a, b in zip(before, now, strict=True)]
+    assert moved == [False] * 4 + [True] * 4
+
+
+def test_a_watched_model_inside_of_torch_func() -> None:
+    model, x, y = _two()
+    optimizer = KFAC(model, CE)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
+        return CE(torch.func.functional_call(model, weights, (one[None],)), target[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    for name, gradient in by_example(model, SUM, x, y).items():
+        torch.testing.assert_close(found[name], gradient)
+    assert optimizer.factors is None
+
+
+@pytest.mark.parametrize("way", ["register_hook", "retain_grad", "grad"])
+def test_forward_only_of_models_that_need_a_graph(way: str) -> None:
+    class Needing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            if way == "register_hook":
+                h.register_hook(lambda gradient: None)
+            elif way == "retain_grad":
+                h.retain_grad()
+            else:
+                torch.autograd.grad(h.sum(), h)
+            return self.b(h)
+
+    data = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    found, want = (kfac(Needing().eval(), CE, data, fisher=fisher) for fisher in ("forward-only", "empirical"))
+    assert found.examples == 5
+    assert [one.A.shape for one in found.values()] == [one.A.shape for one in want.values()]
+
+
+def test_targets_and_data_of_other_kinds() -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    want = kfac(model, CE, (x, y), fisher="empirical")
+    found = kfac(model, CE, (x, y.to(torch.uint8)), fisher="empirical")
+    assert torch.equal(found["weight"].B, want["weight"].B)
+    with pytest.raises(TypeError, match="targets are a list, expected a tensor"):
+        kfac(model, CE, (x, [0, 1, 0, 1]))
+    with pytest.raises(TypeError, match="targets are a ndarray, expected a tensor"):
+        per_example_gradients(model, CE, (x, y.numpy()))
+    with pytest.raises(ValueError, match="the inputs, a ndarray, hold no tensor"):
+        kfac(model, CE, (x.numpy(), y.numpy()))
+    with pytest.raises(ValueError, match="data is a tuple of two pairs"):
+        kfac(model, CE, ((x, x), (y, y)))
+    other = kfac(nn.Linear(5, 2), CE, (torch.randn(4, 5), y))
+    with pytest.raises(ValueError, match=r"a block for 'weight' of shape \(2, 5\), the model has \(2, 3\)"):
+        curvature.ekfac(model, CE, (x, y), other)

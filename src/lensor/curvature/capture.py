@@ -221,6 +221,8 @@ class Capture(Watch):
             raise ValueError(f"batch_axis does not say where the examples lie in the input of layer {layer.name!r}")
         dims = 1 if call.kind == "linear" else call.dims + 1
         low = 0 if call.kind != "linear" else x.ndim - 2
+        if 0 in shape and batch:
+            raise ValueError(f"layer {layer.name!r} has an input of shape {shape} without entries, expected some")
         if x.ndim < dims + 1 or not 0 <= found.axis <= low:
             expected = (
                 "examples before the features"

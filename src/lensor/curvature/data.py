@@ -75,10 +75,13 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     if isinstance(inputs, Arguments):
         values = (*inputs.by_place, *inputs.by_name.values())
     else:
-        values = inputs.values() if isinstance(inputs, Mapping) else inputs
+        values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
     first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
     if first is None or first.ndim == 0:
-        raise ValueError("the inputs hold no tensor with a batch axis")
+        raise ValueError(
+            f"the inputs, a {type(inputs).__name__}, hold no tensor with a batch axis, expected a tensor, a tuple of"
+            " arguments or a mapping"
+        )
     if len(first) == 1 and not isinstance(inputs, Tensor):
         sizes = [len(one) for one in tree_leaves(list(values)) if isinstance(one, Tensor) and one.ndim]
         if max(sizes) > 1:
@@ -100,8 +103,14 @@ def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
     """
     if isinstance(data, Tensor):
         raise TypeError("data is a tensor, expected a pair (inputs, targets) or an iterable of such pairs")
-    if isinstance(data, (tuple, list)) and len(data) == 2 and _is_pair(*data):
-        data = [data]
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        if isinstance(data, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in data):
+            raise ValueError(
+                "data is a tuple of two pairs, two batches or one of a model with two inputs, expected a list"
+                " of batches, or (inputs, targets) with inputs as a mapping from the arguments' names"
+            )
+        if _is_pair(*data):
+            data = [data]
     empty = True
     for pair in data:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -114,4 +123,4 @@ def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
 
 def _is_pair(inputs: Any, targets: Any) -> bool:
     """Whether two things are inputs and targets, not two pairs of them."""
-    return isinstance(targets, Tensor) or targets is None or isinstance(inputs, (Tensor, Mapping))
+    return isinstance(targets, Tensor) or targets is None or not isinstance(inputs, (tuple, list))

@@ -185,12 +185,38 @@ class Collector:
         batch_axis: Given = None,
     ) -> None:
         """One batch: a forward pass, and a backward pass to the layers' outputs for each column of the root."""
+        arguments = model, loss, inputs, targets, mc_samples, generator, batch_axis
+        if self.fisher != "forward-only":
+            self._add(*arguments, record=True)
+            return
+        for record in (False, True):  # a model may ask for gradients itself
+            one = Collector(self.layers, self.approx, self.joint, self.fisher)
+            try:
+                one._add(*arguments, record=record)
+            except RuntimeError:
+                if record:
+                    raise
+                continue
+            self.merge(one)
+            return
+
+    def _add(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        inputs: Any,
+        targets: Tensor,
+        mc_samples: int,
+        generator: torch.Generator | None,
+        batch_axis: Given,
+        record: bool,
+    ) -> None:
         batch = size_of(inputs)
         watched = Targets(self.layers)
         layout = Capture.layout_of(model, inputs, watched, batch, batch_axis)
         ordered = self.approx == "reduce"
         capture = Capture(watched, self.add_input, batch, layout, batch_axis, ordered=ordered, independent=False)
-        returned = run(model, inputs, capture, record=self.fisher != "forward-only")
+        returned = run(model, inputs, capture, record=record)
         capture.check(returned)
         outputs = one_tensor(returned)
         with computing(outputs):

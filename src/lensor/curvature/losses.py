@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class LossRoot:
         axis: BatchAxis | None = None,
     ) -> None:
         require_loss(loss)
+        require_tensor(targets)
         self.loss, self.outputs, self.targets = loss, outputs, targets
         if outputs.ndim == 0 or len(outputs) % examples:
             raise ValueError(
@@ -171,6 +173,12 @@ class LossRoot:
         return (p * (1 - p) * self._weights()).sqrt()
 
 
+def require_tensor(targets: Any) -> None:
+    """Raise TypeError for targets that torch's losses do not take."""
+    if targets is not None and not isinstance(targets, Tensor):
+        raise TypeError(f"targets are a {type(targets).__name__}, expected a tensor, as torch's losses take")
+
+
 def require_counted(total: float) -> float:
     """What a mean over all of the data divides by; ValueError if it is zero."""
     if not total:
@@ -221,6 +229,7 @@ def _class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None)
             f"targets have class {int(targets[wrong][0])}, expected 0 to {classes - 1}"
             + (f" or ignore_index={loss.ignore_index}" if loss.ignore_index != -100 else "")
         )
+    targets = targets.long()
     own = weight[targets.where(counted, torch.zeros_like(targets))] * counted
     total = own * (1 - smoothing) + counted * (weight.sum() * smoothing / classes)
     return total, float(own.sum())

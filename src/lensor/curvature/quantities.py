@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from lensor.curvature.graph import tensors_in
 from lensor.curvature.kfac import output_axis
 from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import BatchAxis, Given
-from lensor.curvature.losses import LossRoot, require_counted, require_loss
+from lensor.curvature.losses import LossRoot, require_counted, require_loss, require_tensor
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
@@ -71,7 +72,10 @@ class _Batch:
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
         """The loss of the outputs: of all that the model returned, or of one tensor for torch's own losses."""
-        outputs = self.outputs if _is_torchs(loss) else self.returned
+        outputs = self.returned
+        if _is_torchs(loss):
+            outputs = self.outputs
+            require_tensor(targets)
         with torch.enable_grad():
             value = loss(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim:
@@ -437,6 +441,11 @@ def ekfac(
     modules = [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"]
     model = unwrapped(model)
     chosen = layers_of(model, modules)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, shape in factors.shapes.items():
+        if shapes.get(name) != shape:
+            found = shapes.get(name, "no such parameter")
+            raise ValueError(f"the factors have a block for {name!r} of shape {shape}, the model has {found}")
     _refuse_mixing(model)
     _check_roots(loss, fisher, mc_samples)
     total = 0.0
@@ -661,12 +670,22 @@ _MEANS = ("mean", "batchmean")
 
 def _share(loss: Any, batch: _Batch, targets: Any) -> float:
     """What a batch counts in the mean over all of the data; 1 for a sum."""
-    if getattr(loss, "reduction", "mean") not in _MEANS:
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction not in _MEANS:
         return 1.0
+    if reduction == "batchmean" or not _is_torchs(loss):
+        return float(batch.size)
+    if type(loss) is nn.NLLLoss:
+        counted = targets != loss.ignore_index
+        known = targets.where(counted, torch.zeros_like(targets))
+        return float((counted if loss.weight is None else loss.weight[known] * counted).sum())
     try:
         require_loss(loss)
-    except TypeError:
-        return float(batch.size)
+    except TypeError:  # torch's other losses have the mean of what they give without a reduction
+        single = copy.copy(loss)
+        single.reduction = "none"
+        with torch.no_grad():
+            return float(single(batch.outputs.detach(), targets).numel())
     return LossRoot(loss, batch.outputs, targets, 1).normaliser
 
 
@@ -694,6 +713,7 @@ def _propagated(
     model = unwrapped(model)
     watched = Targets(layers_of(model, layers, strict, shared=True, trainable=complete))
     _refuse_mixing(model)
+    _refuse_hooks(watched)
     pairs = list(itertools.islice(batches(data), 2))
     if len(pairs) > 1:
         raise ValueError("data holds several batches, expected one pair (inputs, targets)")
@@ -747,6 +767,16 @@ def _check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:
     require_choice("fisher", fisher, FISHERS)
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
+
+
+def _refuse_hooks(targets: Targets) -> None:
+    """Hooks of the user's on parameters change their gradients in a way that is defined for the sum alone."""
+    for name, parameter in targets.parameters.items():
+        if any(not type(hook).__module__.startswith("lensor.") for hook in (parameter._backward_hooks or {}).values()):
+            raise ValueError(
+                f"parameter {name!r} has a hook, which changes its gradient and is not defined for those of single"
+                " examples: remove it, or leave the layer out with layers="
+            )
 
 
 def _refuse_mixing(model: nn.Module) -> None:

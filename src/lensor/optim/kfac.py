@@ -38,7 +38,7 @@ class KFAC(torch.optim.Optimizer):
 
     Factors are collected while the model runs in training mode: no closure, no change to the training loop. A forward
     pass counts if a backward pass through it adds to the `grad` of the layers' weights; what `torch.autograd.grad` does
-    meanwhile does not count. Parameters without factors (normalisation, embeddings) are updated by the gradient itself.
+    meanwhile does not count, nor does a pass that is differentiated twice (a gradient penalty). Parameters without factors (normalisation, embeddings) are updated by the gradient itself.
     A model that is compiled as a whole runs as it was written while factors are collected; with `fullgraph=True` that
     is an error of the compiler's.
 
@@ -204,15 +204,17 @@ class KFAC(torch.optim.Optimizer):
         for handle in getattr(self, "_accumulated", ()):
             handle.remove()
         here: weakref.ref[KFAC] = weakref.ref(self)
-        self._accumulated = [
-            named[layer.weight].register_post_accumulate_grad_hook(_Accumulated(here, layer.weight)) for layer in found
-        ]
+        self._left: dict[str, tuple[int, int]] = {}
+        self._accumulated = []
+        for layer in found:
+            weight = named[layer.weight]
+            self._accumulated.append(weight.register_hook(_Arriving(here, layer.weight)))
+            self._accumulated.append(weight.register_post_accumulate_grad_hook(_Accumulated(here, layer.weight)))
 
     # ------------------------------------------------------------------------------------------------------ collecting
     def _hook(self) -> None:
         """Watch the model's forward pass, and its outputs after all of its hooks."""
         self._thread = threading.local()
-        self._checked: set[Any] = set()
         self._waiting: dict[str, list[tuple[int, _Pass, Use, Tensor]]] = {}
         self._reached: list[tuple[int, _Pass]] = []
         here: weakref.ref[KFAC] = weakref.ref(self)
@@ -236,8 +238,10 @@ class KFAC(torch.optim.Optimizer):
 
     def _forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """The model's forward pass, while its layers are watched."""
+        if any(layer.module.weight is not self._names[layer.weight] for layer in self.layers):
+            return forward(*arguments, **named)  # with other weights, as of torch.func.functional_call
         if all(p.grad is None for p in self._names.values()):
-            self._pending = None  # what was collected belongs to gradients that were given up
+            self._take()  # what was collected belongs to gradients that were given up
         self._watch_new()
         self._reached.clear()
         self._waiting.clear()
@@ -269,18 +273,18 @@ class KFAC(torch.optim.Optimizer):
             hooks[self._handle.id] = hooks.pop(self._handle.id)
         return out
 
+    def _leave(self) -> None:
+        """Forget a pass whose outputs were never seen: of `model.forward`, called directly."""
+        if not depth() and not getattr(self._thread, "inside", False):
+            self._thread.running = None
+
     def _after(self, out: Any) -> None:
         """The outputs of the model, after all hooks."""
         running, self._thread.running = getattr(self._thread, "running", None), None
         if running is None:
             return
         one, capture, layout = running
-        form = tuple((use.weight, use.shape) for use in capture.uses)
-        if form in self._checked:
-            capture.check(None)
-        else:
-            capture.check(out)
-            self._checked.add(form)
+        capture.check(out)
         outputs = one_tensor(out)
         with computing(outputs):
             axis = output_axis(layout, out, outputs, capture.batch)
@@ -306,9 +310,30 @@ class KFAC(torch.optim.Optimizer):
                 self._pending.merge(one.collected)
             one.used_in = self._pending
 
+    def _take(self) -> Collector | None:
+        """What was collected since the last step, which is forgotten."""
+        self._left.clear()
+        pending, self._pending = self._pending, None
+        return pending
+
+    def _arrive(self, weight: str) -> None:
+        """A gradient is about to be added to that of a weight, unless `torch.autograd.grad` is to return it.
+
+        Where the one before was given up since it was added to (deleted, or filled with zeros), what was collected with
+        it is given up, too.
+        """
+        left, gradient = self._left.get(weight), self._names[weight].grad
+        if left is None or self._pending is None:
+            return
+        if gradient is None or (left != (id(gradient), gradient._version) and not bool(gradient.any())):
+            self._take()
+
     def _accumulate(self, weight: str) -> None:
         """A backward pass has added to the gradient of a weight: the passes that it went through count."""
         task = torch._C._current_graph_task_id()
+        gradient = self._names[weight].grad
+        if gradient is not None:
+            self._left[weight] = id(gradient), gradient._version
         for reached, one in self._reached:
             if reached == task:
                 self._use(one)
@@ -330,7 +355,7 @@ class KFAC(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and the factors that were collected with them; a pass yet to be propagated back stays."""
-        self._pending = None
+        self._take()
         super().zero_grad(set_to_none)
 
     # -------------------------------------------------------------------------------------------------------- stepping
@@ -352,7 +377,7 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 found = closure()
-        pending, self._pending = self._pending, None
+        pending = self._take()
         new = None
         if pending is not None and pending.examples and self.steps % self.factor_interval == 0:
             new = pending.factors(str(self.loss.reduction), self.group)
@@ -571,7 +596,7 @@ class KFAC(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in _UNCOPIED}
+        state = {key: value for key, value in self.__dict__.items() if key not in (*_UNCOPIED, *_OF_TORCH)}
         generator = state.pop("_generator")
         state["_generator_state"] = None if generator is None else (generator.device, generator.get_state())
         return state
@@ -597,8 +622,13 @@ class KFAC(torch.optim.Optimizer):
             self._solve_mine()
 
 
-_UNCOPIED = ("_thread", "_checked", "_waiting", "_reached", "_handle", "_accumulated", "_pending", "_inverse")
+_UNCOPIED = ("_thread", "_waiting", "_reached", "_handle", "_accumulated", "_left", "_pending", "_inverse")
 """Attributes that a copy makes for itself."""
+
+_OF_TORCH = ("step", "_opt_called", "_step_count", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_OF_TORCH += ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+_OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
+"""What schedulers and hooks leave in an optimizer; copies of torch's own optimizers have none of it."""
 
 
 def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> KroneckerFactors:
@@ -619,12 +649,15 @@ class _Pass:
     collected: Collector
     normaliser: float = 1.0
     used_in: Collector | None = None
+    differentiated: bool = False
+    """Whether a backward pass through it is differentiated itself (a gradient penalty): it never counts."""
 
 
 def _wait(optimizer: weakref.ref[KFAC], one: _Pass, use: Use, gradient: Tensor) -> None:
     """The gradient at a layer's output; it counts if the same backward pass adds to the gradient of the weight."""
     found = optimizer()
-    if found is not None:
+    one.differentiated |= torch.is_grad_enabled()
+    if found is not None and not one.differentiated:
         task = torch._C._current_graph_task_id()
         waiting = found._waiting.setdefault(use.weight, [])
         waiting[:] = [entry for entry in waiting if entry[0] == task]
@@ -634,8 +667,21 @@ def _wait(optimizer: weakref.ref[KFAC], one: _Pass, use: Use, gradient: Tensor) 
 def _reach(optimizer: weakref.ref[KFAC], one: _Pass, gradient: Tensor) -> None:
     """A backward pass goes through the outputs of a forward pass."""
     found = optimizer()
-    if found is not None:
+    one.differentiated |= torch.is_grad_enabled()
+    if found is not None and not one.differentiated:
         found._reached.append((torch._C._current_graph_task_id(), one))
+
+
+class _Arriving:
+    """A hook of a weight, before a gradient is added to its own, for an optimizer that may be gone."""
+
+    def __init__(self, optimizer: weakref.ref[KFAC], weight: str) -> None:
+        self.optimizer, self.weight = optimizer, weight
+
+    def __call__(self, gradient: Tensor) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer._arrive(self.weight)
 
 
 class _Accumulated:
@@ -669,7 +715,10 @@ class _Watched:
         model, optimizer = self.model(), self.optimizer()
         assert model is not None
         forward = self.before if self.before is not None else partial(type(model).forward, model)
-        if optimizer is None or not optimizer._collects():
+        if optimizer is None:
+            return forward(*arguments, **named)
+        if not optimizer._collects():
+            optimizer._leave()
             return forward(*arguments, **named)
         return optimizer._forward(forward, arguments, named)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import lensor.nn
 import lensor.sampling
 from lensor import curvature
-from lensor.curvature import kfac, per_example_gradient_norms, per_example_gradients
+from lensor.curvature import kfac, layout, per_example_gradient_norms, per_example_gradients
+from lensor.curvature.layers import layers_of
+from lensor.curvature.layout import find_layout
+from lensor.curvature.watching import Targets
 from lensor.optim import KFAC
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -1372,3 +1378,248 @@ def test_targets_and_data_of_other_kinds() -> None:
     other = kfac(nn.Linear(5, 2), CE, (torch.randn(4, 5), y))
     with pytest.raises(ValueError, match=r"a block for 'weight' of shape \(2, 5\), the model has \(2, 3\)"):
         curvature.ekfac(model, CE, (x, y), other)
+
+
+def test_another_thread_runs_the_model_while_it_trains() -> None:
+    model, x, y = _two()
+    want = _factors_of(_plain)
+    optimizer = KFAC(model, CE, ema=0.0, lr=0.0)
+    stop, errors = threading.Event(), []
+
+    def predict() -> None:
+        try:
+            while not stop.is_set():
+                model(x[:3])  # in training mode, with a graph
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=predict)
+    thread.start()
+    try:
+        for _ in range(60):
+            optimizer.zero_grad()
+            CE(model(x), y).backward()
+            optimizer.step()
+            assert optimizer.factors is not None
+            for name, one in optimizer.factors.items():
+                torch.testing.assert_close(one.B, want[name + "B"])
+                torch.testing.assert_close(one.A, want[name + "A"])
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
+
+
+def test_a_forward_pass_between_forward_and_backward() -> None:
+    def change(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        out = model(x)
+        model(3 * x[:2])
+        return CE(out, y)
+
+    want, found = _factors_of(_plain), _factors_of(change)
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def test_outputs_in_slots() -> None:
+    @dataclasses.dataclass(slots=True)
+    class Answer:
+        logits: Tensor
+
+    class Reused(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.fc, self.tied = nn.Linear(3, 3), tied
+
+        def forward(self, x: Tensor) -> Answer:
+            z = torch.tanh(self.fc(x))
+            return Answer(z @ self.fc.weight if self.tied else z)
+
+    for batch in (1, 4):
+        data = torch.randn(batch, 3), torch.arange(batch) % 3
+        for axis in (None, 0):
+            with pytest.raises(ValueError, match="is also used outside of the layer"):
+                kfac(Reused(tied=True), CE, data, batch_axis=axis)
+            kfac(Reused(tied=False), CE, data, batch_axis=axis)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_watched_model_is_exported_and_compiled(mode: str) -> None:
+    model, x, _ = _two()
+    optimizer = KFAC(model, CE)
+    getattr(model, mode)()
+    for strict in (True, False):
+        program = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=mode == "eval")(x), model(x))
+    del optimizer
+
+
+def test_layers_that_are_frozen_again_have_no_factors() -> None:
+    model, x, y = _two()
+    optimizer = KFAC(model, CE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    model(x)
+    model.eval()
+    step()  # a pass of which no factors are collected
+    model.train()
+    step()
+    assert optimizer.factors is not None
+    assert list(optimizer.factors) == ["2.weight"]
+    assert torch.equal(model[0].weight, before)
+    model[0].requires_grad_(True)
+    step()
+    assert list(optimizer.factors) == ["0.weight", "2.weight"]
+
+
+def test_states_of_another_precision_go_on() -> None:
+    model, x, y = _two()
+    wide = copy.deepcopy(model).double()
+    one, two = KFAC(model, CE), KFAC(wide, CE)
+    CE(model(x), y).backward()
+    one.step()
+    two.load_state_dict(one.state_dict())
+    wide.load_state_dict(model.state_dict())
+    for net, optimizer, inputs in ((model, one, x), (wide, two, x.double())):
+        optimizer.zero_grad()
+        CE(net(inputs), y).backward()
+        optimizer.step()
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_is_left_out_with_a_warning() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).eval().double()
+    x, y = torch.randn(4, 3, 8).double(), torch.tensor([0, 1, 2, 0])
+    names = ["0.linear1", "0.linear2", "2"]
+    with pytest.warns(UserWarning, match=r"0\.self_attn \(MultiheadAttention\)"):
+        found = per_example_gradients(model, SUM, (x, y))
+    assert {name.rpartition(".")[0] for name in found} == set(names)
+    want = by_example(model, SUM, x, y)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, want[name])
+    for fisher in ("type-2", "forward-only"):
+        assert len(kfac(model, CE, (x, y), fisher=fisher, layers=names)) == 6
+
+
+@pytest.mark.parametrize("way", ["forward", "forward pre", "backward", "backward pre"])
+def test_losses_with_hooks_have_no_known_hessian(way: str) -> None:
+    loss, data = nn.CrossEntropyLoss(), (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    {
+        "forward": lambda: loss.register_forward_hook(lambda module, inputs, out: 3 * out),
+        "forward pre": lambda: loss.register_forward_pre_hook(lambda module, inputs: None),
+        "backward": lambda: loss.register_full_backward_hook(lambda module, before, after: None),
+        "backward pre": lambda: loss.register_full_backward_pre_hook(lambda module, after: None),
+    }[way]()
+    for fisher in ("type-2", "empirical"):
+        with pytest.raises(TypeError, match="with hooks"):
+            kfac(nn.Linear(3, 3), loss, data, fisher=fisher)
+
+
+def test_hooks_on_all_modules_do_not_change_the_loss() -> None:
+    model, data = nn.Linear(3, 3), (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    want = kfac(model, CE, data, fisher="empirical")["weight"].B
+
+    def tripled(module: nn.Module, inputs: Any, out: Any) -> Any:
+        return 3 * out if isinstance(module, nn.CrossEntropyLoss) else None
+
+    handle = nn.modules.module.register_module_forward_hook(tripled)
+    try:
+        torch.testing.assert_close(kfac(model, CE, data, fisher="empirical")["weight"].B, want)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type-2"])
+def test_hooks_put_on_the_model_after_the_optimizer_count(fisher: str) -> None:
+    def change(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        model.register_forward_hook(lambda module, inputs, out: 3 * out)
+        return CE(model(x), y)
+
+    found = _factors_of(change, fisher=fisher, bias="separate")
+    model, x, y = _two()
+    model.register_forward_hook(lambda module, inputs, out: 3 * out)
+    for name, one in kfac(model, CE, (x, y), fisher=fisher).items():
+        torch.testing.assert_close(found[name + "B"], one.B)
+
+
+# ------------------------------------------------------------------------------------------------------- trial passes
+def test_trial_passes_draw_no_random_numbers() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x + torch.randn_like(x) * random.random() * np.random.rand())
+
+    def drawn(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        model, x, y = Noisy(), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+        optimizer = KFAC(model, CE, lr=0.0, approx="reduce") if watched else torch.optim.SGD(model.parameters(), lr=0.0)
+        found = []
+        for _ in range(3):
+            out = model(x)
+            CE(out, y).backward()
+            optimizer.step()
+            found.append(out.detach())
+        return found
+
+    for plain, watched in zip(drawn(False), drawn(True), strict=True):
+        assert torch.equal(plain, watched)
+
+
+def test_layouts_that_are_remembered_are_of_one_form() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 4, 3)
+    targets = Targets(layers_of(model))
+    passes = []
+    model.register_forward_hook(lambda module, inputs, out: passes.append(1))
+
+    def axes() -> list[int]:
+        found = find_layout(model, x, targets, 4, remember=True).calls
+        assert found is not None
+        return [axis.axis for _, axis in found.values() if axis is not None]
+
+    assert (axes(), axes()) == ([0, 0], [0, 0])
+    assert len(passes) == 2
+    model[0].register_forward_hook(lambda module, inputs, out: out.transpose(0, 1))
+    assert axes() == [0, 1]
+    model.flag = True
+    axes()
+    model.eval()
+    axes()
+    assert len(passes) == 8
+    for size in range(1, 70):
+        find_layout(model, torch.randn(4, size, 3), targets, 4, remember=True)
+    assert 0 < len(layout._known[model]) <= 64
+
+
+def test_trial_passes_leave_the_cache_of_casts_alone() -> None:
+    model, data = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=enabled):
+            kfac(model, CE, data)
+            per_example_gradients(model, CE, data)
+            assert torch.is_autocast_cache_enabled() == enabled
+            assert torch.is_autocast_enabled("cpu")
+
+
+def test_faults_of_the_library_are_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(layout._Finder, "_compared", broken)
+    with pytest.raises(MemoryError):
+        kfac(nn.Linear(3, 2), CE, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])))

@@ -108,10 +108,14 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch, name: str, fault: Cal
     assert (before.outcome, after.outcome) == ("right", "WRONG")
 
 
-def test_other_errors_are_not_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyError, TypeError])
+def test_other_errors_are_not_refusals(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         return {}["a key"]
 
-    monkeypatch.setattr(model_sweep.curvature, "ggn_diagonal", broken)
+    if error is TypeError:  # a fault inside of the library, as a traceback shows it
+        monkeypatch.setattr(model_sweep.curvature.quantities, "_refuse_mixing", None)
+    else:
+        monkeypatch.setattr(model_sweep.curvature, "ggn_diagonal", broken)
     (found,) = [one for one in run_case(3, trait="-", functions=["ggn_diagonal"]) if one.function == "ggn_diagonal"]
     assert found.outcome == "crash"

@@ -70,13 +70,18 @@ def compile(
     try:
         return _plans.get_or_make(key, make)
     except TypeError:
-        for name, shape in shapes.items():
-            if any(type(size).__name__ == "SymInt" for size in shape):
-                raise TypeError(
-                    f"operand {name!r} has shape {shape} with sizes that are symbols, expected numbers: a network is"
-                    " planned for known sizes; the functions of lensor.functional take symbols"
-                ) from None
+        _refuse_symbols(shapes)
         raise
+
+
+def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise TypeError for sizes of a compiler that stand for many, which no key of a cache can hold."""
+    for name, shape in shapes.items():
+        if any(type(size).__name__ == "SymInt" for size in shape):
+            raise TypeError(
+                f"operand {name!r} has shape {tuple(shape)} with sizes that are symbols, expected numbers: a network is"
+                " planned for known sizes; the functions of lensor.functional take symbols"
+            ) from None
 
 
 def _derived(
@@ -251,7 +256,11 @@ def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
         tuple(operand if isinstance(operand, IndexPattern) else tuple(operand.shape) for operand in operands),
         tuple(sorted(sizes.items())),
     )
-    net = _contractions.get_or_make(key, lambda: _contraction_of(subscripts, operands, sizes))
+    try:
+        net = _contractions.get_or_make(key, lambda: _contraction_of(subscripts, operands, sizes))
+    except TypeError:
+        _refuse_symbols({name: array.shape for name, array in arrays.items()})
+        raise
     if arrays:
         return evaluate(net, arrays)
     return Runnable(compile(net, {}), backend)({})

@@ -14,12 +14,26 @@ Node = Any
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, and in the attributes of objects that are no containers."""
+    """The tensors in nested containers, and in the attributes and slots of objects that are no containers."""
+    yield from _tensors_in(value, set())
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, torch.nn.Module)):
-            yield from (one for one in tree_leaves(vars(leaf)) if isinstance(one, Tensor))
+        elif not isinstance(leaf, (type, torch.nn.Module, str, int, float)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            slots = [name for kind in type(leaf).__mro__ for name in _listed(vars(kind).get("__slots__", ()))]
+            inside = {name: getattr(leaf, name) for name in slots if hasattr(leaf, name)} | getattr(
+                leaf, "__dict__", {}
+            )
+            if inside:
+                yield from _tensors_in(inside, seen)
+
+
+def _listed(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def inner_nodes(output: Tensor, arguments: Iterable[Any], parameters: Iterable[Tensor]) -> set[Node]:

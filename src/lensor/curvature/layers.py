@@ -85,9 +85,11 @@ def layers_of(
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     found: list[Layer] = []
     unknown: list[str] = []
+    # Attention takes the parameters of its last linear layer, which never runs itself.
+    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module):
+        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module) and id(module) not in inside:
             if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
                 raise ValueError(f"layer {name!r} is lazy and has seen no input yet: call the model first")
             prefix = f"{name}." if name else ""

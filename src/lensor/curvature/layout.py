@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -306,6 +307,8 @@ class _Finder:
                 except NoLayoutError:
                     raise
                 except Exception as error:
+                    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _is_own(error):
+                        raise
                     trouble = error
         self._pass(list(range(self.batch)))  # which fails as the model itself does
         raise NoLayoutError(
@@ -489,6 +492,12 @@ def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> Batch
 def _are_equal(values: Tensor) -> bool:
     """Whether all numbers are one, so that no order of the examples is wrong."""
     return bool((values == values.flatten()[:1]).all())
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether an error is a fault of this package, not of a model that is run on other examples."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (AttributeError, KeyError, NameError)) and frames[-1].filename == __file__
 
 
 def _first_line(error: Exception | None) -> str:

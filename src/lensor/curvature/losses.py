@@ -64,7 +64,7 @@ class LossRoot:
         f = outputs.detach()
         self.f = f if f.dtype in (torch.float32, torch.float64) else f.float()
         if isinstance(loss, nn.CrossEntropyLoss):
-            self.total, self.normaliser = _class_weights(loss, self.f, targets)
+            self.total, self.normaliser = class_weights(loss, self.f, targets)
         else:
             if targets is not None and targets.shape != outputs.shape:
                 raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(outputs.shape)}")
@@ -141,7 +141,7 @@ class LossRoot:
             targets = targets.to(f.dtype) if targets.is_floating_point() else targets
         with torch.enable_grad():
             f = f.detach().requires_grad_()
-            (found,) = torch.autograd.grad(loss(f, targets), f)
+            (found,) = torch.autograd.grad(loss.forward(f, targets), f)  # which no global hook changes
         yield (found * self.normaliser**0.5).to(self.outputs.dtype)
 
     def of(self, fisher: str, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
@@ -200,13 +200,13 @@ def require_loss(loss: nn.Module) -> None:
             f"loss is a {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: only their"
             " Hessian is known"
         )
-    if loss._forward_hooks or loss._forward_pre_hooks:
+    if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
         raise TypeError(f"loss is a {type(loss).__name__} with hooks, whose Hessian is not known")
     if loss.reduction not in ("mean", "sum"):
         raise ValueError(f"loss has reduction={loss.reduction!r}, expected 'mean' or 'sum'")
 
 
-def _class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None) -> tuple[Tensor, float]:
+def class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None) -> tuple[Tensor, float]:
     """What each position's log-probabilities count together, [batch, *positions], and what the mean divides by."""
     if f.ndim < 2:
         raise ValueError(f"outputs have shape {tuple(f.shape)}, expected [batch, classes, ...]")

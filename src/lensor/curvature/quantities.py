@@ -20,7 +20,7 @@ from lensor.curvature.graph import tensors_in
 from lensor.curvature.kfac import output_axis
 from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import BatchAxis, Given
-from lensor.curvature.losses import LossRoot, require_counted, require_loss, require_tensor
+from lensor.curvature.losses import LossRoot, class_weights, require_counted, require_loss, require_tensor
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
@@ -679,6 +679,8 @@ def _share(loss: Any, batch: _Batch, targets: Any) -> float:
         counted = targets != loss.ignore_index
         known = targets.where(counted, torch.zeros_like(targets))
         return float((counted if loss.weight is None else loss.weight[known] * counted).sum())
+    if type(loss) is nn.CrossEntropyLoss:
+        return class_weights(loss, batch.outputs.detach(), targets)[1]
     try:
         require_loss(loss)
     except TypeError:  # torch's other losses have the mean of what they give without a reduction

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,9 +38,10 @@ class KFAC(torch.optim.Optimizer):
 
     Factors are collected while the model runs in training mode: no closure, no change to the training loop. A forward
     pass counts if a backward pass through it adds to the `grad` of the layers' weights; what `torch.autograd.grad` does
-    meanwhile does not count, nor does a pass that is differentiated twice (a gradient penalty). Parameters without factors (normalisation, embeddings) are updated by the gradient itself.
-    A model that is compiled as a whole runs as it was written while factors are collected; with `fullgraph=True` that
-    is an error of the compiler's.
+    meanwhile does not count, nor does a forward pass whose gradients are differentiated (a gradient penalty).
+    Parameters without factors (normalisation, embeddings) are updated by the gradient itself. A model that is compiled
+    as a whole runs as it was written while factors are collected; with `fullgraph=True` that is an error of the
+    compiler's.
 
     Args:
         model: the model, or a DistributedDataParallel one.
@@ -201,6 +202,10 @@ class KFAC(torch.optim.Optimizer):
             elif self._asked is not None:
                 raise ValueError(f"layer {layer.name!r} has a weight that this optimizer does not train")
         self._names, self.layers = named, found
+        if getattr(self, "factors", None) is not None:  # what is not trained any more has no factors
+            self.factors = self._still_trained(self.factors)
+            self._inverted = dict(self._still_trained(self._inverted))
+            self._inverse = {name: one for name, one in self._inverse.items() if name in self._inverted}
         for handle in getattr(self, "_accumulated", ()):
             handle.remove()
         here: weakref.ref[KFAC] = weakref.ref(self)
@@ -211,12 +216,15 @@ class KFAC(torch.optim.Optimizer):
             self._accumulated.append(weight.register_hook(_Arriving(here, layer.weight)))
             self._accumulated.append(weight.register_post_accumulate_grad_hook(_Accumulated(here, layer.weight)))
 
+    def _still_trained(self, blocks: Any) -> Any:
+        kept = {name: block for name, block in blocks.items() if all(one in self._names for one in block.names)}
+        return blocks._with(kept) if isinstance(blocks, KroneckerFactors) else kept
+
     # ------------------------------------------------------------------------------------------------------ collecting
     def _hook(self) -> None:
         """Watch the model's forward pass, and its outputs after all of its hooks."""
         self._thread = threading.local()
-        self._waiting: dict[str, list[tuple[int, _Pass, Use, Tensor]]] = {}
-        self._reached: list[tuple[int, _Pass]] = []
+        self._backward: dict[int, _Backward] = {}
         here: weakref.ref[KFAC] = weakref.ref(self)
         handle = self.model.register_forward_hook(_After(here), with_kwargs=True)
         watched = _Watched(here, self.model)
@@ -234,17 +242,14 @@ class KFAC(torch.optim.Optimizer):
             and self.steps % self.factor_interval == 0
             and not depth()
             and not getattr(self._thread, "inside", False)
+            and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again in the backward pass
         )
 
     def _forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """The model's forward pass, while its layers are watched."""
         if any(layer.module.weight is not self._names[layer.weight] for layer in self.layers):
             return forward(*arguments, **named)  # with other weights, as of torch.func.functional_call
-        if all(p.grad is None for p in self._names.values()):
-            self._take()  # what was collected belongs to gradients that were given up
         self._watch_new()
-        self._reached.clear()
-        self._waiting.clear()
         inputs = Arguments(arguments, named)
         batch, targets = size_of(inputs), Targets(self.layers)
         remember = self.approx == "expand"  # which treats rows alike, whichever example they belong to
@@ -330,18 +335,28 @@ class KFAC(torch.optim.Optimizer):
 
     def _accumulate(self, weight: str) -> None:
         """A backward pass has added to the gradient of a weight: the passes that it went through count."""
-        task = torch._C._current_graph_task_id()
         gradient = self._names[weight].grad
         if gradient is not None:
             self._left[weight] = id(gradient), gradient._version
-        for reached, one in self._reached:
-            if reached == task:
-                self._use(one)
-        self._reached = [(reached, one) for reached, one in self._reached if reached != task]
-        for waited, one, use, gradient in self._waiting.pop(weight, ()):
-            if waited == task:
-                self._use(one)
-                self._add_output(one, use, gradient)
+        found = self._backward.get(torch._C._current_graph_task_id())
+        if found is None:
+            return
+        for one in found.reached:
+            self._use(one)
+        found.reached.clear()
+        for one, use, gradient in found.waiting.pop(weight, ()):
+            self._use(one)
+            self._add_output(one, use, gradient)
+
+    def _running(self) -> _Backward:
+        """What the running backward pass has shown so far; it is forgotten when that ends."""
+        task = torch._C._current_graph_task_id()
+        found = self._backward.get(task)
+        if found is None:
+            found = self._backward[task] = _Backward()
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._backward.pop(task, None))
+        return found
 
     def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
         """The gradient at a layer's output in the user's own backward pass: an example's own times √normaliser."""
@@ -378,8 +393,11 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad():
                 found = closure()
         pending = self._take()
+        if all(p.grad is None for p in self._names.values()):
+            pending = None  # what was collected belongs to gradients that were given up
         new = None
         if pending is not None and pending.examples and self.steps % self.factor_interval == 0:
+            self._require_outputs(pending)
             new = pending.factors(str(self.loss.reduction), self.group)
         trouble = self._nonfinite(new)
         if trouble:
@@ -429,6 +447,22 @@ class KFAC(torch.optim.Optimizer):
                 parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
         self.steps += 1
         return found
+
+    def _require_outputs(self, pending: Collector) -> None:
+        """Raise where a weight has a gradient and none was seen at its layer's output: its factor is not zero.
+
+        Raises:
+            ValueError: with the weight's name.
+        """
+        if self.fisher == "forward-only":
+            return
+        for name, sums in pending.sums.items():
+            gradient = self._names[name].grad
+            if sums.b is None and gradient is not None and bool(gradient.any()):
+                raise ValueError(
+                    f"{name!r} has a gradient, but none was seen at the output of its layer, expected backward passes"
+                    " through forward passes of the model in training mode only"
+                )
 
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
         """The first gradient or factor that is not finite; the same answer on every rank."""
@@ -557,6 +591,8 @@ class KFAC(torch.optim.Optimizer):
         inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
         for blocks in (factors or {}, inverted):
             self._require_own(blocks)
+        factors = None if factors is None else factors._with(self._as_parameters(factors))
+        inverted = self._as_parameters(inverted)
         if factors is not None and factors.approx != self.approx:
             raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
@@ -576,6 +612,16 @@ class KFAC(torch.optim.Optimizer):
             device = next(iter(self._names.values())).device
             self._generator = torch.Generator(device)
             self._generator.set_state(own["generator"])
+
+    def _as_parameters(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """Blocks on the parameters' devices, in their precision, which is at least single."""
+        found = {}
+        for name, block in blocks.items():
+            like = self._names[name]
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            changed = {w: t.to(like.device, dtype) for w, t in block.tensors().items()}
+            found[name] = replace(block, formed=changed.get("A"), root=changed.get("root"), B=changed["B"])
+        return found
 
     def _require_own(self, factors: Mapping[str, Block]) -> None:
         """Raise ValueError unless factors are of this model's parameters, in blocks as this optimizer has them."""
@@ -622,7 +668,7 @@ class KFAC(torch.optim.Optimizer):
             self._solve_mine()
 
 
-_UNCOPIED = ("_thread", "_waiting", "_reached", "_handle", "_accumulated", "_left", "_pending", "_inverse")
+_UNCOPIED = ("_thread", "_backward", "_handle", "_accumulated", "_left", "_pending", "_inverse")
 """Attributes that a copy makes for itself."""
 
 _OF_TORCH = ("step", "_opt_called", "_step_count", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -653,15 +699,20 @@ class _Pass:
     """Whether a backward pass through it is differentiated itself (a gradient penalty): it never counts."""
 
 
+@dataclass(eq=False)
+class _Backward:
+    """A backward pass that runs: the forward passes it went through, and gradients at outputs by the weight's name."""
+
+    reached: list[_Pass] = field(default_factory=list)
+    waiting: dict[str, list[tuple[_Pass, Use, Tensor]]] = field(default_factory=dict)
+
+
 def _wait(optimizer: weakref.ref[KFAC], one: _Pass, use: Use, gradient: Tensor) -> None:
     """The gradient at a layer's output; it counts if the same backward pass adds to the gradient of the weight."""
     found = optimizer()
     one.differentiated |= torch.is_grad_enabled()
     if found is not None and not one.differentiated:
-        task = torch._C._current_graph_task_id()
-        waiting = found._waiting.setdefault(use.weight, [])
-        waiting[:] = [entry for entry in waiting if entry[0] == task]
-        waiting.append((task, one, use, gradient))
+        found._running().waiting.setdefault(use.weight, []).append((one, use, gradient))
 
 
 def _reach(optimizer: weakref.ref[KFAC], one: _Pass, gradient: Tensor) -> None:
@@ -669,7 +720,7 @@ def _reach(optimizer: weakref.ref[KFAC], one: _Pass, gradient: Tensor) -> None:
     found = optimizer()
     one.differentiated |= torch.is_grad_enabled()
     if found is not None and not one.differentiated:
-        found._reached.append((torch._C._current_graph_task_id(), one))
+        found._running().reached.append(one)
 
 
 class _Arriving:
@@ -706,9 +757,18 @@ class _Watched:
         self.before = vars(model).get("forward")
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return _run_outside(self, arguments, named)
-        return self.run(arguments, named)
+        if not torch.compiler.is_dynamo_compiling():
+            return self.run(arguments, named)
+        model = self.model()
+        if model is not None and (not model.training or torch.compiler.is_exporting()):  # no break is needed
+            return (self.before or partial(type(model).forward, model))(*arguments, **named)
+        return _run_outside(self, arguments, named)
+
+    @property
+    def __code__(self) -> Any:
+        """That of the method, for what reads its signature."""
+        method = self.before if self.before is not None else type(self.model()).forward
+        return getattr(method, "__code__", None)
 
     def run(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """The forward pass, watched if the optimizer collects."""
@@ -745,10 +805,10 @@ class _After:
         self.optimizer = optimizer
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            _tell_outside(self, out)
-        else:
+        if not torch.compiler.is_dynamo_compiling():
             self.tell(out)
+        elif module.training and not torch.compiler.is_exporting():
+            _tell_outside(self, out)
 
     def tell(self, out: Any) -> None:
         """Give the outputs to the optimizer."""

@@ -31,6 +31,7 @@ from lensor.curvature.watching import (
     Targets,
     Watch,
     aside,
+    eagerly,
     forgotten,
     uncast,
     undisturbed,
@@ -393,6 +394,7 @@ class _Finder:
             stack.callback(np.random.set_state, np.random.get_state())
             # A checkpoint around the model, which counts what is saved, is not to count this.
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+            stack.enter_context(eagerly())
             stack.enter_context(undisturbed(self.model))
             stack.enter_context(forgotten(list(self.model.modules())))
             # Weights that automatic casts keep would tie the graphs of two passes together.

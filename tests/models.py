@@ -1860,7 +1860,7 @@ def _check(case: Case) -> None:
                     raise Unsuitable("torch disagrees with itself")
             if case.loss.known and total == 0:
                 raise Unsuitable
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise Unsuitable(str(error)) from error
 
 

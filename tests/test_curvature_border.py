@@ -1623,3 +1623,14 @@ def test_faults_of_the_library_are_not_blamed_on_the_model(monkeypatch: pytest.M
     monkeypatch.setattr(layout._Finder, "_compared", broken)
     with pytest.raises(MemoryError):
         kfac(nn.Linear(3, 2), CE, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])))
+
+
+def test_values_written_in_place_after_frozen_layers() -> None:
+    frozen, last = nn.Linear(4, 4), nn.Linear(4, 2)
+    frozen.requires_grad_(False)
+    model = nn.Sequential(frozen, nn.ReLU(inplace=True), nn.LeakyReLU(inplace=True), last)
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 1])
+    CE(model(x), y).backward()  # which torch can
+    with pytest.raises(ValueError, match="leave these out with layers="):
+        kfac(model, CE, (x, y))
+    assert list(kfac(model, CE, (x, y), layers="3")) == ["3.weight", "3.bias"]

@@ -340,6 +340,11 @@ class Capture(Watch):
                 outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True
             )
         except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise ValueError(
+                    "gradients cannot be propagated to the layers' outputs: the model writes in place into values that"
+                    " its gradient needs, which torch allows after layers that are frozen; leave these out with layers="
+                ) from error
             if "use_reentrant" not in str(error):
                 raise
             raise ValueError(

@@ -661,6 +661,8 @@ def attempt(check: Check, name: str) -> tuple[str, str]:
         except Unchecked as error:
             return "unchecked", str(error)
         except Exception as error:
+            if "modified by an inplace operation" in str(error):  # the oracle needs a graph where torch itself has none
+                return "unchecked", str(error)
             return "crash", f"the check itself: {''.join(traceback.format_exception(error)[-2:])}"
         raise AssertionError("a check that does not end")
     finally:

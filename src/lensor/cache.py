@@ -139,7 +139,8 @@ def clear_caches() -> None:
     for. Call it to measure a first call, or to give the memory back.
 
     What graphs of `torch.compile` and `torch.export` were made of stays: they may run again. So do measured times,
-    which `lensor.wisdom.forget` drops, and plans that you hold.
+    which `lensor.wisdom.forget` drops, plans that you hold, and what `lensor.optim.KFAC` has found of a model's layout,
+    which goes with the model.
 
     Example:
         >>> import lensor

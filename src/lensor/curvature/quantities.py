@@ -151,7 +151,7 @@ def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch
                 products.append((slope * direction).sum())
         if not products:
             return False
-        curved = torch.autograd.grad(sum(products), tensors, retain_graph=True, allow_unused=True)
+        curved = torch.autograd.grad(_sum(products), tensors, retain_graph=True, allow_unused=True)
     except RuntimeError:
         return False
     rows = [axis.first(one, batch) for (_, axis), one in zip(outputs, curved, strict=True) if one is not None]

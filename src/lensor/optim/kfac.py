@@ -767,7 +767,7 @@ class _Watched:
     @property
     def __code__(self) -> Any:
         """That of the method, for what reads its signature."""
-        method = self.before if self.before is not None else type(self.model()).forward
+        method = self.before if self.before is not None else getattr(type(self.model()), "forward", None)
         return getattr(method, "__code__", None)
 
     def run(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -340,8 +340,10 @@ def test_sampled_fisher_is_unbiased() -> None:
             scale = float(block.B.abs().max())
             close(sampled[key].A, block.A)
             assert float((sampled[key].B - block.B).abs().max()) < 0.08 * scale, (name, key)
-        again = kfac(net, loss, data, fisher="mc", mc_samples=4000, generator=torch.Generator().manual_seed(0))
-        close(again["0.weight"].B, sampled["0.weight"].B)
+        few = [
+            kfac(net, loss, data, fisher="mc", mc_samples=9, generator=torch.Generator().manual_seed(0)) for _ in "ab"
+        ]
+        close(few[0]["0.weight"].B, few[1]["0.weight"].B)
 
 
 def test_empirical_fisher_is_made_of_the_examples_own_gradients() -> None:

@@ -1839,6 +1839,8 @@ def _check(case: Case) -> None:
             if any(step.checkpointed for net in case.model.modules() if isinstance(net, Net) for step in net.steps):
                 _check_checkpoints(case, lone)
             if case.seeded:
+                if "another thread does the same" in case.traits:
+                    raise Unsuitable("threads draw from one generator")
                 return
             total = case.loss.divisor(first, case.wide_targets)
             parts = []

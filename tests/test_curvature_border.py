@@ -1634,3 +1634,43 @@ def test_values_written_in_place_after_frozen_layers() -> None:
     with pytest.raises(ValueError, match="leave these out with layers="):
         kfac(model, CE, (x, y))
     assert list(kfac(model, CE, (x, y), layers="3")) == ["3.weight", "3.bias"]
+
+
+_READS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "unique": (torch.unique, True),
+    "unique along an axis": (lambda x: torch.unique(x[None], dim=1), True),
+    "mask": (lambda x: x[x > 0], True),
+    "mask of an axis": (lambda x: x[None][:, x > 0], True),
+    "nonzero": (lambda x: (x > 0).nonzero(), True),
+    "where": (lambda x: torch.where(x > 0), True),
+    "where, of two": (lambda x: torch.where(x > 0, x, 0), False),
+    "masked_select": (lambda x: x.masked_select(x > 0), True),
+    "repeat_interleave": (lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1])), True),
+    "repeat_interleave, alike": (lambda x: x.repeat_interleave(2), False),
+    "bincount": (lambda x: x.long().bincount(), True),
+    "packed": (
+        lambda x: nn.utils.rnn.pack_padded_sequence(x.view(2, 2, 1), torch.tensor([2, 1]), batch_first=True),
+        True,
+    ),
+    "item": (lambda x: x.sum().item(), True),
+    "list": (lambda x: x.tolist(), True),
+    "float": (lambda x: float(x.sum()), True),
+    "condition": (lambda x: 1 if x.sum() > 0 else 2, True),
+    "positions": (lambda x: x[torch.tensor([0, 2])], False),
+    "arithmetic": (lambda x: x[1:] + x[:3], False),
+}
+
+
+@pytest.mark.parametrize("read", list(_READS))
+def test_functions_whose_shapes_depend_on_values_are_known(read: str) -> None:
+    function, expected = _READS[read]
+
+    class Reading(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            function(torch.tensor([1.0, 2.0, 2.0, 0.0]))
+            return super().forward(input)
+
+    model = nn.Sequential(Reading(3, 2), nn.Linear(2, 2))
+    finder = layout._Finder(model, torch.randn(4, 3), Targets(layers_of(model, ["1"])), 4)
+    finder._pass([0, 1])
+    assert finder.by_values == expected

@@ -185,38 +185,25 @@ class Collector:
         batch_axis: Given = None,
     ) -> None:
         """One batch: a forward pass, and a backward pass to the layers' outputs for each column of the root."""
-        arguments = model, loss, inputs, targets, mc_samples, generator, batch_axis
-        if self.fisher != "forward-only":
-            self._add(*arguments, record=True)
-            return
-        for record in (False, True):  # a model may ask for gradients itself
-            one = Collector(self.layers, self.approx, self.joint, self.fisher)
-            try:
-                one._add(*arguments, record=record)
-            except RuntimeError:
-                if record:
-                    raise
-                continue
-            self.merge(one)
-            return
-
-    def _add(
-        self,
-        model: nn.Module,
-        loss: nn.Module,
-        inputs: Any,
-        targets: Tensor,
-        mc_samples: int,
-        generator: torch.Generator | None,
-        batch_axis: Given,
-        record: bool,
-    ) -> None:
         batch = size_of(inputs)
         watched = Targets(self.layers)
         layout = Capture.layout_of(model, inputs, watched, batch, batch_axis)
         ordered = self.approx == "reduce"
-        capture = Capture(watched, self.add_input, batch, layout, batch_axis, ordered=ordered, independent=False)
-        returned = run(model, inputs, capture, record=record)
+
+        def passed(into: Collector, record: bool) -> tuple[Capture, Any]:
+            capture = Capture(watched, into.add_input, batch, layout, batch_axis, ordered=ordered, independent=False)
+            return capture, run(model, inputs, capture, record=record)
+
+        if self.fisher != "forward-only":
+            capture, returned = passed(self, record=True)
+        else:
+            try:
+                one = Collector(self.layers, self.approx, self.joint, self.fisher)
+                capture, returned = passed(one, record=False)
+            except RuntimeError:  # the model itself asks for gradients
+                one = Collector(self.layers, self.approx, self.joint, self.fisher)
+                capture, returned = passed(one, record=True)
+            self.merge(one)
         capture.check(returned)
         outputs = one_tensor(returned)
         with computing(outputs):
@@ -339,18 +326,24 @@ def output_axis(
             f"the model returns {shape} for {batch} examples, expected that many rows, or as many for each example, in"
             " the first axis"
         )
-    if independent and not found.independent:
-        raise ValueError(
-            "the model returns outputs in which the rows of an example depend on the other examples, on their order or"
-            " on chance, or are too alike in half precision to tell, expected a model that treats every example alike:"
-            " if it does, say batch_axis=0"
-        )
+    if independent:
+        require_independent(found)
     if found.order is None:
         raise ValueError(
             f"the model returns {shape}, {found.rows} rows for each of {batch} examples, in an order that cannot be"
             " found: let it return the examples first"
         )
     return found
+
+
+def require_independent(axis: BatchAxis) -> None:
+    """Raise ValueError unless an example's rows of the outputs are its own."""
+    if not axis.independent:
+        raise ValueError(
+            "the model returns outputs in which the rows of an example depend on the other examples, on their order or"
+            " on chance, or are too alike in half precision to tell, expected a model that treats every example alike:"
+            " if it does, say batch_axis=0"
+        )
 
 
 def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:

@@ -145,10 +145,14 @@ _DROPOUTS = {
 
 _BY_VALUES = {
     getattr(torch, name)
-    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_pack_padded_sequence")
-} | {torch.Tensor.nonzero, torch.Tensor.argwhere, torch.Tensor.masked_select, torch.Tensor.unique, torch.Tensor.item}
-_BY_VALUES |= {torch.Tensor.tolist, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.__bool__}
-_BY_VALUES |= {torch.Tensor.numpy, torch._VF.unique_dim if hasattr(torch._VF, "unique_dim") else torch.unique}
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount")
+} | {
+    getattr(Tensor, name)
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "item", "tolist")
+}
+_BY_VALUES |= {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float", "index")}
+_BY_VALUES |= {Tensor.numpy, torch._VF._pack_padded_sequence, torch._VF.unique_dim}  # pyright: ignore
+"""Functions whose result, as a shape or as a number of Python's, depends on values."""
 
 
 def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> bool:

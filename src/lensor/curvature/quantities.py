@@ -17,7 +17,7 @@ from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, r
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.factors import EigenFactors, KroneckerFactors
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.kfac import output_axis
+from lensor.curvature.kfac import output_axis, require_independent
 from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import BatchAxis, Given
 from lensor.curvature.losses import LossRoot, class_weights, require_counted, require_loss, require_tensor
@@ -99,12 +99,8 @@ class _Batch:
             for tensor, axis in zip(tensors_in(self.returned), axes or (), strict=False)
             if axis is not None and tensor.requires_grad
         ]
-        if any(not axis.independent for _, axis in found):
-            raise ValueError(
-                "the model returns outputs in which the rows of an example depend on the other examples, on their order"
-                " or on chance, or are too alike in half precision to tell, expected a model that treats every example"
-                " alike: if it does, say batch_axis=0"
-            )
+        for _, axis in found:
+            require_independent(axis)
         found = [(tensor, axis) for tensor, axis in found if axis.order is not None]
         if self.size < 2 or not found or _is_torchs(loss):
             return

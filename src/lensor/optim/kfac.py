@@ -213,8 +213,8 @@ class KFAC(torch.optim.Optimizer):
         self._accumulated = []
         for layer in found:
             weight = named[layer.weight]
-            self._accumulated.append(weight.register_hook(_Arriving(here, layer.weight)))
-            self._accumulated.append(weight.register_post_accumulate_grad_hook(_Accumulated(here, layer.weight)))
+            before, after = (_OnGradient(here, layer.weight, tell) for tell in (KFAC._arrive, KFAC._accumulate))
+            self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
 
     def _still_trained(self, blocks: Any) -> Any:
         kept = {name: block for name, block in blocks.items() if all(one in self._names for one in block.names)}
@@ -723,28 +723,16 @@ def _reach(optimizer: weakref.ref[KFAC], one: _Pass, gradient: Tensor) -> None:
         found._running().reached.append(one)
 
 
-class _Arriving:
-    """A hook of a weight, before a gradient is added to its own, for an optimizer that may be gone."""
+class _OnGradient:
+    """A hook of a weight, before or after a gradient is added to its own, for an optimizer that may be gone."""
 
-    def __init__(self, optimizer: weakref.ref[KFAC], weight: str) -> None:
-        self.optimizer, self.weight = optimizer, weight
+    def __init__(self, optimizer: weakref.ref[KFAC], weight: str, tell: Callable[[KFAC, str], None]) -> None:
+        self.optimizer, self.weight, self.tell = optimizer, weight, tell
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, value: Tensor) -> None:
         optimizer = self.optimizer()
         if optimizer is not None:
-            optimizer._arrive(self.weight)
-
-
-class _Accumulated:
-    """A hook of a weight for an optimizer that may be gone."""
-
-    def __init__(self, optimizer: weakref.ref[KFAC], weight: str) -> None:
-        self.optimizer, self.weight = optimizer, weight
-
-    def __call__(self, parameter: Tensor) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None:
-            optimizer._accumulate(self.weight)
+            self.tell(optimizer, self.weight)
 
 
 class _Watched:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import lensor
 from lensor import cli, rules
-from lensor.passes import PHASES
-from lensor.passes.examples import CASES, RULE_EXAMPLES, Example
+from lensor.simplification import PHASES
+from lensor.simplification.examples import CASES, RULE_EXAMPLES, Example
 from tests.dense import evaluate_dense
 
 DOCS = Path(__file__).parent.parent / "docs"

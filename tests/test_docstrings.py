@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import lensor
-from lensor import ops, wisdom
+from lensor import ops
 from lensor.network import Verbs
+from lensor.planner import wisdom
 
 pytest.importorskip("torch")  # lensor.nn and lensor.distributed need it
 

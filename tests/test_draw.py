@@ -34,7 +34,7 @@ from lensor.draw.scene import Box, Label, Scene, Segment, Shape, scene_of
 from lensor.draw.tex import tex
 from lensor.draw.writers import png, svg, tikz
 from lensor.plan import Plan, Program
-from lensor.steps import Input, MatMul
+from lensor.plan.steps import Input, MatMul
 from tests.strategies import random_spec
 
 SPECS = {

@@ -22,9 +22,9 @@ import lensor
 from lensor import ConvSpec, IndexPattern, ops
 from lensor.cache import Cache
 from lensor.kernels import load
-from lensor.lower import STRATEGIES, candidates, lower
+from lensor.lowering import STRATEGIES, candidates, lower
+from lensor.plan.steps import Convolution, Gather, SumSquares
 from lensor.runtime import run
-from lensor.steps import Convolution, Gather, SumSquares
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 from tests.dense import evaluate_dense
 
@@ -298,7 +298,7 @@ def test_results_that_could_be_views(name: str) -> None:
     for strategy in STRATEGIES:
         for plan in (lower(net, strategy), lower(net.simplify(), strategy)):
             plan = type(plan)(
-                plan.subscripts, plan.steps, plan.shapes, plan.result, plan.name, runner=lensor.execute.run
+                plan.subscripts, plan.steps, plan.shapes, plan.result, plan.name, runner=lensor.evaluate.run
             )
             for _ in range(2):
                 found = plan(**operands)
@@ -678,7 +678,7 @@ def test_gradients_by_every_candidate(spec: str) -> None:
             for strategy in STRATEGIES:
                 plan = lower(net.simplify(), strategy)
                 plan = type(plan)(
-                    plan.subscripts, plan.steps, plan.shapes, plan.result, plan.name, runner=lensor.execute.run
+                    plan.subscripts, plan.steps, plan.shapes, plan.result, plan.name, runner=lensor.evaluate.run
                 )
                 ours = tensors(operands, requires_grad=True)
                 (found,) = torch.autograd.grad(plan(**ours), ours[name], torch.tensor(cotangent))

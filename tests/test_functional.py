@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lensor import functional  # noqa: E402
+from lensor import dispatch  # noqa: E402
 from lensor.functional import (  # noqa: E402
     conv,
     conv_input_vjp,
@@ -645,7 +645,7 @@ def numbers_without_replicate_autograd(case: Case) -> tuple[Any, Any, Any]:
 
 
 def test_two_threads_at_once() -> None:
-    functional._calls.clear()
+    dispatch._calls.clear()
     cases = [CASES[name] for name in ("1d-all", "2d", "2d-all", "2d-dense", "2d-circular", "3d")] * 4
     expected = [(case.reference(case.x, case.w), numbers(case)) for case in cases]
 
@@ -662,12 +662,12 @@ def test_two_threads_at_once() -> None:
 
 
 def test_a_call_is_prepared_once() -> None:
-    functional._calls.clear()
+    dispatch._calls.clear()
     x, w = random(2, 4, 9), random(6, 4, 3)
     for stride in (1, 1, (2,), (2,)):
         conv(x, w, stride=stride)
-    assert len(functional._calls) == 2
+    assert len(dispatch._calls) == 2
     conv(x.float(), w.float())
     conv(x.numpy(), w.numpy())
     conv(x[:1], w)
-    assert len(functional._calls) == 5
+    assert len(dispatch._calls) == 5

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lensor
 import lensor.functional as F
 from lensor.kernels import load
-from lensor.lower import candidates
+from lensor.lowering import candidates
 from lensor.runtime import Runnable, bytes_needed, one_sum
 
 LARGEST = 65504.0
@@ -117,7 +117,7 @@ def test_networks_and_plans_in_half_precision() -> None:
 def test_all_candidates_in_half_precision() -> None:
     spec = lensor.ConvSpec(2, 3, (9,), 3, stride=2, padding=1)
     for net in (lensor.ops.kfac_input_factor(spec, "reduce"), lensor.ops.ggn_diagonal(spec)):
-        bound = lensor.execute.bind_shapes(
+        bound = lensor.evaluate.bind_shapes(
             net, {name: shape for name, shape in _shapes(spec).items() if name in net.operand_names}
         )
         arrays = {name: np.full(_shapes(spec)[name], 12.0, np.float16) for name in net.operand_names}

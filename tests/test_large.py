@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 import lensor
-from lensor import Delta, IndexPattern, Network, Ones, Operand, canonical
+from lensor import Delta, IndexPattern, Network, Ones, Operand
 from lensor.draw import layout
 from lensor.draw.graph import graph_of
-from lensor.lower import STRATEGIES, lower
-from lensor.network import sum_of
-from lensor.notation import to_text
-from lensor.orders import has_best_order
+from lensor.lowering import BY_NAME, lower
+from lensor.network import canonical, sum_of, to_text
+from lensor.plan.paths import has_best_order
 
 
 def steps(function: Callable[[], Any]) -> int:
@@ -171,7 +170,7 @@ def test_equal_halves_are_looked_for_in_bounded_effort() -> None:
     net = lensor.contraction(f"{text}, c, d ->", *["X"] * 22, "Y", "Z").bind(
         dict(c=2, d=2, **{f"{i}{at}": 2 for i in "ab" for at in range(22)})
     )
-    halves = next(strategy for strategy in STRATEGIES if strategy.halves)
+    halves = BY_NAME["halves"]
     assert steps(lambda: lower(net, halves)) < 300_000
 
 

@@ -16,12 +16,12 @@ import torch
 from torch.nn.functional import conv1d, pad
 
 import lensor
-from lensor import ConvSpec, IndexPattern, cache, lower, ops
+from lensor import ConvSpec, IndexPattern, cache, lowering, ops
 from lensor import functional as F
-from lensor import steps as s
 from lensor.bench.measure import peak_bytes
-from lensor.kernels.torch import _constants
+from lensor.kernels.torch.capture import _constants
 from lensor.pattern import PADDING_MODES
+from lensor.plan import steps as s
 from lensor.runtime import run
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 from tests.dense import evaluate_dense
@@ -163,6 +163,12 @@ def test_the_gradient_of_a_reduce_factor_has_no_table_either() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ ways without tables
+def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every array made of a pattern were too large."""
+    for name in ("state", "alternatives"):
+        monkeypatch.setattr(f"lensor.lowering.{name}.largest_table", lambda sizes: 1)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("op", BUILDERS)
 def test_every_operation_without_tables(op: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +177,7 @@ def test_every_operation_without_tables(op: str, spec: str, monkeypatch: pytest.
         net = BUILDERS[op](SPECS[spec])
     except ValueError:
         pytest.skip("not defined for this convolution")
-    monkeypatch.setattr(lower, "_largest_table", lambda sizes: 1)
+    no_tables(monkeypatch)
     derived = [net.vjp(name, "cotangent") for name in net.operand_names]
     for one in (net, *derived):
         one = bound(one)
@@ -179,8 +185,8 @@ def test_every_operation_without_tables(op: str, spec: str, monkeypatch: pytest.
             continue
         simplified, operands = one.simplify(), operands_of(one)
         expected, seen = evaluate_dense(one, operands), set()
-        for strategy in lower.STRATEGIES:
-            plan = lower.lower(simplified, strategy)
+        for strategy in lowering.STRATEGIES:
+            plan = lowering.lower(simplified, strategy)
             if plan.steps not in seen:
                 seen.add(plan.steps)
                 assert_close(run(plan, operands), expected)
@@ -208,7 +214,7 @@ CONTRACTIONS = {
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @pytest.mark.parametrize("subscripts", CONTRACTIONS)
 def test_contractions_without_tables(subscripts: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower, "_largest_table", lambda sizes: 1)
+    no_tables(monkeypatch)
     rng = np.random.default_rng(0)
     for size, kernel, stride, padding, dilation in ((7, 3, 1, 1, 1), (9, 2, 3, (0, 2), 2), (6, 4, 1, (2, 0), 1)):
         pattern = IndexPattern(size, kernel, stride, padding, dilation, mode)
@@ -220,8 +226,8 @@ def test_contractions_without_tables(subscripts: str, mode: str, monkeypatch: py
         expected = np.einsum(subscripts.replace(" ", ""), x, dense)
         assert_close(lensor.einsum(subscripts, x, pattern), expected)
         net = lensor.contraction(subscripts, "X", pattern, **{index: sizes[index] for index in first})
-        for strategy in lower.STRATEGIES[:2]:
-            plan = lower.lower(net.simplify(), strategy)
+        for strategy in lowering.STRATEGIES[:2]:
+            plan = lowering.lower(net.simplify(), strategy)
             assert_close(run(plan, {"X": x}), expected)
             tables = [step for step in plan.steps if isinstance(step, s.Constant) and len(step.summed) < 2]
             assert not tables or not CONTRACTIONS[subscripts]

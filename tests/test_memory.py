@@ -9,10 +9,10 @@ import lensor
 from lensor import ConvSpec
 from lensor import functional as F
 from lensor.bench.measure import peak_bytes
-from lensor.lower import STRATEGIES, lower
+from lensor.lowering import STRATEGIES, lower
+from lensor.plan.steps import Convolution
 from lensor.planner import preferring
 from lensor.runtime import run
-from lensor.steps import Convolution
 from tests.cases import BUILDERS, bound, operands_of
 
 SPECS = {

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor import NetworkError
-from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern
-from lensor.notation import to_text
+from lensor.network import AnyNetwork, Delta, Network, Ones, Operand, Pattern, to_text
 
 NAMES = (
     *("c", "c_", "c__", "c___", "i", "i_", "i__", "ia", "ib", "iab", "iaa", "ca", "cb"),

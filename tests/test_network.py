@@ -371,7 +371,7 @@ def within_work(function: Callable[[], Any], limit: int) -> Any:
 
     def count(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
-        if event == "call" and frame.f_globals.get("__name__") == "lensor.canonical":
+        if event == "call" and frame.f_globals.get("__name__") == "lensor.network.canonical":
             calls += 1
             if calls > limit:
                 raise TooMuchWorkError

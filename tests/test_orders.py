@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lensor
-from lensor import orders
-from lensor.orders import ORDERS, find_order
+from lensor.plan import paths as orders
+from lensor.plan.paths import ORDERS, find_order
 from tests.cases import BUILDERS, SPECS, bound, operands_of
 
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 
 from lensor import reading
-from lensor.passes.composition import _composed
-from lensor.passes.patterns import _picked, read_through
 from lensor.pattern import PADDING_MODES, IndexPattern
 from lensor.reading import Table, progressions, same, values
+from lensor.simplification.patterns import _picked, read_through
+from lensor.simplification.recompose import _composed
 from tests.test_pattern import loops, patterns
 
 KEYS = ("padding", "dilation", "stride")

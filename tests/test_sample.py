@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor.errors import NetworkError, SubscriptsError
-from lensor.execute import bind_shapes
-from lensor.lower import candidates
+from lensor.evaluate import bind_shapes
+from lensor.lowering import candidates
 from lensor.runtime import run
 from tests.dense import evaluate_dense
 from tests.oracles import OPERATIONS, make_case

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lensor
 import lensor.sampling as sampling
-from lensor import execute
+from lensor import evaluate as execute
 from lensor.sampling import SCHEMES, Draw
 from lensor.sampling.functional import names_of
 from tests.strategies import specs

@@ -16,10 +16,10 @@ from torch.export import Dim, export  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import lensor  # noqa: E402
+from lensor import dispatch, sampling  # noqa: E402
 from lensor import functional as F  # noqa: E402
 from lensor import nn as lensor_nn  # noqa: E402
-from lensor import sampling  # noqa: E402
-from lensor.kernels import dynamic  # noqa: E402
+from lensor.kernels.torch import symbolic as dynamic  # noqa: E402
 
 MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -97,7 +97,7 @@ def value_and_gradients(function: Callable[..., Any], arrays: tuple, options: tu
 @pytest.mark.parametrize("seed", range(6))
 def test_operations_for_all_sizes_compute_what_plans_compute(seed: int, dtype: Any) -> None:
     for name, (arrays, options) in random_call(seed, dtype).items():
-        operation = F._operations[name]
+        operation = dispatch._operations[name]
 
         def planned(*given: Any, operation: Any = operation, count: int = len(arrays)) -> Any:
             return operation(tuple(array for array in given[:count] if array is not None), *given[count:])
@@ -108,7 +108,7 @@ def test_operations_for_all_sizes_compute_what_plans_compute(seed: int, dtype: A
 
 
 def test_every_operation_has_a_form_for_all_sizes() -> None:
-    assert set(dynamic.OPERATIONS) == set(F._operations)
+    assert set(dynamic.OPERATIONS) == set(dispatch._operations)
 
 
 @pytest.mark.parametrize(

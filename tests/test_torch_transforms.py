@@ -15,7 +15,7 @@ from torch.func import grad, jacrev, jvp, vmap  # noqa: E402
 import lensor  # noqa: E402
 from lensor import functional as F  # noqa: E402
 from lensor import nn as lensor_nn  # noqa: E402
-from lensor.functional import _captured_call  # noqa: E402
+from lensor.dispatch import _captured_call  # noqa: E402
 
 X = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 W = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch.func import hessian, jacrev, jvp, vjp, vmap
 
 import lensor
 from lensor import ConvSpec, NetworkError, ops
-from lensor.lower import candidates
+from lensor.lowering import candidates
 from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 from tests.dense import evaluate_dense
 

@@ -15,8 +15,8 @@ import lensor.functional as F
 import lensor.nn
 import lensor.sampling
 from lensor import plan as plans
-from lensor import steps as s
-from lensor.layout import peak_size
+from lensor.plan import steps as s
+from lensor.plan.memory import peak_size
 
 torch = pytest.importorskip("torch")
 forward_ad = torch.autograd.forward_ad

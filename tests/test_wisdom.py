@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import lensor
-from lensor import ConvSpec, ops, planner, wisdom
+from lensor import ConvSpec, dispatch, ops, planner
 from lensor import functional as F
-from lensor.planner import measure
+from lensor.planner import measure, wisdom
 from tests.cases import assert_close, operands_of
 
 NET = ops.conv(ConvSpec(2, 3, (9, 9), 3, padding=1)).bind(n=2)
@@ -316,10 +316,10 @@ def test_compiled_graphs_follow_what_is_known() -> None:
         (known,) = wisdom.entries()
         other = max(known.seconds, key=known.seconds.__getitem__)
         prefer(other)
-        before = set(vars(F._captured_calls))
+        before = set(vars(dispatch._captured_calls))
         torch._dynamo.reset()
         found = torch.compile(lambda x: F.conv(x, w, padding=1), backend="eager", fullgraph=True)(x)
-        (new,) = set(vars(F._captured_calls)) - before
+        (new,) = set(vars(dispatch._captured_calls)) - before
     assert_close(found, expected)
     assert new
 

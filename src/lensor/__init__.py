@@ -8,18 +8,17 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lensor import functional, ops, wisdom
+from lensor import functional, ops
+from lensor import methods as _methods  # noqa: F401  (networks get their methods)
 from lensor.cache import clear_caches
-from lensor.cost import Machine, calibrate, machine
 from lensor.draw import Drawing, draw
 from lensor.errors import LensorError, NetworkError, SubscriptsError
-from lensor.execute import einsum
-from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Select, Sum
-from lensor.notation import contraction, parse
-from lensor.passes import simplify
+from lensor.evaluate import einsum
+from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Select, Sum, contraction, parse
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan
-from lensor.planner import planning
+from lensor.planner import Machine, calibrate, machine, planning, wisdom
+from lensor.simplification import simplify
 from lensor.spec import ConvSpec
 
 if TYPE_CHECKING:

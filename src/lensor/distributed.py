@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lensor import execute
-from lensor.lower import axis_of, parts_of, sliceable
+from lensor import evaluate as execute
+from lensor.lowering import axis_of, parts_of, sliceable
 from lensor.network import AnyNetwork
 from lensor.runtime import require_operands
 

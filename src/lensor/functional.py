@@ -14,17 +14,16 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
-from lensor import execute, kernels, ops, planner, runtime
-from lensor.cache import Cache
+from lensor import ops
 from lensor.conventions import CONVENTIONS
+from lensor.dispatch import Array, Request, Shape, recipe
 from lensor.errors import require_choice
 from lensor.network import AnyNetwork
 from lensor.pattern import as_positive
-from lensor.plan import Plan
 from lensor.spec import ConvSpec
 
 __all__ = [
@@ -42,228 +41,9 @@ __all__ = [
     "unfold_transpose",
 ]
 
-Array: TypeAlias = Any
-Shape: TypeAlias = tuple[int, ...]
 Size: TypeAlias = int | Sequence[int]
+
 Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
-
-
-# ------------------------------------------------------------------------------------------------ from call to plan
-class _Request(NamedTuple):
-    """What a call asks for, from its shapes and hyper-parameters."""
-
-    network: AnyNetwork
-    shapes: Mapping[str, Shape]  # of the network's operands, in the order of the call's arrays
-    unbatched: bool = False  # drop the result's batch axis
-    conjugate: tuple[str, ...] = ()  # operands that a derivative conjugates
-    spec: ConvSpec | None = None  # of the convolution, where results have the order of axes of the framework's own
-
-
-class _Call(NamedTuple):
-    """A request made ready to run."""
-
-    run_plan: Callable[..., Array]  # takes the arrays as the caller orders them
-    adapt: tuple[Callable[[Array], Array] | None, ...] | None
-    unbatched: bool
-
-    def run(self, arrays: Sequence[Array]) -> Array:
-        if self.adapt is not None:
-            arrays = [array if f is None else f(array) for f, array in zip(self.adapt, arrays, strict=True)]
-        result = self.run_plan(*arrays)
-        return result[0] if self.unbatched else result
-
-
-_calls = Cache(maxsize=4096)
-
-
-class _Operation:
-    """A public function's recipe: `build` turns the shapes of its arrays and its other arguments into a request."""
-
-    def __init__(self, arguments: Sequence[str], build: Callable[..., _Request], real: bool) -> None:
-        self.arguments = arguments
-        self.build = build
-        self.name = build.__name__
-        self.real = real  # defined for real numbers only
-
-    def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
-        if kernels.is_capturing():
-            if kernels.is_symbolic(arrays, options) and not _is_limited():
-                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
-            return self.captured(arrays, options)
-        try:
-            call = _calls.peek(self.key(arrays, options, _parts))
-        except (AttributeError, TypeError, RuntimeError):  # no plain arrays, or sizes that are being traced
-            call = None
-        if call is None:
-            if (override := kernels.override_of(*arrays)) is not None:
-                return override(operation, (self.name, arrays, *options))
-            kernels.backend_of(*arrays)  # raises for what is not an array, or of two frameworks
-            if kernels.is_symbolic(arrays, options):
-                _check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
-                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
-            call = self.remembered(arrays, options)
-        return call.run(arrays)
-
-    def padded(self, arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
-        """The arrays, None for those that a call leaves out."""
-        return arrays + (None,) * (len(self.arguments) - len(arrays))
-
-    def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
-        """What a call depends on; the text of the options tells 1, 1.0 and True apart, which are equal."""
-        settings = planner.current()
-        key = (self, repr(options), settings.effort, settings.max_bytes, settings.preferred_bytes, settings.known)
-        for array in arrays:
-            key += (type(array), parts(array), getattr(array, "layout", None))
-        return key
-
-    def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
-        """The call for these arrays and options, made and kept if it is new."""
-        key = self.key(arrays, options, lambda array: (_shape(array), array.dtype, _device(array)))
-        call = _calls.get(key)
-        if call is None:
-            call = self.prepare(arrays, options)
-            if not kernels.backend_of(arrays[0]).is_traced(arrays[0]):
-                _calls.put(key, call)  # under tracing nothing is measured: a later call may choose better
-        return call
-
-    def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
-        """The call as part of a graph that a framework writes down: shapes are constants of it, and so is the plan."""
-        kinds = tuple((_shape(array), array.dtype, _device(array)) for array in arrays)
-        return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
-
-    def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
-        """Check the arguments and compile their network."""
-        options = tuple(map(_frozen, options))
-        named = dict(zip(self.arguments, arrays, strict=False))
-        is_complex = _check_arrays(named, self.real)
-        shapes = [_shape(array) for array in arrays]
-        missing = [None] * (len(self.arguments) - len(arrays))
-        request = self.build(*shapes, *missing, *options)
-        adapt = tuple(
-            _adapter(found, shape, is_complex and name in request.conjugate)
-            for found, (name, shape) in zip(shapes, request.shapes.items(), strict=True)
-        )
-        plan = execute.compile(request.network, request.shapes, like=arrays[0])
-        return _Call(
-            _in_order(plan, tuple(request.shapes), arrays[0], request.spec),
-            adapt if any(adapt) else None,
-            request.unbatched,
-        )
-
-
-_operations: dict[str, _Operation] = {}
-
-
-def operation(name: str, arrays: tuple[Array, ...], *options: Any) -> Array:
-    """The operation of that name: what the graphs of torch.fx call."""
-    return _operations[name](tuple(arrays), *options)
-
-
-class _CapturedCalls:
-    """The calls that captured graphs are made of, as attributes: there a framework finds new ones while it traces."""
-
-
-_captured_calls = _CapturedCalls()
-"""Graphs hold no more than the name of a call, so what one was ever made for stays here as long as the process."""
-_captured_names = Cache(maxsize=4096)
-_captured_numbers = itertools.count()
-
-
-def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
-    """The name in `_captured_calls` of a call, from constants alone."""
-    settings = planner.untimed(planner.current())
-    key = (operation, kinds, repr(options), settings)
-    name = _captured_names.get(key)
-    if name is None:
-        arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
-        with planner.planning(effort=settings.effort):
-            call = _operations[operation].prepare(arrays, options)
-        name = f"call_{next(_captured_numbers)}"  # no two threads draw one number
-        setattr(_captured_calls, name, call)
-        _captured_names.put(key, name)
-    return name
-
-
-def _is_limited() -> bool:
-    """Whether a memory limit is set: it holds for a plan, and a plan is for sizes that are numbers."""
-    return planner.current().max_bytes is not None
-
-
-# What `torch.compiler.assume_constant_result` sets, without an import of torch: the function is called, not traced.
-_captured_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_limited._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
-    """The plan as a function of arrays in the order of `names`; everything else was checked before."""
-    backend = kernels.backend_of(like)
-    ready = runtime.runnable(plan, backend)
-    call = ready.unchecked if spec is None else backend.formatted(ready, spec)
-    if ready.names == list(names):
-        return call
-    places = [names.index(name) for name in ready.names]
-    return lambda *arrays: call(*(arrays[place] for place in places))
-
-
-def _operation(*arguments: str, real: bool = False) -> Callable[[Callable[..., _Request]], _Operation]:
-    """Make an operation of a function from shapes (named by `arguments`) and options to a request."""
-
-    def register(build: Callable[..., _Request]) -> _Operation:
-        operation = _operations[build.__name__] = _Operation(arguments, build, real)
-        return operation
-
-    return register
-
-
-def _adapter(found: Shape, wanted: Shape, conjugate: bool) -> Callable[[Array], Array] | None:
-    if conjugate:
-        return lambda array: array.conj().reshape(wanted)
-    return None if found == wanted else lambda array: array.reshape(wanted)
-
-
-def _shape(array: Array) -> Shape:
-    return tuple(operator.index(size) for size in array.shape)
-
-
-def _device(array: Array) -> Any:
-    return getattr(array, "device", None)
-
-
-_parts = operator.attrgetter("shape", "dtype", "device")
-
-
-def _frozen(option: Any) -> Any:
-    """Lists as tuples, so that they can be part of a key."""
-    if isinstance(option, Sequence) and not isinstance(option, str):
-        return tuple(_frozen(part) for part in option)
-    return option
-
-
-# ----------------------------------------------------------------------------------------------------------- checks
-def _dtype_name(array: Array) -> str:
-    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
-
-
-def _check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
-    """Raise TypeError or ValueError unless the arrays fit together; return whether they are complex."""
-    (first, *others), names = arrays.items(), {name: _dtype_name(array) for name, array in arrays.items()}
-    for name, dtype in names.items():
-        if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):
-            raise TypeError(f"{name} has dtype {dtype}, expected a floating-point dtype")
-        if dtype.startswith(("float8", "float4")):
-            raise TypeError(f"{name} has dtype {dtype}, expected one of at least 16 bits: frameworks only store it")
-        if real and dtype.startswith(("complex", "clongdouble")):
-            raise TypeError(f"{name} has complex dtype {dtype}, expected a real dtype: curvature is not defined for it")
-    for name, array in others:
-        if array.dtype != first[1].dtype:
-            raise TypeError(
-                f"{first[0]} has dtype {names[first[0]]} and {name} has dtype {names[name]}, expected one dtype"
-            )
-        if _device(array) != _device(first[1]):
-            raise ValueError(
-                f"{first[0]} is on device {_device(first[1])} and {name} on device {_device(array)}, expected one"
-            )
-    return names[first[0]].startswith(("complex", "clongdouble"))
 
 
 def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None:
@@ -412,15 +192,14 @@ def _join_positions(net: AnyNetwork) -> AnyNetwork:
     return net.regroup(" ".join(f"({' '.join(leg)})" if len(leg) != 1 else leg[0] for leg in legs))
 
 
-# --------------------------------------------------------------------------------------------------- the operations
-@_operation("input", "weight", "bias")
-def _conv(input: Shape, weight: Shape, bias: Shape | None, *options: Any) -> _Request:
+@recipe("input", "weight", "bias")
+def _conv(input: Shape, weight: Shape, bias: Shape | None, *options: Any) -> Request:
     layer = _layer(input, weight, *options, bias=bias is not None)
     shapes = {"X": layer.input, "W": weight}
     if bias is not None:
         _check_shape("bias", bias, weight[:1], "[c_out]")
         shapes["b"] = bias
-    return _Request(ops.conv(layer.spec), shapes, layer.unbatched, spec=layer.spec)
+    return Request(ops.conv(layer.spec), shapes, layer.unbatched, spec=layer.spec)
 
 
 def conv(
@@ -467,7 +246,7 @@ def conv(
     return _conv(arrays, stride, padding, dilation, groups, padding_mode)
 
 
-@_operation("input", "weight", "bias")
+@recipe("input", "weight", "bias")
 def _conv_transpose(
     input: Shape,
     weight: Shape,
@@ -477,7 +256,7 @@ def _conv_transpose(
     output_padding: Size,
     groups: int,
     dilation: Size,
-) -> _Request:
+) -> Request:
     if len(weight) < 3:
         raise ValueError(
             f"weight has shape {weight} with {len(weight)} axes, expected at least 3 axes"
@@ -510,7 +289,7 @@ def _conv_transpose(
     if bias is not None:
         _check_shape("bias", bias, (weight[1] * groups,), "[c_out]")
         shapes["b"] = bias
-    return _Request(ops.conv_transpose(spec), shapes, unbatched, spec=spec)
+    return Request(ops.conv_transpose(spec), shapes, unbatched, spec=spec)
 
 
 def conv_transpose(
@@ -556,14 +335,14 @@ def conv_transpose(
     return _conv_transpose(arrays, stride, padding, output_padding, groups, dilation)
 
 
-@_operation("input")
+@recipe("input")
 def _unfold(
     input: Shape, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: str
-) -> _Request:
+) -> Request:
     spec, shape, unbatched = _patches(
         input, kernel_size, dilation=dilation, padding=padding, stride=stride, padding_mode=padding_mode
     )
-    return _Request(_join_positions(ops.unfold(spec)), {"X": shape}, unbatched)
+    return Request(_join_positions(ops.unfold(spec)), {"X": shape}, unbatched)
 
 
 def unfold(
@@ -612,7 +391,7 @@ def _fold_dims(output_size: Size, kernel_size: Size, count: Callable[[int], Sequ
     return next((dims for dims in (2, 1, *range(3, 13)) if math.prod(count(dims)) == positions), 2)
 
 
-@_operation("input")
+@recipe("input")
 def _fold(
     input: Shape,
     output_size: Size,
@@ -621,7 +400,7 @@ def _fold(
     padding: Padding,
     stride: Size,
     padding_mode: str,
-) -> _Request:
+) -> Request:
     if len(input) not in (2, 3):
         raise ValueError(
             f"input has shape {input} with {len(input)} axes, expected 3 axes [batch, c·ΠK, ΠO] or 2 axes [c·ΠK, ΠO]"
@@ -657,7 +436,7 @@ def _fold(
             f" kernel_size={tuple(spec.kernel_size)}"
         )
     spec = spec_for(dims, rows // patch)
-    return _Request(ops.fold(spec), {"V": (batch, rows, *spec.output_size)}, unbatched)
+    return Request(ops.fold(spec), {"V": (batch, rows, *spec.output_size)}, unbatched)
 
 
 def fold(
@@ -699,10 +478,10 @@ def fold(
     return _fold((input,), output_size, kernel_size, dilation, padding, stride, padding_mode)
 
 
-@_operation("input")
+@recipe("input")
 def _unfold_transpose(
     input: Shape, kernel_size: Size, stride: Size, padding: Padding, output_padding: Size, dilation: Size
-) -> _Request:
+) -> Request:
     spec, shape, unbatched = _patches(
         input,
         kernel_size,
@@ -712,7 +491,7 @@ def _unfold_transpose(
         transposed=True,
         output_padding=output_padding,
     )
-    return _Request(_join_positions(ops.unfold_transpose(spec)), {"X": shape}, unbatched)
+    return Request(_join_positions(ops.unfold_transpose(spec)), {"X": shape}, unbatched)
 
 
 def unfold_transpose(
@@ -753,12 +532,11 @@ def unfold_transpose(
     return _unfold_transpose((input,), kernel_size, stride, padding, output_padding, dilation)
 
 
-# -------------------------------------------------------------------------------------------------- first derivatives
-@_operation("weight", "grad_output")
-def _conv_input_vjp(weight: Shape, grad_output: Shape, input_size: Any, *options: Any) -> _Request:
+@recipe("weight", "grad_output")
+def _conv_input_vjp(weight: Shape, grad_output: Shape, input_size: Any, *options: Any) -> Request:
     layer = _layer(_sizes("input_size", input_size), weight, *options, names=("input_size", "weight"))
     layer.check_cotangent("grad_output", grad_output)
-    return _Request(ops.input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",), layer.spec)
+    return Request(ops.input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",), layer.spec)
 
 
 def conv_input_vjp(
@@ -803,12 +581,12 @@ def conv_input_vjp(
     return _conv_input_vjp((weight, grad_output), input_size, stride, padding, dilation, groups, padding_mode)
 
 
-@_operation("input", "grad_output")
-def _conv_weight_vjp(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> _Request:
+@recipe("input", "grad_output")
+def _conv_weight_vjp(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> Request:
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"))
     layer.check_cotangent("grad_output", grad_output)
     shapes = {"X": layer.input, "V": layer.output}
-    return _Request(ops.weight_vjp(layer.spec), shapes, conjugate=("X",), spec=layer.spec)
+    return Request(ops.weight_vjp(layer.spec), shapes, conjugate=("X",), spec=layer.spec)
 
 
 def conv_weight_vjp(
@@ -853,11 +631,11 @@ def conv_weight_vjp(
     return _conv_weight_vjp((input, grad_output), weight_size, stride, padding, dilation, groups, padding_mode)
 
 
-@_operation("input", "grad_output")
-def _conv_weight_vjp_per_example(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> _Request:
+@recipe("input", "grad_output")
+def _conv_weight_vjp_per_example(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> Request:
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
     layer.check_cotangent("grad_output", grad_output)
-    return _Request(ops.per_example_weight_vjp(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
+    return Request(ops.per_example_weight_vjp(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
 
 
 def conv_weight_vjp_per_example(
@@ -904,7 +682,6 @@ def conv_weight_vjp_per_example(
     return _conv_weight_vjp_per_example((input, grad_output), *options)
 
 
-# --------------------------------------------------------------------------------------------------------- curvature
 def _convert(
     net: AnyNetwork, side: str, approx: str, convention: str, groups: int, positions: int
 ) -> tuple[AnyNetwork, bool]:
@@ -922,7 +699,7 @@ def _convert(
     return net.scaled(Fraction(positions) ** position_power, {"n": batch_power} if batch_power else {}), True
 
 
-@_operation("input", real=True)
+@recipe("input", real=True)
 def _kfac_input_factor(
     input: Shape,
     kernel_size: Size,
@@ -936,7 +713,7 @@ def _kfac_input_factor(
     convention: str,
     form: str,
     padding_mode: str,
-) -> _Request:
+) -> Request:
     require_choice("approx", approx, ("expand", "reduce"))
     require_choice("form", form, ("factor", "root"))
     if form == "root" and approx != "reduce":
@@ -964,7 +741,7 @@ def _kfac_input_factor(
             raise ValueError(f"form='root' with convention={convention!r}, expected convention='paper'")
         # The scale of a network is rational; this is the double nearest to 1/√batch.
         net = ops.kfac_input_root(spec).scaled(Fraction(shape[0] ** -0.5))
-    return _Request(net, {"X": shape})
+    return Request(net, {"X": shape})
 
 
 def kfac_input_factor(
@@ -1024,8 +801,8 @@ def kfac_input_factor(
     return _kfac_input_factor((input,), *options, convention, form, padding_mode)
 
 
-@_operation("grad_output", real=True)
-def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention: str, padding_mode: str) -> _Request:
+@recipe("grad_output", real=True)
+def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention: str, padding_mode: str) -> Request:
     require_choice("approx", approx, ("expand", "reduce"))
     if len(grad_output) < 4:
         raise ValueError(
@@ -1039,7 +816,7 @@ def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention
     spec = _spec("grad_output", positions, groups, channels, kernel_size=1, groups=groups, padding_mode=padding_mode)
     net = ops.kfac_output_factor(spec, approx)
     net, _ = _convert(net, "output", approx, convention, groups, math.prod(positions))
-    return _Request(net, {"V": grad_output})
+    return Request(net, {"V": grad_output})
 
 
 def kfac_output_factor(
@@ -1080,11 +857,11 @@ def kfac_output_factor(
     return _kfac_output_factor((grad_output,), groups, approx, convention, padding_mode)
 
 
-@_operation("input", "sqrt_ggn", real=True)
-def _ggn_diagonal(input: Shape, sqrt_ggn: Shape, weight_size: Any, per_example: bool, *options: Any) -> _Request:
+@recipe("input", "sqrt_ggn", real=True)
+def _ggn_diagonal(input: Shape, sqrt_ggn: Shape, weight_size: Any, per_example: bool, *options: Any) -> Request:
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
     shapes = {"X": layer.input, "S": layer.check_stack("sqrt_ggn", sqrt_ggn)}
-    return _Request(ops.ggn_diagonal(layer.spec, per_example=per_example), shapes)
+    return Request(ops.ggn_diagonal(layer.spec, per_example=per_example), shapes)
 
 
 def ggn_diagonal(
@@ -1133,10 +910,10 @@ def ggn_diagonal(
     return _ggn_diagonal((input, sqrt_ggn), weight_size, *options)
 
 
-@_operation("input", "sqrt_ggn", real=True)
-def _ggn_gram(input: Shape, sqrt_ggn: Shape, weight_size: Any, *options: Any) -> _Request:
+@recipe("input", "sqrt_ggn", real=True)
+def _ggn_gram(input: Shape, sqrt_ggn: Shape, weight_size: Any, *options: Any) -> Request:
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
-    return _Request(ops.ggn_gram(layer.spec), {"X": layer.input, "S": layer.check_stack("sqrt_ggn", sqrt_ggn)})
+    return Request(ops.ggn_gram(layer.spec), {"X": layer.input, "S": layer.check_stack("sqrt_ggn", sqrt_ggn)})
 
 
 def ggn_gram(

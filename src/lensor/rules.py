@@ -8,10 +8,10 @@ from typing import Any
 from opt_einsum import contract_path, get_symbol
 
 from lensor import ops, plan
-from lensor.network import Network, indices_of
-from lensor.notation import parse, patterns_of
-from lensor.passes import PHASES, Rule
-from lensor.passes.examples import CASES, RULE_EXAMPLES, Example
+from lensor.network import Network, indices_of, parse
+from lensor.network.text import patterns_of
+from lensor.simplification import PHASES, Rule
+from lensor.simplification.examples import CASES, RULE_EXAMPLES, Example
 from lensor.spec import ConvSpec
 
 COMMAND = "lensor rules --markdown docs/simplification.md"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from lensor import steps as s
 from lensor.kernels import Backend, backend_of
-from lensor.layout import last_uses, layouts
 from lensor.network import AnyNetwork, Operand
 from lensor.plan import Plan
+from lensor.plan import steps as s
+from lensor.plan.memory import last_uses, layouts
 
 
 def run(plan: Plan, operands: Mapping[str, Any]) -> Any:
@@ -109,27 +109,16 @@ def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...
     return tuple(tuple(at for at, name in enumerate(names) if name in needed) for needed in found)
 
 
-_MOVES = (
-    *(s.Input, s.Constant, s.Fill, s.Identity, s.Reshape, s.Transpose, s.Slice, s.Pad, s.Stuff, s.Gather, s.Pick),
-    *(s.Read, s.Window, s.Diagonal, s.Expand, s.Concat),
-)
-"""Steps that compute nothing: entries are those of what they take, or zeros and ones."""
-
-_PRODUCTS = (s.MatMul, s.Gram, s.Convolution)
-
-
 def one_sum(plan: Plan) -> s.Step | None:
     """The only step of a plan that computes, which a framework may add up in a precision that suffices; else None.
 
     Of other plans values in between, of more steps or before they are scaled, may not fit where the result does. A
     product plus an operand (a bias) counts as one step.
     """
-    computed = [step for step in plan.steps if not isinstance(step, _MOVES)]
-    if len(computed) == 2 and isinstance(computed[0], _PRODUCTS) and isinstance(computed[1], s.Add):
+    computed = [step for step in plan.steps if step.computes]
+    if len(computed) == 2 and computed[0].is_product and isinstance(computed[1], s.Add):
         computed.pop()
-    # Kernels add up these in several operations.
-    several = (s.OverlapAdd, s.ScatterAdd, s.Put, s.PatchGram, s.Multiple)
-    if len(computed) != 1 or isinstance(computed[0], several) or getattr(computed[0], "factor", 1) != 1:
+    if len(computed) != 1 or computed[0].adds_in_several or getattr(computed[0], "factor", 1) != 1:
         return None
     return computed[0]
 
@@ -151,7 +140,7 @@ def _widened(plan: Plan, backend: Backend, run: Callable[..., Any]) -> Callable[
 
 
 def _only_moves(plan: Plan) -> bool:
-    return all(isinstance(step, _MOVES) for step in plan.steps)
+    return not any(step.computes for step in plan.steps)
 
 
 def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> Callable[..., Any]:
@@ -197,7 +186,7 @@ def _returned(plan: Plan) -> str:
         step = plan.steps[place]
         if not step.is_view:
             return f"settled({result})"
-        if not step.takes or isinstance(step, (s.Expand, s.Window, s.Diagonal)):
+        if not step.takes or step.overlaps:
             break  # an operand or a constant; entries that overlap, or that a framework will not let anybody write
         if values[place].copied:
             # A copy where operands are in row-major order; where they are not, it may be a view of them.

@@ -11,7 +11,7 @@ from lensor.bench.layers import Layer
 from lensor.bench.operations import OPERATIONS
 from lensor.bench.results import OK, Row
 from lensor.bench.settings import Settings
-from lensor.execute import bind_shapes
+from lensor.evaluate import bind_shapes
 from lensor.network import AnyNetwork
 from lensor.plan import Plan
 

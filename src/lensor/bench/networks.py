@@ -14,7 +14,7 @@ import torch
 
 from lensor.bench.operations import OPERATIONS
 from lensor.bench.standard import Operands
-from lensor.execute import bind_shapes
+from lensor.evaluate import bind_shapes
 from lensor.network import Delta, Network, Node, Ones, Operand, Pattern, indices_of
 from lensor.spec import ConvSpec
 

@@ -12,7 +12,7 @@ import torch
 from lensor import functional as F
 from lensor import ops
 from lensor.bench.measure import interleaved
-from lensor.execute import compile
+from lensor.evaluate import compile
 from lensor.kernels import load
 from lensor.network import AnyNetwork
 from lensor.runtime import runnable

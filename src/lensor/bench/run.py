@@ -22,7 +22,7 @@ from lensor.bench.measure import Call, bytes_of, extra_bytes, interleaved, relat
 from lensor.bench.operations import OPERATIONS, Operation
 from lensor.bench.results import OK, Found, Machine, ResultsFile, Row, Setting
 from lensor.bench.settings import Settings
-from lensor.cost import processor
+from lensor.planner import processor
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How far a result may be from the standard's, over its largest entry, for each dtype."""

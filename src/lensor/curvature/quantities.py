@@ -25,7 +25,7 @@ from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 from lensor.network import AnyNetwork
-from lensor.notation import format_legs
+from lensor.network.subscripts import format_legs
 from lensor.ops.derivatives import weight_vjp
 from lensor.spec import ConvSpec
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lensor.errors import NetworkError, require_choice
-from lensor.network import AnyNetwork, Network, Pattern, Verbs, verb
-from lensor.notation import pattern_names
+from lensor.network import AnyNetwork, Network, Pattern, Verbs
+from lensor.network.text import pattern_names
 from lensor.plan import Plan
 
 if TYPE_CHECKING:
@@ -265,7 +265,6 @@ def _parts(
     return parts
 
 
-@verb
 def to_tikz(net: AnyNetwork | Plan) -> str:
     r"""The diagram of a network or of a plan as a TeX document that compiles by itself.
 
@@ -286,7 +285,7 @@ def _require(package: str) -> None:
         raise ImportError(f"drawing needs {package}: install lensor[draw]")
 
 
-def _repr_svg(net: AnyNetwork | Plan) -> str | None:
+def svg_or_none(net: AnyNetwork | Plan) -> str | None:
     """What notebooks show of a network or of a plan; its text alone where it cannot be drawn."""
     if find_spec("networkx") is None:
         return None
@@ -294,10 +293,3 @@ def _repr_svg(net: AnyNetwork | Plan) -> str | None:
         return draw(net).svg
     except NetworkError:
         return None
-
-
-verb(draw)
-Verbs._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]
-Plan.draw = draw  # pyright: ignore[reportAttributeAccessIssue]
-Plan.to_tikz = to_tikz  # pyright: ignore[reportAttributeAccessIssue]
-Plan._repr_svg_ = _repr_svg  # pyright: ignore[reportAttributeAccessIssue]

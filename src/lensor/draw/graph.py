@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Select
-from lensor.notation import pattern_names
+from lensor.network.text import pattern_names
 
 TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, LOOP, STEP = (
     *("tensor", "cut", "pattern", "selection", "ones", "dot", "end", "group"),

@@ -28,7 +28,7 @@ from lensor.draw.scene import (
     meetings,
 )
 from lensor.plan import Plan
-from lensor.steps import Input
+from lensor.plan.steps import Input
 
 ARROW = "arrow"
 """The shape of a line's head: which way values go."""

@@ -115,9 +115,9 @@ def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
         sizes = itertools.chain(options, *(array.shape for array in arrays), *filter(_is_sequence, options))
         if not any(isinstance(size, torch.SymInt) for size in sizes):
             return False  # in everyday calls, without the import of what compilers need
-    from lensor.kernels import dynamic
+    from lensor.kernels.torch import symbolic
 
-    return dynamic.is_symbolic(arrays, options)
+    return symbolic.is_symbolic(arrays, options)
 
 
 def _is_sequence(option: Any) -> bool:
@@ -126,9 +126,28 @@ def _is_sequence(option: Any) -> bool:
 
 def for_all_sizes(operation: str) -> Callable[..., Any]:
     """An operation of `lensor.functional`, by its name there, for sizes that are symbols."""
-    from lensor.kernels import dynamic
+    from lensor.kernels.torch import symbolic
 
-    return dynamic.OPERATIONS[operation]
+    return symbolic.OPERATIONS[operation]
 
 
-__all__ = ["Backend", "backend_of", "for_all_sizes", "is_capturing", "is_symbolic", "load", "name_of", "override_of"]
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let compilers call a function of constants while they write down a graph, and take its result as a constant.
+
+    It is what `torch.compiler.assume_constant_result` sets, without an import of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+__all__ = [
+    "Backend",
+    "backend_of",
+    "constant_in_graphs",
+    "for_all_sizes",
+    "is_capturing",
+    "is_symbolic",
+    "load",
+    "name_of",
+    "override_of",
+]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lensor import steps as s
 from lensor.kernels.constants import materialize_summed
 from lensor.kernels.selection import read_at
 from lensor.pattern import IndexPattern
+from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 
 

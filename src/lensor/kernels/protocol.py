@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from lensor.plan.steps import Step
 from lensor.spec import ConvSpec
-from lensor.steps import Step
 
 
 class Backend(Protocol):

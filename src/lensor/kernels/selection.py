@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lensor import steps as s
+from lensor.plan import steps as s
 
 
 def read_at(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Pattern, sum_of
-from lensor.notation import format_legs
+from lensor.network.subscripts import format_legs
 from lensor.ops._legs import Legs
 from lensor.ops.convolution import convolution_matrix, unfold
 from lensor.ops.derivatives import weight_jacobian, weight_vjp

@@ -16,12 +16,12 @@ from lensor import functional as exact
 from lensor import ops
 from lensor.cache import Cache
 from lensor.errors import require_choice
-from lensor.execute import evaluate
+from lensor.evaluate import evaluate
 from lensor.kernels import override_of
-from lensor.kernels.torch import in_channels_last, suggests_channels_last, unviewed
-from lensor.network import Group, Network
+from lensor.kernels.torch.memory import in_channels_last, suggests_channels_last
+from lensor.kernels.torch.tensors import unviewed
+from lensor.network import Group, Network, contraction
 from lensor.nn.layers import Padding, Size, as_autocast
-from lensor.notation import contraction
 from lensor.planner import preferring
 from lensor.sampling.schemes import SCHEMES, draw, kept_count, require_keep
 from lensor.spec import ConvSpec

@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from lensor.errors import NetworkError, require_type
-from lensor.network import AnyNetwork, Network, sum_of, verb
+from lensor.network import AnyNetwork, Network, sum_of
 
 P = ParamSpec("P")
 
@@ -32,7 +32,7 @@ def transform(
             )
         return sum_of(terms)
 
-    return verb(apply)
+    return apply
 
 
 def require_operand(net: AnyNetwork, name: str) -> None:

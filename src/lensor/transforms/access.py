@@ -19,7 +19,6 @@ from lensor.network import (
     indices_of,
     relabel_node,
     sum_of,
-    verb,
 )
 from lensor.pattern import IndexPattern, as_integer
 from lensor.transforms._transform import require_index, require_size, transform
@@ -111,7 +110,6 @@ def _pick(net: Network, index: str, start: int, step: int, count: int) -> Networ
     )
 
 
-@verb
 def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> AnyNetwork:
     """Positions start, start + step, ... below stop of an index; of a summed index, the sum over these.
 
@@ -137,7 +135,6 @@ def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> 
     return sum_of([_pick(term, index, start, step, count) if index in term.sizes else term for term in net.terms])
 
 
-@verb
 def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
     """Positions start to start + length − 1 of an index, as torch.narrow; of a summed index, the sum over these.
 
@@ -153,7 +150,6 @@ def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
     return net.slice(index, start, as_integer(start, "start") + as_integer(length, "length"))
 
 
-@verb
 def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
     """One position of an index, which leaves the output; negative positions count from its end.
 
@@ -176,7 +172,6 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
     return sum_of([term.replace(output=_without(term.output, index)) for term in picked.terms])
 
 
-@verb
 def sample(
     net: AnyNetwork,
     index: str,

@@ -7,26 +7,12 @@ from itertools import product
 from typing import Any
 
 from lensor.errors import NetworkError, require_type
-from lensor.network import (
-    AnyNetwork,
-    Group,
-    Network,
-    Node,
-    Ones,
-    Operand,
-    Scale,
-    Sum,
-    indices_of,
-    new_name,
-    sum_of,
-    verb,
-)
-from lensor.notation import parse_subscripts
+from lensor.network import AnyNetwork, Group, Network, Node, Ones, Operand, Scale, Sum, indices_of, new_name, sum_of
+from lensor.network.subscripts import parse_subscripts
 from lensor.transforms._transform import require_index, require_operand
 from lensor.transforms.indices import contract_deltas, equate
 
 
-@verb
 def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None = None) -> AnyNetwork:
     """A new leading index on some operands and on the output, as vmap: one result for each of its positions.
 
@@ -69,7 +55,6 @@ def _apart(net: AnyNetwork, other: Any, keep: Sequence[str] = ()) -> Any:
     return other.rename(names) if names else other
 
 
-@verb
 def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork:
     """Put a network in the place of an operand, e.g. a CP, Tucker or tensor-train kernel in the place of W.
 
@@ -145,7 +130,6 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
     return net
 
 
-@verb
 def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None) -> AnyNetwork:
     """The product of two networks that share some indices.
 
@@ -194,7 +178,6 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
     return contract_deltas(Network.make(nodes, legs, {**one.sizes, **two.sizes, **sizes}, one.scale * two.scale))
 
 
-@verb
 def components(net: AnyNetwork) -> tuple[Network, ...]:
     """The connected parts of a network, whose (outer) product it is; the scale stays with the first.
 

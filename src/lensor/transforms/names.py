@@ -8,14 +8,13 @@ from dataclasses import replace
 from fractions import Fraction
 
 from lensor.errors import NetworkError
-from lensor.network import AnyNetwork, Group, Network, Operand, Scale, sum_of, verb
-from lensor.notation import format_legs, parse_subscripts, spread_over_deltas
+from lensor.network import AnyNetwork, Group, Network, Operand, Scale, sum_of
+from lensor.network.subscripts import format_legs, parse_subscripts, spread_over_deltas
 from lensor.pattern import as_integer
 from lensor.transforms._transform import require_index, require_operand, require_size, transform
 from lensor.transforms.indices import refine
 
 
-@verb
 def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
     """Rename indices, given as a mapping or as keywords old=new.
 
@@ -47,7 +46,6 @@ def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names
     )
 
 
-@verb
 def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
     """Rename operands, given as a mapping or as keywords old=new.
 
@@ -179,7 +177,6 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
     return result.relabel(back, full) if back else result
 
 
-@verb
 def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: int) -> AnyNetwork:
     """Give sizes to indices that have none, given as a mapping or as keywords.
 

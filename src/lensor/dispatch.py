@@ -1,0 +1,239 @@
+"""From a call of a function to a plan: the network is built once for shapes and options, and the call remembered.
+
+While a framework writes down a graph, a call is a constant of it, or stands for all sizes where sizes are symbols.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from lensor import evaluate, kernels, planner, runtime
+from lensor.cache import Cache
+from lensor.network import AnyNetwork
+from lensor.plan import Plan
+from lensor.spec import ConvSpec
+
+Array: TypeAlias = Any
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Request(NamedTuple):
+    """What a call asks for, from its shapes and hyper-parameters."""
+
+    network: AnyNetwork
+    shapes: Mapping[str, Shape]  # of the network's operands, in the order of the call's arrays
+    unbatched: bool = False  # drop the result's batch axis
+    conjugate: tuple[str, ...] = ()  # operands that a derivative conjugates
+    spec: ConvSpec | None = None  # of the convolution, where results have the order of axes of the framework's own
+
+
+class _Call(NamedTuple):
+    """A request made ready to run."""
+
+    run_plan: Callable[..., Array]  # takes the arrays as the caller orders them
+    adapt: tuple[Callable[[Array], Array] | None, ...] | None
+    unbatched: bool
+
+    def run(self, arrays: Sequence[Array]) -> Array:
+        """The result for arrays in the order of the call."""
+        if self.adapt is not None:
+            arrays = [array if f is None else f(array) for f, array in zip(self.adapt, arrays, strict=True)]
+        result = self.run_plan(*arrays)
+        return result[0] if self.unbatched else result
+
+
+_calls = Cache(maxsize=4096)
+
+
+class Operation:
+    """A public function's recipe: `build` turns the shapes of its arrays and its other arguments into a request."""
+
+    def __init__(self, arguments: Sequence[str], build: Callable[..., Request], real: bool) -> None:
+        self.arguments = arguments
+        self.build = build
+        self.name = build.__name__
+        self.real = real  # defined for real numbers only
+
+    def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
+        """The result for arrays in the order of the arguments."""
+        if kernels.is_capturing():
+            if kernels.is_symbolic(arrays, options) and not _is_limited():
+                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
+            return self.captured(arrays, options)
+        try:
+            call = _calls.peek(self.key(arrays, options, _parts))
+        except (AttributeError, TypeError, RuntimeError):  # no plain arrays, or sizes that are being traced
+            call = None
+        if call is None:
+            if (override := kernels.override_of(*arrays)) is not None:
+                return override(operation, (self.name, arrays, *options))
+            kernels.backend_of(*arrays)  # raises for what is not an array, or of two frameworks
+            if kernels.is_symbolic(arrays, options):
+                check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
+                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
+            call = self.remembered(arrays, options)
+        return call.run(arrays)
+
+    def padded(self, arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        """The arrays, None for those that a call leaves out."""
+        return arrays + (None,) * (len(self.arguments) - len(arrays))
+
+    def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
+        """What a call depends on; the text of the options tells 1, 1.0 and True apart, which are equal."""
+        settings = planner.current()
+        key = (self, repr(options), settings)
+        for array in arrays:
+            key += (type(array), parts(array), getattr(array, "layout", None))
+        return key
+
+    def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
+        """The call for these arrays and options, made and kept if it is new."""
+        key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, _device(array)))
+        call = _calls.get(key)
+        if call is None:
+            call = self.prepare(arrays, options)
+            if not kernels.backend_of(arrays[0]).is_traced(arrays[0]):
+                _calls.put(key, call)  # under tracing nothing is measured: a later call may choose better
+        return call
+
+    def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
+        """The call as part of a graph that a framework writes down: shapes are constants of it, and so is the plan."""
+        kinds = tuple((shape_of(array), array.dtype, _device(array)) for array in arrays)
+        return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
+
+    def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
+        """Check the arguments and compile their network."""
+        options = tuple(map(_frozen, options))
+        named = dict(zip(self.arguments, arrays, strict=False))
+        is_complex = check_arrays(named, self.real)
+        shapes = [shape_of(array) for array in arrays]
+        missing = [None] * (len(self.arguments) - len(arrays))
+        request = self.build(*shapes, *missing, *options)
+        adapt = tuple(
+            _adapter(found, shape, is_complex and name in request.conjugate)
+            for found, (name, shape) in zip(shapes, request.shapes.items(), strict=True)
+        )
+        plan = evaluate.compile(request.network, request.shapes, like=arrays[0])
+        return _Call(
+            _in_order(plan, tuple(request.shapes), arrays[0], request.spec),
+            adapt if any(adapt) else None,
+            request.unbatched,
+        )
+
+
+_operations: dict[str, Operation] = {}
+
+
+def operation(name: str, arrays: tuple[Array, ...], *options: Any) -> Array:
+    """The operation of that name: what the graphs of torch.fx call."""
+    return _operations[name](tuple(arrays), *options)
+
+
+class _CapturedCalls:
+    """The calls that captured graphs are made of, as attributes: there a framework finds new ones while it traces."""
+
+
+_captured_calls = _CapturedCalls()
+"""Graphs hold no more than the name of a call, so what one was ever made for stays here as long as the process."""
+
+_captured_names = Cache(maxsize=4096)
+
+_captured_numbers = itertools.count()
+
+
+@kernels.constant_in_graphs
+def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
+    """The name in `_captured_calls` of a call, from constants alone."""
+    settings = planner.untimed(planner.current())
+    key = (operation, kinds, repr(options), settings)
+    name = _captured_names.get(key)
+    if name is None:
+        arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
+        with planner.planning(effort=settings.effort):
+            call = _operations[operation].prepare(arrays, options)
+        name = f"call_{next(_captured_numbers)}"  # no two threads draw one number
+        setattr(_captured_calls, name, call)
+        _captured_names.put(key, name)
+    return name
+
+
+@kernels.constant_in_graphs
+def _is_limited() -> bool:
+    """Whether a memory limit is set: it holds for a plan, and a plan is for sizes that are numbers."""
+    return planner.current().max_bytes is not None
+
+
+def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
+    """The plan as a function of arrays in the order of `names`; everything else was checked before."""
+    backend = kernels.backend_of(like)
+    ready = runtime.runnable(plan, backend)
+    call = ready.unchecked if spec is None else backend.formatted(ready, spec)
+    if ready.names == list(names):
+        return call
+    places = [names.index(name) for name in ready.names]
+    return lambda *arrays: call(*(arrays[place] for place in places))
+
+
+def recipe(*arguments: str, real: bool = False) -> Callable[[Callable[..., Request]], Operation]:
+    """Make an operation of a function from shapes (named by `arguments`) and options to a request."""
+
+    def register(build: Callable[..., Request]) -> Operation:
+        operation = _operations[build.__name__] = Operation(arguments, build, real)
+        return operation
+
+    return register
+
+
+def _adapter(found: Shape, wanted: Shape, conjugate: bool) -> Callable[[Array], Array] | None:
+    if conjugate:
+        return lambda array: array.conj().reshape(wanted)
+    return None if found == wanted else lambda array: array.reshape(wanted)
+
+
+def shape_of(array: Array) -> Shape:
+    """The shape as plain ints."""
+    return tuple(operator.index(size) for size in array.shape)
+
+
+def _device(array: Array) -> Any:
+    return getattr(array, "device", None)
+
+
+_parts = operator.attrgetter("shape", "dtype", "device")
+
+
+def _frozen(option: Any) -> Any:
+    """Lists as tuples, so that they can be part of a key."""
+    if isinstance(option, Sequence) and not isinstance(option, str):
+        return tuple(_frozen(part) for part in option)
+    return option
+
+
+def _dtype_name(array: Array) -> str:
+    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
+
+
+def check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
+    """Raise TypeError or ValueError unless the arrays fit together; return whether they are complex."""
+    (first, *others), names = arrays.items(), {name: _dtype_name(array) for name, array in arrays.items()}
+    for name, dtype in names.items():
+        if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):
+            raise TypeError(f"{name} has dtype {dtype}, expected a floating-point dtype")
+        if dtype.startswith(("float8", "float4")):
+            raise TypeError(f"{name} has dtype {dtype}, expected one of at least 16 bits: frameworks only store it")
+        if real and dtype.startswith(("complex", "clongdouble")):
+            raise TypeError(f"{name} has complex dtype {dtype}, expected a real dtype: curvature is not defined for it")
+    for name, array in others:
+        if array.dtype != first[1].dtype:
+            raise TypeError(
+                f"{first[0]} has dtype {names[first[0]]} and {name} has dtype {names[name]}, expected one dtype"
+            )
+        if _device(array) != _device(first[1]):
+            raise ValueError(
+                f"{first[0]} is on device {_device(first[1])} and {name} on device {_device(array)}, expected one"
+            )
+    return names[first[0]].startswith(("complex", "clongdouble"))

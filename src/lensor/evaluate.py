@@ -1,0 +1,297 @@
+"""Evaluation: a network and arrays become a cached plan, and the plan a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lensor.cache import Cache
+from lensor.errors import SubscriptsError
+from lensor.kernels import Backend, backend_of, load, override_of
+from lensor.network import AnyNetwork, Network, Operand, Select, contraction
+from lensor.network.subscripts import (
+    expand_ellipsis,
+    format_legs,
+    infer_sizes,
+    parse_subscripts,
+    spread_over_deltas,
+    with_spaces,
+)
+from lensor.pattern import IndexPattern, as_integer
+from lensor.plan import Plan
+from lensor.plan.steps import Input
+from lensor.planner import Settings, choose, current, planning, untimed
+from lensor.runtime import Runnable, require_operands, run, runnable
+
+_plans = Cache(maxsize=1024)
+_contractions = Cache(maxsize=1024)
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+def compile(
+    net: AnyNetwork,
+    shapes: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int] | None = None,
+    like: Any = None,
+    settings: Settings | None = None,
+) -> Plan:
+    """The plan of a network for operands of given shapes, simplified, chosen and cached.
+
+    Args:
+        net: the network.
+        shapes: the shape of every operand.
+        sizes: sizes of indices that no operand tells.
+        like: an array of the operands' framework, dtype and device, on which candidates may be measured.
+        settings: effort and memory limit, by default those of `lensor.planning`.
+
+    Raises:
+        TypeError: if an operand is missing or unknown.
+        ValueError: if shapes or sizes do not fit the network, or no plan fits the memory limit.
+    """
+    if sizes:
+        net = net.bind(sizes)
+    settings = settings or current()
+    backend = None if like is None else backend_of(like)
+    kind = () if backend is None else backend.kind(like)
+    if backend is not None and backend.is_traced(like):
+        settings = untimed(settings)
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    key = (net, tuple(sorted(shapes.items())), kind, settings)
+
+    def make() -> Plan:
+        plan = choose(bind_shapes(net, shapes), settings, backend, kind)
+        return replace(plan, deriver=partial(_derived, settings=settings))
+
+    try:
+        return _plans.get_or_make(key, make)
+    except TypeError:
+        _refuse_symbols(shapes)
+        raise
+
+
+def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise TypeError for sizes of a compiler that stand for many, which no key of a cache can hold."""
+    for name, shape in shapes.items():
+        if any(type(size).__name__ == "SymInt" for size in shape):
+            raise TypeError(
+                f"operand {name!r} has shape {tuple(shape)} with sizes that are symbols, expected numbers: a network is"
+                " planned for known sizes; the functions of lensor.functional take symbols"
+            ) from None
+
+
+def _derived(
+    plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings, in_channels_last: bool
+) -> Callable[[Sequence[Any], Any], Any]:
+    """The planned VJP or JVP of a plan's network, as a function of the plan's operands and a direction."""
+    net = plan.network
+    assert net is not None
+    direction = "V"
+    while direction in net.operand_names:
+        direction += "_"
+    derived = net.vjp(operand, direction) if kind == "vjp" else net.jvp(operand, direction)
+    shapes = {step.operand: step.size for step in plan.steps if isinstance(step, Input)}
+    shapes[direction] = plan.shape if kind == "vjp" else shapes[operand]
+    ready = runnable(
+        compile(derived, {name: shapes[name] for name in derived.operand_names}, like=like, settings=settings), backend
+    )
+    if in_channels_last:
+        ready = ready.channels_last
+    places = [-1 if name == direction else plan.operands.index(name) for name in ready.names]
+    return lambda arrays, direction: ready.unchecked(*(direction if at < 0 else arrays[at] for at in places))
+
+
+def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
+    """The network with every size known, from the shapes of the operands."""
+    require_operands(net.operand_names, shapes)
+    # A name means one index throughout a sum: a term that no operand tells a size learns it from the others.
+    sizes: dict[str, int | None] = dict(net.sizes)
+    for term in net.terms:
+        held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
+        sizes.update((index, size) for index, size in infer_sizes(held, term.sizes).items() if size is not None)
+    terms = []
+    for term in net.terms:
+        held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
+        known = {index: sizes[index] if size is None else size for index, size in term.sizes.items()}
+        found = spread_over_deltas(term.nodes, infer_sizes(held, known))
+        missing = sorted(index for index, size in found.items() if size is None)
+        if missing:
+            raise ValueError(
+                f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=..., "
+                f"or by net.bind({missing[0]}=...)"
+            )
+        terms.append(term.bind({index: size for index, size in found.items() if size is not None}))
+    return terms[0] if len(terms) == 1 else type(net)(tuple(terms))  # type: ignore[call-arg]
+
+
+def _occurrences(term: Network) -> list[tuple[str, tuple]]:
+    """(name, the legs that its array's axes are) of every operand; a selection's vector has the second only."""
+    return [
+        (node.name, node.legs[1:] if isinstance(node, Select) else node.legs)
+        for node in term.nodes
+        if isinstance(node, Operand)
+    ]
+
+
+def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
+    """An array that tells framework, dtype and device; positions do not."""
+    chosen = net.selections
+    return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
+
+
+def plan(net: AnyNetwork, /, *, effort: str | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
+    """The plan for operands given as arrays or as their shapes; int keywords give sizes of indices.
+
+    Args:
+        net: the network.
+        effort: `"estimate"` chooses among candidates by their estimated cost, `"measure"` by timing them once on
+            operands of these shapes (arrays tell dtype and device; shapes alone stand for float32 NumPy arrays),
+            `"remember"` by times that `lensor.wisdom` knows.
+        max_bytes: the most memory the plan may need beside its operands.
+        operands: an array or a shape for every operand; an int for an index whose size no operand tells.
+
+    Example:
+        >>> import lensor
+        >>> plan = lensor.ops.conv(lensor.ConvSpec(2, 4, (5,), 1)).plan(X=(3, 2, 5), W=(4, 2, 1))
+        >>> plan.flops, plan.shape
+        (240, (3, 4, 5))
+
+    Raises:
+        TypeError: if an operand is missing or unknown.
+        ValueError: if shapes do not fit the network, for an unknown effort, or if no plan fits the memory limit.
+    """
+    with planning(effort=effort, max_bytes=max_bytes):
+        settings = current()
+    arrays, sizes = split_sizes(net, operands)
+    shapes = {name: _shape_of(name, value) for name, value in arrays.items()}
+    like = _reference(net, arrays)
+    like = np.zeros((), np.float32) if like is None else like
+    return compile(net, shapes, sizes, like, settings)
+
+
+def _shape_of(name: str, value: Any) -> tuple[int, ...]:
+    shape = getattr(value, "shape", value)
+    if isinstance(shape, Sequence) and not isinstance(shape, str):
+        return tuple(as_integer(size, f"a size in the shape of {name!r}") for size in shape)
+    raise TypeError(f"operand {name!r} is {value!r}, expected an array or a shape, a sequence of ints")
+
+
+def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Keywords as operands and sizes of indices: what names no operand but an index is a size."""
+    arrays, sizes = {}, {}
+    names = net.operand_names
+    for name, value in given.items():
+        if name not in names and name in net.sizes:
+            sizes[name] = as_integer(value, f"the size of index {name!r}")
+        else:
+            arrays[name] = value
+    return arrays, sizes
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> Any:
+    """The value of a network on arrays of one framework.
+
+    Raises:
+        TypeError: for operands that are missing, unknown, of two frameworks, two dtypes, or of integer dtype.
+        ValueError: if shapes or sizes do not fit the network.
+    """
+    require_operands(net.operand_names, operands)
+    backend_of(*operands.values())
+    like = _reference(net, operands)
+    return run(compile(net, {name: array.shape for name, array in operands.items()}, sizes, like), operands)
+
+
+def call(net: AnyNetwork, /, **operands: Any) -> Any:
+    """Evaluate the network on arrays of one framework; int keywords give sizes of indices that no array tells.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> net = lensor.contraction("n i, n i -> n", "X", "X")
+        >>> net(X=np.array([[3.0, 4.0]]))
+        array([25.])
+    """
+    arrays, sizes = split_sizes(net, operands)
+    return evaluate(net, arrays, sizes)
+
+
+# -------------------------------------------------------------------------------------------------------------- einsum
+def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
+    """Evaluate subscripts over arrays of one framework and index patterns together.
+
+    Legs are separated by spaces, `(g c)` is an axis that holds two indices, `1` an axis of length 1, an index repeated
+    within one operand its diagonal, `...` axes that operands share. Indices that are not in the output are summed.
+
+    Args:
+        subscripts: e.g. `"n (g ci) i, i o k, (g co) ci k -> n (g co) o"`; `->` and the output are required.
+        operands: arrays and IndexPatterns, one for each part of the subscripts.
+        sizes: sizes of indices that neither arrays nor patterns tell.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> x, pi, w = np.arange(5.0), lensor.IndexPattern(5, 3), np.ones(3)
+        >>> lensor.einsum("i, i o k, k -> o", x, pi, w)
+        array([3., 6., 9.])
+
+    Raises:
+        SubscriptsError: if the subscripts do not parse; the message has a caret under the place.
+        ValueError: if an index has two sizes or a size is unknown.
+        TypeError: for operands that are no arrays, or arrays of two frameworks.
+    """
+    if not isinstance(subscripts, str):
+        raise TypeError(f"subscripts must be a str and come first, found {type(subscripts).__name__}")
+    sizes = {name: as_integer(size, f"the size of index {name!r}") for name, size in sizes.items()}
+    arrays = {f"x{at}": operand for at, operand in enumerate(operands) if not isinstance(operand, IndexPattern)}
+    if (override := override_of(*arrays.values())) is not None:
+        return override(einsum, (subscripts, *operands), **sizes)
+    backend = backend_of(*arrays.values()) if arrays else load("numpy")
+    key = (
+        subscripts,
+        tuple(operand if isinstance(operand, IndexPattern) else tuple(operand.shape) for operand in operands),
+        tuple(sorted(sizes.items())),
+    )
+    try:
+        net = _contractions.get_or_make(key, lambda: _contraction_of(subscripts, operands, sizes))
+    except TypeError:
+        _refuse_symbols({name: array.shape for name, array in arrays.items()})
+        raise
+    if arrays:
+        return evaluate(net, arrays)
+    return Runnable(compile(net, {}), backend)({})
+
+
+def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str, int]) -> Network:
+    parsed = parse_subscripts(subscripts)
+    if len(parsed.operands) != len(operands):
+        raise ValueError(f"subscripts have {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}")
+    shapes = [
+        (operand.input_size, operand.output_size, operand.kernel_size)
+        if isinstance(operand, IndexPattern)
+        else tuple(operand.shape)
+        for operand in operands
+    ]
+    parsed = expand_ellipsis(parsed, [len(shape) for shape in shapes])
+    held = []
+    for at, (legs, shape, start) in enumerate(zip(parsed.operands, shapes, parsed.starts, strict=True)):
+        if len(legs) != len(shape):
+            raise SubscriptsError(
+                f"operand {at} has {len(shape)} axes (shape {shape}), the subscripts have {len(legs)} for it"
+                f"{with_spaces(subscripts)}",
+                subscripts,
+                start,
+            )
+        held.append((f"operand {at}", legs, shape))
+    found = infer_sizes(held, sizes)
+    missing = sorted(index for index, size in found.items() if size is None)
+    if missing:
+        raise ValueError(f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=...")
+    unknown = sorted(set(sizes) - {index for legs in parsed.operands for leg in legs for index in leg})
+    if unknown:
+        raise ValueError(f"a size is given for {unknown[0]!r}, which is no index of {subscripts!r}")
+    text = f"{', '.join(format_legs(legs) for legs in parsed.operands)} -> {format_legs(parsed.output)}"
+    names = [operand if isinstance(operand, IndexPattern) else f"x{at}" for at, operand in enumerate(operands)]
+    known = {index: size for index, size in found.items() if size is not None}
+    return contraction(text, *names, **known)

@@ -1,0 +1,114 @@
+"""Planned derivatives in torch's autograd, in its transforms and in forward mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch._C import _is_any_autocast_enabled
+
+
+class Derivatives:
+    """What `_Planned` knows of the function that it records."""
+
+    def __init__(self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]) -> None:
+        self.run, self.derivative, self.needs = run, derivative, needs
+        self.unneeded: dict[tuple[bool, ...], tuple[int, ...]] = {}
+
+    def kept(self, arrays: tuple[torch.Tensor, ...], asked: tuple[bool, ...]) -> Sequence[torch.Tensor | None]:
+        """The operands that the derivatives asked for need; None for the others. `asked` begins with that of `self`."""
+        unneeded = self.unneeded.get(asked)
+        if unneeded is None:
+            needed = {at for place, wanted in enumerate(asked[1:]) if wanted for at in self.needs[place]}
+            unneeded = self.unneeded[asked] = tuple(at for at in range(len(arrays)) if at not in needed)
+        if not unneeded:
+            return arrays
+        return [None if at in unneeded else array for at, array in enumerate(arrays)]
+
+
+class _Planned(torch.autograd.Function):
+    """A function whose derivatives are planned: what is kept for them are operands, those that they need."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Derivatives, *arrays: torch.Tensor) -> torch.Tensor:
+        ctx.own, ctx.casts = own, casts_of(next(array for array in arrays if not is_positions(array)))
+        ctx.save_for_backward(*own.kept(arrays, ctx.needs_input_grad))
+        return own.run(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        arrays, cotangent, casts = ctx.saved_tensors, cotangents[0], ctx.casts
+        if casts is not None:
+            cotangent = cotangent.to(casts.dtype)
+        with casts.again() if casts is not None else nullcontext():
+            found = [
+                ctx.own.derivative("vjp", place, arrays, cotangent) if needed else None
+                for place, needed in enumerate(ctx.needs_input_grad[1:])
+            ]
+        return None, *found
+
+
+record = super(torch.autograd.Function, _Planned).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""`_Planned.apply` without its preparations for transforms, which take longer than the rest."""
+
+
+class Transformed(_Planned):
+    """The same in the form that torch.func's transforms ask for, and forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(own: Derivatives, *arrays: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return own.run(*arrays)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.own, *arrays = inputs
+        ctx.casts = casts_of(next(array for array in arrays if not is_positions(array)))
+        ctx.save_for_backward(*arrays)  # all, because they want the same for both modes
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        arrays, found = ctx.saved_tensors, None
+        with ctx.casts.again() if ctx.casts is not None else nullcontext():
+            for place, tangent in enumerate(tangents[1:]):
+                if tangent is not None:
+                    part = ctx.own.derivative("jvp", place, arrays, tangent)
+                    found = part if found is None else found + part
+        return found
+
+
+class _Casts(NamedTuple):
+    """Automatic casts, to be done again, and the dtype of the operands."""
+
+    device: str
+    to: torch.dtype
+    dtype: torch.dtype
+
+    def again(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, self.to)
+
+
+def is_positions(x: torch.Tensor) -> bool:
+    """Whether a tensor holds positions, not numbers that are differentiated."""
+    return not (x.is_floating_point() or x.is_complex())
+
+
+def casts_of(x: torch.Tensor) -> _Casts | None:
+    """The automatic casts that are on for a tensor's device, if any."""
+    if not _is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return _Casts(device, torch.get_autocast_dtype(device), x.dtype)
+
+
+def uncast(device: str) -> AbstractContextManager[Any]:
+    """Without automatic casts, which would put products into half precision again."""
+    if not _is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

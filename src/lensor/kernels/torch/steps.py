@@ -1,0 +1,439 @@
+"""The steps of plans in torch. Every one is made of differentiable torch operators, to any order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from lensor.kernels.selection import in_mode, read_at
+from lensor.kernels.torch.capture import Constant
+from lensor.kernels.torch.memory import shape_only
+from lensor.kernels.torch.tensors import may_write
+from lensor.pattern import IndexPattern
+from lensor.plan import steps as s
+
+
+def _constant(step: s.Constant) -> Callable[[torch.Tensor], torch.Tensor]:
+    def make() -> torch.Tensor:
+        return torch.from_numpy(step.pattern.summed(step.summed, np.float64))
+
+    return Constant((step.pattern, step.summed), make)
+
+
+def _pad(step: s.Pad) -> Callable[[torch.Tensor], torch.Tensor]:
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        widths = [0, 0] * (x.ndim - 1 - step.axis) + [step.left, step.right]
+        return torch.nn.functional.pad(x, widths)
+
+    return pad
+
+
+def _stuff(step: s.Stuff) -> Callable[[torch.Tensor], torch.Tensor]:
+    def stuff(x: torch.Tensor) -> torch.Tensor:
+        if may_write(x):
+            out = x.new_zeros(step.shape([tuple(x.shape)]))
+            out[(*[slice(None)] * step.axis, slice(None, None, step.step))] = x
+            return out
+        x = x.unsqueeze(step.axis + 1)
+        x = torch.nn.functional.pad(x, [0, 0] * (x.ndim - 2 - step.axis) + [0, step.step - 1])
+        x = x.flatten(step.axis, step.axis + 1)
+        return x.narrow(step.axis, 0, x.shape[step.axis] - (step.step - 1))
+
+    return stuff
+
+
+def _slice(step: s.Slice) -> Callable[[torch.Tensor], torch.Tensor]:
+    stop = step.start + (step.count - 1) * step.step + 1
+    where = (*[slice(None)] * step.axis, slice(step.start, stop, step.step))
+    return lambda x: x[where]
+
+
+def _window(step: s.Window) -> Callable[[torch.Tensor], torch.Tensor]:
+    span = step.dilation * (step.kernel - 1) + 1
+
+    def window(x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
+            # torch's derivative of a strided view has no batching rule.
+            first = torch.arange(step.positions, device=x.device) * step.stride
+            reads = (first[:, None] + torch.arange(step.kernel, device=x.device) * step.dilation).flatten()
+            x = x.index_select(step.axis, reads).unflatten(step.axis, (step.positions, step.kernel))
+            return x.movedim(step.axis + 1, -1)
+        x = x.unfold(step.axis, span, step.stride)
+        if step.dilation > 1:
+            x = x[..., :: step.dilation]
+        return x.narrow(step.axis, 0, step.positions)
+
+    return window
+
+
+def _overlap_add(step: s.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
+    def overlap_add(x: torch.Tensor) -> torch.Tensor:
+        stuff = _stuff(s.Stuff((0,), step.axis, step.stride)) if step.stride > 1 else None
+        out = None
+        for k in range(x.shape[-1]):
+            part = x[..., k] if stuff is None else stuff(x[..., k])
+            left = k * step.dilation
+            right = step.length - left - part.shape[step.axis]
+            part = _pad(s.Pad((0,), step.axis, left, right))(part)
+            out = part if out is None else out + part
+        assert out is not None
+        return out
+
+    return overlap_add
+
+
+_MOST_RUNS = 8
+"""Positions in at most this many runs are read as slices side by side, which is faster than one by one."""
+
+
+def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
+    axis, runs = step.axis, step.runs()
+    if 0 < len(runs) <= _MOST_RUNS:
+        return lambda x: torch.cat([_run(x, axis, *one) for one in runs], axis)
+    return lambda x: x.index_select(step.axis, _reads(step.pattern, x))
+
+
+def _reads(selection: IndexPattern, like: torch.Tensor) -> torch.Tensor:
+    """The input position that each output position of a selection reads, in any mode but zeros."""
+    places = torch.arange(selection.output_size, device=like.device) * selection.stride - selection.padding[0]
+    return in_mode(places, selection.input_size, selection.padding_mode, torch.where)
+
+
+def _scatter_add(step: s.ScatterAdd) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.new_zeros(step.shape([x.shape])).index_add_(step.axis, _reads(step.pattern, x), x)
+
+
+def _put(step: s.Put) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda x, positions: x.new_zeros(step.shape([x.shape])).index_add_(step.axis, positions, x)
+
+
+def _read(step: s.Read) -> Callable[..., torch.Tensor]:
+    def read(x: torch.Tensor, *positions: torch.Tensor) -> torch.Tensor:
+        ordered = [positions[axis.positions - 1] for axis in step.axes]
+        places = read_at(
+            step,
+            ordered,
+            lambda size: torch.arange(size, device=x.device),
+            torch.where,
+        )
+        last = step.axis + len(step.axes) - 1
+        flat = torch.nn.functional.pad(x.flatten(step.axis, last), (*(0, 0) * (x.ndim - 1 - last), 0, 1))
+        return flat.index_select(step.axis, places).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
+
+    return read
+
+
+def _run(x: torch.Tensor, axis: int, start: int, step: int, length: int) -> torch.Tensor:
+    low = min(start, start + step * (length - 1))
+    x = x.narrow(axis, low, abs(step) * (length - 1) + 1)
+    if step == 0:
+        return x.expand(*x.shape[:axis], length, *x.shape[axis + 1 :])
+    if abs(step) > 1:
+        x = x[(slice(None),) * axis + (slice(None, None, abs(step)),)]
+    return x if step > 0 else x.flip(axis)
+
+
+def _multiple(step: s.Multiple) -> Callable[[torch.Tensor], torch.Tensor]:
+    factor = float(step.factor)
+    if step.owned:
+        return lambda x: x.mul_(factor) if may_write(x) else x * factor
+    return lambda x: x * factor
+
+
+def _add(step: s.Add) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if step.owned:
+        return lambda a, b: a.add_(b) if may_write(a) and may_write(b) else a + b
+    return torch.add
+
+
+_MANY = 256
+"""More terms than this are squared before they are summed, in memory of their own."""
+
+
+def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Term by term added up, so that no squares are kept; all at once where terms are many or nobody may write."""
+    axes = step.axes
+
+    def sum_squares(x: torch.Tensor) -> torch.Tensor:
+        sizes = [x.shape[axis] for axis in axes]
+        if not 0 < math.prod(sizes) <= _MANY or not may_write(x):
+            return (x * x).sum(axes)
+        kept = [axis for axis in range(x.ndim) if axis not in axes]
+        terms = x.permute(*axes, *kept)
+        first, *others = itertools.product(*map(range, sizes))
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype  # half precision adds up badly
+        result = torch.mul(*[terms[first].to(wide)] * 2, out=x.new_empty([x.shape[axis] for axis in kept], dtype=wide))
+        for place in others:
+            result.addcmul_(*[terms[place].to(wide)] * 2)
+        return result.to(x.dtype)
+
+    return sum_squares
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """In row-major order, where torch alone would take over the order of what it multiplies: a view comes next."""
+    if (a.is_contiguous() and b.is_contiguous()) or not (may_write(a) and may_write(b)):
+        return a * b
+    shape = [q if p == 1 else p for p, q in zip(a.shape, b.shape, strict=True)]
+    return torch.mul(a, b, out=a.new_empty(shape, dtype=torch.result_type(a, b)))
+
+
+def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if step.factor == 1:
+        return torch.matmul
+    factor = float(step.factor)
+
+    def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if may_write(a) and a.ndim in (2, 3) and a.shape[:-2] == b.shape[:-2]:
+            multiply = torch.addmm if a.ndim == 2 else torch.baddbmm
+            return multiply(a.new_empty((1,) * a.ndim), a, b, beta=0, alpha=factor)
+        return torch.matmul(a, b) * factor
+
+    return matmul
+
+
+_BLOCK = 192
+"""Rows from which on a Gram matrix is halved; smaller blocks lose to the overhead of a call."""
+
+_LONG = 512
+"""Shorter rows make a Gram matrix a matter of writing the result, where one triangle saves nothing."""
+
+_WIDE = 1024
+"""Gram matrices of more rows are halved for shorter rows, too, but less often."""
+
+
+def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Halves of the rows with themselves and with each other; whole where that is no gain or nobody may write."""
+    multiply = _matmul(step)
+    factor = float(step.factor)
+
+    def fill(out: torch.Tensor, x: torch.Tensor, least: int) -> None:
+        size = x.shape[-2]
+        if size < least:
+            _product_into(out, x, x, factor)
+            return
+        half = size // 2
+        low, high = slice(0, half), slice(half, size)
+        fill(out[..., low, low], x[..., low, :], least)
+        fill(out[..., high, high], x[..., high, :], least)
+        _product_into(out[..., high, low], x[..., high, :], x[..., low, :], factor)
+        out[..., low, high] = out[..., high, low].mT
+
+    def gram(x: torch.Tensor) -> torch.Tensor:
+        size, length = x.shape[-2:]
+        least = _BLOCK if length >= _LONG else _WIDE if length >= _LONG // 2 else size + 1
+        if size < least or x.is_cuda or not may_write(x):
+            return multiply(x, x.mT)
+        out = x.new_empty((*x.shape[:-1], size))
+        fill(out, x, least)
+        return out
+
+    return gram
+
+
+def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float) -> None:
+    """factor · a bᵀ, written where `out` lies: batch by batch, for a batched product wants one piece of memory."""
+    for place in itertools.product(*map(range, out.shape[:-2])):
+        torch.addmm(out[place], a[place], b[place].mT, beta=0, alpha=factor, out=out[place])
+
+
+Lags = dict[s.Shape, torch.Tensor]
+"""For each lag a matrix of products of channels, [g, block, block]."""
+
+
+def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Products by lags, one block of channels with another at a time; then the corrections, products of thin lines.
+
+    Channels lie last and positions in one row with zeros behind each axis, so that a lag is an offset in the row. What
+    is alive beside the result: the row, and products of two blocks for all lags.
+    """
+    dims, kernel, pad, factor = len(step.patterns), step.kernel, step.pad, float(step.factor)
+    dilation = tuple(pattern.dilation for pattern in step.patterns)
+    lags, borders = step.lags(), step.borders()
+    whole = s.Border((), 1, tuple(itertools.product(*map(range, kernel))), lags[0], tuple(2 * k - 1 for k in kernel))
+    places = {border: _places(border, whole.offsets) for border in (whole, *borders)}
+
+    def of_rows(row: torch.Tensor, strides: Sequence[int], one: slice, two: slice) -> Lags:
+        """Σ x[i] x[i + lag] of two blocks of channels for every lag: [g, block, block]."""
+        length = row.shape[1]
+        found: Lags = {}
+        for lag in lags:
+            offset = sum(d * every * s for d, every, s in zip(lag, dilation, strides, strict=True))
+            back = tuple(-d for d in lag)
+            if one == two and back in found:
+                found[lag] = found[back].mT
+                continue
+            first = row[:, max(-offset, 0) : length - max(offset, 0), one]
+            second = row[:, max(offset, 0) : length - max(-offset, 0), two]
+            # One channel a group: a product of vectors is no matter for a matrix product.
+            found[lag] = (first * second).sum(1, keepdim=True) if row.shape[2] == 1 else first.mT @ second
+        return found
+
+    def of_lines(body: torch.Tensor, sizes: Sequence[int], one: slice, two: slice, border: s.Border) -> Lags:
+        """The same over the positions of a border, for the lags that it needs."""
+        own, around = body[..., one], body[..., two]
+        fixed = dict(border.fixed)
+        free = [axis for axis in range(dims) if axis not in fixed]
+        for axis, position in fixed.items():
+            own = own.narrow(2 + axis, position, 1)
+            start = position + border.low[axis] * dilation[axis]
+            around = _spread(around, 2 + axis, sizes[axis], start, dilation[axis], border.count[axis])
+        for axis in free:
+            own = own.narrow(2 + axis, 0, sizes[axis])
+            around = _padded(around, 2 + axis, pad[axis], 0).unfold(2 + axis, 2 * pad[axis] + 1, 1)
+            around = around[..., :: dilation[axis]]
+        along = [2 + axis if axis in fixed else 3 + dims + free.index(axis) for axis in range(dims)]
+        around = around.permute(0, 1, *(2 + axis for axis in free), *along, 2 + dims)  # positions, lags, block
+        around = around.reshape(own.shape[0], -1, math.prod(border.count) * around.shape[-1])
+        products = own.reshape(own.shape[0], -1, own.shape[-1]).mT @ around
+        every = itertools.product(*(range(low, low + n) for low, n in zip(border.low, border.count, strict=True)))
+        return dict(zip(every, products.unflatten(2, (math.prod(border.count), -1)).unbind(2), strict=True))
+
+    def collect(found: Lags, border: s.Border, views: Any, entries: dict[tuple[int, int], torch.Tensor]) -> None:
+        """Put the products for every pair of offsets where they belong: into the result's views, if it has any."""
+        for k, second, lag in places[border]:
+            if views is None:
+                known = entries.get((k, second))
+                entries[k, second] = found[lag] if known is None else known.add(found[lag], alpha=border.sign)
+            elif border.fixed:
+                views[k][second].add_(found[lag], alpha=border.sign)
+            else:
+                views[k][second].copy_(found[lag])
+
+    def patch_gram(x: torch.Tensor) -> torch.Tensor:
+        n, g, c, *sizes = x.shape
+        writes = may_write(x)
+        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *positions, c]
+        if writes:  # padding as torch does it need not be in row-major order
+            body = x.new_zeros((g, n, *map(sum, zip(sizes, pad, strict=True)), c))
+            body[(slice(None), slice(None), *map(slice, sizes))] = x
+        else:
+            behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
+            body = torch.nn.functional.pad(x, behind)
+        row = body.reshape(g, -1, c)
+        strides = [math.prod(body.shape[3 + axis : 2 + dims]) for axis in range(dims)]
+        blocks = step.blocks(c) if writes else 1
+        bounds = [c * at // blocks for at in range(blocks + 1)]
+        parts = [slice(low, high) for low, high in itertools.pairwise(bounds)]
+        size = len(whole.offsets)
+        result = x.new_empty((g, c, size, c, size) if writes else (0,) * 5)
+        by_offsets = result.permute(2, 4, 0, 1, 3)
+        entries: dict[tuple[int, int], torch.Tensor] = {}
+        for at, one in enumerate(parts):
+            for two in parts[at:]:
+                views = [of_k.unbind() for of_k in by_offsets[:, :, :, one, two].unbind()] if writes else None
+                collect(of_rows(row, strides, one, two), whole, views, entries)
+                for border in borders:
+                    collect(of_lines(body, sizes, one, two, border), border, views, entries)
+                if one != two:
+                    result[:, two, :, one].copy_(result[:, one, :, two].permute(0, 3, 4, 1, 2))
+        if not writes:
+            rows = [torch.stack([entries[k, second] for second in range(size)], -1) for k in range(size)]
+            result = torch.stack(rows, 2)
+        if factor != 1:
+            result = result.mul_(factor) if writes else result * factor
+        return result.reshape(g, c, *kernel, c, *kernel)
+
+    return patch_gram
+
+
+def _places(border: s.Border, offsets: Sequence[s.Shape]) -> list[tuple[int, int, s.Shape]]:
+    """Every pair of offsets (k, l) that a border concerns, by their places, with their lag."""
+    numbers = {k: at for at, k in enumerate(offsets)}
+    return [
+        (numbers[k], at, tuple(b - a for a, b in zip(k, second, strict=True)))
+        for k in border.offsets
+        for at, second in enumerate(offsets)
+    ]
+
+
+def _padded(x: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, [*[0, 0] * (x.ndim - 1 - axis), before, behind]) if before or behind else x
+
+
+def _spread(x: torch.Tensor, axis: int, size: int, start: int, every: int, count: int) -> torch.Tensor:
+    """`count` positions of an axis from `start` on in steps, zeros outside of 0 to size − 1."""
+    low = min(max(-(start // every), 0), count)
+    high = max(min((size - 1 - start) // every + 1, count), low)
+    if high == low:
+        shape = list(x.shape)
+        shape[axis] = count
+        return x.new_zeros(shape)
+    x = x.narrow(axis, start + low * every, (high - low - 1) * every + 1)
+    x = x[(slice(None),) * axis + (slice(None, None, every),)]
+    return _padded(x, axis, low, count - high)
+
+
+_CONVOLUTIONS = (None, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
+
+
+def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    stride, padding, dilation, groups = list(step.stride), list(step.padding), list(step.dilation), step.groups
+    dims = len(stride)
+    if step.kind == "forward":
+        convolve = _CONVOLUTIONS[dims]
+        assert convolve is not None
+        return lambda x, w: convolve(x, w, None, stride, padding, dilation, groups)
+    if step.kind == "input_grad":
+
+        def input_grad(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            extra = [
+                size - ((o - 1) * s - 2 * q + d * (k - 1) + 1)
+                for size, o, s, q, d, k in zip(
+                    step.size[2:], v.shape[2:], stride, padding, dilation, w.shape[2:], strict=True
+                )
+            ]
+            within = all(more < apart for more, apart in zip(extra, stride, strict=True))
+            if any(extra) and within and v.device.type == "cpu":  # a transposed convolution copies such a result again
+                like = shape_only((len(v), *step.size[1:]), v)
+                return torch.ops.aten.convolution_backward(
+                    v, like, w, None, stride, padding, dilation, False, [0] * dims, groups, [True, False, False]
+                )[0]
+            return torch.convolution(v, w, None, stride, padding, dilation, True, extra, groups)
+
+        return input_grad
+
+    def weight_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        like = shape_only(step.size, x)
+        return torch.ops.aten.convolution_backward(
+            v, x, like, None, stride, padding, dilation, False, [0] * dims, groups, [False, True, False]
+        )[1]
+
+    return weight_grad
+
+
+STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
+    s.Constant: _constant,
+    s.Fill: lambda step: lambda like: torch.full(step.size, float(step.value), dtype=like.dtype, device=like.device),
+    s.Identity: lambda step: lambda like: torch.eye(step.size, dtype=like.dtype, device=like.device),
+    s.Reshape: lambda step: lambda x: x.reshape(step.size),
+    s.Transpose: lambda step: lambda x: x.permute(step.order),
+    s.Slice: _slice,
+    s.Pad: _pad,
+    s.Stuff: _stuff,
+    s.Gather: _gather,
+    s.Pick: lambda step: lambda x, positions: x.index_select(step.axis, positions),
+    s.ScatterAdd: _scatter_add,
+    s.Put: _put,
+    s.Read: _read,
+    s.Window: _window,
+    s.OverlapAdd: _overlap_add,
+    s.Diagonal: lambda step: lambda x: x.diagonal(dim1=step.first, dim2=step.second),
+    s.SumAxes: lambda step: lambda x: x.sum(dim=step.axes),
+    s.Expand: lambda step: lambda x: x.expand(step.size),
+    s.Multiply: lambda step: _multiply,
+    s.MatMul: _matmul,
+    s.Gram: _gram,
+    s.PatchGram: _patch_gram,
+    s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
+    s.Convolution: _convolution,
+    s.SumSquares: _sum_squares,
+    s.Add: _add,
+    s.Multiple: _multiple,
+}

@@ -1,0 +1,19 @@
+"""From a simplified network to plans: `STRATEGIES` lists the ways, each a list of stages over one state."""
+
+from lensor.lowering.alternatives import candidates, compare_paths
+from lensor.lowering.assemble import lower, lower_in_parts
+from lensor.lowering.slicing import axis_of, parts_of, sliceable
+from lensor.lowering.strategies import BY_NAME, STRATEGIES, Strategy
+
+__all__ = [
+    "BY_NAME",
+    "STRATEGIES",
+    "Strategy",
+    "axis_of",
+    "candidates",
+    "compare_paths",
+    "lower",
+    "lower_in_parts",
+    "parts_of",
+    "sliceable",
+]

@@ -1,0 +1,144 @@
+"""A network becomes a plan: each term by the stages of a strategy, and the terms added."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from lensor.lowering.contraction import contract
+from lensor.lowering.crops import finish_late
+from lensor.lowering.intake import take_nodes
+from lensor.lowering.sampled import place
+from lensor.lowering.slicing import axis_of, parts_of
+from lensor.lowering.state import State, Tensor
+from lensor.lowering.strategies import Strategy
+from lensor.network import AnyNetwork, Network, to_text
+from lensor.plan import Plan, Program
+from lensor.plan import steps as s
+
+_ONE = Fraction(1)
+
+
+def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
+    """The plan of a simplified network by one strategy."""
+    program = Program()
+    return _pruned(net, program, _lower_terms(program, net, strategy), strategy)
+
+
+def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
+    """The plan that works through an index part by part, so that less is alive at once.
+
+    Parts of a summed index are added up, parts of an output index put side by side (it must lead its leg).
+    """
+    program = Program()
+    axis = axis_of(net, index)
+    values = []
+    for piece in parts_of(net, index, parts):
+        values.append(_lower_terms(program, piece.simplify(), strategy))
+        if axis is None and len(values) > 1:
+            values = [_added(program, values)]
+    if len(values) > 1:
+        assert axis is not None
+        values = [program.add(s.Concat(tuple(values), axis))]
+    return _pruned(net, program, values[0], strategy, (index, parts))
+
+
+def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
+    for prepare in strategy.prepare:
+        net = prepare(net)
+    # A factor that several terms have multiplies their sum.
+    factors = Counter(term.scale.factor for term in net.terms)
+    common, count = factors.most_common(1)[0]
+    later = common if common and count > 1 else _ONE
+    value = _added(program, [_lower_term(program, term, strategy, later) for term in net.terms])
+    return value if later == 1 else program.scaled(value, later)
+
+
+def _lower_term(program: Program, term: Network, strategy: Strategy, later: Fraction) -> int:
+    state = State(program, term, later)
+    take_nodes(state)
+    if state.factor == 0:
+        return _zeros(state)
+    for stage in strategy.stages:
+        stage(state)
+    return _finish(state, finish_late(state, contract(state, strategy.contraction)))
+
+
+def _zeros(state: State) -> int:
+    """Zeros that depend on every operand, so that frameworks find zero derivatives."""
+    state.factor = _ONE
+    waiting, state.selections = state.selections, []
+    for selection in waiting:
+        place(state, selection)
+    program = state.program
+    value = program.add(s.Fill((), (), Fraction(0)))
+    for tensor in state.tensors:
+        nothing = tensor.value
+        if tensor.indices:
+            nothing = program.along(s.Slice((nothing,), 0, 0, 1, 0))
+            nothing = program.add(s.SumAxes((nothing,), tuple(range(len(tensor.indices)))))
+        value = program.add(s.Multiply((value, nothing)))
+    state.expanded = list(state.term.output_indices)
+    return _finish(state, Tensor(value, ()))
+
+
+def _finish(state: State, tensor: Tensor) -> int:
+    """The value of a term: its axes in the order of the output, scaled, with the axes of ones alone, and grouped."""
+    program, value = state.program, tensor.value
+    order = [index for index in state.term.output_indices if index in tensor.indices]
+    value = program.transpose(value, [tensor.indices.index(index) for index in order])
+    if state.factor != 1:
+        value = program.scaled(value, state.factor)
+    if state.expanded:
+        every = state.term.output_indices
+        value = program.reshape(value, tuple(1 if i in state.expanded else state.sizes[i] for i in every))
+        value = program.add(s.Expand((value,), state.shape(every)))
+    return program.reshape(value, tuple(state.size(leg) for leg in state.term.output))
+
+
+def _added(program: Program, values: Sequence[int]) -> int:
+    result = values[0]
+    for value in values[1:]:
+        result = program.add(s.Add((result, value)))
+    return result
+
+
+def _pruned(
+    net: AnyNetwork, program: Program, result: int, strategy: Strategy, parts: tuple[str, int] | None = None
+) -> Plan:
+    """A plan of the steps that the result needs, and of all positions, which are checked even where nothing is read."""
+    needed = set()
+    todo = [result, *(place for place, step in enumerate(program.steps) if isinstance(step, s.Positions))]
+    while todo:
+        place = todo.pop()
+        if place not in needed:
+            needed.add(place)
+            todo += program.steps[place].takes
+    kept = sorted(needed)
+    new = {place: at for at, place in enumerate(kept)}
+    steps = [_moved(program.steps[place], new) for place in kept]
+    shapes = tuple(program.shapes[place] for place in kept)
+    for at, step in enumerate(steps):
+        if isinstance(step, (s.Multiple, s.Add)) and _is_owned(steps, step.takes[0], at, new[result]):
+            steps[at] = replace(step, owned=True)
+    return Plan(to_text(net), tuple(steps), shapes, new[result], strategy.name, parts)
+
+
+def _is_owned(steps: Sequence[s.Step], value: int, user: int, result: int) -> bool:
+    """Whether a value was computed for one user alone: not an operand or pattern, and only this user sees it."""
+    while True:
+        users = [at for at, step in enumerate(steps) if value in step.takes]
+        if users != [user] or value == result:
+            return False
+        step = steps[value]
+        if not step.is_view:
+            return not isinstance(step, s.Fill)
+        if not step.takes or step.overlaps:
+            return False
+        user, value = value, step.takes[0]
+
+
+def _moved(step: s.Step, new: dict[int, int]) -> s.Step:
+    return replace(step, takes=tuple(new[at] for at in step.takes))

@@ -1,0 +1,113 @@
+"""The last stage: what is left is contracted pairwise, along a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+from lensor.lowering.halves import two_halves
+from lensor.lowering.products import Product, multiply
+from lensor.lowering.state import State, Tensor, kept_indices, loose_legs
+from lensor.network import Pattern
+from lensor.plan import steps as s
+from lensor.plan.paths import find_order
+
+Meeting: TypeAlias = Callable[[State, Tensor, Pattern, set[str]], Tensor | None]
+"""The product of a tensor and a pattern, with some indices kept; None where it is not one of this kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """How a strategy contracts what its stages have left.
+
+    Args:
+        meetings: ways to contract a tensor with a pattern without an array of the pattern, tried in order.
+        products: ways to multiply two tensors before the general one, tried in order.
+        halves: whether two copies of one thing are contracted alike, so that one computation serves both.
+        path: where the contraction path comes from, as `find_order` takes it.
+    """
+
+    meetings: tuple[Meeting, ...] = ()
+    products: tuple[Product, ...] = ()
+    halves: bool = False
+    path: str = "auto"
+
+
+def contract(state: State, way: Contraction) -> Tensor:
+    """One tensor with the indices of the output, those left out that ones alone hold."""
+    items = [*state.tensors, *state.patterns]
+    wanted = [index for index in state.open if index not in state.expanded]
+    if not items:
+        factor, state.factor = state.factor, Fraction(1)
+        return Tensor(state.program.add(s.Fill((), (), factor)), ())
+    halves = two_halves(items, wanted) if way.halves else None
+    if halves is None:
+        last = _joined(state, way, items, _path(state, way, items, set(wanted)), set(wanted))
+    else:
+        one, two = halves
+        needed = [set(wanted).union(*map(kept_indices, half)) for half in (two, one)]
+        path = _path(state, way, one, needed[0])
+        first, second = (_joined(state, way, half, path, kept) for half, kept in zip(halves, needed, strict=True))
+        last = _pair(state, way, first, second, set(wanted))
+    return Tensor(state.matrix(last, wanted, state.shape(wanted)), tuple(wanted))
+
+
+def _joined(
+    state: State,
+    way: Contraction,
+    items: Sequence[Tensor | Pattern],
+    path: Sequence[tuple[int, ...]],
+    wanted: set[str],
+) -> Tensor:
+    """The items contracted along a path; indices in `wanted` are kept."""
+    items = list(items)
+    for places in path:
+        taken = [items[at] for at in places]
+        items = [item for at, item in enumerate(items) if at not in places]
+        needed = wanted.union(*map(kept_indices, items))
+        merged = taken[0]
+        for step, item in enumerate(taken[1:], start=2):
+            merged = _pair(state, way, merged, item, needed.union(*map(kept_indices, taken[step:])))
+        items.append(merged)
+    return state.summed(_as_tensor(state, items[0]), wanted)
+
+
+def _path(state: State, way: Contraction, items: Sequence[Tensor | Pattern], wanted: set[str]) -> list[tuple[int, ...]]:
+    held = [frozenset(kept_indices(item)) for item in items]
+    inputs = []
+    for at, item in enumerate(items):
+        used = wanted.union(*held[:at], *held[at + 1 :])
+        loose = [item.legs[leg] for leg in loose_legs(item, used)] if isinstance(item, Pattern) else []
+        inputs.append(held[at].difference(*loose))
+    sizes = {index: max(size, 1) for index, size in state.sizes.items()}
+    return find_order(inputs, frozenset(wanted), sizes, way.path)
+
+
+def _as_tensor(state: State, item: Tensor | Pattern, loose: Sequence[int] = ()) -> Tensor:
+    """A pattern as an array, summed over the legs `loose`."""
+    if isinstance(item, Tensor):
+        return item
+    value = state.program.add(s.Constant((), item.pattern, tuple(loose)))
+    indices = [index for leg, group in enumerate(item.legs) if leg not in loose for index in group]
+    return state.without_repeats(state.program.reshape(value, state.shape(indices)), indices)
+
+
+def _pair(state: State, way: Contraction, one: Tensor | Pattern, two: Tensor | Pattern, needed: set[str]) -> Tensor:
+    """Contract two items; indices in `needed` are kept."""
+    for tensor, pattern in ((one, two), (two, one)):
+        if isinstance(tensor, Tensor) and isinstance(pattern, Pattern):
+            for meet in way.meetings:
+                found = meet(state, tensor, pattern, needed)
+                if found is not None:
+                    return found
+    a, b = (
+        item
+        if isinstance(item, Tensor)
+        else _as_tensor(state, item, loose_legs(item, needed.union(kept_indices(other))))
+        for item, other in ((one, two), (two, one))
+    )
+    a = state.summed(a, needed.union(b.indices))
+    b = state.summed(b, needed.union(a.indices))
+    return multiply(state, way.products, a, b, needed)

@@ -1,0 +1,217 @@
+"""Pairs of tensors contracted through patterns by the framework's convolution."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lensor.lowering.state import Leg, State, Tensor, has_repeats
+from lensor.lowering.windows import length_of
+from lensor.network import Group, Pattern
+from lensor.plan import steps as s
+
+_MOST_DIMENSIONS = 3
+"""Frameworks have convolutions of this many dimensions at most."""
+
+
+def convolve(state: State) -> None:
+    """Contract pairs of tensors that patterns tie together by the framework's convolution, and its gradients."""
+    _apply(state, gradients=True)
+
+
+def convolve_forward(state: State) -> None:
+    """The same without weight gradients: forward convolutions with kernel and output swapped stand for them."""
+    _apply(state, gradients=False)
+
+
+def _apply(state: State, gradients: bool) -> None:
+    while any(
+        (ties := _ties(state, node)) is not None and _contract(state, ties, gradients) for node in state.patterns
+    ):
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Tie:
+    """A pattern that ties two tensors: which of its legs are on the first and on the second.
+
+    The first tensor holds the input leg, or else the output leg.
+    """
+
+    node: Pattern
+    one: Tensor
+    two: Tensor
+    first: Leg
+    second: Leg
+
+    @property
+    def free(self) -> Leg:
+        """The leg that neither holds."""
+        return Leg.third(self.first, self.second)
+
+
+def _tie(state: State, node: Pattern) -> _Tie | None:
+    """The tensors on the two summed legs of a pattern."""
+    if node.pattern.padding_mode != "zeros" or not all(node.legs) or has_repeats(node):
+        return None
+    ends: list[tuple[Tensor, Leg]] = []
+    for leg in Leg:
+        group = node.legs[leg]
+        if state.patterns_on(group, node) or set(group) & set(state.open):
+            continue
+        holders = state.tensors_on(group)
+        if len(holders) == 1 and set(group) <= set(holders[0].indices):
+            ends.append((holders[0], leg))
+    if len(ends) != 2 or ends[0][0] is ends[1][0]:
+        return None
+    (one, first), (two, second) = ends
+    free = set(node.legs[Leg.third(first, second)])
+    return None if free & {*one.indices, *two.indices} else _Tie(node, one, two, first, second)
+
+
+def _ties(state: State, node: Pattern) -> list[_Tie] | None:
+    """A pattern's tie, and all others that tie the same two tensors in the same way."""
+    mine = _tie(state, node)
+    if mine is None:
+        return None
+    every = (_tie(state, other) for other in state.patterns)
+    same = [tie for tie in every if tie is not None and (tie.one, tie.two) == (mine.one, mine.two)]
+    flat = [index for tie in same for leg in tie.node.legs for index in leg]
+    if len(set(flat)) < len(flat) or len(same) > _MOST_DIMENSIONS:
+        return None
+    # Where the input legs of all are free, the first tensor has the output legs; no other mixture is a convolution.
+    adjoint = mine.free == Leg.INPUT
+    return None if adjoint and any(tie.free != Leg.INPUT for tie in same) else same
+
+
+@dataclass(frozen=True, slots=True)
+class _Dimension:
+    """One spatial dimension of a convolution step.
+
+    Args:
+        first: the indices of the first tensor.
+        second: those of the second.
+        out: those of the result.
+        stride: the hyper-parameters, as frameworks have them, and so on.
+        padding: on both sides.
+        dilation: of the kernel.
+        result: the size of the result.
+        shift: start and length to which the first tensor is padded or cropped before.
+        crop: start and length to which the result is padded or cropped after.
+    """
+
+    first: Group
+    second: Group
+    out: Group
+    stride: int
+    padding: int
+    dilation: int
+    result: int
+    shift: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+
+
+def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
+    """Contract two tensors through patterns in one step."""
+    one, two = ties[0].one, ties[0].two
+    spatial = {index for tie in ties for leg in tie.node.legs for index in leg}
+    rest = [tensor for tensor in state.tensors if tensor is not one and tensor is not two]
+    nodes = [tie.node for tie in ties]
+    needed = state.needed_beside(one, two, *nodes)
+    one, two = (
+        state.summed(one, needed | set(two.indices) | spatial),
+        state.summed(two, needed | set(one.indices) | spatial),
+    )
+    shared = [index for index in one.indices if index in two.indices]
+    group = [index for index in shared if index in needed]
+    inner = [index for index in shared if index not in needed]
+    free_one = [index for index in one.indices if index not in shared and index not in spatial]
+    free_two = [index for index in two.indices if index not in shared and index not in spatial]
+    adjoint = ties[0].first == Leg.OUTPUT  # the output is on the input's side
+    gradient = ties[0].second == Leg.OUTPUT and gradients
+    found = [_dimension(tie, adjoint, gradient) for tie in ties]
+    dimensions = [one for one in found if one is not None]
+    if len(dimensions) < len(ties):
+        return False
+    room = _MOST_DIMENSIONS - len(dimensions)
+    whole = _whole_axes(one, spatial, inner if gradient else free_one, room)
+    if whole:
+        # A kernel of size 1 along other axes: moving them into the batch would cost copies.
+        dimensions += [_whole(state.sizes[index], index, gradient) for index in whole]
+        dimensions.sort(key=lambda dimension: one.indices.index(dimension.first[0]))
+        inner, free_one = ([index for index in pool if index not in whole] for pool in (inner, free_one))
+    g, c, f1, f2 = (state.size(indices) for indices in (group, inner, free_one, free_two))
+    if 0 in (g, c, f1, f2):
+        return False  # frameworks differ in what they take for empty arrays
+    first = [index for dimension in dimensions for index in dimension.first]
+    second = [index for dimension in dimensions for index in dimension.second]
+    sizes_one = [state.size(dimension.first) for dimension in dimensions]
+    sizes_two = [state.size(dimension.second) for dimension in dimensions]
+    if gradient:
+        left = state.matrix(one, [*inner, *group, *free_one, *first], (c, g * f1, *sizes_one))
+        right = state.matrix(two, [*inner, *group, *free_two, *second], (c, g * f2, *sizes_two))
+        shape, indices = (g * f2, f1), [*group, *free_two, *free_one]
+    else:
+        left = state.matrix(one, [*free_one, *group, *inner, *first], (f1, g * c, *sizes_one))
+        order = [*group, *inner, *free_two] if adjoint else [*group, *free_two, *inner]
+        right = state.matrix(two, [*order, *second], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two))
+        shape, indices = (f1, g * f2), [*free_one, *group, *free_two]
+    for axis, dimension in enumerate(dimensions, start=2):
+        if dimension.shift is not None:
+            left = state.shifted(left, axis, *dimension.shift)
+    step = s.Convolution(
+        (left, right),
+        "weight_grad" if gradient else "input_grad" if adjoint else "forward",
+        tuple(dimension.stride for dimension in dimensions),
+        tuple(dimension.padding for dimension in dimensions),
+        tuple(dimension.dilation for dimension in dimensions),
+        g,
+        (*shape, *(dimension.result for dimension in dimensions)),
+    )
+    value = state.program.add(step)
+    for axis, dimension in enumerate(dimensions, start=2):
+        if dimension.crop is not None:
+            value = state.shifted(value, axis, *dimension.crop)
+    indices += [index for dimension in dimensions for index in dimension.out]
+    new = Tensor(state.program.reshape(value, state.shape(indices)), tuple(indices))
+    state.set([*rest, new], [node for node in state.patterns if all(node is not other for other in nodes)])
+    return True
+
+
+def _whole_axes(tensor: Tensor, spatial: set[str], pool: list[str], room: int) -> list[str]:
+    """Indices of the pool among the last axes of a tensor, next to its spatial ones; none if there is no room."""
+    tail = list(itertools.takewhile(lambda index: index in spatial or index in pool, reversed(tensor.indices)))
+    found = [index for index in tail if index in pool]
+    return found if len(found) <= room and len(found) < len(pool) else []
+
+
+def _whole(size: int, index: str, gradient: bool) -> _Dimension:
+    """A dimension with a kernel of size 1, or summed whole for a gradient."""
+    if gradient:
+        return _Dimension((index,), (index,), (), 1, 0, 1, 1)
+    return _Dimension((index,), (), (index,), 1, 0, 1, size)
+
+
+def _dimension(tie: _Tie, adjoint: bool, gradient: bool) -> _Dimension | None:
+    """The dimension that a tie is; None where frameworks have no such convolution."""
+    pattern, legs = tie.node.pattern, tie.node.legs
+    groups = legs[tie.first], legs[tie.second], legs[tie.free]
+    if (tie.first == Leg.OUTPUT) != adjoint:
+        return None
+    if not adjoint and (tie.second == Leg.OUTPUT) != gradient:
+        pattern = pattern.swap()  # the tensor with the positions is the kernel
+    size, kernel, positions = pattern.input_size, pattern.kernel_size, pattern.output_size
+    stride, dilation, left = pattern.stride, pattern.dilation, pattern.padding[0]
+    length = length_of(pattern)
+    if -left >= size or length - left <= 0:
+        return None
+    if adjoint:
+        extra = size - (length - 2 * left)
+        if left >= 0 and 0 <= extra < max(stride, dilation):
+            return _Dimension(*groups, stride, left, dilation, size)
+        return _Dimension(*groups, stride, 0, dilation, length, crop=(left, size))
+    result = kernel if gradient else positions
+    if left >= 0 and 1 + (size + 2 * left - dilation * (kernel - 1) - 1) // stride == positions:
+        return _Dimension(*groups, stride, left, dilation, result)
+    return _Dimension(*groups, stride, 0, dilation, result, shift=(-left, length))

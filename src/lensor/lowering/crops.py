@@ -1,0 +1,169 @@
+"""Crops: patterns of kernel size 1, which slice, pad, crop and spread an axis and cost no arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from lensor.lowering.state import Late, State, Tensor, has_repeats
+from lensor.network import Group, Pattern, indices_of
+from lensor.pattern import IndexPattern
+from lensor.plan import steps as s
+
+
+def read_crops(state: State) -> None:
+    """Read every crop from the tensors that hold its input, or put it off until everything is contracted."""
+    _apply(state, late=False)
+
+
+def read_crops_late(state: State) -> None:
+    """The same, but a part of the result that only one of two copies is cropped for is cropped at the end.
+
+    So both copies stay one computation.
+    """
+    _apply(state, late=True)
+
+
+def _apply(state: State, late: bool) -> None:
+    progress = True
+    while progress:
+        progress = False
+        for node in sorted(state.patterns, key=lambda node: _order(state, node)):
+            if not node.pattern.is_selection or node.legs[2]:
+                continue
+            if (late and _read_late(state, node)) or _gather(state, node) or _put_off(state, node):
+                state.drop(node)
+                progress = True
+
+
+def _order(state: State, node: Pattern) -> tuple[bool, int]:
+    """Crops to one position first, then by axis, so that copies of an operand are read in the same order."""
+    i, o, _ = node.legs
+    places = [tensor.indices.index(index) for tensor in state.tensors for index in i if index in tensor.indices]
+    return bool(o), min(places, default=0)
+
+
+def carriers(state: State, node: Pattern, repeats: bool = False) -> list[Tensor] | None:
+    """The tensors that hold the input leg of a pattern if it can be read from them alone.
+
+    With `repeats` they may hold the other legs, too.
+    """
+    i, o, k = node.legs
+    if not i or has_repeats(node) or set(i) & set(state.open) or state.patterns_on(i, node):
+        return None
+    holders = state.tensors_on(i)
+    fits = all(set(i) <= set(one.indices) and (repeats or not {*o, *k} & set(one.indices)) for one in holders)
+    return holders if holders and fits else None
+
+
+def _gather(state: State, node: Pattern) -> bool:
+    """Read a crop from the tensors that hold its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
+    i, o, _ = node.legs
+    holders = carriers(state, node, repeats=True)
+    if holders is None or node.pattern.is_zero:
+        return False
+    for tensor in holders:
+        value, axis, rest = state.merged(tensor, i)
+        new = state.ungrouped(read(state, value, axis, node.pattern), rest[:axis], o, rest[axis:])
+        state.replace(tensor, state.without_repeats(new.value, new.indices))
+    return True
+
+
+def read(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
+    """The positions of an axis that a crop reads."""
+    if pattern.padding_mode != "zeros":
+        return state.program.along(s.Gather((value,), axis, pattern))
+    low, count = pattern.span()
+    start = low * pattern.stride - pattern.padding[0]
+    if (start, pattern.stride, count) != (0, 1, pattern.input_size):
+        value = state.program.along(s.Slice((value,), axis, start, pattern.stride, count))
+    right = pattern.output_size - low - count
+    return state.program.along(s.Pad((value,), axis, low, right)) if low or right else value
+
+
+def _exchange(state: State, group: Group, new: Group, at_end: bool = False) -> None:
+    """Put the indices of one group into the place of those of another in the output."""
+    at = len(state.open) if at_end and not group else state.open.index(group[0])
+    rest = [index for index in state.open if index not in group]
+    at -= sum(index in group for index in state.open[:at])
+    state.open = [*rest[:at], *new, *rest[at:]]
+
+
+def _put_off(state: State, node: Pattern) -> bool:
+    """Put a crop into the output off until everything is contracted."""
+    pattern, (i, o, _) = node.pattern, node.legs
+    if pattern.is_zero or not i or len({*i, *o}) < len((*i, *o)):
+        return False
+    inside = state.tensors_on(i) or state.patterns_on(i, node)
+    if inside or not set(i) <= set(state.open) or set(o) & set(state.open) or set(i) & set(o):
+        return False
+    if o and not state.tensors_on(o) and not state.patterns_on(o, node):
+        return False
+    for index in o:
+        if not state.tensors_on((index,)) and not state.patterns_on((index,), node):
+            value = state.program.add(s.Fill((), state.shape([index]), Fraction(1)))
+            state.add(Tensor(value, (index,)))
+    _exchange(state, i, o)
+    state.late.append(Late(pattern, o, i, reads=False))
+    return True
+
+
+def _read_late(state: State, node: Pattern) -> bool:
+    """Put a crop of the result off, so that two copies of one part stay one."""
+    pattern, (i, o, _) = node.pattern, node.legs
+    if not i or len({*i, *o}) < len((*i, *o)) or pattern.is_zero or set(i) & set(state.open):
+        return False
+    if not _is_one_sided(state, node):
+        return False
+    if not set(o) <= set(state.open) or state.tensors_on(o) or state.patterns_on(o, node):
+        return False
+    if not all(state.tensors_on((index,)) or state.patterns_on((index,), node) for index in i):
+        return False
+    _exchange(state, o, i, at_end=True)
+    state.late.append(Late(pattern, i, o, reads=True))
+    return True
+
+
+def _is_one_sided(state: State, crop: Pattern) -> bool:
+    """Whether a crop reads from one copy of a tensor or pattern, and there is another copy."""
+    read = set(crop.legs[0])
+    tensors: dict[bool, set[int]] = {True: set(), False: set()}
+    patterns: dict[bool, set[IndexPattern]] = {True: set(), False: set()}
+    for tensor in state.tensors:
+        tensors[bool(read & set(tensor.indices))].add(tensor.value)
+    for node in state.patterns:
+        if node is not crop:
+            patterns[bool(read & set(indices_of(node)))].add(node.pattern)
+    return bool(tensors[True] & tensors[False] or patterns[True] & patterns[False])
+
+
+def finish_late(state: State, tensor: Tensor) -> Tensor:
+    """Carry out what was put off, the last first."""
+    for late in reversed(state.late):
+        if late.reads:
+            value, axis, rest = state.merged(tensor, late.before)
+            tensor = state.ungrouped(read(state, value, axis, late.pattern), rest[:axis], late.after, rest[axis:])
+        else:
+            tensor = spread(state, tensor, late.pattern, late.before, late.after)
+    return tensor
+
+
+def spread(state: State, tensor: Tensor, pattern: IndexPattern, before: Group, after: Group) -> Tensor:
+    """The adjoint of reading: the positions of one group put into those of another that a crop reads."""
+    if before:
+        value, axis, rest = state.merged(tensor, before)
+    else:  # one number into one position
+        value, axis, rest = tensor.value, len(tensor.indices), tensor.indices
+        value = state.program.reshape(value, (*state.shape(rest), 1))
+    if pattern.padding_mode != "zeros":
+        value = state.program.add(s.ScatterAdd((value,), axis, pattern))
+        return state.ungrouped(value, rest[:axis], after, rest[axis:])
+    low, count = pattern.span()
+    if count != pattern.output_size:
+        value = state.program.along(s.Slice((value,), axis, low, 1, count))
+    if pattern.stride > 1 and count > 1:
+        value = state.program.add(s.Stuff((value,), axis, pattern.stride))
+    left = low * pattern.stride - pattern.padding[0]
+    right = pattern.input_size - left - state.program.shapes[value][axis]
+    if left or right:
+        value = state.program.along(s.Pad((value,), axis, left, right))
+    return state.ungrouped(value, rest[:axis], after, rest[axis:])

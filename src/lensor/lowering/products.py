@@ -1,0 +1,123 @@
+"""The product of two tensors: entry-wise, as a matrix product, or as a Gram matrix."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from lensor.lowering.state import State, Tensor
+from lensor.plan import steps as s
+
+Product: TypeAlias = Callable[[State, Tensor, Tensor, Sequence[str], Sequence[str]], Tensor | None]
+"""A product of two tensors with batch indices, which are kept, and contracted ones; None where it does not apply."""
+
+
+def multiply(state: State, ways: Sequence[Product], a: Tensor, b: Tensor, needed: set[str]) -> Tensor:
+    """The product, with the indices in `needed` kept and the others that both have contracted."""
+    shared = [index for index in a.indices if index in b.indices]
+    batch = [index for index in shared if index in needed]
+    contracted = [index for index in shared if index not in needed]
+    if a == b and contracted:
+        axes = tuple(a.indices.index(index) for index in contracted)
+        kept = tuple(index for index in a.indices if index not in contracted)
+        return Tensor(state.program.add(s.SumSquares((a.value,), axes)), kept)
+    if not contracted:
+        free_a, free_b = (_as_wanted(state, tensor, batch, []) for tensor in (a, b))
+        left = state.matrix(a, [*batch, *free_a], (*state.shape([*batch, *free_a]), *[1] * len(free_b)))
+        ones = [1] * len(free_a)
+        right = state.matrix(b, [*batch, *free_b], (*state.shape(batch), *ones, *state.shape(free_b)))
+        return Tensor(state.program.add(s.Multiply((left, right))), (*batch, *free_a, *free_b))
+    for way in ways:
+        found = way(state, a, b, batch, contracted)
+        if found is not None:
+            return found
+    return _product(state, a, b, batch, contracted)
+
+
+def _product(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> Tensor:
+    """Two tensors as matrices [batch, free, contracted], multiplied."""
+    free_a, free_b = (_as_wanted(state, tensor, batch, contracted) for tensor in (a, b))
+    if _is_result(state, batch, free_b, free_a) and not _is_result(state, batch, free_a, free_b):
+        a, b, free_a, free_b = b, a, free_b, free_a
+    indices = (*batch, *free_a, *free_b)
+    left = _operand(state, a, batch, free_a, contracted)
+    right = _operand(state, b, batch, free_b, contracted)
+    if left == right and free_a:
+        value = state.program.add(s.Gram((left,)))
+        return Tensor(state.program.reshape(value, state.shape(indices)), indices)
+    axes = len(state.program.shapes[right])
+    right = state.program.transpose(right, [*range(axes - 2), axes - 1, axes - 2])
+    value = state.program.add(s.MatMul((left, right)))
+    return Tensor(state.program.reshape(value, state.shape(indices)), indices)
+
+
+def _is_result(state: State, *groups: Sequence[str]) -> bool:
+    """Whether the indices are those of the result in its order, as far as memory shows it."""
+    found, wanted = (
+        [index for index in order if state.sizes[index] != 1 and index not in state.expanded]
+        for order in (itertools.chain(*groups), state.open)
+    )
+    return found == wanted
+
+
+def _as_wanted(state: State, tensor: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> list[str]:
+    """The free indices of a factor, in the order of the result if the product is larger than the factor."""
+    free = [index for index in tensor.indices if index not in batch and index not in contracted]
+    larger = state.size(free) >= state.size(contracted)
+    return sorted(free, key=state.open.index) if larger and set(free) <= set(state.open) else free
+
+
+def _operand(state: State, tensor: Tensor, batch: Sequence[str], free: Sequence[str], contracted: Sequence[str]) -> int:
+    """The tensor as [batch, free, contracted]; where its axes are the other way round, as a transposed view.
+
+    Both factors of a product are brought into this one form, so that the two copies in a Gram matrix share it.
+    """
+    front = [state.size(batch)] if batch else []
+    if list(tensor.indices) == [*batch, *contracted, *free] and contracted and free:
+        value = state.matrix(tensor, [*batch, *contracted, *free], (*front, state.size(contracted), state.size(free)))
+        axes = len(front) + 2
+        return state.program.transpose(value, [*range(axes - 2), axes - 1, axes - 2])
+    return state.matrix(tensor, [*batch, *free, *contracted], (*front, state.size(free), state.size(contracted)))
+
+
+# ------------------------------------------------------------------- products that copy nothing to merge axes
+def broadcast(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> Tensor | None:
+    """Free indices on both sides of the contracted ones: those before become batch axes of both factors."""
+    return _broadcast(state, a, b, batch, contracted) or _broadcast(state, b, a, batch, contracted)
+
+
+def _broadcast(
+    state: State, big: Tensor, small: Tensor, batch: Sequence[str], contracted: Sequence[str]
+) -> Tensor | None:
+    places = sorted(big.indices.index(index) for index in contracted)
+    low, high = places[0], places[-1] + 1
+    front, inner, after = big.indices[:low], big.indices[low:high], big.indices[high:]
+    if len(inner) > len(contracted) or not after or not set(batch) < set(front):
+        return None
+    blocks = [(held, list(group)) for held, group in itertools.groupby(front, lambda index: index in batch)]
+    free = [index for index in small.indices if index not in batch and index not in contracted]
+    indices = (*front, *free, *after)
+    last = set(indices) == set(state.open) and list(indices) != sorted(indices, key=state.open.index)
+    if last and state.size(indices) > state.size(big.indices):
+        return None  # to put the result in order would cost more than the copy that is saved
+    own = [index for index in front if index in batch]
+    axes = tuple(state.size(group) if held else 1 for held, group in blocks)
+    left = state.matrix(small, [*own, *free, *inner], (*axes, state.size(free), state.size(inner)))
+    axes = tuple(state.size(group) for _, group in blocks)
+    right = state.matrix(big, list(big.indices), (*axes, state.size(inner), state.size(after)))
+    value = state.program.add(s.MatMul((left, right)))
+    return Tensor(state.program.reshape(value, state.shape(indices)), indices)
+
+
+def added_up(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> Tensor | None:
+    """Contracted indices on both sides of the free ones: a product for each position of those before, added."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.indices, b.indices, strict=False))
+    front = [index for index, _ in pairs]
+    inner = [index for index in contracted if index not in front]
+    added = [index for index in front if index not in batch]
+    if not inner or not added or not set(batch) <= set(front):
+        return None
+    if all(tensor.indices[len(front)] in inner for tensor in (a, b)):
+        return None
+    return state.summed(_product(state, a, b, front, inner), {*a.indices, *b.indices} - {*added})

@@ -1,0 +1,102 @@
+"""The strategies: each a list of stages, and a way to contract what they leave.
+
+To add one, write a stage in a file of its own, and a line here. A strategy says first whether it applies, so that
+nothing is lowered in vain.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from lensor.lowering.contraction import Contraction
+from lensor.lowering.convolutions import convolve, convolve_forward
+from lensor.lowering.crops import read_crops, read_crops_late
+from lensor.lowering.lags import take_patch_grams
+from lensor.lowering.products import added_up, broadcast
+from lensor.lowering.sampled import place_chosen, read_chosen
+from lensor.lowering.state import State
+from lensor.lowering.windows import overlap_add, read_windows, split_modes, without_table
+from lensor.network import AnyNetwork, Operand, Pattern
+from lensor.simplification.recompose import compose, share, undo
+
+Stage: TypeAlias = Callable[[State], None]
+
+
+def _always(net: AnyNetwork) -> bool:
+    return True
+
+
+def _has_patterns(net: AnyNetwork) -> bool:
+    return any(isinstance(node, Pattern) for term in net.terms for node in term.nodes)
+
+
+def _has_selections(net: AnyNetwork) -> bool:
+    return bool(net.selections)
+
+
+def _has_copies(net: AnyNetwork) -> bool:
+    """Whether an operand or a pattern occurs twice in one term."""
+    for term in net.terms:
+        operands = Counter(node.name for node in term.nodes if isinstance(node, Operand))
+        patterns = Counter(node.pattern for node in term.nodes if isinstance(node, Pattern))
+        if any(count > 1 for count in (*operands.values(), *patterns.values())):
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to lower a network.
+
+    Args:
+        name: how plans name it.
+        stages: what is done with each term, in order, before the rest is contracted.
+        contraction: how the rest is contracted.
+        prepare: rewritings of the whole simplified network before, in order.
+        applies: whether the strategy may give another plan than the ones before it, for the simplified network.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    contraction: Contraction = field(default_factory=Contraction)
+    prepare: tuple[Callable[[AnyNetwork], AnyNetwork], ...] = ()
+    applies: Callable[[AnyNetwork], bool] = _always
+
+
+def dense(name: str, path: str = "auto") -> Strategy:
+    """Patterns as arrays, contracted pairwise along a path of `find_order`."""
+    return Strategy(name, (read_chosen, read_crops), Contraction(path=path), (compose,), _has_patterns)
+
+
+_VIEWS = Contraction(meetings=(overlap_add, without_table))
+_BATCHED = Contraction(meetings=(overlap_add, without_table), products=(broadcast, added_up))
+_HALVES = Contraction(meetings=(overlap_add, without_table), halves=True)
+_START = (read_chosen, split_modes)
+_CONVOLVE = (*_START, read_crops, convolve, read_windows)
+_LATE = (*_START, read_crops_late, read_windows)
+
+STRATEGIES = (
+    Strategy("windows", (*_START, read_crops, read_windows), _VIEWS),
+    Strategy("windows, batched", (*_START, read_crops, read_windows), _BATCHED),
+    dense("dense"),
+    Strategy("convolution", _CONVOLVE, _VIEWS, applies=_has_patterns),
+    Strategy(
+        "convolution, swapped",
+        (*_START, read_crops, convolve_forward, read_windows),
+        _VIEWS,
+        applies=_has_patterns,
+    ),
+    Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_patterns),
+    Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
+    Strategy("lags", (*_START, read_crops, take_patch_grams, read_windows), _VIEWS, applies=_has_copies),
+    Strategy("halves", _LATE, _HALVES, (share,), _has_copies),
+    Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_copies),
+    Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
+    Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
+)
+"""The candidates that are lowered for every network they apply to."""
+
+BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}

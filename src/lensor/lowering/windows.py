@@ -1,0 +1,152 @@
+"""Patches as strided views, and patches added up: products with patterns that need no array of the pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lensor.lowering.crops import carriers, read, spread
+from lensor.lowering.state import State, Tensor, has_repeats, loose_legs
+from lensor.network import Group, Pattern
+from lensor.pattern import IndexPattern
+from lensor.plan import steps as s
+
+
+def split_modes(state: State) -> None:
+    """Where a pattern that pads by values from inside would be too large an array: the padding, read first."""
+    found: list[Pattern] = []
+    for node in state.patterns:
+        (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()
+        loose = [at for at, leg in enumerate(node.legs) if not state.used_elsewhere(leg, node)]
+        if padding is None or node.pattern.is_selection or not i or not state.is_large(node, loose):
+            found.append(node)
+            continue
+        unit = f"{i[0]} with padding {len(state.sizes)}"  # not an identifier, so no index has this name
+        state.sizes[unit] = inner.input_size
+        found += [Pattern(padding.normalize(), (i, (unit,), ())), Pattern(inner.normalize(), ((unit,), o, k))]
+    state.set(patterns=found)
+
+
+def read_windows(state: State) -> None:
+    """Read patches as strided views wherever a pattern's input leg is summed and its other legs are used."""
+    for node in state.patterns:
+        pattern, (i, o, k) = node.pattern, node.legs
+        holders = carriers(state, node)
+        if holders is None or pattern.padding_mode != "zeros" or not o or not k or _reads_nothing(pattern):
+            continue
+        if not state.used_elsewhere(o, node) or not state.used_elsewhere(k, node):
+            continue
+        for tensor in holders:
+            value, axis, rest = state.merged(tensor, i)
+            indices = (*rest[:axis], *o, *rest[axis:], *k)
+            value = state.program.reshape(_window(state, value, axis, pattern), state.shape(indices))
+            state.replace(tensor, Tensor(value, indices))
+        state.drop(node)
+
+
+def length_of(pattern: IndexPattern) -> int:
+    """How many positions lie between the first and the last that a pattern reads, both counted."""
+    return (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
+
+
+def _reads_nothing(pattern: IndexPattern) -> bool:
+    """Whether the range of positions that a pattern reads lies outside of its input."""
+    return -pattern.padding[0] >= pattern.input_size or length_of(pattern) <= pattern.padding[0]
+
+
+def _window(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
+    """The patches along an axis as a view; kernel positions last."""
+    value = state.shifted(value, axis, -pattern.padding[0], length_of(pattern))
+    step = s.Window((value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation)
+    return state.program.add(step)
+
+
+# ---------------------------------------------------------------------------------------- a tensor and a pattern meet
+def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -> Tensor | None:
+    """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices; None where that is not the product."""
+    pattern, (i, o, k) = node.pattern, node.legs
+    held, summed = set(tensor.indices), {*o, *k}
+    if pattern.padding_mode != "zeros" or not o or not k or summed & needed or set(i) & held:
+        return None
+    if has_repeats(node) or _reads_nothing(pattern):
+        return None
+    missing = [leg for leg in (o, k) if not set(leg) & held]
+    if len(missing) == 1 and i and state.is_large(node, loose_legs(node, needed | held)):
+        # Σ_k Π[i,o,k] is too large an array: as many equal patches instead, which take no memory.
+        indices = (*tensor.indices, *missing[0])
+        value = state.program.reshape(tensor.value, (*state.shape(tensor.indices), *[1] * len(missing[0])))
+        tensor = Tensor(state.program.add(s.Expand((value,), state.shape(indices))), indices)
+        if pattern.output_size < pattern.kernel_size:
+            pattern, o, k = pattern.swap(), k, o
+    if not summed <= set(tensor.indices):
+        return None
+    front = [index for index in tensor.indices if index not in k]
+    value = state.matrix(tensor, [*front, *k], (*state.shape(front), pattern.kernel_size))
+    unit = "the kernel"  # not an identifier, so no index has this name
+    state.sizes[unit] = pattern.kernel_size
+    value, axis, rest = state.merged(Tensor(value, (*front, unit)), o)
+    value = state.program.add(s.OverlapAdd((value,), axis, length_of(pattern), pattern.stride, pattern.dilation))
+    value = state.shifted(value, axis, pattern.padding[0], pattern.input_size)
+    rest = rest[:-1]
+    return state.summed(state.ungrouped(value, rest[:axis], i, rest[axis:]), needed | set(i))
+
+
+def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -> Tensor | None:
+    """The product with a pattern that would be too large an array, by views and copies; None if there is no way."""
+    pattern, (i, o, k) = node.pattern, node.legs
+    held = set(tensor.indices)
+    if not i or has_repeats(node) or pattern.is_zero:
+        return None
+    if not state.is_large(node, loose_legs(node, needed | held)):
+        return None
+    if set(i) <= held and not set(i) & needed:
+        value, axis, rest = state.merged(tensor, i)
+        if pattern.is_selection and not k:
+            value, indices = read(state, value, axis, pattern), [*rest[:axis], *o, *rest[axis:]]
+        elif pattern.padding_mode == "zeros":
+            value, indices = _window(state, value, axis, pattern), [*rest[:axis], *o, *rest[axis:], *k]
+        else:
+            return None
+        value = state.program.reshape(value, state.shape(indices))
+        return state.summed(state.without_repeats(value, indices), needed)
+    if set(i) & held:
+        return None
+    if pattern.is_selection and not k and o and set(o) <= held and not set(o) & needed:
+        return state.summed(spread(state, tensor, pattern, o, i), needed)
+    for way in (_Rows(pattern, i, o, k), _Rows(pattern.swap(), i, k, o)):
+        whole = way.rows and way.kernel and set(way.kernel) <= held and not set(way.kernel) & needed
+        if whole and not set(way.rows) & held and way.pattern.padding_mode == "zeros":
+            return state.summed(_shifted_rows(state, tensor, way), needed)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A pattern whose kernel leg a tensor holds, for which each position of the output is a row."""
+
+    pattern: IndexPattern
+    input: Group
+    rows: Group
+    kernel: Group
+
+
+def _shifted_rows(state: State, tensor: Tensor, way: _Rows) -> Tensor:
+    """Σ_k Π[i,o,k] z[k]: z in zeros once for each o, a stride further on from row to row.
+
+    Rows that are a stride longer than they should be, one after another, are cut into rows of the right length.
+    """
+    program, pattern = state.program, way.pattern
+    stride, rows, length = pattern.stride, pattern.output_size, length_of(pattern)
+    span = pattern.dilation * (pattern.kernel_size - 1) + 1
+    front = [index for index in tensor.indices if index not in way.kernel]
+    axis, shape = len(front), state.shape(front)
+    value = state.matrix(tensor, [*front, *way.kernel], (*shape, pattern.kernel_size))
+    if pattern.dilation > 1:
+        value = program.add(s.Stuff((value,), axis, pattern.dilation))
+    value = program.along(s.Pad((value,), axis, 0, length + stride - span))
+    value = program.reshape(value, (*shape, 1, length + stride))
+    value = program.add(s.Expand((value,), (*shape, rows, length + stride)))
+    value = program.reshape(value, (*shape, rows * (length + stride)))
+    value = program.along(s.Slice((value,), axis, 0, 1, rows * length))
+    value = program.reshape(value, (*shape, rows, length))
+    value = state.shifted(value, axis + 1, pattern.padding[0], pattern.input_size)
+    return state.ungrouped(value, front, (*way.rows, *way.input), ())

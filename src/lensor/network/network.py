@@ -1,0 +1,445 @@
+"""Tensor networks: nodes with grouped legs, output legs, index sizes and an exact scale.
+
+A network is a sum over all indices that are not in its output of the product of its nodes, times its scale. All of
+it is symbolic, immutable and free of any array framework. Index names are labels: two networks that differ only by
+names or by the order of their nodes are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from lensor.errors import NetworkError
+from lensor.network.canonical import canonical_form
+from lensor.network.nodes import (
+    Delta,
+    Group,
+    Node,
+    Ones,
+    Operand,
+    Pattern,
+    Select,
+    _relabel_group,
+    indices_of,
+    new_name,
+    relabel_node,
+)
+from lensor.network.scale import UNIT, Scale
+from lensor.network.verbs import Verbs
+from lensor.pattern import IndexPattern
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """One entry of a trace: which rule fired, and the network before and after it as text."""
+
+    rule: str
+    number: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.rule} (rule {self.number}):\n    {self.before}\n  → {self.after}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Network(Verbs):
+    """A tensor network: the product of its nodes, summed over every index that is not in the output.
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(4, 8, input_size=(9,), kernel_size=3, groups=2))
+        >>> print(net)
+        X[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_out) o1
+        >>> net.sizes["o1"], net.sizes["n"]
+        (7, None)
+
+    Args:
+        nodes: operands, index patterns, deltas and ones.
+        output: one group of indices for each axis of the result; every index at most once.
+        dimensions: (index, size) pairs, sorted; a size that is None is bound when the network is planned.
+        scale: factor in front of the sum.
+        trace: which simplifications led here; not part of the network's identity.
+
+    Raises:
+        NetworkError: if the parts do not fit together (see `check`).
+    """
+
+    nodes: tuple[Node, ...]
+    output: tuple[Group, ...]
+    dimensions: tuple[tuple[str, int | None], ...]
+    scale: Scale = UNIT
+    trace: tuple[Firing, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @staticmethod
+    def make(
+        nodes: Iterable[Node],
+        output: Iterable[Group],
+        sizes: Mapping[str, int | None],
+        scale: Scale = UNIT,
+        trace: tuple[Firing, ...] = (),
+    ) -> Network:
+        """A network from its parts; `sizes` may hold more indices than the network has.
+
+        Example:
+            >>> import lensor
+            >>> x = lensor.Operand("X", (("n",), ("i",)))
+            >>> print(lensor.Network.make([x], [("i",)], {"n": None, "i": 3, "unused": 5}))
+            X[n i] -> i
+
+        Raises:
+            NetworkError: if an index has no entry in `sizes`, or the parts do not fit together (see `check`).
+            ValueError: if the scale has a negative power of an index of size 0.
+        """
+        nodes, output = tuple(nodes), tuple(output)
+        used = {index for node in nodes for index in indices_of(node)}
+        used.update(index for leg in output for index in leg)
+        used.update(index for index, _ in scale.powers)
+        missing = used - set(sizes)
+        if missing:
+            raise NetworkError(f"no size given for index {sorted(missing)[0]!r}; sizes are known for {sorted(sizes)}")
+        known = tuple(sorted((index, sizes[index]) for index in used))
+        return Network(nodes, output, known, scale.bind(sizes), trace)
+
+    # ------------------------------------------------------------------ reading it
+    @cached_property
+    def sizes(self) -> Mapping[str, int | None]:
+        """The size of every index, None where it is bound when planning; a read-only view.
+
+        Example:
+            >>> import lensor
+            >>> dict(lensor.contraction("n i -> i", "X", i=3).sizes)
+            {'i': 3, 'n': None}
+        """
+        return MappingProxyType(dict(self.dimensions))
+
+    @cached_property
+    def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand; read-only.
+
+        Example:
+            >>> import lensor
+            >>> dict(lensor.contraction("n (g c) -> n g", "X").operand_legs)
+            {'X': (('n',), ('g', 'c'))}
+        """
+        legs: dict[str, tuple[Group, ...]] = {}
+        for node in self.nodes:
+            if isinstance(node, Operand):
+                legs.setdefault(node.name, node.legs)
+        return MappingProxyType(legs)
+
+    @cached_property
+    def holders(self) -> Mapping[str, frozenset[int]]:
+        """The places of the nodes that hold each index, −1 for the output; read-only.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i, i o -> n o", "X", "W")
+            >>> {index: sorted(net.holders[index]) for index in "nio"}
+            {'n': [-1, 0], 'i': [0, 1], 'o': [-1, 1]}
+        """
+        found: dict[str, set[int]] = {index: set() for index in self.sizes}
+        for at, node in enumerate(self.nodes):
+            for index in indices_of(node):
+                found[index].add(at)
+        for index in self.output_indices:
+            found[index].add(-1)
+        return MappingProxyType({index: frozenset(places) for index, places in found.items()})
+
+    @property
+    def selections(self) -> frozenset[str]:
+        """The names of the operands that are positions, not arrays (see `Select`).
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i -> n", "X").sample("i", positions="S").selections
+            frozenset({'S'})
+        """
+        return frozenset(node.name for node in self.nodes if isinstance(node, Select))
+
+    @property
+    def operands(self) -> tuple[str | IndexPattern, ...]:
+        """Operand names and index patterns in the order of `subscripts`; a delta is "δ", ones are "1".
+
+        The name of a selection S is "select S".
+
+        Example:
+            >>> import lensor
+            >>> lensor.ops.weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).operands
+            ('X', IndexPattern(5, 3), 'δ', 'δ')
+        """
+        names = {Delta: "δ", Ones: "1"}
+        return tuple(
+            f"select {node.name}"
+            if isinstance(node, Select)
+            else node.name
+            if isinstance(node, Operand)
+            else node.pattern
+            if isinstance(node, Pattern)
+            else names[type(node)]
+            for node in self.nodes
+        )
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The names of the arrays the network needs, each once, in order of appearance.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, n j, n k -> i j k", "X", "X", "Y").operand_names
+            ('X', 'Y')
+        """
+        return tuple(self.operand_legs)
+
+    @property
+    def output_indices(self) -> tuple[str, ...]:
+        """All indices of the output, leg by leg.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> (n o)", "X", "W").output_indices
+            ('n', 'o')
+        """
+        return tuple(index for leg in self.output for index in leg)
+
+    @property
+    def inner_indices(self) -> tuple[str, ...]:
+        """The indices that are summed, in order of appearance.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> o", "X", "W").inner_indices
+            ('n', 'i')
+        """
+        open_ = set(self.output_indices)
+        return tuple(dict.fromkeys(i for node in self.nodes for i in indices_of(node) if i not in open_))
+
+    def group_size(self, group: Group) -> int | None:
+        """The product of the sizes of a group, None if one is unknown.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i j -> n (i j)", "X", i=3, j=4)
+            >>> net.group_size(("i", "j")), net.group_size(("n", "i"))
+            (12, None)
+
+        Raises:
+            KeyError: for an index that the network does not have.
+        """
+        sizes = [self.sizes[index] for index in group]
+        return None if None in sizes else math.prod(size for size in sizes if size is not None)
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The size of each output leg, None where it is not yet known.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i j -> n (i j)", "X", i=3, j=4).output_shape
+            (None, 12)
+        """
+        return tuple(self.group_size(leg) for leg in self.output)
+
+    # ------------------------------------------------------------------ making others
+    def replace(self, **parts: Any) -> Network:
+        """A network with some of its parts replaced; sizes may be given as the mapping `sizes`.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X", i=3)
+            >>> print(net.replace(output=[("n",)]))
+            X[n i] -> n
+            >>> net.replace(sizes={"n": 2}).sizes["n"]
+            2
+
+        Raises:
+            NetworkError: if the new parts do not fit together (see `check`).
+            TypeError: for a part that networks do not have.
+        """
+        sizes = {**self.sizes, **parts.pop("sizes", {})}
+        parts = {"nodes": self.nodes, "output": self.output, "scale": self.scale, "trace": self.trace} | parts
+        return Network.make(sizes=sizes, **parts)
+
+    def relabel(
+        self, mapping: Mapping[str, Group], sizes: Mapping[str, int | None] | None = None, *, join: bool = False
+    ) -> Network:
+        """The network with each index in `mapping` replaced by a group of indices everywhere.
+
+        Different indices stay different, unless `join` says that those that get one name are to become one.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X", i=6)
+            >>> print(net.relabel({"i": ("a", "b")}, {"a": 2, "b": 3}))
+            X[n (a b)] -> (a b)
+
+        Raises:
+            NetworkError: if a new index has no size, if two indices would get one name without `join`, or if the
+                network that results breaks the grammar (see `check`).
+        """
+        if not join:
+            self._require_apart(mapping)
+        nodes = (new for node in self.nodes for new in relabel_node(node, mapping))
+        output = (_relabel_group(leg, mapping) for leg in self.output)
+        return self.replace(nodes=nodes, output=output, scale=self.scale.relabel(mapping), sizes=sizes or {})
+
+    def _require_apart(self, mapping: Mapping[str, Group]) -> None:
+        source: dict[str, str] = {}
+        for index in self.sizes:
+            for new in mapping.get(index, (index,)):
+                if new in source:
+                    raise NetworkError(
+                        f"the indices {source[new]!r} and {index!r} would both be named {new!r}; expected names that "
+                        "stay apart: to make one index of two, use diagonal, or pass join=True"
+                    )
+                source[new] = index
+
+    def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
+        """A name for a new index: `base`, with as many `_` after it as make it new.
+
+        Several names that are needed at once have to be told of each other, by `taken`.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i -> i", "X").fresh("i", taken=["i_"])
+            'i__'
+        """
+        return new_name(base, {*self.sizes, *taken})
+
+    # ------------------------------------------------------------------ the grammar
+    def check(self) -> None:
+        """Raise NetworkError unless the parts fit together.
+
+        The grammar: an index is an identifier and has a size, known sizes are not negative; an output index occurs
+        once in the output and at least once in a node; the legs of a pattern have its sizes; a delta joins two or more
+        different indices of one size; all occurrences of an operand have the same number of axes, and of one size
+        where known.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X")
+            >>> net.check()  # networks are checked when they are made
+            >>> try:
+            ...     net.replace(output=[("n",), ("n",)])
+            ... except lensor.NetworkError as error:
+            ...     print(error)
+            output index 'n' occurs 2 times in the output, expected once
+
+        Raises:
+            NetworkError: naming the first part that breaks the grammar.
+        """
+        sizes = self.sizes
+        held = {index for node in self.nodes for index in indices_of(node)}
+        named = Counter(self.output_indices)
+        for index in held | set(named):
+            if index not in sizes:
+                raise NetworkError(f"index {index!r} has no size; sizes are known for {sorted(sizes)}")
+        for index, size in sizes.items():
+            if not isinstance(index, str) or not index.isidentifier():
+                raise NetworkError(f"an index's name must be an identifier, found {index!r}")
+            if size is not None and size < 0:
+                raise NetworkError(f"index {index!r} has size {size}, expected a size of at least 0")
+        for index, times in named.items():
+            if times > 1:
+                raise NetworkError(f"output index {index!r} occurs {times} times in the output, expected once")
+            if index not in held:
+                raise NetworkError(f"output index {index!r} occurs in no node; indices of nodes: {sorted(held)}")
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        kinds: dict[str, type[Operand]] = {}
+        for node in self.nodes:
+            if isinstance(node, Operand) and kinds.setdefault(node.name, type(node)) is not type(node):
+                raise NetworkError(f"operand {node.name!r} is an array in one place and a selection in another")
+            match node:
+                case Pattern(pattern, legs):
+                    found = tuple(self.group_size(leg) for leg in legs)
+                    if found != (pattern.input_size, pattern.output_size, pattern.kernel_size):
+                        raise NetworkError(f"the legs {legs} of {pattern!r} have sizes {found}")
+                case Delta(indices):
+                    if len(set(indices)) != len(indices) or len(indices) < 2:
+                        raise NetworkError(f"a delta joins two or more different indices, got {indices}")
+                    if len({sizes[index] for index in indices}) != 1:
+                        raise NetworkError(f"a delta joins indices of one size, got {[(i, sizes[i]) for i in indices]}")
+                case Operand(name, legs):
+                    shape = tuple(self.group_size(leg) for leg in legs)
+                    first = shapes.setdefault(name, shape)
+                    same = len(first) == len(shape) and all(
+                        a is None or b is None or a == b for a, b in zip(first, shape, strict=True)
+                    )
+                    if not same:
+                        raise NetworkError(f"operand {name!r} occurs with shapes {first} and {shape}")
+                case Ones():
+                    pass
+
+    # ------------------------------------------------------------------ identity
+    @cached_property
+    def canonical(self) -> tuple:
+        """A key that is the same for all networks that are equal up to names and order.
+
+        Example:
+            >>> import lensor
+            >>> one, two = lensor.contraction("n i -> i", "X"), lensor.contraction("a b -> b", "X")
+            >>> one.canonical == two.canonical, one == two
+            (True, True)
+        """
+        return self._canonical[0]
+
+    @property
+    def canonical_order(self) -> Mapping[str, int]:
+        """The number of every index in the canonical form; read-only."""
+        return MappingProxyType(self._canonical[1])
+
+    @cached_property
+    def _canonical(self) -> tuple[tuple, dict[str, int]]:
+        return canonical_form(self)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.canonical)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Network) and self.canonical == other.canonical
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def exact(self) -> tuple:
+        """A key for this very network, names and order included.
+
+        Example:
+            >>> import lensor
+            >>> one, two = lensor.contraction("n i -> i", "X"), lensor.contraction("a b -> b", "X")
+            >>> one == two, one.exact == two.exact
+            (True, False)
+        """
+        return (self.nodes, self.output, self.dimensions, self.scale)
+
+    @property
+    def terms(self) -> tuple[Network, ...]:
+        """The network as a sum of one term.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.contraction("n i -> i", "X")
+            >>> net.terms == (net,)
+            True
+        """
+        return (self,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("nodes", "output", "dimensions", "scale", "trace")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)

@@ -1,0 +1,178 @@
+"""The nodes of networks: operands, index patterns, deltas and ones, with the index groups of their legs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from lensor.errors import NetworkError
+from lensor.pattern import IndexPattern
+
+Group: TypeAlias = tuple[str, ...]
+"""The indices of one leg, slowest first, as in einops; the empty group is an axis of length 1."""
+
+_RESERVED = re.compile(r"δ|delta|Π\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An array the user supplies by name: one leg for each of its axes.
+
+    Example:
+        >>> import lensor
+        >>> x = lensor.Operand("X", (("n",), ("c", "i")))
+        >>> x.name, x.legs
+        ('X', (('n',), ('c', 'i')))
+        >>> print(lensor.Network.make([x], [("n",)], {"n": None, "c": 2, "i": 3}))
+        X[n (c i)] -> n
+
+    Raises:
+        NetworkError: if the name is no identifier, or one that stands for a delta or an index pattern in texts.
+    """
+
+    name: str
+    legs: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier() or _RESERVED.fullmatch(self.name):
+            raise NetworkError(
+                "an operand's name must be an identifier that does not stand for a delta (δ, delta) or an index "
+                f"pattern (Π1, Π2, ...), found {self.name!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Select(Operand):
+    """A selection given at run time, [i = positions[j]] with legs (i, j), of which the user supplies the positions.
+
+    It is an operand to every transform and rule. Only its array differs: an integer vector as long as the second leg,
+    whose entries are positions in the first; plans read what it selects, and never depend on its values.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> nodes = [lensor.Operand("X", (("n",), ("i",))), lensor.Select("S", (("i",), ("j",)))]
+        >>> net = lensor.Network.make(nodes, [("n",), ("j",)], {"n": None, "i": 3, "j": None})
+        >>> print(net)
+        X[n i] select S[i j] -> n j
+        >>> net(X=np.array([[1.0, 2.0, 3.0]]), S=np.array([2, 0]))
+        array([[3., 1.]])
+
+    Raises:
+        NetworkError: for a name that no operand can have, or other than two legs.
+    """
+
+    def __post_init__(self) -> None:
+        Operand.__post_init__(self)
+        if len(self.legs) != 2:
+            raise NetworkError(f"a selection has 2 legs, positions and what is selected, found {len(self.legs)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """An index pattern Π with its legs (i, o, k): 1 where i = k·dilation + o·stride − padding, else 0.
+
+    Example:
+        >>> import lensor
+        >>> pi = lensor.Pattern(lensor.IndexPattern(5, 3), (("i",), ("o",), ("k",)))
+        >>> print(lensor.Network.make([pi], [("o", "k"), ("i",)], {"i": 5, "o": 3, "k": 3}))
+        Π1[i o k] -> (o k) i
+    """
+
+    pattern: IndexPattern
+    legs: tuple[Group, Group, Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A Kronecker delta: 1 where all its indices are equal, else 0.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> nodes = [lensor.Operand("X", (("i",),)), lensor.Delta(("i", "j"))]
+        >>> net = lensor.Network.make(nodes, [("i",), ("j",)], {"i": 2, "j": 2})
+        >>> print(net)
+        X[i] δ[i j] -> i j
+        >>> net(X=np.array([3.0, 4.0]))
+        array([[3., 0.],
+               [0., 4.]])
+    """
+
+    indices: tuple[str, ...]
+
+    @property
+    def legs(self) -> tuple[Group, ...]:
+        """One leg for each index."""
+        return tuple((index,) for index in self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Ones:
+    """A vector of ones.
+
+    Example:
+        >>> import lensor, numpy as np
+        >>> nodes = [lensor.Operand("X", (("i",),)), lensor.Ones("n")]
+        >>> net = lensor.Network.make(nodes, [("n",), ("i",)], {"i": 2, "n": 3})
+        >>> print(net)
+        X[i] 1[n] -> n i
+        >>> net(X=np.array([3.0, 4.0]))
+        array([[3., 4.],
+               [3., 4.],
+               [3., 4.]])
+    """
+
+    index: str
+
+    @property
+    def legs(self) -> tuple[Group, ...]:
+        """The only leg."""
+        return ((self.index,),)
+
+
+Node: TypeAlias = Operand | Pattern | Delta | Ones
+
+
+def indices_of(node: Node) -> Iterator[str]:
+    """All indices of a node, leg by leg, with repetitions."""
+    for leg in node.legs:
+        yield from leg
+
+
+def _relabel_group(group: Group, mapping: Mapping[str, Group]) -> Group:
+    return tuple(new for index in group for new in mapping.get(index, (index,)))
+
+
+def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
+    """The node with each index replaced by a group of indices; a delta or ones may fall into several or vanish."""
+    match node:
+        case Operand():
+            return (replace(node, legs=tuple(_relabel_group(leg, mapping) for leg in node.legs)),)
+        case Pattern():
+            i, o, k = (_relabel_group(leg, mapping) for leg in node.legs)
+            return (replace(node, legs=(i, o, k)),)
+        case Delta():
+            groups = [mapping.get(index, (index,)) for index in node.indices]
+            if len({len(group) for group in groups}) != 1:
+                raise NetworkError(f"the indices of a delta must be split alike, got {node.indices} -> {groups}")
+            joined = [list(dict.fromkeys(indices)) for indices in zip(*groups, strict=True)]
+            return tuple(Delta(tuple(part)) if len(part) > 1 else Ones(part[0]) for part in joined)
+        case Ones():
+            return tuple(Ones(index) for index in mapping.get(node.index, (node.index,)))
+
+
+def new_name(base: str, used: set[str]) -> str:
+    """A name that is not used yet, `base` with as many `_` as it needs; from now on it counts as used.
+
+    Whoever needs several new names at once passes one set for all of them.
+
+    Example:
+        >>> used = {"c", "c_"}
+        >>> new_name("c", used), new_name("c_", used)
+        ('c__', 'c___')
+    """
+    while base in used:
+        base += "_"
+    used.add(base)
+    return base

@@ -1,0 +1,254 @@
+"""Sums of networks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from lensor.errors import NetworkError, require_type
+from lensor.network.network import Firing, Network
+from lensor.network.nodes import Group, new_name
+from lensor.network.verbs import Verbs
+from lensor.pattern import IndexPattern
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Verbs):
+    """A sum of networks with the same output; a convolution with bias is one, so is a derivative by the product rule.
+
+    Example:
+        >>> import lensor
+        >>> print(lensor.ops.conv(lensor.ConvSpec(1, 1, input_size=5, kernel_size=2, bias=True)))
+        X[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] + b[(g c_out)] 1[n] 1[o1] -> n (g c_out) o1
+    """
+
+    terms: tuple[Network, ...]
+
+    def __post_init__(self) -> None:
+        for term in self.terms:
+            require_type(term, "a term", Network)
+        if len(self.terms) < 2:
+            raise NetworkError(f"a sum has two or more terms, got {len(self.terms)}")
+        shapes = [term.output_shape for term in self.terms]
+        for shape in shapes[1:]:
+            fits = len(shape) == len(shapes[0]) and all(
+                a is None or b is None or a == b for a, b in zip(shape, shapes[0], strict=True)
+            )
+            if not fits:
+                raise NetworkError(f"the terms of a sum have one output shape, got {shapes[0]} and {shape}")
+        self._require_aligned()
+
+    def _require_aligned(self) -> None:
+        """An output index of one term is an index of another only as an output index of its size in the same place."""
+        outputs: dict[str, tuple[tuple[int, int], int | None]] = {}
+        for term in self.terms:
+            for index, place in _places(term).items():
+                size = term.sizes[index]
+                known, before = outputs.setdefault(index, (place, size))
+                if known != place or (size is not None and before is not None and size != before):
+                    raise NetworkError(
+                        f"output index {index!r} stands in different places or has different sizes in the terms of the "
+                        "sum, expected one place and one size: network + another gives them names that fit"
+                    )
+                outputs[index] = place, before if size is None else size
+        for term in self.terms:
+            for index in outputs.keys() & term.sizes.keys():
+                if index not in term.output_indices:
+                    raise NetworkError(
+                        f"output index {index!r} of one term of the sum is summed in another: expected different "
+                        "names, as network + another gives them"
+                    )
+
+    @property
+    def output(self) -> tuple[Group, ...]:
+        """The output of the first term."""
+        return self.terms[0].output
+
+    @property
+    def output_indices(self) -> tuple[str, ...]:
+        """All indices of the output, leg by leg."""
+        return self.terms[0].output_indices
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The size of each output leg, None where it is not yet known."""
+        return self.terms[0].output_shape
+
+    @property
+    def sizes(self) -> Mapping[str, int | None]:
+        """The sizes of all indices of all terms, read-only; a size known in one term is known."""
+        sizes: dict[str, int | None] = {}
+        for term in self.terms:
+            for index, size in term.dimensions:
+                if sizes.get(index) is None:
+                    sizes[index] = size
+        return MappingProxyType(sizes)
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The names of the arrays the sum needs, each once, in order of appearance."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.operand_names))
+
+    @property
+    def selections(self) -> frozenset[str]:
+        """The names of the operands that are positions, not arrays.
+
+        Example:
+            >>> import lensor
+            >>> net = lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 2, bias=True))
+            >>> net.sample("o1", 0.5, positions="S").selections
+            frozenset({'S'})
+        """
+        return frozenset().union(*(term.selections for term in self.terms))
+
+    @property
+    def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
+        """The legs of the first occurrence of every operand; read-only."""
+        legs: dict[str, tuple[Group, ...]] = {}
+        for term in self.terms:
+            for name, found in term.operand_legs.items():
+                legs.setdefault(name, found)
+        return MappingProxyType(legs)
+
+    @property
+    def operands(self) -> tuple[tuple[str | IndexPattern, ...], ...]:
+        """The operands of each term, in the order of its subscripts."""
+        return tuple(term.operands for term in self.terms)
+
+    @property
+    def trace(self) -> tuple[Firing, ...]:
+        """The traces of all terms, one after another."""
+        return tuple(firing for term in self.terms for firing in term.trace)
+
+    def check(self) -> None:
+        """Raise NetworkError unless every term is well formed and the outputs agree.
+
+        Example:
+            >>> import lensor
+            >>> lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 2, bias=True)).check()
+
+        Raises:
+            NetworkError: naming the first part that breaks the grammar of `Network.check`, or outputs that differ.
+        """
+        for term in self.terms:
+            term.check()
+        self.__post_init__()
+
+    @cached_property
+    def canonical(self) -> tuple:
+        """A key that is the same for all sums that are equal up to names and order."""
+        keys = [term.canonical for term in self.terms]
+        # A size that one term has may hold for others by name: which indices of which terms share it.
+        shared: dict[str, list[tuple[str, int]]] = {}
+        texts = [repr(key) for key in keys]
+        for term, text in zip(self.terms, texts, strict=True):
+            order = term.canonical_order
+            for index in term.inner_indices:
+                if term.sizes[index] is None:
+                    shared.setdefault(index, []).append((text, order[index]))
+        ties = sorted(tuple(sorted(places)) for places in shared.values() if len(places) > 1)
+        return ("sum", tuple(sorted(keys, key=repr)), tuple(ties))
+
+    @property
+    def exact(self) -> tuple:
+        """A key for this very sum, names and order included."""
+        return tuple(term.exact for term in self.terms)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Sum) and self.canonical == other.canonical)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.canonical)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"terms": self.terms}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "terms", state["terms"])
+
+
+def add(net: AnyNetwork, other: Any) -> AnyNetwork:
+    """The sum of two networks with outputs of one shape; 0, with which Python's `sum` starts, adds nothing.
+
+    Example:
+        >>> import lensor
+        >>> x = lensor.contraction("n i -> n", "X")
+        >>> print(x + lensor.contraction("n -> n", "Y"))
+        X[n i] + Y[n] -> n
+
+    Raises:
+        NetworkError: if the outputs have other shapes.
+        TypeError: for anything but a network.
+    """
+    if isinstance(other, (Network, Sum)):
+        return sum_of((*net.terms, *other.terms))
+    if type(other) is int and other == 0:  # where Python's sum starts
+        return net
+    raise TypeError(
+        f"only networks can be added to a network, found {other!r} of type {type(other).__name__}; to multiply by a "
+        "number use net.scaled(...), to add one write it as a network of ones, lensor.contraction('i -> i', '1')"
+    )
+
+
+def _places(term: Network) -> dict[str, tuple[int, int]]:
+    """The leg of every output index, and its place there."""
+    return {index: (leg, at) for leg, group in enumerate(term.output) for at, index in enumerate(group)}
+
+
+AnyNetwork: TypeAlias = Network | Sum
+
+
+def sum_of(terms: Sequence[Network]) -> AnyNetwork:
+    """The sum of networks, their output indices named as in the first; one term is itself.
+
+    A leg whose indices cannot be those of the first term, because it is grouped or split in another way, keeps indices
+    of its own, with names that no other term has. Summed indices give way to output indices of the same name, all of
+    one name to one new name, since a name means one index throughout a sum.
+
+    Raises:
+        NetworkError: if the terms' output shapes differ.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    first = terms[0]
+    outputs = set(first.output_indices)
+    holders = Counter(index for term in terms for index in term.sizes)
+    used = set(holders)
+    summed: dict[str, str] = {}
+    aligned = [first]
+    for term in terms[1:]:
+        renames = _aligned(term, first)
+        for index in term.sizes:
+            if index in renames:
+                continue
+            if index in term.output_indices:
+                if holders[index] > 1:
+                    renames[index] = new_name(index, used)
+            elif index in outputs:
+                if index not in summed:
+                    summed[index] = new_name(index, used)
+                renames[index] = summed[index]
+        renames = {old: new for old, new in renames.items() if old != new}
+        if renames:
+            mapping: dict[str, Group] = {old: (new,) for old, new in renames.items()}
+            term = term.relabel(mapping, {new: term.sizes[old] for old, new in renames.items()})
+        aligned.append(term)
+    return Sum(tuple(aligned))
+
+
+def _aligned(term: Network, first: Network) -> dict[str, str]:
+    """For the output indices of a term those of the first that stand in the same places and may have the same sizes."""
+    found: dict[str, str] = {}
+    for leg, wanted in zip(term.output, first.output, strict=False):
+        sizes = [(term.sizes[one], first.sizes[other]) for one, other in zip(leg, wanted, strict=False)]
+        if len(leg) == len(wanted) and all(one == other or None in (one, other) for one, other in sizes):
+            found.update(zip(leg, wanted, strict=True))
+    return found

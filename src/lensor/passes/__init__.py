@@ -1,5 +1,0 @@
-"""Simplification: rules run to a fixpoint, with a trace of what fired."""
-
-from lensor.passes.engine import PHASES, Rule, simplify
-
-__all__ = ["PHASES", "Rule", "simplify"]

@@ -1,0 +1,87 @@
+"""How the values of a plan lie in memory: strides, what is a view of what, and the peak size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lensor.plan import steps as s
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """How one value of a plan lies in memory: strides, and the value whose memory it is a view of."""
+
+    strides: s.Strides
+    source: int
+    copied: bool
+
+
+def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
+    """The layout of every value of a program whose operands are in row-major order."""
+    values: list[Value] = []
+    for place, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
+        own = Value(s.contiguous(shape), place, bool(step.takes) or not step.is_view)
+        if step.in_place:
+            before = values[step.takes[0]]
+            own = Value(before.strides, before.source, False)
+        elif step.is_view and step.takes:
+            before = values[step.takes[0]]
+            strides = step.strides(s.Laid(shapes[step.takes[0]], before.strides), shape)
+            own = own if strides is None else Value(strides, before.source, False)
+        values.append(own)
+    return values
+
+
+def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
+    """For each value the place of the last step that takes it."""
+    last = list(range(len(steps)))
+    for place, step in enumerate(steps):
+        for at in step.takes:
+            last[at] = place
+    last[result] = len(steps)
+    return last
+
+
+def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> int:
+    """The most entries alive at once beside operands and patterns; the result is counted."""
+    values = layouts(steps, shapes)
+    last = list(range(len(values)))
+    for place, until in enumerate(last_uses(steps, result)):
+        last[values[place].source] = max(last[values[place].source], until)
+    ends: dict[int, int] = {}
+    alive = peak = 0
+    for place, value in enumerate(values):
+        if value.copied:
+            size = math.prod(shapes[place])
+            alive += size
+            taken = [s.Laid(shapes[at], values[at].strides) for at in steps[place].takes]
+            peak = max(peak, alive + steps[place].scratch(taken, shapes[place]))
+            ends[last[place]] = ends.get(last[place], 0) + size
+        alive -= ends.pop(place, 0)
+    return max(peak, alive + put_in_order(shapes, values, result))
+
+
+def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> list[int]:
+    """Entries that each step reads and writes: operands and result, none where the result is a view.
+
+    The result is put into row-major order at the end if it is not in that order.
+    """
+    values = layouts(steps, shapes)
+    found = [
+        math.prod(shapes[place]) + sum(math.prod(shapes[at]) for at in step.takes) if value.copied else 0
+        for place, (step, value) in enumerate(zip(steps, values, strict=True))
+    ]
+    found[result] += 2 * put_in_order(shapes, values, result)
+    return found
+
+
+def put_in_order(shapes: Sequence[s.Shape], values: Sequence[Value], result: int) -> int:
+    """Entries of a result that are copied because they are not in row-major order; 0 for one that is."""
+    shape = shapes[result]
+    ordered = all(
+        size == 1 or found == wanted
+        for size, found, wanted in zip(shape, values[result].strides, s.contiguous(shape), strict=True)
+    )
+    return 0 if ordered else math.prod(shape)

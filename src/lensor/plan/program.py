@@ -1,0 +1,82 @@
+"""Programs: the steps of a plan under construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from lensor.plan.steps import (
+    Gather,
+    Gram,
+    MatMul,
+    Multiple,
+    Multiply,
+    Pad,
+    PatchGram,
+    Reshape,
+    Shape,
+    Slice,
+    Step,
+    Transpose,
+)
+
+
+class Program:
+    """Steps under construction: a step that is there already is not added again (hash-consing)."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.shapes: list[Shape] = []
+        self._known: dict[Step, int] = {}
+
+    def add(self, step: Step) -> int:
+        """The place of the step's value, which is shared if an equal step was added before."""
+        place = self._known.get(step)
+        if place is None:
+            place = len(self.steps)
+            self.steps.append(step)
+            self.shapes.append(step.shape([self.shapes[at] for at in step.takes]))
+            self._known[step] = place
+        return place
+
+    def along(self, step: Slice | Pad | Gather) -> int:
+        """A step along one axis; steps along several are put in the order of the axes, so that equal values are one."""
+        before = self.steps[step.takes[0]]
+        if not isinstance(before, (Slice, Pad, Gather)) or before.axis <= step.axis:
+            return self.add(step)
+        inner = self.along(replace(step, takes=before.takes))
+        return self.add(replace(before, takes=(inner,)))
+
+    def reshape(self, value: int, size: Shape) -> int:
+        """The value with another grouping, itself if it has it already."""
+        before = self.steps[value]
+        if isinstance(before, Reshape):
+            (value,) = before.takes
+        return value if self.shapes[value] == size else self.add(Reshape((value,), size))
+
+    def transpose(self, value: int, order: Sequence[int]) -> int:
+        """The value with its axes in another order, itself if it is the same."""
+        order, before = tuple(order), self.steps[value]
+        if isinstance(before, Transpose):
+            order, (value,) = tuple(before.order[axis] for axis in order), before.takes
+        return value if order == tuple(range(len(order))) else self.add(Transpose((value,), order))
+
+    def scaled(self, value: int, factor: Fraction) -> int:
+        """The value times a number, which a product takes in at no cost, an outer one at little."""
+        step = self.steps[value]
+        match step:
+            case MatMul() | Gram() | PatchGram():
+                return self.add(replace(step, factor=step.factor * factor))
+            case Reshape(size=size):
+                return self.reshape(self.scaled(step.takes[0], factor), size)
+            case Transpose(order=order):
+                return self.transpose(self.scaled(step.takes[0], factor), order)
+            case Multiply(takes=takes):
+                sizes = [math.prod(self.shapes[at]) for at in takes]
+                if 2 * min(sizes) <= math.prod(self.shapes[value]):  # an outer product: scale what is small
+                    small = sizes.index(min(sizes))
+                    scaled = [self.scaled(at, factor) if place == small else at for place, at in enumerate(takes)]
+                    return self.add(Multiply(tuple(scaled)))
+        return self.add(Multiple((value,), factor))

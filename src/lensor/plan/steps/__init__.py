@@ -1,0 +1,55 @@
+"""The steps of plans, a file for each kind; see `Step` for what every one of them says of itself.
+
+To add a step, write it down in one of these files, and a function that carries it out for each backend.
+"""
+
+from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, Strides, contiguous, with_axis
+from lensor.plan.steps.convolution import Convolution
+from lensor.plan.steps.moves import Concat, Gather, Pad, Pick, Read, Stuff, Through
+from lensor.plan.steps.patch_gram import Border, PatchGram
+from lensor.plan.steps.products import Gram, MatMul, Multiply
+from lensor.plan.steps.sources import Constant, Fill, Identity, Input, Positions
+from lensor.plan.steps.sums import Add, Multiple, OverlapAdd, Put, ScatterAdd, SumAxes, SumSquares
+from lensor.plan.steps.views import Diagonal, Expand, Reshape, Slice, Transpose, Window
+
+__all__ = [
+    "SCATTERED",
+    "Add",
+    "Border",
+    "Concat",
+    "Constant",
+    "Convolution",
+    "Diagonal",
+    "Expand",
+    "Fill",
+    "Gather",
+    "Gram",
+    "Identity",
+    "Input",
+    "Laid",
+    "MatMul",
+    "Multiple",
+    "Multiply",
+    "OverlapAdd",
+    "Pad",
+    "PatchGram",
+    "Pick",
+    "Positions",
+    "Put",
+    "Rate",
+    "Read",
+    "Reshape",
+    "ScatterAdd",
+    "Shape",
+    "Slice",
+    "Step",
+    "Strides",
+    "Stuff",
+    "SumAxes",
+    "SumSquares",
+    "Through",
+    "Transpose",
+    "Window",
+    "contiguous",
+    "with_axis",
+]

@@ -1,0 +1,83 @@
+"""A framework's convolution and its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, contiguous
+
+_LARGE_KERNEL = 196
+"""From this many kernel positions on, frameworks have no fast way."""
+
+_WIDE_KERNEL = 8
+"""Kernels of this many positions that are larger than the output are slower than others."""
+
+_POSITIONS = 300
+"""From this many positions on, of all examples together, a weight gradient reaches its rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution(Step):
+    """A framework's convolution, contracting two of the three tensors that hang off its patterns.
+
+    forward: [N, G·Cin, *I], [G·Cout, Cin, *K] -> [N, G·Cout, *O];
+    input_grad: [N, G·Cout, *O], [G·Cout, Cin, *K] -> [N, G·Cin, *I];
+    weight_grad: [N, G·Cin, *I], [N, G·Cout, *O] -> [G·Cout, Cin, *K].
+    """
+
+    name: ClassVar[str] = "convolution"
+    is_product: ClassVar[bool] = True
+    kind: str
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+    groups: int
+    size: Shape
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.size
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        a, b = shapes
+        if self.kind == "forward":
+            return 2 * math.prod(result) * math.prod(b[1:])
+        if self.kind == "input_grad":
+            return 2 * math.prod(a) * math.prod(b[1:])
+        return 2 * math.prod(b) * math.prod(result[1:])
+
+    def kernel(self, shapes: Sequence[Shape]) -> Shape:
+        """The shape [G·Cout, Cin, *K] of the kernel, which is one of the factors or the result."""
+        return self.size if self.kind == "weight_grad" else shapes[1]
+
+    def settings(self) -> str:
+        return (
+            f"{self.kind}, stride {self.stride}, padding {self.padding}, dilation {self.dilation}, groups {self.groups}"
+        )
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        # Frameworks bring operands into row-major order first.
+        transposed = [one.shape for one in taken if one.strides != contiguous(one.shape)]
+        return (1 + SCATTERED) * sum(map(math.prod, transposed))
+
+    def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
+        return Rate("convolutions", self._share(shapes, result))
+
+    def _share(self, shapes: Sequence[Shape], result: Shape) -> float:
+        """Frameworks reach their rate with few channels, too, but not with few in a group, or with huge kernels."""
+        channels, inner, *kernel = self.kernel(shapes)
+        share = 0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0
+        if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
+            share *= 0.4
+        if self.kind == "weight_grad":  # few positions are little to sum over
+            share *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
+            share *= 0.1 if self.groups == 1 == inner else 1.0
+            share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # threads work on an example or group each
+            line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
+            share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
+        if self.groups == 1:
+            return share if self.kind != "input_grad" else share * (0.35 if inner < 16 else 0.85)
+        few = min(channels // self.groups, inner)
+        return share * (min(0.9, 0.35 + few / 100) if few > 1 else 0.12 if set(self.stride) == {1} else 0.03)

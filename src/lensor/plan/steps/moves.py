@@ -1,0 +1,161 @@
+"""Steps that copy entries to other places and compute nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lensor.pattern import IndexPattern
+from lensor.plan.steps.base import Laid, Shape, Step, with_axis
+from lensor.reading import progressions
+
+_SINGLE = 4
+"""Each entry that is read by itself costs this many entries more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pad(Step):
+    """Zeros on both sides of an axis."""
+
+    name: ClassVar[str] = "pad"
+    computes: ClassVar[bool] = False
+    axis: int
+    left: int
+    right: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        size = shapes[0][self.axis] + self.left + self.right
+        return with_axis(shapes[0], self.axis, size)
+
+    def settings(self) -> str:
+        return f"axis {self.axis} by {self.left}, {self.right}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stuff(Step):
+    """Zeros between the positions of an axis (embedding with a stride, the adjoint of a strided slice)."""
+
+    name: ClassVar[str] = "embed"
+    computes: ClassVar[bool] = False
+    axis: int
+    step: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        size = (shapes[0][self.axis] - 1) * self.step + 1
+        return with_axis(shapes[0], self.axis, size)
+
+    def settings(self) -> str:
+        return f"axis {self.axis} step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gather(Step):
+    """The positions of an axis that a selection reads, in any padding mode (all of them inside)."""
+
+    name: ClassVar[str] = "gather"
+    computes: ClassVar[bool] = False
+    axis: int
+    pattern: IndexPattern
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return with_axis(shapes[0], self.axis, self.pattern.output_size)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """The positions it reads as runs of equal steps, (start, step, length), one after another; steps may be 0."""
+        return progressions(self.pattern.line())
+
+    def settings(self) -> str:
+        return f"axis {self.axis} by {self.pattern}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pick(Step):
+    """The positions of an axis that a vector, the second operand, names."""
+
+    name: ClassVar[str] = "pick"
+    computes: ClassVar[bool] = False
+    axis: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return with_axis(shapes[0], self.axis, *shapes[1])
+
+    def settings(self) -> str:
+        return f"axis {self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
+class Through:
+    """How one axis is read through a pattern: at which of its positions, for which of those of the other two legs.
+
+    Args:
+        pattern: the pattern.
+        target: the leg (0: i, 1: o, 2: k) that is the axis.
+        first: a leg of which all positions are meant.
+        second: the leg whose positions are given.
+        positions: the operand of the step that gives them.
+    """
+
+    pattern: IndexPattern
+    target: int
+    first: int
+    second: int
+    positions: int
+
+    @property
+    def sizes(self) -> Shape:
+        """The sizes of the legs i, o, k."""
+        return (self.pattern.input_size, self.pattern.output_size, self.pattern.kernel_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Step):
+    """Neighbouring axes read through a pattern each, zero where nothing is.
+
+    Args:
+        takes: the array and the positions.
+        axes: how each axis is read.
+        axis: the first of the axes.
+        chosen_first: whether the chosen legs' axes stand before the free ones' in the result, or behind them.
+    """
+
+    name: ClassVar[str] = "read"
+    computes: ClassVar[bool] = False
+    axes: tuple[Through, ...]
+    axis: int
+    chosen_first: bool
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        firsts = [axis.sizes[axis.first] for axis in self.axes]
+        seconds = [math.prod(shapes[axis.positions]) for axis in self.axes]
+        sizes = [*seconds, *firsts] if self.chosen_first else [*firsts, *seconds]
+        return (*shapes[0][: self.axis], *sizes, *shapes[0][self.axis + len(self.axes) :])
+
+    def settings(self) -> str:
+        chosen = " ".join("iok"[axis.second] for axis in self.axes)
+        return f"axis {self.axis} at chosen {chosen} of {' '.join(str(axis.pattern) for axis in self.axes)}"
+
+    def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
+        return math.prod(taken[0].shape)
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        shape = taken[0].shape
+        row = math.prod(shape[self.axis + len(self.axes) :])
+        return math.prod(shape) + (_SINGLE * math.prod(result) if row == 1 else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Concat(Step):
+    """Arrays side by side along an axis."""
+
+    name: ClassVar[str] = "concat"
+    computes: ClassVar[bool] = False
+    axis: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        size = sum(shape[self.axis] for shape in shapes)
+        return with_axis(shapes[0], self.axis, size)
+
+    def settings(self) -> str:
+        return f"axis {self.axis}"

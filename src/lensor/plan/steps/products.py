@@ -1,0 +1,122 @@
+"""Products of two arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from lensor.plan.steps.base import Laid, Rate, Shape, Step
+from lensor.plan.steps.views import viewed
+
+
+@dataclass(frozen=True, slots=True)
+class Multiply(Step):
+    """The entry-wise product, axes of length 1 repeated."""
+
+    name: ClassVar[str] = "multiply"
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return tuple(b if a == 1 else a for a, b in zip(*shapes, strict=True))
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(result)
+
+
+@dataclass(frozen=True, slots=True)
+class MatMul(Step):
+    """Batched matrix products [*b, m, k] · [*b, k, n] -> [*b, m, n], the pairwise contraction; b may be 1 in one."""
+
+    name: ClassVar[str] = "matmul"
+    is_product: ClassVar[bool] = True
+    factor: Fraction = Fraction(1)
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        batch = (a if b == 1 else b for a, b in zip(shapes[0][:-2], shapes[1][:-2], strict=True))
+        return (*batch, shapes[0][-2], shapes[1][-1])
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return 2 * math.prod(result) * shapes[0][-1]
+
+    def copies(self, taken: Sequence[Laid]) -> tuple[int, int]:
+        return product_copies(*taken)
+
+    def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
+        (*_, m, k), (*_, n) = shapes
+        # Products with a short side do not reach the rate of large ones.
+        return Rate("products", min(1.0, m / 16, n / 16, max(k / 16, 0.1)))
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        return 2 * self.copies(taken)[0] + _repeated([one.shape for one in taken])
+
+
+@dataclass(frozen=True, slots=True)
+class Gram(Step):
+    """The products of all rows with all rows, [b, m, k] -> [b, m, m]: symmetric, so one triangle is enough."""
+
+    name: ClassVar[str] = "gram"
+    is_product: ClassVar[bool] = True
+    factor: Fraction = Fraction(1)
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return (*shapes[0][:-1], shapes[0][-2])
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(result[:-1]) * (result[-1] + 1) * shapes[0][-1]
+
+    def copies(self, taken: Sequence[Laid]) -> tuple[int, int]:
+        (*batch, rows, columns), strides = taken[0]
+        return product_copies(taken[0], Laid((*batch, columns, rows), (*strides[:-2], strides[-1], strides[-2])))
+
+    def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
+        *_, m, k = shapes[0]
+        return Rate("products", min(1.0, m / 16, max(k / 16, 0.1)))
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        return 2 * self.copies(taken)[0]
+
+
+_SMALL_PRODUCT = 400
+"""Batched products of fewer multiplications run entry by entry, on operands of any strides."""
+
+
+def product_copies(one: Laid, two: Laid) -> tuple[int, int]:
+    """Entries that frameworks copy to multiply [batch, m, k] and [batch, k, n]: (in all, alive at once).
+
+    They know products over one batch axis, of matrices of which one axis is contiguous: batch axes that do not merge,
+    because their strides do not or because one is repeated, are copied with all repetitions, matrices with overlapping
+    or gapped rows one by one.
+    """
+    (a, a_strides), (b, b_strides) = one, two
+    rank = max(len(a), len(b)) - 2
+    sizes = [(1,) * (rank + 2 - len(shape)) + tuple(shape[:-2]) for shape in (a, b)]
+    batch = tuple(max(sides) for sides in zip(*sizes, strict=True))
+    in_all = alive = 0
+    for shape, strides in ((a, a_strides), (b, b_strides)):
+        own = (0,) * (rank + 2 - len(shape)) + tuple(
+            0 if size == 1 else stride for size, stride in zip(shape[:-2], strides[:-2], strict=True)
+        )
+        (rows, columns), (down, across) = shape[-2:], strides[-2:]
+        by_rows = (across == 1 or columns == 1) and (down >= columns or rows == 1)
+        by_columns = (down == 1 or rows == 1) and (across >= rows or columns == 1)
+        if rank > 1 and viewed(batch, own, (math.prod(batch),)) is None:
+            in_all += math.prod(batch) * rows * columns
+            alive += math.prod(batch) * rows * columns
+        elif not (by_rows or by_columns) and (rank == 0 or a[-2] * a[-1] * b[-1] >= _SMALL_PRODUCT):
+            in_all += math.prod(batch) * rows * columns
+            alive += rows * columns
+    return in_all, alive
+
+
+_KEPT = 1 << 18
+"""Entries of a matrix that stays in a cache while a batch is worked through."""
+
+
+def _repeated(shapes: Sequence[Shape]) -> int:
+    """Entries of a factor that are read again for every entry of the other's batch, if it is too large to be kept."""
+    batches = [math.prod(shape[:-2]) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    most = max(batches)
+    return sum((most - 1) * size for batch, size in zip(batches, sizes, strict=True) if batch == 1 and size > _KEPT)

@@ -1,0 +1,79 @@
+"""Steps that take nothing: operands, patterns, and arrays of one number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from lensor.pattern import IndexPattern
+from lensor.plan.steps.base import Shape, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Input(Step):
+    """An operand of the network."""
+
+    name: ClassVar[str] = "operand"
+    is_view: ClassVar[bool] = True
+    computes: ClassVar[bool] = False
+    operand: str
+    size: Shape
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.size
+
+    def settings(self) -> str:
+        return self.operand
+
+
+@dataclass(frozen=True, slots=True)
+class Positions(Input):
+    """An operand that is a vector of positions below some size."""
+
+    name: ClassVar[str] = "positions"
+    below: int
+
+
+@dataclass(frozen=True, slots=True)
+class Constant(Step):
+    """A materialized pattern, summed over some of its legs (0: i, 1: o, 2: k); made once and kept."""
+
+    name: ClassVar[str] = "pattern"
+    is_view: ClassVar[bool] = True
+    computes: ClassVar[bool] = False
+    pattern: IndexPattern
+    summed: tuple[int, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        sizes = (self.pattern.input_size, self.pattern.output_size, self.pattern.kernel_size)
+        return tuple(size for leg, size in enumerate(sizes) if leg not in self.summed)
+
+    def settings(self) -> str:
+        return str(self.pattern) + (f" summed over {''.join('iok'[leg] for leg in self.summed)}" if self.summed else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Fill(Step):
+    """An array of one number."""
+
+    name: ClassVar[str] = "fill"
+    computes: ClassVar[bool] = False
+    size: Shape
+    value: Fraction
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Identity(Step):
+    """The identity matrix of a delta between two output indices."""
+
+    name: ClassVar[str] = "identity matrix"
+    computes: ClassVar[bool] = False
+    size: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return (self.size, self.size)

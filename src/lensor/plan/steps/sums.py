@@ -1,0 +1,151 @@
+"""Steps that add, and multiples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from lensor.pattern import IndexPattern
+from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
+
+
+@dataclass(frozen=True, slots=True)
+class ScatterAdd(Step):
+    """The adjoint of `Gather`: each position of an axis is added to the one that a selection reads there."""
+
+    name: ClassVar[str] = "scatter-add"
+    adds_in_several: ClassVar[bool] = True
+    axis: int
+    pattern: IndexPattern
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return with_axis(shapes[0], self.axis, self.pattern.input_size)
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(shapes[0])
+
+    def settings(self) -> str:
+        return f"axis {self.axis} by {self.pattern}"
+
+
+@dataclass(frozen=True, slots=True)
+class Put(Step):
+    """An axis put into the positions that a vector, the second operand, names, of one of `size`; zeros elsewhere."""
+
+    name: ClassVar[str] = "put"
+    adds_in_several: ClassVar[bool] = True
+    axis: int
+    size: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return with_axis(shapes[0], self.axis, self.size)
+
+    def settings(self) -> str:
+        return f"axis {self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapAdd(Step):
+    """Add up the patches of an axis of positions and the last axis (kernel), the adjoint of `Window`."""
+
+    name: ClassVar[str] = "overlap-add"
+    adds_in_several: ClassVar[bool] = True
+    axis: int
+    length: int
+    stride: int
+    dilation: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return (*shapes[0][: self.axis], self.length, *shapes[0][self.axis + 1 : -1])
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(shapes[0])
+
+    def settings(self) -> str:
+        return f"axis {self.axis}, stride {self.stride}, dilation {self.dilation}"
+
+    def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
+        return 2 * math.prod(result)
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        return SCATTERED * math.prod(taken[0].shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SumAxes(Step):
+    """The sum over some axes."""
+
+    name: ClassVar[str] = "sum"
+    axes: tuple[int, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return tuple(size for axis, size in enumerate(shapes[0]) if axis not in self.axes)
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(shapes[0])
+
+    def settings(self) -> str:
+        return f"over {self.axes}"
+
+
+@dataclass(frozen=True, slots=True)
+class SumSquares(Step):
+    """The sum over some axes of the squares of the entries, without conjugation."""
+
+    name: ClassVar[str] = "sum of squares"
+    axes: tuple[int, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return tuple(size for axis, size in enumerate(shapes[0]) if axis not in self.axes)
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return 2 * math.prod(shapes[0])
+
+    def settings(self) -> str:
+        return f"over {self.axes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Add(Step):
+    """The sum of two arrays of one shape."""
+
+    name: ClassVar[str] = "add"
+    owned: bool = False
+    """Whether nothing else looks at the first array, so that the second may be added to it in place."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0]
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(result)
+
+    @property
+    def in_place(self) -> bool:
+        return self.owned
+
+
+@dataclass(frozen=True, slots=True)
+class Multiple(Step):
+    """A number times an array."""
+
+    name: ClassVar[str] = "scale"
+    adds_in_several: ClassVar[bool] = True
+    factor: Fraction
+    owned: bool = False
+    """Whether nothing else looks at the array, so that it may be scaled in place."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0]
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(result)
+
+    def settings(self) -> str:
+        return f"by {self.factor}"
+
+    @property
+    def in_place(self) -> bool:
+        return self.owned

@@ -1,0 +1,320 @@
+"""What was measured of plans, kept for this process and, if the user says so, in a file.
+
+`planning(effort="measure")` times the candidates of a network once; the times are kept here, so that neither a plan
+that was dropped from the cache nor another process has to measure again. A file may hold the times of several
+machines, devices and thread counts: each entry says where it was measured and serves only there.
+
+Example:
+    >>> import lensor, tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "wisdom.json")
+    >>> with lensor.planning(effort="measure"):
+    ...     plan = lensor.ops.unfold(lensor.ConvSpec(2, 4, (5,), 3)).plan(X=(3, 2, 5))
+    >>> saved = lensor.wisdom.save(path)
+    >>> lensor.wisdom.forget()
+    >>> lensor.wisdom.load(path) == saved
+    True
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import stat
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from lensor.errors import LensorError
+from lensor.kernels import Backend
+from lensor.network import AnyNetwork, to_text
+from lensor.planner.profile import processor
+
+_FORMAT = 1
+"""The version of the files; one with another version is not read."""
+
+_MOST = 200
+"""Characters of a reason why a file cannot be read, which may quote the file."""
+
+
+class WisdomWarning(UserWarning):
+    """A file of measured times that could not be used."""
+
+
+class WisdomError(LensorError, ValueError):
+    """A file that `save` leaves as it is, because it holds something else than times that can be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The times of a network's candidates.
+
+    Args:
+        network: its text.
+        where: processor, framework, dtype, device and threads.
+        seconds: the shortest time of each strategy that was timed.
+
+    Example:
+        >>> import lensor
+        >>> one = lensor.wisdom.Measured("X[n] -> n", "a processor, numpy", {"greedy": 1e-5})
+        >>> one.seconds["greedy"]
+        1e-05
+    """
+
+    network: str
+    where: str
+    seconds: Mapping[str, float]
+
+
+_known: dict[str, Measured] = {}
+_lock = threading.Lock()
+_generation = 0
+
+
+def generation() -> int:
+    """A number that changes whenever something becomes known or is forgotten."""
+    return _generation
+
+
+def key_of(net: AnyNetwork, backend: Backend, kind: Sequence[Any]) -> tuple[str, str]:
+    """What identifies a network whose sizes are known, and where it is measured: (key, where)."""
+    where = f"{processor()}, {backend.describe(kind)}"
+    return hashlib.sha256(f"{net.canonical!r} {where}".encode()).hexdigest(), where
+
+
+def recall(key: str) -> Mapping[str, float]:
+    """The times known under a key, by strategy; empty if none are."""
+    found = _known.get(key)
+    return {} if found is None else found.seconds
+
+
+def record(key: str, net: AnyNetwork, where: str, seconds: Mapping[str, float]) -> None:
+    """Keep measured times."""
+    _update({key: Measured(to_text(net, legend=True), where, {**recall(key), **seconds})})
+
+
+def forget() -> None:
+    """Forget all measured times; files stay as they are, and so do plans until `lensor.clear_caches()`.
+
+    Example:
+        >>> import lensor
+        >>> with lensor.planning(effort="measure"):
+        ...     plan = lensor.ops.unfold(lensor.ConvSpec(2, 4, (5,), 3)).plan(X=(3, 2, 5))
+        >>> lensor.wisdom.forget()
+        >>> lensor.wisdom.entries()
+        ()
+    """
+    with _lock:
+        _known.clear()
+    _update({})
+
+
+def entries() -> tuple[Measured, ...]:
+    """Everything that is known, to look at.
+
+    Example:
+        >>> import lensor
+        >>> lensor.wisdom.forget()
+        >>> lensor.clear_caches()
+        >>> with lensor.planning(effort="measure"):
+        ...     plan = lensor.ops.unfold(lensor.ConvSpec(2, 4, (5,), 3)).plan(X=(3, 2, 5))
+        >>> (one,) = lensor.wisdom.entries()
+        >>> one.network
+        'X[n c_in i1] Π1[i1 o1 k1] -> n (c_in k1) o1 where Π1=IndexPattern(5, 3), c_in=2, i1=5, k1=3, n=3, o1=3'
+        >>> sorted(one.seconds) == sorted(c.name for c in plan.candidates if c.measured is not None)
+        True
+    """
+    with _lock:
+        return tuple(_known.values())
+
+
+def _update(new: Mapping[str, Measured]) -> None:
+    global _generation
+    with _lock:
+        _known.update(new)
+        _generation += 1
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def save(path: str | os.PathLike[str]) -> int:
+    """Write what is known into a file, together with what the file holds already; the number of entries in it.
+
+    Other processes may save to and load from the same file at any time: the file is replaced as a whole, and writers
+    wait for each other (on systems without file locks the last one wins). Whatever keeps it from being written, a full
+    disk included, leaves the file as it was. A symbolic link stays one, and the file keeps its mode.
+
+    Args:
+        path: the file; its folder must exist, and new files must be allowed in it.
+
+    Example:
+        >>> import lensor, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "wisdom.json")
+        >>> lensor.wisdom.save(path) == len(lensor.wisdom.entries())
+        True
+
+    Raises:
+        OSError: if it cannot be written, or is not a regular file.
+        WisdomError: if the file holds something else than times that can be read: it is damaged, of another version of
+            the format, or another program's. It is left as it is.
+    """
+    path = os.path.realpath(os.fsdecode(path))  # a link's target is replaced, not the link
+    with _named(path), _locked(path):
+        try:
+            data, before = _content(path)
+            known = _parse(data) if data else {}
+        except FileNotFoundError:
+            known, before = {}, None
+        except _Unreadable as problem:
+            raise WisdomError(
+                f"{path} holds something else than wisdom that can be read ({problem}); it was left as it is: save to"
+                " another file, or remove it"
+            ) from None
+        with _lock:
+            known |= _known
+        choices = {
+            key: {"network": one.network, "where": one.where, "seconds": dict(one.seconds)}
+            for key, one in known.items()
+        }
+        text = json.dumps({"lensor wisdom": _FORMAT, "measured": choices}, indent=1, ensure_ascii=False)
+        # Surrogates that are not one of a pair are escaped, which is JSON for them.
+        _replace(path, text.encode("utf-8", "backslashreplace"), before)
+    return len(known)
+
+
+def load(path: str | os.PathLike[str]) -> int:
+    """Take over the times in a file; the number of entries in it.
+
+    A file that is missing raises; one that is damaged, or of another version, is a `WisdomWarning`, and nothing is
+    taken over. Plans that were made by measuring in this process stay as they are.
+
+    Args:
+        path: a file that `save` wrote.
+
+    Example:
+        >>> import lensor, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "wisdom.json")
+        >>> saved = lensor.wisdom.save(path)
+        >>> lensor.wisdom.load(path) == saved
+        True
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    path = os.fsdecode(path)
+    data, _ = _content(path)
+    try:
+        found = _parse(data)
+    except _Unreadable as problem:
+        warnings.warn(f"{path} holds no wisdom that can be read: {problem}", WisdomWarning, stacklevel=2)
+        return 0
+    _update(found)
+    return len(found)
+
+
+class _Unreadable(Exception):
+    """Why a file's content cannot be used."""
+
+
+def _content(path: str) -> tuple[bytes, os.stat_result]:
+    """What a regular file holds, and its state; nothing else is opened, since reading a pipe or device may never end.
+
+    Raises:
+        OSError: if it cannot be read, or is something else.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        state = os.fstat(handle)
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(), state
+    finally:
+        os.close(handle)
+
+
+def _replace(path: str, data: bytes, before: os.stat_result | None) -> None:
+    """Write a file as a whole: a new one next to it takes its place, and its mode and owner, when it is complete."""
+    name = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(name, flags, 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if before is not None and hasattr(os, "fchown"):
+                with suppress(OSError):  # only root may give a file away
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _parse(data: bytes) -> dict[str, Measured]:
+    """The entries in a file's content.
+
+    Raises:
+        _Unreadable: with the reason.
+    """
+    try:
+        content = json.loads(data.decode())
+        if content["lensor wisdom"] != _FORMAT:
+            raise ValueError(f"version {content['lensor wisdom']!r}, expected {_FORMAT}")
+        return {str(key): _entry(one) for key, one in content["measured"].items()}
+    except KeyError as problem:
+        raise _Unreadable(f"no entry {str(problem)[:_MOST]}") from None
+    except RecursionError:
+        raise _Unreadable("its JSON is nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as problem:
+        raise _Unreadable(str(problem)[:_MOST]) from None
+
+
+def _entry(one: Mapping[str, Any]) -> Measured:
+    seconds = {str(name): float(time) for name, time in one["seconds"].items()}
+    if not all(0 <= time < float("inf") for time in seconds.values()):
+        raise ValueError(f"times must be finite and not negative, found {seconds}")
+    return Measured(str(one["network"]), str(one["where"]), seconds)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Let errors of files that are made on the way name the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename == path:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Wait for other writers of a file."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder, name = os.path.split(path)
+    # Neither is a link followed nor anything emptied: a shared folder may hold what others put there.
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    lock = os.path.join(folder, f".{name}.lock")
+    try:
+        handle = os.open(lock, flags | os.O_RDWR, 0o666)
+    except PermissionError:  # another user's
+        handle = os.open(lock, flags & ~os.O_CREAT | os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

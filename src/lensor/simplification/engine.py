@@ -1,0 +1,87 @@
+"""The engine: rules to a fixpoint, phase by phase, with a trace; like terms of a sum are collected.
+
+A phase's rules fire only where no rule of an earlier phase applies, so that cheap normal forms (deltas, squeezed
+indices, normalised patterns) always come before a pattern is taken apart. Within a phase the order is irrelevant:
+tests apply the rules in random order and compare.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from lensor.cache import Cache
+from lensor.errors import NetworkError, require_type
+from lensor.network import AnyNetwork, Firing, Network, Scale, Sum, sum_of, to_text
+from lensor.simplification.patterns import DECOMPOSITION_RULES, PATTERN_RULES
+from lensor.simplification.rule import Rule, RuleList
+from lensor.simplification.structural import STRUCTURAL_RULES
+
+PHASES: tuple[RuleList, ...] = (STRUCTURAL_RULES, PATTERN_RULES, DECOMPOSITION_RULES)
+
+_LIMIT = 10_000
+_simplified = Cache(maxsize=1024)
+
+
+def simplify(net: AnyNetwork) -> AnyNetwork:
+    """The network after all oriented rules, with the same result; `trace` tells what fired.
+
+    By its cheapest plan it costs no more flops than the network as it stands, but for the known gaps that
+    `docs/design.md` lists (11 of 2,000 random networks, all with sub-tensors of one half of a Gram matrix).
+
+    Example:
+        >>> import lensor
+        >>> net = lensor.ops.conv(lensor.ConvSpec(4, 8, (9, 9), kernel_size=3, stride=3)).simplify()
+        >>> print(net)
+        X[n c_in (o1 k1) (o2 k2)] W[c_out c_in k1 k2] -> n c_out o1 o2
+        >>> [firing.rule for firing in net.trace if firing.number == "6"]
+        ['dense or block pattern into regrouping', 'dense or block pattern into regrouping']
+
+    Raises:
+        TypeError: if `net` is neither a Network nor a Sum.
+    """
+    require_type(net, "net", Network, Sum)
+    return _simplified.get_or_make((net.exact, net.trace), lambda: _collect([apply_rules(term) for term in net.terms]))
+
+
+def apply_rules(net: Network, shuffle: random.Random | None = None) -> Network:
+    """One network to the fixpoint of all phases, within each phase in random order if `shuffle` is given."""
+    return run_phases(net, PHASES, shuffle)
+
+
+def run_phases(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None = None) -> Network:
+    """One network to the fixpoint of some phases."""
+    for _ in range(_LIMIT):
+        fired = _fire_once(net, phases, shuffle)
+        if fired is None:
+            return net
+        net = fired
+    raise NetworkError(f"simplification did not end after {_LIMIT} steps at {net}")
+
+
+def _fire_once(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None) -> Network | None:
+    for phase in phases:
+        rules: Sequence[Rule] = shuffle.sample(phase, len(phase)) if shuffle else phase
+        for rule in rules:
+            after = rule.apply(net)
+            if after is not None:
+                firing = Firing(rule.name, rule.number, to_text(net), to_text(after))
+                return after.replace(trace=(*net.trace, firing))
+    return None
+
+
+def _collect(terms: Sequence[Network]) -> AnyNetwork:
+    """Add terms that differ only by a rational factor."""
+    kept: dict[tuple, Network] = {}
+    for term in terms:
+        unit = term.replace(scale=Scale(powers=term.scale.powers))
+        known = kept.get(unit.canonical)
+        if known is None:
+            kept[unit.canonical] = term
+        else:
+            factor = known.scale.factor + term.scale.factor
+            firing = Firing("like terms added", "structural", to_text(term), to_text(known))
+            kept[unit.canonical] = known.replace(
+                scale=Scale(factor, known.scale.powers), trace=(*known.trace, *term.trace, firing)
+            )
+    return sum_of(list(kept.values()))

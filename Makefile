@@ -17,10 +17,10 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=3 -o DPkg:
 .DEFAULT_GOAL := test
 .PHONY: demo test test-all lint docs peers browser tex clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo,dev]" -e ./benchmarks
 	touch $@
 
 # BackPACK asks for torchvision and does not import it; none fits the CPU build of torch, and one that does not fit
@@ -35,7 +35,7 @@ $(PEERS): $(STAMP)
 peers: $(PEERS)
 
 demo: $(STAMP)
-	$(BIN)/lensor demo
+	$(BIN)/python -m examples.demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Runs the examples in README.md, in docs/ and in the docstrings of the package."""
+"""Runs the examples in README.md, in docs/ and in the docstrings of the packages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ pytest_plugins = ["tests.skips"]
 
 # No SkipParser: an example that it skips counts as one that passed.
 pages = Sybil(parsers=[PythonCodeBlockParser(doctest_optionflags=FLAGS)], patterns=["README.md", "docs/*.md"])
-docstrings = Sybil(
-    parsers=[DocTestParser(FLAGS)],
-    path="src",
-    patterns=["*.py"],  # at any depth: patterns are matched from the right
-    document_types={".py": PythonDocStringDocument},
+docstrings = (
+    Sybil(
+        parsers=[DocTestParser(FLAGS)],
+        path=path,
+        patterns=["*.py"],  # at any depth: patterns are matched from the right
+        document_types={".py": PythonDocStringDocument},
+    )
+    for path in ("src", "benchmarks/src", "examples")
 )
-pytest_collect_file = SybilCollection([pages, docstrings]).pytest()
+pytest_collect_file = SybilCollection([pages, *docstrings]).pytest()
 
 
 @pytest.hookimpl(optionalhook=True)

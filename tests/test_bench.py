@@ -20,23 +20,23 @@ from typing import Any
 import opt_einsum
 import pytest
 import torch
+from lensor_bench import CommandError, Layer, growth, models, steps
+from lensor_bench import implementations as implementations_module
+from lensor_bench import run as run_module
+from lensor_bench.implementations import IMPLEMENTATIONS, Implementation
+from lensor_bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
+from lensor_bench.overhead import CASES
+from lensor_bench.report import FASTEST, Options, bounds, markdown, parse_target, ratios, summaries, worst
+from lensor_bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
+from lensor_bench.run import Bench
+from lensor_bench.settings import Settings
+from lensor_bench.training import Point, reached
 from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, Layer, growth, models, steps
-from lensor.bench import implementations as implementations_module
-from lensor.bench import run as run_module
-from lensor.bench.implementations import IMPLEMENTATIONS, Implementation
-from lensor.bench.layers import KINDS
-from lensor.bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
-from lensor.bench.operations import OPERATIONS, STANDARD
-from lensor.bench.overhead import CASES
-from lensor.bench.report import FASTEST, Options, bounds, markdown, parse_target, ratios, summaries, worst
-from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
-from lensor.bench.run import Bench
-from lensor.bench.settings import Settings
-from lensor.bench.training import Point, reached
+from lensor.inspect.layers import KINDS
+from lensor.inspect.operations import OPERATIONS, STANDARD
 from tests.dense import evaluate_dense
 
 CPU = torch.device("cpu")
@@ -418,7 +418,7 @@ def test_two_writers_lose_and_repeat_no_row(tmp_path: Path) -> None:
     one = ResultsFile(path, HERE, resume=False)
     two = ResultsFile(path, HERE, resume=True)
     two.append([row()])
-    with pytest.raises(BenchError, match="was changed by another process; it was left as it is"):
+    with pytest.raises(CommandError, match="was changed by another process; it was left as it is"):
         one.append([row()])
     assert one.rows == []
     assert read(path) == two.rows == [row()]
@@ -429,7 +429,7 @@ def test_a_disk_that_is_full_is_told_in_a_line(tmp_path: Path) -> None:
         pytest.skip("there is no full disk on this system")
     file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
     file.path, file._length = Path("/dev/full"), 0
-    with pytest.raises(BenchError, match="cannot write /dev/full: No space left"):
+    with pytest.raises(CommandError, match="cannot write /dev/full: No space left"):
         file.append([row()])
     assert file.rows == []
 
@@ -445,7 +445,7 @@ def test_rows_of_another_version_of_a_peer_are_refused(
     older = replace(results.rows[1], version="0.1")
     results.rows[1] = older
     with pytest.raises(
-        BenchError, match=rf"measured with peer 0.1, here {re.escape(torch.__version__)}: give another --out"
+        CommandError, match=rf"measured with peer 0.1, here {re.escape(torch.__version__)}: give another --out"
     ):
         bench.pending(results)
 
@@ -468,7 +468,7 @@ def test_damaged_and_foreign_files_are_refused_and_kept(content: bytes, tmp_path
     path = tmp_path / "r.csv"
     path.write_bytes(content)
     for use in (lambda: read(path), lambda: ResultsFile(path, HERE, resume=True)):
-        with pytest.raises(BenchError, match="it was left as it is"):
+        with pytest.raises(CommandError, match="it was left as it is"):
             use()
     assert path.read_bytes() == content
 
@@ -480,10 +480,10 @@ def test_damage_is_told_by_its_line(tmp_path: Path) -> None:
     for old, new in (("general", "dense"), ("9x8", "9x"), (",3,1,1,", ",x,1,1,"), (",ok,", ",okk,")):
         assert old in text
         file.path.write_text(text.replace(old, new), encoding="utf-8")
-        with pytest.raises(BenchError, match="damaged in line 2"):
+        with pytest.raises(CommandError, match="damaged in line 2"):
             read(file.path)
     file.path.write_text(text + text.splitlines(keepends=True)[1], encoding="utf-8")
-    with pytest.raises(BenchError, match=r"damaged in line 4 \(what it measures is measured above\)"):
+    with pytest.raises(CommandError, match=r"damaged in line 4 \(what it measures is measured above\)"):
         read(file.path)
     with pytest.raises(ValueError, match=r"minimum is -1.0, expected no negative number"):
         Found(OK, minimum=-1.0)
@@ -500,9 +500,9 @@ def test_nothing_to_measure_is_told_before_a_file_is_made(tmp_path: Path) -> Non
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     file = ResultsFile(tmp_path / "r.csv", HERE, resume=False)
     file.append([row()])
-    with pytest.raises(BenchError, match="there already: go on with it by --resume"):
+    with pytest.raises(CommandError, match="there already: go on with it by --resume"):
         ResultsFile(file.path, HERE, resume=False)
-    with pytest.raises(BenchError, match=r"another machine .*\(torch 2.6, here 2.7\)"):
+    with pytest.raises(CommandError, match=r"another machine .*\(torch 2.6, here 2.7\)"):
         ResultsFile(file.path, replace(HERE, torch="2.7"), resume=True)
     assert read(file.path) == [row()]
 
@@ -545,7 +545,9 @@ def test_ratios_against_others() -> None:
     assert fastest == {("forward", "general"): 0.5, ("forward", "dense"): 2.0}
     slack = ratios(rows, Options(slack=3.0))
     assert max(one.value for one in slack.values() if one.row.implementation == "lensor") == 1.0
-    with pytest.raises(BenchError, match="unknown implementation 'opacus', expected one of einconv, lensor, standard"):
+    with pytest.raises(
+        CommandError, match="unknown implementation 'opacus', expected one of einconv, lensor, standard"
+    ):
         ratios(rows, Options("opacus"))
 
 
@@ -560,7 +562,7 @@ def test_slower_rows_of_a_later_sitting_stay_slower() -> None:
     later = row(minimum=1.5, standard=0.5)  # the machine was four times as fast
     (found,) = [one.value for one in ratios([row(implementation=STANDARD, minimum=2.0), later], Options()).values()][1:]
     assert found == 3.0
-    with pytest.raises(BenchError, match="unknown implementation 'Standard', expected one of"):
+    with pytest.raises(CommandError, match="unknown implementation 'Standard', expected one of"):
         ratios([later], Options("Standard"))
 
 
@@ -582,7 +584,7 @@ def test_markdown_has_the_worst_cases_with_their_limits() -> None:
 
 @pytest.mark.parametrize("text", ["forward", "forward=x", "nothing=1", "forward:odd=1"])
 def test_targets_that_make_no_sense(text: str) -> None:
-    with pytest.raises(BenchError, match="expected"):
+    with pytest.raises(CommandError, match="expected"):
         parse_target(text)
 
 
@@ -640,7 +642,7 @@ def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMPLEMENTATIONS, "peer", Implementation("peer", {}, "some-peer", "no_such_module"))
     assert "peer" not in {one.name for one in Bench(TINY).implementations}
-    with pytest.raises(BenchError, match=r"peer is not installed: install lensor\[bench\], or some-peer"):
+    with pytest.raises(CommandError, match=r"peer is not installed: install lensor\[bench\], or some-peer"):
         Bench(replace(TINY, implementations=("peer",)))
 
 
@@ -724,7 +726,7 @@ def test_growth_measures_plots_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_growth_without_times_is_told(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="no row"):
+    with pytest.raises(CommandError, match="no row"):
         growth.plot([], (), tmp_path / "growth.png")
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from lensor_bench import crs
+from lensor_bench import sampling as bench
+from lensor_bench.measure import Call, Times
+from lensor_bench.nets import all_cnn_c
+from lensor_bench.training import TASKS
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from lensor import cli, sampling
-from lensor.bench import crs
-from lensor.bench import sampling as bench
-from lensor.bench.measure import Call, Times
-from lensor.bench.nets import all_cnn_c
-from lensor.bench.training import TASKS
 from lensor.sampling.layers import Sampled
 
 MADE = crs.Made("some processor", 2, "3.11", "2.6", "0.1", threads=1)

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from lensor_bench import CommandError, catalogue
 from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, catalogue
-from lensor.bench.catalogue import NETS, PAPER, layers_of, merged
-from lensor.bench.extract import convolutions, import_factory, record
-from lensor.bench.layers import Layer, census
+from lensor.inspect.catalogue import NETS, PAPER, layers_of, merged
+from lensor.inspect.extract import convolutions, import_factory, record
+from lensor.inspect.layers import Layer, census
 
 TORCHVISION = Path(sys.prefix) / "torchvision"
 """Where `make peers` puts it: out of the way of what would import it."""
@@ -81,7 +81,7 @@ def test_data_is_what_the_models_have(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     if not TORCHVISION.exists() and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    command = [sys.executable, "-m", "lensor.bench.regenerate", str(tmp_path / "catalogue.csv")]
+    command = [sys.executable, "-m", "lensor_bench.regenerate", str(tmp_path / "catalogue.csv")]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     held = Path(catalogue.__file__).with_name("catalogue.csv")
@@ -98,7 +98,7 @@ def test_convolutions_of_several_nets_are_merged() -> None:
 
 
 def test_unknown_net() -> None:
-    with pytest.raises(BenchError, match=r"unknown net 'vgg', expected one of 3c3d, 2c2d, .*efficientnet-b0"):
+    with pytest.raises(CommandError, match=r"unknown net 'vgg', expected one of 3c3d, 2c2d, .*efficientnet-b0"):
         layers_of("vgg")
 
 
@@ -172,19 +172,19 @@ def test_model_that_needs_values_runs_on_the_cpu() -> None:
     [
         ("nothing", "no import path, expected pkg.mod:factory"),
         ("no.such.module:f", "cannot import no.such.module: ModuleNotFoundError"),
-        ("lensor.bench.nets:vgg", "lensor.bench.nets has no vgg"),
-        ("lensor.bench.catalogue:PAPER", "is a tuple, expected a function or class"),
+        ("lensor_bench.nets:vgg", "lensor_bench.nets has no vgg"),
+        ("lensor.inspect.catalogue:PAPER", "is a tuple, expected a function or class"),
     ],
 )
 def test_what_cannot_be_imported(path: str, words: str) -> None:
-    with pytest.raises(BenchError, match=words):
+    with pytest.raises(CommandError, match=words):
         import_factory(path)
 
 
 def test_what_makes_no_model() -> None:
-    with pytest.raises(BenchError, match="made a dict, expected a torch"):
+    with pytest.raises(CommandError, match="made a dict, expected a torch"):
         convolutions(dict, "dict", (3, 8, 8))  # type: ignore[arg-type]
-    with pytest.raises(BenchError, match=r"net cannot run on an input of shape \(4, 8, 8\): RuntimeError"):
+    with pytest.raises(CommandError, match=r"net cannot run on an input of shape \(4, 8, 8\): RuntimeError"):
         convolutions(lambda: torch.nn.Conv2d(3, 3, 3), "net", (4, 8, 8))
 
 
@@ -224,7 +224,9 @@ def test_calls_of_functions_are_found_as_modules_are() -> None:
         ("torch.conv1d", lensor.ConvSpec(2, 1, (10,), 4, padding="same"), 1),
         ("torch.conv1d", lensor.ConvSpec(1, 3, (10,), 2, bias=True), 1),
     ]
-    with pytest.raises(BenchError, match=r"net cannot run on inputs of shapes \(3, 8, 8\) and \(1, 10\): RuntimeError"):
+    with pytest.raises(
+        CommandError, match=r"net cannot run on inputs of shapes \(3, 8, 8\) and \(1, 10\): RuntimeError"
+    ):
         convolutions(_Calls, "net", (3, 8, 8), (1, 10))
 
 
@@ -247,7 +249,7 @@ def test_models_of_other_dtypes_and_models_that_are_made_already() -> None:
     assert layer.spec == lensor.ConvSpec(2, 3, (5,), 3, bias=True)
     (layer,) = convolutions(lambda: torch.nn.Conv1d(2, 3, 3).to(torch.complex64), "complex", (2, 5))
     assert layer.spec == lensor.ConvSpec(2, 3, (5,), 3, bias=True)
-    with pytest.raises(BenchError, match=r"leaves cannot run on an input of shape .*: SystemExit: 3"):
+    with pytest.raises(CommandError, match=r"leaves cannot run on an input of shape .*: SystemExit: 3"):
         convolutions(_leave, "leaves", (2, 5))
 
 
@@ -265,7 +267,7 @@ def test_convs_shows_a_net_of_the_catalogue() -> None:
 
 def test_convs_of_a_model_of_one_s_own(tmp_path: Path) -> None:
     path = tmp_path / "layers.csv"
-    result = invoke("convs", "lensor.bench.nets:all_cnn_c", "--input-shape", "3,32,32", "--csv", str(path))
+    result = invoke("convs", "lensor_bench.nets:all_cnn_c", "--input-shape", "3,32,32", "--csv", str(path))
     assert result.exit_code == 0, result.output
     assert "9 convolutions, 9 of them unique" in result.stdout
     assert path.read_text(encoding="utf-8").startswith("net,input_shape,name,count,kind,")
@@ -277,9 +279,9 @@ def test_convs_of_a_model_of_one_s_own(tmp_path: Path) -> None:
     [
         (["vgg"], "unknown net 'vgg', expected one of 3c3d,"),
         (["resnet18", "--input-shape", "3x64x64"], "held for 3x256x256 and 3x224x224"),
-        (["lensor.bench.nets:all_cnn_c"], "--input-shape"),
-        (["lensor.bench.nets:all_cnn_c", "--input-shape", "3xabc"], "'3xabc' is no shape"),
-        (["lensor.bench.nets:all_cnn_c", "--input-shape", "4x32x32"], "cannot run on an input of shape (4, 32, 32)"),
+        (["lensor_bench.nets:all_cnn_c"], "--input-shape"),
+        (["lensor_bench.nets:all_cnn_c", "--input-shape", "3xabc"], "'3xabc' is no shape"),
+        (["lensor_bench.nets:all_cnn_c", "--input-shape", "4x32x32"], "cannot run on an input of shape (4, 32, 32)"),
         (["no.module:f", "--input-shape", "3x8x8"], "cannot import no.module: ModuleNotFoundError"),
     ],
 )

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from lensor_bench import CommandError, commands, conformance, definitions
+from lensor_bench.conformance import COLUMNS, NONE, QUANTITIES, REFUSES, RIGHT, WRONG, Cell, Matrix, examine
+from lensor_bench.definitions import Case, Convolution
+from lensor_bench.libraries import LIBRARIES, Library
 from typer.testing import CliRunner
 
 from lensor import cli
-from lensor.bench import BenchError, commands, conformance, definitions
-from lensor.bench.conformance import COLUMNS, NONE, QUANTITIES, REFUSES, RIGHT, WRONG, Cell, Matrix, examine
-from lensor.bench.definitions import Case, Convolution
-from lensor.bench.libraries import LIBRARIES, Library
 from tests import oracles
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
@@ -139,7 +139,7 @@ def test_a_function_that_is_missing_is_no_answer() -> None:
     def way(case: Case) -> torch.Tensor:
         raise ModuleNotFoundError("no such version")
 
-    with pytest.raises(BenchError, match="another version than this command knows: ModuleNotFoundError: no such"):
+    with pytest.raises(CommandError, match="another version than this command knows: ModuleNotFoundError: no such"):
         examine(library(forward=way), ["forward"])
 
 
@@ -224,7 +224,7 @@ def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     found = invoke("conformance", "--peer", "lensor,opacus")
     assert found.exit_code == 1
     assert found.stderr == "lensor: this needs no_such_module: install lensor[bench]\n"
-    with pytest.raises(BenchError, match="no_such_module"):
+    with pytest.raises(CommandError, match="no_such_module"):
         conformance.libraries_of(["opacus"])
 
 

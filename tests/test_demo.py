@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lensor_bench.measure import peak_bytes
 from rich.console import Console
 
 import lensor
-from lensor.bench.extract import record
-from lensor.bench.layers import Layer
-from lensor.bench.measure import peak_bytes
-from lensor.demo import DemoError, Settings, run
-from lensor.demo.layers import network
-from lensor.demo.measure import Comparison, lensor_factor, standard_factor
-from lensor.demo.models import MODELS, build
-from lensor.demo.pictures import PHOTOGRAPHS, photographs
+from examples.demo import DemoError, Settings, run
+from examples.demo.layers import network
+from examples.demo.measure import Comparison, lensor_factor, standard_factor
+from examples.demo.models import MODELS, build
+from examples.demo.pictures import PHOTOGRAPHS, photographs
+from lensor.inspect.extract import record
+from lensor.inspect.layers import Layer
 
 
 def factor_by_windows(x: np.ndarray, spec: lensor.ConvSpec, approx: str) -> np.ndarray:

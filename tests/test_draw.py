@@ -24,7 +24,7 @@ from matplotlib.path import Path as Polygon
 from PIL import Image
 
 import lensor
-from lensor.bench import gallery
+from examples import gallery
 from lensor.draw import Drawing
 from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, TENSOR, Graph, graph_of
 from lensor.draw.layout import is_planar, laid_out

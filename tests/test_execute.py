@@ -819,7 +819,7 @@ def test_convolution_steps_have_three_dimensions_at_most(op: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gradients_of_convolutions_take_no_more_memory_than_torch_s(dtype: str) -> None:
     torch = pytest.importorskip("torch")
-    from lensor.bench.measure import peak_bytes
+    from lensor_bench.measure import peak_bytes
 
     spec = ConvSpec(16, 16, (31, 30), 3, stride=2, padding=1, groups=2)
     shapes = (2, *spec.input_shape), spec.weight_shape, (2, *spec.output_shape)

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from lensor_bench import CommandError, Layer
+from lensor_bench.results import OK, Found, Machine, Row, Setting
+from lensor_bench.settings import Settings
 from typer.testing import CliRunner
 
 import lensor
+from examples.demo.models import build
 from lensor import cli
-from lensor.bench import BenchError, Layer
-from lensor.bench.explain import explained, totals
-from lensor.bench.exported import exported
-from lensor.bench.operations import OPERATIONS, PAPER_OPERATIONS
-from lensor.bench.page import HEADINGS, cells, page
-from lensor.bench.results import OK, Found, Machine, Row, Setting
-from lensor.bench.settings import Settings
-from lensor.demo.models import build
+from lensor.inspect.explain import explained, totals
+from lensor.inspect.exported import exported
+from lensor.inspect.operations import OPERATIONS, PAPER_OPERATIONS
+from lensor.inspect.page import HEADINGS, cells, page
 
 LAYERS = [
     Layer("net", "first", lensor.ConvSpec(3, 8, (12, 12), 3, padding=1), 2),
@@ -132,7 +132,7 @@ def test_an_exported_program_has_the_convolutions_of_the_module(tmp_path: Path) 
     torch.export.save(program, tmp_path / "resnet.pt2")
     layers, _ = exported(tmp_path / "resnet.pt2")
     known = invoke("convs", str(tmp_path / "resnet.pt2"), "--csv", str(tmp_path / "a.csv"))
-    direct = ("lensor.demo.models:resnet18", "--input-shape", "3x64x64", "--csv", str(tmp_path / "b.csv"))
+    direct = ("examples.demo.models:resnet18", "--input-shape", "3x64x64", "--csv", str(tmp_path / "b.csv"))
     assert known.exit_code == invoke("convs", *direct).exit_code == 0
     a, b = ((tmp_path / name).read_text().splitlines()[1:] for name in ("a.csv", "b.csv"))
     assert [line.split(",")[1:] for line in a] == [line.split(",")[1:] for line in b]
@@ -141,10 +141,10 @@ def test_an_exported_program_has_the_convolutions_of_the_module(tmp_path: Path) 
 
 def test_foreign_and_missing_files_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "no.pt2").write_text("not a program")
-    with pytest.raises(BenchError, match="is not an exported program"):
+    with pytest.raises(CommandError, match="is not an exported program"):
         exported(tmp_path / "no.pt2")
     assert not caplog.records
-    with pytest.raises(BenchError, match="there is no file"):
+    with pytest.raises(CommandError, match="there is no file"):
         exported(tmp_path / "nothing.pt2")
 
 
@@ -217,7 +217,7 @@ def test_page_holds_everything_and_refers_to_nothing() -> None:
 def test_page_of_a_resnet_in_a_browser(browser: Any, tmp_path: Path) -> None:
     html = tmp_path / "resnet.html"
     shape = ("--input-shape", "3x32x32", "--ops", "kfac_reduce,forward")
-    done = invoke("explain", "lensor.demo.models:resnet18", *shape, *FAST, "--html", str(html))
+    done = invoke("explain", "examples.demo.models:resnet18", *shape, *FAST, "--html", str(html))
     assert done.exit_code == 0, done.output
     browser.get(html.as_uri())
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from lensor_bench import CommandError
 from torch import nn
 from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError
-from lensor.bench.exported import exported
+from lensor.inspect.exported import exported
 
 Members = dict[str, bytes]
 
@@ -104,7 +104,7 @@ class Branches(nn.Module):
 
 
 def test_convolutions_in_control_flow_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="convolution inside of cond: how often it runs depends on the data"):
+    with pytest.raises(CommandError, match="convolution inside of cond: how often it runs depends on the data"):
         exported(saved(tmp_path / "net.pt2", Branches()))
 
 
@@ -118,7 +118,7 @@ def test_the_older_format_is_read(tmp_path: Path, harmless: Members) -> None:
     assert exported(write(tmp_path / "net.pt2", old, folder="")) == new
     for name in ("state_dict", "constants", "example_inputs"):
         evil = old | {f"serialized_{name}.pt": by_torch({"x": Payload(tmp_path / "ran")})}
-        with pytest.raises(BenchError, match=f"serialized_{name}.pt holds a pickle that refers to .*open"):
+        with pytest.raises(CommandError, match=f"serialized_{name}.pt holds a pickle that refers to .*open"):
             exported(write(tmp_path / "net.pt2", evil, folder=""))
     assert not (tmp_path / "ran").exists()
 
@@ -181,7 +181,7 @@ def test_what_could_run_code_is_not_loaded(name: str, tmp_path: Path, harmless: 
     attack, message = ATTACKS[name]
     ran = tmp_path / "ran"
     path = write(tmp_path / "net.pt2", harmless | attack(harmless, Payload(ran)))
-    with pytest.raises(BenchError, match=f"{path} could run code when it is loaded: .*{message}"):
+    with pytest.raises(CommandError, match=f"{path} could run code when it is loaded: .*{message}"):
         exported(path)
     for command in ("convs", "explain"):
         found = invoke(command, str(path))
@@ -222,7 +222,7 @@ def test_expressions_of_sizes_are_not_evaluated(tmp_path: Path, harmless: Member
 
 def test_compressed_pickles_are_not_expanded(tmp_path: Path, harmless: Members) -> None:
     path = write(tmp_path / "net.pt2", harmless, zipfile.ZIP_DEFLATED)
-    with pytest.raises(BenchError, match="a compressed pickle"):
+    with pytest.raises(CommandError, match="a compressed pickle"):
         exported(path)
 
 
@@ -241,7 +241,7 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
 def test_damaged_programs_are_told_in_a_line(name: str, tmp_path: Path, harmless: Members) -> None:
     data, message = DAMAGES[name]
     path = write(tmp_path / "net.pt2", harmless | {"models/model.json": data})
-    with pytest.raises(BenchError, match=f"is not an exported program: .*{message}"):
+    with pytest.raises(CommandError, match=f"is not an exported program: .*{message}"):
         exported(path)
     assert len(invoke("convs", str(path)).stderr.strip().splitlines()) == 1
 
@@ -250,14 +250,14 @@ def test_truncated_files_and_missing_entries(tmp_path: Path, harmless: Members) 
     whole = write(tmp_path / "net.pt2", harmless).read_bytes()
     for length in range(0, len(whole), len(whole) // 23):
         (tmp_path / "cut.pt2").write_bytes(whole[:length])
-        with pytest.raises(BenchError, match="is not an exported program"):
+        with pytest.raises(CommandError, match="is not an exported program"):
             exported(tmp_path / "cut.pt2")
     program = json.loads(harmless["models/model.json"])
     for key in ("graph_module", "schema_version"):
         cut = json.dumps({name: value for name, value in program.items() if name != key}).encode()
-        with pytest.raises(BenchError, match=f"is not an exported program: KeyError: '{key}'"):
+        with pytest.raises(CommandError, match=f"is not an exported program: KeyError: '{key}'"):
             exported(write(tmp_path / "net.pt2", harmless | {"models/model.json": cut}))
-    with pytest.raises(BenchError, match=r"it holds no models/model\.json, found models/x\.json"):
+    with pytest.raises(CommandError, match=r"it holds no models/model\.json, found models/x\.json"):
         exported(write(tmp_path / "net.pt2", {"models/x.json": b"{}"}))
 
 
@@ -267,5 +267,5 @@ def test_sizes_that_are_not_known_are_an_error(tmp_path: Path, harmless: Members
         for one in program["graph_module"]["graph"]["tensor_values"].values():
             one["sizes"] = [size] * len(one["sizes"])
         path = write(tmp_path / "net.pt2", harmless | {"models/model.json": json.dumps(program).encode()})
-        with pytest.raises(BenchError, match=r"a size of .* is not known"):
+        with pytest.raises(CommandError, match=r"a size of .* is not known"):
             exported(path)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lensor_bench.measure import peak_bytes
 from torch.nn.functional import conv1d, pad
 
 import lensor
 from lensor import ConvSpec, IndexPattern, cache, lowering, ops
 from lensor import functional as F
-from lensor.bench.measure import peak_bytes
 from lensor.kernels.torch.capture import _constants
 from lensor.pattern import PADDING_MODES
 from lensor.plan import steps as s

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lensor_bench.measure import peak_bytes
 
 import lensor
 from lensor import ConvSpec
 from lensor import functional as F
-from lensor.bench.measure import peak_bytes
 from lensor.lowering import STRATEGIES, lower
 from lensor.plan.steps import Convolution
 from lensor.planner import preferring

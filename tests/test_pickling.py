@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lensor_bench.results import OK, Found, Machine, Row, Setting
 from torch import nn
 
 import lensor
 import lensor.nn
 import lensor.sampling
-from lensor.bench.layers import Layer
-from lensor.bench.results import OK, Found, Machine, Row, Setting
 from lensor.curvature import Block, EigenFactors, Inverse, KroneckerFactors, ekfac, kfac
 from lensor.curvature.factors import Operator
+from lensor.inspect.layers import Layer
 
 
 def by_torch(value: Any) -> Any:

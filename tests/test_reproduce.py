@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lensor_bench import CommandError, crs, reproduce
+from lensor_bench import sampling as bench_sampling
+from lensor_bench.cifar import cifar100
+from lensor_bench.results import OK, Found, Machine, Row, Setting, read
+from lensor_bench.settings import Settings
 from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, crs, reproduce
-from lensor.bench import sampling as bench_sampling
-from lensor.bench.cifar import cifar100
-from lensor.bench.layers import KINDS
-from lensor.bench.operations import PAPER_OPERATIONS
-from lensor.bench.results import OK, Found, Machine, Row, Setting, read
-from lensor.bench.settings import Settings
+from lensor.inspect.layers import KINDS
+from lensor.inspect.operations import PAPER_OPERATIONS
 
 MACHINE = Machine("some processor", 2, "3.11", "2.6", "0.1")
 SETTING = Setting(8, 4, "float32", "cpu", 2)
@@ -149,11 +149,11 @@ def test_options_that_would_be_ignored_are_refused(arguments: list[str], words: 
 
 
 def test_nothing_measured_is_no_figure(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="no time was measured"):
+    with pytest.raises(CommandError, match="no time was measured"):
         list(reproduce.write(["memory"], [], [], tmp_path))
     others = [row for row in rows() if row.operation != "kfac_reduce"]
     for name in ("memory", "speedups"):
-        with pytest.raises(BenchError, match=f"no time was measured that {name} could show"):
+        with pytest.raises(CommandError, match=f"no time was measured that {name} could show"):
             list(reproduce.write([name], others, [], tmp_path))
 
 
@@ -176,7 +176,7 @@ def test_figures_and_what_they_need() -> None:
 def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = reproduce.layers(quick=True)
     smallest = (min(few, key=lambda layer: layer.spec.in_channels * layer.spec.input_size[0]),)
-    monkeypatch.setattr("lensor.bench.commands.reproduce_layers", lambda quick: smallest)
+    monkeypatch.setattr("lensor_bench.commands.reproduce_layers", lambda quick: smallest)
     arguments = ["--quick", "--batch", "1", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)]
     assert invoke("memory", *arguments).exit_code == 0
     first = read(tmp_path / reproduce.QUICK_RUNS)
@@ -245,7 +245,7 @@ def test_a_foreign_or_damaged_file_of_points_is_refused_and_kept(tmp_path: Path)
         (f"{','.join(crs.HEADER)}\ncrops of pictures,8\n", "is damaged in line 2"),
     ):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(BenchError, match=message):
+        with pytest.raises(CommandError, match=message):
             crs.read(path, MADE)
         assert path.read_text(encoding="utf-8") == text
 
@@ -265,7 +265,9 @@ def test_points_measured_with_anything_else_are_not_gone_on_with(
     for point in crs_points()[:2]:
         crs.append(path, point)
     path.write_text(text := path.read_text(encoding="utf-8") + "crops of", encoding="utf-8")
-    with pytest.raises(BenchError, match=rf"crs.csv was measured with other threads.*\({words}\): give another --out"):
+    with pytest.raises(
+        CommandError, match=rf"crs.csv was measured with other threads.*\({words}\): give another --out"
+    ):
         crs.read(path, replace(MADE, **other))
     assert path.read_text(encoding="utf-8") == text
 
@@ -349,14 +351,14 @@ def test_sampled_gradients_of_cifar_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_cifar_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match=r"no CIFAR-100 in .*: expected one of cifar-100-binary/train.bin"):
+    with pytest.raises(CommandError, match=r"no CIFAR-100 in .*: expected one of cifar-100-binary/train.bin"):
         cifar100(tmp_path)
     (tmp_path / "train").write_bytes(pickle.dumps({b"data": print}))
-    with pytest.raises(BenchError, match=r"is not CIFAR-100: UnpicklingError: it holds builtins.print"):
+    with pytest.raises(CommandError, match=r"is not CIFAR-100: UnpicklingError: it holds builtins.print"):
         cifar100(tmp_path)
     (tmp_path / "train").write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}))
-    with pytest.raises(BenchError, match=r"expected a label below 100 for each of 2 pictures"):
+    with pytest.raises(CommandError, match=r"expected a label below 100 for each of 2 pictures"):
         cifar100(tmp_path)
     (tmp_path / "train.bin").write_bytes(bytes(3000))
-    with pytest.raises(BenchError, match=r"train.bin is not CIFAR-100: ValueError: cannot reshape"):
+    with pytest.raises(CommandError, match=r"train.bin is not CIFAR-100: ValueError: cannot reshape"):
         cifar100(tmp_path)

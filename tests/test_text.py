@@ -16,15 +16,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lensor_bench import CommandError, Layer, crs
+from lensor_bench.report import Options, markdown
+from lensor_bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from torch import nn
 from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
-from lensor.bench import BenchError, Layer, crs
-from lensor.bench.report import Options, markdown
-from lensor.bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
-from lensor.bench.text import cell, from_cell, printable, write_rows
+from lensor.inspect.text import cell, from_cell, printable, write_rows
 
 HOSTILE = (
     *("[red]x[/red]", "[/]", "\x1b[31mesc\x1b]0;title\x07", "=HYPERLINK(1)", "@sum", "-1", "+a", "a\rb\nc"),
@@ -161,7 +161,7 @@ def test_a_damaged_cell_is_named(column: str, value: str, message: str, tmp_path
     header, cells = csv.reader(path.read_text(encoding="utf-8").splitlines())
     cells[header.index(column)] = value
     path.write_text(f"{','.join(header)}\n{','.join(cells)}\n", encoding="utf-8")
-    with pytest.raises(BenchError, match=rf"r\.csv is damaged in line 2 \({message}.*\); it was left as it is"):
+    with pytest.raises(CommandError, match=rf"r\.csv is damaged in line 2 \({message}.*\); it was left as it is"):
         read(path)
 
 
@@ -172,7 +172,7 @@ def test_a_truncated_row_is_told(tmp_path: Path) -> None:
     for count in (1, 5, len(HEADER) - 1, len(HEADER) + 1):
         cells = [*line.split(","), "more"][:count]
         path.write_text(f"{header}\n{','.join(cells)}\n", encoding="utf-8")
-        with pytest.raises(BenchError, match=rf"line 2 \(it has {count} cells, expected {len(HEADER)}\)"):
+        with pytest.raises(CommandError, match=rf"line 2 \(it has {count} cells, expected {len(HEADER)}\)"):
             read(path)
 
 
@@ -181,10 +181,10 @@ def test_devices_pipes_and_folders_are_not_results_files(tmp_path: Path) -> None
     made = crs.Made("machine", 2, "3.11", "2.13", "0.1.0", threads=1)
     for path in (Path("/dev/full"), Path("/dev/zero"), tmp_path / "pipe", tmp_path):
         for use in (lambda path=path: ResultsFile(path, HERE, resume=True), lambda path=path: crs.read(path, made)):
-            with pytest.raises(BenchError, match=f"cannot write {path}: it is a .*, expected a file"):
+            with pytest.raises(CommandError, match=f"cannot write {path}: it is a .*, expected a file"):
                 use()
     for path in (Path("/dev/zero"), tmp_path):
-        with pytest.raises(BenchError, match=f"cannot read {path}: "):
+        with pytest.raises(CommandError, match=f"cannot read {path}: "):
             read(path)
 
 

@@ -4,12 +4,15 @@ import io
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from lensor import __version__
 
-_MISSING = "lensor: the command line needs {name}: install lensor[cli], or lensor[demo] for the demo too"
+_MISSING = "lensor: the command line needs {name}: install lensor[cli]"
+
+_OF_BENCH = ("bench", "reproduce", "conformance")
+"""The commands of lensor-bench."""
 
 _INTERRUPTED = 130
 """The exit status after Ctrl-C, as of shells: 128 and the signal's number."""
@@ -55,15 +58,10 @@ def make_app() -> Any:
     """
     import typer
 
-    from lensor.bench.commands import add_commands
-    from lensor.bench.terminal import console
-    from lensor.bench.text import printable
+    from lensor.inspect import commands
+    from lensor.inspect.terminal import stop
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-    def stop(message: str) -> typer.Exit:
-        console(stderr=True).print(f"lensor: {printable(message)}", style="red", highlight=False, soft_wrap=True)
-        return typer.Exit(1)
 
     def print_version(asked: bool) -> None:
         if asked:
@@ -78,59 +76,22 @@ def make_app() -> Any:
     ) -> None:
         pass
 
-    @app.command(help="Kronecker factors of the convolutions of real CNNs on photographs, by Lensor and by unfolding.")
-    def demo(
-        out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("demo-output"),
-        batch: Annotated[int, typer.Option(min=1, help="Number of photographs.")] = 8,
-        size: Annotated[int, typer.Option(min=32, help="Their height and width in pixels.")] = 128,
-        threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
-        seconds: Annotated[float, typer.Option(min=0.0, help="Time for the repeats of one comparison.")] = 0.2,
-        model: Annotated[
-            list[str] | None,
-            typer.Option(help="resnet18, convnext, inception, mobilenet or tiny; may be given more than once."),
-        ] = None,
-        quick: Annotated[bool, typer.Option("--quick", help="Small pictures, a small CNN, few repeats.")] = False,
-    ) -> None:
-        from lensor.demo import DemoError, Settings, run
+    for command in (commands.convs, commands.explain, commands.rules):
+        app.command()(command)
+    if find_spec("lensor_bench") is not None:
+        from lensor_bench.commands import add_commands
 
-        if quick:
-            settings = Settings.quick(out, threads)
-        else:
-            settings = Settings(out, batch, size, threads, tuple(model or Settings.models), seconds)
-        try:
-            run(settings, console())
-        except DemoError as error:
-            raise stop(str(error)) from None
+        add_commands(app)
+        return app
 
-    add_commands(app, stop)
+    for name in _OF_BENCH:
 
-    @app.command(help="The paper's figures and every operation as diagrams, and a page that shows them.")
-    def gallery(
-        out: Annotated[Path, typer.Argument(help="Folder for the pictures; gallery.md is written beside it.")],
-    ) -> None:
-        from lensor.bench import gallery
-
-        try:
-            for path in gallery.write(out):
-                typer.echo(f"wrote {printable(str(path))}")
-        except OSError as error:
-            raise stop(f"cannot write {error.filename or out}: {error.strerror or error}") from None
-        except ImportError as error:
-            raise stop(str(error)) from None
-
-    @app.command(help="The rules of simplification, each with a worked example, as a Markdown table.")
-    def rules(
-        markdown: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
-    ) -> None:
-        from lensor.rules import to_markdown
-
-        text = to_markdown()
-        if markdown is None:
-            typer.echo(text, nl=False)
-            return
-        try:
-            markdown.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise stop(f"cannot write {markdown}: {error.strerror or error}") from None
+        @app.command(name, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+        def missing(context: typer.Context) -> None:
+            raise stop(f"{context.info_name} is a command of lensor-bench: pip install lensor-bench")
 
     return app
+
+
+if __name__ == "__main__":
+    main()

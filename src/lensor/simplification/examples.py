@@ -1,7 +1,7 @@
 """Worked examples of the simplification rules, as data: `lensor rules` makes docs/simplification.md of them.
 
 An example is an operation (by its name in `lensor.ops`), a convolution and perhaps transformations, or a network in
-text form. Nothing here is evaluated; `lensor.rules` does that.
+text form. Nothing here is evaluated; `lensor.inspect.rules` does that.
 """
 
 from __future__ import annotations

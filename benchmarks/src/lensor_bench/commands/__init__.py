@@ -1,0 +1,18 @@
+"""The commands that lensor-bench adds to `lensor`: `bench`, `reproduce` and `conformance`."""
+
+import typer
+
+from lensor_bench.commands import bench, conformance, models, reproduce
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command()(reproduce.reproduce)
+    app.command()(conformance.conformance)
+    group = typer.Typer(invoke_without_command=True)
+    group.callback()(bench.bench)
+    for command in (
+        *(bench.overhead, bench.growth, models.models, models.steps, models.training, models.sampling, bench.report),
+    ):
+        group.command()(command)
+    app.add_typer(group, name="bench")

@@ -1,0 +1,203 @@
+"""The command `lensor bench` and those of its commands that measure single convolutions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from lensor.inspect.catalogue import NETS
+from lensor.inspect.errors import CommandError, require
+from lensor.inspect.files import refuse_folder_early, writing
+from lensor.inspect.layers import KINDS
+from lensor.inspect.operations import OPERATIONS, STANDARD
+from lensor.inspect.terminal import console, names_of, reported, stop
+from lensor_bench.commands.shared import given_options, measure
+from lensor_bench.report import HEADINGS, Options, parse_target, settings_of, summaries, write
+from lensor_bench.results import ResultsFile, Row, read
+from lensor_bench.settings import Settings
+
+
+def bench(
+    context: typer.Context,
+    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
+    nets: Annotated[
+        list[str] | None, typer.Option(help=f"Nets, of {', '.join(NETS)}; the paper's unless given.")
+    ] = None,
+    impl: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Implementations, beside standard: lensor, lensor-measure (candidates timed), network and"
+            " network-simplified (contracted with dense patterns), and where they are installed einconv,"
+            " einconv-contract (no expression made), backpack, opacus."
+        ),
+    ] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    limit: Annotated[int | None, typer.Option(min=1, help="No more convolutions than this.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+    ] = 0.3,
+    out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """Measure operations × convolutions × implementations. Lists: a,b,c, or the option repeated."""
+    if context.invoked_subcommand is not None:
+        ignored = given_options(context)
+        if ignored:
+            name = f"--{next(iter(ignored))}"
+            raise stop(f"{name} before {context.invoked_subcommand} is ignored: give options behind the command")
+        return
+    names = (names_of(ops), names_of(nets), names_of(impl), names_of(kinds))
+    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, go on with --resume"):
+        _bench(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds), out, resume)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and plots; the table only if none.")] = None,
+    against: Annotated[
+        str, typer.Option(help="Implementation whose time is 1; fastest: the fastest that is not Lensor.")
+    ] = STANDARD,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Median that is wanted: OPERATION=RATIO or OPERATION:KIND=RATIO.")
+    ] = None,
+    slack: Annotated[float, typer.Option(min=0.0, help="Microseconds that do not count as slower.")] = 0.0,
+    roof: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Gflop/s and GB/s that the machine can reach: report.md says what they bound."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """A results file as a Markdown report with plots."""
+    with reported(debug):
+        if roof is not None and min(roof) <= 0:
+            raise CommandError(f"--roof is {roof[0]:g} {roof[1]:g}, expected two positive numbers")
+        if roof is not None and out is None:
+            raise CommandError("--roof is for report.md, which --out FOLDER writes")
+        rates = None if roof is None else (roof[0] * 1e9, roof[1] * 1e9)
+        options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6, rates)
+        rows = read(file)
+        if not rows:
+            raise CommandError(f"{file} holds no rows yet")
+        print_summaries(rows, options, console())
+        if out is not None:
+            for path in write(rows, out, options):
+                console().print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def growth(
+    out: Annotated[Path, typer.Argument(help="Folder for growth.csv and growth.png.")],
+    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="Implementations, beside standard.")] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+    ] = 0.3,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """How time and memory grow with batch, image, channels and kernel: measured and plotted."""
+    settings = Settings(
+        operations=names_of(ops) or ("kfac_expand", "kfac_reduce", "per_example_weight_vjp", "weight_vjp"),
+        implementations=names_of(impl) or ("lensor",),
+        dtype=dtype,
+        threads=threads,
+        device=device,
+        repeats=repeats,
+        seconds=seconds,
+    )
+    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, go on with --resume"):
+        _growth(settings, out, resume)
+
+
+def overhead(
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each function.")] = 1.0,
+) -> None:
+    """Microseconds that a cached call of each function adds to the torch calls that it makes."""
+    _overhead(threads, seconds)
+
+
+def _bench(settings: Settings, out: Path, resume: bool) -> None:
+    """Measure the nets' convolutions, with a progress bar, and print the summary."""
+    require("torch")
+    from lensor_bench.run import Bench
+
+    bench = Bench(settings)
+    if not bench.cases:
+        raise CommandError("there is nothing to measure: no convolution is of these nets and kinds")
+    results = ResultsFile(out, bench.machine, resume)
+    shown = console()
+    measure([bench], results, shown)
+    wanted = {(one.name, case.operation.name, case.layer.spec) for case in bench.cases for one in bench.implementations}
+    rows = [
+        row
+        for row in results.rows
+        if (row.implementation, row.operation, row.layer.spec) in wanted and row.setting == bench.setting
+    ]
+    print_summaries(rows, Options(), shown)
+    shown.print(f"{len(results.rows)} rows in {out}", soft_wrap=True, highlight=False)
+
+
+def _growth(settings: Settings, out: Path, resume: bool) -> None:
+    """Measure the convolutions of `lensor bench growth`, with a progress bar, and plot them."""
+    require("torch")
+    require("matplotlib")
+    from lensor_bench.growth import plot, sittings
+    from lensor_bench.run import Bench
+
+    benches = [Bench(one, layers) for one, layers in sittings(settings)]
+    refuse_folder_early(out, ("growth.png",))
+    results = ResultsFile(out / "growth.csv", benches[0].machine, resume)
+    shown = console()
+    measure(benches, results, shown)
+    with writing(out / "growth.png"):
+        plot(results.rows, {bench.setting for bench in benches}, out / "growth.png")
+    for name in ("growth.csv", "growth.png"):
+        shown.print(f"wrote {out / name}", soft_wrap=True, highlight=False)
+
+
+def _overhead(threads: int, seconds: float) -> None:
+    from lensor_bench.measure import threads as using
+    from lensor_bench.overhead import measure
+
+    table = Table(
+        "function", "gradient", *(Column(name, justify="right") for name in ("plan, µs", "call, µs", "added, µs"))
+    )
+    with using(threads):
+        for found in measure(seconds):
+            times = (f"{time:.1f}" for time in (found.raw, found.call, found.added))
+            table.add_row(found.name, "yes" if found.gradient else "no", *times)
+    console().print(table)
+
+
+def print_summaries(rows: list[Row], options: Options, shown: Console) -> None:
+    """The summary as a table, what was measured below it, and how many rows have no time."""
+    table = Table(*HEADINGS[:3], *(Column(name, justify="right") for name in HEADINGS[3:]))
+    last = None
+    for summary in summaries(rows, options):
+        if last not in (None, summary.operation):
+            table.add_section()
+        last = summary.operation
+        table.add_row(*summary.cells)
+    shown.print(table)
+    shown.print(f"Shortest time over that of {options.against}, below 1: faster.", highlight=False)
+    for line in settings_of(rows):
+        shown.print(line, soft_wrap=True, highlight=False)
+    for status in ("wrong", "failed", "refused"):
+        count = sum(row.found.status == status for row in rows)
+        if count:
+            shown.print(f"{count} {status}: see the message column", style="red", highlight=False)

@@ -1,0 +1,165 @@
+"""The commands of `lensor bench` that measure whole models and training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from lensor.inspect.errors import choose, require
+from lensor.inspect.files import refuse_early, refuse_folder_early, writing
+from lensor.inspect.terminal import console, names_of, reported
+from lensor.inspect.text import digits, write_rows
+
+
+def models(
+    names: Annotated[list[str] | None, typer.Argument(help="Models; an unknown one lists them.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the pictures.")] = 224,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 5.0,
+    csv: Annotated[Path | None, typer.Option(help="Write the table to this CSV file too.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """Kronecker factors of whole models, beside curvlinops and BackPACK where they are installed."""
+    with reported(debug):
+        _models(names or [], batch, size, seconds, repeats, threads, csv)
+
+
+def steps(
+    names: Annotated[list[str] | None, typer.Argument(help="Of resnet18, all-cnn-c.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one optimizer.")] = 20.0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """What a training step with KFAC costs beside one of plain gradient descent."""
+    with reported(debug):
+        _steps(names or [], seconds, repeats, threads)
+
+
+def training(
+    out: Annotated[Path, typer.Argument(help="Folder for training.csv and training.png.")],
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks, of digits, crops.")] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of a run.")] = 300,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each optimizer.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 128,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """Training on real data: KFAC beside tuned SGD and AdamW, plotted."""
+    with reported(debug):
+        _training(names_of(tasks), steps, seeds, batch, threads, out)
+
+
+def sampling(
+    out: Annotated[Path, typer.Argument(help="Folder for CSV files and training.png.")],
+    steps: Annotated[int, typer.Option(min=20, help="Steps of a training run.")] = 300,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs for each keep rate.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of steps and of training.")] = 128,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 2.0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """Sampled backpropagation: bytes and time of steps and gradients, and training, plotted."""
+    with reported(debug):
+        _sampling(out, steps, seeds, batch, seconds, repeats, threads)
+
+
+def _models(
+    names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int, csv: Path | None
+) -> None:
+    require("torch", "transformers")
+    from lensor_bench.models import measure
+
+    if csv is not None:
+        refuse_early(csv)
+    headings = ("model", "way", "s", "beyond one pass, s", "peak, MB", "")
+    table = Table(*headings[:2], *(Column(name, justify="right") for name in headings[2:5]), headings[5])
+    lines: list[tuple[str, ...]] = [headings]
+    shown = console()
+    with shown.status("measuring"):
+        for one in measure(names, batch, size, seconds, repeats, threads):
+            numbers = [
+                "–" if value is None else text.format(value)
+                for text, value in (
+                    ("{:.3f}", one.seconds),
+                    ("{:.3f}", one.beyond),
+                    ("{:,.0f}", one.peak and one.peak / 1e6),
+                )
+            ]
+            lines.append((one.model, one.way, *numbers, one.message))
+            table.add_row(*lines[-1])
+    shown.print(table)
+    if csv is not None:
+        with writing(csv), csv.open("w", encoding="utf-8", newline="") as file:
+            write_rows(file, lines)
+
+
+def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> None:
+    require("torch")
+    from lensor_bench.steps import measure
+
+    table = Table("model", "optimizer", *(Column(name, justify="right") for name in ("ms a step", "over SGD's")))
+    shown = console()
+    with shown.status("measuring"):
+        for one in measure(names, seconds, repeats, threads):
+            table.add_row(one.model, one.optimizer, f"{one.seconds * 1e3:.1f}", digits(one.ratio))
+    shown.print(table)
+
+
+def _training(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int, out: Path) -> None:
+    require("torch", "matplotlib")
+    from lensor_bench.training import HEADINGS as OF_TRAINING
+    from lensor_bench.training import TASKS, reached, run
+    from lensor_bench.training import write as write_training
+
+    choose("task", tasks, TASKS)
+    refuse_folder_early(out, ("training.csv", "training.png"))
+    shown = console()
+    with shown.status("training"):
+        points = list(run(tasks, steps, seeds, batch, threads))
+    for task in dict.fromkeys(point.task for point in points):
+        table = Table(*OF_TRAINING, title=f"{task}: to the best loss of SGD and AdamW")
+        for line in reached(points, task):
+            table.add_row(*line)
+        shown.print(table)
+    with writing(out):
+        paths = write_training(points, out)
+    for path in paths:
+        shown.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, repeats: int, threads: int) -> None:
+    """Measure sampled backpropagation, print tables and write them."""
+    require("torch", "matplotlib", "skimage")
+    from lensor_bench import sampling
+
+    refuse_folder_early(out, (sampling.STEPS, sampling.GRADIENTS, sampling.TRAINING, sampling.PLOT))
+    shown = console()
+    with writing(out):
+        made = sampling.steps(batch, seconds, repeats, threads)
+        cells = [(row.way, f"{row.saved / 2**20:.1f}", f"{row.peak / 2**20:.1f}", f"{row.ratio:.2f}") for row in made]
+        _print(shown, "A training step of All-CNN-C", ("way", "saved, MiB", "peak, MiB", "time, × torch's"), cells)
+        paths = [sampling.write_csv(made, out / sampling.STEPS)]
+        found = list(sampling.gradients(8, seconds / 10, 4 * repeats, threads))
+        cells = [(row.layer, row.indices, f"{row.keep:g}", digits(row.ratio)) for row in found]
+        _print(shown, "Weight gradients, batch 8", ("layer", "indices", "keep", "time, × exact"), cells)
+        paths.append(sampling.write_csv(found, out / sampling.GRADIENTS))
+        trained = list(sampling.train((), steps, seeds, batch, threads))
+        _print(shown, "Training", sampling.SUMMARY, sampling.summary(trained))
+        paths += [sampling.write_csv(trained, out / sampling.TRAINING), sampling.plot(trained, out / sampling.PLOT)]
+    shown.print(f"wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
+
+
+def _print(shown: Console, title: str, headings: Sequence[str], cells: Sequence[tuple[str, ...]]) -> None:
+    table = Table(*headings, title=title)
+    for row in cells:
+        table.add_row(*row)
+    shown.print(table)

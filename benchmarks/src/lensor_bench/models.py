@@ -1,0 +1,240 @@
+"""Kronecker factors of whole models: Lensor, curvlinops and BackPACK beside a forward and backward pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor.curvature import KroneckerFactors, kfac
+from lensor.curvature.layers import Layer, layers_of
+from lensor.inspect.errors import choose, in_one_line, require
+from lensor_bench.measure import interleaved, peak_bytes
+from lensor_bench.measure import threads as using
+
+CLASSES = 10
+TOLERANCE = 1e-3
+"""How far factors may be from curvlinops' in single precision, over the largest entry."""
+
+
+class Logits(nn.Module):
+    """A classifier of transformers that returns its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of a batch of pictures."""
+        return self.model(x).logits
+
+
+def _classifier(config: str, **options: Any) -> nn.Module:
+    transformers = import_module("transformers")
+    model = getattr(transformers, f"{config}ForImageClassification")
+    return Logits(model(getattr(transformers, f"{config}Config")(num_labels=CLASSES, **options)))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: _classifier("ResNet", hidden_sizes=[64, 128, 256, 512], depths=[2] * 4, layer_type="basic"),
+    "convnext-tiny": lambda: _classifier("ConvNext"),
+    "mobilenetv2": lambda: _classifier("MobileNetV2", tf_padding=False),
+}
+"""Models of transformers with random weights."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to get the factors of a model.
+
+    Args:
+        model: the model's name.
+        way: which factors, by whom.
+        seconds: the shortest time of all of it, or None if it does not run.
+        beyond: what is left of it without one forward and backward pass.
+        peak: the most bytes alive at once beside model and data.
+        message: why it does not run, or how far its factors are from curvlinops'.
+    """
+
+    model: str
+    way: str
+    seconds: float | None
+    beyond: float | None
+    peak: int | None
+    message: str = ""
+
+
+def measure(
+    names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int
+) -> Iterator[Measured]:
+    """Each model's ways, side by side: the empirical Fisher of the mean cross entropy.
+
+    Raises:
+        CommandError: for models that are not known, or packages that are missing.
+    """
+    require("torch", "transformers")
+    with using(threads):
+        for name in choose("model", names, MODELS):
+            yield from _model(name, batch, size, seconds, repeats)
+
+
+def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> Iterator[Measured]:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    data = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
+    loss = nn.CrossEntropyLoss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # normalisation has no factors, here as there
+        layers = layers_of(model)
+    plain = [layer for layer in layers if layer.groups == 1]
+
+    def passes() -> Tensor:
+        for p in model.parameters():
+            p.grad = None
+        value = loss(model(data[0]), data[1])
+        value.backward()
+        return value.detach()
+
+    def own(approx: str, formed: bool = False, some: Sequence[Layer] | None = None) -> Callable[[], Any]:
+        names = None if some is None else [layer.name for layer in some]
+
+        def call() -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = kfac(model, loss, data, approx=approx, fisher="empirical", layers=names)
+            return {n: block.A for n, block in found.items()} if formed else found
+
+        return call
+
+    ways: dict[str, Callable[[], Any]] = {
+        "forward and backward": passes,
+        "lensor, expand": own("expand"),
+        "lensor, reduce, roots": own("reduce"),
+        "lensor, reduce, formed": own("reduce", formed=True),
+    }
+    failed: dict[str, str] = {}
+    if _installed("curvlinops"):
+        ways |= {f"curvlinops, {approx}": _curvlinops(model, loss, layers, data, approx) for approx in _APPROX}
+    if len(plain) < len(layers):  # curvlinops takes the mean of a layer's groups first, which is less work
+        ways["lensor, expand, ungrouped layers"] = own("expand", some=plain)
+        if _installed("curvlinops"):
+            ways["curvlinops, expand, ungrouped layers"] = _curvlinops(model, loss, plain, data, "expand")
+    if _installed("backpack"):
+        ways["backpack, KFAC"] = _backpack(MODELS[name], loss, data)
+    results, peaks = {}, {}
+    for way, call in list(ways.items()):
+        try:
+            call()
+            peaks[way] = _peak(call)
+            results[way] = call()
+        except Exception as error:  # whatever a library raises for a model that it does not know
+            failed[way] = in_one_line(error, 120)
+            del ways[way]
+    messages = {
+        f"lensor, {approx}{'' if approx == 'expand' else ', roots'}": _compared(
+            results.get(f"lensor, {approx}{'' if approx == 'expand' else ', roots'}"),
+            results.get(f"curvlinops, {approx}"),
+        )
+        for approx in _APPROX
+    }
+    del results
+    times = interleaved([_silent(call) for call in ways.values()], seconds, 3, repeats)
+    shortest = {way: found.minimum for way, found in zip(ways, times, strict=True)}
+    for way, time in shortest.items():
+        beyond = time - shortest["forward and backward"]
+        yield Measured(name, way, time, beyond, peaks[way], messages.get(way, ""))
+    for way, message in failed.items():
+        yield Measured(name, way, None, None, None, message)
+
+
+_APPROX = ("expand", "reduce")
+
+
+def _silent(call: Callable[[], Any]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        call()
+        return torch.empty(0)
+
+    return run
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """The most bytes alive at once, what is returned among them."""
+    kept: list[Any] = []
+
+    def run() -> Tensor:
+        kept.append(call())
+        return torch.empty(0)
+
+    return peak_bytes(run)[0]
+
+
+def _installed(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def _curvlinops(
+    model: nn.Module, loss: nn.Module, layers: Sequence[Layer], data: tuple[Tensor, Tensor], approx: str
+) -> Callable[[], Any]:
+    parameters = [p for layer in layers for p in layer.module.parameters(recurse=False)]
+
+    def call() -> Any:
+        made = import_module("curvlinops").KFACLinearOperator(
+            model, loss, parameters, [data], fisher_type="empirical", kfac_approx=approx, check_deterministic=False
+        )
+        made.compute_kronecker_factors()
+        return made
+
+    return call
+
+
+def _backpack(make: Callable[[], nn.Module], loss: nn.Module, data: tuple[Tensor, Tensor]) -> Callable[[], Any]:
+    @cache
+    def extended() -> tuple[Any, Any]:
+        backpack = import_module("backpack")
+        torch.manual_seed(0)
+        return backpack.extend(make().eval(), use_converter=True), backpack.extend(nn.CrossEntropyLoss())
+
+    def call() -> Any:
+        model, criterion = extended()
+        for p in model.parameters():
+            p.grad = None
+        with import_module("backpack").backpack(import_module("backpack.extensions").KFAC(mc_samples=1)):
+            criterion(model(data[0]), data[1]).backward()
+        return [p.kfac for p in model.parameters()]
+
+    return call
+
+
+def _compared(own: KroneckerFactors | None, theirs: Any) -> str:
+    """The largest difference from curvlinops' factors, over layers of one group, which it does know."""
+    if own is None or theirs is None:
+        return ""
+    own = own.in_convention("curvlinops")
+    worst, count, grouped = 0.0, 0, 0
+    for name, block in own.items():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight":
+            continue
+        if block.groups > 1:
+            grouped += 1
+            continue
+        for mine, other in (
+            (block.A[0], theirs._input_covariances[module]),
+            (block.B[0], theirs._gradient_covariances[module]),
+        ):
+            worst = max(worst, float((mine - other).abs().max() / other.abs().max().clamp_min(1e-30)))
+        count += 1
+    verdict = "equal to" if worst <= TOLERANCE else "DIFFERS from"
+    more = f", {grouped} with groups are not compared" if grouped else ""
+    return f"{verdict} curvlinops' in {count} layers, largest difference {worst:.0e}{more}"

@@ -1,0 +1,388 @@
+"""From a results file: a summary by operation and kind, the worst cases beside what is physically possible, plots."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lensor.inspect.errors import CommandError, choose, require
+from lensor.inspect.files import writing
+from lensor.inspect.layers import KINDS
+from lensor.inspect.operations import OPERATIONS, STANDARD
+from lensor.inspect.text import digits, printable
+from lensor_bench.results import OK, Row
+
+FASTEST = "fastest"
+ALL = "all"
+_ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_WORST = 10
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The time of a row over that of the row it is compared with."""
+
+    row: Row
+    value: float
+    memory: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Ratios of one implementation for one operation and kind.
+
+    Args:
+        operation: the operation.
+        kind: the kind of the convolutions, or "all".
+        implementation: whose times.
+        ratios: one for each convolution.
+        others: how many convolutions have none, because the result was wrong, or there was none.
+        target: the median that is wanted.
+    """
+
+    operation: str
+    kind: str
+    implementation: str
+    ratios: tuple[Ratio, ...]
+    others: int
+    target: float | None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The cells of a table's row."""
+        values = [ratio.value for ratio in self.ratios]
+        memory = [ratio.memory for ratio in self.ratios if ratio.memory is not None]
+        counted = str(len(values)) + (f" (+{self.others} without)" if self.others else "")
+        numbers = (min(values), statistics.median(values), max(values)) if values else ()
+        times = [digits(value) for value in numbers] or ["–"] * 3
+        target = ""
+        if self.target is not None:
+            target = f"{digits(self.target)} {'✓' if values and statistics.median(values) <= self.target else '✗'}"
+        return (
+            *(self.operation, self.kind, self.implementation, counted, *times, target),
+            digits(statistics.median(memory)) if memory else "–",
+        )
+
+
+HEADINGS = ("operation", "kind", "implementation", "n", "min", "median", "max", "target", "memory, median")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a results file is summed up.
+
+    Args:
+        against: the implementation whose time is 1, or "fastest": for each convolution the fastest that is not Lensor.
+        targets: medians that are wanted, under (operation, kind) with the kind "all" for all.
+        slack: seconds by which a slower time counts as equal.
+        roof: the most flops and the most bytes of operands and result in a second, which bound times from below; None
+            to leave the bounds out.
+    """
+
+    against: str = STANDARD
+    targets: tuple[tuple[tuple[str, str], float], ...] = ()
+    slack: float = 0.0
+    roof: tuple[float, float] | None = None
+
+
+def parse_target(text: str) -> tuple[tuple[str, str], float]:
+    """A target from `operation=ratio` or `operation:kind=ratio`.
+
+    Example:
+        >>> from lensor_bench.report import parse_target
+        >>> parse_target("kfac_reduce:general=0.05"), parse_target("forward=1")
+        ((('kfac_reduce', 'general'), 0.05), (('forward', 'all'), 1.0))
+
+    Raises:
+        CommandError: for anything else; unknown operations and kinds are answered with those there are.
+    """
+    what, _, number = text.partition("=")
+    operation, _, kind = what.partition(":")
+    try:
+        ratio = float(number)
+    except ValueError:
+        raise CommandError(f"{text!r} is no target, expected OPERATION=RATIO or OPERATION:KIND=RATIO") from None
+    (operation,) = choose("operation", [operation], OPERATIONS)
+    (kind,) = choose("kind", [kind or ALL], (*KINDS, ALL))
+    return (operation, kind), ratio
+
+
+def _case(row: Row) -> tuple[object, ...]:
+    return (row.operation, row.layer.spec, row.setting)
+
+
+def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
+    """The ratio of every row that has a time and something to be compared with.
+
+    Raises:
+        CommandError: if nothing was measured by the implementation that is compared with.
+    """
+    known = {row.implementation for row in rows}
+    if options.against not in (*known, FASTEST):
+        names = ", ".join((*sorted(known), FASTEST))
+        raise CommandError(f"unknown implementation {options.against!r}, expected one of {names}")
+    bases: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        counts = (
+            not row.implementation.startswith("lensor")
+            if options.against == FASTEST
+            else (row.implementation == options.against)
+        )
+        best = bases.get(_case(row))
+        if counts and row.found.minimum and (best is None or row.found.minimum < (best.found.minimum or math.inf)):
+            bases[_case(row)] = row
+    found: dict[Row, Ratio] = {}
+    for row in rows:
+        base = bases.get(_case(row))
+        if row.found.minimum is None or base is None or not base.found.minimum:
+            continue
+        # Rows of another sitting (a peer added later) are compared by way of the standard's time in each.
+        drift = 1.0
+        if row.found.standard_minimum and base.found.standard_minimum:
+            drift = base.found.standard_minimum / row.found.standard_minimum
+        value = drift * row.found.minimum / base.found.minimum
+        if value > 1 and drift * row.found.minimum - base.found.minimum <= options.slack:
+            value = 1.0
+        mine, theirs = row.found.extra_bytes, base.found.extra_bytes
+        found[row] = Ratio(row, value, mine / theirs if mine is not None and theirs else None)
+    return found
+
+
+def summaries(rows: Sequence[Row], options: Options) -> list[Summary]:
+    """One for each operation, kind (and all of them together) and implementation that there is, in this order."""
+    known = ratios(rows, options)
+    compared = [row for row in rows if row.implementation != options.against]
+    found = []
+    for operation in OPERATIONS:
+        kinds = {row.layer.spec.kind for row in compared if row.operation == operation}
+        together = len(kinds) > 1 or (operation, ALL) in dict(options.targets)
+        for kind in ((ALL,) if together else ()) + KINDS:
+            held = [row for row in compared if row.operation == operation and kind in (ALL, row.layer.spec.kind)]
+            for name in dict.fromkeys(row.implementation for row in compared):
+                mine = [row for row in held if row.implementation == name]
+                if mine:
+                    with_ratio = tuple(known[row] for row in mine if row in known)
+                    target = dict(options.targets).get((operation, kind)) if name.startswith("lensor") else None
+                    summary = Summary(operation, kind, name, with_ratio, len(mine) - len(with_ratio), target)
+                    found.append(summary)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- Markdown
+def settings_of(rows: Iterable[Row]) -> list[str]:
+    """What was measured, and on what: one line for each setting."""
+    lines = []
+    for row in rows:
+        setting = row.setting
+        lines.append(
+            f"batch {setting.batch}, {setting.columns} columns of the GGN's root, {setting.dtype}, {setting.device}, "
+            f"threads {setting.threads}; {row.machine.label}"
+        )
+    return list(dict.fromkeys(lines))
+
+
+def _line(cells: Iterable[object]) -> str:
+    shown = (printable(str(cell)).replace("|", "¦").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join(shown)} |"
+
+
+def table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) -> Iterable[str]:
+    """A table whose first columns are text and whose others are numbers."""
+    yield _line(headings)
+    yield _line("---" if at < text else "---:" for at in range(len(headings)))
+    yield from map(_line, rows)
+    yield ""
+
+
+def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()) -> str:
+    """The report: summary, worst cases, and what has no time."""
+    lines = ["# Measurements", ""]
+    lines += [f"- {line}" for line in settings_of(rows)]
+    lines += [
+        "",
+        f"Ratios are shortest times over those of `{options.against}`, both from the same interleaved rounds: below 1"
+        " is faster. Every result was checked against the standard way's before it was timed. Memory is the most bytes"
+        " alive at once beside the operands, less those of the result: scratch that is gone before the result is made"
+        " does not count as far as it fits into the result's place.",
+        "",
+    ]
+    if options.slack:
+        lines += [
+            f"A time that is longer by no more than {options.slack * 1e6:g} µs counts as equal: its ratio is 1.",
+            "",
+        ]
+    lines += [f"![{name}]({name})\n" for name in pictures]
+    lines += ["## By operation and kind", ""]
+    lines += table(HEADINGS, (summary.cells for summary in summaries(rows, options)), 3)
+    if options.roof is not None:
+        lines += bounds(rows, options.roof)
+    lines += [f"## The {_WORST} worst ratios of Lensor", ""]
+    lines += [
+        "Beside the time, what is physically needed: the flops of the plan with the fewest, and the bytes of operands"
+        " and result together; and the rates that the time comes to.",
+        "",
+    ]
+    headings = ("operation", "implementation", "nets", "convolution", "kind", "ratio", "ms", "Mflop", "MB", "Gflop/s")
+    lines += table((*headings, "GB/s"), (_rates(ratio) for ratio in worst(rows, options)), 5)
+    lines += without_time(rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def without_time(rows: Iterable[Row]) -> list[str]:
+    """A section on what has no time, and why; nothing if all have one."""
+    cells = [
+        (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message)
+        for row in rows
+        if row.found.status != OK
+    ]
+    if not cells:
+        return []
+    return ["## Without a time", "", *table(("operation", "implementation", "convolution", "status", "why"), cells, 5)]
+
+
+def worst(rows: Sequence[Row], options: Options) -> list[Ratio]:
+    """Lensor's largest ratios, largest first."""
+    mine = [ratio for row, ratio in ratios(rows, options).items() if row.implementation.startswith("lensor")]
+    return sorted(mine, key=lambda ratio: -ratio.value)[:_WORST]
+
+
+def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
+    """A section on the least time that a machine could take, beside what Lensor takes: medians over convolutions.
+
+    Args:
+        rows: of a results file.
+        roof: the most flops and the most bytes in a second.
+    """
+    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        standard, mine = row.found.standard_minimum, row.found.minimum
+        if row.implementation.startswith("lensor") and standard and mine:
+            flops, moved = _limit(row)
+            least = max(flops / roof[0], moved / roof[1])
+            key = (row.operation, row.layer.spec.kind, row.implementation)
+            found.setdefault(key, []).append((least / standard, mine / standard))
+    cells = [
+        (operation, kind, name, len(of), *(digits(statistics.median(one)) for one in zip(*of, strict=True)))
+        for operation in OPERATIONS
+        for kind in KINDS
+        for (on, of_kind, name), of in found.items()
+        if (on, of_kind) == (operation, kind)
+    ]
+    return [
+        "## What bounds the times",
+        "",
+        f"The least time is that of the plan with the fewest flops at {roof[0] / 1e9:g} Gflop/s, or of moving operands"
+        f" and result once at {roof[1] / 1e9:g} GB/s, whichever is more; both columns are over the standard way's"
+        " time.",
+        "",
+        *table(("operation", "kind", "implementation", "n", "least, median", "found, median"), cells, 3),
+    ]
+
+
+def _limit(row: Row) -> tuple[int, int]:
+    """The fewest flops, and the bytes of operands and result."""
+    setting = row.setting
+    size = _ITEMSIZES[setting.dtype]
+    return OPERATIONS[row.operation].physical_limit(row.layer.spec, setting.batch, setting.columns, size)
+
+
+def _rates(ratio: Ratio) -> tuple[object, ...]:
+    row = ratio.row
+    seconds = row.found.minimum or math.inf
+    flops, moved = _limit(row)
+    layer = row.layer
+    return (
+        *(row.operation, row.implementation, layer.model, layer.label.partition(" ")[2], layer.kind),
+        *(digits(ratio.value), f"{seconds * 1e3:.3g}", f"{flops / 1e6:.3g}", f"{moved / 1e6:.3g}"),
+        *(f"{flops / seconds / 1e9:.3g}", f"{moved / seconds / 1e9:.3g}"),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False) -> None:
+    """Box plots of ratios, one panel for each operation, one box for each kind and implementation.
+
+    Boxes are quartiles, whiskers the whole range, dots single convolutions.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    found = [summary for summary in summaries(rows, options) if summary.kind != ALL]
+    operations = list(dict.fromkeys(summary.operation for summary in found))
+    names = list(dict.fromkeys(summary.implementation for summary in found))
+    colours = {name: f"C{at}" for at, name in enumerate(names)}
+    across = min(2, len(operations))
+    down = math.ceil(len(operations) / across)
+    figure = Figure(figsize=(6.5 * across, 1.4 + 2.7 * down), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(down, across, squeeze=False).ravel()
+    for axis in every[len(operations) :]:
+        axis.remove()
+    for axis, operation in zip(every, operations, strict=False):
+        boxes = [summary for summary in found if summary.operation == operation]
+        kinds = [kind for kind in KINDS if any(box.kind == kind for box in boxes)]
+        shown = list(dict.fromkeys(box.implementation for box in boxes))
+        for box in boxes:
+            values = [ratio.memory if memory else ratio.value for ratio in box.ratios]
+            positive = [value for value in values if value]
+            if not positive:
+                continue
+            width = 0.8 / len(shown)
+            place = kinds.index(box.kind) + width * (shown.index(box.implementation) - (len(shown) - 1) / 2)
+            colour = colours[box.implementation]
+            axis.boxplot(
+                [positive],
+                positions=[place],
+                widths=width * 0.8,
+                whis=(0, 100),
+                patch_artist=True,
+                manage_ticks=False,
+                boxprops={"facecolor": colour, "alpha": 0.35, "edgecolor": colour},
+                medianprops={"color": colour, "linewidth": 2},
+                whiskerprops={"color": colour},
+                capprops={"color": colour},
+            )
+            axis.plot([place] * len(positive), positive, ".", color=colour, markersize=2, alpha=0.6)
+        axis.axhline(1, color="black", linewidth=1)
+        numbers = {kind: max(len(box.ratios) for box in boxes if box.kind == kind) for kind in kinds}
+        axis.set_xticks(range(len(kinds)), [f"{kind}\nn={numbers[kind]}" for kind in kinds], fontsize=8)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(10, subs=_ticks(boxes, memory)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_title(operation, fontsize=10)
+    what = "memory beside operands and result" if memory else "shortest time"
+    figure.suptitle(f"{what} over that of {options.against}, below 1: better", fontsize=11)
+    handles = [Patch(facecolor=colours[name], alpha=0.5, label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1), fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _ticks(boxes: Iterable[Summary], memory: bool) -> tuple[float, ...]:
+    """Where a decade of a logarithmic axis has labels: the wider the range, the fewer."""
+    values = [ratio.memory if memory else ratio.value for box in boxes for ratio in box.ratios]
+    positive = [value for value in values if value]
+    decades = math.log10(max(positive) / min(positive)) if positive else 0.0
+    return (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
+
+
+def write(rows: Sequence[Row], folder: Path, options: Options) -> list[Path]:
+    """Write `report.md`, `times.png` and `memory.png` to a folder; returns their paths.
+
+    Raises:
+        CommandError: if matplotlib is missing, or the folder cannot be written.
+    """
+    require("matplotlib")
+    paths = [folder / name for name in ("report.md", "times.png", "memory.png")]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        paths[0].write_text(markdown(rows, options, [path.name for path in paths[1:]]), encoding="utf-8")
+        plot(rows, options, paths[1])
+        plot(rows, options, paths[2], memory=True)
+    return paths

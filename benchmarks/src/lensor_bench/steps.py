@@ -1,0 +1,104 @@
+"""What a training step with KFAC costs beside one of plain gradient descent."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor.inspect.errors import choose, require
+from lensor.optim import KFAC
+from lensor_bench.measure import interleaved
+from lensor_bench.measure import threads as using
+from lensor_bench.models import CLASSES, MODELS
+from lensor_bench.nets import all_cnn_c
+
+INTERVAL = 10
+"""Steps between inversions of dense factors; so many steps are one call that is timed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its batch and what it is trained with.
+
+    Args:
+        make: makes the model.
+        batch: batch size.
+        size: height and width of the pictures.
+    """
+
+    make: Callable[[], nn.Module]
+    batch: int
+    size: int
+
+
+SETUPS: Mapping[str, Setup] = {
+    "resnet18": Setup(MODELS["resnet18"], 8, 224),
+    "all-cnn-c": Setup(all_cnn_c, 128, 32),
+}
+"""What is measured."""
+
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+    "KFAC, forward-only": {"fisher": "forward-only", "approx": "reduce", "method": "woodbury", "ema": 0.0},
+    "KFAC, reduce": {"approx": "reduce", "factor_interval": INTERVAL, "inverse_interval": INTERVAL},
+    "KFAC, expand": {"factor_interval": INTERVAL, "inverse_interval": INTERVAL},
+}
+"""The optimizers: of the last two factors and inverses are made anew at every tenth step."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one training step, on average over as many as lie between inversions."""
+
+    model: str
+    optimizer: str
+    seconds: float
+    ratio: float
+
+
+def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) -> Iterator[StepTime]:
+    """Each optimizer's steps beside those of gradient descent, interleaved.
+
+    Raises:
+        CommandError: for models that are not known, or packages that are missing.
+    """
+    require("torch", "transformers")
+    with using(threads):
+        for name in choose("model", names, SETUPS):
+            setup = SETUPS[name]
+            calls = {"SGD": _steps(setup, None)}
+            calls |= {one: _steps(setup, options) for one, options in OPTIMIZERS.items()}
+            times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
+            for optimizer, found in zip(calls, times, strict=True):
+                yield StepTime(name, optimizer, found.minimum / INTERVAL, found.minimum / times[0].minimum)
+
+
+def _steps(setup: Setup, options: Mapping[str, Any] | None) -> Callable[[], Tensor]:
+    """As many steps as lie between inversions, one inversion among them."""
+    torch.manual_seed(0)
+    model, loss = setup.make().train(), nn.CrossEntropyLoss()
+    x, y = torch.randn(setup.batch, 3, setup.size, setup.size), torch.randint(CLASSES, (setup.batch,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # normalisation has no factors
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+            if options is None
+            else KFAC(model, loss, lr=1e-4, damping=0.1, **options)
+        )
+
+    def run() -> Tensor:
+        value = x.new_zeros(())
+        for _ in range(INTERVAL):
+            optimizer.zero_grad()
+            outputs = model(x)
+            value = loss(outputs.flatten(2).mean(2) if outputs.ndim > 2 else outputs, y)
+            value.backward()
+            optimizer.step()
+        return value.detach()
+
+    run()
+    return run

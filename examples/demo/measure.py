@@ -1,0 +1,80 @@
+"""One factor of one convolution in two ways: values, times and memory, as `lensor_bench.measure` measures them.
+
+Lensor's caches are emptied before memory is traced, so that the constants it keeps are counted too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lensor_bench import standard
+from lensor_bench.measure import Times, interleaved, peak_bytes, relative_error
+
+import lensor
+from lensor.inspect.layers import Layer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Lensor's way against the standard way for one factor of one convolution."""
+
+    layer: Layer
+    approx: str
+    error: float
+    lensor: Times
+    standard: Times
+    lensor_peak: int
+    standard_peak: int
+
+    @property
+    def median_ratio(self) -> float:
+        """Lensor's median time over the standard way's: below 1, Lensor is faster."""
+        return self.lensor.median / self.standard.median
+
+    @property
+    def minimum_ratio(self) -> float:
+        """The same for the shortest times."""
+        return self.lensor.minimum / self.standard.minimum
+
+    @property
+    def memory_ratio(self) -> float:
+        """Lensor's peak memory over the standard way's."""
+        return self.lensor_peak / self.standard_peak
+
+
+def lensor_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: str) -> torch.Tensor:
+    """The factor by Lensor."""
+    return lensor.functional.kfac_input_factor(
+        x,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.groups,
+        approx=approx,
+        padding_mode=spec.padding_mode,
+    )
+
+
+def standard_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: str) -> torch.Tensor:
+    """The factor by torch: pad, unfold, one matrix product for each group."""
+    return standard.WAYS[f"kfac_{approx}"]({"X": x}, spec)
+
+
+def compare(layer: Layer, x: torch.Tensor, approx: str, seconds: float, least: int) -> Comparison:
+    """One factor of one convolution in both ways."""
+
+    def mine() -> torch.Tensor:
+        return lensor_factor(x, layer.spec, approx)
+
+    def theirs() -> torch.Tensor:
+        return standard_factor(x, layer.spec, approx)
+
+    with torch.no_grad():
+        lensor.clear_caches()
+        (lensor_peak, found), (standard_peak, expected) = peak_bytes(mine), peak_bytes(theirs)  # and the warm-up
+        error = relative_error(found, expected)
+        del found, expected
+        one, two = interleaved((mine, theirs), seconds / 2, least)
+    return Comparison(layer, approx, error, one, two, lensor_peak, standard_peak)

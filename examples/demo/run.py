@@ -1,0 +1,112 @@
+"""The demo from pictures to reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from examples.demo.measure import Comparison
+
+DEFAULT_MODELS = ("resnet18", "convnext", "inception")
+
+
+class DemoError(Exception):
+    """What keeps the demo from running, in one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo runs.
+
+    Args:
+        out: the folder of the reports, made if it is not there.
+        batch: number of photographs.
+        size: their height and width in pixels.
+        threads: threads that torch may use.
+        models: names of CNNs.
+        seconds: time for the repeats of one comparison.
+        least: the least number of repeats.
+    """
+
+    out: Path = Path("demo-output")
+    batch: int = 8
+    size: int = 128
+    threads: int = 2
+    models: tuple[str, ...] = DEFAULT_MODELS
+    seconds: float = 0.2
+    least: int = 5
+
+    @classmethod
+    def quick(cls, out: Path, threads: int = 2) -> Settings:
+        """Small pictures, a small CNN and few repeats."""
+        return cls(out, batch=4, size=32, threads=threads, models=("tiny",), seconds=0.02, least=3)
+
+
+def run(settings: Settings, console: Console) -> list[Comparison]:
+    """Run the demo, print its table and write its reports.
+
+    Raises:
+        DemoError: if a package is missing, the folder cannot be written, or a setting makes no sense.
+    """
+    _check(settings)
+    _require("torch", "rich", "matplotlib", "skimage", *(["transformers"] if set(settings.models) != {"tiny"} else []))
+    import torch
+    from lensor_bench.measure import threads
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from examples.demo.measure import compare
+    from examples.demo.models import MODELS, build
+    from examples.demo.pictures import photographs
+    from examples.demo.report import show, write
+    from lensor.inspect.extract import record
+
+    for name in settings.models:
+        if name not in MODELS:
+            raise DemoError(f"unknown model {name!r}, expected one of {', '.join(MODELS)}")
+    _make_folder(settings.out)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with threads(settings.threads), Progress(*columns, console=console) as progress:
+        task = progress.add_task("photographs through CNNs", total=None)
+        batch = torch.from_numpy(photographs(settings.batch, settings.size))
+        layers = [found for name in settings.models for found in record(build(name), name, batch)]
+        progress.update(task, description="factors of convolutions", total=2 * len(layers))
+        comparisons = []
+        for layer, x in layers:
+            for approx in ("expand", "reduce"):
+                progress.update(task, description=f"{layer.label} {approx}"[:44].ljust(44))
+                comparisons.append(compare(layer, x, approx, settings.seconds, settings.least))
+                progress.advance(task)
+    show(comparisons, settings, console)
+    for path in write(comparisons, settings):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    return comparisons
+
+
+def _check(settings: Settings) -> None:
+    for name in ("batch", "size", "threads", "least"):
+        if getattr(settings, name) < 1:
+            raise DemoError(f"{name} is {getattr(settings, name)}, expected at least 1")
+    if settings.size < 32:
+        raise DemoError(f"size is {settings.size}, expected at least 32 pixels")
+
+
+def _require(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise DemoError(f"the demo needs {', '.join(missing)}: install lensor[demo]")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".lensor"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DemoError(f"cannot write to {folder}: {error.strerror or error}") from None

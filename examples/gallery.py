@@ -1,0 +1,201 @@
+"""The gallery: the paper's figures and every operation, drawn from the live objects by one command.
+
+Every entry is the code that makes it, evaluated here; its subscripts and flops are those of the object.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lensor
+from lensor.draw import Drawing, draw
+from lensor.errors import NetworkError
+from lensor.network import AnyNetwork
+
+SETUP = "spec = lensor.ConvSpec(4, 6, input_size=(9, 9), kernel_size=3, padding=1, groups=2)"
+"""The convolution that all entries are of, unless they say otherwise."""
+
+SIZES = {"n": 2, "v": 3, "m": 2, "w": 3}
+"""Sizes of indices that a spec does not tell, for the flops."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture.
+
+    Args:
+        name: of its file.
+        title: what it shows.
+        code: of the network, or of (before, after).
+        shade: code of a network that a shade is laid behind.
+        cut: operands that are cut out.
+    """
+
+    name: str
+    title: str
+    code: str
+    shade: str | None = None
+    cut: tuple[str, ...] = ()
+
+    @property
+    def call(self) -> str:
+        """The code of the picture."""
+        options = f", shade=[{self.shade}]" * (self.shade is not None) + f", cut={list(self.cut)}" * bool(self.cut)
+        return f"lensor.draw({self.code}{options})"
+
+
+_PLAIN = "lensor.ConvSpec(4, 6, (9, 9), 3)"
+_UNFOLDED = "lensor.ops.unfold(spec)"
+_ONE = "lensor.ConvSpec(4, 6, (9,), 3)"
+
+FIGURES = (
+    Entry(
+        "figure-1",
+        "Figure 1: the KFC factor of an input, two unfolded inputs",
+        f'lensor.ops.kfac_input_factor({_PLAIN}, approx="expand")',
+        f"lensor.ops.unfold({_PLAIN})",
+    ),
+    Entry("figure-2", "Figure 2: a convolution in two dimensions with groups", "lensor.ops.conv(spec)"),
+    Entry("figure-3a", "Figure 3: the weight Jacobian: the kernel is cut out", "lensor.ops.conv(spec)", cut=("W",)),
+    Entry("figure-3b", "Figure 3: the weight Jacobian as a network", 'lensor.ops.conv(spec).jacobian("W")'),
+    Entry("figure-4a", "Figure 4a: the weight VJP", 'lensor.ops.conv(spec).vjp("W")'),
+    Entry("figure-4b", "Figure 4b: the input VJP, a transposed convolution", 'lensor.ops.conv(spec).vjp("X")'),
+    Entry("figure-5a", "Figure 5a: KFAC-expand", 'lensor.ops.kfac_input_factor(spec, approx="expand")', _UNFOLDED),
+    Entry("figure-5b", "Figure 5b: KFAC-reduce", 'lensor.ops.kfac_input_factor(spec, approx="reduce")', _UNFOLDED),
+    Entry(
+        "figure-6a",
+        "Figure 6: a dense convolution becomes a reshape",
+        "(net := lensor.ops.conv(lensor.ConvSpec(4, 6, (9,), 3, stride=3)), net.simplify())",
+    ),
+    Entry(
+        "figure-6b",
+        "Figure 6: a down-sampling convolution becomes a slice",
+        "(net := lensor.ops.conv(lensor.ConvSpec(4, 6, (9,), 1, stride=2)), net.simplify())",
+    ),
+    Entry(
+        "figure-6c",
+        "Figure 6: KFAC-reduce needs no patches",
+        f'(net := lensor.ops.kfac_input_factor({_ONE}, approx="reduce"), net.simplify())',
+    ),
+)
+"""The paper's figures."""
+
+_OPTIONS = {
+    "kfac_input_factor": ', approx="expand"',
+    "kfac_output_factor": ', approx="expand"',
+    "ggn_mini_block": ', block="filter"',
+}
+
+OPERATIONS = tuple(
+    Entry(
+        name.replace("_", "-"),
+        name,
+        f"lensor.ops.{name}(spec{_OPTIONS.get(name, '')})",
+        _UNFOLDED if name.startswith("kfac_input") else None,
+    )
+    for name in lensor.ops.__all__
+)
+"""Every operation."""
+
+OTHERS = (
+    Entry("cp-kernel", "A kernel in CP form", 'lensor.ops.conv(spec1).substitute("W", cp).simplify()'),
+    Entry(
+        "sampled",
+        "A weight gradient from sampled positions",
+        'lensor.ops.weight_vjp(spec1).sample("i1", 0.25, stored=["X"])',
+    ),
+)
+"""What else networks do."""
+
+
+def entries() -> tuple[Entry, ...]:
+    """All entries."""
+    return (*FIGURES, *OPERATIONS, *OTHERS)
+
+
+def made(entry: Entry) -> tuple[AnyNetwork, ...]:
+    """The networks of an entry: its code evaluated."""
+    found = _evaluated(entry.code)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def drawn(entry: Entry) -> Drawing:
+    """The picture of an entry."""
+    nets = made(entry)
+    shade = [] if entry.shade is None else [_evaluated(entry.shade)]
+    return draw(nets[0] if len(nets) == 1 else nets, shade=shade, cut=entry.cut)
+
+
+def _evaluated(code: str) -> Any:
+    space = {
+        "lensor": lensor,
+        "spec": lensor.ConvSpec(4, 6, (9, 9), 3, padding=1, groups=2),
+        "spec1": lensor.ConvSpec(4, 6, (9,), 3),
+        "cp": lensor.contraction("o r, i r, k r -> o i k", "A", "B", "C", o=6, i=4, k=3, r=2),
+    }
+    return eval(code, space)
+
+
+def flops(net: AnyNetwork) -> int | None:
+    """The flops of the plan with two examples and three columns; None where a size stays open."""
+    sizes = {index: SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
+    try:
+        bound = net.bind(sizes)
+        shapes = {
+            name: tuple(math.prod(bound.sizes[index] or 1 for index in leg) for leg in _axes(bound, name))
+            for name in bound.operand_names
+        }
+        return bound.plan(**shapes).flops
+    except (NetworkError, ValueError):
+        return None
+
+
+def _axes(net: AnyNetwork, name: str) -> tuple[tuple[str, ...], ...]:
+    legs = net.operand_legs[name]
+    return legs[1:] if name in net.selections else legs
+
+
+def write(folder: Path) -> Iterator[Path]:
+    """Write every picture as SVG, and `gallery.md` beside the folder, which shows them all.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [
+        "# Gallery",
+        "",
+        "Made by `python -m examples.gallery` from the objects themselves. Rounded boxes are tensors, hexagons index"
+        " patterns, dots indices of more than two nodes or deltas, black triangles output legs that group indices. An"
+        " arrow leads from a network to what the rules leave of it; a shade lies behind unfolded inputs; what is cut out is dashed."
+        " Flops are those of the plan for 2 examples and 3 columns. The pictures are of one convolution:",
+        "",
+        f"    {SETUP}",
+    ]
+    for heading, part in (("The paper's figures", FIGURES), ("Operations", OPERATIONS), ("More", OTHERS)):
+        text += ["", f"## {heading}"]
+        for entry in part:
+            nets = made(entry)
+            drawing = drawn(entry)
+            yield drawing.save(folder / f"{entry.name}.svg")
+            text += ["", f"### {entry.title}", "", f"![{entry.title}]({folder.name}/{entry.name}.svg)", ""]
+            text += [f"    {entry.call}", ""]
+            for net in nets:
+                count = flops(net)
+                cost = "" if count is None else f" ({count:,} flops)"
+                text += [f"`{net.subscripts}`{cost}", ""]
+            if count := drawing.crossings:
+                text += [f"{count} crossing{'s' if count > 1 else ''}: the graph is not planar.", ""]
+    page = folder.with_name("gallery.md")
+    page.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    yield page
+
+
+if __name__ == "__main__":
+    for path in write(Path(sys.argv[1] if len(sys.argv) > 1 else "pictures")):
+        print(f"wrote {path}")

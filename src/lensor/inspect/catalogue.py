@@ -1,0 +1,120 @@
+"""Every convolution of fourteen CNNs, as data: the paper's nine and five more.
+
+Each net is held for two inputs: that of the paper's census (256² for ImageNet) and that of its speed figures (224²).
+Two convolutions of a net are one if they agree in all hyper-parameters, their input size and whether they have a bias:
+counted so, the census of the nine nets is that of the paper. The data is `catalogue.csv`, written by
+`python -m lensor_bench.regenerate`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from lensor.inspect.errors import choose
+from lensor.inspect.layers import Layer, parse_sizes, spec_of, without_bias
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Net:
+    """A CNN of the catalogue.
+
+    Args:
+        name: its name in the catalogue.
+        factory: the import path of the function that makes it.
+        census: the input of the paper's census, [c_in, *input_size].
+        speed: the input of speed figures.
+        paper: whether it is one of the paper's nine.
+    """
+
+    name: str
+    factory: str
+    census: Shape
+    speed: Shape
+    paper: bool = True
+
+
+def _imagenet(name: str, factory: str, paper: bool = True) -> Net:
+    return Net(name, f"torchvision.models:{factory}", (3, 256, 256), (3, 224, 224), paper)
+
+
+NETS = {
+    net.name: net
+    for net in (
+        Net("3c3d", "lensor_bench.nets:three_c_three_d", (3, 32, 32), (3, 32, 32)),
+        Net("2c2d", "lensor_bench.nets:two_c_two_d", (1, 28, 28), (1, 28, 28)),
+        Net("all-cnn-c", "lensor_bench.nets:all_cnn_c", (3, 32, 32), (3, 32, 32)),
+        _imagenet("alexnet", "alexnet"),
+        _imagenet("resnet18", "resnet18"),
+        _imagenet("resnext101-32x8d", "resnext101_32x8d"),
+        _imagenet("convnext-base", "convnext_base"),
+        Net("inceptionv3", "torchvision.models:inception_v3", (3, 299, 299), (3, 299, 299)),
+        _imagenet("mobilenetv2", "mobilenet_v2"),
+        _imagenet("densenet121", "densenet121", paper=False),
+        _imagenet("wide-resnet101-2", "wide_resnet101_2", paper=False),
+        _imagenet("resnet50", "resnet50", paper=False),
+        _imagenet("vgg19", "vgg19", paper=False),
+        _imagenet("efficientnet-b0", "efficientnet_b0", paper=False),
+    )
+}
+"""The nets by name."""
+
+PAPER = tuple(name for name, net in NETS.items() if net.paper)
+"""The names of the paper's nine."""
+
+
+@cache
+def _held() -> dict[tuple[str, Shape], tuple[Layer, ...]]:
+    held: dict[tuple[str, Shape], list[Layer]] = {}
+    text = files("lensor.inspect").joinpath("catalogue.csv").read_text(encoding="utf-8")
+    for row in csv.DictReader(text.splitlines()):
+        key = row["net"], parse_sizes(row["input_shape"])
+        held.setdefault(key, []).append(Layer(row["net"], row["name"], spec_of(row), int(row["count"])))
+    return {key: tuple(layers) for key, layers in held.items()}
+
+
+def layers_of(name: str, input_shape: Sequence[int] | None = None) -> tuple[Layer, ...]:
+    """The unique convolutions of a net of the catalogue, for its input of speed figures or another that is held.
+
+    Example:
+        >>> from lensor.inspect.catalogue import layers_of
+        >>> [layer.label for layer in layers_of("alexnet")][0]
+        'alexnet 3→64 11×11 s4 @224²'
+        >>> sum(layer.count for layer in layers_of("resnet18", (3, 256, 256)))
+        20
+
+    Raises:
+        CommandError: for a net that is not known.
+        KeyError: for an input that is not held.
+    """
+    (name,) = choose("net", [name], NETS)
+    return _held()[name, tuple(input_shape or NETS[name].speed)]
+
+
+def merged(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Convolutions that differ by their bias or the net they are in only, as one each, without bias.
+
+    The model's name is then those of all nets, joined by `+`.
+
+    Example:
+        >>> from lensor.inspect.catalogue import layers_of, merged
+        >>> len(merged([*layers_of("resnet18"), *layers_of("resnet18")])) == len(layers_of("resnet18"))
+        True
+        >>> merged([*layers_of("resnet18"), *layers_of("resnet50")])[0].model
+        'resnet18+resnet50'
+    """
+    found: dict[object, Layer] = {}
+    for layer in layers:
+        spec = without_bias(layer.spec)
+        known = found.get(spec)
+        if known is None:
+            found[spec] = Layer(layer.model, layer.name, spec, layer.count)
+        else:
+            models = "+".join(dict.fromkeys([*known.model.split("+"), layer.model]))
+            found[spec] = Layer(models, known.name, spec, known.count + layer.count)
+    return tuple(found.values())

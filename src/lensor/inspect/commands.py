@@ -1,0 +1,224 @@
+"""The commands `lensor convs`, `explain` and `rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from lensor.inspect.catalogue import NETS, layers_of, merged
+from lensor.inspect.errors import CommandError, choose, require
+from lensor.inspect.files import refuse_early, writing
+from lensor.inspect.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
+from lensor.inspect.operations import DTYPES, OPERATIONS, PAPER_OPERATIONS, Measuring
+from lensor.inspect.terminal import console, names_of, reported
+from lensor.inspect.text import digits, printable
+
+if TYPE_CHECKING:
+    from lensor.inspect.explain import Explanation, Total
+
+MODEL = (
+    "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file of torch.export (.pt2; its"
+    " graph is read, nothing of it is run)."
+)
+INPUT = "Shape of one example, without batch axis: 3x224x224; repeated for models of several arguments."
+
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+"""The shapes of a model's arguments."""
+
+
+def convs(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the convolutions to this CSV file too.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """The convolutions of a CNN: of the catalogue, or any torch model that can be imported."""
+    with reported(debug):
+        layers, shapes = _find(model, _shapes(input_shape))
+        if csv is not None:
+            _write(csv, layers, shapes)
+    _show(layers, shapes)
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file: one file, no network.")] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}; unless given {', '.join(PAPER_OPERATIONS)}."),
+    ] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+    ] = 0.1,
+    times: Annotated[
+        bool | None,
+        typer.Option("--times/--no-times", help="Whether to measure; unless given, if lensor-bench is installed."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+) -> None:
+    """What Lensor makes of each convolution of a model: network, what the rules leave of it, plan, time."""
+    options = Measuring(batch, columns, dtype, threads, device, repeats, seconds)
+    with reported(debug, interrupted="interrupted: nothing was written"):
+        _explain(model, _shapes(input_shape), names_of(ops) or PAPER_OPERATIONS, names_of(kinds), options, html, times)
+
+
+def rules(
+    markdown: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+) -> None:
+    """The rules of simplification, each with a worked example, as a Markdown table."""
+    from lensor.inspect.rules import to_markdown
+
+    text = to_markdown()
+    if markdown is None:
+        typer.echo(text, nl=False)
+        return
+    with reported(debug=False), writing(markdown):
+        markdown.write_text(text, encoding="utf-8")
+
+
+def _explain(
+    model: str,
+    shapes: Shapes,
+    ops: Sequence[str],
+    kinds: Sequence[str],
+    options: Measuring,
+    html: Path | None,
+    times: bool | None,
+) -> None:
+    """Measure the convolutions of a model unless told not to, print what was found, and write the page if asked."""
+    require("torch", *(["jinja2"] if html is not None else []))
+    from lensor.inspect.explain import explained, totals
+
+    ops, wanted = choose("operation", ops, OPERATIONS), choose("kind", kinds, KINDS)
+    choose("dtype", [options.dtype], DTYPES)
+    if times is None:
+        times = find_spec("lensor_bench") is not None
+    elif times:
+        require("lensor_bench")
+    layers, shapes = _find(model, shapes)
+    layers = tuple(layer for layer in merged(layers) if layer.spec.kind in wanted)
+    if not layers:
+        raise CommandError(f"{model} has no convolution{' of these kinds' if kinds else ''}")
+    if html is not None:
+        refuse_early(html)
+    shown = console()
+    timings, lines = {}, [f"batch {options.batch}, {options.dtype}, nothing measured"]
+    if times:
+        from lensor_bench.timing import timings_of
+
+        timings, lines = timings_of(layers, ops, options, shown)
+    found = list(explained(layers, ops, options.batch, options.columns, options.dtype, timings))
+    lead = f"input {_shown(shapes)}, {len(layers)} distinct convolutions, {sum(one.count for one in layers)} in all"
+    _print_explanations(found, totals(found), shown)
+    for line in (lead, *lines):
+        shown.print(line, soft_wrap=True, highlight=False)
+    if html is not None:
+        from lensor.inspect.page import page
+
+        with writing(html):
+            html.write_text(page(found, layers[0].model, lead, lines), encoding="utf-8")
+        shown.print(f"wrote {html}", soft_wrap=True, highlight=False)
+
+
+def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], shown: Console) -> None:
+    """A table with a row for each operation of each convolution, and one of the whole model."""
+    from lensor.inspect.page import HEADINGS as COLUMNS_OF_PAGE
+    from lensor.inspect.page import cells, millions, milliseconds, pace
+
+    styles = {"slow": "yellow", "fast": "green", "": ""}
+    columns = (Column(name, justify="right" if number else "left", overflow="fold") for name, number in COLUMNS_OF_PAGE)
+    table = Table(*columns)
+    for one, following in zip(found, [*found[1:], None], strict=True):
+        row = cells(one)
+        end = following is None or following.layer != one.layer
+        table.add_row(*(Text(printable(cell.text), style=styles[cell.style]) for cell in row), end_section=end)
+    shown.print(table)
+    headings = ("the whole model", "Mflop", "standard, ms", "Lensor, ms", "ratio", "without a time")
+    table = Table(headings[0], *(Column(name, justify="right") for name in headings[1:]))
+    for total in sums:
+        times, style = ["–"] * 3, ""
+        if total.seconds is not None and total.ratio is not None:
+            times = [*map(milliseconds, total.seconds), digits(total.ratio)]
+            style = styles[pace(total.ratio)]
+        missing = str(total.missing) if total.missing else ""
+        table.add_row(total.operation, millions(total.flops), *times[:2], Text(times[2], style=style), missing)
+    shown.print(table)
+    for trouble in dict.fromkeys(one.trouble for one in found if one.trouble):
+        shown.print(trouble, style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shapes(given: list[str] | None) -> Shapes:
+    """The shapes of a model's arguments, without batch axes."""
+    return tuple(map(parse_sizes, given or ()))
+
+
+def _shown(shapes: Shapes) -> str:
+    return " and ".join(map(format_sizes, shapes))
+
+
+def _find(model: str, shapes: Shapes) -> tuple[tuple[Layer, ...], Shapes]:
+    """The unique convolutions of a model, and the shapes of its inputs."""
+    if model.endswith(".pt2"):
+        if shapes:
+            raise CommandError(f"{model} holds the sizes that it was exported with: leave --input-shape out")
+        require("torch")
+        from lensor.inspect.exported import exported
+
+        found, shape = exported(Path(model))
+        return tuple(found), (shape,)
+    if ":" not in model:
+        name = layers_of(model)[0].model
+        held = dict.fromkeys((NETS[name].census, NETS[name].speed))
+        if len(shapes) > 1 or not set(shapes) <= set(held):
+            known = " and ".join(map(format_sizes, held))
+            raise CommandError(f"{name} is held for {known}, for other inputs give {NETS[name].factory}")
+        shape = shapes[0] if shapes else NETS[name].speed
+        return layers_of(name, shape), (shape,)
+    if not shapes:
+        raise CommandError(f"which input does {model} take? give --input-shape, such as 3x224x224")
+    require("torch")
+    from lensor.inspect.extract import convolutions, import_factory
+
+    return tuple(convolutions(import_factory(model), model.rpartition(":")[2], *shapes)), shapes
+
+
+def _write(path: Path, layers: tuple[Layer, ...], shapes: Shapes) -> None:
+    with writing(path), path.open("w", encoding="utf-8", newline="") as file:
+        file.write(",".join(COLUMNS) + "\n")
+        write_layers(file, layers, _shown(shapes))
+
+
+def _show(layers: tuple[Layer, ...], shapes: Shapes) -> None:
+    headings = ("first module", "convolution", "kind", "stride", "padding", "dilation", "bias")
+    table = Table(*headings, Column("count", justify="right"))
+    for layer in layers:
+        spec = layer.spec
+        padding = format_sizes(spec.padding) + ("" if spec.padding_mode == "zeros" else f" {spec.padding_mode}")
+        what = label(spec) + (" transposed" if spec.transposed else "")
+        hyper = [format_sizes(spec.stride), padding, format_sizes(spec.dilation), "yes" if spec.bias else "no"]
+        table.add_row(layer.name, what, layer.kind, *hyper, str(layer.count))
+    out = console()
+    out.print(table)
+    total = sum(layer.count for layer in layers)
+    kinds = ", ".join(f"{kind}: {total} ({unique})" for kind, (total, unique) in census(layers).items())
+    out.print(
+        f"{total} convolutions, {len(layers)} of them unique, for an input of {_shown(shapes)}; of each kind, "
+        f"total (unique): {kinds or 'none'}",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -1,0 +1,164 @@
+"""What Lensor makes of each convolution of a model: the network, what is left of it, the plan, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lensor.evaluate import bind_shapes
+from lensor.inspect.layers import Layer
+from lensor.inspect.operations import OPERATIONS, PAPER_OPERATIONS
+from lensor.network import AnyNetwork
+from lensor.plan import Plan
+from lensor.spec import ConvSpec
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The shortest times of one operation of one convolution, in seconds.
+
+    Args:
+        standard: of what one writes with torch alone; None if it failed.
+        lensor: of Lensor; None if it failed.
+        trouble: why a time is missing; empty if none is.
+    """
+
+    standard: float | None
+    lensor: float | None
+    trouble: str = ""
+
+
+Timings = Mapping[tuple[str, ConvSpec], Timing]
+"""Timings by operation and convolution."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One operation of one convolution.
+
+    Args:
+        layer: the convolution.
+        operation: the operation's name.
+        network: its network, as the operation defines it.
+        rest: what the rules leave of it.
+        plan: the plan that was chosen.
+        timing: the times, if they were measured.
+    """
+
+    layer: Layer
+    operation: str
+    network: AnyNetwork
+    rest: AnyNetwork
+    plan: Plan
+    timing: Timing | None = None
+
+    @property
+    def written(self) -> str:
+        """The network as text."""
+        return str(self.network)
+
+    @property
+    def simplified(self) -> str:
+        """What the rules leave of it as text."""
+        return str(self.rest)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that the plan has alive at once, its result included and its operands not."""
+        return self.plan.peak_size * self.plan.itemsize
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """The shortest times of the standard way and of Lensor; none if there are not both."""
+        if self.timing is None or self.timing.standard is None or self.timing.lensor is None:
+            return None
+        return self.timing.standard, self.timing.lensor
+
+    @property
+    def ratio(self) -> float | None:
+        """Lensor's time over the standard way's."""
+        return None if self.seconds is None else self.seconds[1] / self.seconds[0]
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no time: what the standard way or Lensor said; empty if there is one, or none was asked for."""
+        return "" if self.timing is None else self.timing.trouble
+
+
+@dataclass(frozen=True)
+class Total:
+    """One operation of the whole model: each convolution as often as the model runs it.
+
+    Args:
+        operation: the operation's name.
+        flops: of all plans.
+        seconds: of the standard way and of Lensor, if there are times.
+        missing: convolutions without a time, which are not in `seconds`.
+    """
+
+    operation: str
+    flops: int
+    seconds: tuple[float, float] | None
+    missing: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Lensor's time over the standard way's."""
+        return None if self.seconds is None else self.seconds[1] / self.seconds[0]
+
+
+def explained(
+    layers: Sequence[Layer],
+    ops: Sequence[str] = PAPER_OPERATIONS,
+    batch: int = 8,
+    columns: int = 4,
+    dtype: str = "float32",
+    timings: Timings | None = None,
+) -> Iterator[Explanation]:
+    """Each operation of each convolution, in order.
+
+    Args:
+        layers: convolutions, without biases.
+        ops: names of operations.
+        batch: the batch size of the plans.
+        columns: columns of the square root of the GGN.
+        dtype: the dtype of the plans' operands.
+        timings: the times, if they were measured.
+
+    Example:
+        >>> import lensor
+        >>> from lensor.inspect.explain import explained
+        >>> from lensor.inspect.layers import Layer
+        >>> layer = Layer("net", "conv1", lensor.ConvSpec(2, 4, (5, 5), 1), 1)
+        >>> (found,) = explained([layer], ["forward"])
+        >>> print(found.simplified)
+        X[n c_in o1 o2] W[c_out c_in () ()] -> n c_out o1 o2
+    """
+    for layer in layers:
+        for name in ops:
+            net = OPERATIONS[name].network(layer.spec)
+            shapes = OPERATIONS[name].shapes(layer.spec, batch, columns)
+            like = {
+                operand: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+                for operand, shape in shapes.items()
+            }
+            rest = bind_shapes(net, shapes).simplify()
+            timing = None if timings is None else timings.get((name, layer.spec))
+            yield Explanation(layer, name, net, rest, net.plan(**like), timing)
+
+
+def totals(explanations: Iterable[Explanation]) -> list[Total]:
+    """The sums over a model for each operation."""
+    found: dict[str, list[Explanation]] = {}
+    for one in explanations:
+        found.setdefault(one.operation, []).append(one)
+    result = []
+    for operation, those in found.items():
+        timed = [(one.layer.count, one.seconds) for one in those if one.seconds is not None]
+        sums = tuple(sum(count * seconds[way] for count, seconds in timed) for way in (0, 1))
+        flops = sum(one.layer.count * one.plan.flops for one in those)
+        missing = sum(one.layer.count for one in those if one.seconds is None)
+        result.append(Total(operation, flops, (sums[0], sums[1]) if timed else None, missing))
+    return result

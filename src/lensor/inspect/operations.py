@@ -1,0 +1,106 @@
+"""What is measured: seven operations, with the networks and the operands of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lensor import ops
+from lensor.spec import ConvSpec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of a convolution.
+
+    Args:
+        name: its name.
+        operands: the names of its operands, among X, W, V (a cotangent) and S (columns of cotangents).
+        network: the tensor network that defines it.
+    """
+
+    name: str
+    operands: tuple[str, ...]
+    network: Callable[[ConvSpec], Any]
+
+    def shapes(self, spec: ConvSpec, batch: int, columns: int) -> dict[str, Shape]:
+        """The shape of each operand.
+
+        Example:
+            >>> import lensor
+            >>> from lensor.inspect.operations import OPERATIONS
+            >>> OPERATIONS["ggn_diagonal"].shapes(lensor.ConvSpec(4, 8, (9,), 3), batch=2, columns=5)
+            {'X': (2, 4, 9), 'S': (5, 2, 8, 7)}
+        """
+        every = {
+            "X": (batch, *spec.input_shape),
+            "W": spec.weight_shape,
+            "V": (batch, *spec.output_shape),
+            "S": (columns, batch, *spec.output_shape),
+        }
+        return {name: every[name] for name in self.operands}
+
+    def physical_limit(self, spec: ConvSpec, batch: int, columns: int, itemsize: int) -> tuple[int, int]:
+        """What bounds the time from below: (flops of the plan with the fewest, bytes of operands and result together).
+
+        Example:
+            >>> import lensor
+            >>> from lensor.inspect.operations import OPERATIONS
+            >>> OPERATIONS["forward"].physical_limit(lensor.ConvSpec(4, 8, (9,), 1), batch=2, columns=1, itemsize=4)
+            (1152, 992)
+        """
+        shapes = self.shapes(spec, batch, columns)
+        plan = self.network(spec).plan(**shapes)
+        sizes = sum(map(math.prod, shapes.values())) + math.prod(plan.shape)
+        return min(candidate.flops for candidate in plan.candidates), itemsize * sizes
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation("forward", ("X", "W"), ops.conv),
+        Operation("input_vjp", ("W", "V"), ops.input_vjp),
+        Operation("weight_vjp", ("X", "V"), ops.weight_vjp),
+        Operation("kfac_expand", ("X",), lambda spec: ops.kfac_input_factor(spec, "expand")),
+        Operation("kfac_reduce", ("X",), lambda spec: ops.kfac_input_factor(spec, "reduce")),
+        Operation("per_example_weight_vjp", ("X", "V"), ops.per_example_weight_vjp),
+        Operation("ggn_diagonal", ("X", "S"), ops.ggn_diagonal),
+    )
+}
+"""The operations by name; kfac_expand is KFC."""
+
+PAPER_OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
+"""The five that the paper measures."""
+
+STANDARD = "standard"
+"""The implementation that the others are checked against and measured by."""
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""The dtypes of operands."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What `lensor explain` plans for, and how its times are measured.
+
+    Args:
+        batch: batch size.
+        columns: columns of the square root of the GGN.
+        dtype: dtype of the operands.
+        threads: threads of torch.
+        device: "cpu" or "cuda".
+        repeats: the largest number of rounds.
+        seconds: how long each implementation is timed, in at least three rounds.
+    """
+
+    batch: int = 8
+    columns: int = 4
+    dtype: str = "float32"
+    threads: int = 2
+    device: str = "cpu"
+    repeats: int = 20
+    seconds: float = 0.1

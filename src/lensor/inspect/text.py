@@ -1,0 +1,79 @@
+"""Text of users' models, files and errors in terminals and tables: what it shows is all that it does.
+
+A module's name, an error's message or a path may hold anything: escape sequences of terminals, marks that reverse the
+direction of writing, line ends, or what a spreadsheet takes for a formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import IO, Any
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Categories of characters that steer: control and format characters, lone surrogates, line and paragraph ends."""
+
+_FORMULA = re.compile("'*[=+\\-@＝＋－＠]")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""A text in which characters that would steer a terminal are escaped as in Python.
+
+    Args:
+        text: any text.
+        keep: characters that stay as they are.
+
+    Example:
+        >>> from lensor.inspect.text import printable
+        >>> print(printable("conv\x1b[31m1"), printable("64→128\n", keep="\n"), end="")
+        conv\x1b[31m1 64→128
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(one if one in keep or unicodedata.category(one) not in _HIDDEN else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def cell(value: object) -> object:
+    """A value as a cell of CSV: text that a spreadsheet would take for a formula gets an apostrophe in front.
+
+    Numbers, and text that is one, stay as they are.
+
+    Example:
+        >>> from lensor.inspect.text import cell, from_cell
+        >>> [cell(one) for one in ("conv1", "=1+1", "-1.5e-3", "-conv", -2)]
+        ['conv1', "'=1+1", '-1.5e-3', "'-conv", -2]
+        >>> from_cell("'=1+1")
+        '=1+1'
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def from_cell(text: str) -> str:
+    """The text that `cell` made a cell of."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def write_rows(file: IO[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows of CSV."""
+    csv.writer(file, lineterminator="\n").writerows([cell(value) for value in row] for row in rows)
+
+
+def digits(value: float) -> str:
+    """A ratio in two or three digits.
+
+    Example:
+        >>> from lensor.inspect.text import digits
+        >>> digits(0.0123), digits(0.5), digits(12.3)
+        ('0.012', '0.50', '12.3')
+    """
+    return f"{value:.2g}" if value < 0.1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"

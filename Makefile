@@ -5,7 +5,7 @@
 #   make browser   Debian's Chromium, for the tests of pages; needs root
 #   make tex       Debian's TeX, for the tests of TikZ pictures; needs root
 #
-# Both `make test` and CI fail if a test is skipped that is not listed in tests/skips.py.
+# Both `make test` and CI fail if a test is skipped that is not listed in tests/support/skips.py.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.made
@@ -47,7 +47,7 @@ test: lint $(PEERS)
 	$(PYTEST) -m "not slow"
 
 test-all: lint $(PEERS)
-	$(BIN)/python -m tests.sweep
+	$(BIN)/python -m tests.sweeps.operations
 	$(PYTEST)
 
 # The site, in docs/_build; a warning is an error.

@@ -14,7 +14,7 @@ from sybil.sybil import SybilCollection
 
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 
-pytest_plugins = ["tests.skips"]
+pytest_plugins = ["tests.support.session", "tests.support.skips"]
 
 # No SkipParser: an example that it skips counts as one that passed.
 pages = Sybil(parsers=[PythonCodeBlockParser(doctest_optionflags=FLAGS)], patterns=["README.md", "docs/*.md"])

@@ -172,8 +172,8 @@ def write(folder: Path) -> Iterator[Path]:
         "",
         "Made by `python -m examples.gallery` from the objects themselves. Rounded boxes are tensors, hexagons index"
         " patterns, dots indices of more than two nodes or deltas, black triangles output legs that group indices. An"
-        " arrow leads from a network to what the rules leave of it; a shade lies behind unfolded inputs; what is cut out is dashed."
-        " Flops are those of the plan for 2 examples and 3 columns. The pictures are of one convolution:",
+        " arrow leads from a network to what the rules leave of it; a shade marks unfolded inputs; cuts are"
+        " dashed. Flops are those of the plan for 2 examples and 3 columns. The pictures are of one convolution:",
         "",
         f"    {SETUP}",
     ]

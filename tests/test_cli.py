@@ -13,12 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 import lensor
-from lensor import cli, rules
+from lensor import cli
+from lensor.inspect import rules
 from lensor.simplification import PHASES
 from lensor.simplification.examples import CASES, RULE_EXAMPLES, Example
-from tests.dense import evaluate_dense
+from tests.support.dense import evaluate_dense
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def invoke(*arguments: str) -> Any:
@@ -35,28 +36,33 @@ def test_version() -> None:
 def test_help_names_the_commands() -> None:
     for arguments in (["--help"], []):
         result = invoke(*arguments)
-        assert "demo" in result.output
-        assert "rules" in result.output
+        for name in ("convs", "explain", "rules", "bench", "reproduce", "conformance"):
+            assert name in result.output
 
 
-def test_quick_demo_writes_its_reports(tmp_path: Path) -> None:
-    result = invoke("demo", "--quick", "--out", str(tmp_path / "out"))
-    assert result.exit_code == 0, result.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "ratios.csv", "ratios.png"}
-    assert "tiny 8→16 2×2 s2" in result.stdout
+def test_without_benchmarks_their_commands_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = cli.find_spec
+    for module in ("lensor.cli", "lensor.inspect.commands", "lensor.inspect.errors"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == "lensor_bench" else find_spec(name))
+    assert "conformance" not in invoke("--help").output
+    for command in ("bench", "reproduce", "conformance"):
+        result = invoke(command, "--out", "anywhere")
+        assert result.exit_code == 1
+        assert result.stderr == f"lensor: {command} is a command of lensor-bench: pip install lensor-bench\n"
+    plain = invoke("explain", "2c2d", "--ops", "forward")
+    assert plain.exit_code == 0, plain.output
+    assert "nothing measured" in plain.output
+    timed = invoke("explain", "2c2d", "--times")
+    assert timed.exit_code == 1
+    assert timed.stderr == "lensor: this needs lensor-bench: pip install lensor-bench\n"
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for arguments in (
-        ["demo", "--quick", "--out", str(tmp_path / "file" / "out")],
-        ["rules", "--markdown", str(tmp_path / "no" / "such" / "folder.md")],
-    ):
-        result = invoke(*arguments)
-        assert result.exit_code == 1
-        assert result.stdout == ""
-        assert result.stderr.startswith("lensor: cannot write")
-        assert result.stderr.count("\n") == 1
+    result = invoke("rules", "--markdown", str(tmp_path / "no" / "such" / "folder.md"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("lensor: cannot write")
+    assert result.stderr.count("\n") == 1
 
 
 def test_missing_extra_is_named() -> None:

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 import lensor
 from lensor import ConvSpec, distributed, ops
 from lensor.lowering import axis_of, parts_of, sliceable
-from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
+from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 
 CASES = [
     (op, spec)

@@ -23,8 +23,8 @@ from lensor.kernels.torch.capture import _constants
 from lensor.pattern import PADDING_MODES
 from lensor.plan import steps as s
 from lensor.runtime import run
-from tests.cases import BUILDERS, SPECS, assert_close, bound, operands_of
-from tests.dense import evaluate_dense
+from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of
+from tests.support.dense import evaluate_dense
 
 STATM = Path("/proc/self/statm")
 

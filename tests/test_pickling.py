@@ -23,7 +23,7 @@ import lensor
 import lensor.nn
 import lensor.sampling
 from lensor.curvature import Block, EigenFactors, Inverse, KroneckerFactors, ekfac, kfac
-from lensor.curvature.factors import Operator
+from lensor.curvature.operators import Operator
 from lensor.inspect.layers import Layer
 
 
@@ -101,7 +101,7 @@ def test_factors_are_loaded_as_weights_only() -> None:
 
 
 def _solvers() -> list[type]:
-    from lensor.curvature import factors as module
+    from lensor.curvature import inverses as module
 
     return [module._Eigen, module._Cholesky, module._Woodbury]
 

@@ -99,7 +99,7 @@ def _require(*packages: str) -> None:
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise DemoError(f"the demo needs {', '.join(missing)}: install lensor[demo]")
+        raise DemoError(f"the demo needs {', '.join(missing)}: pip install lensor[demo]")
 
 
 def _make_folder(folder: Path) -> None:

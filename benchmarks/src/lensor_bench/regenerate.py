@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lensor.inspect import catalogue
 from lensor.inspect.catalogue import NETS, Net
 from lensor.inspect.extract import convolutions, import_factory
 from lensor.inspect.layers import COLUMNS, format_sizes, write_layers
@@ -57,4 +58,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("catalogue.csv"))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(catalogue.__file__).with_name("catalogue.csv"))

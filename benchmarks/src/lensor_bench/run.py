@@ -211,7 +211,7 @@ def _implementations(asked: Sequence[str]) -> tuple[Implementation, ...]:
     found = [IMPLEMENTATIONS[name] for name in names]
     for one in found if asked else ():
         if not one.is_installed:
-            raise CommandError(f"{one.name} is not installed: install lensor[bench], or {one.package}")
+            raise CommandError(f"{one.name} is not installed: pip install {one.package}")
     return tuple(dict.fromkeys((IMPLEMENTATIONS[STANDARD], *(one for one in found if one.is_installed))))
 
 

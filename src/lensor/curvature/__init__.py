@@ -3,17 +3,15 @@
 Importing this package imports torch.
 """
 
-from lensor.curvature.factors import Block, EigenFactors, Inverse, KroneckerFactors, LinAlgError
+from lensor.curvature.block import Block
+from lensor.curvature.ekfac import ekfac
+from lensor.curvature.factors import KroneckerFactors
+from lensor.curvature.ggn import ggn_diagonal, ggn_mini_blocks
+from lensor.curvature.hessian import hessian_diagonal
+from lensor.curvature.inverses import EigenFactors, Inverse, LinAlgError
 from lensor.curvature.kfac import kfac
-from lensor.curvature.quantities import (
-    ekfac,
-    empirical_ntk,
-    ggn_diagonal,
-    ggn_mini_blocks,
-    hessian_diagonal,
-    per_example_gradient_norms,
-    per_example_gradients,
-)
+from lensor.curvature.ntk import empirical_ntk
+from lensor.curvature.per_example import per_example_gradient_norms, per_example_gradients
 
 __all__ = [
     "Block",

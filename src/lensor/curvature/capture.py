@@ -15,15 +15,8 @@ from torch.utils._pytree import tree_map
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import Node, Reached, inner_nodes, leading_to, tensors_in
 from lensor.curvature.layers import Layer
-from lensor.curvature.layout import (
-    BatchAxis,
-    Given,
-    Layout,
-    NoLayoutError,
-    find_layout,
-    given_axis,
-    only_axis,
-)
+from lensor.curvature.layout import BatchAxis, Given, Layout, NoLayoutError, given_axis, only_axis
+from lensor.curvature.trials import find_layout
 from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed
 from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec

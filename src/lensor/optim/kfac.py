@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import math
-import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.utils.hooks import RemovableHandle
 
-from lensor.curvature.capture import Capture, Use, computing, unwrapped
-from lensor.curvature.data import Arguments, one_tensor, size_of
-from lensor.curvature.distribution import shares
-from lensor.curvature.factors import Block, Inverse, KroneckerFactors
-from lensor.curvature.kfac import APPROXIMATIONS, Collector, output_axis
-from lensor.curvature.layers import layers_of
+from lensor.curvature.block import Block
+from lensor.curvature.capture import unwrapped
+from lensor.curvature.collector import APPROXIMATIONS, Collector
+from lensor.curvature.factors import KroneckerFactors
+from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import Given
-from lensor.curvature.losses import FISHERS, LossRoot, require_loss
-from lensor.curvature.watching import Targets, depth, eagerly
+from lensor.curvature.losses import FISHERS, require_loss
 from lensor.errors import require_choice
+from lensor.optim.checkpoint import as_parameters, require_same_form
+from lensor.optim.inversion import Inversion
+from lensor.optim.tracking import Tracker, generator_from
 
 METHODS = ("cholesky", "eigen", "woodbury")
 NONFINITE = ("raise", "skip")
+
+
+def _of(part: str, name: str, doc: str) -> Any:
+    """A property that is an attribute of a part of the optimizer."""
+
+    def read(self: KFAC) -> Any:
+        return getattr(getattr(self, part), name)
+
+    def write(self: KFAC, value: Any) -> None:
+        setattr(getattr(self, part), name, value)
+
+    return property(read, write, doc=doc)
 
 
 class KFAC(torch.optim.Optimizer):
@@ -97,6 +105,19 @@ class KFAC(torch.optim.Optimizer):
         TypeError, ValueError: for a model, loss, choice or number that makes no sense.
     """
 
+    steps: int = _of("tracker", "steps", "The steps that were made.")
+    loss: nn.Module = _of("tracker", "loss", "The loss that is minimised.")
+    approx: str = _of("tracker", "approx", "The treatment of positions.")
+    fisher: str = _of("tracker", "fisher", "The Fisher matrix.")
+    mc_samples: int = _of("tracker", "mc_samples", "Draws for each example.")
+    factor_interval: int = _of("tracker", "factor_interval", "Steps between updates of factors.")
+    accumulation_steps: int = _of("tracker", "accumulation_steps", "Backward passes before a step.")
+    grad_scaler: Any = _of("tracker", "grad_scaler", "The GradScaler in use.")
+    batch_axis: Given = _of("tracker", "batch_axis", "The axis of the examples, if it was given.")
+    layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
+    method: str = _of("inversion", "method", "How factors are inverted.")
+    group: dist.ProcessGroup | None = _of("inversion", "group", "The processes that train together.")
+
     def __init__(
         self,
         model: nn.Module,
@@ -142,31 +163,32 @@ class KFAC(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
         self.model = unwrapped(model)
-        self.loss, self.approx, self.fisher, self.method = loss, approx, fisher, method
-        self.kl_clip, self.ema, self.mc_samples, self.nonfinite = kl_clip, ema, mc_samples, nonfinite
-        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
-        self.accumulation_steps, self.grad_scaler, self.group = accumulation_steps, grad_scaler, group
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
-        super().__init__(list(named.values()) if params is None else params, options)
-        self.batch_axis = batch_axis
-        self._joint = bias == "joint"
-        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
-        self._names: dict[str, Tensor] = {}
-        self._form: Any = None
-        self._watch_new()
-        if not self._names:
-            raise ValueError("params holds none of the model's parameters that require gradients")
-        self.steps = 0
+        self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None
-        self._pending: Collector | None = None
-        self._inverted: dict[str, Block] = {}
-        self._damped: dict[str, float] = {}
-        self._inverse: dict[str, Inverse] = {}
-        self._generator: torch.Generator | None = None
-        self._seed = seed
+        self.inversion = Inversion(method, group)
+        self.tracker = Tracker(
+            self.model,
+            loss,
+            approx,
+            fisher,
+            bias == "joint",
+            factor_interval,
+            accumulation_steps,
+            mc_samples,
+            seed,
+            grad_scaler,
+            batch_axis,
+        )
+        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        self._form: Any = None
         self._warned = False
-        self._hook()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        super().__init__(trained if params is None else params, options)
+        self._watch_new()
+        if not self.tracker.names:
+            raise ValueError("params holds none of the model's parameters that require gradients")
+        self._attach()
 
     # ------------------------------------------------------------------------------------------------ what is trained
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -182,7 +204,7 @@ class KFAC(torch.optim.Optimizer):
         if not 0 < group["damping"] < math.inf:
             raise ValueError(f"damping must be positive, found {group['damping']} in a group of parameters")
         super().add_param_group(param_group)
-        if hasattr(self, "_names"):
+        if self.tracker.names:  # not from the constructor
             self._watch_new()
 
     def _watch_new(self) -> None:
@@ -201,176 +223,29 @@ class KFAC(torch.optim.Optimizer):
                 found.append(layer if layer.bias in named else replace(layer, bias=None))
             elif self._asked is not None:
                 raise ValueError(f"layer {layer.name!r} has a weight that this optimizer does not train")
-        self._names, self.layers = named, found
-        if getattr(self, "factors", None) is not None:  # what is not trained any more has no factors
-            self.factors = self._still_trained(self.factors)
-            self._inverted = dict(self._still_trained(self._inverted))
-            self._inverse = {name: one for name, one in self._inverse.items() if name in self._inverted}
-        for handle in getattr(self, "_accumulated", ()):
-            handle.remove()
-        here: weakref.ref[KFAC] = weakref.ref(self)
-        self._left: dict[str, tuple[int, int]] = {}
-        self._accumulated = []
-        for layer in found:
-            weight = named[layer.weight]
-            before, after = (_OnGradient(here, layer.weight, tell) for tell in (KFAC._arrive, KFAC._accumulate))
-            self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
+        self.tracker.watch(found, named)
+        if self.factors is not None:  # what is not trained any more has no factors
+            self.factors = self.factors._with(self._still_trained(self.factors))
+            self.inversion.keep(self._still_trained(self.inversion.blocks))
 
-    def _still_trained(self, blocks: Any) -> Any:
-        kept = {name: block for name, block in blocks.items() if all(one in self._names for one in block.names)}
-        return blocks._with(kept) if isinstance(blocks, KroneckerFactors) else kept
+    def _still_trained(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        names = self.tracker.names
+        return {name: block for name, block in blocks.items() if all(one in names for one in block.names)}
 
-    # ------------------------------------------------------------------------------------------------------ collecting
-    def _hook(self) -> None:
-        """Watch the model's forward pass, and its outputs after all of its hooks."""
-        self._thread = threading.local()
-        self._backward: dict[int, _Backward] = {}
-        here: weakref.ref[KFAC] = weakref.ref(self)
-        handle = self.model.register_forward_hook(_After(here), with_kwargs=True)
-        watched = _Watched(here, self.model)
-        self.model.__dict__["forward"] = watched
-        self._handle = handle
-        weakref.finalize(self, _unhook, weakref.ref(self.model), watched, handle)
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()  # code compiled before does not know that the model is watched
+    def _attach(self) -> None:
+        here = weakref.ref(self)
 
-    def _collects(self) -> bool:
-        """Whether a forward pass of the model is one to collect from."""
-        return (
-            self.model.training
-            and torch.is_grad_enabled()
-            and self.steps % self.factor_interval == 0
-            and not depth()
-            and not getattr(self._thread, "inside", False)
-            and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again in the backward pass
-        )
+        def refresh() -> None:
+            optimizer = here()
+            if optimizer is not None:
+                optimizer._watch_new()
 
-    def _forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The model's forward pass, while its layers are watched."""
-        if any(layer.module.weight is not self._names[layer.weight] for layer in self.layers):
-            return forward(*arguments, **named)  # with other weights, as of torch.func.functional_call
-        self._watch_new()
-        inputs = Arguments(arguments, named)
-        batch, targets = size_of(inputs), Targets(self.layers)
-        remember = self.approx == "expand"  # which treats rows alike, whichever example they belong to
-        layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis, remember)
-        one = _Pass(Collector(self.layers, self.approx, self._joint, self.fisher, keep_graph=True))
-        on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
-        capture = Capture(
-            targets,
-            one.collected.add_input,
-            batch,
-            layout,
-            self.batch_axis,
-            on_output,
-            ordered=self.approx == "reduce",
-            independent=False,
-        )
-        self._thread.running, self._thread.inside = None, True
-        try:
-            with eagerly(), capture:
-                out = forward(*arguments, **named)
-        finally:
-            self._thread.inside = False
-        self._thread.running = one, capture, layout
-        hooks = self.model._forward_hooks
-        if self._handle.id in hooks:  # last, so that it sees what hooks of the user's have made of the outputs
-            hooks[self._handle.id] = hooks.pop(self._handle.id)
-        return out
-
-    def _leave(self) -> None:
-        """Forget a pass whose outputs were never seen: of `model.forward`, called directly."""
-        if not depth() and not getattr(self._thread, "inside", False):
-            self._thread.running = None
-
-    def _after(self, out: Any) -> None:
-        """The outputs of the model, after all hooks."""
-        running, self._thread.running = getattr(self._thread, "running", None), None
-        if running is None:
-            return
-        one, capture, layout = running
-        capture.check(out)
-        outputs = one_tensor(out)
-        with computing(outputs):
-            axis = output_axis(layout, out, outputs, capture.batch)
-            root = LossRoot(self.loss, outputs, None, capture.batch, axis)
-        one.normaliser = root.normaliser
-        one.collected.count(capture.batch, root.normaliser)
-        if self.fisher == "empirical":
-            capture.require_gradients(capture.uses)
-        elif self.fisher != "forward-only":
-            if self._generator is None:
-                self._generator = torch.Generator(outputs.device).manual_seed(self._seed)
-            columns = root.of(self.fisher, self.mc_samples, self._generator)
-            one.collected.add_columns(capture, outputs, columns, root)
-        if outputs.requires_grad:
-            outputs.register_hook(partial(_reach, weakref.ref(self), one))
-
-    def _use(self, one: _Pass) -> None:
-        """Gradients through a pass are those of the step: what it collected counts."""
-        if one.used_in is None:
-            if self._pending is None:
-                self._pending = one.collected
-            else:
-                self._pending.merge(one.collected)
-            one.used_in = self._pending
-
-    def _take(self) -> Collector | None:
-        """What was collected since the last step, which is forgotten."""
-        self._left.clear()
-        pending, self._pending = self._pending, None
-        return pending
-
-    def _arrive(self, weight: str) -> None:
-        """A gradient is about to be added to that of a weight, unless `torch.autograd.grad` is to return it.
-
-        Where the one before was given up since it was added to (deleted, or filled with zeros), what was collected with
-        it is given up, too.
-        """
-        left, gradient = self._left.get(weight), self._names[weight].grad
-        if left is None or self._pending is None:
-            return
-        if gradient is None or (left != (id(gradient), gradient._version) and not bool(gradient.any())):
-            self._take()
-
-    def _accumulate(self, weight: str) -> None:
-        """A backward pass has added to the gradient of a weight: the passes that it went through count."""
-        gradient = self._names[weight].grad
-        if gradient is not None:
-            self._left[weight] = id(gradient), gradient._version
-        found = self._backward.get(torch._C._current_graph_task_id())
-        if found is None:
-            return
-        for one in found.reached:
-            self._use(one)
-        found.reached.clear()
-        for one, use, gradient in found.waiting.pop(weight, ()):
-            self._use(one)
-            self._add_output(one, use, gradient)
-
-    def _running(self) -> _Backward:
-        """What the running backward pass has shown so far; it is forgotten when that ends."""
-        task = torch._C._current_graph_task_id()
-        found = self._backward.get(task)
-        if found is None:
-            found = self._backward[task] = _Backward()
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: self._backward.pop(task, None))
-        return found
-
-    def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
-        """The gradient at a layer's output in the user's own backward pass: an example's own times √normaliser."""
-        if one.used_in is not self._pending or self._pending is None:
-            return  # the step that it was for has been made or given up
-        scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
-        mean = self.loss.reduction == "mean"
-        factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
-        with computing(gradient):
-            self._pending.add_output(use, gradient, factor * (one.normaliser if mean else 1.0))
+        self.tracker.refresh = refresh
+        self.tracker.attach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and the factors that were collected with them; a pass yet to be propagated back stays."""
-        self._take()
+        self.tracker.take()
         super().zero_grad(set_to_none)
 
     # -------------------------------------------------------------------------------------------------------- stepping
@@ -392,11 +267,11 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 found = closure()
-        pending = self._take()
-        if all(p.grad is None for p in self._names.values()):
+        pending, names = self.tracker.take(), self.tracker.names
+        if all(p.grad is None for p in self.tracker.names.values()):
             pending = None  # what was collected belongs to gradients that were given up
         new = None
-        if pending is not None and pending.examples and self.steps % self.factor_interval == 0:
+        if pending is not None and pending.examples and self.tracker.is_due:
             self._require_outputs(pending)
             new = pending.factors(str(self.loss.reduction), self.group)
         trouble = self._nonfinite(new)
@@ -410,20 +285,23 @@ class KFAC(torch.optim.Optimizer):
         if (
             self.factors is None
             and not self._warned
-            and any(self._names[one.weight].grad is not None for one in self.layers)
+            and any(self.tracker.names[one.weight].grad is not None for one in self.layers)
         ):
             self._warned = True
             warnings.warn(
                 "no factors were collected, steps are the gradient's: train() and forward() of the model given",
                 stacklevel=3,
             )
-        if self.factors is not None and (
-            not self._inverse
-            or self.steps % self.inverse_interval == 0
-            or self.factors.shapes != KroneckerFactors(self._inverted).shapes
-        ):
-            self._invert()
-        directions = self._directions()
+        directions: dict[int, Tensor] = {}
+        if self.factors is not None:
+            if (
+                not self.inversion.solvers
+                or self.steps % self.inverse_interval == 0
+                or self.factors.shapes != KroneckerFactors(self.inversion.blocks).shapes
+            ):
+                self.inversion.invert(self.factors, {name: self._damping(one) for name, one in self.factors.items()})
+            solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+            directions = {id(names[name]): direction for name, direction in solved.items()}
         clip = self._clip(directions)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -457,7 +335,7 @@ class KFAC(torch.optim.Optimizer):
         if self.fisher == "forward-only":
             return
         for name, sums in pending.sums.items():
-            gradient = self._names[name].grad
+            gradient = self.tracker.names[name].grad
             if sums.b is None and gradient is not None and bool(gradient.any()):
                 raise ValueError(
                     f"{name!r} has a gradient, but none was seen at the output of its layer, expected backward passes"
@@ -466,7 +344,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
         """The first gradient or factor that is not finite; the same answer on every rank."""
-        flags = [(name, p.grad) for name, p in self._names.items() if p.grad is not None]
+        flags = [(name, p.grad) for name, p in self.tracker.names.items() if p.grad is not None]
         if new is not None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
@@ -488,7 +366,7 @@ class KFAC(torch.optim.Optimizer):
             found[name] = next(
                 group["damping"]
                 for group in self.param_groups
-                if any(one is self._names[name] for one in group["params"])
+                if any(one is self.tracker.names[name] for one in group["params"])
             )
         if len(set(found.values())) > 1:
             raise ValueError(
@@ -496,56 +374,6 @@ class KFAC(torch.optim.Optimizer):
                 " give them one damping, or take bias='separate'"
             )
         return found[block.names[0]]
-
-    def _mine(self) -> dict[str, int]:
-        """The rank that inverts each block: shared out by cost."""
-        assert self.factors is not None
-        blocks = self.factors
-        ranks = 1 if self.group is None else dist.get_world_size(self.group)
-        costs = [float(one.groups * (one.d**3 + one.B.shape[1] ** 3)) for one in blocks.values()]
-        return dict(zip(blocks, shares(costs, ranks), strict=True))
-
-    def _invert(self) -> None:
-        assert self.factors is not None
-        self._inverted = dict(self.factors)
-        self._damped = {name: self._damping(block) for name, block in self._inverted.items()}
-        self._solve_mine()
-
-    def _solve_mine(self) -> None:
-        """The inverses of this rank's share of the blocks."""
-        me = 0 if self.group is None else dist.get_rank(self.group)
-        mine = [name for name, rank in self._mine().items() if rank == me]
-        self._inverse = {name: self._inverse_of(name) for name in mine}
-
-    def _inverse_of(self, name: str) -> Inverse:
-        block = self._inverted[name]
-        method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
-        return Inverse({name: block}, self._damped[name], method)
-
-    def _directions(self) -> dict[int, Tensor]:
-        """Gradients times the inverse, for parameters with factors."""
-        if self.factors is None:
-            return {}
-        found: dict[int, Tensor] = {}
-        owners = self._mine()
-        for name, block in self._inverted.items():
-            parameters = [self._names[one] for one in block.names]
-            if any(p.grad is None for p in parameters):
-                continue
-            gradients = {one: p.grad for one, p in zip(block.names, parameters, strict=True)}
-            wide = {one: g.to(block.B.dtype) for one, g in gradients.items() if g is not None}
-            if name in self._inverse:
-                solved = self._inverse[name] @ wide
-            else:
-                solved = {one: torch.empty_like(g) for one, g in wide.items()}
-            if self.group is not None:
-                source = dist.get_global_rank(self.group, owners[name])
-                for one in block.names:
-                    solved[one] = solved[one].contiguous()
-                    dist.broadcast(solved[one], source, group=self.group)
-            for one, parameter in zip(block.names, parameters, strict=True):
-                found[id(parameter)] = solved[one]
-        return found
 
     def _clip(self, directions: Mapping[int, Tensor]) -> Tensor | None:
         """What the steps are multiplied by, so that lr²·Σ step·gradient stays below the bound."""
@@ -565,14 +393,14 @@ class KFAC(torch.optim.Optimizer):
     # ----------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer: momentum, groups, factors, those that were inverted, and the generator."""
-        inverted = KroneckerFactors(self._inverted).state_dict() if self._inverted else None
+        inverted, generator = self.inversion.blocks, self.tracker.generator
         own = {
             "steps": self.steps,
             "factors": None if self.factors is None else self.factors.state_dict(),
-            "inverted": inverted,
-            "damped": dict(self._damped),
-            "generator": None if self._generator is None else self._generator.get_state(),
-            "seed": self._seed,
+            "inverted": KroneckerFactors(inverted).state_dict() if inverted else None,
+            "damped": dict(self.inversion.damping),
+            "generator": None if generator is None else generator.get_state(),
+            "seed": self.tracker.seed,
         }
         return {**super().state_dict(), "kfac": own}
 
@@ -585,16 +413,16 @@ class KFAC(torch.optim.Optimizer):
         """
         if "kfac" not in state_dict:
             raise KeyError("the state is not one of lensor.optim.KFAC")
-        own = state_dict["kfac"]
+        own, tracker = state_dict["kfac"], self.tracker
         read = KroneckerFactors.from_state_dict
         factors = None if own["factors"] is None else read(own["factors"])
         inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
         for blocks in (factors or {}, inverted):
-            self._require_own(blocks)
-        factors = None if factors is None else factors._with(self._as_parameters(factors))
-        inverted = self._as_parameters(inverted)
+            require_same_form(blocks, tracker.layers, tracker.names, tracker.joint)
         if factors is not None and factors.approx != self.approx:
             raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
+        factors = None if factors is None else factors._with(as_parameters(factors, tracker.names))
+        inverted = as_parameters(inverted, tracker.names)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         ids = [one for group in state_dict["param_groups"] for one in group["params"]]
         parameters = [one for group in self.param_groups for one in group["params"]]
@@ -602,74 +430,27 @@ class KFAC(torch.optim.Optimizer):
             known = state_dict["state"].get(one, {}).get("momentum_buffer")
             if known is not None:
                 self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
-        self.steps, self._pending, self._inverse = own["steps"], None, {}
-        self.factors, self._inverted = factors, inverted
-        self._damped = dict(own["damped"])
-        if self._inverted:
-            self._solve_mine()
-        self._seed, self._generator = own.get("seed", self._seed), None
+        self.factors, self.steps = factors, own["steps"]
+        tracker.pending, tracker.seed, tracker.generator = None, own.get("seed", tracker.seed), None
         if own["generator"] is not None:
-            device = next(iter(self._names.values())).device
-            self._generator = torch.Generator(device)
-            self._generator.set_state(own["generator"])
-
-    def _as_parameters(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
-        """Blocks on the parameters' devices, in their precision, which is at least single."""
-        found = {}
-        for name, block in blocks.items():
-            like = self._names[name]
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            changed = {w: t.to(like.device, dtype) for w, t in block.tensors().items()}
-            found[name] = replace(block, formed=changed.get("A"), root=changed.get("root"), B=changed["B"])
-        return found
-
-    def _require_own(self, factors: Mapping[str, Block]) -> None:
-        """Raise ValueError unless factors are of this model's parameters, in blocks as this optimizer has them."""
-        own = {layer.weight: layer for layer in self.layers}
-        for name, block in factors.items():
-            for parameter, shape in block.shapes.items():
-                known = self._names.get(parameter)
-                if known is None or tuple(known.shape) != shape:
-                    found = "no such parameter" if known is None else f"shape {tuple(known.shape)}"
-                    raise ValueError(
-                        f"the state has a factor for {parameter!r} of shape {shape}, this optimizer trains {found}: it"
-                        " is the state for another model"
-                    )
-            layer = own.get(name)
-            if layer is not None and layer.bias is not None and (len(block.names) == 2) != self._joint:
-                expected = "joint" if self._joint else "separate"
-                raise ValueError(f"the state has another form of the block of {name!r}, expected bias={expected!r}")
+            tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
+        self.inversion.invert(inverted, own["damped"])
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in (*_UNCOPIED, *_OF_TORCH)}
-        generator = state.pop("_generator")
-        state["_generator_state"] = None if generator is None else (generator.device, generator.get_state())
-        return state
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_TORCH}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy or an unpickled optimizer watches the model that was copied with it."""
-        if "_generator_state" not in state:  # torch's own part of a state that is loaded
-            super().__setstate__(state)
-            return
-        kept = state.pop("_generator_state")
+        """A copy or an unpickled optimizer follows the model that was copied with it."""
         super().__setstate__(state)
-        self._generator = None
-        if kept is not None:
-            self._generator = torch.Generator(kept[0])
-            self._generator.set_state(kept[1])
-        self._pending, self._inverse = None, {}
-        names, self._names, self._form = self._names, {}, None
+        if "tracker" not in state:  # torch's own part of a state that is loaded
+            return
+        names, self._form = self.tracker.names, None
         self._watch_new()
-        if self._names.keys() != names.keys():
+        if self.tracker.names.keys() != names.keys():
             raise ValueError("the copied optimizer does not train the parameters of the copied model")
-        self._hook()
-        if self._inverted:
-            self._solve_mine()
+        self._attach()
 
-
-_UNCOPIED = ("_thread", "_backward", "_handle", "_accumulated", "_left", "_pending", "_inverse")
-"""Attributes that a copy makes for itself."""
 
 _OF_TORCH = ("step", "_opt_called", "_step_count", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _OF_TORCH += ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
@@ -686,142 +467,6 @@ def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> Kro
     if both:
         kept.ema_(more, decay)
     return new._with({name: kept[name] if name in both else block for name, block in new.items()})
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One forward pass: what it collected, what its mean loss is divided by, and for which step it counts."""
-
-    collected: Collector
-    normaliser: float = 1.0
-    used_in: Collector | None = None
-    differentiated: bool = False
-    """Whether a backward pass through it is differentiated itself (a gradient penalty): it never counts."""
-
-
-@dataclass(eq=False)
-class _Backward:
-    """A backward pass that runs: the forward passes it went through, and gradients at outputs by the weight's name."""
-
-    reached: list[_Pass] = field(default_factory=list)
-    waiting: dict[str, list[tuple[_Pass, Use, Tensor]]] = field(default_factory=dict)
-
-
-def _wait(optimizer: weakref.ref[KFAC], one: _Pass, use: Use, gradient: Tensor) -> None:
-    """The gradient at a layer's output; it counts if the same backward pass adds to the gradient of the weight."""
-    found = optimizer()
-    one.differentiated |= torch.is_grad_enabled()
-    if found is not None and not one.differentiated:
-        found._running().waiting.setdefault(use.weight, []).append((one, use, gradient))
-
-
-def _reach(optimizer: weakref.ref[KFAC], one: _Pass, gradient: Tensor) -> None:
-    """A backward pass goes through the outputs of a forward pass."""
-    found = optimizer()
-    one.differentiated |= torch.is_grad_enabled()
-    if found is not None and not one.differentiated:
-        found._running().reached.append(one)
-
-
-class _OnGradient:
-    """A hook of a weight, before or after a gradient is added to its own, for an optimizer that may be gone."""
-
-    def __init__(self, optimizer: weakref.ref[KFAC], weight: str, tell: Callable[[KFAC, str], None]) -> None:
-        self.optimizer, self.weight, self.tell = optimizer, weight, tell
-
-    def __call__(self, value: Tensor) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None:
-            self.tell(optimizer, self.weight)
-
-
-class _Watched:
-    """Stands for a model's forward method, whose optimizer may be gone; copies and pickles have the method itself."""
-
-    watches = True
-
-    def __init__(self, optimizer: weakref.ref[KFAC], model: nn.Module) -> None:
-        self.optimizer, self.model = optimizer, weakref.ref(model)
-        self.before = vars(model).get("forward")
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            return self.run(arguments, named)
-        model = self.model()
-        if model is not None and (not model.training or torch.compiler.is_exporting()):  # no break is needed
-            return (self.before or partial(type(model).forward, model))(*arguments, **named)
-        return _run_outside(self, arguments, named)
-
-    @property
-    def __code__(self) -> Any:
-        """That of the method, for what reads its signature."""
-        method = self.before if self.before is not None else getattr(type(self.model()), "forward", None)
-        return getattr(method, "__code__", None)
-
-    def run(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The forward pass, watched if the optimizer collects."""
-        model, optimizer = self.model(), self.optimizer()
-        assert model is not None
-        forward = self.before if self.before is not None else partial(type(model).forward, model)
-        if optimizer is None:
-            return forward(*arguments, **named)
-        if not optimizer._collects():
-            optimizer._leave()
-            return forward(*arguments, **named)
-        return optimizer._forward(forward, arguments, named)
-
-    def __reduce__(self) -> Any:
-        if self.before is not None:
-            return _same, (self.before,)
-        return getattr, (self.model(), "forward")
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-@_disable_dynamo
-def _run_outside(watched: _Watched, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Not compiled: a watched forward pass runs as it was written."""
-    return watched.run(arguments, named)
-
-
-class _After:
-    """A hook for the outputs of a model; copies and pickles of the model get one that does nothing."""
-
-    def __init__(self, optimizer: weakref.ref[KFAC] | None) -> None:
-        self.optimizer = optimizer
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            self.tell(out)
-        elif module.training and not torch.compiler.is_exporting():
-            _tell_outside(self, out)
-
-    def tell(self, out: Any) -> None:
-        """Give the outputs to the optimizer."""
-        optimizer = self.optimizer() if self.optimizer is not None else None
-        if optimizer is not None:
-            optimizer._after(out)
-
-    def __reduce__(self) -> Any:
-        return _After, (None,)
-
-
-@_disable_dynamo
-def _tell_outside(hook: _After, out: Any) -> None:
-    hook.tell(out)
-
-
-def _unhook(model: weakref.ref[nn.Module], watched: _Watched, handle: RemovableHandle) -> None:
-    """Leave a model as it was before it was watched, unless something else has been put around since."""
-    handle.remove()
-    found = model()
-    if found is not None and vars(found).get("forward") is watched:
-        if watched.before is None:
-            del found.__dict__["forward"]
-        else:
-            found.__dict__["forward"] = watched.before
 
 
 def _needs_targets(loss: nn.Module) -> bool:

@@ -27,7 +27,7 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
     """The network after all oriented rules, with the same result; `trace` tells what fired.
 
     By its cheapest plan it costs no more flops than the network as it stands, but for the known gaps that
-    `docs/design.md` lists (11 of 2,000 random networks, all with sub-tensors of one half of a Gram matrix).
+    `docs/limits.md` lists (11 of 2,000 random networks, all with sub-tensors of one half of a Gram matrix).
 
     Example:
         >>> import lensor

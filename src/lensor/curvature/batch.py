@@ -1,0 +1,280 @@
+"""One batch after its forward pass, and the premises of quantities that are sums over examples."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
+from lensor.curvature.collector import output_axis, require_independent
+from lensor.curvature.data import batches, one_tensor, over_positions, size_of
+from lensor.curvature.graph import tensors_in
+from lensor.curvature.layers import Layer, layers_of
+from lensor.curvature.layout import BatchAxis, Given
+from lensor.curvature.losses import LossRoot, class_weights, require_loss, require_tensor
+from lensor.curvature.per_example import gradients
+from lensor.curvature.watching import Targets
+from lensor.errors import require_choice
+
+FISHERS = ("type-2", "mc", "empirical")
+
+
+_AT_ONCE = 8
+"""Columns of a root that are propagated and then contracted together."""
+
+
+class Batch:
+    """One batch after its forward pass: the layers' inputs, and what is propagated back to them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        inputs: Any,
+        given: Given,
+        *,
+        empty: bool = False,
+        shared: bool = False,
+    ) -> None:
+        self.size = size_of(inputs, empty=empty)
+        self.layout = Capture.layout_of(model, inputs, targets, self.size, given)
+        self.capture = KeptInputs(targets, self.size, self.layout, given)
+        self.shared = shared
+        self.returned = run(model, inputs, self.capture)
+
+    @property
+    def outputs(self) -> Tensor:
+        """The outputs as one tensor."""
+        return one_tensor(self.returned)
+
+    def check(self, roots: Any) -> None:
+        """Raise unless all that the roots depend on is known; see `Capture.check`."""
+        self.capture.check(roots, self.shared)
+
+    def root(self, loss: nn.Module, targets: Any) -> LossRoot:
+        """The root of the loss's Hessian with respect to the outputs."""
+        self.check(self.returned)
+        outputs = self.outputs
+        with computing(outputs):
+            axis = output_axis(self.layout, self.returned, outputs, self.size, independent=True)
+            return LossRoot(loss, outputs, targets, self.size, axis)
+
+    def loss(self, loss: Any, targets: Any) -> Tensor:
+        """The loss of the outputs: of all that the model returned, or of one tensor for torch's own losses."""
+        outputs = self.returned
+        if is_torchs(loss):
+            outputs = self.outputs
+            require_tensor(targets)
+        with torch.enable_grad():
+            value = loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.ndim:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(f"the loss has {found}, expected a number: reduction 'mean' or 'sum'")
+        if not value.requires_grad:
+            raise ValueError("the loss does not depend on the model's layers: no gradient is recorded")
+        self.check(value)
+        self._require_apart(loss, value)
+        return value
+
+    def _require_apart(self, loss: Any, value: Tensor) -> None:
+        """Raise unless every example's outputs are its own, and the loss is a sum over them.
+
+        Raises:
+            ValueError: for a model or a loss that mixes examples.
+        """
+        axes = self.layout.outputs if self.layout is not None else None
+        found = [
+            (tensor, axis)
+            for tensor, axis in zip(tensors_in(self.returned), axes or (), strict=False)
+            if axis is not None and tensor.requires_grad
+        ]
+        for _, axis in found:
+            require_independent(axis)
+        found = [(tensor, axis) for tensor, axis in found if axis.order is not None]
+        if self.size < 2 or not found or is_torchs(loss):
+            return
+        if _is_mixing(value, found, self.size):
+            raise ValueError(
+                "the loss is not a sum or mean over examples: its slope at the outputs of one depends on the outputs of"
+                " others, so that no part of it belongs to an example"
+            )
+
+    def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
+        """Columns at the layers' outputs, [v, batch, channels, *positions], a few at a time."""
+        while chunk := list(itertools.islice(columns, _AT_ONCE)):
+            found = [self.capture.gradients(self.outputs, column, keep=True) for column in chunk]
+            yield {use: torch.stack([one[use] for one in found]) for use in self.capture.uses}
+
+    def weight_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
+        """A weight's gradient for every example, [batch, *its shape], summed over its uses."""
+        return sum_of(gradients(use, self.capture.inputs[use], vectors[use]) for use in uses)
+
+    def bias_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
+        """A bias's gradient for every example, [batch, channels], summed over its uses."""
+        return sum_of(over_positions(vectors[use]) for use in uses)
+
+    def ordered(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values by the parameters' names, in the order of the layers."""
+        both = weights | biases
+        return {name: both[name] for name in self.capture.targets.parameters if name in both}
+
+
+def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch: int) -> bool:
+    """Whether the Hessian of a loss couples the outputs of different examples, seen by one random direction.
+
+    False for a loss that torch cannot differentiate twice.
+    """
+    tensors = [tensor for tensor, _ in outputs]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        slopes = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+        products = []
+        for (tensor, axis), slope in zip(outputs, slopes, strict=True):
+            if slope is not None and slope.requires_grad:
+                direction = torch.randn(tensor.shape, generator=generator).to(tensor)
+                axis.first(direction, batch)[1::2] = 0
+                products.append((slope * direction).sum())
+        if not products:
+            return False
+        curved = torch.autograd.grad(sum_of(products), tensors, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return False
+    rows = [axis.first(one, batch) for (_, axis), one in zip(outputs, curved, strict=True) if one is not None]
+    largest = max((float(one.abs().max()) for one in rows if one.numel()), default=0.0)
+    return any(bool((one[1::2].abs() > 1e-5 * largest).any()) for one in rows)
+
+
+def is_torchs(loss: Any) -> bool:
+    """Whether a loss is one of torch's own modules, which takes one tensor of outputs."""
+    return isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn.")
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    first, *others = parts
+    for one in others:
+        first = first + one
+    return first
+
+
+def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
+    """The layers with a trained parameter, without biases that are not trained; all layers that were asked for."""
+    if asked is not None:
+        return found
+    biases = [layer.module.bias for layer in found]
+    trained = [
+        layer if isinstance(bias, Tensor) and bias.requires_grad else replace(layer, bias=None)
+        for layer, bias in zip(found, biases, strict=True)
+        if any(p.requires_grad for p in layer.module.parameters(recurse=False))
+    ]
+    if not trained:
+        raise ValueError(
+            "no parameter of the model's layers requires a gradient: name the layers that count with layers="
+        )
+    return trained
+
+
+def add_parts(found: dict[str, Tensor], parts: dict[str, Tensor], share: float) -> None:
+    """Add to each tensor its part, times a share."""
+    for name, part in parts.items():
+        found[name] = part * share if name not in found else found[name].add_(part, alpha=share)
+
+
+MEANS = ("mean", "batchmean")
+"""Reductions that divide by what a batch counts."""
+
+
+def share_of(loss: Any, batch: Batch, targets: Any) -> float:
+    """What a batch counts in the mean over all of the data; 1 for a sum."""
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction not in MEANS:
+        return 1.0
+    if reduction == "batchmean" or not is_torchs(loss):
+        return float(batch.size)
+    if type(loss) is nn.NLLLoss:
+        counted = targets != loss.ignore_index
+        known = targets.where(counted, torch.zeros_like(targets))
+        return float((counted if loss.weight is None else loss.weight[known] * counted).sum())
+    if type(loss) is nn.CrossEntropyLoss:
+        return class_weights(loss, batch.outputs.detach(), targets)[1]
+    try:
+        require_loss(loss)
+    except TypeError:  # torch's other losses have the mean of what they give without a reduction
+        single = copy.copy(loss)
+        single.reduction = "none"
+        with torch.no_grad():
+            return float(single(batch.outputs.detach(), targets).numel())
+    return LossRoot(loss, batch.outputs, targets, 1).normaliser
+
+
+@contextmanager
+def propagated(
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    layers: Iterable[str] | None,
+    strict: bool,
+    given: Given,
+    complete: bool = False,
+) -> Iterator[tuple[Batch, dict[Use, Tensor]]]:
+    """One batch and the gradients at the outputs of its layers; the block computes with them.
+
+    Args:
+        model: the model.
+        loss: any callable of outputs and targets.
+        data: one pair.
+        layers: names of modules.
+        strict: whether parametrised layers of other kinds are an error.
+        given: where the examples lie.
+        complete: whether every parameter that is trained has to be there, unless `layers` is given.
+    """
+    model = unwrapped(model)
+    watched = Targets(layers_of(model, layers, strict, shared=True, trainable=complete))
+    refuse_mixing(model)
+    _refuse_hooks(watched)
+    pairs = list(itertools.islice(batches(data), 2))
+    if len(pairs) > 1:
+        raise ValueError("data holds several batches, expected one pair (inputs, targets)")
+    ((inputs, targets),) = pairs
+    with running(model):
+        batch = Batch(model, watched, own(inputs), given, empty=True, shared=True)
+        value = batch.loss(loss, own(targets))
+        gradients = batch.capture.gradients(value, torch.ones_like(value), keep=False)
+        with computing(value):
+            yield batch, gradients
+
+
+def check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:
+    """Raise unless the loss and the choices have a root."""
+    require_loss(loss)
+    require_choice("fisher", fisher, FISHERS)
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
+
+
+def _refuse_hooks(targets: Targets) -> None:
+    """Hooks of the user's on parameters change their gradients in a way that is defined for the sum alone."""
+    for name, parameter in targets.parameters.items():
+        if any(not type(hook).__module__.startswith("lensor.") for hook in (parameter._backward_hooks or {}).values()):
+            raise ValueError(
+                f"parameter {name!r} has a hook, which changes its gradient and is not defined for those of single"
+                " examples: remove it, or leave the layer out with layers="
+            )
+
+
+def refuse_mixing(model: nn.Module) -> None:
+    """Normalisation by statistics of the batch leaves no part of the loss to an example."""
+    mixing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if mixing:
+        raise ValueError(f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first")

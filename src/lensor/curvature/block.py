@@ -1,0 +1,214 @@
+"""The curvature of one layer: two Kronecker factors, and the parameters that they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lensor.curvature.watching import uncast
+
+Vectors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of the curvature: kron(B, A) for every group, of a weight, a bias, or both together.
+
+    Rows are in the row-major order of `[groups, rows of B, rows of A]`. For a convolution that is the weight's own
+    order, `g c_out (c_in k)`; for a transposed convolution c_out stands first among a group's channels, too.
+
+    Args:
+        names: the parameters, the weight first.
+        shape: the first parameter's shape.
+        transposed: whether it has the input's channels first.
+        formed: A [groups, d, d], or None while its root is kept.
+        root: [groups, n, d] with A = rootᵀ root, or None.
+        B: [groups, c, c].
+        positions: positions of the layer's output; 0 if they differ between batches.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> data = torch.randn(5, 4, 6, 6), torch.randn(5, 2, 4, 4)
+        >>> block = kfac(torch.nn.Conv2d(4, 2, 3, groups=2), torch.nn.MSELoss(), data, bias="separate")["weight"]
+        >>> block.names, block.A.shape, block.B.shape, block.positions
+        (('weight',), torch.Size([2, 18, 18]), torch.Size([2, 1, 1]), 16)
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+    formed: Tensor | None
+    root: Tensor | None
+    B: Tensor
+    positions: int
+
+    def __repr__(self) -> str:
+        return f"Block({', '.join(map(repr, self.names))}, {self.form})"
+
+    @property
+    def form(self) -> str:
+        """The factors' sizes as text."""
+        rows = "" if self.root is None else f", A's root of {self.root.shape[1]} rows"
+        return f"{self.groups} × kron(B {self.B.shape[1]}², A {self.d}²){rows}"
+
+    @property
+    def A(self) -> Tensor:
+        """The input factor, [groups, d, d]; formed anew where its root is kept."""
+        if self.formed is not None:
+            return self.formed
+        assert self.root is not None
+        with uncast(self.root):
+            return self.root.mT @ self.root
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels."""
+        return len(self.B)
+
+    @property
+    def d(self) -> int:
+        """Rows of A."""
+        known = self.formed if self.formed is not None else self.root
+        assert known is not None
+        return known.shape[-1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter."""
+        return dict(zip(self.names, (self.shape, (self.groups * self.B.shape[1],)), strict=False))
+
+    def to_rows(self, vectors: Vectors) -> Tensor:
+        """Parameters' values as [..., groups, rows of B, rows of A]; axes in front of the shapes are kept."""
+        first = vectors[self.names[0]]
+        front = first.shape[: first.ndim - len(self.shape)]
+        c = self.B.shape[1]
+        if self.transposed:
+            inner, kernel = self.shape[0] // self.groups, math.prod(self.shape[2:])
+            rows = first.reshape(*front, self.groups, inner, c, kernel).transpose(-3, -2)
+            rows = rows.reshape(*front, self.groups, c, inner * kernel)
+        else:
+            rows = first.reshape(*front, self.groups, c, -1)
+        if len(self.names) == 2:
+            rows = torch.cat([rows, vectors[self.names[1]].reshape(*front, self.groups, c, 1)], -1)
+        return rows
+
+    def from_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """The inverse of `to_rows`."""
+        front, c, found = rows.shape[:-3], self.B.shape[1], {}
+        if len(self.names) == 2:
+            found[self.names[1]] = rows[..., -1].reshape(*front, self.groups * c)
+            rows = rows[..., :-1]
+        if self.transposed:
+            inner, kernel = self.shape[0] // self.groups, math.prod(self.shape[2:])
+            rows = rows.reshape(*front, self.groups, c, inner, kernel).transpose(-3, -2)
+        return {self.names[0]: rows.reshape(*front, *self.shape)} | found
+
+    def product(self, rows: Tensor) -> Tensor:
+        """kron(B, A) times vectors in the form of rows."""
+        rows = self.B @ rows
+        if self.formed is not None:
+            return rows @ self.formed
+        assert self.root is not None
+        return (rows @ self.root.mT) @ self.root
+
+    def scaled(self, a: float, b: float) -> Block:
+        """A times a number, B times another."""
+        return replace(
+            self,
+            formed=None if self.formed is None else self.formed * a,
+            root=None if self.root is None else self.root * a**0.5,
+            B=self.B * b,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        found = {"A": self.formed, "root": self.root, "B": self.B}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def dense(self) -> Tensor:
+        """kron(B, A) for every group: [groups, c·d, c·d]; for tests and small layers."""
+        return torch.stack([torch.kron(b, a) for b, a in zip(self.B, self.A, strict=True)])
+
+
+def require_alike(name: str, one: Block, other: Block | None) -> None:
+    """Raise unless the blocks' factors can be added.
+
+    Raises:
+        ValueError: with what differs.
+    """
+
+    def text(block: Block | None) -> str:
+        return "none" if block is None else f"{block.names}, {block.form}, {block.B.dtype} on {block.B.device}"
+
+    keys = [
+        None
+        if block is None
+        else (block.names, block.transposed, block.B.shape, block.d, block.B.dtype, block.B.device)
+        for block in (one, other)
+    ]
+    if keys[0] != keys[1]:
+        raise ValueError(f"an average is of blocks of the same form: {name} is {text(one)} and {text(other)}")
+
+
+def block_of(name: str, state: Any) -> Block:
+    """The block in a part of a state.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+
+    def damaged(what: str) -> ValueError:
+        return ValueError(f"the state of Kronecker factors is damaged: block {name} {what}")
+
+    try:
+        block = Block(
+            tuple(map(str, state["names"])),
+            tuple(map(int, state["shape"])),
+            bool(state["transposed"]),
+            state.get("A"),
+            state.get("root"),
+            state["B"],
+            int(state["positions"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(f"cannot be read ({type(error).__name__}: {error})") from None
+    if len(block.names) not in (1, 2) or block.names[0] != name:
+        raise damaged(f"is of the parameters {block.names}")
+    if (block.formed is None) == (block.root is None):
+        raise damaged("has both of A and its root, or none of them")
+    which = "A" if block.root is None else "root"
+    for key, tensor in (("B", block.B), (which, block.formed if block.root is None else block.root)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
+            raise damaged(f"has {key} that is not a tensor of three axes and real numbers")
+        if key != "root" and tensor.shape[1] != tensor.shape[2]:
+            raise damaged(f"has {key} of shape {tuple(tensor.shape)}, expected square matrices")
+        if (tensor.shape[0], tensor.dtype, tensor.device) != (block.groups, block.B.dtype, block.B.device):
+            raise damaged(f"has {key} with other groups, or of another dtype or device, than B")
+    c, more = block.B.shape[1], len(block.names) - 1
+    fits = math.prod(block.shape) == block.groups * c * (block.d - more)
+    if block.transposed:
+        fits = fits and len(block.shape) > 1 and block.shape[1] == c and block.shape[0] % block.groups == 0
+    if not fits:
+        raise damaged(f"has factors {block.form}, which do not fit a parameter of shape {block.shape}")
+    return block
+
+
+def traces_of(matrices: Tensor) -> Tensor:
+    """The trace of each matrix."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def each_factor(block: Block, function: Any) -> Block:
+    """A block with a function applied to each of its tensors."""
+    return replace(
+        block,
+        formed=None if block.formed is None else function(block.formed),
+        root=None if block.root is None else function(block.root),
+        B=function(block.B),
+    )

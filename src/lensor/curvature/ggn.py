@@ -1,0 +1,171 @@
+"""Diagonals and mini-blocks of the generalised Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor import ops
+from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing, sum_of
+from lensor.curvature.capture import Use, computing, own, running, unwrapped
+from lensor.curvature.data import batches, over_positions
+from lensor.curvature.layers import layers_of
+from lensor.curvature.layout import Given
+from lensor.curvature.losses import require_counted
+from lensor.curvature.networks import network
+from lensor.curvature.watching import Targets
+from lensor.errors import require_choice
+
+
+def ggn_diagonal(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    *,
+    fisher: str = "type-2",
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    batch_axis: Given = None,
+) -> dict[str, Tensor]:
+    """The diagonal of the generalised Gauss-Newton matrix of the loss over all of the data.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples.
+        loss: as for `kfac`.
+        data: a pair (inputs, targets), or an iterable of pairs.
+        fisher: "type-2", "mc" or "empirical", as for `kfac`.
+        layers: names of modules; all known layers unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        mc_samples: draws for each example, for "mc".
+        generator: where they are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+
+    Returns:
+        For the name of each weight and bias an array of its shape.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import ggn_diagonal
+        >>> model, data = torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, 2))
+        >>> ggn_diagonal(model, torch.nn.MSELoss(reduction="sum"), data)
+        {'weight': tensor([[8.0000, 8.0000, 8.0000],
+                [8.0000, 8.0000, 8.0000]]), 'bias': tensor([8.0000, 8.0000])}
+
+    Raises:
+        TypeError: for a loss, model or data of another kind.
+        ValueError: for choices and layers that are not known, tied, or do not run once, or a model that mixes examples.
+    """
+
+    def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
+        if len(uses) == 1:
+            (use,) = uses
+            x = batch.capture.inputs[use]
+            return network(ops.ggn_diagonal, use.spec(x))(X=x, S=stacks[use]).reshape(use.weight_shape)
+        columns = range(len(stacks[uses[0]]))
+        return sum_of(
+            batch.weight_gradients(uses, {use: stacks[use][at] for use in uses}).square().sum(0) for at in columns
+        )
+
+    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights, shared=True)
+
+
+def ggn_mini_blocks(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    *,
+    block: str = "filter",
+    fisher: str = "type-2",
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    mc_samples: int = 1,
+    generator: torch.Generator | None = None,
+    batch_axis: Given = None,
+) -> dict[str, Tensor]:
+    """Diagonal blocks of every weight's generalised Gauss-Newton matrix over all of the data.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples.
+        loss: as for `kfac`.
+        data: a pair (inputs, targets), or an iterable of pairs.
+        block: "filter": one for each first channel of the weight, [channels, rest, rest]; "kernel": one for each pair
+            of channels, [c, c', *kernel, *kernel]; "position": one for each group and position of the kernel,
+            [groups, *kernel, c·c', c·c'].
+        fisher: "type-2", "mc" or "empirical", as for `kfac`.
+        layers: names of modules; all known layers unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        mc_samples: draws for each example, for "mc".
+        generator: where they are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+
+    Returns:
+        For the name of each weight its blocks. A bias has one entry for each channel, its diagonal.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import ggn_mini_blocks
+        >>> model, data = torch.nn.Conv1d(2, 3, 3, bias=False), (torch.randn(4, 2, 9), torch.randn(4, 3, 7))
+        >>> ggn_mini_blocks(model, torch.nn.MSELoss(), data)["weight"].shape
+        torch.Size([3, 6, 6])
+
+    Raises:
+        TypeError: for a loss, model or data of another kind.
+        ValueError: for choices and layers that are not known, tied, or do not run once, or a model that mixes examples.
+    """
+    require_choice("block", block, ("filter", "kernel", "position"))
+
+    def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
+        (use,) = uses
+        x = batch.capture.inputs[use]
+        found = network(ops.ggn_mini_block, use.spec(x), block)(X=x, S=stacks[use])
+        # Without the axes of kernels of size 1: of a linear map with positions, and of frames.
+        kernel = use.weight_shape[2:]
+        front, rest = {
+            "filter": (found.shape[:1], found.shape[1:]),
+            "kernel": (found.shape[:2], (*kernel, *kernel)),
+            "position": (found.shape[:1], (*kernel, *found.shape[-2:])),
+        }[block]
+        return found.reshape(*front, *rest)
+
+    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights)
+
+
+def _of_roots(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    fisher: str,
+    layers: Iterable[str] | None,
+    strict: bool,
+    mc_samples: int,
+    generator: torch.Generator | None,
+    given: Given,
+    weights: Callable[[Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
+    shared: bool = False,
+) -> dict[str, Tensor]:
+    """What is a sum over columns of the root and over examples, over all of the data; of biases the diagonal."""
+    check_roots(loss, fisher, mc_samples)
+    model = unwrapped(model)
+    watched = Targets(layers_of(model, layers, strict, shared=shared))
+    refuse_mixing(model)
+    found: dict[str, Tensor] = {}
+    total = 0.0
+    with running(model):
+        for inputs, targets in batches(data):
+            batch = Batch(model, watched, own(inputs), given, shared=shared)
+            root = batch.root(loss, own(targets))
+            share = root.normaliser
+            total += share
+            for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
+                with computing(root.f):
+                    parts = {name: weights(batch, uses, stacks) for name, uses in batch.capture.by_parameter().items()}
+                    for name, uses in batch.capture.by_parameter(True).items():
+                        parts[name] = sum_of(over_positions(stacks[use], 3) for use in uses).square().sum((0, 1))
+                    add_parts(found, parts, share)
+    divisor = require_counted(total) if loss.reduction == "mean" else 1.0
+    return {name: found[name] / divisor for name in watched.parameters if name in found}

@@ -1,0 +1,123 @@
+"""The diagonal of the Hessian, exact or estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor.curvature.batch import MEANS, Batch, add_parts, is_torchs, refuse_mixing, share_of
+from lensor.curvature.capture import Use, computing, own, running, unwrapped
+from lensor.curvature.data import batches, over_positions
+from lensor.curvature.layers import layers_of
+from lensor.curvature.layout import Given
+from lensor.curvature.losses import require_counted
+from lensor.curvature.per_example import gradients
+from lensor.curvature.watching import Targets
+
+
+def hessian_diagonal(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    *,
+    samples: int | None = None,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    generator: torch.Generator | None = None,
+    batch_axis: Given = None,
+) -> dict[str, Tensor]:
+    """The diagonal of the Hessian of the loss by each layer's parameters, exact or estimated.
+
+    A layer is linear in its parameters, so their Hessian is Jᵀ H J with H that of the loss by the layer's output.
+    Exact: one product with H for each entry of an output of one example; with `samples`: Hutchinson's estimate at the
+    layers' outputs, unbiased, one product with H for each draw and layer.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples.
+        loss: any loss of (outputs, targets) that can be differentiated twice; for several batches one whose `reduction`
+            is "mean", "batchmean" or "sum".
+        data: a pair (inputs, targets), or an iterable of pairs; the loss of all is that of each, averaged over examples
+            for a mean.
+        samples: number of draws; exact unless given.
+        layers: names of modules; all known layers unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        generator: where signs are drawn from.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+
+    Returns:
+        For the name of each weight and bias an array of its shape.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import hessian_diagonal
+        >>> model, data = torch.nn.Linear(3, 2, bias=False), (torch.ones(4, 3), torch.zeros(4, 2))
+        >>> hessian_diagonal(model, torch.nn.MSELoss(reduction="sum"), data)
+        {'weight': tensor([[8., 8., 8.],
+                [8., 8., 8.]])}
+
+    Raises:
+        TypeError: for a model or data of another kind.
+        ValueError: for layers that are not known, tied, or do not run once, a model that mixes examples, or several
+            batches for a loss without reduction.
+    """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples is {samples}, expected at least 1")
+    model = unwrapped(model)
+    watched = Targets(layers_of(model, layers, strict))
+    refuse_mixing(model)
+    found: dict[str, Tensor] = {}
+    total, seen = 0.0, 0
+    mean = getattr(loss, "reduction", "mean") in MEANS
+    with running(model):
+        for inputs, targets in batches(data):
+            seen += 1
+            if seen > 1 and not (is_torchs(loss) and getattr(loss, "reduction", None) in (*MEANS, "sum")):
+                raise ValueError(
+                    "several batches need a loss whose reduction is 'mean', 'batchmean' or 'sum', one of torch's own:"
+                    " how another one averages is not known"
+                )
+            inputs, targets = own(inputs), own(targets)
+            batch = Batch(model, watched, inputs, batch_axis)
+            share = share_of(loss, batch, targets)
+            if not share:  # no target counts, and the batch's own loss is 0/0
+                continue
+            total += share
+            value = batch.loss(loss, targets)
+            gradients = batch.capture.gradients(value, torch.ones_like(value), keep=True, again=True)
+            for use in batch.capture.uses:
+                gradient, x = gradients[use], batch.capture.inputs[use]
+                for z in _directions(gradient, samples, generator):
+                    curved = torch.zeros_like(z)
+                    if (
+                        gradient.requires_grad
+                    ):  # a loss that is linear in the outputs has no Hessian after the last layer
+                        curved = batch.capture.gradients(gradient, z, keep=True, only=use)[use]
+                    with computing(z):
+                        add_parts(found, _quadratic(use, x, z, curved), share / (samples or 1))
+    divisor = require_counted(total) if mean else 1.0
+    return {name: value / divisor for name, value in found.items()}
+
+
+def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:
+    """Σ over examples of (Jᵀ z) ⊙ (Jᵀ H z), by parameter."""
+    found = {use.weight: (gradients(use, x, z) * gradients(use, x, curved)).sum(0)}
+    if use.bias is not None:
+        sides = [over_positions(v) for v in (z, curved)]
+        found[use.bias] = (sides[0] * sides[1]).sum(0)
+    return found
+
+
+def _directions(like: Tensor, samples: int | None, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """Unit vectors of one example, in all examples at once; or random signs."""
+    if samples is not None:
+        for _ in range(samples):
+            signs = torch.randint(2, like.shape, generator=generator, device=like.device)
+            yield (2 * signs - 1).to(like.dtype)
+        return
+    for place in range(like.shape[1:].numel()):
+        unit = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        unit.view(len(unit), -1)[:, place] = 1
+        yield unit

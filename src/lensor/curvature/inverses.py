@@ -1,0 +1,207 @@
+"""Damped inverses of Kronecker factors, and their eigendecompositions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lensor.curvature.block import Block, traces_of
+from lensor.curvature.operators import Operator
+from lensor.curvature.watching import uncast
+from lensor.errors import require_choice
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
+
+class EigenFactors(Operator):
+    """Q_B ⊗ Q_A times a diagonal times its transpose, for every block.
+
+    Args:
+        blocks: the blocks.
+        parts: for each Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d].
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> factors = kfac(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+        >>> eigen = factors.eigh()
+        >>> vector = torch.randn(factors.size)
+        >>> torch.allclose(eigen @ vector, factors @ vector, atol=1e-5)
+        True
+    """
+
+    def __init__(self, blocks: Mapping[str, Block], parts: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+        super().__init__(blocks)
+        self.parts = dict(parts)
+
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        q_a, q_b, values = self.parts[name]
+        return q_b @ ((q_b.mT @ rows @ q_a) * values) @ q_a.mT
+
+    def inverse(self, damping: float) -> EigenFactors:
+        """(self + λI)⁻¹.
+
+        Raises:
+            ValueError: for a damping that is not positive.
+        """
+        _require_damping(damping)
+        parts = {name: (q_a, q_b, 1 / (values + damping)) for name, (q_a, q_b, values) in self.parts.items()}
+        return EigenFactors(self._blocks, parts)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """log det with the damping on the diagonal.
+
+        Raises:
+            ValueError: for a negative damping.
+        """
+        require_not_negative(damping)
+        return torch.stack([torch.log(values + damping).sum() for _, _, values in self.parts.values()]).sum()
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return torch.stack([values.sum() for _, _, values in self.parts.values()]).sum()
+
+
+class Inverse(Operator):
+    """The damped inverse of Kronecker factors; see `KroneckerFactors.inverse`.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import kfac
+        >>> factors = kfac(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+        >>> inverse, vector = factors.inverse(damping=0.1), torch.randn(factors.size)
+        >>> torch.allclose(inverse @ (factors @ vector + 0.1 * vector), vector, atol=1e-4)
+        True
+    """
+
+    def __init__(self, blocks: Mapping[str, Block], damping: float, method: str) -> None:
+        super().__init__(blocks)
+        _require_damping(damping)
+        require_choice("method", method, tuple(_WAYS))
+        self.damping, self.method = damping, method
+        self._solvers = {}
+        for name, block in blocks.items():
+            with uncast(block.B):
+                self._solvers[name] = _WAYS[method].of(name, block, damping)
+
+    def _options(self) -> str:
+        return f"damping={self.damping}, method={self.method!r}, "
+
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        return self._solvers[name](rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Eigen:
+    """Q_B ⊗ Q_A times `over` times the transpose; with `damping` rows outside of Q_A's span are divided by it."""
+
+    q_a: Tensor
+    q_b: Tensor
+    over: Tensor
+    damping: float | None
+
+    @classmethod
+    def of(cls, name: str, block: Block, damping: float) -> Self:
+        b, q_b = torch.linalg.eigh(block.B)
+        b = b.clamp_min(0)
+        if block.root is None:
+            a, q_a = torch.linalg.eigh(block.A)
+        else:  # the complement of the root's rows has the eigenvalue 0
+            _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
+            a, q_a = singular.square(), q_at.mT
+        over = 1 / (b[:, :, None] * a.clamp_min(0)[:, None, :] + damping)
+        if block.root is None:
+            return cls(q_a, q_b, over, None)
+        return cls(q_a, q_b, over - 1 / damping, damping)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        inside = self.q_b @ ((self.q_b.mT @ (rows @ self.q_a)) * self.over) @ self.q_a.mT
+        return inside if self.damping is None else inside + rows / self.damping
+
+
+@dataclass(frozen=True, eq=False)
+class _Cholesky:
+    """The damped inverses of B and of A."""
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def of(cls, name: str, block: Block, damping: float) -> Self:
+        on_a, on_b = _factored(block, damping)
+        return cls(_damped_inverse(f"A of {name}", block.A, on_a), _damped_inverse(f"B of {name}", block.B, on_b))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.b @ rows @ self.a
+
+
+@dataclass(frozen=True, eq=False)
+class _Woodbury:
+    """A's damped inverse by way of its root; `b` is B's, or a number for each group where B is plain."""
+
+    root: Tensor
+    inner: Tensor
+    on_a: Tensor
+    b: Tensor
+    plain: bool
+
+    @classmethod
+    def of(cls, name: str, block: Block, damping: float) -> Self:
+        root = block.root
+        if root is None:
+            raise ValueError(f"{name} has no root: it is kept for approx='reduce' and fewer examples than rows of A")
+        c = block.B[:, :1, :1]
+        eye = torch.eye(block.B.shape[1], dtype=c.dtype, device=c.device)
+        plain = bool((c * eye == block.B).all()) and bool((c > 0).all())
+        if plain:
+            on_a, b = damping / c, 1 / c
+        else:
+            on_a, on_b = _factored(block, damping)
+            b = _damped_inverse(f"B of {name}", block.B, on_b)
+        inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
+        return cls(root, inner, on_a, b, plain)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        solved = (rows - ((rows @ self.root.mT) @ self.inner) @ self.root) / self.on_a
+        return solved * self.b if self.plain else self.b @ solved
+
+
+_WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
+    "eigen": _Eigen,
+    "cholesky": _Cholesky,
+    "woodbury": _Woodbury,
+}
+"""What solves a block, by the method's name."""
+
+
+def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
+    """What is added to the diagonals of A and of B, [groups, 1, 1]."""
+    a = block.root.square().sum((1, 2)) if block.root is not None else traces_of(block.A)
+    mean_a, mean_b = a / block.d, traces_of(block.B) / block.B.shape[1]
+    ratio = (mean_a / mean_b).sqrt()
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))[:, None, None]
+    return ratio * damping**0.5, damping**0.5 / ratio
+
+
+def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    lower, info = torch.linalg.cholesky_ex(matrix + damping * eye)
+    if bool(info.any()):
+        raise LinAlgError(f"{what} is not positive definite with this damping: take a larger one")
+    return torch.cholesky_inverse(lower)
+
+
+def _require_damping(damping: float) -> None:
+    if not damping > 0 or not math.isfinite(damping):
+        raise ValueError(f"damping must be positive, found {damping}")
+
+
+def require_not_negative(damping: float) -> None:
+    """Raise for a negative damping."""
+    if not damping >= 0 or not math.isfinite(damping):
+        raise ValueError(f"damping must not be negative, found {damping}")

@@ -1,0 +1,84 @@
+"""The empirical neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor import ops
+from lensor.curvature.batch import Batch, refuse_mixing, sum_of, trained
+from lensor.curvature.capture import computing, own, running, unwrapped
+from lensor.curvature.collector import output_axis
+from lensor.curvature.data import over_positions
+from lensor.curvature.layers import layers_of
+from lensor.curvature.layout import Given
+from lensor.curvature.networks import network
+from lensor.curvature.watching import Targets
+
+
+def empirical_ntk(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    batch_axis: Given = None,
+) -> Tensor:
+    """The empirical neural tangent kernel of a model's outputs, over the parameters that are trained.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples; outputs [batch, c].
+        inputs: a batch: a tensor, a tuple of arguments or a mapping.
+        layers: names of modules; all known layers unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+
+    Returns:
+        [batch, batch, c, c]: J J', with rows of the first example and output, columns of the second.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import empirical_ntk
+        >>> empirical_ntk(torch.nn.Linear(3, 1, bias=False), torch.eye(3)[:2])[:, :, 0, 0]
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Raises:
+        TypeError: for a model of another kind.
+        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+    """
+    model = unwrapped(model)
+    targets = Targets(trained(layers_of(model, layers, strict, shared=True, trainable=True), layers))
+    refuse_mixing(model)
+    with running(model):
+        batch = Batch(model, targets, own(inputs), batch_axis, empty=True, shared=True)
+        batch.check(batch.returned)
+        outputs = batch.outputs
+        f = outputs.detach()
+        if f.ndim != 2 or len(f) != batch.size:
+            raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
+        output_axis(batch.layout, batch.returned, outputs, batch.size, independent=True)
+        n, c = f.shape
+        units = [torch.zeros_like(f) for _ in range(c)]
+        for place, unit in enumerate(units):
+            unit[:, place] = 1
+        stacked = [batch.capture.gradients(outputs, unit, keep=True) for unit in units]
+        with computing(f):
+            found = torch.zeros((c * n, c * n), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
+            for name, uses in batch.capture.by_parameter().items():
+                if layers is None and not targets.parameters[name].requires_grad:
+                    continue
+                s = {use: torch.stack([one[use] for one in stacked]) for use in uses}
+                if len(uses) == 1:
+                    (use,) = uses
+                    found += network(ops.ggn_gram, batch.capture.spec(use))(X=batch.capture.inputs[use], S=s[use])
+                    continue
+                rows = [batch.weight_gradients(uses, {use: s[use][at] for use in uses}).flatten(1) for at in range(c)]
+                found += torch.cat(rows) @ torch.cat(rows).mT
+            for uses in batch.capture.by_parameter(True).values():
+                flat = sum_of(torch.cat([over_positions(one[use]) for one in stacked]) for use in uses)
+                found += flat @ flat.mT
+        return found.reshape(c, n, c, n).permute(1, 3, 0, 2)

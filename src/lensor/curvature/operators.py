@@ -1,0 +1,145 @@
+"""Linear operators on the parameters of a model: products with named and with flat vectors."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lensor.curvature.block import Block, Vectors
+from lensor.curvature.watching import uncast
+
+
+class Operator(ABC):
+    """A symmetric block-diagonal operator on the parameters of a model's layers.
+
+    It takes and gives mappings from parameters' names to tensors of their shapes, with any number of axes in front (a
+    matrix–matrix product), or one tensor with all parameters flattened in order in its last axis.
+
+    Args:
+        blocks: the blocks by the name of their first parameter.
+    """
+
+    def __init__(self, blocks: Mapping[str, Block]) -> None:
+        self._blocks = dict(blocks)
+
+    def __repr__(self) -> str:
+        count = len(self._blocks)
+        return f"{type(self).__name__}({self._options()}{count} block{'s' * (count != 1)})"
+
+    def __copy__(self) -> Self:
+        """Another operator on the same tensors; what changes its blocks leaves this one's alone."""
+        found = object.__new__(type(self))
+        vars(found).update({name: dict(one) if isinstance(one, dict) else one for name, one in vars(self).items()})
+        return found
+
+    def _options(self) -> str:
+        """What it was made with, for its text."""
+        return ""
+
+    @abstractmethod
+    def _times(self, name: str, rows: Tensor) -> Tensor:
+        """One block times vectors in the form of rows."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, in the order of flat vectors."""
+        return {name: shape for block in self._blocks.values() for name, shape in block.shapes.items()}
+
+    @property
+    def size(self) -> int:
+        """The number of all parameters together."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def __matmul__(self, vectors: Any) -> Any:
+        """The product with a vector, or with several.
+
+        Raises:
+            TypeError: for what is no tensor nor a mapping of tensors of the factors' dtype.
+            KeyError: if a parameter is missing or not known.
+            ValueError: if a shape does not fit.
+        """
+        if isinstance(vectors, Tensor):
+            return self.flatten(self @ self.unflatten(vectors))
+        self._check(vectors)
+        found: dict[str, Tensor] = {}
+        for name, block in self._blocks.items():
+            with uncast(block.B):
+                found |= block.from_rows(self._times(name, block.to_rows(vectors)))
+        return {name: found[name] for name in vectors}
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A tensor with all parameters in its last axis as a mapping.
+
+        Raises:
+            ValueError: if that axis has another size.
+        """
+        if vector.shape[-1:] != (self.size,):
+            raise ValueError(
+                f"the vector has shape {tuple(vector.shape)}, expected {self.size} entries in its last axis"
+            )
+        parts = vector.split([math.prod(shape) for shape in self.shapes.values()], -1)
+        front = vector.shape[:-1]
+        return {n: p.reshape(*front, *shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
+
+    def flatten(self, vectors: Vectors) -> Tensor:
+        """The inverse of `unflatten`."""
+        self._check(vectors)
+        flat = [vectors[name].flatten(vectors[name].ndim - len(shape)) for name, shape in self.shapes.items()]
+        return torch.cat(flat, -1)
+
+    def linear_operator(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors; of float32 for factors in bfloat16.
+
+        Raises:
+            ModuleNotFoundError: if SciPy is not installed.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        like = next(iter(self._blocks.values())).B
+        outside = torch.float32 if like.dtype == torch.bfloat16 else like.dtype  # which NumPy has not
+        product = _FlatProduct(self, like.dtype, like.device, outside)
+        kind = torch.zeros((), dtype=outside).numpy().dtype
+        options: dict[str, Any] = {"matvec": product, "matmat": product, "rmatvec": product, "rmatmat": product}
+        return LinearOperator(shape=(self.size, self.size), dtype=kind, **options)  # type: ignore[call-arg]
+
+    def _check(self, vectors: Vectors) -> None:
+        if not isinstance(vectors, Mapping):
+            kind = type(vectors).__name__
+            raise TypeError(f"the vector is of type {kind}, expected a tensor or a mapping from parameters to tensors")
+        dtype, shapes = next(iter(self._blocks.values())).B.dtype, self.shapes
+        if set(vectors) != set(shapes):
+            missing, more = sorted(set(shapes) - set(vectors)), sorted(set(vectors) - set(shapes))
+            raise KeyError(f"missing parameters: {missing}, unknown ones: {more}")
+        fronts = set()
+        for name, shape in shapes.items():
+            if not isinstance(vectors[name], Tensor) or vectors[name].dtype != dtype:
+                kind = getattr(vectors[name], "dtype", type(vectors[name]).__name__)
+                raise TypeError(f"{name} is of {kind}, expected a tensor of the factors' {dtype}")
+            found = tuple(vectors[name].shape)
+            cut = len(found) - len(shape)
+            if cut < 0 or found[cut:] != shape:
+                raise ValueError(f"{name} has shape {found}, expected {shape}, with any axes in front")
+            fronts.add(found[:cut])
+        if len(fronts) > 1:
+            raise ValueError(f"the axes in front of the shapes differ: {sorted(fronts)}")
+
+
+@dataclass(frozen=True, eq=False)
+class _FlatProduct:
+    """An operator times flat NumPy vectors, [size] or [size, columns]."""
+
+    operator: Operator
+    dtype: torch.dtype
+    device: torch.device
+    outside: torch.dtype
+
+    def __call__(self, vector: Any) -> Any:
+        tensor = torch.as_tensor(vector, dtype=self.dtype, device=self.device)
+        columns = tensor.reshape(self.operator.size, -1).mT
+        return (self.operator @ columns).mT.reshape(tensor.shape).cpu().to(self.outside).numpy()

@@ -1,0 +1,128 @@
+"""Gradients of single examples, and their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lensor import ops
+from lensor.curvature.batch import propagated
+from lensor.curvature.capture import Use
+from lensor.curvature.layout import Given
+from lensor.curvature.networks import network
+from lensor.network import AnyNetwork
+from lensor.network.subscripts import format_legs
+from lensor.ops.derivatives import weight_vjp
+from lensor.spec import ConvSpec
+
+
+def per_example_gradients(
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    *,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    batch_axis: Given = None,
+) -> dict[str, Tensor]:
+    """The gradient of every example's part of the loss; over the examples they add up to the gradient of the loss.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It is given all that the model
+            returns; torch's own losses one tensor, such as `outputs.logits`.
+        data: a pair (inputs, targets).
+        layers: names of modules; all known layers unless given.
+        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+
+    Returns:
+        For the name of each weight and bias an array [batch, *its shape].
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import per_example_gradients
+        >>> model, data = torch.nn.Conv1d(2, 3, 3), (torch.randn(4, 2, 9), torch.randn(4, 3, 7))
+        >>> {name: tuple(found.shape) for name, found in per_example_gradients(model, torch.nn.MSELoss(), data).items()}
+        {'weight': (4, 3, 2, 3), 'bias': (4, 3)}
+
+    Raises:
+        TypeError: for a model or data of another kind.
+        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+
+    Equation:
+        `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
+    """
+    with propagated(model, loss, data, layers, strict, batch_axis) as (batch, vectors):
+        weights = {name: batch.weight_gradients(uses, vectors) for name, uses in batch.capture.by_parameter().items()}
+        biases = {name: batch.bias_gradients(uses, vectors) for name, uses in batch.capture.by_parameter(True).items()}
+        return batch.ordered(weights, biases)
+
+
+def per_example_gradient_norms(
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    *,
+    layers: Iterable[str] | None = None,
+    strict: bool = False,
+    batch_axis: Given = None,
+) -> dict[str, Tensor]:
+    """The Euclidean norm of every example's gradient, for each parameter; the gradients need not be there at once.
+
+    Args:
+        model: the model, in evaluation mode or without layers that mix examples.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It is given all that the model
+            returns; torch's own losses one tensor, such as `outputs.logits`.
+        data: a pair (inputs, targets).
+        layers: names of modules; all known layers unless given.
+        strict: without effect: trained parameters of other kinds of layers are an error unless `layers` is given.
+        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+
+    Returns:
+        For the name of each weight and bias that is trained (with `layers`, of all in these) an array [batch]. The norm
+        of the whole gradient is the root of the sum of squares over all of them.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import per_example_gradient_norms
+        >>> model, data = torch.nn.Conv1d(2, 3, 3), (torch.randn(4, 2, 9), torch.randn(4, 3, 7))
+        >>> per_example_gradient_norms(model, torch.nn.MSELoss(), data)["weight"].shape
+        torch.Size([4])
+
+    Raises:
+        TypeError: for a model or data of another kind.
+        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+    """
+    with propagated(model, loss, data, layers, strict, batch_axis, complete=True) as (batch, vectors):
+        weights: dict[str, Tensor] = {}
+        for name, uses in batch.capture.by_parameter().items():
+            if len(uses) > 1:
+                weights[name] = batch.weight_gradients(uses, vectors).flatten(1).norm(dim=1)
+                continue
+            (use,) = uses
+            x = batch.capture.inputs[use]
+            weights[name] = network(_squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
+        biases = {
+            name: batch.bias_gradients(uses, vectors).norm(dim=1)
+            for name, uses in batch.capture.by_parameter(True).items()
+        }
+        found = batch.ordered(weights, biases)
+        if layers is None:
+            trained = batch.capture.targets.parameters
+            found = {name: norm for name, norm in found.items() if trained[name].requires_grad}
+        return found
+
+
+def gradients(use: Use, x: Tensor, v: Tensor) -> Tensor:
+    """A weight's gradients for every example; a linear map is a convolution of another shape."""
+    return network(ops.per_example_weight_vjp, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)
+
+
+def _squared_norms(spec: ConvSpec) -> AnyNetwork:
+    """Σ over the weight of the squared per-example gradients: X, V -> [n]."""
+    gradients = weight_vjp(spec).keep("n")
+    share = [index for leg in gradients.output for index in leg]
+    return gradients.merge(gradients, share=share, output=format_legs((("n",),)))

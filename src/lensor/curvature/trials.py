@@ -1,0 +1,453 @@
+"""Trial passes on a few examples, which find where a batch lies in the tensors of a model."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lensor.curvature.data import Inputs, outputs_of
+from lensor.curvature.graph import tensors_in
+from lensor.curvature.layout import BatchAxis, Key, Layout, NoLayoutError
+from lensor.curvature.watching import (
+    Preserving,
+    Targets,
+    Watch,
+    aside,
+    eagerly,
+    forgotten,
+    uncast,
+    undisturbed,
+    written,
+)
+from lensor.nn.calls import LayerCall
+
+_ROUNDINGS, _ROUNDINGS_OF_HALF = 1e3, 12
+"""Rows of one example in two passes differ by at most this many roundings of the largest entry; in half precision, in
+which every rounding counts, of the root of the mean square."""
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
+_known_lock = threading.Lock()
+"""Layouts that were found, by model and form of the inputs, and the lock of this table."""
+
+
+@dataclass
+class _Seen:
+    """What one pass has shown: shapes, and tensors multiplied with a vector along some axes, so that little is kept."""
+
+    shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
+    values: dict[Key, Tensor] = field(default_factory=dict)
+    accuracies: dict[Key, float] = field(default_factory=dict)
+    coarse: set[Key] = field(default_factory=set)
+    """Those in half precision, in which rows of different examples may seem equal."""
+
+    def add(self, key: Key, x: Tensor, whole: bool) -> None:
+        """Write a tensor down.
+
+        Args:
+            key: what it is.
+            x: the tensor.
+            whole: whether all axes but the first are multiplied with a vector, instead of the last one only.
+        """
+        self.shapes[key] = tuple(x.shape)
+        if not x.is_floating_point() or not x.numel():
+            return
+        rows = x.detach().flatten(1) if whole and x.ndim > 1 else x.detach()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        eps = torch.finfo(x.dtype).eps
+        if torch.finfo(x.dtype).bits < 32:
+            self.coarse.add(key)
+            self.accuracies[key] = _ROUNDINGS_OF_HALF * eps * float(rows.square().mean().sqrt())
+        else:
+            self.accuracies[key] = _ROUNDINGS * eps * float(rows.abs().max())
+        if rows.ndim > 1:
+            self.accuracies[key] *= rows.shape[-1] ** 0.5
+            places = torch.arange(rows.shape[-1], device=rows.device, dtype=rows.dtype)
+            rows = rows @ torch.sin(1.7 * places + 1)
+        self.values[key] = rows
+
+
+_DROPOUTS = {
+    getattr(nn.functional, name)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+} | {torch.dropout, torch.alpha_dropout, torch.feature_alpha_dropout, torch.feature_dropout}
+
+
+_BY_VALUES = {
+    getattr(torch, name)
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount")
+} | {
+    getattr(Tensor, name)
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "item", "tolist")
+}
+
+
+_BY_VALUES |= {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float", "index")}
+
+
+_BY_VALUES |= {Tensor.numpy, torch._VF._pack_padded_sequence, torch._VF.unique_dim}  # pyright: ignore
+"""Functions whose result, as a shape or as a number of Python's, depends on values."""
+
+
+def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> bool:
+    """Whether the shape of a result, or what a program does next, depends on the values of a tensor."""
+    if function is torch.Tensor.__getitem__:
+        index = arguments[1] if isinstance(arguments[1], tuple) else (arguments[1],)
+        return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in index)
+    if function in (torch.where, torch.Tensor.where):
+        return len(arguments) + len(named) == 1
+    if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+        return any(isinstance(one, Tensor) for one in (*arguments[1:], *named.values()))
+    return function in _BY_VALUES
+
+
+class _Trial(Watch):
+    """Writes down the layers' inputs. Nothing is dropped out, and half precision is computed in single precision.
+
+    Args:
+        targets: the parameters whose calls count.
+        wide: whether half precision is widened; functions that write into a tensor get it as it is.
+    """
+
+    def __init__(self, targets: Targets, wide: bool) -> None:
+        super().__init__(targets)
+        self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
+        self.by_values = False
+        """Whether shapes may depend on values: each example may have another number of rows."""
+
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """The result of a function."""
+        if function in _DROPOUTS:
+            return arguments[0] if arguments else named["input"]
+        if _gives_shapes_by_values(function, arguments, named):
+            self.by_values = True
+        if self.wide and not written(function, arguments, named):
+            arguments, named = tree_map(_widened, (tuple(arguments), named))
+        return function(*arguments, **named)
+
+    def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
+        """A layer's function."""
+        name = self.targets.weights[id(call.weight)][0]
+        with torch.no_grad(), uncast(call.input):
+            self.seen.add((name, self._counts[name]), call.input, call.kind != "linear")
+        self._counts[name] += 1
+        return run()
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an object among the inputs, into which the model may write, where it can be copied."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
+
+
+def _is_half(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and torch.finfo(x.dtype).bits < 32
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if _is_half(x) else x
+
+
+def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool = False) -> Layout:
+    """Where the examples lie, from trial passes.
+
+    Args:
+        model: the model.
+        inputs: what it is called with; tensors whose first axis has `batch` entries are examples.
+        targets: the parameters whose calls count.
+        batch: the number of examples.
+        remember: whether a layout is kept for the next inputs of this form: enough for the axes of a model whose
+            attributes stay, but which rows belong to which example may depend on values of parameters and inputs.
+
+    Raises:
+        NoLayoutError: if the model does not run with another number of examples.
+        ValueError: if more than one axis follows the number of examples.
+    """
+    if batch < 2:
+        return Layout(None, None)
+    if not remember:
+        with aside():
+            return _Finder(model, inputs, targets, batch).find()
+    key = _form(model, inputs, targets, batch)
+    with _known_lock:
+        found = _known.setdefault(model, {}).get(key)
+    if found is None:
+        with aside():
+            found = _Finder(model, inputs, targets, batch).find()
+        with _known_lock:
+            of_model = _known.setdefault(model, {})
+            if len(of_model) >= 64:
+                of_model.clear()
+            of_model[key] = found
+    return found
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
+    """What a layout depends on: the modules and their modes, the layers, the inputs up to their number."""
+    modules = tuple(
+        (
+            *(id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)),
+            *((name, value) for name, value in vars(module).items() if type(value) in _PLAIN),
+        )
+        for module in model.modules()
+    )
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape)
+            return (shape[1:], value.dtype) if shape[:1] == (batch,) else (shape, value.dtype, None)
+        if isinstance(value, Mapping):
+            return tuple((name, part(one)) for name, one in value.items())
+        if isinstance(value, (tuple, list)):
+            return tuple(map(part, value))
+        return repr(value)
+
+    return modules, tuple(targets.parameters), part(inputs)
+
+
+_OUTPUTS = "the model's outputs"
+
+
+class _Finder:
+    """Trial passes of one model."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> None:
+        self.model, self.targets, self.batch, self.wide = model, targets, batch, False
+        self.by_values = False
+        self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        if self._are_equal():
+            self.inputs = self._noisy()
+
+    def find(self) -> Layout:
+        """The layout of the model.
+
+        Raises:
+            NoLayoutError: if the model does not run with other numbers of examples.
+        """
+        choices = [([0, 1], [1, 0, 0])] if self.batch == 2 else [([0, 1, 2], [1, 0])]
+        if self.batch > 3:
+            choices.append(([0, 1, 2, 3], [1, 0]))
+        trouble: Exception | None = None
+        for wide in (True, False) if self._in_half_precision() else (False,):
+            self.wide = wide
+            for one, two in choices:
+                try:
+                    found = self._compared(one, two)
+                    return self._checked(found) if self.by_values else found
+                except NoLayoutError:
+                    raise
+                except Exception as error:
+                    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _is_own(error):
+                        raise
+                    trouble = error
+        self._pass(list(range(self.batch)))  # which fails as the model itself does
+        raise NoLayoutError(
+            f"the model does not run with another number of examples than {self.batch} ({_first_line(trouble)})"
+        ) from trouble
+
+    def _in_half_precision(self) -> bool:
+        """Whether something is computed in half precision, in which different examples may seem equal."""
+        found = [torch.is_autocast_enabled(kind) for kind in self._autocasts()]
+        self._each(lambda x: (found.append(_is_half(x)), x)[1])
+        return any(found) or any(_is_half(x) for x in (*self.model.parameters(), *self.model.buffers()))
+
+    def _autocasts(self) -> set[str]:
+        """The kinds of devices of the model for which there are automatic casts."""
+        kinds = {tensor.device.type for tensor in self.model.parameters()}
+        return {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
+
+    def _compared(self, one: list[int], two: list[int]) -> Layout:
+        """The layout from two passes."""
+        a, b = self._pass(one), self._pass(two)
+        if list(a.shapes) != list(b.shapes):
+            raise NoLayoutError("the model calls other layers for another number of examples")
+        axes = {key: _axis(key, a, b, one, two) for key in a.shapes}
+        if any(axis is not None and None in (axis.order, axis.independent) for axis in axes.values()):
+            # Statistics of a batch depend on which examples it holds, but not on their order.
+            three = [*one[1:], one[0]]
+            again, noisy = self._pass(three), _Finder(self.model, self._noisy(), self.targets, self.batch)
+            noisy.wide = self.wide
+            c, d, e = noisy._pass(one), noisy._pass(three), noisy._pass(two)
+            for key, axis in axes.items():
+                if axis is not None and axis.independent is None:
+                    found = _axis(key, c, e, one, two)
+                    axes[key] = axis = replace(axis, independent=found is not None and found.independent is True)
+                if axis is not None and axis.order is None:
+                    fits = _fits(axis, key, a, again, one, three)
+                    if len(fits) != 1:
+                        fits = _fits(axis, key, c, d, one, three)
+                    axes[key] = replace(axis, order=fits[0] if len(fits) == 1 else None)
+        calls = {key: (len(a.shapes[key]), axis) for key, axis in axes.items() if key[0] != _OUTPUTS}
+        return Layout(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
+
+    def _checked(self, layout: Layout) -> Layout:
+        """The layout where every example has as many rows; others depend on which examples there are.
+
+        Where a model's shapes depend on values, the examples of the other passes may have as many rows by chance: all
+        of them, in two orders, show it.
+        """
+        every = list(range(self.batch))
+        turned = every[::-1]
+        a, b = self._pass(every), self._pass(turned)
+        if list(a.shapes) != list(b.shapes):
+            raise NoLayoutError("the model calls other layers for the examples in another order")
+
+        def checked(key: Key, axis: BatchAxis | None) -> BatchAxis | None:
+            if axis is None or key not in a.shapes:
+                return axis
+            size = a.shapes[key][axis.axis] if axis.axis < len(a.shapes[key]) else -1
+            if size != axis.rows * self.batch or a.shapes[key] != b.shapes[key]:
+                raise NoLayoutError(
+                    f"{key[0]} has rows of a number that depends on the values of the examples: {a.shapes[key]} for"
+                    f" {self.batch} of them"
+                )
+            if not axis.independent or axis.order in _fits(axis, key, a, b, every, turned):
+                return axis
+            return replace(axis, independent=False, order="outer" if axis.rows == 1 else None)
+
+        calls = layout.calls or {}
+        outputs = layout.outputs or ()
+        return Layout(
+            {key: (ndim, checked(key, axis)) for key, (ndim, axis) in calls.items()},
+            tuple(checked((_OUTPUTS, at), axis) for at, axis in enumerate(outputs)),
+        )
+
+    def _pass(self, places: list[int]) -> _Seen:
+        """A pass with some of the examples, without effects on the model and on random numbers."""
+        inputs = self._each(lambda x: x[places])
+        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        trial = _Trial(self.targets, self.wide)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            stack.callback(random.setstate, random.getstate())
+            stack.callback(np.random.set_state, np.random.get_state())
+            # A checkpoint around the model, which counts what is saved, is not to count this.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+            stack.enter_context(eagerly())
+            stack.enter_context(undisturbed(self.model))
+            stack.enter_context(forgotten(list(self.model.modules())))
+            # Weights that automatic casts keep would tie the graphs of two passes together.
+            stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
+            for kind in self._autocasts() if self.wide else ():
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            with Preserving(), trial:
+                outputs = outputs_of(self.model, inputs)
+            self.by_values |= trial.by_values
+            for at, tensor in enumerate(tensors_in(outputs)):
+                with torch.no_grad(), uncast(tensor):
+                    trial.seen.add((_OUTPUTS, at), tensor, whole=False)
+        return trial.seen
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The inputs with a change of those that hold the examples."""
+
+        def one(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return _copied(value)
+            batched = value.shape[:1] == (self.batch,)
+            return change(value.detach()).requires_grad_(value.requires_grad) if batched else value
+
+        return tree_map(one, self.inputs)
+
+    def _are_equal(self) -> bool:
+        """Whether the first examples are equal, so that nothing tells them apart."""
+        found: list[bool] = []
+        self._each(lambda x: (found.append(bool((x[:3] == x[:1]).all())), x)[1])
+        return bool(found) and all(found)
+
+    def _noisy(self) -> Inputs:
+        """The inputs with noise; numbers that are not floating-point ones stay."""
+        generator = torch.Generator().manual_seed(0)
+
+        def noisy(x: Tensor) -> Tensor:
+            if not x.is_floating_point() or not x.numel():
+                return x
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            return x + noise * (0.1 * x.abs().mean() + 0.1)
+
+        return self._each(noisy)
+
+
+def _fits(
+    axis: BatchAxis, key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]
+) -> list[Literal["outer", "inner"]]:
+    """The orders under which the rows of each example are the same in two passes."""
+    if key not in a.values or key not in b.values:
+        return ["outer"] if axis.rows == 1 else []
+    x, y, accuracy = a.values[key], b.values[key], max(a.accuracies[key], b.accuracies[key])
+    if axis.axis >= x.ndim:
+        return ["outer"] if axis.rows == 1 else []
+    found: list[Literal["outer", "inner"]] = []
+    for order in ("outer", "inner") if axis.rows > 1 else ("outer",):
+        there = replace(axis, order=order)
+        rows, others = there.first(x, len(one)), there.first(y, len(two))
+        if bool(((rows[[one.index(place) for place in two]] - others).abs() <= accuracy).all()):
+            found.append(order)
+    return found
+
+
+def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> BatchAxis | None:
+    """The axis whose size is proportional to the number of examples."""
+    shape, other = a.shapes[key], b.shapes[key]
+    different = [at for at, (p, q) in enumerate(zip(shape, other, strict=False)) if p != q]
+    what = f"{key[0]} has" if key[0] != _OUTPUTS else "the model's outputs have"
+    if len(shape) != len(other) or len(different) > 1:
+        raise NoLayoutError(
+            f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected one axis that"
+            " follows the number of examples"
+        )
+    if not different:
+        return None
+    (axis,) = different
+    if shape[axis] % len(one) or shape[axis] // len(one) * len(two) != other[axis]:
+        raise NoLayoutError(
+            f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected a multiple of"
+            " the number of examples"
+        )
+    found = BatchAxis(axis, shape[axis] // len(one))
+    fits = _fits(found, key, a, b, one, two)
+    independent: bool | None = bool(fits)
+    if (
+        fits
+        and key in a.coarse | b.coarse
+        and _fits(found, key, a, b, one, two[::-1])
+        and not _are_equal(a.values[key])
+    ):
+        independent = None
+    return replace(
+        found, order=fits[0] if len(fits) == 1 else "outer" if found.rows == 1 else None, independent=independent
+    )
+
+
+def _are_equal(values: Tensor) -> bool:
+    """Whether all numbers are one, so that no order of the examples is wrong."""
+    return bool((values == values.flatten()[:1]).all())
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether an error is a fault of this package, not of a model that is run on other examples."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (AttributeError, KeyError, NameError)) and frames[-1].filename == __file__
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,87 @@
+"""Damped inverses of Kronecker blocks, computed by several processes together if there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lensor.curvature.block import Block
+from lensor.curvature.distribution import shares
+from lensor.curvature.inverses import Inverse
+
+
+@dataclass(eq=False)
+class Inversion:
+    """The inverses in use.
+
+    Args:
+        method: "cholesky", "eigen", or "woodbury" (for blocks that keep roots; "cholesky" for others).
+        group: the processes that share the work: each inverts some of the blocks and broadcasts the directions.
+        blocks: the blocks that are inverted, by name; they may be older than the current factors.
+        damping: what is added to each.
+    """
+
+    method: str
+    group: dist.ProcessGroup | None = None
+    blocks: dict[str, Block] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)
+    solvers: dict[str, Inverse] = field(default_factory=dict)
+
+    def invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
+        """Invert this process's share of blocks.
+
+        Args:
+            blocks: all blocks.
+            damping: what is added to each.
+        """
+        self.blocks, self.damping = dict(blocks), dict(damping)
+        me = 0 if self.group is None else dist.get_rank(self.group)
+        self.solvers = {name: self._solver(name) for name, rank in self._owners().items() if rank == me}
+
+    def keep(self, blocks: dict[str, Block]) -> None:
+        """Keep the inverses of these blocks alone."""
+        self.blocks = blocks
+        self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
+
+    def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The inverse times gradients, by the parameters' names; blocks with a missing gradient are left out."""
+        found: dict[str, Tensor] = {}
+        owners = self._owners()
+        for name, block in self.blocks.items():
+            wide = {one: g.to(block.B.dtype) for one in block.names if (g := gradients[one]) is not None}
+            if len(wide) < len(block.names):
+                continue
+            if name in self.solvers:
+                solved = self.solvers[name] @ wide
+            else:
+                solved = {one: torch.empty_like(g) for one, g in wide.items()}
+            if self.group is not None:
+                source = dist.get_global_rank(self.group, owners[name])
+                for one in block.names:
+                    solved[one] = solved[one].contiguous()
+                    dist.broadcast(solved[one], source, group=self.group)
+            found |= {one: solved[one] for one in block.names}
+        return found
+
+    def _owners(self) -> dict[str, int]:
+        """The process that inverts each block, so that all have about the same work."""
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        costs = [float(one.groups * (one.d**3 + one.B.shape[1] ** 3)) for one in self.blocks.values()]
+        return dict(zip(self.blocks, shares(costs, ranks), strict=True))
+
+    def _solver(self, name: str) -> Inverse:
+        block = self.blocks[name]
+        method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
+        return Inverse({name: block}, self.damping[name], method)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "solvers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.invert(self.blocks, self.damping)

@@ -1,0 +1,308 @@
+"""Kronecker factors of a step, collected while a model trains.
+
+A forward pass in training mode collects inputs of layers. A backward pass through it brings gradients at their outputs.
+The pass counts once a backward pass adds a gradient to that of a layer's weight.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lensor.curvature.capture import Capture, Use, computing
+from lensor.curvature.collector import Collector, output_axis
+from lensor.curvature.data import Arguments, one_tensor, size_of
+from lensor.curvature.layers import Layer
+from lensor.curvature.layout import Given
+from lensor.curvature.losses import LossRoot
+from lensor.curvature.watching import Targets, depth, eagerly
+from lensor.optim.hooks import OnGradient, attach, move_to_end
+
+
+@dataclass(eq=False)
+class Tracker:
+    """Collects Kronecker factors from the forward and backward passes of a model.
+
+    Args:
+        model: the model.
+        loss: the loss that is minimised.
+        approx: "expand" or "reduce".
+        fisher: "empirical", "mc", "type-2" or "forward-only".
+        joint: whether weight and bias share a block.
+        factor_interval: steps between updates of factors.
+        accumulation_steps: backward passes before a step.
+        mc_samples: draws for each example, for "mc".
+        seed: of the draws.
+        grad_scaler: the GradScaler in use.
+        batch_axis: the axis of the examples in the layers' inputs, if given.
+        steps: the steps that were made.
+    """
+
+    model: nn.Module
+    loss: nn.Module
+    approx: str
+    fisher: str
+    joint: bool
+    factor_interval: int
+    accumulation_steps: int
+    mc_samples: int
+    seed: int
+    grad_scaler: Any
+    batch_axis: Given
+    steps: int = 0
+    generator: torch.Generator | None = None
+    layers: list[Layer] = field(default_factory=list)
+    names: dict[str, Tensor] = field(default_factory=dict)
+    refresh: Callable[[], None] | None = None
+    """Called before each pass that is collected from: parameters may have been frozen since."""
+
+    def __post_init__(self) -> None:
+        self.pending: Collector | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Attributes that a copy makes for itself."""
+        self._thread = threading.local()
+        self._backward: dict[int, _Backward] = {}
+        self._left: dict[str, tuple[int, int]] = {}
+        self._accumulated: list[Any] = []
+
+    def attach(self) -> None:
+        """Follow the model's forward passes until this tracker is deleted."""
+        self._handle = attach(self, self.model)
+
+    def watch(self, layers: list[Layer], names: Mapping[str, Tensor]) -> None:
+        """Collect factors of these layers.
+
+        Args:
+            layers: the layers.
+            names: the parameters that are trained, by name.
+        """
+        for handle in self._accumulated:
+            handle.remove()
+        self.layers, self.names = layers, dict(names)
+        here: weakref.ref[Tracker] = weakref.ref(self)
+        self._left, self._accumulated = {}, []
+        for layer in layers:
+            weight = self.names[layer.weight]
+            before, after = (OnGradient(here, layer.weight, call) for call in (Tracker._arrive, Tracker._accumulate))
+            self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether factors are updated in this step."""
+        return self.steps % self.factor_interval == 0
+
+    def take(self) -> Collector | None:
+        """Return what was collected since the last step, and forget it."""
+        self._left.clear()
+        pending, self.pending = self.pending, None
+        return pending
+
+    # ---------------------------------------------------------------------------------------------------- forward pass
+    def collects(self) -> bool:
+        """Whether a forward pass that begins now is one to collect from."""
+        return (
+            self.model.training
+            and torch.is_grad_enabled()
+            and self.is_due
+            and not depth()
+            and not getattr(self._thread, "inside", False)
+            and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again in the backward pass
+        )
+
+    def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The model's forward pass, while its layers are watched."""
+        if any(layer.module.weight is not self.names[layer.weight] for layer in self.layers):
+            return forward(*arguments, **named)  # with other weights, as of torch.func.functional_call
+        if self.refresh is not None:
+            self.refresh()
+        inputs = Arguments(arguments, named)
+        batch, targets = size_of(inputs), Targets(self.layers)
+        remember = self.approx == "expand"  # which treats rows alike, whichever example they belong to
+        layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis, remember)
+        one = _Pass(Collector(self.layers, self.approx, self.joint, self.fisher, keep_graph=True))
+        on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
+        capture = Capture(
+            targets,
+            one.collected.add_input,
+            batch,
+            layout,
+            self.batch_axis,
+            on_output,
+            ordered=self.approx == "reduce",
+            independent=False,
+        )
+        self._thread.running, self._thread.inside = None, True
+        try:
+            with eagerly(), capture:
+                out = forward(*arguments, **named)
+        finally:
+            self._thread.inside = False
+        self._thread.running = one, capture, layout
+        move_to_end(self.model, self._handle)
+        return out
+
+    def leave(self) -> None:
+        """Forget a pass whose outputs were never given: a direct call of `model.forward`."""
+        if not depth() and not getattr(self._thread, "inside", False):
+            self._thread.running = None
+
+    def after(self, out: Any) -> None:
+        """Take the outputs of the model, after all hooks."""
+        running, self._thread.running = getattr(self._thread, "running", None), None
+        if running is None:
+            return
+        one, capture, layout = running
+        capture.check(out)
+        outputs = one_tensor(out)
+        with computing(outputs):
+            axis = output_axis(layout, out, outputs, capture.batch)
+            root = LossRoot(self.loss, outputs, None, capture.batch, axis)
+        one.normaliser = root.normaliser
+        one.collected.count(capture.batch, root.normaliser)
+        if self.fisher == "empirical":
+            capture.require_gradients(capture.uses)
+        elif self.fisher != "forward-only":
+            if self.generator is None:
+                self.generator = torch.Generator(outputs.device).manual_seed(self.seed)
+            columns = root.of(self.fisher, self.mc_samples, self.generator)
+            one.collected.add_columns(capture, outputs, columns, root)
+        if outputs.requires_grad:
+            outputs.register_hook(partial(_reach, weakref.ref(self), one))
+
+    # --------------------------------------------------------------------------------------------------- backward pass
+    def _running(self) -> _Backward:
+        """The running backward pass; it is forgotten when it ends."""
+        task = torch._C._current_graph_task_id()
+        found = self._backward.get(task)
+        if found is None:
+            found = self._backward[task] = _Backward()
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._backward.pop(task, None))
+        return found
+
+    def _arrive(self, weight: str) -> None:
+        """A gradient is about to be added to that of a weight, unless `torch.autograd.grad` is to return it.
+
+        If you have given up the previous gradient since it was added to (deleted it, or filled it with zeros), the
+        factors that were collected with it are given up, too.
+        """
+        left, gradient = self._left.get(weight), self.names[weight].grad
+        if left is None or self.pending is None:
+            return
+        if gradient is None or (left != (id(gradient), gradient._version) and not bool(gradient.any())):
+            self.take()
+
+    def _accumulate(self, weight: str) -> None:
+        """A backward pass has added to the gradient of a weight: the forward passes that it went through count."""
+        gradient = self.names[weight].grad
+        if gradient is not None:
+            self._left[weight] = id(gradient), gradient._version
+        found = self._backward.get(torch._C._current_graph_task_id())
+        if found is None:
+            return
+        for one in found.reached:
+            self._use(one)
+        found.reached.clear()
+        for one, use, gradient in found.waiting.pop(weight, ()):
+            self._use(one)
+            self._add_output(one, use, gradient)
+
+    def _use(self, one: _Pass) -> None:
+        """Count a pass: its gradients are those of the step."""
+        if one.used_in is None:
+            if self.pending is None:
+                self.pending = one.collected
+            else:
+                self.pending.merge(one.collected)
+            one.used_in = self.pending
+
+    def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
+        """Add the gradient at a layer's output in your own backward pass: an example's own times √normaliser."""
+        if one.used_in is not self.pending or self.pending is None:
+            return  # the step that it was for has been made or given up
+        scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
+        mean = self.loss.reduction == "mean"
+        factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
+        with computing(gradient):
+            self.pending.add_output(use, gradient, factor * (one.normaliser if mean else 1.0))
+
+    # --------------------------------------------------------------------------------------------------------- copying
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_left", "pending", "refresh", "generator")
+        state = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy follows the model that was copied with it once it is attached."""
+        self.__dict__.update(state)
+        self.pending = self.refresh = None
+        self.generator = None if state["generator"] is None else generator_from(*state["generator"])
+        self._forget()
+
+
+def generator_state(generator: torch.Generator) -> tuple[torch.device, Tensor]:
+    """The device and the state of a generator."""
+    return generator.device, generator.get_state()
+
+
+def generator_from(device: torch.device, state: Tensor) -> torch.Generator:
+    """A generator in a given state."""
+    found = torch.Generator(device)
+    found.set_state(state)
+    return found
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A forward pass.
+
+    Args:
+        collected: what it collected.
+        normaliser: what its mean loss is divided by.
+        used_in: the step for which it counts.
+        differentiated: whether a backward pass through it is differentiated itself (a gradient penalty), so that it
+            never counts.
+    """
+
+    collected: Collector
+    normaliser: float = 1.0
+    used_in: Collector | None = None
+    differentiated: bool = False
+
+
+@dataclass(eq=False)
+class _Backward:
+    """A running backward pass.
+
+    Args:
+        reached: the forward passes that it has gone through.
+        waiting: gradients at outputs, by the weight's name.
+    """
+
+    reached: list[_Pass] = field(default_factory=list)
+    waiting: dict[str, list[tuple[_Pass, Use, Tensor]]] = field(default_factory=dict)
+
+
+def _wait(tracker: weakref.ref[Tracker], one: _Pass, use: Use, gradient: Tensor) -> None:
+    """Keep the gradient at a layer's output until the same backward pass adds to the gradient of the weight."""
+    found = tracker()
+    one.differentiated |= torch.is_grad_enabled()
+    if found is not None and not one.differentiated:
+        found._running().waiting.setdefault(use.weight, []).append((one, use, gradient))
+
+
+def _reach(tracker: weakref.ref[Tracker], one: _Pass, gradient: Tensor) -> None:
+    """A backward pass goes through the outputs of a forward pass."""
+    found = tracker()
+    one.differentiated |= torch.is_grad_enabled()
+    if found is not None and not one.differentiated:
+        found._running().reached.append(one)

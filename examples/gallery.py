@@ -88,7 +88,7 @@ FIGURES = (
 _OPTIONS = {
     "kfac_input_factor": ', approx="expand"',
     "kfac_output_factor": ', approx="expand"',
-    "ggn_mini_block": ', block="filter"',
+    "ggn_mini_blocks": ', block="filter"',
 }
 
 OPERATIONS = tuple(
@@ -107,7 +107,7 @@ OTHERS = (
     Entry(
         "sampled",
         "A weight gradient from sampled positions",
-        'lensor.ops.weight_vjp(spec1).sample("i1", 0.25, stored=["X"])',
+        'lensor.ops.conv_weight_vjp(spec1).sample("i1", 0.25, stored=["X"])',
     ),
 )
 """What else networks do."""

@@ -92,11 +92,11 @@ def test_caches_can_be_cleared() -> None:
 
 
 def test_plans_are_kept_for_networks_equal_up_to_names() -> None:
-    net = ops.weight_vjp(SPEC)
+    net = ops.conv_weight_vjp(SPEC)
     operands = operands_of(bound(net))
     plan = net.plan(**operands)
     assert net.plan(**operands) is plan
-    assert ops.weight_vjp(SPEC).plan(**operands) is plan
+    assert ops.conv_weight_vjp(SPEC).plan(**operands) is plan
     assert net.rename(n="batch", k1="a").plan(**operands) is plan
     assert net.plan(**{name: array[:1] for name, array in operands.items()}) is not plan
     assert net.plan(**{name: array.astype(np.float32) for name, array in operands.items()}) is not plan

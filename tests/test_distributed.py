@@ -19,7 +19,7 @@ from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_o
 
 CASES = [
     (op, spec)
-    for op in ("conv", "weight_vjp", "kfac_input_factor", "kfac_input_factor, reduce", "ggn_diagonal", "ggn_gram")
+    for op in ("conv", "conv_weight_vjp", "kfac_input_factor", "kfac_input_factor, reduce", "ggn_diagonal", "ggn_gram")
     for spec in ("1-d", "depthwise", "circular")
 ]
 
@@ -82,7 +82,7 @@ def test_parts_of_every_index_make_up_the_whole(op: str, count: int) -> None:
 
 
 def test_a_share_of_the_work_is_a_share_of_the_flops() -> None:
-    net = ops.weight_vjp(ConvSpec(8, 8, (16,), 3, padding=1)).bind(n=8)
+    net = ops.conv_weight_vjp(ConvSpec(8, 8, (16,), 3, padding=1)).bind(n=8)
     operands = operands_of(net)
     whole = net.plan(**operands).flops
     parts = [part.plan(**operands).flops for part in parts_of(net, "n", 4)]

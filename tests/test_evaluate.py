@@ -127,7 +127,7 @@ def test_after_a_fork_the_child_evaluates() -> None:
 
                 signal.alarm(30)
                 again = net(**operands)
-                other = ops.weight_vjp(SMALL)
+                other = ops.conv_weight_vjp(SMALL)
                 shapes = operands_of(bound(other))
                 fresh = np.abs(other(**shapes) - evaluate_dense(other, shapes)).max() < 1e-10
                 lensor.clear_caches()

@@ -17,7 +17,7 @@ from lensor.draw import layout
 from lensor.draw.graph import graph_of
 from lensor.lowering import BY_NAME, lower
 from lensor.network import canonical, sum_of, to_text
-from lensor.plan.paths import has_best_order
+from lensor.plan.paths import has_best_path
 
 
 def steps(function: Callable[[], Any]) -> int:
@@ -175,8 +175,8 @@ def test_equal_halves_are_looked_for_in_bounded_effort() -> None:
 
 
 def test_the_best_order_of_many_tensors_is_left_out() -> None:
-    assert has_best_order(matrices(20))
-    assert not has_best_order(joined(complete(12)))
+    assert has_best_path(matrices(20))
+    assert not has_best_path(joined(complete(12)))
     net = joined(complete(12), named=True)
     shapes: dict[str, Any] = dict.fromkeys(net.operand_names, (2,) * 11)
     orders = [row.name for row in net.plan(**shapes).compare()]

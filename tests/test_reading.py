@@ -44,7 +44,7 @@ def test_a_reading_spells_out_the_table(pattern: IndexPattern) -> None:
     expected = table_of(pattern)
     assert np.array_equal(found.table(), expected)
     assert np.array_equal(found.transposed().table(), expected.T)
-    if pattern.is_selection:
+    if pattern.is_crop:
         outputs = np.arange(pattern.output_size)
         assert np.array_equal(np.maximum(values(pattern.line(), outputs), -1), expected[:, 0])
         valid = np.flatnonzero(expected[:, 0] >= 0)
@@ -195,9 +195,7 @@ def test_long_patterns_take_neither_time_nor_memory(mode: str) -> None:
     assert (pattern.fitted() is not None) == (mode == "zeros")
     assert pattern.constant_sum((1,)) == {"circular": 1}.get(mode)
     assert pattern.constant_sum((0,)) == (None if mode == "zeros" else 1)
-    assert pattern.is_symmetric
     assert not pattern.is_zero
-    assert not pattern.is_injective
     assert int(pattern.summed((1, 2)).sum()) == pattern.nnz
     assert tracemalloc.get_traced_memory()[1] < 150e6
     tracemalloc.stop()

@@ -26,7 +26,17 @@ from lensor_bench import run as run_module
 from lensor_bench.implementations import IMPLEMENTATIONS, Implementation
 from lensor_bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
 from lensor_bench.overhead import CASES
-from lensor_bench.report import FASTEST, Options, bounds, markdown, parse_target, ratios, summaries, worst
+from lensor_bench.report import (
+    FASTEST,
+    Options,
+    bounds,
+    markdown,
+    parse_target,
+    physical_limit,
+    ratios,
+    summaries,
+    worst,
+)
 from lensor_bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from lensor_bench.run import Bench
 from lensor_bench.settings import Settings
@@ -133,7 +143,7 @@ def test_networks_are_contracted_as_they_stand_and_as_the_rules_leave_them(monke
 
 def test_physical_limit_counts_operands_and_result() -> None:
     spec = lensor.ConvSpec(4, 8, (6, 6), 3)
-    flops, moved = OPERATIONS["weight_vjp"].physical_limit(spec, batch=2, columns=1, itemsize=4)
+    flops, moved = physical_limit(OPERATIONS["weight_vjp"], spec, batch=2, columns=1, itemsize=4)
     assert moved == 4 * (2 * 4 * 36 + 2 * 8 * 16 + 8 * 4 * 9)
     assert flops == 2 * 2 * 8 * 16 * 4 * 9
 
@@ -571,7 +581,7 @@ def test_markdown_has_the_worst_cases_with_their_limits() -> None:
     rows = some_rows()
     text = markdown(rows, Options(), ["times.png"])
     assert [ratio.value for ratio in worst(rows, Options())] == [2.0, 0.5]
-    flops, moved = OPERATIONS["forward"].physical_limit(SPECS[1], 8, 4, 4)
+    flops, moved = physical_limit(OPERATIONS["forward"], SPECS[1], 8, 4, 4)
     line = next(line for line in text.splitlines() if "3→4 2×2 s2 @8²" in line)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[:6] == ["forward", "lensor", "net+other", "3→4 2×2 s2 @8²", "dense", "2.00"]

@@ -28,6 +28,6 @@ def short_form(net: lensor.Network) -> str:
     letters = []
     for node in net.nodes:
         if isinstance(node, Pattern) and reached.intersection(node.legs[0]):
-            letters.append("S" if node.pattern.is_selection else "Π")
+            letters.append("S" if node.pattern.is_crop else "Π")
     legs = " ".join(f"({' '.join(leg)})" if len(leg) > 1 else (leg or ("1",))[0] for leg in operand.legs)
     return " ".join([f"X[{legs}]", *letters])

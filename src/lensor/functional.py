@@ -536,7 +536,9 @@ def unfold_transpose(
 def _conv_input_vjp(weight: Shape, grad_output: Shape, input_size: Any, *options: Any) -> Request:
     layer = _layer(_sizes("input_size", input_size), weight, *options, names=("input_size", "weight"))
     layer.check_cotangent("grad_output", grad_output)
-    return Request(ops.input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",), layer.spec)
+    return Request(
+        ops.conv_input_vjp(layer.spec), {"W": weight, "V": layer.output}, layer.unbatched, ("W",), layer.spec
+    )
 
 
 def conv_input_vjp(
@@ -586,7 +588,7 @@ def _conv_weight_vjp(input: Shape, grad_output: Shape, weight_size: Any, *option
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"))
     layer.check_cotangent("grad_output", grad_output)
     shapes = {"X": layer.input, "V": layer.output}
-    return Request(ops.weight_vjp(layer.spec), shapes, conjugate=("X",), spec=layer.spec)
+    return Request(ops.conv_weight_vjp(layer.spec), shapes, conjugate=("X",), spec=layer.spec)
 
 
 def conv_weight_vjp(
@@ -635,7 +637,7 @@ def conv_weight_vjp(
 def _conv_weight_vjp_per_example(input: Shape, grad_output: Shape, weight_size: Any, *options: Any) -> Request:
     layer = _layer(input, _sizes("weight_size", weight_size), *options, names=("input", "weight_size"), batched=True)
     layer.check_cotangent("grad_output", grad_output)
-    return Request(ops.per_example_weight_vjp(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
+    return Request(ops.conv_weight_vjp_per_example(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
 
 
 def conv_weight_vjp_per_example(

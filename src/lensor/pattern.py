@@ -7,16 +7,17 @@ padding, D dilation. A position outside [0, I) reads zero (`padding_mode="zeros"
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lensor.cache import Cache
 from lensor.errors import require_type
-from lensor.reading import Line, Piece, Reading, Reads, Steps, Table, affine, after, progressions, same, steps_of
+from lensor.reading import Line, Piece, Reading, Reads, Steps, Table, affine, after, progressions, steps_of
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -48,28 +49,6 @@ def as_padding_mode(value: Any) -> str:
         expected = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode must be one of {expected}, found {value!r}")
     return value
-
-
-class SliceOfReads(NamedTuple):
-    """What one kernel position reads: x[start:stop:step], by the output positions o_lo to o_hi, ends inclusive.
-
-    Nothing is read if o_hi < o_lo; start and stop are 0 then.
-    """
-
-    o_lo: int
-    o_hi: int
-    start: int
-    stop: int
-    step: int
-
-
-class Polyphase(NamedTuple):
-    """The factors of rule 12: Π[i,o,k] = [input_phase[i] = kernel_phase[k]]·[input_block[i] = kernel_block[k] + o]."""
-
-    input_phase: np.ndarray
-    input_block: np.ndarray
-    kernel_phase: np.ndarray
-    kernel_block: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -197,17 +176,6 @@ class IndexPattern:
         return int(shorter.counts().sum())
 
     @property
-    def density(self) -> float:
-        """Share of ones, nnz/(I·O·K).
-
-        Example:
-            >>> import lensor
-            >>> lensor.IndexPattern(4, 2, stride=2).density
-            0.25
-        """
-        return self.nnz / (self.input_size * self.output_size * self.kernel_size)
-
-    @property
     def kind(self) -> str:
         """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`: a label, no more.
 
@@ -223,9 +191,15 @@ class IndexPattern:
         return "down-sampling" if self.stride > self.kernel_size and self._is_inside else "general"
 
     @property
-    def is_selection(self) -> bool:
+    def is_crop(self) -> bool:
         """Whether K=1: Π[i,o] = [i = o·S − P] slices, pads, crops or embeds."""
         return self.kernel_size == 1
+
+    @property
+    def is_selection(self) -> bool:
+        """Deprecated: `is_crop`."""
+        warnings.warn("IndexPattern.is_selection is deprecated: use is_crop", DeprecationWarning, stacklevel=2)
+        return self.is_crop
 
     @property
     def is_identity(self) -> bool:
@@ -244,30 +218,6 @@ class IndexPattern:
             (True, False)
         """
         return self.padding_mode != "zeros" or self._is_inside
-
-    @property
-    def is_injective(self) -> bool:
-        """Whether no input position is read twice, so that unfolding is a pure gather (rule 13).
-
-        S/g ≥ K or D/g ≥ O, g = gcd(S,D), is enough; with padding also whatever leaves no repeated read.
-
-        Example:
-            >>> import lensor
-            >>> lensor.IndexPattern(6, 2, stride=2).is_injective, lensor.IndexPattern(6, 2).is_injective
-            (True, False)
-        """
-        if self.padding_mode != "zeros":
-            return int(self._times_read().max()) <= 1
-        g = gcd(self.stride, self.dilation)
-        apart, back = self.dilation // g, self.stride // g
-        if back >= self.kernel_size or apart >= self.output_size:
-            return True
-        # (o, k) and (o + D/g, k − S/g) read the same position; do both exist and lie inside?
-        left = self.padding[0] - back * self.dilation
-        twice = self._replace(
-            kernel_size=self.kernel_size - back, output_size=self.output_size - apart, padding=(left, 0)
-        )
-        return twice.is_zero
 
     @property
     def is_zero(self) -> bool:
@@ -374,10 +324,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
         Raises:
             ValueError: if a padding mode other than zeros is in use.
         """
-        return [
-            () if part.o_hi < part.o_lo else (part.o_lo, part.o_hi, part.start, part.step * (part.o_hi > part.o_lo))
-            for part in self.slices()
-        ]
+        if self.padding_mode != "zeros" and not self._is_inside:
+            raise ValueError(f"padding_mode is {self.padding_mode!r}, expected 'zeros': split_padding() first")
+        found = []
+        for k, (low, high) in enumerate(zip(*(limit.tolist() for limit in self._limits()), strict=True)):
+            start = low * self.stride + k * self.dilation - self.padding[0]
+            found.append(() if high < low else (low, high, start, self.stride * (high > low)))
+        return found
 
     def materialize(self) -> np.ndarray:
         """Π as a bool array [input_size, output_size, kernel_size], new at each call.
@@ -390,25 +343,6 @@ Piece(start=4, stop=5, slope=0, offset=3))
                    [0, 1]])
         """
         return self.summed((), np.dtype(bool))
-
-    def leg_sum(self, leg: str) -> np.ndarray:
-        """Π summed over the leg `"i"`, `"o"` or `"k"`, int64 over the other two in the order i, o, k (rule 16).
-
-        v[o,k] = Σ_i Π = [0 ≤ kD+oS−P < I]; m[i,k] = Σ_o Π; u[i,o] = Σ_k Π; binary in zeros mode.
-
-        Example:
-            >>> import lensor
-            >>> lensor.IndexPattern(3, 2).leg_sum("k")
-            array([[1, 0],
-                   [1, 1],
-                   [0, 1]])
-
-        Raises:
-            ValueError: for another leg.
-        """
-        if leg not in ("i", "o", "k"):
-            raise ValueError(f"leg must be 'i', 'o' or 'k', found {leg!r}")
-        return self.summed(("iok".index(leg),))
 
     def summed(self, legs: Sequence[int], dtype: np.dtype | type = np.int64) -> np.ndarray:
         """Π summed over some of its legs (0: i, 1: o, 2: k), over the others in this order.
@@ -533,59 +467,6 @@ Piece(start=4, stop=5, slope=0, offset=3))
         high = np.minimum(self.output_size - 1, (self.input_size - 1 + shift) // self.stride)
         return low, high
 
-    def slices(self) -> tuple[SliceOfReads, ...]:
-        """For each kernel position the strided slice of the input that it reads (rule 18).
-
-        k reads x[kD + o_lo·S − P : kD + o_hi·S − P + 1 : S] at the output positions o_lo to o_hi, and zero at others.
-
-        Example:
-            >>> import lensor
-            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
-            >>> pi.slices()[0]
-            SliceOfReads(o_lo=1, o_hi=2, start=1, stop=4, step=2)
-            >>> pi.reads()[:, 0]
-            array([-1,  1,  3])
-
-        Raises:
-            ValueError: if a padding mode other than zeros is in use.
-        """
-        if self.padding_mode != "zeros" and not self._is_inside:
-            raise ValueError(
-                f"slices need zero padding, found padding_mode={self.padding_mode!r}; split_padding() first"
-            )
-        found = []
-        for k, (low, high) in enumerate(zip(*(limit.tolist() for limit in self._limits()), strict=True)):
-            if high < low:
-                found.append(SliceOfReads(0, -1, 0, 0, self.stride))
-                continue
-            shift = k * self.dilation - self.padding[0]
-            start, last = low * self.stride + shift, high * self.stride + shift
-            found.append(SliceOfReads(low, high, start, last + 1, self.stride))
-        return tuple(found)
-
-    def polyphase(self) -> Polyphase:
-        """The pattern as two conditions on phases and blocks (rule 12); D=1 and zeros mode only.
-
-        Π = [(i+P) mod S = k mod S]·[⌊(i+P)/S⌋ = ⌊k/S⌋ + o]. For S=1 use `swap().polyphase()`.
-
-        Example:
-            >>> import lensor
-            >>> pi = lensor.IndexPattern(5, 3, stride=2, padding=1)
-            >>> factors = pi.polyphase()
-            >>> factors.kernel_phase, factors.kernel_block
-            (array([0, 1, 0]), array([0, 0, 1]))
-
-        Raises:
-            ValueError: for another dilation, or a padding mode other than zeros in use.
-        """
-        if self.dilation != 1 or (self.padding_mode != "zeros" and not self._is_inside):
-            raise ValueError(
-                "polyphase needs dilation=1 and zero padding, found"
-                f" dilation={self.dilation}, padding_mode={self.padding_mode!r}"
-            )
-        i, k = np.arange(self.input_size) + self.padding[0], np.arange(self.kernel_size)
-        return Polyphase(i % self.stride, i // self.stride, k % self.stride, k // self.stride)
-
     # --------------------------------------------------------------------------------------------------- algebra
     def swap(self) -> IndexPattern:
         """Kernel and output exchanged: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], O pinned to K (rule 4).
@@ -602,37 +483,6 @@ Piece(start=4, stop=5, slope=0, offset=3))
             dilation=self.stride,
             output_size=self.kernel_size,
         )
-
-    def flip(self) -> IndexPattern:
-        """All three legs reversed: Π[I−1−i, O−1−o, K−1−k], the pattern with P → P_right − r (rule 14).
-
-        The new left padding is (O−1)S + D(K−1) + 1 − I − P_left, which is P_right − r unless the output size is pinned.
-
-        Example:
-            >>> import lensor
-            >>> pi = lensor.IndexPattern(6, 3, stride=2, padding=(1, 0))
-            >>> pi.flip()
-            IndexPattern(6, 3, stride=2, padding=(0, 1))
-            >>> bool((pi.flip().materialize() == pi.materialize()[::-1, ::-1, ::-1]).all())
-            True
-        """
-        left, right = self._needed_right, self.padding[0]
-        if self.padding_mode == "circular" and min(left, right) < 0:
-            # Padding that crops one side is the same as reading a period later: P ≡ P + I.
-            shift = left % self.input_size - left
-            left, right = left + shift, max(0, right - shift)
-        return self._replace(padding=(left, right))
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether the pattern is its own mirror image: reversing all three legs changes nothing (rule 14).
-
-        Example:
-            >>> import lensor
-            >>> tuple(lensor.IndexPattern(5, 3, padding=padding).is_symmetric for padding in (1, (1, 0)))
-            (True, False)
-        """
-        return same(self.flip().reading(), self.reading())
 
     def normalize(self) -> IndexPattern:
         """The same pattern in normal form: what makes no difference is set to a value of its own (rules 7, 8).

@@ -37,8 +37,8 @@ GRADIENT_CASES = [
     ("conv", "down-sampling"),
     ("unfold", "1-d"),
     ("fold", "1-d"),
-    ("weight_vjp", "1-d"),
-    ("input_vjp", "depthwise"),
+    ("conv_weight_vjp", "1-d"),
+    ("conv_input_vjp", "depthwise"),
     ("kfac_input_factor", "circular"),
     ("kfac_input_factor, reduce", "circular"),
     ("kfac_input_factor, bias", "circular"),
@@ -68,7 +68,7 @@ def test_gradients_of_first_and_second_order(op: str, spec: str) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradients_by_every_candidate(spec: str) -> None:
     """Whatever plan is chosen, autograd's gradient is the network's own VJP."""
-    for op in ("conv", "weight_vjp", "kfac_input_factor"):
+    for op in ("conv", "conv_weight_vjp", "kfac_input_factor"):
         net = bound(BUILDERS[op](SPECS[spec]))
         operands = operands_of(net)
         cotangent = np.random.default_rng(2).standard_normal(net.output_shape)

@@ -90,7 +90,7 @@ def test_a_stored_part_gives_the_gradient_of_the_masked_input(hyper: dict[str, i
     rng = np.random.default_rng(0)
     x, v = rng.standard_normal((3, 4, 9, 8)), rng.standard_normal((3, 6, *spec.output_size))
     rows, columns = np.array([0, 2, 5, 8]), np.array([1, 4, 7])
-    net = lensor.ops.weight_vjp(spec)
+    net = lensor.ops.conv_weight_vjp(spec)
     expected = 8 * evaluate_dense(net, {"X": _masked(x, {2: rows, 3: columns}), "V": v})
     net = net.sample("i1", 0.25, stored=["X"]).sample("i2", 0.5, stored=["X"])
     operands = {"X": x[:, :, rows][:, :, :, columns], "V": v, "i1_positions": rows, "i2_positions": columns}
@@ -124,7 +124,7 @@ def test_scattered_into_zeros_the_expectation_is_the_whole() -> None:
 
 
 def test_text_and_subscripts_of_a_selection_read_back() -> None:
-    net = lensor.ops.weight_vjp(lensor.ConvSpec(2, 3, (5,), 3)).sample("i1", 0.5, stored=["X"])
+    net = lensor.ops.conv_weight_vjp(lensor.ConvSpec(2, 3, (5,), 3)).sample("i1", 0.5, stored=["X"])
     assert "select i1_positions[i1_full i1]" in str(net)
     assert lensor.parse(repr(net).removeprefix("parse('").removesuffix("')")) == net
     assert net.operands[-1] == "select i1_positions"
@@ -168,7 +168,7 @@ def test_a_selection_is_an_operand_to_transforms() -> None:
 )
 def test_bad_samples_are_refused(call: Any, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
-        call(lensor.ops.weight_vjp(lensor.ConvSpec(1, 1, (5,), 3)))
+        call(lensor.ops.conv_weight_vjp(lensor.ConvSpec(1, 1, (5,), 3)))
 
 
 def test_bad_positions_are_refused() -> None:
@@ -189,7 +189,7 @@ def test_bad_positions_are_refused() -> None:
 
 
 def test_plans_do_not_depend_on_positions() -> None:
-    net = lensor.ops.weight_vjp(lensor.ConvSpec(2, 3, (9,), 3, padding=1)).sample("i1", 0.5, stored=["X"])
+    net = lensor.ops.conv_weight_vjp(lensor.ConvSpec(2, 3, (9,), 3, padding=1)).sample("i1", 0.5, stored=["X"])
     rng = np.random.default_rng(0)
     shapes = {"X": (2, 2, 4), "V": (2, 3, 9), "i1_positions": (4,)}
     plan = net.plan(**shapes)
@@ -201,7 +201,7 @@ def test_plans_do_not_depend_on_positions() -> None:
 
 
 def test_derivatives_of_sampled_networks_are_autograds() -> None:
-    net = lensor.ops.weight_vjp(lensor.ConvSpec(2, 3, (6, 5), 3, padding=1))
+    net = lensor.ops.conv_weight_vjp(lensor.ConvSpec(2, 3, (6, 5), 3, padding=1))
     net = net.sample("i1", 0.5, stored=["X"]).sample("i2", weights="p", stored=["X"])
     generator = torch.Generator().manual_seed(0)
 

@@ -95,21 +95,21 @@ ROWS = {
     "unfolded_kernel": row(ops.unfolded_kernel, "i o k, (g co) ci k, g g_ -> (g co o) (g_ ci i)", "Π W δ", "g_:g"),
     "transpose convolution": row(ops.conv_transpose, "(g co) ci k, i o k, n (g co) o -> n (g ci) i", "W Π X"),
     "transpose-unfold": row(ops.unfold_transpose, "n co o, i o k -> n (co k) i", "X Π", "co*g"),
-    "weight_vjp": row(ops.weight_vjp, "n (g ci) i, i o k, n (g co) o -> (g co) ci k", "X Π V"),
-    "per_example_weight_vjp": row(
-        ops.per_example_weight_vjp, "n (g ci) i, i o k, n (g co) o -> n (g co) ci k", "X Π V"
+    "conv_weight_vjp": row(ops.conv_weight_vjp, "n (g ci) i, i o k, n (g co) o -> (g co) ci k", "X Π V"),
+    "conv_weight_vjp_per_example": row(
+        ops.conv_weight_vjp_per_example, "n (g ci) i, i o k, n (g co) o -> n (g co) ci k", "X Π V"
     ),
-    "input_vjp": row(ops.input_vjp, "(g co) ci k, i o k, n (g co) o -> n (g ci) i", "W Π V"),
-    "weight_jvp": row(ops.weight_jvp, "n (g ci) i, i o k, (g co) ci k -> n (g co) o", "X Π T"),
-    "input_jvp": row(ops.input_jvp, "n (g ci) i, i o k, (g co) ci k -> n (g co) o", "T Π W"),
-    "weight_jacobian": row(
-        ops.weight_jacobian,
+    "conv_input_vjp": row(ops.conv_input_vjp, "(g co) ci k, i o k, n (g co) o -> n (g ci) i", "W Π V"),
+    "conv_weight_jvp": row(ops.conv_weight_jvp, "n (g ci) i, i o k, (g co) ci k -> n (g co) o", "X Π T"),
+    "conv_input_jvp": row(ops.conv_input_jvp, "n (g ci) i, i o k, (g co) ci k -> n (g co) o", "T Π W"),
+    "conv_weight_jacobian": row(
+        ops.conv_weight_jacobian,
         "n (g ci) i, i o k, g g_, co co_ -> n (g co) o (g_ co_) ci k",
         "X Π δ δ",
         "g_:g co_:co",
     ),
-    "input_jacobian": row(
-        ops.input_jacobian, "(g co) ci k, i o k, g g_, n n_ -> n (g co) o n_ (g_ ci) i", "W Π δ δ", "g_:g"
+    "conv_input_jacobian": row(
+        ops.conv_input_jacobian, "(g co) ci k, i o k, g g_, n n_ -> n (g co) o n_ (g_ ci) i", "W Π δ δ", "g_:g"
     ),
     "mixed_second_derivative": row(
         ops.mixed_second_derivative,
@@ -151,18 +151,18 @@ ROWS = {
         GGN_OPERANDS,
     ),
     "mini-blocks by filter": row(
-        lambda s: ops.ggn_mini_block(s, "filter"),
+        lambda s: ops.ggn_mini_blocks(s, "filter"),
         "n (g ci) i, i o k, v n (g co) o, n (g ci_) i_, i_ o_ k_, v n (g co) o_ -> (g co) (ci k) (ci_ k_)",
         GGN_OPERANDS,
         "ci_:ci",
     ),
     "mini-blocks by kernel": row(
-        lambda s: ops.ggn_mini_block(s, "kernel"),
+        lambda s: ops.ggn_mini_blocks(s, "kernel"),
         "n (g ci) i, i o k, v n (g co) o, n (g ci) i_, i_ o_ k_, v n (g co) o_ -> (g co) ci k k_",
         GGN_OPERANDS,
     ),
     "mini-blocks by position": row(
-        lambda s: ops.ggn_mini_block(s, "position"),
+        lambda s: ops.ggn_mini_blocks(s, "position"),
         "n (g ci) i, i o k, v n (g co) o, n (g ci_) i_, i_ o_ k, v n (g co_) o_ -> g k (co ci) (co_ ci_)",
         GGN_OPERANDS,
         "ci_:ci co_:co",
@@ -177,7 +177,7 @@ ROWS = {
 TRANSPOSED_ROWS = {
     "conv": row(ops.conv, "(g co) ci k, i o k, n (g co) o -> n (g ci) i", "W Π X"),
     "transpose-unfold": row(ops.unfold, "n c o, i o k -> n (c k) i", "X Π", "c"),
-    "weight_vjp": row(ops.weight_vjp, "n (g co) o, i o k, n (g ci) i -> (g co) ci k", "X Π V"),
+    "conv_weight_vjp": row(ops.conv_weight_vjp, "n (g co) o, i o k, n (g ci) i -> (g co) ci k", "X Π V"),
     "KFAC-expand": row(
         lambda s: ops.kfac_input_factor(s, "expand"),
         "n (g co) o, i o k, n (g co_) o_, i o_ k_ -> g (co k) (co_ k_)",

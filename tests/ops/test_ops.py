@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from lensor import functional  # noqa: E402
+from lensor import functional, ops  # noqa: E402
 from tests.support import oracles  # noqa: E402
 from tests.support.oracles import OPERATIONS, Geometry, draw, make_case, shapes  # noqa: E402
 from tests.support.strategies import QUIET, calls, specs  # noqa: E402
@@ -145,9 +145,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "conv": _conv,
     "unfold": _unfold,
     "fold": _fold,
-    "input_vjp": _input_vjp,
-    "weight_vjp": _weight_vjp,
-    "per_example_weight_vjp": _per_example,
+    "conv_input_vjp": _input_vjp,
+    "conv_weight_vjp": _weight_vjp,
+    "conv_weight_vjp_per_example": _per_example,
     "kfac_input_factor": _input_factor,
     "kfac_output_factor": _output_factor,
     "ggn_diagonal": _ggn_diagonal,
@@ -156,7 +156,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 TAKE_TRANSPOSED = {"conv", "unfold", "kfac_input_factor", "kfac_output_factor"}
 """Those with a function for transposed convolutions, too."""
 
-TAKE_UNBATCHED = ("conv", "unfold", "fold", "input_vjp", "weight_vjp")
+TAKE_UNBATCHED = ("conv", "unfold", "fold", "conv_input_vjp", "conv_weight_vjp")
 
 
 def is_function(op: str, call: Mapping[str, Any]) -> bool:
@@ -234,7 +234,7 @@ def test_function_of_unbatched_arrays(op: str, backend: str) -> None:
         arrays = {name: arranged(array.copy(), "contiguous", backend) for name, array in arrays.items()}
         found = FUNCTIONS[op](case.spec, arrays)
         expected = flat_positions(op, case.spec, case.expected)
-        problem = mismatch(found, expected if op == "weight_vjp" else expected[0], backend)
+        problem = mismatch(found, expected if op == "conv_weight_vjp" else expected[0], backend)
         assert not problem, f"unbatched {op}, {case.call}: {problem}"
 
     equals_oracle()
@@ -274,7 +274,7 @@ def test_the_reduce_factor_is_the_gram_matrix_of_its_root(backend: str, call: di
 
 # ----------------------------------------------------------------------------------------------------- complex numbers
 @every_backend
-@pytest.mark.parametrize("op", ["conv", "unfold", "input_vjp", "weight_vjp", "per_example_weight_vjp"])
+@pytest.mark.parametrize("op", ["conv", "unfold", "conv_input_vjp", "conv_weight_vjp", "conv_weight_vjp_per_example"])
 def test_function_of_complex_numbers_is_autograds(op: str, backend: str) -> None:
     """Gradients conjugate what they are multiplied with, as torch's autograd does."""
 
@@ -351,3 +351,11 @@ def test_a_case_of_the_sweep_is_determined_by_its_number() -> None:
     assert first[1] == second[1]
     np.testing.assert_array_equal(first[0].expected, second[0].expected)
     assert run_case(3, 57).keys() == {"k", "op", "backend", "seconds"}
+
+
+def test_old_names_are_deprecated() -> None:
+    for old, new in {"weight_vjp": "conv_weight_vjp", "ggn_mini_block": "ggn_mini_blocks"}.items():
+        with pytest.warns(DeprecationWarning, match=f"use ops.{new}"):
+            assert getattr(ops, old) is getattr(ops, new)
+    with pytest.raises(AttributeError, match="no attribute 'weight'"):
+        ops.weight  # noqa: B018

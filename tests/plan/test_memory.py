@@ -23,7 +23,13 @@ SPECS = {
     "circular": ConvSpec(4, 8, (12,), 3, padding=2, padding_mode="circular"),
     "dilation": ConvSpec(6, 6, (9, 9), 3, padding=2, dilation=2),
 }
-LARGE = {"hessian_backprop", "unfolded_kernel", "input_jacobian", "weight_jacobian", "mixed_second_derivative"}
+LARGE = {
+    "hessian_backprop",
+    "unfolded_kernel",
+    "conv_input_jacobian",
+    "conv_weight_jacobian",
+    "mixed_second_derivative",
+}
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -1,4 +1,4 @@
-"""Orders of contraction: every path is a path, and what the orders cost is what they cost."""
+"""PathCosts of contraction: every path is a path, and what the orders cost is what they cost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor.plan import paths as orders
-from lensor.plan.paths import ORDERS, find_order
+from lensor.plan.paths import PATHS, find_path
 from tests.support.cases import BUILDERS, SPECS, bound, operands_of
 
 
-@given(seed=st.integers(0, 2**32 - 1), order=st.sampled_from(["auto", "cotengra", *ORDERS]))
+@given(seed=st.integers(0, 2**32 - 1), order=st.sampled_from(["auto", "cotengra", *PATHS]))
 def test_every_order_contracts_in_pairs_to_the_right_result(seed: int, order: str) -> None:
     rng = random.Random(seed)
     names = "abcdefghij"[: rng.randint(1, 10)]
@@ -30,7 +30,7 @@ def test_every_order_contracts_in_pairs_to_the_right_result(seed: int, order: st
         if order == "cotengra":
             pytest.importorskip("cotengra")
             patch.setattr(orders, "_MOST_FOR_OPT_EINSUM", 1)
-        path = find_order(inputs, output, sizes, "auto" if order == "cotengra" else order)
+        path = find_path(inputs, output, sizes, "auto" if order == "cotengra" else order)
     assert [len(pair) for pair in path] == [2] * (len(inputs) - 1)
     arrays = np.random.default_rng(seed)
     values = [arrays.normal(size=[sizes[index] for index in sorted(own)]) for own in inputs]
@@ -41,7 +41,7 @@ def test_every_order_contracts_in_pairs_to_the_right_result(seed: int, order: st
 
 def test_left_to_right_takes_the_tensors_as_they_stand() -> None:
     tensors = [frozenset("ab"), frozenset("bc"), frozenset("cd"), frozenset("de")]
-    assert find_order(tensors, frozenset("ae"), dict.fromkeys("abcde", 2), "left to right") == [(0, 1), (0, 2), (0, 1)]
+    assert find_path(tensors, frozenset("ae"), dict.fromkeys("abcde", 2), "left to right") == [(0, 1), (0, 2), (0, 1)]
 
 
 def test_the_orders_of_a_matrix_product() -> None:
@@ -52,7 +52,7 @@ def test_the_orders_of_a_matrix_product() -> None:
     assert table["left to right"].flops == 2 * (2 * 3 * 5 + 2 * 5 * 7)
     assert table["left to right"].peak_size == 2 * 5 + 2 * 7
     assert table["optimal"].flops == min(2 * (2 * 3 * 5 + 2 * 5 * 7), 2 * (3 * 5 * 7 + 2 * 3 * 7))
-    assert [row.name for row in table] == ["Feynman", *ORDERS, "planner"]
+    assert [row.name for row in table] == ["Feynman", *PATHS, "planner"]
     assert [line.split("  ")[0] for line in str(table).splitlines()][1:] == [row.name for row in table]
     with pytest.raises(KeyError, match="no order 'best'; there are"):
         table["best"]

@@ -106,7 +106,7 @@ def test_wrong_operands(kind: type[Exception], message: str, call: Any) -> None:
 
 
 def test_an_unknown_size_is_asked_for() -> None:
-    net = ops.input_jacobian(SMALL)
+    net = ops.conv_input_jacobian(SMALL)
     w = np.ones((2, 1, 3))
     for call in (net, net.plan):
         with pytest.raises(ValueError, match=r"no operand tells the size of index 'n': give it as a keyword, n=\.\.\."):
@@ -141,7 +141,7 @@ def test_wrong_operands_of_a_plan() -> None:
 
 
 def test_measured_plans_give_the_same() -> None:
-    net = ops.weight_vjp(SPEC)
+    net = ops.conv_weight_vjp(SPEC)
     operands = operands_of(bound(net))
     plan = net.plan(effort="measure", **operands)
     assert plan.candidates[0].measured is not None

@@ -30,7 +30,7 @@ WITHOUT_EXAMPLE = {
         *("lensor.ConvSpec.input_shape", "lensor.ConvSpec.ndim", "lensor.ConvSpec.output_shape"),
         *("lensor.Delta.legs", "lensor.Ones.legs"),
         *("lensor.Drawing.crossings", "lensor.Drawing.svg", "lensor.Drawing.tikz"),
-        *("lensor.IndexPattern.is_identity", "lensor.IndexPattern.is_selection"),
+        *("lensor.IndexPattern.is_identity", "lensor.IndexPattern.is_crop"),
         *("lensor.Network.canonical_order", "lensor.Plan.operands", "lensor.Plan.shape"),
     },
     "a tuple of names": {"lensor.sampling.SCHEMES"},
@@ -137,4 +137,4 @@ def test_compose_names_what_is_no_pattern() -> None:
 @pytest.mark.parametrize("block", ["filters", None, ["filter"]], ids=repr)
 def test_mini_block_names_a_wrong_block(block: Any) -> None:
     with pytest.raises(ValueError, match=r"^block must be one of .*, found "):
-        ops.ggn_mini_block(lensor.ConvSpec(4, 8, 9, 3), block)
+        ops.ggn_mini_blocks(lensor.ConvSpec(4, 8, 9, 3), block)

@@ -63,10 +63,10 @@ def test_torch_and_plain_routes_agree() -> None:
         x, w, v = operands(g, rng)
         b = rng.standard_normal(g.out_channels)
         close(oracles.plain_conv(g, x, w, b), oracles.torch_conv(g, *tensors(x, w, b)))
-        close(oracles.plain_input_vjp(g, w, v), oracles.input_vjp(g, w, v))
-        close(oracles.plain_per_example_weight_vjp(g, x, v), oracles.per_example_weight_vjp(g, x, v))
-        close(oracles.weight_jvp(g, x, w), oracles.plain_conv(g, x, w))
-        close(oracles.input_jvp(g, x, w), oracles.plain_conv(g, x, w))
+        close(oracles.plain_input_vjp(g, w, v), oracles.conv_input_vjp(g, w, v))
+        close(oracles.plain_per_example_weight_vjp(g, x, v), oracles.conv_weight_vjp_per_example(g, x, v))
+        close(oracles.conv_weight_jvp(g, x, w), oracles.plain_conv(g, x, w))
+        close(oracles.conv_input_jvp(g, x, w), oracles.plain_conv(g, x, w))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -132,7 +132,7 @@ def test_unfold_is_a_convolution_with_one_hot_kernels_and_fold_its_gradient() ->
         x, _, _ = operands(g, rng)
         close(oracles.unfold(g, x), oracles.conv(depthwise, x, one_hot))
         v = rng.standard_normal((2, g.in_channels * patch, *g.output_size))
-        close(oracles.fold(g, v), oracles.input_vjp(depthwise, one_hot, v))
+        close(oracles.fold(g, v), oracles.conv_input_vjp(depthwise, one_hot, v))
 
 
 def test_vjps_are_torch_nn_grads() -> None:
@@ -143,8 +143,8 @@ def test_vjps_are_torch_nn_grads() -> None:
         settings_ = (g.stride, tuple(left for left, _ in g.padding), g.dilation, g.groups)
         by_input, by_weight = (getattr(torch.nn.grad, f"conv{g.ndim}d_{name}") for name in ("input", "weight"))
         x_, w_, v_ = tensors(x, w, v)
-        close(oracles.input_vjp(g, w, v), by_input(x.shape, w_, v_, *settings_))
-        close(oracles.weight_vjp(g, x, v), by_weight(x_, w.shape, v_, *settings_))
+        close(oracles.conv_input_vjp(g, w, v), by_input(x.shape, w_, v_, *settings_))
+        close(oracles.conv_weight_vjp(g, x, v), by_weight(x_, w.shape, v_, *settings_))
 
 
 def test_the_transpose_is_torchs_transposed_convolution() -> None:
@@ -191,8 +191,8 @@ def test_more_dimensions_are_fewer_where_one_is_trivial(ndim: int) -> None:
         x, w, v = operands(less, rng)
         at = (slice(None), slice(None), *[None] * extra)
         close(oracles.conv(more, x[at], w[at]), oracles.conv(less, x, w)[at])
-        close(oracles.input_vjp(more, w[at], v[at]), oracles.input_vjp(less, w, v)[at])
-        close(oracles.weight_vjp(more, x[at], v[at]), oracles.weight_vjp(less, x, v)[at])
+        close(oracles.conv_input_vjp(more, w[at], v[at]), oracles.conv_input_vjp(less, w, v)[at])
+        close(oracles.conv_weight_vjp(more, x[at], v[at]), oracles.conv_weight_vjp(less, x, v)[at])
         factor = oracles.kfac_input_factor(less, x, approx="expand")
         close(oracles.kfac_input_factor(more, x[at], approx="expand"), factor)
     for seed in range(CASES // 3):
@@ -200,8 +200,8 @@ def test_more_dimensions_are_fewer_where_one_is_trivial(ndim: int) -> None:
         g = Geometry.of(spec)
         x, w, v = operands(g, rng)
         total = np.vdot(oracles.conv(g, x, w), v)
-        close(np.vdot(oracles.input_vjp(g, w, v), x), total)
-        close(np.vdot(oracles.weight_vjp(g, x, v), w), total)
+        close(np.vdot(oracles.conv_input_vjp(g, w, v), x), total)
+        close(np.vdot(oracles.conv_weight_vjp(g, x, v), w), total)
         patches = oracles.unfold(g, x)
         values = rng.standard_normal(patches.shape)
         close(np.vdot(oracles.fold(g, values), x), np.vdot(values, patches))
@@ -210,10 +210,10 @@ def test_more_dimensions_are_fewer_where_one_is_trivial(ndim: int) -> None:
 # --------------------------------------------------------------------------------------------- Jacobians and curvature
 def test_jacobians_fit_the_products_with_them() -> None:
     for g, rng in geometries(10):
-        if not fits(vars(g), "input_jacobian", 2) or not fits(vars(g), "weight_jacobian", 2):
+        if not fits(vars(g), "conv_input_jacobian", 2) or not fits(vars(g), "conv_weight_jacobian", 2):
             continue
         x, w, v = operands(g, rng)
-        by_weight, by_input = oracles.weight_jacobian(g, x), oracles.input_jacobian(g, w, n=2)
+        by_weight, by_input = oracles.conv_weight_jacobian(g, x), oracles.conv_input_jacobian(g, w, n=2)
         close(by_weight.reshape(*v.shape, -1) @ w.ravel(), oracles.conv(g, x, w))
         close(by_input.reshape(*v.shape, -1) @ x.ravel(), oracles.conv(g, x, w))
         matrix = oracles.unfolded_kernel(g, w)
@@ -221,16 +221,16 @@ def test_jacobians_fit_the_products_with_them() -> None:
         close(by_input.reshape(2, len(matrix), 2, -1)[1, :, 0], np.zeros_like(matrix))
         close(matrix @ x.reshape(2, -1).T, oracles.plain_conv(g, x, w).reshape(2, -1).T)
         mixed = oracles.mixed_second_derivative(g, v)
-        close(mixed.reshape(*g.weight_size, -1) @ x.ravel(), oracles.weight_vjp(g, x, v))
+        close(mixed.reshape(*g.weight_size, -1) @ x.ravel(), oracles.conv_weight_vjp(g, x, v))
 
 
 def test_ggn_is_the_jacobian_sandwich() -> None:
     for g, rng in geometries(11, CASES // 2):
-        if not fits(vars(g), "weight_jacobian", 2):
+        if not fits(vars(g), "conv_weight_jacobian", 2):
             continue
         x, _, _ = operands(g, rng)
         s = rng.standard_normal(oracles.shapes(g, 2, 3)["roots"])
-        jacobian = oracles.weight_jacobian(g, x).reshape(2, prod(s.shape[2:]), -1)
+        jacobian = oracles.conv_weight_jacobian(g, x).reshape(2, prod(s.shape[2:]), -1)
         roots = np.einsum("vno,nop->vnp", s.reshape(3, 2, -1), jacobian)
         close(oracles.ggn_diagonal(g, x, s), (roots**2).sum((0, 1)).reshape(g.weight_size))
         close(oracles.ggn_diagonal(g, x, s, per_example=True).sum(0), oracles.ggn_diagonal(g, x, s))
@@ -238,12 +238,12 @@ def test_ggn_is_the_jacobian_sandwich() -> None:
         whole = np.einsum("vnp,vnq->pq", roots, roots).reshape(*g.weight_size, *g.weight_size)
         first, second, positions = g.weight_size[0], g.weight_size[1], prod(g.kernel_size)
         flat = whole.reshape(first, second, positions, first, second, positions)
-        block = oracles.ggn_mini_block(g, x, s, block="filter")
+        block = oracles.ggn_mini_blocks(g, x, s, block="filter")
         close(block, np.einsum("abcaef->abcef", flat).reshape(first, second * positions, -1))
-        block = oracles.ggn_mini_block(g, x, s, block="kernel")
+        block = oracles.ggn_mini_blocks(g, x, s, block="kernel")
         close(block, np.einsum("abcabf->abcf", flat).reshape(first, second, *g.kernel_size, *g.kernel_size))
         by_group = flat.reshape(g.groups, -1, second, positions, g.groups, first // g.groups, second, positions)
-        block = oracles.ggn_mini_block(g, x, s, block="position")
+        block = oracles.ggn_mini_blocks(g, x, s, block="position")
         expected = np.einsum("gabkgdek->gkabde", by_group)
         close(block, expected.reshape(g.groups, *g.kernel_size, second * first // g.groups, -1))
 
@@ -289,7 +289,7 @@ def test_factors_by_counting() -> None:
 
 def test_hessians_are_autograds() -> None:
     for g, rng in geometries(14, CASES // 2, ndim=(0, 1, 2)):
-        if not fits(vars(g), "hessian_backprop", 1) or not fits(vars(g), "weight_jacobian", 2):
+        if not fits(vars(g), "hessian_backprop", 1) or not fits(vars(g), "conv_weight_jacobian", 2):
             continue
         x, w, v = operands(g, rng)
         shape = v.shape[1:]
@@ -305,11 +305,13 @@ def test_hessians_are_autograds() -> None:
         expected = torch.autograd.functional.hessian(loss, x_).reshape(*size, *size)
         close(oracles.hessian_backprop(g, w, h.reshape(*shape, *shape)), expected)
         diagonal = oracles.hessian_diagonal_input(g, w, v)
-        squares = oracles.input_jacobian(g, w, n=2) ** 2
+        squares = oracles.conv_input_jacobian(g, w, n=2) ** 2
         close(diagonal, np.tensordot(v, squares, v.ndim))
-        close(oracles.hessian_diagonal_weight(g, x, v), np.tensordot(v, oracles.weight_jacobian(g, x) ** 2, v.ndim))
+        close(
+            oracles.hessian_diagonal_weight(g, x, v), np.tensordot(v, oracles.conv_weight_jacobian(g, x) ** 2, v.ndim)
+        )
         # [X]² = [X²], in every mode
-        close(oracles.hessian_diagonal_weight(g, x, v), oracles.weight_vjp(g, x**2, v))
+        close(oracles.hessian_diagonal_weight(g, x, v), oracles.conv_weight_vjp(g, x**2, v))
 
 
 # ------------------------------------------------------------------------------------------------------ what is drawn

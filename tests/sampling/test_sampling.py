@@ -269,7 +269,7 @@ def test_mean_and_variance_over_all_draws_are_exact(scheme: str, index: str, kee
         mean, square, chances = mean + chance * one, square + chance * float(one.square().sum()), chances + chance
     assert abs(chances - 1) < 1e-9
     torch.testing.assert_close(mean, exact, rtol=1e-6, atol=1e-6)
-    net = lensor.ops.weight_vjp(lensor.ConvSpec(4, 2, (6, 5), 3, padding=1))
+    net = lensor.ops.conv_weight_vjp(lensor.ConvSpec(4, 2, (6, 5), 3, padding=1))
     moments = {index: sampling.second_moments(size, keep, scheme, norms=norms)}
     predicted = sampling.variance(net, moments, X=x, V=v)
     assert predicted == pytest.approx(square - float(exact.square().sum()), rel=1e-5)

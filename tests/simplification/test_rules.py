@@ -72,8 +72,8 @@ def test_a_pattern_taken_apart_is_put_together_again(hyper: dict[str, Any]) -> N
 
 
 def test_one_sided_sub_tensors_of_a_gram_matrix_share_its_halves() -> None:
-    """A few rows of ggn_mini_block: the Jacobian is computed once, and the rows are read from the triangle's matrix."""
-    net = bound(ops.ggn_mini_block(ConvSpec(4, 6, (7, 6), 3)), 3)
+    """A few rows of ggn_mini_blocks: the Jacobian is computed once, the rows are read from the triangle's matrix."""
+    net = bound(ops.ggn_mini_blocks(ConvSpec(4, 6, (7, 6), 3)), 3)
     narrow = net.narrow("c_in", 0, 3)
     assert min(lower(narrow.simplify(), strategy).flops for strategy in STRATEGIES) <= min(
         lower(net.simplify(), strategy).flops for strategy in STRATEGIES
@@ -115,7 +115,7 @@ def test_any_order_ends_in_the_same_network(seed: int, order: int) -> None:
 def patterns_left(net: Any) -> list[Pattern]:
     """Patterns that are no selections."""
     nodes = [node for term in net.simplify().terms for node in term.nodes]
-    return [node for node in nodes if isinstance(node, Pattern) and not node.pattern.is_selection]
+    return [node for node in nodes if isinstance(node, Pattern) and not node.pattern.is_crop]
 
 
 UNSIMPLIFIED_ELSEWHERE = {
@@ -129,7 +129,7 @@ UNSIMPLIFIED_ELSEWHERE = {
 
 
 @pytest.mark.parametrize("case", UNSIMPLIFIED_ELSEWHERE)
-@pytest.mark.parametrize("op", ["conv", "weight_vjp", "input_vjp", "kfac_input_factor", "unfold", "fold"])
+@pytest.mark.parametrize("op", ["conv", "conv_weight_vjp", "conv_input_vjp", "kfac_input_factor", "unfold", "fold"])
 def test_block_patterns_disappear(case: str, op: str) -> None:
     net = bound(getattr(ops, op)(UNSIMPLIFIED_ELSEWHERE[case]))
     assert not patterns_left(net)
@@ -259,13 +259,13 @@ RULE_BY_RULE = [
         "X[n k] W[c k] -> n c () where k=8, n=2, c=3",
     ),
     (
-        "selection of positions composed with a pattern",
+        "crop composed with a pattern",
         "23",
         f"X[i] Π1[i o k] Π2[o p ()] -> p k where Π1={P}(8, 3, padding=1), Π2={P}(8, 1, stride=2)",
         f"X[i] Π1[i p k] -> p k where Π1={P}(8, 3, stride=2, padding=(1, 0))",
     ),
     (
-        "selection of positions composed with a pattern",
+        "crop composed with a pattern",
         "23",
         f"X[i] Π1[i o k] Π2[k l ()] -> o l where Π1={P}(8, 5, padding=1), Π2={P}(5, 1, stride=2, padding=(-1, 0))",
         f"X[i] Π1[i o l] -> o l where Π1={P}(8, 2, dilation=2, output_size=6)",
@@ -316,7 +316,7 @@ RULE_BY_RULE = [
         "1[o] W[c k] -> c o where c=4, k=3, o=3",
     ),
     (
-        "selection summed over its input: a mask",
+        "crop summed over its input: a mask",
         "16",
         f"Π1[i o ()] V[o] -> where Π1={P}(8, 1, stride=2, padding=1)",
         f"Π1[i o ()] V[o] -> where Π1={P}(4, 1, padding=(1, 0))",
@@ -426,7 +426,7 @@ def test_reduce_sums_patterns_over_positions_first(dims: int) -> None:
 
 def test_input_vjp_of_down_sampling_is_an_embedding() -> None:
     """K1 S2: zero-filling and a matrix product, no pattern besides the selection into the output."""
-    net = bound(ops.input_vjp(ConvSpec(2, 3, (9, 8), 1, stride=2))).simplify()
+    net = bound(ops.conv_input_vjp(ConvSpec(2, 3, (9, 8), 1, stride=2))).simplify()
     patterns = [node.pattern for node in net.nodes if isinstance(node, Pattern)]
     assert [(p.input_size, p.output_size, p.stride) for p in patterns] == [(9, 5, 2), (8, 4, 2)]
     plan = net.plan(**operands_of(net))

@@ -29,8 +29,8 @@ BUILDERS: dict[str, Callable[[ConvSpec], Any]] = {
     "kfac_input_factor, bias": lambda spec: ops.kfac_input_factor(spec, "expand", bias=True),
     "kfac_output_factor, reduce": lambda spec: ops.kfac_output_factor(spec, "reduce"),
     "ggn_diagonal, per example": lambda spec: ops.ggn_diagonal(spec, per_example=True),
-    "ggn_mini_block, kernel": lambda spec: ops.ggn_mini_block(spec, "kernel"),
-    "ggn_mini_block, position": lambda spec: ops.ggn_mini_block(spec, "position"),
+    "ggn_mini_blocks, kernel": lambda spec: ops.ggn_mini_blocks(spec, "kernel"),
+    "ggn_mini_blocks, position": lambda spec: ops.ggn_mini_blocks(spec, "position"),
 }
 
 

@@ -236,7 +236,7 @@ def conv(g: Geometry, X: Array, W: Array, b: Array | None = None) -> Array:
     return torch_conv(g, *tensors(X, W, b)).numpy()
 
 
-def input_vjp(g: Geometry, W: Array, V: Array) -> Array:
+def conv_input_vjp(g: Geometry, W: Array, V: Array) -> Array:
     """Autograd; above three dimensions the plain fold."""
     if g.ndim > 3:
         return plain_input_vjp(g, W, V)
@@ -246,7 +246,7 @@ def input_vjp(g: Geometry, W: Array, V: Array) -> Array:
 
 def conv_transpose(g: Geometry, X: Array, W: Array, b: Array | None = None) -> Array:
     """A transposed layer's forward; of another layer the transpose, its input VJP."""
-    return conv(g, X, W, b) if g.transposed else input_vjp(g, W, X)
+    return conv(g, X, W, b) if g.transposed else conv_input_vjp(g, W, X)
 
 
 def unfold(g: Geometry, X: Array) -> Array:
@@ -282,7 +282,7 @@ def unfolded_kernel(g: Geometry, W: Array) -> Array:
     return np.ascontiguousarray(conv(g, basis, W).reshape(size, -1).T)
 
 
-def weight_vjp(g: Geometry, X: Array, V: Array) -> Array:
+def conv_weight_vjp(g: Geometry, X: Array, V: Array) -> Array:
     """Autograd; above three dimensions patches times cotangents."""
     if g.ndim > 3:
         return plain_per_example_weight_vjp(g, X, V).sum(0)
@@ -291,12 +291,12 @@ def weight_vjp(g: Geometry, X: Array, V: Array) -> Array:
     return torch_vjp(g, "w", x, anywhere, v).detach().numpy()
 
 
-def per_example_weight_vjp(g: Geometry, X: Array, V: Array) -> Array:
-    """`weight_vjp`, one example at a time."""
-    return np.stack([weight_vjp(g, X[n : n + 1], V[n : n + 1]) for n in range(len(X))])
+def conv_weight_vjp_per_example(g: Geometry, X: Array, V: Array) -> Array:
+    """`conv_weight_vjp`, one example at a time."""
+    return np.stack([conv_weight_vjp(g, X[n : n + 1], V[n : n + 1]) for n in range(len(X))])
 
 
-def weight_jvp(g: Geometry, X: Array, T: Array) -> Array:
+def conv_weight_jvp(g: Geometry, X: Array, T: Array) -> Array:
     """torch's JVP, by differentiating its VJP."""
     if g.ndim > 3:
         return plain_conv(g, X, T)
@@ -304,7 +304,7 @@ def weight_jvp(g: Geometry, X: Array, T: Array) -> Array:
     return torch.autograd.functional.jvp(lambda w: torch_conv(g, x, w), torch.ones_like(t), t)[1].numpy()
 
 
-def input_jvp(g: Geometry, T: Array, W: Array) -> Array:
+def conv_input_jvp(g: Geometry, T: Array, W: Array) -> Array:
     """torch's JVP, by differentiating its VJP."""
     if g.ndim > 3:
         return plain_conv(g, T, W)
@@ -312,14 +312,14 @@ def input_jvp(g: Geometry, T: Array, W: Array) -> Array:
     return torch.autograd.functional.jvp(lambda x: torch_conv(g, x, w), torch.ones_like(t), t)[1].numpy()
 
 
-def weight_jacobian(g: Geometry, X: Array) -> Array:
+def conv_weight_jacobian(g: Geometry, X: Array) -> Array:
     """torch's Jacobian by reverse mode, row by row."""
     (x,) = tensors(X)
     anywhere = torch.zeros(g.weight_size, dtype=x.dtype)
     return torch.func.jacrev(lambda w: torch_conv(g, x, w))(anywhere).numpy()
 
 
-def input_jacobian(g: Geometry, W: Array, *, n: int) -> Array:
+def conv_input_jacobian(g: Geometry, W: Array, *, n: int) -> Array:
     """torch's Jacobian by reverse mode, row by row."""
     (w,) = tensors(W)
     anywhere = torch.zeros(n, g.in_channels, *g.input_size, dtype=w.dtype)
@@ -364,8 +364,8 @@ def kfac_output_factor(g: Geometry, V: Array, *, approx: str) -> Array:
 
 
 def ggn_roots(g: Geometry, X: Array, S: Array) -> Array:
-    """Jᵀ S for every column and example, by `per_example_weight_vjp`: [v, n, parameters]."""
-    return np.stack([per_example_weight_vjp(g, X, s).reshape(len(X), -1) for s in S])
+    """Jᵀ S for every column and example, by `conv_weight_vjp_per_example`: [v, n, parameters]."""
+    return np.stack([conv_weight_vjp_per_example(g, X, s).reshape(len(X), -1) for s in S])
 
 
 def ggn(g: Geometry, X: Array, S: Array) -> Array:
@@ -386,7 +386,7 @@ def ggn_gram(g: Geometry, X: Array, S: Array) -> Array:
     return roots @ roots.T
 
 
-def ggn_mini_block(g: Geometry, X: Array, S: Array, *, block: str) -> Array:
+def ggn_mini_blocks(g: Geometry, X: Array, S: Array, *, block: str) -> Array:
     """Blocks taken out of the whole GGN one by one."""
     whole = ggn(g, X, S).sum(0)
     numbers = np.arange(len(whole)).reshape(g.weight_size)
@@ -417,7 +417,7 @@ def hessian_diagonal_input(g: Geometry, W: Array, V: Array) -> Array:
 
 def hessian_diagonal_weight(g: Geometry, X: Array, V: Array) -> Array:
     """autograd's weight Jacobian squared entry by entry, transposed, times V."""
-    jacobian = weight_jacobian(g, X).reshape(V.size, -1)
+    jacobian = conv_weight_jacobian(g, X).reshape(V.size, -1)
     return (V.ravel() @ jacobian**2).reshape(g.weight_size)
 
 
@@ -459,16 +459,18 @@ OPERATIONS: dict[str, Operation] = {
     "unfold_transpose": Operation(unfold_transpose, {"X": "opposite"}, max_ndim=5),
     "fold": Operation(fold, {"V": "patches"}, max_ndim=5),
     "unfolded_kernel": Operation(unfolded_kernel, {"W": "weight"}, largest=lambda g, n: _positions(g) * _inputs(g)),
-    "weight_vjp": Operation(weight_vjp, {"X": "input", "V": "output"}, max_ndim=5),
-    "per_example_weight_vjp": Operation(per_example_weight_vjp, {"X": "input", "V": "output"}, max_ndim=5),
-    "input_vjp": Operation(input_vjp, {"W": "weight", "V": "output"}, max_ndim=5),
-    "weight_jvp": Operation(weight_jvp, {"X": "input", "T": "weight"}, max_ndim=5),
-    "input_jvp": Operation(input_jvp, {"T": "input", "W": "weight"}, max_ndim=5),
-    "weight_jacobian": Operation(
-        weight_jacobian, {"X": "input"}, largest=lambda g, n: n * _positions(g) * max(n * _positions(g), _weights(g))
+    "conv_weight_vjp": Operation(conv_weight_vjp, {"X": "input", "V": "output"}, max_ndim=5),
+    "conv_weight_vjp_per_example": Operation(conv_weight_vjp_per_example, {"X": "input", "V": "output"}, max_ndim=5),
+    "conv_input_vjp": Operation(conv_input_vjp, {"W": "weight", "V": "output"}, max_ndim=5),
+    "conv_weight_jvp": Operation(conv_weight_jvp, {"X": "input", "T": "weight"}, max_ndim=5),
+    "conv_input_jvp": Operation(conv_input_jvp, {"T": "input", "W": "weight"}, max_ndim=5),
+    "conv_weight_jacobian": Operation(
+        conv_weight_jacobian,
+        {"X": "input"},
+        largest=lambda g, n: n * _positions(g) * max(n * _positions(g), _weights(g)),
     ),
-    "input_jacobian": Operation(
-        input_jacobian,
+    "conv_input_jacobian": Operation(
+        conv_input_jacobian,
         {"W": "weight"},
         needs_n=True,
         largest=lambda g, n: n**2 * _positions(g) * max(_positions(g), _inputs(g)),
@@ -488,8 +490,8 @@ OPERATIONS: dict[str, Operation] = {
         largest=lambda g, n: n * _weights(g) ** 2,
     ),
     "ggn_gram": Operation(ggn_gram, {"X": "input", "S": "roots"}),
-    "ggn_mini_block": Operation(
-        ggn_mini_block,
+    "ggn_mini_blocks": Operation(
+        ggn_mini_blocks,
         {"X": "input", "S": "roots"},
         ({"block": "filter"}, {"block": "kernel"}, {"block": "position"}),
         largest=lambda g, n: n * _weights(g) ** 2,

@@ -88,19 +88,19 @@ def _lensor_transposed_forward(case: Case) -> Tensor:
 
 def _lensor_input_vjp(case: Case) -> Tensor:
     if case.conv.transposed:
-        return lensor.ops.input_vjp(_spec(case.conv))(W=case.W, V=case.V)
+        return lensor.ops.conv_input_vjp(_spec(case.conv))(W=case.W, V=case.V)
     return lensor.functional.conv_input_vjp(_input(case).shape, case.W, _cotangent(case), **_hyper(case.conv))
 
 
 def _lensor_weight_vjp(case: Case) -> Tensor:
     if case.conv.transposed:
-        return lensor.ops.weight_vjp(_spec(case.conv))(X=case.X, V=case.V)
+        return lensor.ops.conv_weight_vjp(_spec(case.conv))(X=case.X, V=case.V)
     return lensor.functional.conv_weight_vjp(_input(case), case.W.shape, _cotangent(case), **_hyper(case.conv))
 
 
 def _lensor_per_example_weight_vjp(case: Case) -> Tensor:
     if case.conv.transposed:
-        return lensor.ops.per_example_weight_vjp(_spec(case.conv))(X=case.X, V=case.V)
+        return lensor.ops.conv_weight_vjp_per_example(_spec(case.conv))(X=case.X, V=case.V)
     return lensor.functional.conv_weight_vjp_per_example(case.X, case.W.shape, case.V, **_hyper(case.conv))
 
 

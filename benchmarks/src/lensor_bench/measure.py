@@ -152,7 +152,7 @@ def interleaved(
 
 
 def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:
-    """Orders of so many calls in which each comes right after each other one equally often.
+    """PathCosts of so many calls in which each comes right after each other one equally often.
 
     Example:
         >>> from lensor_bench.measure import balanced_orders

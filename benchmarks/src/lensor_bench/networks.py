@@ -46,7 +46,7 @@ def _sliced(net: Network) -> tuple[list[Node], dict[int, dict[str, tuple[str, sl
     """The nodes without selections that are slices of operands; for each operand's place, index -> (new one, slice)."""
     nodes, slices = list(net.nodes), {}
     for node in net.nodes:
-        if not isinstance(node, Pattern) or not node.pattern.is_selection or node.pattern.padding_mode != "zeros":
+        if not isinstance(node, Pattern) or not node.pattern.is_crop or node.pattern.padding_mode != "zeros":
             continue
         pattern, (i, o, k) = node.pattern, node.legs
         holders = [other for other in net.nodes if other is not node and set(i) & {*indices_of(other)}]

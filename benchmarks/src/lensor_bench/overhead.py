@@ -62,10 +62,10 @@ CASES = {
     "conv_transpose": _Case(ops.conv(_TRANSPOSED), F.conv_transpose, {"X": _X, "W": _W}),
     "unfold": _Case(ops.unfold(_SPEC), partial(F.unfold, kernel_size=3), {"X": _X}),
     "unfold_transpose": _Case(ops.unfold_transpose(_TRANSPOSED), partial(F.unfold_transpose, kernel_size=3), {"X": _X}),
-    "conv_input_vjp": _Case(ops.input_vjp(_SPEC), partial(F.conv_input_vjp, _X), {"W": _W, "V": _V}),
-    "conv_weight_vjp": _Case(ops.weight_vjp(_SPEC), lambda x, v: F.conv_weight_vjp(x, _W, v), {"X": _X, "V": _V}),
+    "conv_input_vjp": _Case(ops.conv_input_vjp(_SPEC), partial(F.conv_input_vjp, _X), {"W": _W, "V": _V}),
+    "conv_weight_vjp": _Case(ops.conv_weight_vjp(_SPEC), lambda x, v: F.conv_weight_vjp(x, _W, v), {"X": _X, "V": _V}),
     "conv_weight_vjp_per_example": _Case(
-        ops.per_example_weight_vjp(_SPEC), lambda x, v: F.conv_weight_vjp_per_example(x, _W, v), {"X": _X, "V": _V}
+        ops.conv_weight_vjp_per_example(_SPEC), lambda x, v: F.conv_weight_vjp_per_example(x, _W, v), {"X": _X, "V": _V}
     ),
     "kfac_input_factor, expand": _Case(
         ops.kfac_input_factor(_SPEC), partial(F.kfac_input_factor, kernel_size=3), {"X": _X}

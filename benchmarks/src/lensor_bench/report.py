@@ -11,8 +11,9 @@ from pathlib import Path
 from lensor.inspect.errors import CommandError, choose, require
 from lensor.inspect.files import writing
 from lensor.inspect.layers import KINDS
-from lensor.inspect.operations import OPERATIONS, STANDARD
+from lensor.inspect.operations import OPERATIONS, STANDARD, Operation
 from lensor.inspect.text import digits, printable
+from lensor.spec import ConvSpec
 from lensor_bench.results import OK, Row
 
 FASTEST = "fastest"
@@ -282,11 +283,27 @@ def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
     ]
 
 
+def physical_limit(operation: Operation, spec: ConvSpec, batch: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Lower bounds of the time: (flops of the plan with the fewest, bytes of operands and result together).
+
+    Example:
+        >>> import lensor
+        >>> from lensor.inspect.operations import OPERATIONS
+        >>> from lensor_bench.report import physical_limit
+        >>> physical_limit(OPERATIONS["forward"], lensor.ConvSpec(4, 8, (9,), 1), batch=2, columns=1, itemsize=4)
+        (1152, 992)
+    """
+    shapes = operation.shapes(spec, batch, columns)
+    plan = operation.network(spec).plan(**shapes)
+    sizes = sum(map(math.prod, shapes.values())) + math.prod(plan.shape)
+    return min(candidate.flops for candidate in plan.candidates), itemsize * sizes
+
+
 def _limit(row: Row) -> tuple[int, int]:
     """The fewest flops, and the bytes of operands and result."""
     setting = row.setting
     size = _ITEMSIZES[setting.dtype]
-    return OPERATIONS[row.operation].physical_limit(row.layer.spec, setting.batch, setting.columns, size)
+    return physical_limit(OPERATIONS[row.operation], row.layer.spec, setting.batch, setting.columns, size)
 
 
 def _rates(ratio: Ratio) -> tuple[object, ...]:

@@ -141,7 +141,7 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
         for channels, size in LAYERS:
             spec = ConvSpec(channels, channels, (size, size), 3, padding=1)
             x, v = torch.randn(batch, channels, size, size), torch.randn(batch, channels, size, size)
-            net = ops.weight_vjp(spec)
+            net = ops.conv_weight_vjp(spec)
             weight = (channels, channels, 3, 3)
             calls: list[Any] = [
                 partial(conv2d_weight, x, weight, v, padding=1),

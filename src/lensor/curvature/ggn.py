@@ -122,7 +122,7 @@ def ggn_mini_blocks(
     def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
         (use,) = uses
         x = batch.capture.inputs[use]
-        found = network(ops.ggn_mini_block, use.spec(x), block)(X=x, S=stacks[use])
+        found = network(ops.ggn_mini_blocks, use.spec(x), block)(X=x, S=stacks[use])
         # Without the axes of kernels of size 1: of a linear map with positions, and of frames.
         kernel = use.weight_shape[2:]
         front, rest = {

@@ -14,7 +14,7 @@ from lensor.curvature.layout import Given
 from lensor.curvature.networks import network
 from lensor.network import AnyNetwork
 from lensor.network.subscripts import format_legs
-from lensor.ops.derivatives import weight_vjp
+from lensor.ops.derivatives import conv_weight_vjp
 from lensor.spec import ConvSpec
 
 
@@ -118,11 +118,11 @@ def per_example_gradient_norms(
 
 def gradients(use: Use, x: Tensor, v: Tensor) -> Tensor:
     """A weight's gradients for every example; a linear map is a convolution of another shape."""
-    return network(ops.per_example_weight_vjp, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)
+    return network(ops.conv_weight_vjp_per_example, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)
 
 
 def _squared_norms(spec: ConvSpec) -> AnyNetwork:
     """Σ over the weight of the squared per-example gradients: X, V -> [n]."""
-    gradients = weight_vjp(spec).keep("n")
+    gradients = conv_weight_vjp(spec).keep("n")
     share = [index for leg in gradients.output for index in leg]
     return gradients.merge(gradients, share=share, output=format_legs((("n",),)))

@@ -137,7 +137,7 @@ def draw(
         >>> factor = lensor.draw(lensor.ops.kfac_input_factor(spec), shade=[lensor.ops.unfold(spec)])
         >>> len(factor.scene.shades)
         2
-        >>> weight_jacobian = lensor.draw(lensor.ops.conv(spec), cut=["W"])
+        >>> conv_weight_jacobian = lensor.draw(lensor.ops.conv(spec), cut=["W"])
 
     Raises:
         TypeError: for anything else.

@@ -98,11 +98,6 @@ def laid_out(graph: Graph) -> Layout:
     return Layout(found, tuple(bends))
 
 
-def is_planar(graph: Graph) -> bool:
-    """Whether the graph can be drawn without crossings."""
-    return nx.check_planarity(_networkx(graph))[0]
-
-
 def _networkx(graph: Graph, part: Sequence[int] | None = None) -> nx.Graph:
     found = nx.Graph()
     kept = range(len(graph.vertices)) if part is None else part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,30 +43,16 @@ class Operation:
         }
         return {name: every[name] for name in self.operands}
 
-    def physical_limit(self, spec: ConvSpec, batch: int, columns: int, itemsize: int) -> tuple[int, int]:
-        """What bounds the time from below: (flops of the plan with the fewest, bytes of operands and result together).
-
-        Example:
-            >>> import lensor
-            >>> from lensor.inspect.operations import OPERATIONS
-            >>> OPERATIONS["forward"].physical_limit(lensor.ConvSpec(4, 8, (9,), 1), batch=2, columns=1, itemsize=4)
-            (1152, 992)
-        """
-        shapes = self.shapes(spec, batch, columns)
-        plan = self.network(spec).plan(**shapes)
-        sizes = sum(map(math.prod, shapes.values())) + math.prod(plan.shape)
-        return min(candidate.flops for candidate in plan.candidates), itemsize * sizes
-
 
 OPERATIONS = {
     operation.name: operation
     for operation in (
         Operation("forward", ("X", "W"), ops.conv),
-        Operation("input_vjp", ("W", "V"), ops.input_vjp),
-        Operation("weight_vjp", ("X", "V"), ops.weight_vjp),
+        Operation("input_vjp", ("W", "V"), ops.conv_input_vjp),
+        Operation("weight_vjp", ("X", "V"), ops.conv_weight_vjp),
         Operation("kfac_expand", ("X",), lambda spec: ops.kfac_input_factor(spec, "expand")),
         Operation("kfac_reduce", ("X",), lambda spec: ops.kfac_input_factor(spec, "reduce")),
-        Operation("per_example_weight_vjp", ("X", "V"), ops.per_example_weight_vjp),
+        Operation("per_example_weight_vjp", ("X", "V"), ops.conv_weight_vjp_per_example),
         Operation("ggn_diagonal", ("X", "S"), ops.ggn_diagonal),
     )
 }

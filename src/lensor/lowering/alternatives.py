@@ -11,7 +11,7 @@ from lensor.lowering.strategies import BY_NAME, STRATEGIES, dense
 from lensor.network import AnyNetwork
 from lensor.plan import Plan
 from lensor.plan import steps as s
-from lensor.plan.paths import ORDERS, Order, Orders, feynman, has_best_order
+from lensor.plan.paths import PATHS, PathCost, PathCosts, feynman, has_best_path
 
 _PARTS_OF_SQUARES = 32
 """A sum of squares is worked through in no more parts than this."""
@@ -63,7 +63,7 @@ def fits(plan: Plan) -> bool:
     return max(tables(plan), default=0) <= largest_table([*sizes, math.prod(plan.shape)])
 
 
-def compare_paths(plan: Plan) -> Orders:
+def compare_paths(plan: Plan) -> PathCosts:
     """What the network of a plan costs along several paths, with patterns as arrays, and by the plan itself.
 
     The best path is left out where it would take long to find.
@@ -71,9 +71,9 @@ def compare_paths(plan: Plan) -> Orders:
     assert plan.network is not None
     simplified = plan.network.simplify()
     rows = [feynman(simplified)]
-    for path in ORDERS:
-        if path == "optimal" and not has_best_order(simplified):
+    for path in PATHS:
+        if path == "optimal" and not has_best_path(simplified):
             continue
         found = lower(simplified, dense(path, path))
-        rows.append(Order(path, found.flops, found.peak_size))
-    return Orders((*rows, Order("planner", plan.flops, plan.peak_size)))
+        rows.append(PathCost(path, found.flops, found.peak_size))
+    return PathCosts((*rows, PathCost("planner", plan.flops, plan.peak_size)))

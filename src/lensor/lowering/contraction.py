@@ -12,7 +12,7 @@ from lensor.lowering.products import Product, multiply
 from lensor.lowering.state import State, Tensor, kept_indices, loose_legs
 from lensor.network import Pattern
 from lensor.plan import steps as s
-from lensor.plan.paths import find_order
+from lensor.plan.paths import find_path
 
 Meeting: TypeAlias = Callable[[State, Tensor, Pattern, set[str]], Tensor | None]
 """The product of a tensor and a pattern, with some indices kept; None where it is not one of this kind."""
@@ -26,7 +26,7 @@ class Contraction:
         meetings: ways to contract a tensor with a pattern without an array of the pattern, tried in order.
         products: ways to multiply two tensors before the general one, tried in order.
         halves: whether two copies of one thing are contracted alike, so that one computation serves both.
-        path: where the contraction path comes from, as `find_order` takes it.
+        path: where the contraction path comes from, as `find_path` takes it.
     """
 
     meetings: tuple[Meeting, ...] = ()
@@ -82,7 +82,7 @@ def _path(state: State, way: Contraction, items: Sequence[Tensor | Pattern], wan
         loose = [item.legs[leg] for leg in loose_legs(item, used)] if isinstance(item, Pattern) else []
         inputs.append(held[at].difference(*loose))
     sizes = {index: max(size, 1) for index, size in state.sizes.items()}
-    return find_order(inputs, frozenset(wanted), sizes, way.path)
+    return find_path(inputs, frozenset(wanted), sizes, way.path)
 
 
 def _as_tensor(state: State, item: Tensor | Pattern, loose: Sequence[int] = ()) -> Tensor:

@@ -28,7 +28,7 @@ def _apply(state: State, late: bool) -> None:
     while progress:
         progress = False
         for node in sorted(state.patterns, key=lambda node: _order(state, node)):
-            if not node.pattern.is_selection or node.legs[2]:
+            if not node.pattern.is_crop or node.legs[2]:
                 continue
             if (late and _read_late(state, node)) or _gather(state, node) or _put_off(state, node):
                 state.drop(node)

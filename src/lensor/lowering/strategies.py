@@ -67,7 +67,7 @@ class Strategy:
 
 
 def dense(name: str, path: str = "auto") -> Strategy:
-    """Patterns as arrays, contracted pairwise along a path of `find_order`."""
+    """Patterns as arrays, contracted pairwise along a path of `find_path`."""
     return Strategy(name, (read_chosen, read_crops), Contraction(path=path), (compose,), _has_patterns)
 
 

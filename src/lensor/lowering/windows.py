@@ -17,7 +17,7 @@ def split_modes(state: State) -> None:
     for node in state.patterns:
         (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()
         loose = [at for at, leg in enumerate(node.legs) if not state.used_elsewhere(leg, node)]
-        if padding is None or node.pattern.is_selection or not i or not state.is_large(node, loose):
+        if padding is None or node.pattern.is_crop or not i or not state.is_large(node, loose):
             found.append(node)
             continue
         unit = f"{i[0]} with padding {len(state.sizes)}"  # not an identifier, so no index has this name
@@ -100,7 +100,7 @@ def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str])
         return None
     if set(i) <= held and not set(i) & needed:
         value, axis, rest = state.merged(tensor, i)
-        if pattern.is_selection and not k:
+        if pattern.is_crop and not k:
             value, indices = read(state, value, axis, pattern), [*rest[:axis], *o, *rest[axis:]]
         elif pattern.padding_mode == "zeros":
             value, indices = _window(state, value, axis, pattern), [*rest[:axis], *o, *rest[axis:], *k]
@@ -110,7 +110,7 @@ def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str])
         return state.summed(state.without_repeats(value, indices), needed)
     if set(i) & held:
         return None
-    if pattern.is_selection and not k and o and set(o) <= held and not set(o) & needed:
+    if pattern.is_crop and not k and o and set(o) <= held and not set(o) & needed:
         return state.summed(spread(state, tensor, pattern, o, i), needed)
     for way in (_Rows(pattern, i, o, k), _Rows(pattern.swap(), i, k, o)):
         whole = way.rows and way.kernel and set(way.kernel) <= held and not set(way.kernel) & needed

@@ -174,7 +174,7 @@ class Network(Verbs):
 
         Example:
             >>> import lensor
-            >>> lensor.ops.weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).operands
+            >>> lensor.ops.conv_weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).operands
             ('X', IndexPattern(5, 3), 'δ', 'δ')
         """
         names = {Delta: "δ", Ones: "1"}

@@ -9,7 +9,7 @@ from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Pattern, s
 from lensor.network.subscripts import format_legs
 from lensor.ops._legs import Legs
 from lensor.ops.convolution import convolution_matrix, unfold
-from lensor.ops.derivatives import weight_jacobian, weight_vjp
+from lensor.ops.derivatives import conv_weight_jacobian, conv_weight_vjp
 from lensor.pattern import IndexPattern
 from lensor.spec import ConvSpec
 
@@ -123,7 +123,7 @@ def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
 
 def _per_example_roots(spec: ConvSpec) -> Network:
     """Jᵀ S for every example and column of S: `v n (g c_out) c_in k`."""
-    return weight_vjp(spec).keep("n").rename_operands(V="S").batch("v", ["S"])
+    return conv_weight_vjp(spec).keep("n").rename_operands(V="S").batch("v", ["S"])
 
 
 def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
@@ -165,7 +165,7 @@ def ggn_gram(spec: ConvSpec) -> Network:
     return roots.merge(roots.rename(v="w", n="m"), share=share, output="(v n) (w m)")
 
 
-def ggn_mini_block(spec: ConvSpec, block: str = "filter") -> Network:
+def ggn_mini_blocks(spec: ConvSpec, block: str = "filter") -> Network:
     """Diagonal blocks of the weight's GGN: X, S -> blocks.
 
     Args:
@@ -176,7 +176,7 @@ def ggn_mini_block(spec: ConvSpec, block: str = "filter") -> Network:
 
     Example:
         >>> import lensor
-        >>> lensor.ops.ggn_mini_block(lensor.ConvSpec(4, 8, (9,), 3), "kernel").output
+        >>> lensor.ops.ggn_mini_blocks(lensor.ConvSpec(4, 8, (9,), 3), "kernel").output
         (('g', 'c_out'), ('c_in',), ('k1',), ('k1_',))
 
     Raises:
@@ -267,6 +267,6 @@ def hessian_diagonal_weight(spec: ConvSpec) -> Network:
     Raises:
         TypeError: if `spec` is no ConvSpec.
     """
-    jacobian = weight_jacobian(spec)
+    jacobian = conv_weight_jacobian(spec)
     rows, columns = jacobian.output[: spec.ndim + 2], jacobian.output[spec.ndim + 2 :]
     return _squared_jacobian_against(jacobian, rows, columns, spec)

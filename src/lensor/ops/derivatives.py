@@ -7,14 +7,14 @@ from lensor.ops.convolution import conv
 from lensor.spec import ConvSpec
 
 
-def weight_vjp(spec: ConvSpec) -> Network:
+def conv_weight_vjp(spec: ConvSpec) -> Network:
     """The weight gradient: X, cotangent V [n, c_out, *output_size] -> weight shape.
 
     `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k` (Table 1 of the paper).
 
     Example:
         >>> import lensor
-        >>> lensor.ops.weight_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
+        >>> lensor.ops.conv_weight_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
         'n (g c_in) i1, i1 o1 k1, n (g c_out) o1 -> (g c_out) c_in k1'
 
     Raises:
@@ -23,30 +23,30 @@ def weight_vjp(spec: ConvSpec) -> Network:
     return conv(spec).vjp("W")
 
 
-def per_example_weight_vjp(spec: ConvSpec) -> Network:
+def conv_weight_vjp_per_example(spec: ConvSpec) -> Network:
     """The weight gradient of every example: X, V -> [n, *weight shape].
 
     `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
 
     Example:
         >>> import lensor
-        >>> lensor.ops.per_example_weight_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
+        >>> lensor.ops.conv_weight_vjp_per_example(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
         'n (g c_in) i1, i1 o1 k1, n (g c_out) o1 -> n (g c_out) c_in k1'
 
     Raises:
         TypeError: if `spec` is no ConvSpec.
     """
-    return weight_vjp(spec).keep("n")
+    return conv_weight_vjp(spec).keep("n")
 
 
-def input_vjp(spec: ConvSpec) -> Network:
+def conv_input_vjp(spec: ConvSpec) -> Network:
     """The input gradient (transposed convolution): W, cotangent V -> [n, c_in, *input_size].
 
     `(g c_out) c_in k, i o k, n (g c_out) o -> n (g c_in) i` (Table 1 of the paper).
 
     Example:
         >>> import lensor
-        >>> lensor.ops.input_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
+        >>> lensor.ops.conv_input_vjp(lensor.ConvSpec(4, 8, (9,), 3)).subscripts
         'i1 o1 k1, (g c_out) c_in k1, n (g c_out) o1 -> n (g c_in) i1'
 
     Raises:
@@ -55,12 +55,12 @@ def input_vjp(spec: ConvSpec) -> Network:
     return conv(spec).vjp("X")
 
 
-def weight_jvp(spec: ConvSpec) -> Network:
+def conv_weight_jvp(spec: ConvSpec) -> Network:
     """The convolution's derivative along a tangent T of the weight: X, T -> [n, c_out, *output_size].
 
     Example:
         >>> import lensor
-        >>> lensor.ops.weight_jvp(lensor.ConvSpec(4, 8, (9,), 3)).operand_names
+        >>> lensor.ops.conv_weight_jvp(lensor.ConvSpec(4, 8, (9,), 3)).operand_names
         ('X', 'T')
 
     Raises:
@@ -69,12 +69,12 @@ def weight_jvp(spec: ConvSpec) -> Network:
     return conv(spec).jvp("W")
 
 
-def input_jvp(spec: ConvSpec) -> Network:
+def conv_input_jvp(spec: ConvSpec) -> Network:
     """The convolution's derivative along a tangent T of the input: T, W -> [n, c_out, *output_size].
 
     Example:
         >>> import lensor
-        >>> lensor.ops.input_jvp(lensor.ConvSpec(4, 8, (9,), 3)).operand_names
+        >>> lensor.ops.conv_input_jvp(lensor.ConvSpec(4, 8, (9,), 3)).operand_names
         ('T', 'W')
 
     Raises:
@@ -83,14 +83,14 @@ def input_jvp(spec: ConvSpec) -> Network:
     return conv(spec).jvp("X")
 
 
-def weight_jacobian(spec: ConvSpec) -> Network:
+def conv_weight_jacobian(spec: ConvSpec) -> Network:
     """The Jacobian with respect to the weight: X -> [n, c_out, *output_size, *weight shape]; it is [X]ᵀ ⊗ I.
 
     `n (g c_in) i, i o k, g g_, c_out c_out_ -> n (g c_out) o (g_ c_out_) c_in k` (figure 3b of the paper).
 
     Example:
         >>> import lensor
-        >>> print(lensor.ops.weight_jacobian(lensor.ConvSpec(4, 8, (9,), 3)))
+        >>> print(lensor.ops.conv_weight_jacobian(lensor.ConvSpec(4, 8, (9,), 3)))
         X[n (g c_in) i1] Π1[i1 o1 k1] δ[g g_] δ[c_out c_out_] -> n (g c_out) o1 (g_ c_out_) c_in k1
 
     Raises:
@@ -99,14 +99,14 @@ def weight_jacobian(spec: ConvSpec) -> Network:
     return conv(spec).jacobian("W")
 
 
-def input_jacobian(spec: ConvSpec) -> Network:
+def conv_input_jacobian(spec: ConvSpec) -> Network:
     """The Jacobian with respect to the input: W -> [n, c_out, *output_size, n, c_in, *input_size]; give n=... too.
 
     `(g c_out) c_in k, i o k, g g_, n n_ -> n (g c_out) o n_ (g_ c_in) i` (figure 3c of the paper).
 
     Example:
         >>> import lensor, numpy as np
-        >>> net = lensor.ops.input_jacobian(lensor.ConvSpec(1, 1, (3,), 2))
+        >>> net = lensor.ops.conv_input_jacobian(lensor.ConvSpec(1, 1, (3,), 2))
         >>> net(W=np.array([[[1.0, 2.0]]]), n=1)[0, 0, :, 0, 0, :]
         array([[1., 2., 0.],
                [0., 1., 2.]])
@@ -130,4 +130,4 @@ def mixed_second_derivative(spec: ConvSpec) -> AnyNetwork:
     Raises:
         TypeError: if `spec` is no ConvSpec.
     """
-    return weight_vjp(spec).jacobian("X")
+    return conv_weight_vjp(spec).jacobian("X")

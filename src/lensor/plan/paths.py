@@ -1,4 +1,4 @@
-"""Orders of contraction: where they come from, and what they cost beside each other."""
+"""PathCosts of contraction: where they come from, and what they cost beside each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opt_einsum import paths
 
 from lensor.network import AnyNetwork, Network
 
-ORDERS = ("left to right", "greedy", "optimal")
+PATHS = ("left to right", "greedy", "optimal")
 """The orders that `Plan.compare` lists beside Feynman's and the planner's."""
 
 _MOST_FOR_OPT_EINSUM = 8
@@ -25,12 +25,12 @@ _MOST_CONNECTED_SETS = 600
 """The best order is looked for in networks of at most this many connected sets of tensors: the work grows with them."""
 
 
-def has_best_order(net: AnyNetwork) -> bool:
+def has_best_path(net: AnyNetwork) -> bool:
     """Whether the best order of a network is found in bounded time: by how many connected sets of nodes there are.
 
     Example:
         >>> import lensor
-        >>> has_best_order(lensor.contraction("a b, b c, c d -> a d", "X", "Y", "Z"))
+        >>> has_best_path(lensor.contraction("a b, b c, c d -> a d", "X", "Y", "Z"))
         True
     """
     return all(_has_few_connected_sets(term) for term in net.terms)
@@ -57,7 +57,7 @@ def _has_few_connected_sets(term: Network) -> bool:
     return True
 
 
-def find_order(
+def find_path(
     inputs: Sequence[frozenset[str]], output: frozenset[str], sizes: Mapping[str, int], order: str = "auto"
 ) -> list[tuple[int, ...]]:
     """The pairs to contract, one after another, as `opt_einsum.contract_path` gives them.
@@ -66,11 +66,11 @@ def find_order(
         inputs: the indices of each tensor.
         output: the indices of the result.
         sizes: the size of every index, at least 1.
-        order: `"auto"` (what plans use), or one of `ORDERS`.
+        order: `"auto"` (what plans use), or one of `PATHS`.
 
     Example:
         >>> tensors = [frozenset("ab"), frozenset("bc"), frozenset("c")]
-        >>> find_order(tensors, frozenset("a"), dict(a=9, b=9, c=9), "optimal")
+        >>> find_path(tensors, frozenset("a"), dict(a=9, b=9, c=9), "optimal")
         [(1, 2), (0, 1)]
     """
     if len(inputs) < 2:
@@ -115,11 +115,11 @@ def _pairs(path: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class PathCost:
     """What a network costs in one order of contraction.
 
     Args:
-        name: `"Feynman"` for all sums as nested loops, one of `ORDERS`, or `"planner"` with the plan's strategy.
+        name: `"Feynman"` for all sums as nested loops, one of `PATHS`, or `"planner"` with the plan's strategy.
         flops: additions and multiplications.
         peak_size: the most entries alive at once beside operands and patterns; the result is counted.
     """
@@ -130,19 +130,19 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class PathCosts:
     """The orders of one network, a table when printed.
 
     Args:
-        rows: one `Order` each.
+        rows: one `PathCost` each.
     """
 
-    rows: tuple[Order, ...]
+    rows: tuple[PathCost, ...]
 
-    def __iter__(self) -> Iterator[Order]:
+    def __iter__(self) -> Iterator[PathCost]:
         return iter(self.rows)
 
-    def __getitem__(self, name: str) -> Order:
+    def __getitem__(self, name: str) -> PathCost:
         for row in self.rows:
             if row.name == name:
                 return row
@@ -155,10 +155,10 @@ class Orders:
         return "\n".join(lines)
 
 
-def feynman(net: AnyNetwork) -> Order:
+def feynman(net: AnyNetwork) -> PathCost:
     """All sums of every term as nested loops over all indices: no intermediates, one product for each index value."""
     flops = sum(_loops(term) * max(len(term.nodes), 1) for term in net.terms)
-    return Order("Feynman", flops, math.prod(size or 0 for size in net.output_shape))
+    return PathCost("Feynman", flops, math.prod(size or 0 for size in net.output_shape))
 
 
 def _loops(term: Network) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lensor.network import AnyNetwork
 from lensor.plan.memory import moved, peak_size
-from lensor.plan.paths import Orders
+from lensor.plan.paths import PathCosts
 from lensor.plan.steps import Input, Shape, Step
 
 
@@ -74,7 +74,7 @@ class Plan:
     itemsize: int = 8
     network: AnyNetwork | None = field(default=None, repr=False)
     runner: Callable[[Plan, dict[str, Any]], Any] | None = field(default=None, repr=False)
-    comparer: Callable[[Plan], Orders] | None = field(default=None, repr=False)
+    comparer: Callable[[Plan], PathCosts] | None = field(default=None, repr=False)
     deriver: Callable[..., Any] | None = field(default=None, repr=False)
     compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What runners keep for each backend; not part of the plan's state."""
@@ -174,7 +174,7 @@ class Plan:
         """
         return self._require(self.runner)(self, operands)
 
-    def compare(self) -> Orders:
+    def compare(self) -> PathCosts:
         """What the network costs in several orders of contraction, beside this plan.
 
         Listed are Feynman's (all sums as nested loops, nothing kept), left to right, greedy and optimal pairwise

@@ -50,13 +50,13 @@ class BilinearMap:
     Args:
         network: its network.
         names: what users call the indices of X, in order.
-        input_vjp: (shape of x, weight, grad_output) -> gradient of x.
+        conv_input_vjp: (shape of x, weight, grad_output) -> gradient of x.
         channels: the output's axis of channels.
     """
 
     network: Network
     names: tuple[str, ...]
-    input_vjp: Callable[[Sequence[int], Tensor, Tensor], Tensor]
+    conv_input_vjp: Callable[[Sequence[int], Tensor, Tensor], Tensor]
     channels: int
 
     @functools.cached_property
@@ -165,7 +165,7 @@ class _Sampled(torch.autograd.Function):
             weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
             if weight_grad is not None and ctx.channels_last:
                 weight_grad = in_channels_last(weight_grad)
-            x_grad = bilinear.input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
+            x_grad = bilinear.conv_input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
             bias_grad = grad.sum(others) if ctx.has_bias and needs_bias else None
         return None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 6)
 

@@ -59,9 +59,7 @@ RULE_EXAMPLES: Mapping[str, Example] = {
         "fold", (2, 3, 8, 1), {"stride": 2}, then=(("select", "i1", 7),)
     ),
     "identity pattern contracted": Example("conv", (4, 8, 8, 1)),
-    "selection of positions composed with a pattern": Example(
-        "unfold", (2, 3, 8, 3), {"padding": 1}, then=(("slice", "o1", 0, 8, 2),)
-    ),
+    "crop composed with a pattern": Example("unfold", (2, 3, 8, 3), {"padding": 1}, then=(("slice", "o1", 0, 8, 2),)),
     "padding or cropping composed with a pattern": Example(
         "unfold", (2, 3, 9, 3), {"stride": 3, "padding": 1, "padding_mode": "circular"}
     ),
@@ -71,7 +69,7 @@ RULE_EXAMPLES: Mapping[str, Example] = {
     "two patterns that share two legs": Example("hessian_diagonal_input", (2, 3, 8, 3)),
     "pattern and one position of itself": Example("hessian_diagonal_input", (2, 3, 8, 2), then=(("select", "k1", 0),)),
     "leg sum that is constant": Example("Π1[i o k] W[c k] -> c o where Π1=IndexPattern(8, 3), c=4"),
-    "selection summed over its input: a mask": Example(
+    "crop summed over its input: a mask": Example(
         "Π1[i o ()] V[n o] -> n where Π1=IndexPattern(8, 1, stride=2, padding=1), n=8"
     ),
     "padding mode split from its pattern": Example("conv", (4, 8, 8, 3), {"padding": 1, "padding_mode": "reflect"}),
@@ -89,7 +87,7 @@ CASES: Mapping[str, Example] = {
     "K=2, S=2, I=9": Example("conv", (4, 8, 9, 2), {"stride": 2}),
     "K=2, S=3, I=8": Example("conv", (4, 8, 8, 2), {"stride": 3}),
     "K=4, S=2": Example("conv", (4, 8, 8, 4), {"stride": 2}),
-    "K=1, S=2, input VJP": Example("input_vjp", (4, 8, 9, 1), {"stride": 2}),
+    "K=1, S=2, input VJP": Example("conv_input_vjp", (4, 8, 9, 1), {"stride": 2}),
     "KFAC-reduce, Π summed over o": Example("kfac_input_factor", (4, 8, 8, 3), {"padding": 1}, arguments=("reduce",)),
 }
 """Cases that need more than dense and down-sampling patterns whose sizes divide."""

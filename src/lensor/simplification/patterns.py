@@ -88,7 +88,7 @@ def swap_single_output(net: Network) -> Network | None:
 def swap_single_input(net: Network) -> Network | None:
     """I=1 and K=1: [0 = o·S − P] is 1 for one o only, and so is the selection of that position of o."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
-        if pattern.input_size == 1 and pattern.is_selection and pattern.output_size > 1 and not k:
+        if pattern.input_size == 1 and pattern.is_crop and pattern.output_size > 1 and not k:
             place, count = pattern.span()
             if count == 1:
                 size = pattern.output_size
@@ -155,11 +155,11 @@ def part_holders(net: Network) -> Network | None:
     return None
 
 
-@rule("selection summed over its input: a mask", "16")
+@rule("crop summed over its input: a mask", "16")
 def mask(net: Network) -> Network | None:
     """Σ_i [i = o·S − P] says which o read anything; so does the shortest shift that reads there."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
-        if not pattern.is_selection or k or not i or not only_in(net, i, [at]) or not apart((i, o)):
+        if not pattern.is_crop or k or not i or not only_in(net, i, [at]) or not apart((i, o)):
             continue
         low, count = pattern.span()
         if not count or pattern.padding_mode != "zeros":
@@ -216,14 +216,14 @@ def identity(net: Network) -> Network | None:
 
 
 # -------------------------------------------------------------------------------------------------------- contractions
-@rule("selection of positions composed with a pattern", "23")
-def compose_selection(net: Network) -> Network | None:
+@rule("crop composed with a pattern", "23")
+def compose_crop(net: Network) -> Network | None:
     """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] where Π2 reads only inside; the same for k.
 
     Whether the composition is one pattern is decided by comparing the reads of both.
     """
     for two, selection, (j, o, unit) in pattern_nodes(net):
-        if not selection.is_selection or unit or not j:
+        if not selection.is_crop or unit or not j:
             continue
         for one, pattern, (i, positions, kernel) in pattern_nodes(net):
             if one == two or not only_in(net, j, [one, two]) or not apart((i, positions, kernel, o)):
@@ -279,12 +279,12 @@ def compose_shift(net: Network) -> Network | None:
     Larger strides of Π1 stay apart: that is the form the gcd rule makes.
     """
     for one, shift, (i, j, unit) in pattern_nodes(net):
-        if not shift.is_selection or unit or shift.stride != 1 or not j:
+        if not shift.is_crop or unit or shift.stride != 1 or not j:
             continue
         for two, pattern, (inputs, o, k) in pattern_nodes(net):
             if one == two or inputs != j or not only_in(net, j, [one, two]) or not apart((i, j, o, k)):
                 continue
-            if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_selection:
+            if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_crop:
                 continue  # the split of a padding mode from its pattern stays split
             fitted = read_through(shift, pattern) or _in_mode(shift, pattern)
             if fitted is not None:
@@ -320,7 +320,7 @@ def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | Non
 def crop_input(net: Network) -> Network | None:
     """Σ_i C[i,j] Π(I,K,S,P,D)[i,o,k] = Π(J,K,S,P+a,D)[j,o,k] for the crop C[i,j] = [i = j + a]."""
     for one, crop, (i, j, unit) in pattern_nodes(net):
-        inside = crop.is_selection and not unit and crop.stride == 1 and crop.reads_everywhere
+        inside = crop.is_crop and not unit and crop.stride == 1 and crop.reads_everywhere
         if not inside or crop.padding_mode != "zeros" or not i:
             continue
         for two, pattern, (inputs, o, k) in pattern_nodes(net):
@@ -328,7 +328,7 @@ def crop_input(net: Network) -> Network | None:
                 continue
             if not apart((i, j, o, k)):
                 continue
-            longer = pattern.is_selection and pattern.stride == 1 and pattern.output_size > crop.output_size
+            longer = pattern.is_crop and pattern.stride == 1 and pattern.output_size > crop.output_size
             if longer and pattern.reads_everywhere:
                 continue  # both are crops: the shorter is taken into the longer
             shorter = IndexPattern(
@@ -368,7 +368,7 @@ def two_shared_legs(net: Network) -> Network | None:
 def with_own_position(net: Network) -> Network | None:
     """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: given i and o, only one k is read; the same for one position of o."""
     for two, part, (i, x, unit) in pattern_nodes(net):
-        if not part.is_selection or unit or not i or not x or part.padding_mode != "zeros" or part.is_zero:
+        if not part.is_crop or unit or not i or not x or part.padding_mode != "zeros" or part.is_zero:
             continue
         for one, pattern, legs in pattern_nodes(net):
             if one == two or pattern.padding_mode != "zeros" or legs[0] != i or x not in legs[1:]:
@@ -409,7 +409,7 @@ def constant_leg_sum(net: Network) -> Network | None:
 def split_mode(net: Network) -> Network | None:
     """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], R the padding of the input by its mode."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
-        if pattern.padding_mode == "zeros" or pattern.is_selection:
+        if pattern.padding_mode == "zeros" or pattern.is_crop:
             continue
         if any(only_in(net, leg, [at]) for leg in (o, k)):
             continue  # a leg sum, which is one matrix whatever the mode
@@ -513,7 +513,7 @@ PATTERN_RULES: RuleList = (
     part_holders,
     zero,
     identity,
-    compose_selection,
+    compose_crop,
     compose_shift,
     crop_input,
     two_shared_legs,

@@ -30,11 +30,11 @@ from lensor.simplification.structural import STRUCTURAL_RULES
 from lensor.transforms.indices import equate
 
 
-@rule("selection taken into the pattern that reads it", "11, modes")
+@rule("crop taken into the pattern that reads it", "11, modes")
 def compose_input(net: Network) -> Network | None:
     """Σ_j Π1[i,j] Π2[j,o,k] = Π[i,o,k] where the reads of both together are those of one pattern."""
     for one, outer, (i, j, unit) in pattern_nodes(net):
-        if not outer.is_selection or unit or not j:
+        if not outer.is_crop or unit or not j:
             continue
         for two, inner, (inputs, o, k) in pattern_nodes(net):
             if one == two or inputs != j or not only_in(net, j, [one, two]) or not apart((i, j, o, k)):
@@ -76,7 +76,7 @@ def _composed_in_mode(outer: IndexPattern, inner: IndexPattern) -> IndexPattern 
 def compose_blocks(net: Network) -> Network | None:
     """Π1[i,(o s)] Π2[s,k] = Π[i,o,k], and Π1[i,(o k)] = Π[i,o,k], where the reads are those of one pattern."""
     for one, view, (i, positions, unit) in pattern_nodes(net):
-        if not view.is_selection or unit or len(positions) < 2:
+        if not view.is_crop or unit or len(positions) < 2:
             continue
         for split in range(1, len(positions)):
             o, s = positions[:split], positions[split:]
@@ -85,7 +85,7 @@ def compose_blocks(net: Network) -> Network | None:
             blocks, outer = affine(count, view.stride * size), view.reading().outer
             within = affine(size, view.stride, -view.padding[0])
             for two, first, (inputs, k, kernel) in pattern_nodes(net):
-                inside = one != two and first.is_selection and not kernel and inputs == s
+                inside = one != two and first.is_crop and not kernel and inputs == s
                 if inside and only_in(net, s, [one, two]) and apart((i, o, s, k)):
                     picked = Reading(blocks, after(within, first.line()), outer, (count, first.output_size))
                     whole = IndexPattern.from_reads(picked, view.input_size)
@@ -126,7 +126,7 @@ def _places(net: Network, index: str) -> set[tuple[str, int]]:
     return {(node.name, at) for node in operands for at, held in enumerate(indices_of(node)) if held == index}
 
 
-@rule("part of a pattern's kernel: the whole pattern and a selection", "23")
+@rule("part of a pattern's kernel: the whole pattern and a crop", "23")
 def widen(net: Network) -> Network | None:
     """Π'[i,o,k] = Σ_l Π[i',o',l] [l = k·s + a] where Π reads all that Π' reads, of another copy of one operand."""
     for one, wide, (i, _, _) in pattern_nodes(net):
@@ -212,7 +212,7 @@ def _axis(net: Network, leg: Group, node: int) -> tuple[int | None, str] | None:
     if len(holders) != 1:
         return None
     selection = net.nodes[holders[0]]
-    if not isinstance(selection, Pattern) or not selection.pattern.is_selection or selection.legs[2]:
+    if not isinstance(selection, Pattern) or not selection.pattern.is_crop or selection.legs[2]:
         return None
     ends = [side for side in selection.legs[:2] if side != leg]
     return (holders[0], leg[0]) if len(ends) == 1 and set(ends[0]) <= set(net.output_indices) else None

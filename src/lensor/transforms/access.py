@@ -198,7 +198,7 @@ def sample(
 
     Example:
         >>> import lensor
-        >>> net = lensor.ops.weight_vjp(lensor.ConvSpec(1, 1, 9, 3)).sample("i1", 0.25, stored=["X"])
+        >>> net = lensor.ops.conv_weight_vjp(lensor.ConvSpec(1, 1, 9, 3)).sample("i1", 0.25, stored=["X"])
         >>> print(net)
         4 X[n (g c_in) i1] Π1[i1_full o1 k1] V[n (g c_out) o1] select i1_positions[i1_full i1] -> (g c_out) c_in k1
 

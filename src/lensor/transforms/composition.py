@@ -183,7 +183,7 @@ def components(net: AnyNetwork) -> tuple[Network, ...]:
 
     Example:
         >>> import lensor
-        >>> for part in lensor.ops.weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).simplify().components():
+        >>> for part in lensor.ops.conv_weight_jacobian(lensor.ConvSpec(2, 3, 5, 3)).simplify().components():
         ...     print(part)
         X[n c_in i1] Π1[i1 o1 k1] -> n o1 c_in k1
         δ[c_out c_out_] -> c_out c_out_

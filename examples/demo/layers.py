@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lensor
+from lensor.choices import Approx
 from lensor.inspect.layers import Layer
 from lensor.network import Operand, Pattern
 
 
-def network(layer: Layer, approx: str) -> Any:
+def network(layer: Layer, approx: Approx) -> Any:
     """The network of the input factor, before simplification."""
     return lensor.ops.kfac_input_factor(layer.spec, approx)
 

@@ -12,6 +12,7 @@ from lensor_bench import standard
 from lensor_bench.measure import Times, interleaved, peak_bytes, relative_error
 
 import lensor
+from lensor.choices import Approx
 from lensor.inspect.layers import Layer
 
 
@@ -20,7 +21,7 @@ class Comparison:
     """Lensor's way against the standard way for one factor of one convolution."""
 
     layer: Layer
-    approx: str
+    approx: Approx
     error: float
     lensor: Times
     standard: Times
@@ -43,7 +44,7 @@ class Comparison:
         return self.lensor_peak / self.standard_peak
 
 
-def lensor_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: str) -> torch.Tensor:
+def lensor_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: Approx) -> torch.Tensor:
     """The factor by Lensor."""
     return lensor.functional.kfac_input_factor(
         x,
@@ -57,12 +58,12 @@ def lensor_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: str) -> torch.
     )
 
 
-def standard_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: str) -> torch.Tensor:
+def standard_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: Approx) -> torch.Tensor:
     """The factor by torch: pad, unfold, one matrix product for each group."""
     return standard.WAYS[f"kfac_{approx}"]({"X": x}, spec)
 
 
-def compare(layer: Layer, x: torch.Tensor, approx: str, seconds: float, least: int) -> Comparison:
+def compare(layer: Layer, x: torch.Tensor, approx: Approx, seconds: float, least: int) -> Comparison:
     """One factor of one convolution in both ways."""
 
     def mine() -> torch.Tensor:

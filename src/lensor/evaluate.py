@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lensor.cache import Cache
+from lensor.choices import Effort
 from lensor.errors import SubscriptsError
 from lensor.kernels import Backend, backend_of, load, override_of
 from lensor.network import AnyNetwork, Network, Operand, Select, contraction
@@ -142,7 +143,7 @@ def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
     return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
 
 
-def plan(net: AnyNetwork, /, *, effort: str | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
+def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
     """The plan for operands given as arrays or as their shapes; int keywords give sizes of indices.
 
     Args:

@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
 from lensor import ops
+from lensor.choices import Approx, FactorNormalisation, Form, PaddingMode
 from lensor.conventions import CONVENTIONS
 from lensor.dispatch import Array, Request, Shape, recipe
 from lensor.errors import require_choice
@@ -122,7 +123,7 @@ def _layer(
     padding: Padding,
     dilation: Size,
     groups: int,
-    padding_mode: str,
+    padding_mode: PaddingMode,
     *,
     names: tuple[str, str] = ("input", "weight"),
     batched: bool = False,
@@ -211,7 +212,7 @@ def conv(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Convolution in N dimensions.
 
@@ -337,7 +338,7 @@ def conv_transpose(
 
 @recipe("input")
 def _unfold(
-    input: Shape, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: str
+    input: Shape, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: PaddingMode
 ) -> Request:
     spec, shape, unbatched = _patches(
         input, kernel_size, dilation=dilation, padding=padding, stride=stride, padding_mode=padding_mode
@@ -352,7 +353,7 @@ def unfold(
     padding: Padding = 0,
     stride: Size = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """The patches of an input (im2col).
 
@@ -399,7 +400,7 @@ def _fold(
     dilation: Size,
     padding: Padding,
     stride: Size,
-    padding_mode: str,
+    padding_mode: PaddingMode,
 ) -> Request:
     if len(input) not in (2, 3):
         raise ValueError(
@@ -447,7 +448,7 @@ def fold(
     padding: Padding = 0,
     stride: Size = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """The sum of patches at their places (col2im): the adjoint of `unfold` in every padding mode.
 
@@ -550,7 +551,7 @@ def conv_input_vjp(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Gradient of a convolution with respect to its input.
 
@@ -600,7 +601,7 @@ def conv_weight_vjp(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Gradient of a convolution with respect to its weight.
 
@@ -649,7 +650,7 @@ def conv_weight_vjp_per_example(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Gradient of a convolution with respect to its weight, for each example of a batch.
 
@@ -685,7 +686,7 @@ def conv_weight_vjp_per_example(
 
 
 def _convert(
-    net: AnyNetwork, side: str, approx: str, convention: str, groups: int, positions: int
+    net: AnyNetwork, side: str, approx: Approx, convention: FactorNormalisation, groups: int, positions: int
 ) -> tuple[AnyNetwork, bool]:
     """The paper's factor in a convention, and whether that changed it."""
     require_choice("convention", convention, tuple(CONVENTIONS))
@@ -709,12 +710,12 @@ def _kfac_input_factor(
     padding: Padding,
     dilation: Size,
     groups: int,
-    approx: str,
+    approx: Approx,
     transposed: bool,
     output_padding: Size,
-    convention: str,
-    form: str,
-    padding_mode: str,
+    convention: FactorNormalisation,
+    form: Form,
+    padding_mode: PaddingMode,
 ) -> Request:
     require_choice("approx", approx, ("expand", "reduce"))
     require_choice("form", form, ("factor", "root"))
@@ -754,12 +755,12 @@ def kfac_input_factor(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    approx: str = "expand",
+    approx: Approx = "expand",
     transposed: bool = False,
     output_padding: Size = 0,
-    convention: str = "paper",
-    form: str = "factor",
-    padding_mode: str = "zeros",
+    convention: FactorNormalisation = "paper",
+    form: Form = "factor",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Input-based Kronecker factor of KFAC for a convolution, one for each group.
 
@@ -804,7 +805,9 @@ def kfac_input_factor(
 
 
 @recipe("grad_output", real=True)
-def _kfac_output_factor(grad_output: Shape, groups: int, approx: str, convention: str, padding_mode: str) -> Request:
+def _kfac_output_factor(
+    grad_output: Shape, groups: int, approx: Approx, convention: FactorNormalisation, padding_mode: PaddingMode
+) -> Request:
     require_choice("approx", approx, ("expand", "reduce"))
     if len(grad_output) < 4:
         raise ValueError(
@@ -825,9 +828,9 @@ def kfac_output_factor(
     grad_output: Array,
     groups: int = 1,
     *,
-    approx: str = "expand",
-    convention: str = "paper",
-    padding_mode: str = "zeros",
+    approx: Approx = "expand",
+    convention: FactorNormalisation = "paper",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Gradient-based Kronecker factor of KFAC for a convolution, one for each group.
 
@@ -876,7 +879,7 @@ def ggn_diagonal(
     groups: int = 1,
     *,
     per_example: bool = False,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Diagonal of the generalised Gauss-Newton matrix of a convolution's weight.
 
@@ -927,7 +930,7 @@ def ggn_gram(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> Array:
     """Gram matrix of the generalised Gauss-Newton matrix of a convolution's weight; a layer's empirical NTK.
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from lensor.cache import Cache
+from lensor.choices import PaddingMode, words
 from lensor.errors import require_type
 from lensor.reading import Line, Piece, Reading, Reads, Steps, Table, affine, after, progressions, steps_of
 
-PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
+PADDING_MODES = words(PaddingMode)
 
 _kept_reads = Cache(maxsize=256, max_bytes=1 << 24)
 _fitted = Cache(maxsize=4096)
@@ -43,7 +44,7 @@ def as_positive(value: Any, name: str) -> int:
     return number
 
 
-def as_padding_mode(value: Any) -> str:
+def as_padding_mode(value: Any) -> PaddingMode:
     """`value` if it is one of torch's padding modes."""
     if value not in PADDING_MODES:
         expected = ", ".join(map(repr, PADDING_MODES))
@@ -90,7 +91,7 @@ class IndexPattern:
     stride: int
     padding: tuple[int, int]
     dilation: int
-    padding_mode: str
+    padding_mode: PaddingMode
     output_size: int
 
     def __init__(
@@ -100,7 +101,7 @@ class IndexPattern:
         stride: int = 1,
         padding: int | Sequence[int] = 0,
         dilation: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         output_size: int | None = None,
     ) -> None:
         put = object.__setattr__

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from lensor.choices import PaddingMode
 from lensor.pattern import IndexPattern, as_integer, as_padding_mode, as_positive
 
 Sides = tuple[int, int]
@@ -56,7 +57,7 @@ class ConvSpec:
     padding: tuple[Sides, ...]
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
+    padding_mode: PaddingMode
     bias: bool
     transposed: bool
     output_padding: tuple[int, ...]
@@ -72,7 +73,7 @@ class ConvSpec:
         padding: int | str | Sequence[int | Sequence[int]] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         bias: bool = False,
         transposed: bool = False,
         output_padding: int | Sequence[int] = 0,

@@ -68,7 +68,7 @@ def _call(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch
             return lambda: f.conv_weight_vjp_per_example(given["X"], size, given["V"], *hyper, padding_mode=mode)
         case "ggn_diagonal":
             return lambda: f.ggn_diagonal(given["X"], size, given["S"], *hyper, padding_mode=mode)
-    approx = operation.removeprefix("kfac_")
+    approx = "reduce" if operation == "kfac_reduce" else "expand"
     return lambda: f.kfac_input_factor(given["X"], spec.kernel_size, *hyper, approx=approx, padding_mode=mode)
 
 

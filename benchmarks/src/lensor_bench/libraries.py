@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import lensor
+from lensor.choices import Approx
 from lensor_bench.definitions import Case, Convolution
 
 Tensor = torch.Tensor
@@ -104,7 +105,7 @@ def _lensor_per_example_weight_vjp(case: Case) -> Tensor:
     return lensor.functional.conv_weight_vjp_per_example(case.X, case.W.shape, case.V, **_hyper(case.conv))
 
 
-def _lensor_kfac_input(approx: str) -> Way:
+def _lensor_kfac_input(approx: Approx) -> Way:
     def way(case: Case) -> Tensor:
         conv = case.conv
         if conv.bias:
@@ -115,7 +116,7 @@ def _lensor_kfac_input(approx: str) -> Way:
     return way
 
 
-def _lensor_kfac_output(approx: str) -> Way:
+def _lensor_kfac_output(approx: Approx) -> Way:
     return lambda case: lensor.functional.kfac_output_factor(case.S, case.conv.groups, approx=approx)
 
 

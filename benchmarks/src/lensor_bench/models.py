@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lensor.choices import Approx
 from lensor.curvature import KroneckerFactors, kfac
 from lensor.curvature.layers import Layer, layers_of
 from lensor.inspect.errors import choose, in_one_line, require
@@ -101,7 +102,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         value.backward()
         return value.detach()
 
-    def own(approx: str, formed: bool = False, some: Sequence[Layer] | None = None) -> Callable[[], Any]:
+    def own(approx: Approx, formed: bool = False, some: Sequence[Layer] | None = None) -> Callable[[], Any]:
         names = None if some is None else [layer.name for layer in some]
 
         def call() -> Any:
@@ -184,7 +185,7 @@ def _installed(module: str) -> bool:
 
 
 def _curvlinops(
-    model: nn.Module, loss: nn.Module, layers: Sequence[Layer], data: tuple[Tensor, Tensor], approx: str
+    model: nn.Module, loss: nn.Module, layers: Sequence[Layer], data: tuple[Tensor, Tensor], approx: Approx
 ) -> Callable[[], Any]:
     parameters = [p for layer in layers for p in layer.module.parameters(recurse=False)]
 

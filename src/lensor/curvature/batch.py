@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lensor import ops
+from lensor.choices import Fisher, words
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.collector import output_axis, require_independent
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
@@ -19,12 +21,9 @@ from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import BatchAxis, Given
 from lensor.curvature.losses import LossRoot, class_weights, require_loss, require_tensor
-from lensor.curvature.per_example import gradients
+from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
-
-FISHERS = ("type-2", "mc", "empirical")
-
 
 _AT_ONCE = 8
 """Columns of a root that are propagated and then contracted together."""
@@ -114,7 +113,7 @@ class Batch:
 
     def weight_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
         """A weight's gradient for every example, [batch, *its shape], summed over its uses."""
-        return sum_of(gradients(use, self.capture.inputs[use], vectors[use]) for use in uses)
+        return sum_of(gradients_of(use, self.capture.inputs[use], vectors[use]) for use in uses)
 
     def bias_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
         """A bias's gradient for every example, [batch, channels], summed over its uses."""
@@ -251,10 +250,10 @@ def propagated(
             yield batch, gradients
 
 
-def check_roots(loss: nn.Module, fisher: str, mc_samples: int) -> None:
+def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
     """Raise unless the loss and the choices have a root."""
     require_loss(loss)
-    require_choice("fisher", fisher, FISHERS)
+    require_choice("fisher", fisher, words(Fisher))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
 
@@ -278,3 +277,8 @@ def refuse_mixing(model: nn.Module) -> None:
     ]
     if mixing:
         raise ValueError(f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first")
+
+
+def gradients_of(use: Use, x: Tensor, v: Tensor) -> Tensor:
+    """A weight's gradients for every example; a linear map is a convolution of another shape."""
+    return network(ops.conv_weight_vjp_per_example, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)

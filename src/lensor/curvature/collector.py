@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lensor import ops
+from lensor.choices import Approx, FactorFisher
 from lensor.curvature.block import Block
 from lensor.curvature.capture import Capture, Use, computing, run
 from lensor.curvature.data import one_tensor, size_of
@@ -23,8 +24,6 @@ from lensor.curvature.layout import BatchAxis, Given, Layout
 from lensor.curvature.losses import LossRoot, require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
-
-APPROXIMATIONS = ("expand", "reduce")
 
 
 @dataclass
@@ -75,7 +74,12 @@ class Collector:
         keep_graph: whether somebody else propagates through the graph after.
     """
 
-    def __init__(self, layers: list[Layer], approx: str, joint: bool, fisher: str, keep_graph: bool = False) -> None:
+    approx: Approx
+    fisher: FactorFisher
+
+    def __init__(
+        self, layers: list[Layer], approx: Approx, joint: bool, fisher: FactorFisher, keep_graph: bool = False
+    ) -> None:
         self.layers, self.approx, self.joint, self.fisher, self.keep_graph = layers, approx, joint, fisher, keep_graph
         self.sums = {layer.weight: Sums([] if approx == "reduce" else None) for layer in layers}
         self.examples, self.outputs = 0, 1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, check_roots, refuse_mixing
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
@@ -25,7 +26,7 @@ def ekfac(
     data: Any,
     factors: KroneckerFactors,
     *,
-    fisher: str = "type-2",
+    fisher: Fisher = "type-2",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     batch_axis: Given = None,

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lensor.choices import Approx, Method, ModelNormalisation, words
 from lensor.conventions import MODEL_CONVENTIONS
 from lensor.curvature.block import Block, block_of, each_factor, require_alike, traces_of
 from lensor.curvature.inverses import EigenFactors, Inverse, require_not_negative
@@ -45,9 +46,9 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
     def __init__(
         self,
         blocks: Mapping[str, Block],
-        approx: str = "expand",
+        approx: Approx = "expand",
         examples: int = 0,
-        convention: str = "paper",
+        convention: ModelNormalisation = "paper",
         reduction: str = "mean",
         outputs: int = 1,
     ) -> None:
@@ -79,7 +80,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return {name: getattr(self, name) for name in ("approx", "examples", "convention", "reduction", "outputs")}
 
     # ------------------------------------------------------------------------------------------------------- solving
-    def inverse(self, damping: float, method: str = "eigen") -> Inverse:
+    def inverse(self, damping: float, method: Method = "eigen") -> Inverse:
         """The damped inverse.
 
         Args:
@@ -152,7 +153,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                     raise FloatingPointError(f"factor {which} of {name} is not finite")
 
     # ------------------------------------------------------------------------------------------------- other versions
-    def in_convention(self, convention: str) -> KroneckerFactors:
+    def in_convention(self, convention: ModelNormalisation) -> KroneckerFactors:
         """The same factors with another library's normalisation.
 
         Args:
@@ -168,7 +169,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                 "convention='backpack' has the input factors of approx='expand' and the output factors of"
                 " approx='reduce': take both, and A of the one, B of the other (docs/conventions.md)"
             )
-        require_choice("convention", convention, tuple(MODEL_CONVENTIONS))
+        require_choice("convention", convention, words(ModelNormalisation))
         new, old = MODEL_CONVENTIONS[convention], MODEL_CONVENTIONS[self.convention]
         if self.approx not in new.positions:
             raise ValueError(f"convention={convention!r} does not define factors with approx={self.approx!r}")
@@ -251,7 +252,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         if missing:
             raise ValueError(f"the state of Kronecker factors is damaged: {missing[0]} is missing")
         require_choice("approx", state["approx"], ("expand", "reduce"))
-        require_choice("convention", state["convention"], tuple(MODEL_CONVENTIONS))
+        require_choice("convention", state["convention"], words(ModelNormalisation))
         require_choice("reduction", state["reduction"], ("mean", "sum"))
         for name in ("examples", "outputs"):
             if not isinstance(state[name], int) or state[name] < 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lensor import ops
+from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing, sum_of
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
@@ -25,7 +26,7 @@ def ggn_diagonal(
     loss: nn.Module,
     data: Any,
     *,
-    fisher: str = "type-2",
+    fisher: Fisher = "type-2",
     layers: Iterable[str] | None = None,
     strict: bool = False,
     mc_samples: int = 1,
@@ -80,7 +81,7 @@ def ggn_mini_blocks(
     data: Any,
     *,
     block: str = "filter",
-    fisher: str = "type-2",
+    fisher: Fisher = "type-2",
     layers: Iterable[str] | None = None,
     strict: bool = False,
     mc_samples: int = 1,
@@ -139,7 +140,7 @@ def _of_roots(
     model: nn.Module,
     loss: nn.Module,
     data: Any,
-    fisher: str,
+    fisher: Fisher,
     layers: Iterable[str] | None,
     strict: bool,
     mc_samples: int,

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lensor.curvature.batch import MEANS, Batch, add_parts, is_torchs, refuse_mixing, share_of
+from lensor.curvature.batch import MEANS, Batch, add_parts, gradients_of, is_torchs, refuse_mixing, share_of
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.layers import layers_of
 from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_counted
-from lensor.curvature.per_example import gradients
 from lensor.curvature.watching import Targets
 
 
@@ -103,7 +102,7 @@ def hessian_diagonal(
 
 def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:
     """Σ over examples of (Jᵀ z) ⊙ (Jᵀ H z), by parameter."""
-    found = {use.weight: (gradients(use, x, z) * gradients(use, x, curved)).sum(0)}
+    found = {use.weight: (gradients_of(use, x, z) * gradients_of(use, x, curved)).sum(0)}
     if use.bias is not None:
         sides = [over_positions(v) for v in (z, curved)]
         found[use.bias] = (sides[0] * sides[1]).sum(0)

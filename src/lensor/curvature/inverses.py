@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lensor.choices import Method
 from lensor.curvature.block import Block, traces_of
 from lensor.curvature.operators import Operator
 from lensor.curvature.watching import uncast
@@ -79,7 +80,7 @@ class Inverse(Operator):
         True
     """
 
-    def __init__(self, blocks: Mapping[str, Block], damping: float, method: str) -> None:
+    def __init__(self, blocks: Mapping[str, Block], damping: float, method: Method) -> None:
         super().__init__(blocks)
         _require_damping(damping)
         require_choice("method", method, tuple(_WAYS))

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lensor.conventions import MODEL_CONVENTIONS
+from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, words
 from lensor.curvature.capture import own, running, unwrapped
-from lensor.curvature.collector import APPROXIMATIONS, Collector
+from lensor.curvature.collector import Collector
 from lensor.curvature.data import batches
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import layers_of
 from lensor.curvature.layout import Given
-from lensor.curvature.losses import FISHERS, require_loss
+from lensor.curvature.losses import require_loss
 from lensor.errors import require_choice
 
 
@@ -25,10 +25,10 @@ def kfac(
     loss: nn.Module,
     data: Any,
     *,
-    approx: str = "expand",
-    fisher: str = "type-2",
-    bias: str = "separate",
-    convention: str = "paper",
+    approx: Approx = "expand",
+    fisher: FactorFisher = "type-2",
+    bias: Bias = "separate",
+    convention: ModelNormalisation = "paper",
     layers: Iterable[str] | None = None,
     strict: bool = False,
     mc_samples: int = 1,
@@ -95,10 +95,10 @@ def kfac(
         & Martens, 2016; Eschenhagen et al., 2023).
     """
     require_loss(loss)
-    require_choice("approx", approx, APPROXIMATIONS)
-    require_choice("fisher", fisher, FISHERS)
-    require_choice("bias", bias, ("separate", "joint"))
-    require_choice("convention", convention, tuple(MODEL_CONVENTIONS))
+    require_choice("approx", approx, words(Approx))
+    require_choice("fisher", fisher, words(FactorFisher))
+    require_choice("bias", bias, words(Bias))
+    require_choice("convention", convention, words(ModelNormalisation))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     chosen = layers_of(unwrapped(model), layers, strict)

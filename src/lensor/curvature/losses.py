@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lensor.choices import FactorFisher
 from lensor.curvature.layout import BatchAxis
 
-FISHERS = ("type-2", "mc", "empirical", "forward-only")
 """What may stand for the Hessian of the loss by the outputs."""
 
 
@@ -144,7 +144,7 @@ class LossRoot:
             (found,) = torch.autograd.grad(loss.forward(f, targets), f)  # which no global hook changes
         yield (found * self.normaliser**0.5).to(self.outputs.dtype)
 
-    def of(self, fisher: str, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    def of(self, fisher: FactorFisher, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
         """The root that a Fisher matrix is made of; nothing for "forward-only"."""
         ways: dict[str, Callable[[], Iterator[Tensor]]] = {
             "type-2": self.columns,

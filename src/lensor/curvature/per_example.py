@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lensor import ops
 from lensor.curvature.batch import propagated
-from lensor.curvature.capture import Use
 from lensor.curvature.layout import Given
 from lensor.curvature.networks import network
 from lensor.network import AnyNetwork
@@ -114,11 +112,6 @@ def per_example_gradient_norms(
             trained = batch.capture.targets.parameters
             found = {name: norm for name, norm in found.items() if trained[name].requires_grad}
         return found
-
-
-def gradients(use: Use, x: Tensor, v: Tensor) -> Tensor:
-    """A weight's gradients for every example; a linear map is a convolution of another shape."""
-    return network(ops.conv_weight_vjp_per_example, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)
 
 
 def _squared_norms(spec: ConvSpec) -> AnyNetwork:

@@ -10,6 +10,7 @@ from typing import IO
 
 from lensor.inspect.errors import CommandError
 from lensor.inspect.text import printable, write_rows
+from lensor.pattern import as_padding_mode
 from lensor.spec import ConvSpec
 
 
@@ -208,7 +209,7 @@ def spec_of(row: dict[str, str]) -> ConvSpec:
         _parse_padding(row["padding"]),
         parse_sizes(row["dilation"]),
         integer(row, "groups"),
-        row["padding_mode"],
+        as_padding_mode(row["padding_mode"]),
         row["bias"] == "1",
         row["transposed"] == "1",
         parse_sizes(row["output_padding"]),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lensor.choices import PaddingMode
 from lensor.nn.layers import convolve, convolve_transposed
 from lensor.spec import ConvSpec
 
@@ -38,7 +39,7 @@ class LayerCall:
     padding: Any = 0
     dilation: Any = 1
     groups: int = 1
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
     output_padding: Any = 0
 
     @property
@@ -92,7 +93,7 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> LayerCall:
     return LayerCall("conv", input, weight, bias, stride, padding, dilation, groups, padding_mode)
 

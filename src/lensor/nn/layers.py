@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lensor import functional
+from lensor.choices import PaddingMode
 
 Size: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
@@ -70,7 +71,7 @@ def convolve(
     padding: Padding,
     dilation: Size,
     groups: int,
-    padding_mode: str,
+    padding_mode: PaddingMode,
 ) -> Tensor:
     """The convolution of a layer. As with torch's own functions, modes and tensor subclasses can override it."""
     if has_torch_function_variadic(input, weight):
@@ -268,7 +269,7 @@ class ConvNd(Convolution, _ConvNd):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -331,7 +332,7 @@ class ConvTransposeNd(TransposedConvolution, _ConvTransposeNd):
         groups: int = 1,
         bias: bool = True,
         dilation: Size = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -361,14 +362,14 @@ class _Patches(Leaf, torch.nn.Module):
     """What unfold and fold share."""
 
     def __init__(
-        self, dims: int, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: str
+        self, dims: int, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: PaddingMode
     ) -> None:
         super().__init__()
         self.kernel_size = _each("kernel_size", kernel_size, dims)
         self.dilation = _each("dilation", dilation, dims)
         self.padding = _each_padding(padding, dims)
         self.stride = _each("stride", stride, dims)
-        self.padding_mode = padding_mode
+        self.padding_mode: PaddingMode = padding_mode
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""
@@ -405,7 +406,7 @@ class UnfoldNd(_Patches):
         padding: Padding = 0,
         stride: Size = 1,
         *,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         dims: int | None = None,
     ) -> None:
         dims = _dimensions(dims, kernel_size=kernel_size)
@@ -448,7 +449,7 @@ class FoldNd(_Patches):
         padding: Padding = 0,
         stride: Size = 1,
         *,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         dims: int | None = None,
     ) -> None:
         dims = _dimensions(dims, output_size=output_size, kernel_size=kernel_size)

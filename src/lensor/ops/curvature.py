@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from lensor.choices import Approx, words
+from lensor.errors import require_choice
 from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Pattern, sum_of
 from lensor.network.subscripts import format_legs
 from lensor.ops._legs import Legs
@@ -12,11 +14,6 @@ from lensor.ops.convolution import convolution_matrix, unfold
 from lensor.ops.derivatives import conv_weight_jacobian, conv_weight_vjp
 from lensor.pattern import IndexPattern
 from lensor.spec import ConvSpec
-
-
-def _require_approx(approx: str) -> None:
-    if approx not in ("expand", "reduce"):
-        raise ValueError(f"approx must be 'expand' or 'reduce', found {approx!r}")
 
 
 def _copies(indices: Sequence[str]) -> list[str]:
@@ -50,7 +47,7 @@ def _patches_with_one(spec: ConvSpec) -> tuple[AnyNetwork, list[str]]:
     return sum_of([weight, constant]), ["d"]
 
 
-def kfac_input_factor(spec: ConvSpec, approx: str = "expand", *, bias: bool = False) -> AnyNetwork:
+def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool = False) -> AnyNetwork:
     """The input-based Kronecker factor: X -> [groups, d, d], d = c_in/groups·ΠK (+ 1 with bias).
 
     expand (KFC, Ω = 1/N Σ [X][X]ᵀ): `n (g c_in) i, i o k, n (g c_in_) i_, i_ o k_ -> g (c_in k) (c_in_ k_)` ×1/N;
@@ -71,7 +68,7 @@ def kfac_input_factor(spec: ConvSpec, approx: str = "expand", *, bias: bool = Fa
         TypeError: if `spec` is no ConvSpec.
         ValueError: for another approx.
     """
-    _require_approx(approx)
+    require_choice("approx", approx, words(Approx))
     patches, rows = _patches_with_one(spec) if bias else _patches(spec)
     positions = Legs(spec).positions[1]
     share = ["n", "g", *(positions if approx == "expand" else [])]
@@ -97,7 +94,7 @@ def kfac_input_root(spec: ConvSpec) -> Network:
     return root.scaled(1, dict.fromkeys(positions, -1))
 
 
-def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
+def kfac_output_factor(spec: ConvSpec, approx: Approx = "expand") -> Network:
     """The output-based Kronecker factor: V [v, n, c_out, *output_size] -> [groups, c_out/groups, c_out/groups].
 
     expand: `v n (g c_out) o, v n (g c_out_) o -> g c_out c_out_` ×1/O; reduce: `o_` in the second copy, ×1.
@@ -111,7 +108,7 @@ def kfac_output_factor(spec: ConvSpec, approx: str = "expand") -> Network:
         TypeError: if `spec` is no ConvSpec.
         ValueError: for another approx.
     """
-    _require_approx(approx)
+    require_choice("approx", approx, words(Approx))
     legs = Legs(spec)
     positions, channel = legs.positions[1], legs.channels[1]
     operand = Operand("V", (("v",), *legs.output))

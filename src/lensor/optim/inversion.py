@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lensor.choices import Method
 from lensor.curvature.block import Block
 from lensor.curvature.distribution import shares
 from lensor.curvature.inverses import Inverse
@@ -26,7 +27,7 @@ class Inversion:
         damping: what is added to each.
     """
 
-    method: str
+    method: Method
     group: dist.ProcessGroup | None = None
     blocks: dict[str, Block] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)

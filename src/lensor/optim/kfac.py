@@ -13,20 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lensor.choices import Approx, Bias, FactorFisher, Method, Nonfinite, words
 from lensor.curvature.block import Block
 from lensor.curvature.capture import unwrapped
-from lensor.curvature.collector import APPROXIMATIONS, Collector
+from lensor.curvature.collector import Collector
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.layout import Given
-from lensor.curvature.losses import FISHERS, require_loss
+from lensor.curvature.losses import require_loss
 from lensor.errors import require_choice
 from lensor.optim.checkpoint import as_parameters, require_same_form
 from lensor.optim.inversion import Inversion
 from lensor.optim.tracking import Tracker, generator_from
-
-METHODS = ("cholesky", "eigen", "woodbury")
-NONFINITE = ("raise", "skip")
 
 
 def _of(part: str, name: str, doc: str) -> Any:
@@ -107,15 +105,15 @@ class KFAC(torch.optim.Optimizer):
 
     steps: int = _of("tracker", "steps", "The steps that were made.")
     loss: nn.Module = _of("tracker", "loss", "The loss that is minimised.")
-    approx: str = _of("tracker", "approx", "The treatment of positions.")
-    fisher: str = _of("tracker", "fisher", "The Fisher matrix.")
+    approx: Approx = _of("tracker", "approx", "The treatment of positions.")
+    fisher: FactorFisher = _of("tracker", "fisher", "The Fisher matrix.")
     mc_samples: int = _of("tracker", "mc_samples", "Draws for each example.")
     factor_interval: int = _of("tracker", "factor_interval", "Steps between updates of factors.")
     accumulation_steps: int = _of("tracker", "accumulation_steps", "Backward passes before a step.")
     grad_scaler: Any = _of("tracker", "grad_scaler", "The GradScaler in use.")
     batch_axis: Given = _of("tracker", "batch_axis", "The axis of the examples, if it was given.")
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
-    method: str = _of("inversion", "method", "How factors are inverted.")
+    method: Method = _of("inversion", "method", "How factors are inverted.")
     group: dist.ProcessGroup | None = _of("inversion", "group", "The processes that train together.")
 
     def __init__(
@@ -128,10 +126,10 @@ class KFAC(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         kl_clip: float | None = 1e-3,
-        approx: str = "expand",
-        fisher: str = "empirical",
-        bias: str = "joint",
-        method: str = "cholesky",
+        approx: Approx = "expand",
+        fisher: FactorFisher = "empirical",
+        bias: Bias = "joint",
+        method: Method = "cholesky",
         ema: float = 0.95,
         factor_interval: int = 1,
         inverse_interval: int = 1,
@@ -140,16 +138,16 @@ class KFAC(torch.optim.Optimizer):
         params: Any = None,
         mc_samples: int = 1,
         seed: int = 0,
-        nonfinite: str = "raise",
+        nonfinite: Nonfinite = "raise",
         grad_scaler: Any = None,
         group: dist.ProcessGroup | None = None,
         batch_axis: Given = None,
     ) -> None:
         require_loss(loss)
-        chosen = {"approx": (approx, APPROXIMATIONS), "fisher": (fisher, FISHERS), "method": (method, METHODS)}
-        chosen |= {"bias": (bias, ("joint", "separate")), "nonfinite": (nonfinite, NONFINITE)}
+        chosen = {"approx": (approx, Approx), "fisher": (fisher, FactorFisher), "method": (method, Method)}
+        chosen |= {"bias": (bias, Bias), "nonfinite": (nonfinite, Nonfinite)}
         for name, (value, known) in chosen.items():
-            require_choice(name, value, known)
+            require_choice(name, value, words(known))
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
         for name, count in (counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples}).items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:

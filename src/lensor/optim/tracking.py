@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lensor.choices import Approx, FactorFisher
 from lensor.curvature.capture import Capture, Use, computing
 from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
@@ -47,8 +48,8 @@ class Tracker:
 
     model: nn.Module
     loss: nn.Module
-    approx: str
-    fisher: str
+    approx: Approx
+    fisher: FactorFisher
     joint: bool
     factor_interval: int
     accumulation_steps: int

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+from lensor.choices import Effort, words
+from lensor.errors import require_choice
 from lensor.pattern import as_integer
 from lensor.planner import wisdom
 
@@ -23,14 +25,13 @@ class Settings:
         known: which state of `lensor.wisdom` a choice by `"remember"` depends on.
     """
 
-    effort: str = "estimate"
+    effort: Effort = "estimate"
     max_bytes: int | None = None
     preferred_bytes: int | None = None
     known: int = 0
 
     def __post_init__(self) -> None:
-        if self.effort not in ("estimate", "measure", "remember"):
-            raise ValueError(f"effort must be 'estimate', 'measure' or 'remember', found {self.effort!r}")
+        require_choice("effort", self.effort, words(Effort))
         if self.max_bytes is not None and as_integer(self.max_bytes, "max_bytes") < 1:
             raise ValueError(f"max_bytes must be at least 1, found {self.max_bytes}")
 
@@ -50,7 +51,7 @@ def untimed(settings: Settings) -> Settings:
 
 
 @contextmanager
-def planning(*, effort: str | None = None, max_bytes: int | None = None) -> Iterator[Settings]:
+def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> Iterator[Settings]:
     """Set how plans are chosen for the calls inside; what is not given stays as it is around.
 
     Example:

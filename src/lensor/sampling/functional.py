@@ -15,6 +15,7 @@ from torch import Tensor
 from lensor import functional as exact
 from lensor import ops
 from lensor.cache import Cache
+from lensor.choices import PaddingMode
 from lensor.errors import require_choice
 from lensor.evaluate import evaluate
 from lensor.kernels import override_of
@@ -237,12 +238,12 @@ def apply(
     full = bilinear.sizes(x.shape)
     sizes, part, chosen, drawn = dict(full), x, [], []
     for name, rate in rates.items():
-        index, scheme = bilinear.indices[name], schemes[name]
-        size, fixed = full[index], scheme in ("fixed", "blocks")
+        index, way = bilinear.indices[name], schemes[name]
+        size, fixed = full[index], way in ("fixed", "blocks")
         if fixed and kept_count(size, rate) == size:
             continue
-        norms = _norms(x, bilinear.legs, full, index) if scheme == "importance" else None
-        found = draw(size, rate, scheme, norms=norms, generator=generator, device=x.device)
+        norms = _norms(x, bilinear.legs, full, index) if way == "importance" else None
+        found = draw(size, rate, way, norms=norms, generator=generator, device=x.device)
         part = take_part(part, bilinear.legs, sizes, index, found.positions)
         if found.weights is not None:
             part = _weighted(part, bilinear.legs, sizes, index, found.weights)
@@ -315,7 +316,7 @@ def require_scheme(scheme: Any) -> None:
         raise TypeError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}, or a mapping of indices to them")
 
 
-def schemes_of(scheme: Scheme, names: Sequence[str]) -> dict[str, str]:
+def schemes_of(scheme: Scheme, names: Sequence[str]) -> dict[str, Any]:
     """The scheme of every index, "bernoulli" where none is given; ValueError for unknown ones."""
     require_scheme(scheme)
     given = dict.fromkeys(names, scheme) if isinstance(scheme, str) else {**dict.fromkeys(names, SCHEMES[0]), **scheme}
@@ -378,7 +379,7 @@ def conv(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     keep: Keep,
     scheme: Scheme = "bernoulli",
     generator: torch.Generator | None = None,
@@ -588,7 +589,7 @@ def spec_of(
     padding: Any,
     dilation: Any,
     groups: int,
-    padding_mode: str,
+    padding_mode: PaddingMode,
     output_padding: Any,
 ) -> ConvSpec:
     """The specification of a layer; `output_padding` is None for a convolution."""

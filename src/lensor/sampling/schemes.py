@@ -8,9 +8,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from lensor.choices import Scheme, words
 from lensor.errors import require_choice, require_share
 
-SCHEMES = ("bernoulli", "fixed", "blocks", "importance")
+SCHEMES = words(Scheme)
 """bernoulli: each position by itself, as the paper; fixed: so many positions, without replacement; blocks: a run of so
 many neighbours, around the end; importance: each by itself, with a probability in proportion to its norm."""
 
@@ -49,7 +50,7 @@ def kept_count(size: int, keep: Fraction) -> int:
 def draw(
     size: int,
     keep: float | Fraction,
-    scheme: str = "bernoulli",
+    scheme: Scheme = "bernoulli",
     *,
     norms: Tensor | None = None,
     generator: torch.Generator | None = None,

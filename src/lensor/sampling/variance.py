@@ -8,13 +8,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from lensor.choices import Scheme
 from lensor.errors import NetworkError, require_choice
 from lensor.network import Network, Node, Operand, new_name
 from lensor.sampling.schemes import SCHEMES, inclusion, kept_count, require_keep, require_norms
 
 
 def second_moments(
-    size: int, keep: float | Fraction, scheme: str = "bernoulli", *, norms: Tensor | None = None
+    size: int, keep: float | Fraction, scheme: Scheme = "bernoulli", *, norms: Tensor | None = None
 ) -> Tensor:
     """E[z_i z_j] of the factors z that a scheme multiplies positions with (zero for those not kept).
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
+from lensor.choices import Approx, FactorNormalisation, Form, PaddingMode
 from lensor.conventions import CONVENTIONS
 from lensor.errors import require_choice
 from lensor.spec import ConvSpec
@@ -99,7 +100,7 @@ def _checked(
     padding: Any,
     dilation: Any,
     groups: int,
-    padding_mode: str,
+    padding_mode: PaddingMode,
     transposed: bool,
     output_padding: Any,
 ) -> tuple:
@@ -135,7 +136,7 @@ def _hyper(
     padding: Any,
     dilation: Any,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     *,
     transposed: bool = False,
     output_padding: Any = 0,
@@ -299,7 +300,7 @@ def conv(
     padding: Any,
     dilation: Any,
     groups: int,
-    padding_mode: str,
+    padding_mode: PaddingMode,
 ) -> Tensor:
     """`lensor.functional.conv`."""
     dims = _dims_of_weight("weight", w.shape)
@@ -385,7 +386,7 @@ def _as_columns(windows: Tensor, dims: int) -> Tensor:
     return windows.permute(0, 1, *kernel, *positions).flatten(2 + dims).flatten(1, 1 + dims)
 
 
-def unfold(x: Tensor, kernel_size: Any, dilation: Any, padding: Any, stride: Any, padding_mode: str) -> Tensor:
+def unfold(x: Tensor, kernel_size: Any, dilation: Any, padding: Any, stride: Any, padding_mode: PaddingMode) -> Tensor:
     """`lensor.functional.unfold`."""
     dims = _dims_of(kernel_size, x)
     _require_axes("input", x.ndim, dims)
@@ -408,7 +409,7 @@ def unfold_transpose(
 
 
 def fold(
-    x: Tensor, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any, padding_mode: str
+    x: Tensor, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any, padding_mode: PaddingMode
 ) -> Tensor:
     """`lensor.functional.fold`."""
     if x.ndim not in (2, 3):
@@ -463,7 +464,7 @@ def conv_input_vjp(
     padding: Any,
     dilation: Any,
     groups: int,
-    padding_mode: str,
+    padding_mode: PaddingMode,
 ) -> Tensor:
     """`lensor.functional.conv_input_vjp`."""
     dims = _dims_of_weight("weight", w.shape)
@@ -488,7 +489,7 @@ def _prepared(
     x: Tensor,
     v: Sizes,
     weight_size: Sizes,
-    options: tuple[Any, Any, Any, int, str],
+    options: tuple[Any, Any, Any, int, PaddingMode],
     vectors: int = 0,
     batched: bool = True,
 ) -> tuple[Tensor, _Hyper]:
@@ -537,12 +538,12 @@ def kfac_input_factor(
     padding: Any,
     dilation: Any,
     groups: int,
-    approx: str,
+    approx: Approx,
     transposed: bool,
     output_padding: Any,
-    convention: str,
-    form: str,
-    padding_mode: str,
+    convention: FactorNormalisation,
+    form: Form,
+    padding_mode: PaddingMode,
 ) -> Tensor:
     """`lensor.functional.kfac_input_factor`."""
     require_choice("approx", approx, ("expand", "reduce"))
@@ -581,7 +582,7 @@ def kfac_input_factor(
     return torch.einsum("ngd,nge->gde", _scaled(patches / batch, powers, batch, count), patches)
 
 
-def _powers(side: str, approx: str, convention: str, groups: int) -> tuple[int, int]:
+def _powers(side: str, approx: Approx, convention: FactorNormalisation, groups: int) -> tuple[int, int]:
     """Powers of the numbers of examples and positions that a convention multiplies the paper's factor with."""
     require_choice("convention", convention, tuple(CONVENTIONS))
     known = CONVENTIONS[convention]
@@ -600,7 +601,9 @@ def _scaled(x: Tensor, powers: tuple[int, int], batch: Any, count: Any) -> Tenso
     return x
 
 
-def kfac_output_factor(s: Tensor, groups: int, approx: str, convention: str, padding_mode: str) -> Tensor:
+def kfac_output_factor(
+    s: Tensor, groups: int, approx: Approx, convention: FactorNormalisation, padding_mode: PaddingMode
+) -> Tensor:
     """`lensor.functional.kfac_output_factor`."""
     require_choice("approx", approx, ("expand", "reduce"))
     if s.ndim < 4:

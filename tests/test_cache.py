@@ -15,7 +15,6 @@ from lensor.cache import Cache
 from tests.support.cases import assert_close, bound, operands_of
 
 SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
-SMALL = ConvSpec(2, 2, (5,), 3, stride=2, padding=1, groups=2)
 
 
 def tensors(operands: dict[str, np.ndarray], **options: Any) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import lensor
-from lensor import ConvSpec, ops
+from lensor import ConvSpec, Delta, Sum, ops
 
 SPECS = {
     "1-d": ConvSpec(4, 6, 9, 3, stride=2, padding=1, groups=2),
@@ -71,3 +71,20 @@ def random_network(seed: int) -> Any:
             start = choose.randrange(size)
             net = net.slice(index, start, choose.randint(start + 1, size), choose.randint(1, 2))
     return net
+
+
+def disguised(net: Any, seed: int) -> Any:
+    """The same network or sum with other names and other orders of nodes, of a delta's indices and of terms."""
+    choose = random.Random(seed)
+    names = list(net.sizes)
+    new = [f"{choose.choice(['a', 'zz', 'n', 'i1'])}_{at}" for at in range(len(names))]
+    choose.shuffle(new)
+    terms = []
+    for term in net.rename(dict(zip(names, new, strict=True))).terms:
+        nodes = [
+            Delta(tuple(choose.sample(node.indices, len(node.indices)))) if isinstance(node, Delta) else node
+            for node in term.nodes
+        ]
+        terms.append(term.replace(nodes=choose.sample(nodes, len(nodes)), trace=()))
+    choose.shuffle(terms)
+    return terms[0] if len(terms) == 1 else Sum(tuple(terms))

@@ -1,0 +1,115 @@
+"""Strategies: each gives the same values, and those that do not apply would add no candidate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lensor
+from lensor import ConvSpec, ops
+from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower
+from lensor.lowering.state import State, Tensor
+from lensor.network import Operand, Pattern, indices_of
+from lensor.plan import steps as s
+from lensor.plan.program import Program
+from lensor.runtime import run
+from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of, random_network
+from tests.support.dense import evaluate_dense
+
+SEEDS = st.integers(0, 2**32 - 1)
+SPEC = ConvSpec(4, 6, (9, 8), 3, stride=2, padding=1, groups=2)
+
+
+@settings(max_examples=120)
+@given(SEEDS)
+def test_every_strategy_gives_the_same(seed: int) -> None:
+    net = random_network(seed)
+    operands = operands_of(net, seed)
+    expected = evaluate_dense(net, operands)
+    for strategy in STRATEGIES:
+        for form in (net, net.simplify()):
+            plan = lower(form, strategy)
+            assert_close(run(plan, operands), expected)
+
+
+@settings(max_examples=120)
+@given(SEEDS)
+def test_a_strategy_that_does_not_apply_adds_no_plan(seed: int) -> None:
+    net = random_network(seed).simplify()
+    plans = {lower(net, strategy).steps for strategy in STRATEGIES if strategy.applies(net)}
+    for strategy in STRATEGIES:
+        if not strategy.applies(net):
+            assert lower(net, strategy).steps in plans, strategy.name
+
+
+def test_every_strategy_has_a_name_of_its_own_and_is_chosen_from() -> None:
+    assert len(BY_NAME) == len(STRATEGIES)
+    net = bound(ops.kfac_input_factor(ConvSpec(4, 6, (9,), 3, padding=1)), 3)
+    found = {plan.strategy for plan in candidates(net)}
+    assert {"windows", "dense", "lags", "halves"} <= found <= set(BY_NAME)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", BUILDERS)
+def test_candidates_differ(op: str, spec: str) -> None:
+    plans = candidates(bound(BUILDERS[op](SPECS[spec]), 2))
+    assert len({plan.steps for plan in plans}) == len(plans)
+
+
+def test_plain_products_are_lowered_by_few_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[str] = []
+
+    def counted(net: Any, strategy: Any) -> Any:
+        lowered.append(strategy.name)
+        return lower(net, strategy)
+
+    monkeypatch.setattr("lensor.lowering.alternatives.lower", counted)
+    assert candidates(lensor.contraction("i j, j k -> i k", "X", "W").bind({"i": 3, "j": 4, "k": 5}))
+    assert lowered == ["windows", "windows, batched", "convolution, undone"]
+
+
+def test_parts_of_squares() -> None:
+    net = bound(ops.ggn_diagonal(SPEC), 8)
+    whole, all_of_them = candidates(net, in_parts=False), candidates(net)
+    assert all(plan.parts is None for plan in whole)
+    for plan in all_of_them:
+        if plan.parts is not None:
+            index, count = plan.parts
+            assert net.sizes[index] % count == 0 or count <= net.sizes[index]
+            assert plan.strategy in BY_NAME
+            assert plan.peak_size < next(one for one in whole if one.strategy == plan.strategy).peak_size
+    assert any(plan.parts is not None for plan in all_of_them)
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+def test_a_state_finds_the_holders_of_indices() -> None:
+    term = bound(ops.conv(SPEC), 2).terms[0]
+    state = State(Program(), term)
+    for node in term.nodes:
+        if isinstance(node, Pattern):
+            state.add_pattern(node)
+    first, second = Tensor(0, ("n", "i1")), Tensor(1, ("n", "o1"))
+    state.set(tensors=(first, second))
+    assert state.tensors_on(["n"]) == [first, second]
+    assert state.tensors_on(["i1"]) == [first]
+    (pattern,) = state.patterns_on(["i1"])
+    assert "i1" in indices_of(pattern)
+    assert state.patterns_on(["i1"], pattern) == []
+    state.replace(first, Tensor(2, ("n",)))
+    assert state.tensors_on(["i1"]) == []
+    state.drop(pattern)
+    assert state.patterns_on(["i1"]) == []
+
+
+def test_operands_are_read_once() -> None:
+    """Both halves of a Gram matrix read one input step."""
+    net = bound(ops.kfac_input_factor(SPEC), 3)
+    copies = sum(isinstance(node, Operand) for node in net.terms[0].nodes)
+    for plan in candidates(net):
+        inputs = [step for step in plan.steps if isinstance(step, s.Input)]
+        assert (copies, len(inputs)) == (2, 1)
+        assert math.prod(inputs[0].size) == 3 * 4 * 9 * 8

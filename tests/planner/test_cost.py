@@ -1,0 +1,91 @@
+"""The cost model: what a plan is estimated to take, from what its steps say of themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lensor
+from lensor import ConvSpec, Machine, ops
+from lensor.lowering import candidates
+from lensor.plan import steps as s
+from lensor.planner.cost import estimate
+from tests.support.cases import BUILDERS, SPECS, bound, random_network
+
+MACHINE = Machine(products=1e9, convolutions=5e8, bytes=1e9, call=1e-6)
+FREE = Machine(products=1e30, convolutions=1e30, bytes=1e30, call=0.0)
+
+
+def plan_of(net: object) -> lensor.Plan:
+    return candidates(bound(net))[0]
+
+
+def test_a_matrix_product_by_hand() -> None:
+    net = lensor.contraction("i j, j k -> i k", "X", "W").bind({"i": 30, "j": 40, "k": 50})
+    plan = candidates(net)[0]
+    (step,) = [step for step in plan.steps if step.computes]
+    shapes = [plan.shapes[at] for at in step.takes]
+    assert step.flops(shapes, plan.shape) == 2 * 30 * 40 * 50
+    rate = step.rate(shapes, plan.shape)
+    assert rate.of == "products"
+    # Flops alone, calls alone: the other constants are out of the way.
+    work = estimate(plan, replace(FREE, products=1e9))
+    assert work == pytest.approx(2 * 30 * 40 * 50 / (1e9 * rate.share))
+    views = [one for one in plan.steps if one is not step and not isinstance(one, s.Input)]
+    assert not views
+    assert estimate(plan, replace(FREE, call=1.0)) == pytest.approx(
+        step.calls(shapes, plan.shape) + 0.25 * sum(isinstance(one, s.Input) for one in plan.steps)
+    )
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 10))
+def test_a_faster_machine_takes_less_time_in_proportion(seed: int, factor: float) -> None:
+    faster = Machine(
+        MACHINE.products * factor, MACHINE.convolutions * factor, MACHINE.bytes * factor, MACHINE.call / factor
+    )
+    for plan in candidates(random_network(seed)):
+        assert estimate(plan, faster) == pytest.approx(estimate(plan, MACHINE) / factor)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", BUILDERS)
+def test_no_constant_of_the_machine_lowers_the_estimate(op: str, spec: str) -> None:
+    for plan in candidates(bound(BUILDERS[op](SPECS[spec]))):
+        whole = estimate(plan, MACHINE)
+        assert whole > 0
+        for name in ("products", "convolutions", "bytes"):
+            slower = replace(MACHINE, **{name: getattr(MACHINE, name) / 2})
+            assert whole <= estimate(plan, slower) <= 2 * whole
+        assert estimate(plan, MACHINE, itemsize=8) >= whole
+
+
+@pytest.mark.parametrize("op", ["conv", "conv_weight_vjp", "kfac_input_factor"])
+def test_a_larger_batch_takes_longer(op: str) -> None:
+    net = getattr(ops, op)(ConvSpec(8, 8, (16, 16), 3, padding=1))
+    times = [{plan.strategy: estimate(plan, MACHINE) for plan in candidates(bound(net, batch))} for batch in (1, 4, 16)]
+    for strategy in set(times[0]) & set(times[1]) & set(times[2]):
+        one, four, sixteen = (found[strategy] for found in times)
+        assert one < four < sixteen
+
+
+def test_costs_ask_steps_and_not_their_types() -> None:
+    """A step that nobody has seen before is costed by its own methods."""
+
+    class Slow(s.Add):
+        def rate(self, shapes: object, result: object) -> s.Rate:
+            return s.Rate("products", 1e-6)
+
+        def flops(self, shapes: object, result: object) -> int:
+            return 1000
+
+    net = lensor.contraction("i -> i", "X") + lensor.contraction("i -> i", "Y")
+    plan = candidates(net.bind({"i": 5}))[0]
+    at = next(place for place, step in enumerate(plan.steps) if isinstance(step, s.Add))
+    steps = list(plan.steps)
+    steps[at] = Slow(steps[at].takes)
+    slow = replace(plan, steps=tuple(steps))
+    assert estimate(slow, replace(FREE, products=1e6)) == pytest.approx(1000.0)

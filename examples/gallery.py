@@ -1,6 +1,6 @@
-"""The gallery: the paper's figures and every operation, drawn from the live objects by one command.
+"""The gallery: the paper's figures and every operation, drawn from live objects by one command.
 
-Every entry is the code that makes it, evaluated here; its subscripts and flops are those of the object.
+Every entry contains its code, which is evaluated here; subscripts and flops come from the resulting object.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lensor.errors import NetworkError
 from lensor.network import AnyNetwork
 
 SETUP = "spec = lensor.ConvSpec(4, 6, input_size=(9, 9), kernel_size=3, padding=1, groups=2)"
-"""The convolution that all entries are of, unless they say otherwise."""
+"""The convolution of all entries, unless their code has another."""
 
 SIZES = {"n": 2, "v": 3, "m": 2, "w": 3}
-"""Sizes of indices that a spec does not tell, for the flops."""
+"""Sizes of indices that a spec does not determine, for the flops."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture.
+    """A diagram.
 
     Args:
-        name: of its file.
-        title: what it shows.
-        code: of the network, or of (before, after).
-        shade: code of a network that a shade is laid behind.
-        cut: operands that are cut out.
+        name: name of its file.
+        title: its title.
+        code: code of the network, or of (before, after).
+        shade: code of a network to shade.
+        cut: operands to cut out.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def call(self) -> str:
-        """The code of the picture."""
+        """The code of the diagram."""
         options = f", shade=[{self.shade}]" * (self.shade is not None) + f", cut={list(self.cut)}" * bool(self.cut)
         return f"lensor.draw({self.code}{options})"
 
@@ -110,7 +110,7 @@ OTHERS = (
         'lensor.ops.conv_weight_vjp(spec1).sample("i1", 0.25, stored=["X"])',
     ),
 )
-"""What else networks do."""
+"""Other features of networks."""
 
 
 def entries() -> tuple[Entry, ...]:
@@ -119,13 +119,13 @@ def entries() -> tuple[Entry, ...]:
 
 
 def made(entry: Entry) -> tuple[AnyNetwork, ...]:
-    """The networks of an entry: its code evaluated."""
+    """Evaluate the code of an entry and return its networks."""
     found = _evaluated(entry.code)
     return found if isinstance(found, tuple) else (found,)
 
 
 def drawn(entry: Entry) -> Drawing:
-    """The picture of an entry."""
+    """Draw an entry."""
     nets = made(entry)
     shade = [] if entry.shade is None else [_evaluated(entry.shade)]
     return draw(nets[0] if len(nets) == 1 else nets, shade=shade, cut=entry.cut)
@@ -142,7 +142,7 @@ def _evaluated(code: str) -> Any:
 
 
 def flops(net: AnyNetwork) -> int | None:
-    """The flops of the plan with two examples and three columns; None where a size stays open."""
+    """The flops of the plan with two examples and three columns; None if a size is unknown."""
     sizes = {index: SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
     try:
         bound = net.bind(sizes)
@@ -161,7 +161,7 @@ def _axes(net: AnyNetwork, name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def write(folder: Path) -> Iterator[Path]:
-    """Write every picture as SVG, and `gallery.md` beside the folder, which shows them all.
+    """Write every diagram as SVG, and next to the folder `gallery.md` with all of them.
 
     Raises:
         OSError: if a file cannot be written.
@@ -170,10 +170,11 @@ def write(folder: Path) -> Iterator[Path]:
     text = [
         "# Gallery",
         "",
-        "Made by `python -m examples.gallery` from the objects themselves. Rounded boxes are tensors, hexagons index"
-        " patterns, dots indices of more than two nodes or deltas, black triangles output legs that group indices. An"
-        " arrow leads from a network to what the rules leave of it; a shade marks unfolded inputs; cuts are"
-        " dashed. Flops are those of the plan for 2 examples and 3 columns. The pictures are of one convolution:",
+        "Made by `python -m examples.gallery` from the objects themselves. Rounded boxes are tensors, hexagons are"
+        " index patterns, dots are deltas or indices of more than two nodes, and black triangles are output legs that"
+        " group indices. An arrow leads from a network to its simplified form. Shaded areas are unfolded inputs, and"
+        " dashed parts are cut out. Flops are those of the plan for 2 examples and 3 columns. The diagrams show one"
+        " convolution:",
         "",
         f"    {SETUP}",
     ]

@@ -21,24 +21,32 @@ THREE: Any = 3
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: NET.group(), NetworkError, r"group needs the indices .* found none, expected some of \['n', 'c'\]"),
+        (lambda: NET.group(), NetworkError, r"indices is empty, expected the indices .* some of \['n', 'c'\]"),
         (lambda: NET.group("n", "n"), NetworkError, "index 'n' is given 2 times"),
-        (lambda: NET.group(["n", "c"]), TypeError, r"output index must be a str, found \['n', 'c'\] of type list"),
-        (lambda: NET + 1, TypeError, r"only networks can be added to a network, found 1 of type int.*scaled"),
-        (lambda: 1 + NET, TypeError, "only networks can be added to a network, found 1 of type int"),
-        (lambda: (NET + NET) + A, TypeError, r"(?s)only networks .* of type ndarray"),
-        (lambda: lensor.Sum((NET, THREE)), TypeError, "a term must be a Network, found 3 of type int"),
-        (lambda: NET.keep("i", 3), NetworkError, "the output has 2 legs: expected 0 <= position <= 2, got 3"),
-        (lambda: NET.keep("i", -1), NetworkError, "expected 0 <= position <= 2, got -1"),
+        (lambda: NET.group(["n", "c"]), TypeError, r"output index is \['n', 'c'\] of type list, expected a str"),
+        (lambda: NET + 1, TypeError, r"other summand is 1 of type int, expected a network.*scaled"),
+        (lambda: 1 + NET, TypeError, "other summand is 1 of type int, expected a network"),
+        (lambda: (NET + NET) + A, TypeError, r"(?s)other summand is .* of type ndarray"),
+        (lambda: lensor.Sum((NET, THREE)), TypeError, "a term is 3 of type int, expected a Network"),
+        (lambda: NET.keep("i", 3), NetworkError, "position is 3, expected 0 <= position <= 2"),
+        (lambda: NET.keep("i", -1), NetworkError, "position is -1, expected 0 <= position <= 2"),
         (lambda: NET.scaled("x"), NetworkError, "factor is 'x', expected a finite number"),
         (lambda: NET.scaled(float("inf")), NetworkError, "factor is inf, expected a finite number"),
-        (lambda: NET.scaled(1, {"n": 0.5}), TypeError, "the power of 'n' must be an integer, found 0.5"),
-        (lambda: NET.merge(3), TypeError, "other must be a Network or a Sum, found 3 of type int"),
-        (lambda: NET.merge(NET, share="n"), TypeError, "share must be a sequence of names, found the str 'n'"),
-        (lambda: NET.substitute("X", 3), TypeError, "network must be a Network or a Sum, found 3 of type int"),
-        (lambda: NET.plan(X=[[1.0]]), TypeError, r"a size in the shape of 'X' must be an integer, found \[1.0\]"),
+        (lambda: NET.scaled(1, {"n": 0.5}), TypeError, "the power of 'n' is 0.5 of type float, expected an integer"),
+        (lambda: NET.merge(3), TypeError, "other is 3 of type int, expected a Network or a Sum"),
+        (lambda: NET.merge(NET, share="n"), TypeError, "share is the str 'n', expected a sequence of names"),
+        (lambda: NET.substitute("X", 3), TypeError, "network is 3 of type int, expected a Network or a Sum"),
+        (
+            lambda: NET.plan(X=[[1.0]]),
+            TypeError,
+            r"a size in the shape of 'X' is \[1.0\] of type list, expected an integer",
+        ),
         (lambda: NET.plan(X=3), TypeError, "operand 'X' is 3, expected an array or a shape"),
-        (lambda: EINSUM(A, "i j -> i"), TypeError, "subscripts must be a str and come first, found ndarray"),
+        (
+            lambda: EINSUM(A, "i j -> i"),
+            TypeError,
+            "subscripts is of type ndarray, expected a str as the first argument",
+        ),
     ],
 )
 def test_errors(call: Any, error: type[Exception], message: str) -> None:
@@ -60,13 +68,13 @@ def test_errors(call: Any, error: type[Exception], message: str) -> None:
 def test_subscripts_without_spaces(call: Any, suggestion: str) -> None:
     with pytest.raises(SubscriptsError) as caught:
         call()
-    assert f"spaces separate indices: if every letter is one, write {suggestion!r}" in str(caught.value)
+    assert f"spaces separate indices: if every letter is an index, write {suggestion!r}" in str(caught.value)
 
 
 def test_subscripts_without_spaces_in_other_places() -> None:
     with pytest.raises(ValueError, match=r"A has 2 axes .* spaces separate indices: 'i j' has 2"):
         lensor.contraction("ij, ij ->", "A", "B")(A=A, B=A)
-    with pytest.raises(NetworkError, match=r"'ik' occurs in no node.*spaces separate indices"):
+    with pytest.raises(NetworkError, match=r"'ik' is not in any node.*spaces separate indices"):
         lensor.parse("X[ij] Y[jk] -> ik")
     for text in ("batch time -> batch tim", "n c_in i1 -> n c_out", "n c -> m"):
         with pytest.raises(SubscriptsError) as caught:
@@ -93,20 +101,23 @@ def meaningful_arrays() -> dict[str, tuple[Any, str]]:
     base = np.linspace(-1, 1, 24).reshape(2, 2, 6)
     tensor = torch.tensor(base)
     return {
-        "masked": (np.ma.masked_greater(base, 0.5), r"masked array, whose mask would be lost: x.filled"),
+        "masked": (np.ma.masked_greater(base, 0.5), r"masked array, expected one without a mask: x.filled"),
         "masked, nothing": (np.ma.array(base), "masked array"),
         "matrix": (np.matrix(base[0]), "numpy.matrix, a subclass"),
         "unit": (base.view(Quantity), "Quantity, a subclass of NumPy's arrays"),
         "record": (np.zeros((2, 2, 6), [("a", float), ("b", float)]).view(np.recarray), "recarray"),
-        "frame": (Frame(), "expected an array of NumPy or torch, found .*Frame"),
-        "list": (base.tolist(), "expected an array of NumPy or torch, found builtins.list"),
-        "coo": (tensor.to_sparse(), r"layout torch.sparse_coo, expected a dense one: x.to_dense\(\)"),
+        "frame": (Frame(), "is a .*Frame, expected an array of NumPy or torch"),
+        "list": (base.tolist(), "is a builtins.list, expected an array of NumPy or torch"),
+        "coo": (tensor.to_sparse(), r"layout torch.sparse_coo, expected a dense one: call x.to_dense\(\)"),
         "csr": (tensor[0].to_sparse_csr(), "layout torch.sparse_csr"),
         "mkldnn": (tensor.float().to_mkldnn(), "layout torch._mkldnn"),
         "nested": (torch.nested.nested_tensor([tensor[0], tensor[1]]), "nested tensor"),
         "jagged": (torch.nested.nested_tensor([tensor[0], tensor[1]], layout=torch.jagged), "nested tensor"),
         "quantized": (torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8), "quantized tensor"),
-        "masked tensor": (torch.masked.masked_tensor(tensor, tensor < 0.5), "masked tensor, whose mask would be lost"),
+        "masked tensor": (
+            torch.masked.masked_tensor(tensor, tensor < 0.5),
+            "masked tensor, expected one without a mask",
+        ),
         "float8": (tensor.to(torch.float8_e4m3fn), "dtype (torch.)?float8_e4m3fn, expected one of at least 16 bits"),
     }
 

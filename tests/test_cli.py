@@ -54,7 +54,7 @@ def test_without_benchmarks_their_commands_say_what_to_install(monkeypatch: pyte
     assert "nothing measured" in plain.output
     timed = invoke("explain", "2c2d", "--times")
     assert timed.exit_code == 1
-    assert timed.stderr == "lensor: this needs lensor-bench: pip install lensor-bench\n"
+    assert timed.stderr == "lensor: lensor-bench is not installed: pip install lensor-bench\n"
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['typer'] = None; from lensor.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode == 1
-    assert result.stderr.startswith("lensor: the command line needs typer: install lensor[cli]")
+    assert result.stderr.startswith("lensor: typer is not installed: install lensor[cli]")
     assert result.stderr.count("\n") == 1
 
 

@@ -38,9 +38,9 @@ def work(rank: int, count: int, folder: str) -> None:
     for index in sliceable(bound(net, 5)):
         found["conv", "1-d", index] = distributed.evaluate(net, index=index, **arrays).numpy()
     for arguments, message in (
-        ({**arrays, "index": "nothing"}, "expected of"),
+        ({**arrays, "index": "nothing"}, "expected one that can be split"),
         ({"X": arrays["X"]}, "operand 'W' is missing"),
-        ({**arrays, "W": arrays["W"].numpy()}, "operand 'W' must be a torch.Tensor, found ndarray"),
+        ({**arrays, "W": arrays["W"].numpy()}, "operand 'W' is a ndarray, expected a torch.Tensor"),
         ({**arrays, "W": arrays["W"].clone().requires_grad_()}, "operand 'W' requires a gradient"),
     ):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
@@ -91,5 +91,5 @@ def test_a_share_of_the_work_is_a_share_of_the_flops() -> None:
 
 def test_without_a_group() -> None:
     net = lensor.contraction("n i -> i", "X")
-    with pytest.raises(RuntimeError, match="there is no process group"):
+    with pytest.raises(RuntimeError, match="no process group is initialised"):
         distributed.evaluate(net, X=torch.ones(2, 3))

@@ -270,7 +270,7 @@ def test_mixed_and_integer_dtypes_are_refused() -> None:
     for dtype in (torch.int64, torch.bool, torch.uint8):
         with pytest.raises(TypeError, match="expected a floating or complex dtype"):
             net(X=ours["X"].to(dtype), W=ours["W"].to(dtype))
-    with pytest.raises(TypeError, match="expected an array of NumPy or torch, found"):
+    with pytest.raises(TypeError, match="expected an array of NumPy or torch"):
         net(X=x.tolist(), W=w)
 
 
@@ -353,9 +353,9 @@ def test_empty_batches(op: str, spec: str) -> None:
     assert "n" in unknown
     if any(term.scale.powers for term in net.terms):
         x = operands_of(bound(net))["X"]
-        with pytest.raises(ValueError, match=r"the average over index .* is not defined"):
+        with pytest.raises(ValueError, match=r"index .* has size 0, expected at least 1"):
             net.bind(unknown)
-        with pytest.raises(ValueError, match=r"the average over index .* is not defined"):
+        with pytest.raises(ValueError, match=r"index .* has size 0, expected at least 1"):
             net(X=x[:0])
         return
     net = net.bind(unknown)

@@ -82,10 +82,10 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "Gram root": (lambda: ggn_gram(X, W.shape, S[:, :1]), ("sqrt_ggn", "(3, 1, 6, 6, 6)", "(v, 2, 6, 6, 6)")),
     # hyper-parameters
     "stride zero": (lambda: conv(X, W, stride=0), ("stride", "0")),
-    "stride length": (lambda: conv(X, W, stride=(1, 1, 1)), ("stride", "3", "2")),
+    "stride length": (lambda: conv(X, W, stride=(1, 1, 1)), ("stride is (1, 1, 1)", "2 entries")),
     "dilation zero": (lambda: conv(X, W, dilation=0), ("dilation", "0")),
     "padding name": (lambda: conv(X, W, padding="full"), ("padding", "'full'", "same", "valid")),
-    "padding length": (lambda: conv(X, W, padding=(1, 1, 1)), ("padding", "3", "2")),
+    "padding length": (lambda: conv(X, W, padding=(1, 1, 1)), ("padding is (1, 1, 1)", "2 entries")),
     "same with stride": (lambda: conv(X, W, stride=2, padding="same"), ("same", "stride")),
     "same with one stride": (lambda: unfold(X, 3, stride=(1, 2), padding="same"), ("same", "stride")),
     "padding mode": (lambda: conv(X, W, padding=1, padding_mode="mirror"), ("padding_mode", "'mirror'", "reflect")),

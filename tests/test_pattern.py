@@ -253,9 +253,6 @@ def test_swap(pattern: IndexPattern) -> None:
 
 
 @given(patterns())
-@example(IndexPattern(6, 3, stride=3, padding=(1, 0), padding_mode="circular"))
-@example(IndexPattern(6, 3, stride=3, padding=(1, 0), padding_mode="reflect"))
-@given(patterns())
 def test_normal_form(pattern: IndexPattern) -> None:
     normal = pattern.normalize()
     assert np.array_equal(normal.materialize(), loops(pattern))
@@ -307,7 +304,7 @@ def test_compose(data: st.DataObject) -> None:
 
 
 def test_compose_needs_matching_sizes() -> None:
-    with pytest.raises(ValueError, match=r"inner.input_size must be this pattern's output_size=3, found 4"):
+    with pytest.raises(ValueError, match=r"inner.input_size is 4, expected this pattern's output_size=3"):
         IndexPattern(5, 3).compose(IndexPattern(4, 2))
 
 
@@ -347,16 +344,16 @@ VALUE_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dilation": ({"dilation": 0}, ("dilation", "0", "positive")),
     "output_size": ({"output_size": 0}, ("output_size", "0", "positive")),
     "mode": ({"padding_mode": "same"}, ("padding_mode", "'same'", "'reflect'")),
-    "sides": ({"padding": (1, 2, 3)}, ("padding", "3 entries", "(left, right)")),
-    "kernel": ({"kernel_size": 8, "padding": (1, 1)}, ("kernel_size=8", "8 positions", "only 7", "padding=(1, 1)")),
-    "cropped": ({"padding": (-1, -2)}, ("kernel_size=3", "3 positions", "only 2", "input_size=5")),
-    "dilated": ({"dilation": 3}, ("kernel_size=3", "dilation=3", "7 positions", "only 5")),
-    "reflect": ({"padding": (0, 5), "padding_mode": "reflect"}, ("reflect", "smaller", "input_size=5", "(0, 5)")),
+    "sides": ({"padding": (1, 2, 3)}, ("padding is (1, 2, 3)", "3 entries", "(left, right)")),
+    "kernel": ({"kernel_size": 8, "padding": (1, 1)}, ("kernel_size=8", "8 positions", "at most 7", "padding=(1, 1)")),
+    "cropped": ({"padding": (-1, -2)}, ("kernel_size=3", "3 positions", "at most 2", "input_size=5")),
+    "dilated": ({"dilation": 3}, ("kernel_size=3", "dilation=3", "7 positions", "at most 5")),
+    "reflect": ({"padding": (0, 5), "padding_mode": "reflect"}, ("reflect", "less than input_size=5", "(0, 5)")),
     "circular": ({"padding": (6, 0), "padding_mode": "circular"}, ("circular", "input_size=5", "(6, 0)")),
     "circular crop": ({"padding": (-1, 2), "padding_mode": "circular"}, ("circular", "crop", "(-1, 2)")),
     "beyond": (
         {"padding": 1, "padding_mode": "reflect", "output_size": 6},
-        ("output_size=6", "1 positions beyond", "'reflect'", "at most 5"),
+        ("output_size=6", "1 positions outside", "'reflect'", "at most 5"),
     ),
 }
 

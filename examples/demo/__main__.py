@@ -15,15 +15,15 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("demo-output"),
     batch: Annotated[int, typer.Option(min=1, help="Number of photographs.")] = 8,
     size: Annotated[int, typer.Option(min=32, help="Their height and width in pixels.")] = 128,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the repeats of one comparison.")] = 0.2,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="resnet18, convnext, inception, mobilenet or tiny; may be given more than once."),
+        typer.Option(help="resnet18, convnext, inception, mobilenet or tiny; repeat for several."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small images, a small CNN, few repeats.")] = False,
 ) -> None:
-    """Kronecker factors of the convolutions of real CNNs on photographs, by Lensor and by unfolding."""
+    """Compute Kronecker factors of the convolutions of real CNNs on photographs, by Lensor and by unfolding."""
     if quick:
         settings = Settings.quick(out, threads)
     else:

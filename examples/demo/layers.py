@@ -1,4 +1,4 @@
-"""What the demo shows of a convolution: the networks of its input factors."""
+"""Networks of a convolution's input factors, as the demo shows them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def network(layer: Layer, approx: Approx) -> Any:
 
 
 def short_form(net: lensor.Network) -> str:
-    """The first copy of X, then one letter for each pattern on it: Π, or S for a selection (slice, pad).
+    """The first copy of X, followed by one letter for each pattern on it: Π, or S for a crop (slice, pad).
 
     Example:
         >>> import lensor

@@ -1,6 +1,6 @@
-"""One factor of one convolution in two ways: values, times and memory, as `lensor_bench.measure` measures them.
+"""Values, times and memory of one factor of one convolution in two ways, measured by `lensor_bench.measure`.
 
-Lensor's caches are emptied before memory is traced, so that the constants it keeps are counted too.
+Lensor's caches are cleared before memory is traced, so that constants in the cache count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lensor.inspect.layers import Layer
 
 @dataclass(frozen=True)
 class Comparison:
-    """Lensor's way against the standard way for one factor of one convolution."""
+    """Lensor compared with the standard implementation for one factor of one convolution."""
 
     layer: Layer
     approx: Approx
@@ -30,22 +30,22 @@ class Comparison:
 
     @property
     def median_ratio(self) -> float:
-        """Lensor's median time over the standard way's: below 1, Lensor is faster."""
+        """Lensor's median time divided by the standard one's: below 1, Lensor is faster."""
         return self.lensor.median / self.standard.median
 
     @property
     def minimum_ratio(self) -> float:
-        """The same for the shortest times."""
+        """The same ratio for the shortest times."""
         return self.lensor.minimum / self.standard.minimum
 
     @property
     def memory_ratio(self) -> float:
-        """Lensor's peak memory over the standard way's."""
+        """Lensor's peak memory divided by the standard one's."""
         return self.lensor_peak / self.standard_peak
 
 
 def lensor_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: Approx) -> torch.Tensor:
-    """The factor by Lensor."""
+    """The factor, computed by Lensor."""
     return lensor.functional.kfac_input_factor(
         x,
         spec.kernel_size,
@@ -59,12 +59,12 @@ def lensor_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: Approx) -> tor
 
 
 def standard_factor(x: torch.Tensor, spec: lensor.ConvSpec, approx: Approx) -> torch.Tensor:
-    """The factor by torch: pad, unfold, one matrix product for each group."""
+    """The factor, computed by torch: pad, unfold, one matrix product per group."""
     return standard.WAYS[f"kfac_{approx}"]({"X": x}, spec)
 
 
 def compare(layer: Layer, x: torch.Tensor, approx: Approx, seconds: float, least: int) -> Comparison:
-    """One factor of one convolution in both ways."""
+    """Compute and compare one factor of one convolution in both ways."""
 
     def mine() -> torch.Tensor:
         return lensor_factor(x, layer.spec, approx)

@@ -9,14 +9,14 @@ from torch import nn
 
 
 def resnet18() -> nn.Module:
-    """ResNet-18: 3×3 convolutions, a 7×7 one at the start, and 1×1 with stride 2 on the shortcuts."""
+    """ResNet-18: 3×3 convolutions, an initial 7×7 one, and 1×1 with stride 2 on the shortcuts."""
     from transformers import ResNetConfig, ResNetModel
 
     return ResNetModel(ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"))
 
 
 def convnext() -> nn.Module:
-    """ConvNeXt-tiny: depthwise 7×7 convolutions, and patches of 4×4 and 2×2 that do not overlap."""
+    """ConvNeXt-tiny: depthwise 7×7 convolutions, and non-overlapping 4×4 and 2×2 patches."""
     from transformers import ConvNextConfig, ConvNextModel
 
     return ConvNextModel(ConvNextConfig())
@@ -37,7 +37,7 @@ def inception() -> nn.Module:
 
 
 def tiny() -> nn.Module:
-    """A few small convolutions, one of each kind, for a quick look."""
+    """A few small convolutions, one of each kind, for a quick run."""
     return nn.Sequential(
         _unit(3, 8, 3, padding=1),
         _unit(8, 8, 3, padding=1, groups=8),

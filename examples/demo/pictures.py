@@ -1,4 +1,4 @@
-"""Photographs that are files of the scikit-image package: nothing is downloaded."""
+"""Photographs from the scikit-image package, without a download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHOTOGRAPHS = (
 
 
 def photograph(name: str, size: int) -> np.ndarray:
-    """One photograph, its middle square scaled to [3, size, size], each channel with mean 0 and deviation 1."""
+    """One photograph: its central square, scaled to [3, size, size], each channel with mean 0 and deviation 1."""
     from skimage import data
     from skimage.transform import resize
 
@@ -33,11 +33,11 @@ def photograph(name: str, size: int) -> np.ndarray:
 
 
 def photographs(count: int, size: int) -> np.ndarray:
-    """A batch [count, 3, size, size]; after the last photograph they come again, every other time mirrored."""
+    """A batch [count, 3, size, size]; photographs repeat after the last one, mirrored every second time."""
     once = [photograph(name, size) for name in PHOTOGRAPHS[:count]]
     batch = []
     for place in range(count):
         round_, at = divmod(place, len(PHOTOGRAPHS))
         picture = once[at] if round_ % 2 == 0 else once[at][:, :, ::-1]
-        batch.append(np.roll(picture, 7 * (round_ // 2), axis=1))  # no two are the same
+        batch.append(np.roll(picture, 7 * (round_ // 2), axis=1))  # makes all of them different
     return np.ascontiguousarray(np.stack(batch))

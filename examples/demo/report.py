@@ -1,4 +1,4 @@
-"""The demo's reports: a table in the terminal, and a picture, a CSV and a Markdown file in a folder."""
+"""The demo's reports: a table in the terminal, and a plot, a CSV file and a Markdown file in a folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Pair = tuple[Comparison, Comparison]
 
 
 def pairs(comparisons: Sequence[Comparison]) -> list[Pair]:
-    """The comparisons convolution by convolution."""
+    """The comparisons, grouped by convolution."""
     return list(zip(comparisons[::2], comparisons[1::2], strict=True))
 
 
 def setting_line(settings: Settings) -> str:
-    """What was measured, and on what."""
+    """A line with the settings and the machine."""
     return (
         f"batch {settings.batch}, photographs of {settings.size}×{settings.size} pixels, float32, "
         f"threads {settings.threads}, CPUs {os.cpu_count()}, torch {torch.__version__}, {platform.machine()}"
@@ -69,9 +69,9 @@ def _digits(ratio: float) -> str:
 def show(comparisons: Sequence[Comparison], settings: Settings, console: Console) -> None:
     """Print the table."""
     table = Table(
-        title="Input factors of KFAC: Lensor over pad + unfold + matrix product (below 1: Lensor is better)",
+        title="Input factors of KFAC: Lensor / (pad + unfold + matrix product), below 1: Lensor is better",
         caption=f"{setting_line(settings)}. X: one copy of the input in the simplified network; Π: an index pattern, "
-        "S: a selection on it. Times: medians.",
+        "S: a crop. Times: medians.",
     )
     table.add_column("convolution", no_wrap=True)
     wide = console.width >= 120
@@ -105,7 +105,7 @@ def show(comparisons: Sequence[Comparison], settings: Settings, console: Console
 
 # ------------------------------------------------------------------------------------------------------------ files
 def write(comparisons: Sequence[Comparison], settings: Settings) -> list[Path]:
-    """Write the reports; return their paths."""
+    """Write the reports and return their paths."""
     paths = [settings.out / name for name in ("report.md", "ratios.csv", "ratios.png")]
     paths[0].write_text("\n".join(_markdown(comparisons, settings)) + "\n", encoding="utf-8")
     with paths[1].open("w", newline="", encoding="utf-8") as file:
@@ -153,16 +153,16 @@ def _row(cells: Iterable[object]) -> str:
 
 
 def _markdown(comparisons: Sequence[Comparison], settings: Settings) -> Iterable[str]:
-    yield "# Input factors of KFAC: Lensor against unfold\n"
+    yield "# Input factors of KFAC: Lensor and unfold\n"
     yield (
-        "The Kronecker factors of the input of each distinct convolution, for photographs that scikit-image carries and"
-        " random weights. Standard way: torch's pad and unfold, then one matrix product for each group. All ratios are"
-        " Lensor over standard: below 1, Lensor is faster or needs less memory.\n"
+        "The Kronecker factors of the input of each distinct convolution, for photographs from scikit-image and random"
+        " weights. Standard: torch's pad and unfold, then one matrix product per group. All ratios are Lensor divided"
+        " by standard: below 1, Lensor is faster or needs less memory.\n"
     )
-    yield f"Setting: {setting_line(settings)}. Both sides in turns, after a warm-up.\n"
+    yield f"Setting: {setting_line(settings)}. Both alternately, after a warm-up.\n"
     yield (
-        "Memory is the most bytes alive at once in torch's allocator, as its profiler records them, with the result and"
-        " Lensor's constants and without the input. The error is the largest difference over the largest entry.\n"
+        "Memory is the peak of torch's allocator, as its profiler records it, including the result and Lensor's"
+        " constants but not the input. The error is the largest difference divided by the largest entry.\n"
     )
     yield "![Ratios](ratios.png)\n"
     yield "## By kind\n"
@@ -219,7 +219,7 @@ def _plot(comparisons: Sequence[Comparison], settings: Settings, path: Path) -> 
         for side, (approx, colour) in enumerate((("expand", "#31688e"), ("reduce", "#e07b39"))):
             ratios = [getattr(pair[side], name) for pair in found]
             shifted = [place + (side - 0.5) * 0.38 for place in places]
-            # On a log scale a bar needs a left end: each starts at 1 and shows how far the ratio is from it.
+            # Bars on a log scale need a left end, so each starts at 1 and shows the distance of the ratio from 1.
             axis.barh(shifted, [ratio - 1 for ratio in ratios], 0.36, left=1, color=colour, label=f"KFAC-{approx}")
             for y, ratio in zip(shifted, ratios, strict=True):
                 aside = {"ha": "right", "xytext": (-3, 0)} if ratio < 1 else {"ha": "left", "xytext": (3, 0)}

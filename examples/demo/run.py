@@ -1,4 +1,4 @@
-"""The demo from pictures to reports."""
+"""The demo, from photographs to reports."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ DEFAULT_MODELS = ("resnet18", "convnext", "inception")
 
 
 class DemoError(Exception):
-    """What keeps the demo from running, in one line."""
+    """An error that stops the demo, reported in one line."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo runs.
+    """Settings of the demo.
 
     Args:
-        out: the folder of the reports, made if it is not there.
+        out: folder of the reports, made if it does not exist.
         batch: number of photographs.
-        size: their height and width in pixels.
-        threads: threads that torch may use.
+        size: height and width in pixels.
+        threads: number of threads of torch.
         models: names of CNNs.
         seconds: time for the repeats of one comparison.
-        least: the least number of repeats.
+        least: minimum number of repeats.
     """
 
     out: Path = Path("demo-output")
@@ -42,7 +42,7 @@ class Settings:
 
     @classmethod
     def quick(cls, out: Path, threads: int = 2) -> Settings:
-        """Small pictures, a small CNN and few repeats."""
+        """Settings for small photographs, a small CNN and few repeats."""
         return cls(out, batch=4, size=32, threads=threads, models=("tiny",), seconds=0.02, least=3)
 
 
@@ -50,7 +50,7 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
     """Run the demo, print its table and write its reports.
 
     Raises:
-        DemoError: if a package is missing, the folder cannot be written, or a setting makes no sense.
+        DemoError: if a package is missing, the folder cannot be written, or a setting is invalid.
     """
     _check(settings)
     _require("torch", "rich", "matplotlib", "skimage", *(["transformers"] if set(settings.models) != {"tiny"} else []))
@@ -66,7 +66,7 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
 
     for name in settings.models:
         if name not in MODELS:
-            raise DemoError(f"unknown model {name!r}, expected one of {', '.join(MODELS)}")
+            raise DemoError(f"model is {name!r}, expected one of {', '.join(MODELS)}")
     _make_folder(settings.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with threads(settings.threads), Progress(*columns, console=console) as progress:
@@ -99,7 +99,7 @@ def _require(*packages: str) -> None:
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise DemoError(f"the demo needs {', '.join(missing)}: pip install lensor[demo]")
+        raise DemoError(f"{', '.join(missing)} is not installed: pip install lensor[demo]")
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Lensor: convolutions and everything derived from them as tensor networks.
 
-Importing the package loads no array framework but NumPy; torch is loaded when `lensor.nn` or another package that is
-made for it is first used, or a tensor is passed.
+Importing the package loads no array framework except NumPy. It loads torch when you first use `lensor.nn` or another
+package for torch, or pass a tensor.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Bounded caches that can be cleared, are safe between threads and survive a fork."""
+"""Bounded, thread-safe caches that can be cleared and survive a fork."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 MAX_BYTES = 1 << 26
-"""What the entries of one cache weigh together at most, where the cache sets no limit of its own."""
+"""Default limit for the total weight of a cache's entries."""
 
 _SHARED = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType, threading.Thread)
-"""Kinds of objects that are there anyway, whatever is kept."""
+"""Kinds of objects that exist independently of the cache."""
 
 
 def weigh(value: Any) -> int:
-    """The bytes that keeping a value takes: those of everything it holds on to, arrays included.
+    """The bytes that a value keeps alive: everything it refers to, including arrays.
 
-    Modules, classes, code and what belongs to them are there anyway and count nothing.
+    Modules, classes, code and their parts do not count, since they exist anyway.
 
     Example:
         >>> import numpy as np
@@ -48,15 +48,15 @@ def weigh(value: Any) -> int:
 
 
 class Cache:
-    """A least-recently-used cache of at most `maxsize` entries that weigh at most `max_bytes` together.
+    """A least-recently-used cache of at most `maxsize` entries with a total weight of at most `max_bytes`.
 
-    A value is computed outside the lock, so two threads that miss at once compute it twice and keep one: values
-    must not depend on who computed them. A value that alone weighs more than the limit is not kept.
+    A value is computed outside the lock, so two threads that miss at the same time both compute it and one value is
+    kept: values must not depend on the thread. A value that weighs more than the limit is not kept.
 
     Args:
-        maxsize: the most entries.
-        max_bytes: the most bytes that keys and values take together.
-        weigh: the bytes of a key or value, by default of everything it holds on to.
+        maxsize: largest number of entries.
+        max_bytes: largest total weight of keys and values in bytes.
+        weigh: computes the weight of a key and value, by default the bytes that they keep alive.
 
     Example:
         >>> cache = Cache(maxsize=2)
@@ -75,16 +75,16 @@ class Cache:
         self._total = 0
         self._lock = threading.Lock()
         self.peek = self._entries.get
-        """As `get`, but for speed it leaves out that the entry was used."""
+        """Like `get`, but faster, since it does not mark the entry as used."""
         _caches.add(self)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that all entries take together, as they weighed when they were put."""
+        """The total weight of all entries in bytes, each as of when it was put."""
         return self._total
 
     def get(self, key: Hashable) -> Any:
-        """The value kept under `key`, or None."""
+        """The value of `key`, or None."""
         with self._lock:
             value = self._entries.get(key)
             if value is not None:
@@ -92,7 +92,7 @@ class Cache:
             return value
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Keep `value` (not None) under `key`, dropping the entries used longest ago if they are too many or heavy."""
+        """Keep `value` (not None) for `key`; drop the least recently used entries beyond the limits."""
         weight = self.weigh((key, value))
         with self._lock:
             self._drop(key)
@@ -110,7 +110,7 @@ class Cache:
             self._total -= self._weights.pop(key)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value kept under `key`, made and kept first if it is not there."""
+        """The value of `key`; make and keep it if it is missing."""
         value = self.get(key)
         if value is None:
             value = make()
@@ -132,15 +132,15 @@ class Cache:
 
 
 def clear_caches() -> None:
-    """Drop everything Lensor remembers to be fast: simplified networks, plans, calls, arrays made of patterns.
+    """Drop everything that Lensor caches: simplified networks, plans, calls, and arrays made from patterns.
 
-    There is no need to call this to keep memory bounded: each cache drops what was used longest ago once its entries
-    take more than 64 MB (`lensor.cache.MAX_BYTES`), and nothing that is kept is larger than the operands it was made
-    for. Call it to measure a first call, or to give the memory back.
+    Call it to time a first call, or to free memory. You need not call it to bound memory: each cache drops its least
+    recently used entries once they take more than 64 MB (`lensor.cache.MAX_BYTES`), and no cached array is larger than
+    the operands it was made for.
 
-    What graphs of `torch.compile` and `torch.export` were made of stays: they may run again. So do measured times,
-    which `lensor.wisdom.forget` drops, plans that you hold, and what `lensor.optim.KFAC` has found of a model's layout,
-    which goes with the model.
+    It keeps the calls in graphs of `torch.compile` and `torch.export`, which may run again, measured times (see
+    `lensor.wisdom.forget`), plans that you hold, and the layout of a model that `lensor.optim.KFAC` has found, which is
+    freed with the model.
 
     Example:
         >>> import lensor
@@ -151,7 +151,7 @@ def clear_caches() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Another thread of the parent may have held a lock at the moment of the fork.
+    # Another thread of the parent may have held a lock during the fork.
     for cache in list(_caches):
         cache._renew_lock()
 

@@ -1,4 +1,4 @@
-"""The command line: `lensor` with its commands."""
+"""The command line `lensor` and its commands."""
 
 import io
 import os
@@ -9,19 +9,19 @@ from typing import Annotated, Any
 
 from lensor import __version__
 
-_MISSING = "lensor: the command line needs {name}: install lensor[cli]"
+_MISSING = "lensor: {name} is not installed: install lensor[cli]"
 
 _OF_BENCH = ("bench", "reproduce", "conformance")
 """The commands of lensor-bench."""
 
 _INTERRUPTED = 130
-"""The exit status after Ctrl-C, as of shells: 128 and the signal's number."""
+"""Exit status after Ctrl-C, as in shells: 128 plus the signal's number."""
 
 
 def main() -> None:
-    """Run the command line; the console script."""
+    """Run the command line: the entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # characters that a terminal's encoding does not have are escaped
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -32,10 +32,10 @@ def main() -> None:
             app(prog_name="lensor")
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, where an error can still be told
+                sys.stdout.flush()  # here, where the error can still be reported
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader stopped reading
         _drop_output()
         sys.exit(1)
     except OSError as error:
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def _drop_output() -> None:
-    """Send what was not written yet to nowhere, instead of failing again when Python ends."""
+    """Discard unwritten output, instead of failing again when Python exits."""
     if sys.stdout is not None:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_app() -> Any:
-    """The commands.
+    """Make the application with its commands.
 
     Raises:
         ModuleNotFoundError: if typer or rich is not installed.

@@ -1,7 +1,7 @@
-"""How libraries normalise Kronecker factors, as powers of the numbers of examples and positions times the paper's.
+"""How libraries normalise Kronecker factors: the paper's factors times powers of the numbers of examples and positions.
 
-The paper's factors: A = 1/N Σ p pᵀ (expand), 1/(N·O²) Σ (Σ p)(Σ p)ᵀ (reduce); B = 1/O Σ s sᵀ (expand), Σ (Σ s)(Σ s)ᵀ
-(reduce), s carrying the loss's own reduction, here the mean over the N examples.
+The paper's factors are A = 1/N Σ p pᵀ (expand) or 1/(N·O²) Σ (Σ p)(Σ p)ᵀ (reduce), and B = 1/O Σ s sᵀ (expand) or
+Σ (Σ s)(Σ s)ᵀ (reduce), where s includes the loss's reduction, here the mean over the N examples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 class Convention(NamedTuple):
     """Powers of (batch size, number of positions) for the input factor and the output factor, by `approx`.
 
-    What a library does not define is left out. `grouped` tells whether its factors are one for each group.
+    A factor that the library does not define has no entry. `grouped`: whether each group has a separate factor.
     """
 
     input: Mapping[str, tuple[int, int]]
@@ -22,12 +22,12 @@ class Convention(NamedTuple):
 
 
 class ModelConvention(NamedTuple):
-    """The same for factors of a whole model, whose output factors carry the reduction of the model's loss.
+    """Powers for the factors of a whole model, whose output factors include the reduction of the model's loss.
 
     Args:
-        positions: powers of the number of positions for input and output factor, by `approx`.
-        examples: powers of the number of examples for the output factor, of a mean loss and of a summed one.
-        outputs: power of the number of the model's outputs for the input factor; the output factor has its inverse.
+        positions: powers of the number of positions for the input and the output factor, by `approx`.
+        examples: powers of the number of examples for the output factor, by the loss's reduction.
+        outputs: power of the number of model outputs for the input factor; the output factor gets the inverse.
     """
 
     positions: Mapping[str, tuple[int, int]]
@@ -50,13 +50,13 @@ CONVENTIONS: Mapping[str, Convention] = {
     # A = Σ p pᵀ/(N·O³), B = Σ g gᵀ/(N·O³).
     "kfac-pytorch": Convention({"expand": (0, -3)}, {"expand": (-1, -2)}),
 }
-"""The conventions by the library's name."""
+"""The conventions by library name."""
 
 MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
     "paper": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}),
     # A = Σ p pᵀ/(N·O), B = Σ g gᵀ, corrected for the loss's reduction.
     "curvlinops": ModelConvention({"expand": (-1, 1), "reduce": (0, 0)}),
-    # The same; gradients are multiplied by √N where the loss is a mean.
+    # The same; gradients are multiplied by √N if the loss is a mean.
     "singd": ModelConvention({"expand": (-1, 1), "reduce": (0, 0)}),
     # A = Σ p pᵀ/(N·O), B = Σ g gᵀ/N with gradients of the summed loss.
     "asdl": ModelConvention({"expand": (-1, 1)}, {"mean": 0, "sum": -1}),
@@ -69,4 +69,4 @@ MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
     # A = Σ p pᵀ/N, B of the summed loss.
     "laplace": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}, {"mean": 1, "sum": 0}),
 }
-"""The conventions of whole models' factors by the library's name."""
+"""The conventions for factors of whole models, by library name."""

@@ -1,6 +1,7 @@
-"""From a call of a function to a plan: the network is built once for shapes and options, and the call remembered.
+"""From a call of a function to a plan: build the network once for given shapes and options, and cache the call.
 
-While a framework writes down a graph, a call is a constant of it, or stands for all sizes where sizes are symbols.
+While a framework captures a graph, a call becomes a constant of the graph, or a function for all sizes if its sizes
+are symbolic.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Request(NamedTuple):
-    """What a call asks for, from its shapes and hyper-parameters."""
+    """The network that a call evaluates, from its shapes and hyper-parameters."""
 
     network: AnyNetwork
     shapes: Mapping[str, Shape]  # of the network's operands, in the order of the call's arrays
     unbatched: bool = False  # drop the result's batch axis
     conjugate: tuple[str, ...] = ()  # operands that a derivative conjugates
-    spec: ConvSpec | None = None  # of the convolution, where results have the order of axes of the framework's own
+    spec: ConvSpec | None = None  # of the convolution, if the result has the memory format of the framework's own
 
 
 class _Call(NamedTuple):
-    """A request made ready to run."""
+    """A request that is ready to run."""
 
-    run_plan: Callable[..., Array]  # takes the arrays as the caller orders them
+    run_plan: Callable[..., Array]  # takes the arrays in the caller's order
     adapt: tuple[Callable[[Array], Array] | None, ...] | None
     unbatched: bool
 
@@ -50,7 +51,7 @@ _calls = Cache(maxsize=4096)
 
 
 class Operation:
-    """A public function's recipe: `build` turns the shapes of its arrays and its other arguments into a request."""
+    """The recipe of a public function: `build` makes a request of the arrays' shapes and the other arguments."""
 
     def __init__(self, arguments: Sequence[str], build: Callable[..., Request], real: bool) -> None:
         self.arguments = arguments
@@ -66,12 +67,12 @@ class Operation:
             return self.captured(arrays, options)
         try:
             call = _calls.peek(self.key(arrays, options, _parts))
-        except (AttributeError, TypeError, RuntimeError):  # no plain arrays, or sizes that are being traced
+        except (AttributeError, TypeError, RuntimeError):  # not plain arrays, or traced sizes
             call = None
         if call is None:
             if (override := kernels.override_of(*arrays)) is not None:
                 return override(operation, (self.name, arrays, *options))
-            kernels.backend_of(*arrays)  # raises for what is not an array, or of two frameworks
+            kernels.backend_of(*arrays)  # raises unless all are arrays of one framework
             if kernels.is_symbolic(arrays, options):
                 check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
                 return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
@@ -79,11 +80,11 @@ class Operation:
         return call.run(arrays)
 
     def padded(self, arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
-        """The arrays, None for those that a call leaves out."""
+        """The arrays, with None for those that the call omits."""
         return arrays + (None,) * (len(self.arguments) - len(arrays))
 
     def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
-        """What a call depends on; the text of the options tells 1, 1.0 and True apart, which are equal."""
+        """Everything a call depends on; the options enter as text, since 1, 1.0 and True are equal."""
         settings = planner.current()
         key = (self, repr(options), settings)
         for array in arrays:
@@ -91,17 +92,17 @@ class Operation:
         return key
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
-        """The call for these arrays and options, made and kept if it is new."""
+        """The cached call for these arrays and options; create it if it is new."""
         key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, _device(array)))
         call = _calls.get(key)
         if call is None:
             call = self.prepare(arrays, options)
             if not kernels.backend_of(arrays[0]).is_traced(arrays[0]):
-                _calls.put(key, call)  # under tracing nothing is measured: a later call may choose better
+                _calls.put(key, call)  # nothing is measured while tracing: a later call may find a better plan
         return call
 
     def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
-        """The call as part of a graph that a framework writes down: shapes are constants of it, and so is the plan."""
+        """Run the call as part of a graph that a framework captures, with shapes and plan as constants."""
         kinds = tuple((shape_of(array), array.dtype, _device(array)) for array in arrays)
         return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
 
@@ -129,16 +130,16 @@ _operations: dict[str, Operation] = {}
 
 
 def operation(name: str, arrays: tuple[Array, ...], *options: Any) -> Array:
-    """The operation of that name: what the graphs of torch.fx call."""
+    """Run the operation of that name; graphs of torch.fx call this function."""
     return _operations[name](tuple(arrays), *options)
 
 
 class _CapturedCalls:
-    """The calls that captured graphs are made of, as attributes: there a framework finds new ones while it traces."""
+    """The calls in captured graphs, as attributes, so that a framework finds new ones while it traces."""
 
 
 _captured_calls = _CapturedCalls()
-"""Graphs hold no more than the name of a call, so what one was ever made for stays here as long as the process."""
+"""A graph only stores the name of a call, so each call stays here until the process ends."""
 
 _captured_names = Cache(maxsize=4096)
 
@@ -147,7 +148,7 @@ _captured_numbers = itertools.count()
 
 @kernels.constant_in_graphs
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
-    """The name in `_captured_calls` of a call, from constants alone."""
+    """The name of a call in `_captured_calls`, computed from constants alone."""
     settings = planner.untimed(planner.current())
     key = (operation, kinds, repr(options), settings)
     name = _captured_names.get(key)
@@ -155,7 +156,7 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
         with planner.planning(effort=settings.effort):
             call = _operations[operation].prepare(arrays, options)
-        name = f"call_{next(_captured_numbers)}"  # no two threads draw one number
+        name = f"call_{next(_captured_numbers)}"  # each thread gets another number
         setattr(_captured_calls, name, call)
         _captured_names.put(key, name)
     return name
@@ -163,12 +164,12 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
 
 @kernels.constant_in_graphs
 def _is_limited() -> bool:
-    """Whether a memory limit is set: it holds for a plan, and a plan is for sizes that are numbers."""
+    """Whether a memory limit is set; it applies to a plan, and plans have known sizes."""
     return planner.current().max_bytes is not None
 
 
 def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
-    """The plan as a function of arrays in the order of `names`; everything else was checked before."""
+    """The plan as a function of arrays in the order of `names`; it checks nothing."""
     backend = kernels.backend_of(like)
     ready = runtime.runnable(plan, backend)
     call = ready.unchecked if spec is None else backend.formatted(ready, spec)
@@ -179,7 +180,7 @@ def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | 
 
 
 def recipe(*arguments: str, real: bool = False) -> Callable[[Callable[..., Request]], Operation]:
-    """Make an operation of a function from shapes (named by `arguments`) and options to a request."""
+    """Turn a function from shapes (named by `arguments`) and options to a request into an operation."""
 
     def register(build: Callable[..., Request]) -> Operation:
         operation = _operations[build.__name__] = Operation(arguments, build, real)
@@ -207,7 +208,7 @@ _parts = operator.attrgetter("shape", "dtype", "device")
 
 
 def _frozen(option: Any) -> Any:
-    """Lists as tuples, so that they can be part of a key."""
+    """Convert lists to tuples, which can be part of a key."""
     if isinstance(option, Sequence) and not isinstance(option, str):
         return tuple(_frozen(part) for part in option)
     return option
@@ -234,6 +235,6 @@ def check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
             )
         if _device(array) != _device(first[1]):
             raise ValueError(
-                f"{first[0]} is on device {_device(first[1])} and {name} on device {_device(array)}, expected one"
+                f"{first[0]} is on device {_device(first[1])} and {name} on device {_device(array)}, expected the same"
             )
     return names[first[0]].startswith(("complex", "clongdouble"))

@@ -1,7 +1,7 @@
-"""One network over the ranks of a torch.distributed group: every rank works on its part of one index.
+"""Evaluation of one network on all ranks of a torch.distributed group: each rank computes its part of one index.
 
-A network is a sum over all its indices, or an array of such sums: restricted to a part of one index it is a network
-again, planned on its own, and nothing has to be exchanged but the parts' results.
+A network restricted to a part of one index is again a network, with its own plan. The ranks exchange only the results
+of the parts.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from lensor.runtime import require_operands
 def evaluate(
     net: AnyNetwork, *, group: dist.ProcessGroup | None = None, index: str | None = None, **operands: Any
 ) -> Any:
-    """Evaluate a network together: every rank of a group calls this, and every rank gets the whole result.
+    """Evaluate a network together: every rank of the group calls this, and every rank gets the whole result.
+
+    Use this for a network that is too large or too slow for one device; use `lensor.curvature.kfac` or
+    `lensor.optim.KFAC` with `group` for data-parallel curvature.
 
     Args:
         net: the network; the same on every rank.
-        group: the ranks, by default all of them.
-        index: the index whose parts the ranks work on; by default the one that leaves the fewest flops to a rank.
+        group: the ranks; all ranks by default.
+        index: the index that is split into parts; by default the one with the fewest flops per rank.
         operands: the whole operands, the same on every rank: tensors on a device that the group's backend supports. An
-            int gives the size of an index that no operand tells.
+            int gives the size of an index that no operand determines.
 
     Returns:
-        What `net(**operands)` returns, up to the order in which a summed index is added up.
+        The result of `net(**operands)`, up to the order of summation over a summed index.
 
     Example:
         >>> import lensor.distributed, tempfile, torch
@@ -44,18 +47,18 @@ def evaluate(
 
     Raises:
         RuntimeError: if there is no process group, or an operand requires a gradient, which cannot flow between ranks.
-        TypeError: for operands that are missing, unknown, or no tensors.
-        ValueError: if shapes do not fit the network, or the index cannot be worked on in parts.
+        TypeError: if an operand is missing, unknown, or not a tensor.
+        ValueError: if a shape does not fit the network, or if the index cannot be split.
     """
     if not dist.is_initialized():
-        raise RuntimeError("there is no process group: call torch.distributed.init_process_group first")
+        raise RuntimeError("no process group is initialised, expected one: call torch.distributed.init_process_group")
     arrays, sizes = execute.split_sizes(net, operands)
     require_operands(net.operand_names, arrays)
     for name, array in arrays.items():
         if not isinstance(array, torch.Tensor):
-            raise TypeError(f"operand {name!r} must be a torch.Tensor, found {type(array).__name__}")
+            raise TypeError(f"operand {name!r} is a {type(array).__name__}, expected a torch.Tensor")
         if array.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"operand {name!r} requires a gradient, which cannot flow between ranks: use no_grad")
+            raise RuntimeError(f"operand {name!r} requires a gradient, expected none between ranks: use torch.no_grad")
     whole = execute.bind_shapes(
         net.bind(sizes) if sizes else net, {name: array.shape for name, array in arrays.items()}
     )
@@ -69,11 +72,11 @@ def evaluate(
 
 
 def _index(net: AnyNetwork, count: int, arrays: dict[str, Any], asked: str | None) -> str | None:
-    """The index whose parts are worked on; None if the network has none."""
+    """The index that is split into parts; None if the network has none."""
     known = sliceable(net) if arrays else []
     if asked is not None:
         if asked not in known:
-            raise ValueError(f"index must be one that can be worked on in parts, found {asked!r}, expected of {known}")
+            raise ValueError(f"index is {asked!r}, expected one that can be split: one of {known}")
         return asked
     if count == 1 or not known:
         return None
@@ -95,9 +98,9 @@ def _combined(
     like: torch.Tensor,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """The whole result from this rank's part, None if it has none."""
+    """The whole result from this rank's part, which is None if it has none."""
     axis = axis_of(net, index)
-    # Collectives exchange tensors of one shape: parts are padded to the longest, the last one.
+    # Collectives exchange tensors of equal shape, so pad the parts to the longest, which is the last one.
     shape = [size or 0 for size in parts[-1].output_shape]
     padded = like.new_zeros(shape)
     if mine is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LensorError(Exception):
-    """Base of the errors that are Lensor's own; each also subclasses a built-in error.
+    """Base class of Lensor's errors; each of them also subclasses a built-in error.
 
     Example:
         >>> import lensor
@@ -22,12 +22,12 @@ class LensorError(Exception):
 
 
 class SubscriptsError(LensorError, ValueError):
-    """Subscripts or a network's text that do not parse; the message has a caret under the place.
+    """Subscripts or a network's text that do not parse; the message marks the place with a caret.
 
     Args:
-        reason: what is wrong there.
+        reason: the reason.
         text: the whole text.
-        position: offset of the offending place in `text`.
+        position: offset of the error in `text`.
 
     Example:
         >>> import lensor
@@ -35,14 +35,14 @@ class SubscriptsError(LensorError, ValueError):
         ...     lensor.contraction("n i -> n j", "X")
         ... except lensor.SubscriptsError as error:
         ...     print(error)
-        output index 'j' is nowhere present in the operands; they hold ['i', 'n']
+        output index 'j' is not in the operands, expected one of ['i', 'n']
           n i -> n j
                    ^
     """
 
     def __init__(self, reason: str, text: str, position: int) -> None:
         self.reason, self.text, self.position = reason, text, position
-        # The caret stands under the line that the place is in, behind the tabs that this line has.
+        # The caret is below the line that contains the error, indented with the tabs of that line.
         end = text.find("\n", position)
         shown = (text if end < 0 else text[:end]).split("\n")
         before = text[:position].rpartition("\n")[2]
@@ -54,7 +54,7 @@ class SubscriptsError(LensorError, ValueError):
 
 
 class NetworkError(LensorError, ValueError):
-    """A network, or the arguments of a transform, that break the grammar of `Network.check`.
+    """A network that violates the grammar of `Network.check`, or a transform's arguments that would.
 
     Example:
         >>> import lensor
@@ -67,15 +67,15 @@ class NetworkError(LensorError, ValueError):
 
 
 def require_type(value: Any, name: str, *kinds: type) -> None:
-    """TypeError naming the argument unless `value` is of one of some kinds."""
+    """Raise TypeError, naming the argument, unless `value` is an instance of one of `kinds`."""
     if not isinstance(value, kinds):
         names = [kind.__name__ for kind in kinds]
         expected = " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
-        raise TypeError(f"{name} must be {expected}, found {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected {expected}")
 
 
 def require_choice(name: str, found: str, choices: Sequence[str]) -> None:
-    """Raise unless an argument is one of some words.
+    """Raise ValueError unless an argument is one of `choices`.
 
     Example:
         >>> from lensor.errors import require_choice
@@ -84,14 +84,14 @@ def require_choice(name: str, found: str, choices: Sequence[str]) -> None:
         ValueError: approx is 'kfc', expected one of 'expand', 'reduce'
 
     Raises:
-        ValueError: with the choices.
+        ValueError: if it is not; the message lists the choices.
     """
     if found not in choices:
         raise ValueError(f"{name} is {found!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def require_share(found: Any, what: str, error: type[ValueError] = ValueError) -> Fraction:
-    """A number with 0 < found <= 1 as a fraction.
+    """Convert a number with 0 < found <= 1 to a fraction.
 
     Example:
         >>> from lensor.errors import require_share
@@ -102,7 +102,7 @@ def require_share(found: Any, what: str, error: type[ValueError] = ValueError) -
         ValueError: keep is 1.5, expected a number with 0 < keep <= 1
 
     Raises:
-        ValueError: for anything else, or the error given instead.
+        ValueError: for any other value; `error` replaces the class.
     """
     number = float(found) if isinstance(found, Real) and not isinstance(found, bool) else 0.0
     if not 0 < number <= 1:

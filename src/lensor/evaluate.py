@@ -1,4 +1,4 @@
-"""Evaluation: a network and arrays become a cached plan, and the plan a result."""
+"""Evaluation: planning a network for arrays, and running the cached plan."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def compile(
     like: Any = None,
     settings: Settings | None = None,
 ) -> Plan:
-    """The plan of a network for operands of given shapes, simplified, chosen and cached.
+    """Simplify a network, choose a plan for operands of the given shapes, and cache it.
 
     Args:
         net: the network.
         shapes: the shape of every operand.
-        sizes: sizes of indices that no operand tells.
-        like: an array of the operands' framework, dtype and device, on which candidates may be measured.
-        settings: effort and memory limit, by default those of `lensor.planning`.
+        sizes: sizes of indices that no operand determines.
+        like: an array with the framework, dtype and device of the operands, for measuring candidates.
+        settings: effort and memory limit; those of `lensor.planning` by default.
 
     Raises:
         TypeError: if an operand is missing or unknown.
@@ -75,19 +75,19 @@ def compile(
 
 
 def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:
-    """Raise TypeError for sizes of a compiler that stand for many, which no key of a cache can hold."""
+    """Raise TypeError for a compiler's symbolic sizes, which cannot be part of a cache key."""
     for name, shape in shapes.items():
         if any(type(size).__name__ == "SymInt" for size in shape):
             raise TypeError(
-                f"operand {name!r} has shape {tuple(shape)} with sizes that are symbols, expected numbers: a network is"
-                " planned for known sizes; the functions of lensor.functional take symbols"
+                f"operand {name!r} has shape {tuple(shape)} with symbolic sizes, expected numbers: a network is planned"
+                " for known sizes; the functions of lensor.functional accept symbolic sizes"
             ) from None
 
 
 def _derived(
     plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings, in_channels_last: bool
 ) -> Callable[[Sequence[Any], Any], Any]:
-    """The planned VJP or JVP of a plan's network, as a function of the plan's operands and a direction."""
+    """Plan the VJP or JVP of a plan's network; return it as a function of the plan's operands and a direction."""
     net = plan.network
     assert net is not None
     direction = "V"
@@ -106,9 +106,9 @@ def _derived(
 
 
 def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
-    """The network with every size known, from the shapes of the operands."""
+    """The network with all sizes bound to those of the operands' shapes."""
     require_operands(net.operand_names, shapes)
-    # A name means one index throughout a sum: a term that no operand tells a size learns it from the others.
+    # A name means the same index in all terms of a sum: a size that a term's operands leave open comes from the others.
     sizes: dict[str, int | None] = dict(net.sizes)
     for term in net.terms:
         held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
@@ -121,15 +121,15 @@ def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetw
         missing = sorted(index for index, size in found.items() if size is None)
         if missing:
             raise ValueError(
-                f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=..., "
-                f"or by net.bind({missing[0]}=...)"
+                f"the size of index {missing[0]!r} does not follow from the operands: give it as a keyword,"
+                f" {missing[0]}=..., or call net.bind({missing[0]}=...)"
             )
         terms.append(term.bind({index: size for index, size in found.items() if size is not None}))
     return terms[0] if len(terms) == 1 else type(net)(tuple(terms))  # type: ignore[call-arg]
 
 
 def _occurrences(term: Network) -> list[tuple[str, tuple]]:
-    """(name, the legs that its array's axes are) of every operand; a selection's vector has the second only."""
+    """(name, the legs of its array's axes) of every operand; the vector of a selection has only the second leg."""
     return [
         (node.name, node.legs[1:] if isinstance(node, Select) else node.legs)
         for node in term.nodes
@@ -138,21 +138,23 @@ def _occurrences(term: Network) -> list[tuple[str, tuple]]:
 
 
 def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
-    """An array that tells framework, dtype and device; positions do not."""
+    """An array with the framework, dtype and device of the operands; not a vector of positions."""
     chosen = net.selections
     return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
 
 
 def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
-    """The plan for operands given as arrays or as their shapes; int keywords give sizes of indices.
+    """Plan the network for operands given as arrays or shapes; int keywords give sizes of indices.
+
+    Use it to inspect a plan and its costs; calling the network plans it too.
 
     Args:
         net: the network.
-        effort: `"estimate"` chooses among candidates by their estimated cost, `"measure"` by timing them once on
-            operands of these shapes (arrays tell dtype and device; shapes alone stand for float32 NumPy arrays),
-            `"remember"` by times that `lensor.wisdom` knows.
-        max_bytes: the most memory the plan may need beside its operands.
-        operands: an array or a shape for every operand; an int for an index whose size no operand tells.
+        effort: `"estimate"` chooses the candidate with the least estimated cost. `"measure"` times the candidates once
+            on operands of these shapes, with the dtype and device of the arrays (float32 NumPy arrays if only shapes
+            are given). `"remember"` uses the times in `lensor.wisdom`.
+        max_bytes: the most memory that the plan may need in addition to its operands.
+        operands: an array or a shape for every operand; an int for an index whose size no operand determines.
 
     Example:
         >>> import lensor
@@ -181,7 +183,7 @@ def _shape_of(name: str, value: Any) -> tuple[int, ...]:
 
 
 def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Keywords as operands and sizes of indices: what names no operand but an index is a size."""
+    """Separate keywords into operands and sizes: a name that is an index and not an operand gives a size."""
     arrays, sizes = {}, {}
     names = net.operand_names
     for name, value in given.items():
@@ -194,10 +196,10 @@ def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, An
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> Any:
-    """The value of a network on arrays of one framework.
+    """Evaluate a network on arrays of one framework.
 
     Raises:
-        TypeError: for operands that are missing, unknown, of two frameworks, two dtypes, or of integer dtype.
+        TypeError: for operands that are missing or unknown, or have two frameworks, two dtypes or an integer dtype.
         ValueError: if shapes or sizes do not fit the network.
     """
     require_operands(net.operand_names, operands)
@@ -207,7 +209,7 @@ def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, i
 
 
 def call(net: AnyNetwork, /, **operands: Any) -> Any:
-    """Evaluate the network on arrays of one framework; int keywords give sizes of indices that no array tells.
+    """Evaluate the network on arrays of one framework; int keywords give sizes of indices that no array determines.
 
     Example:
         >>> import lensor, numpy as np
@@ -221,15 +223,16 @@ def call(net: AnyNetwork, /, **operands: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- einsum
 def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
-    """Evaluate subscripts over arrays of one framework and index patterns together.
+    """Evaluate subscripts on arrays of one framework and index patterns.
 
-    Legs are separated by spaces, `(g c)` is an axis that holds two indices, `1` an axis of length 1, an index repeated
-    within one operand its diagonal, `...` axes that operands share. Indices that are not in the output are summed.
+    Spaces separate legs. `(g c)` is an axis with two indices, and `1` is an axis of length 1. An index repeated within
+    one operand takes its diagonal. `...` denotes axes that operands share. Indices that are not in the output are
+    summed.
 
     Args:
         subscripts: e.g. `"n (g ci) i, i o k, (g co) ci k -> n (g co) o"`; `->` and the output are required.
         operands: arrays and IndexPatterns, one for each part of the subscripts.
-        sizes: sizes of indices that neither arrays nor patterns tell.
+        sizes: sizes of indices that neither arrays nor patterns determine.
 
     Example:
         >>> import lensor, numpy as np
@@ -238,12 +241,12 @@ def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
         array([3., 6., 9.])
 
     Raises:
-        SubscriptsError: if the subscripts do not parse; the message has a caret under the place.
-        ValueError: if an index has two sizes or a size is unknown.
-        TypeError: for operands that are no arrays, or arrays of two frameworks.
+        SubscriptsError: if the subscripts do not parse; the message marks the place with a caret.
+        ValueError: if an index has two sizes, or a size is unknown.
+        TypeError: for operands that are not arrays, or arrays of two frameworks.
     """
     if not isinstance(subscripts, str):
-        raise TypeError(f"subscripts must be a str and come first, found {type(subscripts).__name__}")
+        raise TypeError(f"subscripts is of type {type(subscripts).__name__}, expected a str as the first argument")
     sizes = {name: as_integer(size, f"the size of index {name!r}") for name, size in sizes.items()}
     arrays = {f"x{at}": operand for at, operand in enumerate(operands) if not isinstance(operand, IndexPattern)}
     if (override := override_of(*arrays.values())) is not None:
@@ -267,7 +270,9 @@ def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
 def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str, int]) -> Network:
     parsed = parse_subscripts(subscripts)
     if len(parsed.operands) != len(operands):
-        raise ValueError(f"subscripts have {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}")
+        raise ValueError(
+            f"the number of operands is {len(operands)}, expected {len(parsed.operands)} for {subscripts!r}"
+        )
     shapes = [
         (operand.input_size, operand.output_size, operand.kernel_size)
         if isinstance(operand, IndexPattern)
@@ -279,7 +284,7 @@ def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str
     for at, (legs, shape, start) in enumerate(zip(parsed.operands, shapes, parsed.starts, strict=True)):
         if len(legs) != len(shape):
             raise SubscriptsError(
-                f"operand {at} has {len(shape)} axes (shape {shape}), the subscripts have {len(legs)} for it"
+                f"operand {at} has {len(shape)} axes (shape {shape}), expected {len(legs)} as in its subscripts"
                 f"{with_spaces(subscripts)}",
                 subscripts,
                 start,
@@ -288,10 +293,13 @@ def _contraction_of(subscripts: str, operands: Sequence[Any], sizes: Mapping[str
     found = infer_sizes(held, sizes)
     missing = sorted(index for index, size in found.items() if size is None)
     if missing:
-        raise ValueError(f"no operand tells the size of index {missing[0]!r}: give it as a keyword, {missing[0]}=...")
+        raise ValueError(
+            f"the size of index {missing[0]!r} does not follow from the operands: give it as a keyword,"
+            f" {missing[0]}=..."
+        )
     unknown = sorted(set(sizes) - {index for legs in parsed.operands for leg in legs for index in leg})
     if unknown:
-        raise ValueError(f"a size is given for {unknown[0]!r}, which is no index of {subscripts!r}")
+        raise ValueError(f"a size is given for {unknown[0]!r}, expected an index of {subscripts!r}")
     text = f"{', '.join(format_legs(legs) for legs in parsed.operands)} -> {format_legs(parsed.output)}"
     names = [operand if isinstance(operand, IndexPattern) else f"x{at}" for at, operand in enumerate(operands)]
     known = {index: size for index, size in found.items() if size is not None}

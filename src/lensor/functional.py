@@ -1,12 +1,12 @@
 """Convolutions, their derivatives and their curvature as functions of arrays.
 
-Arguments are named and ordered as in `torch.nn.functional` and `torch.nn.grad`. All arrays of a call are of one
-framework, NumPy or torch, and so is the result. The number N of spatial dimensions is read from the weight's shape,
-else from the length of `kernel_size`, else from the input's shape, which then has a batch axis. `padding` is an int,
-"same", "valid", one int per dimension, or one (left, right) pair per dimension.
+Names and order of the arguments follow `torch.nn.functional` and `torch.nn.grad`. All arrays of a call belong to one
+framework, NumPy or torch, and so does the result. The number N of spatial dimensions follows from the weight's shape,
+else from the length of `kernel_size`, else from the input's shape, which must then have a batch axis. `padding` is an
+int, "same", "valid", one int per dimension, or one (left, right) pair per dimension.
 
-Each function builds the network of its operation from shapes and hyper-parameters alone and evaluates it; the plan of
-a call is remembered, so that a later call with the same shapes and hyper-parameters only runs it.
+Each function builds the network of its operation from shapes and hyper-parameters alone and evaluates it. The plan is
+cached: a later call with the same shapes and hyper-parameters only runs it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
 from lensor import ops
+from lensor.arguments import described
 from lensor.choices import Approx, FactorNormalisation, Form, PaddingMode
 from lensor.conventions import CONVENTIONS
 from lensor.dispatch import Array, Request, Shape, recipe
@@ -47,17 +48,29 @@ Size: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
 
 
+SHARED = {
+    "stride": "one int, or one per dimension.",
+    "dilation": "one int, or one per dimension.",
+    "kernel_size": "one int, or one per dimension.",
+    "padding": 'an int, "same", "valid", one int or one (left, right) pair per dimension.',
+    "groups": "number of channel groups.",
+    "padding_mode": '"zeros", "circular", "reflect" or "replicate".',
+    "weight_size": "full shape of the weight, [c_out, c_in/groups, *kernel_size].",
+}
+"""Descriptions of arguments that several functions share."""
+
+
 def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None:
     if found != expected:
         raise ValueError(f"{name} has shape {found}, expected {expected}: {meaning}")
 
 
 def _sizes(name: str, sizes: Any) -> Shape:
-    """A full shape given as an argument."""
+    """Check a full shape that is given as an argument."""
     try:
         return tuple(operator.index(size) for size in sizes)
     except TypeError:
-        raise TypeError(f"{name} is {sizes!r}, expected a full shape, a sequence of ints") from None
+        raise TypeError(f"{name} is {sizes!r}, expected a full shape (a sequence of ints)") from None
 
 
 def _check_divides(groups: int, name: str, found: Shape, channels: int) -> None:
@@ -84,7 +97,7 @@ def _check_batched(name: str, shape: Shape, dims: int) -> None:
 
 
 def _spec(input_name: str, input_size: Shape, in_channels: int, out_channels: int, **hyper: Any) -> ConvSpec:
-    """A spec; the argument that tells its input size is named if it has no positions."""
+    """Create a spec; if a spatial size is 0, the error names the argument that it comes from."""
     if 0 in input_size:
         raise ValueError(f"{input_name} has spatial size {input_size}, expected at least 1 in every dimension")
     return ConvSpec(in_channels, out_channels, input_size, **hyper)
@@ -92,11 +105,11 @@ def _spec(input_name: str, input_size: Shape, in_channels: int, out_channels: in
 
 def _check_not_empty(input: Shape) -> None:
     if input[0] == 0:
-        raise ValueError(f"input has shape {input} with an empty batch, expected at least one example to average over")
+        raise ValueError(f"input has shape {input} with an empty batch, expected at least one example")
 
 
 class _Layer(NamedTuple):
-    """A convolution with the shapes of its input and output, batch axis included."""
+    """A convolution with the shapes of its input and output, including the batch axis."""
 
     spec: ConvSpec
     input: Shape
@@ -104,12 +117,12 @@ class _Layer(NamedTuple):
     unbatched: bool
 
     def check_cotangent(self, name: str, found: Shape) -> None:
-        """Raise ValueError unless `found` is the shape of the output, without the batch axis if the input lacks it."""
+        """Raise ValueError unless `found` is the output's shape, without the batch axis if the input has none."""
         layout = "[c_out, *output_size]" if self.unbatched else "[batch, c_out, *output_size]"
         _check_shape(name, found, self.output[self.unbatched :], layout)
 
     def check_stack(self, name: str, found: Shape) -> Shape:
-        """Raise ValueError unless `found` is the shape of a stack of cotangents; return it."""
+        """Return `found`; raise ValueError unless it is the shape of a stack of cotangents."""
         if len(found) != len(self.output) + 1 or found[1:] != self.output:
             expected = f"(v, {', '.join(map(str, self.output))})"
             raise ValueError(f"{name} has shape {found}, expected {expected}: [v, batch, c_out, *output_size]")
@@ -129,7 +142,7 @@ def _layer(
     batched: bool = False,
     bias: bool = False,
 ) -> _Layer:
-    """The convolution of an input with a weight of these shapes; errors name them by `names`."""
+    """The convolution of an input with a weight of these shapes; errors call them `names`."""
     input_name, weight_name = names
     if len(weight) < 3:
         raise ValueError(
@@ -166,14 +179,14 @@ def _layer(
 
 
 def _dims_of(kernel_size: Size, input: Shape) -> int:
-    """N from the kernel size's length, else from the input's shape with a batch axis."""
+    """N from the length of `kernel_size`, else from the input's shape, which has a batch axis."""
     return len(kernel_size) if isinstance(kernel_size, Sequence) else len(input) - 2
 
 
 def _patches(
     input: Shape, kernel_size: Size, groups: int = 1, *, batched: bool = False, **hyper: Any
 ) -> tuple[ConvSpec, Shape, bool]:
-    """The spec of an operation without a weight, the input's shape with the batch axis, and whether it lacked one."""
+    """The spec of an operation without a weight, the input's shape with a batch axis, and whether it had none."""
     dims = _dims_of(kernel_size, input)
     if batched or dims < 1:
         _check_batched("input", input, dims)
@@ -181,13 +194,13 @@ def _patches(
     groups = as_positive(groups, "groups")
     channels = input[-dims - 1]
     _check_divides(groups, "input", input, channels)
-    # How many output channels there are does not matter here.
+    # The number of output channels does not matter here.
     spec = _spec("input", input[-dims:], channels, groups, kernel_size=kernel_size, groups=groups, **hyper)
     return spec, (1, *input) if unbatched else input, unbatched
 
 
 def _join_positions(net: AnyNetwork) -> AnyNetwork:
-    """The network with its spatial output legs joined to one, as in torch's unfold."""
+    """Join the spatial output legs into one, as in torch's unfold."""
     first, second, *positions = net.output
     legs = (first, second, tuple(itertools.chain(*positions)))
     return net.regroup(" ".join(f"({' '.join(leg)})" if len(leg) != 1 else leg[0] for leg in legs))
@@ -203,6 +216,7 @@ def _conv(input: Shape, weight: Shape, bias: Shape | None, *options: Any) -> Req
     return Request(ops.conv(layer.spec), shapes, layer.unbatched, spec=layer.spec)
 
 
+@described(SHARED)
 def conv(
     input: Array,
     weight: Array,
@@ -226,17 +240,12 @@ def conv(
         input: [batch, c_in, *input_size] or [c_in, *input_size].
         weight: [c_out, c_in/groups, *kernel_size].
         bias: [c_out].
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
         [batch, c_out, *output_size], without the batch axis if the input has none.
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:
@@ -293,6 +302,7 @@ def _conv_transpose(
     return Request(ops.conv_transpose(spec), shapes, unbatched, spec=spec)
 
 
+@described(SHARED)
 def conv_transpose(
     input: Array,
     weight: Array,
@@ -303,7 +313,9 @@ def conv_transpose(
     groups: int = 1,
     dilation: Size = 1,
 ) -> Array:
-    """Transposed convolution in N dimensions, zero padding only.
+    """Transposed convolution in N dimensions, with zero padding only.
+
+    Use `conv_input_vjp` instead if you know the input size of the convolution to be transposed.
 
     Example:
         >>> import numpy, lensor
@@ -315,17 +327,14 @@ def conv_transpose(
         input: [batch, c_in, *input_size] or [c_in, *input_size].
         weight: [c_in, c_out/groups, *kernel_size].
         bias: [c_out].
-        stride: one int, or one per dimension.
         padding: an int, one int or one (left, right) pair per dimension.
-        output_padding: one int, or one per dimension, less than the stride or the dilation.
-        groups: number of groups of channels.
-        dilation: one int, or one per dimension.
+        output_padding: one int, or one per dimension, smaller than the stride or the dilation.
 
     Returns:
         [batch, c_out, *output_size], without the batch axis if the input has none.
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:
@@ -346,6 +355,7 @@ def _unfold(
     return Request(_join_positions(ops.unfold(spec)), {"X": shape}, unbatched)
 
 
+@described(SHARED)
 def unfold(
     input: Array,
     kernel_size: Size,
@@ -365,18 +375,13 @@ def unfold(
 
     Args:
         input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` has one int per dimension.
-        kernel_size: one int, or one per dimension.
-        dilation: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        stride: one int, or one per dimension.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
         [batch, c_in·ΠK, ΠO], without the batch axis if the input has none.
 
     Raises:
         TypeError: if the dtype is not floating-point.
-        ValueError: if the shape or hyper-parameters do not fit together.
+        ValueError: if shape and hyper-parameters do not fit together.
 
     Equation:
         `n c_in i, i o k -> n (c_in k) o` (table 1 of the paper).
@@ -385,7 +390,7 @@ def unfold(
 
 
 def _fold_dims(output_size: Size, kernel_size: Size, count: Callable[[int], Sequence[int]], positions: int) -> int:
-    """N from the lengths given, else the N that gives the right number of positions (2, as in torch, if several do)."""
+    """N from the given lengths, else the N with the right number of positions (2, as in torch, if several have it)."""
     for size in (output_size, kernel_size):
         if isinstance(size, Sequence):
             return len(size)
@@ -428,7 +433,7 @@ def _fold(
     if positions != math.prod(spec.output_size):
         raise ValueError(
             f"input has shape {input} with {positions} positions, expected {math.prod(spec.output_size)}: the product"
-            f" of {tuple(spec.output_size)}, the number of patches in each dimension"
+            f" of the numbers of patches in each dimension, {tuple(spec.output_size)}"
         )
     patch = math.prod(spec.kernel_size)
     if rows == 0 or rows % patch:
@@ -440,6 +445,7 @@ def _fold(
     return Request(ops.fold(spec), {"V": (batch, rows, *spec.output_size)}, unbatched)
 
 
+@described(SHARED)
 def fold(
     input: Array,
     output_size: Size,
@@ -450,7 +456,7 @@ def fold(
     *,
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """The sum of patches at their places (col2im): the adjoint of `unfold` in every padding mode.
+    """Sum overlapping patches (col2im): the adjoint of `unfold` in every padding mode.
 
     Example:
         >>> import numpy, lensor
@@ -459,19 +465,14 @@ def fold(
 
     Args:
         input: [batch, c·ΠK, ΠO] or [c·ΠK, ΠO].
-        output_size: the spatial size of the result, one int or one per dimension.
-        kernel_size: one int, or one per dimension.
-        dilation: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        stride: one int, or one per dimension.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        output_size: spatial size of the result, one int or one per dimension.
 
     Returns:
         [batch, c, *output_size], without the batch axis if the input has none.
 
     Raises:
         TypeError: if the dtype is not floating-point.
-        ValueError: if the shape or hyper-parameters do not fit together.
+        ValueError: if shape and hyper-parameters do not fit together.
 
     Equation:
         `n (c k) o, i o k -> n c i`.
@@ -495,6 +496,7 @@ def _unfold_transpose(
     return Request(_join_positions(ops.unfold_transpose(spec)), {"X": shape}, unbatched)
 
 
+@described(SHARED)
 def unfold_transpose(
     input: Array,
     kernel_size: Size,
@@ -503,7 +505,7 @@ def unfold_transpose(
     output_padding: Size = 0,
     dilation: Size = 1,
 ) -> Array:
-    """The patches that a transposed convolution multiplies with its kernel, zero padding only.
+    """The patches that a transposed convolution multiplies with its kernel, with zero padding only.
 
     Example:
         >>> import numpy, lensor
@@ -513,19 +515,16 @@ def unfold_transpose(
 
     Args:
         input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` has one int per dimension.
-        kernel_size: one int, or one per dimension.
-        stride: one int, or one per dimension.
         padding: an int, one int or one (left, right) pair per dimension.
-        output_padding: one int, or one per dimension, less than the stride or the dilation.
-        dilation: one int, or one per dimension.
+        output_padding: one int, or one per dimension, smaller than the stride or the dilation.
 
     Returns:
-        [batch, c_in·ΠK, ΠI] with I the output size of the transposed convolution; without the batch axis if the input
-        has none.
+        [batch, c_in·ΠK, ΠI], where I is the output size of the transposed convolution, without the batch axis if the
+        input has none.
 
     Raises:
         TypeError: if the dtype is not floating-point.
-        ValueError: if the shape or hyper-parameters do not fit together.
+        ValueError: if shape and hyper-parameters do not fit together.
 
     Equation:
         `n c_in o, i o k -> n (c_in k) i`.
@@ -542,6 +541,7 @@ def _conv_input_vjp(weight: Shape, grad_output: Shape, input_size: Any, *options
     )
 
 
+@described(SHARED)
 def conv_input_vjp(
     input_size: Sequence[int],
     weight: Array,
@@ -555,6 +555,8 @@ def conv_input_vjp(
 ) -> Array:
     """Gradient of a convolution with respect to its input.
 
+    Use it instead of `conv_transpose` if you know the input size.
+
     Example:
         >>> import numpy, lensor
         >>> w, v = numpy.ones((1, 1, 2)), numpy.ones((1, 1, 4))
@@ -562,20 +564,15 @@ def conv_input_vjp(
         array([[[1., 2., 2., 2., 1.]]])
 
     Args:
-        input_size: the full shape of the input, [batch, c_in, *input_size] or [c_in, *input_size].
+        input_size: full shape of the input, [batch, c_in, *input_size] or [c_in, *input_size].
         weight: [c_out, c_in/groups, *kernel_size].
         grad_output: [batch, c_out, *output_size], without the batch axis if the input has none.
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
-        An array of shape `input_size`; complex weights are conjugated, as by torch.
+        An array of shape `input_size`; complex weights are conjugated, as in torch.
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:
@@ -592,6 +589,7 @@ def _conv_weight_vjp(input: Shape, grad_output: Shape, weight_size: Any, *option
     return Request(ops.conv_weight_vjp(layer.spec), shapes, conjugate=("X",), spec=layer.spec)
 
 
+@described(SHARED)
 def conv_weight_vjp(
     input: Array,
     weight_size: Sequence[int],
@@ -603,7 +601,7 @@ def conv_weight_vjp(
     *,
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """Gradient of a convolution with respect to its weight.
+    """Gradient of a convolution with respect to its weight, summed over the batch.
 
     Example:
         >>> import numpy, lensor
@@ -613,19 +611,13 @@ def conv_weight_vjp(
 
     Args:
         input: [batch, c_in, *input_size] or [c_in, *input_size].
-        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
         grad_output: [batch, c_out, *output_size], without the batch axis if the input has none.
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
-        An array of shape `weight_size`; a complex input is conjugated, as by torch.
+        An array of shape `weight_size`; a complex input is conjugated, as in torch.
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:
@@ -641,6 +633,7 @@ def _conv_weight_vjp_per_example(input: Shape, grad_output: Shape, weight_size: 
     return Request(ops.conv_weight_vjp_per_example(layer.spec), {"X": layer.input, "V": layer.output}, conjugate=("X",))
 
 
+@described(SHARED)
 def conv_weight_vjp_per_example(
     input: Array,
     weight_size: Sequence[int],
@@ -663,23 +656,17 @@ def conv_weight_vjp_per_example(
 
     Args:
         input: [batch, c_in, *input_size].
-        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
         grad_output: [batch, c_out, *output_size].
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
-        [batch, *weight_size]; a complex input is conjugated, as by torch.
+        [batch, *weight_size]; a complex input is conjugated, as in torch.
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:
-        `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`: the weight VJP that keeps `n`.
+        `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`: the weight VJP without the sum over `n`.
     """
     options = (weight_size, stride, padding, dilation, groups, padding_mode)
     return _conv_weight_vjp_per_example((input, grad_output), *options)
@@ -688,7 +675,7 @@ def conv_weight_vjp_per_example(
 def _convert(
     net: AnyNetwork, side: str, approx: Approx, convention: FactorNormalisation, groups: int, positions: int
 ) -> tuple[AnyNetwork, bool]:
-    """The paper's factor in a convention, and whether that changed it."""
+    """Convert the paper's factor to another convention; also return whether that changes it."""
     require_choice("convention", convention, tuple(CONVENTIONS))
     known = CONVENTIONS[convention]
     powers = getattr(known, side).get(approx)
@@ -721,7 +708,7 @@ def _kfac_input_factor(
     require_choice("form", form, ("factor", "root"))
     if form == "root" and approx != "reduce":
         raise ValueError(
-            f"form='root' with approx={approx!r}, expected approx='reduce': only that factor has this root"
+            f"form='root' with approx={approx!r}, expected approx='reduce': only this factor has such a root"
         )
     spec, shape, _ = _patches(
         input,
@@ -742,11 +729,12 @@ def _kfac_input_factor(
     if form == "root":
         if scaled:
             raise ValueError(f"form='root' with convention={convention!r}, expected convention='paper'")
-        # The scale of a network is rational; this is the double nearest to 1/√batch.
+        # The scale of a network is rational; this one is the double nearest to 1/√batch.
         net = ops.kfac_input_root(spec).scaled(Fraction(shape[0] ** -0.5))
     return Request(net, {"X": shape})
 
 
+@described(SHARED)
 def kfac_input_factor(
     input: Array,
     kernel_size: Size,
@@ -775,19 +763,12 @@ def kfac_input_factor(
 
     Args:
         input: [batch, c_in, *input_size].
-        kernel_size: one int, or one per dimension.
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
-        approx: "expand" (KFC) sums the outer products of all patches; "reduce" those of each example's mean patch.
-        transposed: whether the convolution is a transposed one (zero padding only).
-        output_padding: of a transposed convolution.
-        convention: whose normalisation; "paper" divides by the batch size only. Others are "curvlinops", "singd",
-            "backpack", "asdl", "kfac-jax" and "kfac-pytorch", for one group and without a bias, the data being this
-            batch.
-        form: "factor", or, for "reduce", "root": the mean patches over √batch, so that `root.mT @ root` is the factor.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
+        approx: "expand" (KFC) sums the outer products of all patches, "reduce" those of each example's mean patch.
+        transposed: whether the convolution is transposed (zero padding only).
+        output_padding: output padding of a transposed convolution.
+        convention: normalisation. "paper" divides by the batch size only; "curvlinops", "singd", "backpack", "asdl",
+            "kfac-jax" and "kfac-pytorch" follow these libraries, for one group, no bias and this batch as the data.
+        form: "factor", or, with "reduce", "root": the mean patches over √batch, so that `root.mT @ root` is the factor.
 
     Returns:
         [groups, d, d] with d = c_in/groups·ΠK, or the root [groups, batch, d].
@@ -797,7 +778,7 @@ def kfac_input_factor(
         ValueError: if shapes, hyper-parameters or choices do not fit together, or if the batch is empty.
 
     Equation:
-        `n (g c) i, i o k, n (g c_) i_, i_ o k_ -> g (c k) (c_ k_)`/N; for "reduce" the second copy has `o_`, and the
+        `n (g c) i, i o k, n (g c_) i_, i_ o k_ -> g (c k) (c_ k_)`/N. For "reduce" the second copy has `o_`, and the
         scale is 1/(N·O²) (table 1 of the paper; Grosse & Martens, 2016; Eschenhagen et al., 2023).
     """
     options = (kernel_size, stride, padding, dilation, groups, approx, transposed, output_padding)
@@ -817,13 +798,14 @@ def _kfac_output_factor(
     channels, positions = grad_output[2], grad_output[3:]
     groups = as_positive(groups, "groups")
     _check_divides(groups, "grad_output", grad_output, channels)
-    # Only the output matters, so a convolution with a kernel of size 1 stands for any.
+    # Only the output matters, so the spec may have kernel size 1.
     spec = _spec("grad_output", positions, groups, channels, kernel_size=1, groups=groups, padding_mode=padding_mode)
     net = ops.kfac_output_factor(spec, approx)
     net, _ = _convert(net, "output", approx, convention, groups, math.prod(positions))
     return Request(net, {"V": grad_output})
 
 
+@described(SHARED)
 def kfac_output_factor(
     grad_output: Array,
     groups: int = 1,
@@ -841,12 +823,11 @@ def kfac_output_factor(
 
     Args:
         grad_output: [v, batch, c_out, *output_size]: a square root of the loss Hessian, or gradients, propagated to
-            the layer's output; it carries the loss's own reduction.
-        groups: number of groups of channels.
-        approx: "expand" averages over positions the outer products of all vectors; "reduce" sums the vectors of an
-            example over positions first.
-        convention: as in `kfac_input_factor`; "singd" does not define this one.
-        padding_mode: has no influence on this factor; here so that the same arguments do for both.
+            the layer's output; includes the loss's reduction.
+        approx: "expand" averages the outer products of all vectors over positions; "reduce" first sums each example's
+            vectors over positions.
+        convention: as in `kfac_input_factor`; "singd" does not define this factor.
+        padding_mode: does not affect this factor; lets you pass the same arguments to both factors.
 
     Returns:
         [groups, c_out/groups, c_out/groups].
@@ -856,7 +837,7 @@ def kfac_output_factor(
         ValueError: if shapes or choices do not fit together.
 
     Equation:
-        `v n (g c) o, v n (g c_) o -> g c c_`/O; for "reduce" the second copy has `o_`, without the 1/O
+        `v n (g c) o, v n (g c_) o -> g c c_`/O. For "reduce" the second copy has `o_`, and there is no factor 1/O
         (Eschenhagen et al., 2023).
     """
     return _kfac_output_factor((grad_output,), groups, approx, convention, padding_mode)
@@ -869,6 +850,7 @@ def _ggn_diagonal(input: Shape, sqrt_ggn: Shape, weight_size: Any, per_example: 
     return Request(ops.ggn_diagonal(layer.spec, per_example=per_example), shapes)
 
 
+@described(SHARED)
 def ggn_diagonal(
     input: Array,
     weight_size: Sequence[int],
@@ -881,7 +863,7 @@ def ggn_diagonal(
     per_example: bool = False,
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """Diagonal of the generalised Gauss-Newton matrix of a convolution's weight.
+    """Diagonal of the generalised Gauss-Newton matrix (GGN) of a convolution's weight.
 
     Example:
         >>> import numpy, lensor
@@ -891,20 +873,14 @@ def ggn_diagonal(
 
     Args:
         input: [batch, c_in, *input_size].
-        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
         sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian propagated to the layer's output.
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
         per_example: whether to keep the batch axis instead of summing over it.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
         An array of shape `weight_size`, or [batch, *weight_size].
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a real floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not real floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:
@@ -921,6 +897,7 @@ def _ggn_gram(input: Shape, sqrt_ggn: Shape, weight_size: Any, *options: Any) ->
     return Request(ops.ggn_gram(layer.spec), {"X": layer.input, "S": layer.check_stack("sqrt_ggn", sqrt_ggn)})
 
 
+@described(SHARED)
 def ggn_gram(
     input: Array,
     weight_size: Sequence[int],
@@ -932,7 +909,9 @@ def ggn_gram(
     *,
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """Gram matrix of the generalised Gauss-Newton matrix of a convolution's weight; a layer's empirical NTK.
+    """Gram matrix of a convolution's weight GGN: the layer's empirical NTK.
+
+    It has the non-zero eigenvalues of the GGN, and is smaller if v·batch is less than the number of weights.
 
     Example:
         >>> import numpy, lensor
@@ -942,19 +921,13 @@ def ggn_gram(
 
     Args:
         input: [batch, c_in, *input_size].
-        weight_size: the full shape of the weight, [c_out, c_in/groups, *kernel_size].
         sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian propagated to the layer's output.
-        stride: one int, or one per dimension.
-        padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
-        dilation: one int, or one per dimension.
-        groups: number of groups of channels.
-        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Returns:
         [v·batch, v·batch]: the inner products of the per-example weight VJPs of all vectors.
 
     Raises:
-        TypeError: if the arrays are of several frameworks or dtypes, or not of a real floating-point dtype.
+        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not real floating-point.
         ValueError: if shapes or hyper-parameters do not fit together.
 
     Equation:

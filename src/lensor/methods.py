@@ -1,7 +1,7 @@
-"""The one place where networks, sums and plans get the methods that later stages define.
+"""Binds the functions of later stages as methods of networks, sums and plans.
 
 A method is a function whose first argument is the network. To add one, write the function in its stage, list it here,
-and write its signature down in `lensor.network.verbs`, which a test compares with the function.
+and add its signature to `lensor.network.verbs`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OF_NETWORKS: dict[str, Callable[..., Any]] = {
 """The methods of networks and of sums of networks."""
 
 PROPERTIES: dict[str, Callable[..., Any]] = {"subscripts": subscripts_of, "patterns": patterns_of}
-"""The properties of both."""
+"""The properties of networks and of sums of networks."""
 
 OF_PLANS: dict[str, Callable[..., Any]] = {"draw": draw, "to_tikz": to_tikz, "_repr_svg_": svg_or_none}
 """The methods of plans."""

@@ -1,7 +1,8 @@
 """The index pattern: which input position each (output position, kernel position) pair of a convolution reads.
 
-Notation of the rules: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P], I input, O output and K kernel size, S stride, P left
-padding, D dilation. A position outside [0, I) reads zero (`padding_mode="zeros"`) or what the mode puts there.
+Notation of the rules: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P], with input size I, output size O, kernel size K,
+stride S, left padding P and dilation D. A position outside [0, I) reads zero (`padding_mode="zeros"`) or the value that
+the mode pads with.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from lensor.affine import Line, Piece, Reading, Reads, Steps, Table, affine, after, progressions, steps_of
 from lensor.cache import Cache
 from lensor.choices import PaddingMode, words
 from lensor.errors import require_type
-from lensor.reading import Line, Piece, Reading, Reads, Steps, Table, affine, after, progressions, steps_of
 
 PADDING_MODES = words(PaddingMode)
 
@@ -27,44 +28,44 @@ _fitted = Cache(maxsize=4096)
 
 
 def as_integer(value: Any, name: str) -> int:
-    """`value` as an int; TypeError naming the argument for anything else, booleans included."""
+    """Convert `value` to an int; raise TypeError, naming the argument, for anything else, including booleans."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{name} must be an integer, found {value!r} of type {type(value).__name__}")
+    raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected an integer")
 
 
 def as_positive(value: Any, name: str) -> int:
-    """`value` as an int of at least 1."""
+    """Convert `value` to an int of at least 1."""
     number = as_integer(value, name)
     if number < 1:
-        raise ValueError(f"{name} must be a positive integer, at least 1, found {number}")
+        raise ValueError(f"{name} is {number}, expected a positive integer")
     return number
 
 
 def as_padding_mode(value: Any) -> PaddingMode:
-    """`value` if it is one of torch's padding modes."""
+    """Return `value`; raise ValueError unless it is one of torch's padding modes."""
     if value not in PADDING_MODES:
         expected = ", ".join(map(repr, PADDING_MODES))
-        raise ValueError(f"padding_mode must be one of {expected}, found {value!r}")
+        raise ValueError(f"padding_mode is {value!r}, expected one of {expected}")
     return value
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class IndexPattern:
-    """The index pattern of one spatial dimension, Π[i,o,k] = 1 iff output o reads input i through kernel position k.
+    """The index pattern of one spatial dimension: Π[i,o,k] = 1 iff output o reads input i through kernel position k.
 
     Args:
         input_size: number of input positions I.
         kernel_size: number of kernel positions K.
         stride: step S between output positions.
-        padding: both sides, or (left, right); negative padding crops.
+        padding: padding of both sides, or (left, right); negative padding crops.
         dilation: step D between kernel positions.
         padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`, as in torch.
-        output_size: number of output positions O; None for 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋. Any other
-            number pins it: what is read outside the input is zero then.
+        output_size: number of output positions O; None for 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋. A number pins
+            O; reads outside the input then give zero.
 
     Example:
         >>> import lensor
@@ -82,8 +83,8 @@ class IndexPattern:
         TypeError: for sizes that are not integers.
         ValueError: for sizes that are not positive, a kernel larger than the padded input, reflect padding that is not
             smaller than the input, circular padding larger than the input, circular padding that crops one side and
-            wraps the other (torch would wrap what is left after cropping), or, in the modes other than zeros, an
-            output size that reads outside the padded input.
+            wraps the other (torch would wrap the cropped input), or, in modes other than zeros, an output size that
+            reads outside the padded input.
     """
 
     input_size: int
@@ -123,26 +124,26 @@ class IndexPattern:
         padded, span = self.input_size + sum(self.padding), self.dilation * (self.kernel_size - 1) + 1
         if span > padded:
             raise ValueError(
-                f"kernel_size={self.kernel_size} with dilation={self.dilation} spans {span} positions, but the padded"
-                f" input has only {padded} (input_size={self.input_size}, padding={self.padding})"
+                f"kernel_size={self.kernel_size} with dilation={self.dilation} spans {span} positions, expected at most"
+                f" {padded}, the size of the padded input (input_size={self.input_size}, padding={self.padding})"
             )
         return 1 + (padded - span) // self.stride
 
     def _check_mode(self) -> None:
         (left, right), size, mode = self.padding, self.input_size, self.padding_mode
         if mode == "reflect" and max(left, right) >= size:
-            raise ValueError(f"reflect padding must be smaller than input_size={size}, found padding={self.padding}")
+            raise ValueError(f"reflect padding is {self.padding}, expected less than input_size={size}")
         if mode == "circular" and max(left, right) > size:
-            raise ValueError(f"circular padding must not exceed input_size={size}, found padding={self.padding}")
+            raise ValueError(f"circular padding is {self.padding}, expected at most input_size={size}")
         if mode == "circular" and min(left, right) < 0 < max(left, right):
             raise ValueError(
-                f"circular padding must not crop one side and wrap the other, found padding={self.padding}; expected"
-                " both sides >= 0 or both <= 0"
+                f"circular padding is {self.padding}, which crops one side and wraps the other, expected both sides"
+                " >= 0 or both <= 0"
             )
         if self._needed_right > right:
             raise ValueError(
-                f"output_size={self.output_size} reads {self._needed_right - right} positions beyond the padded input,"
-                f" which padding_mode={mode!r} does not define; expected at most {max(0, self._fitting())} for"
+                f"output_size={self.output_size} reads {self._needed_right - right} positions outside the padded input,"
+                f" which padding_mode={mode!r} does not define, expected at most {max(0, self._fitting())} for"
                 f" input_size={size}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding},"
                 f" dilation={self.dilation}"
             )
@@ -154,13 +155,13 @@ class IndexPattern:
     # ------------------------------------------------------------------------------------------------- properties
     @property
     def _needed_right(self) -> int:
-        """The right padding that the last read needs: (O−1)S + D(K−1) + 1 − I − P_left."""
+        """The right padding that the last read requires: (O−1)S + D(K−1) + 1 − I − P_left."""
         reach = (self.output_size - 1) * self.stride + self.dilation * (self.kernel_size - 1)
         return reach + 1 - self.input_size - self.padding[0]
 
     @property
     def _is_inside(self) -> bool:
-        """Whether v[o,k] ≡ 1 in zeros mode: every position lies in [0, I)."""
+        """Whether v[o,k] ≡ 1 in zeros mode: every position is in [0, I)."""
         return self.padding[0] <= 0 and self._needed_right <= 0
 
     @property
@@ -178,7 +179,7 @@ class IndexPattern:
 
     @property
     def kind(self) -> str:
-        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`: a label, no more.
+        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`; only a label.
 
         Example:
             >>> import lensor
@@ -198,7 +199,13 @@ class IndexPattern:
 
     @property
     def is_selection(self) -> bool:
-        """Deprecated: `is_crop`."""
+        """Deprecated: `is_crop`.
+
+        Example:
+            >>> import lensor
+            >>> lensor.IndexPattern(6, 1).is_crop  # instead of is_selection
+            True
+        """
         warnings.warn("IndexPattern.is_selection is deprecated: use is_crop", DeprecationWarning, stacklevel=2)
         return self.is_crop
 
@@ -211,7 +218,7 @@ class IndexPattern:
 
     @property
     def reads_everywhere(self) -> bool:
-        """Whether each (o, k) reads some input position: v[o,k] = Σ_i Π ≡ 1.
+        """Whether every (o, k) reads an input position: v[o,k] = Σ_i Π ≡ 1.
 
         Example:
             >>> import lensor
@@ -222,7 +229,7 @@ class IndexPattern:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is read at all: Π = 0.
+        """Whether the pattern reads nothing: Π = 0.
 
         Example:
             >>> import lensor
@@ -233,9 +240,9 @@ class IndexPattern:
 
     # ----------------------------------------------------------------------------------------------------- arrays
     def reads(self) -> np.ndarray:
-        """The input position that (o, k) reads, read-only int64 [output_size, kernel_size]; −1 where it reads zero.
+        """The input position that each (o, k) reads, or −1 for zero: read-only int64 [output_size, kernel_size].
 
-        k·D + o·S − P, then through the padding mode.
+        This is k·D + o·S − P, mapped by the padding mode.
 
         Example:
             >>> import lensor
@@ -258,7 +265,7 @@ class IndexPattern:
         return reads
 
     def reading(self) -> Reading:
-        """What `reads` spells out, in a few numbers: the sum k·D + o·S − P, then the padding mode as a line in pieces.
+        """A compact form of `reads`: the sum k·D + o·S − P, followed by the padding mode as a piecewise line.
 
         Example:
             >>> import lensor
@@ -276,7 +283,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
             found = [Piece(at * size, (at + 1) * size, 1, -at * size) for at in periods]
         elif self.padding_mode == "replicate":
             found = [Piece(low, 0, 0, 0), Piece(0, size, 1, 0), Piece(size, stop, 0, size - 1)]
-        else:  # reflect: about the first and the last position, once at most
+        else:  # reflect about the first and the last position, at most once
             found = [Piece(low, 0, -1, 0), Piece(0, size, 1, 0), Piece(size, stop, -1, 2 * (size - 1))]
         cut = (Piece(max(piece.start, low), min(piece.stop, stop), *piece[2:]) for piece in found)
         outer = tuple(piece for piece in cut if piece.start < piece.stop)
@@ -284,7 +291,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return Reading(affine(shape[0], self.stride), affine(shape[1], self.dilation, low), outer, shape)
 
     def line(self) -> Line:
-        """The input position that each output position of a selection (K = 1) reads, in pieces.
+        """The input position that each output position of a crop (K = 1) reads, as a piecewise line.
 
         Example:
             >>> import lensor
@@ -295,12 +302,12 @@ Piece(start=4, stop=5, slope=0, offset=3))
             ValueError: for a larger kernel.
         """
         if self.kernel_size != 1:
-            raise ValueError(f"a line of reads needs kernel_size=1, found {self.kernel_size}")
+            raise ValueError(f"kernel_size is {self.kernel_size}, expected 1 for a line of reads")
         outer = self.reading().outer
         return after(outer, affine(self.output_size, self.stride, -self.padding[0]))
 
     def span(self) -> tuple[int, int]:
-        """The first output position of a selection (K = 1) that reads something, and how many do.
+        """The first output position of a crop (K = 1) that reads something, and the number of those that do.
 
         Example:
             >>> import lensor
@@ -314,7 +321,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return (line[0].start, line[-1].stop - line[0].start) if line else (0, 0)
 
     def columns(self) -> list[tuple[int, ...]]:
-        """A key of what each kernel position reads at all output positions: equal keys where the reads are equal.
+        """A key of the reads of each kernel position: keys are equal iff the reads at all output positions are.
 
         Example:
             >>> import lensor
@@ -323,10 +330,10 @@ Piece(start=4, stop=5, slope=0, offset=3))
             [0, 1]
 
         Raises:
-            ValueError: if a padding mode other than zeros is in use.
+            ValueError: if the pattern reads padding of a mode other than zeros.
         """
         if self.padding_mode != "zeros" and not self._is_inside:
-            raise ValueError(f"padding_mode is {self.padding_mode!r}, expected 'zeros': split_padding() first")
+            raise ValueError(f"padding_mode is {self.padding_mode!r}, expected 'zeros': call split_padding() first")
         found = []
         for k, (low, high) in enumerate(zip(*(limit.tolist() for limit in self._limits()), strict=True)):
             start = low * self.stride + k * self.dilation - self.padding[0]
@@ -334,7 +341,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return found
 
     def materialize(self) -> np.ndarray:
-        """Π as a bool array [input_size, output_size, kernel_size], new at each call.
+        """Π as a new bool array [input_size, output_size, kernel_size].
 
         Example:
             >>> import lensor
@@ -346,9 +353,9 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return self.summed((), np.dtype(bool))
 
     def summed(self, legs: Sequence[int], dtype: np.dtype | type = np.int64) -> np.ndarray:
-        """Π summed over some of its legs (0: i, 1: o, 2: k), over the others in this order.
+        """Π summed over some of its legs (0: i, 1: o, 2: k); the other legs keep this order.
 
-        Beside the result it takes the memory of a few lines of reads.
+        The sum needs memory for the result and a few lines of reads.
 
         Example:
             >>> import lensor
@@ -376,7 +383,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return found.astype(dtype)
 
     def _by_kernel_position(self, summed: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-        """Π, or its sum over i or o, filled in for one kernel position after another."""
+        """Π, or its sum over i or o, filled in one kernel position at a time."""
         sizes = [self.input_size, self.output_size, self.kernel_size]
         array = np.zeros([size for leg, size in enumerate(sizes) if leg not in summed], dtype)
         reading, outputs = self.reading(), np.arange(self.output_size)
@@ -392,7 +399,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return array
 
     def _times_read(self) -> np.ndarray:
-        """Σ_{o,k} Π, int64 [input_size]: k ≡ (i+P)/g·(D/g)⁻¹ mod S/g, in the range that 0 ≤ i+P−kD ≤ (O−1)S leaves."""
+        """Σ_{o,k} Π, int64 [input_size]: counts k ≡ (i+P)/g·(D/g)⁻¹ mod S/g with 0 ≤ i+P−kD ≤ (O−1)S."""
         padding, inner = self.split_padding()
         if padding is not None:
             found = np.zeros(self.input_size, np.int64)
@@ -408,9 +415,9 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return np.where(places % g == 0, np.maximum(0, (high - first) // stride + 1), 0)
 
     def constant_sum(self, legs: Sequence[int]) -> int | None:
-        """The number that Π summed over some of its legs (0: i, 1: o, 2: k) is throughout, None if it is not one.
+        """The value of Π summed over some of its legs (0: i, 1: o, 2: k) if it is constant, else None.
 
-        Found from vectors along the legs; the sum itself is never made.
+        It is found from vectors along the legs, without computing the whole sum.
 
         Example:
             >>> import lensor
@@ -432,13 +439,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
                 return _the_one(self.summed(several).reshape(-1))
 
     def _constant_over_outputs(self) -> int | None:
-        """The number that m[i,k] = Σ_o Π is throughout, None if it is not one."""
+        """The value of m[i,k] = Σ_o Π if it is constant, else None."""
         if self.padding_mode == "zeros":  # m is binary
             return 1 if (self.counts() == self.input_size).all() else None
         times, rest = divmod(self.output_size, self.input_size)
         if rest or not times:
             return None
-        # Around a circle, all kernel positions read alike but for a rotation.
+        # In circular mode, the reads of all kernel positions are equal up to a rotation.
         for k in range(1 if self.padding_mode == "circular" else self.kernel_size):
             reads = self.reading().at(np.arange(self.output_size), np.array(k))
             if _the_one(np.bincount(reads, minlength=self.input_size)) is None:
@@ -448,7 +455,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
     def counts(self) -> np.ndarray:
         """n[k] = Σ_{i,o} Π, int64 [kernel_size] (rule 17).
 
-        max(0, min(O−1, ⌊(I−1+P−kD)/S⌋) − max(0, ⌈(P−kD)/S⌉) + 1) in zeros mode, O in the others.
+        It is max(0, min(O−1, ⌊(I−1+P−kD)/S⌋) − max(0, ⌈(P−kD)/S⌉) + 1) in zeros mode, and O in the others.
 
         Example:
             >>> import lensor
@@ -462,7 +469,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return np.maximum(0, high - low + 1)
 
     def _limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each k the first and the last o that reads inside; high < low where none does (zeros mode)."""
+        """For each k, the first and the last o that read inside the input; high < low if none does (zeros mode)."""
         shift = self.padding[0] - np.arange(self.kernel_size, dtype=np.int64) * self.dilation
         low = np.maximum(0, -(-shift // self.stride))
         high = np.minimum(self.output_size - 1, (self.input_size - 1 + shift) // self.stride)
@@ -470,7 +477,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
 
     # --------------------------------------------------------------------------------------------------- algebra
     def swap(self) -> IndexPattern:
-        """Kernel and output exchanged: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], O pinned to K (rule 4).
+        """Swap kernel and output: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], with O pinned to K (rule 4).
 
         Example:
             >>> import lensor
@@ -486,10 +493,10 @@ Piece(start=4, stop=5, slope=0, offset=3))
         )
 
     def normalize(self) -> IndexPattern:
-        """The same pattern in normal form: what makes no difference is set to a value of its own (rules 7, 8).
+        """The same pattern in normal form: hyper-parameters without effect get a fixed value (rules 7, 8).
 
-        The right padding is (O−1)S + D(K−1) + 1 − I − P_left; D=1 if K=1; S=1 if O=1; the mode is zeros if nothing
-        outside the input is read; a pattern that reads nothing has S = D = 1 and P_left = −I.
+        The right padding is (O−1)S + D(K−1) + 1 − I − P_left; D=1 if K=1; S=1 if O=1; the mode is zeros if all reads
+        are inside the input; a pattern that reads nothing has S = D = 1 and P_left = −I.
 
         Example:
             >>> import lensor
@@ -510,8 +517,8 @@ Piece(start=4, stop=5, slope=0, offset=3))
     def compose(self, inner: IndexPattern) -> tuple[IndexPattern, IndexPattern] | None:
         """Two convolutions as one: Σ_j Π1[i,j,k]·Π2[j,o,l] = Σ_m Π12[i,o,m]·ΠK[m,l,k], or None (rule 23).
 
-        Π12 = Π(I, D1(K1−1)+D2·S1(K2−1)+1, S1·S2, P1+S1·P2, 1) and ΠK[m,l,k] = [m = k·D1 + l·D2·S1], self being Π1 and
-        `inner` Π2. None unless Π2 reads only inside (v2 ≡ 1) and both are in zeros mode.
+        Here self is Π1, `inner` is Π2, Π12 = Π(I, D1(K1−1)+D2·S1(K2−1)+1, S1·S2, P1+S1·P2, 1) and
+        ΠK[m,l,k] = [m = k·D1 + l·D2·S1]. None unless all reads of Π2 are inside (v2 ≡ 1) and both are in zeros mode.
 
         Example:
             >>> import lensor
@@ -521,13 +528,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
             True
 
         Raises:
-            TypeError: if `inner` is no IndexPattern.
+            TypeError: if `inner` is not an IndexPattern.
             ValueError: if the input size of `inner` is not the output size of this pattern.
         """
         require_type(inner, "inner", IndexPattern)
         if inner.input_size != self.output_size:
             raise ValueError(
-                f"inner.input_size must be this pattern's output_size={self.output_size}, found {inner.input_size}"
+                f"inner.input_size is {inner.input_size}, expected this pattern's output_size={self.output_size}"
             )
         if not inner._is_inside or not (self.padding_mode == "zeros" or self._is_inside):
             return None
@@ -547,13 +554,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
 
     @classmethod
     def from_reads(cls, reads: np.ndarray | Reading, input_size: int) -> IndexPattern | None:
-        """The zeros-mode pattern with these reads, or None; exact, whatever the reads come from.
+        """The zeros-mode pattern with exactly these reads, or None if there is none.
 
-        A step that the reads leave open (never two of them in one line) is a small one that fits.
+        If the reads do not determine a step (no line has two of them), a small one that fits is taken.
 
         Args:
             reads: the input position that each (output position, kernel position) reads, −1 for none; an array, or
-                a `Reading`, which takes the work and the memory of its longer leg only.
+                a `Reading`, whose time and memory grow only with its longer leg.
             input_size: number of input positions.
 
         Example:
@@ -573,7 +580,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return None if steps is None else pattern(steps).normalize()
 
     def fitted(self) -> IndexPattern | None:
-        """The zeros-mode pattern with the same reads, one for all patterns that have them, or None.
+        """The zeros-mode pattern with the same reads, or None; patterns with equal reads give the same one.
 
         Example:
             >>> import lensor
@@ -584,9 +591,9 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return found[0]
 
     def split_padding(self) -> tuple[IndexPattern | None, IndexPattern]:
-        """The padding by its mode apart from the reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
+        """Split into padding and reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
 
-        R = Π_mode(I,1,1,(P_left,P_right),1), L = I+P_left+P_right. (None, the pattern itself) in zeros mode.
+        R = Π_mode(I,1,1,(P_left,P_right),1) and L = I+P_left+P_right. In zeros mode, (None, the pattern itself).
 
         Example:
             >>> import lensor
@@ -600,10 +607,10 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return padding, self._replace(input_size=padding.output_size, padding=(0, 0), padding_mode="zeros")
 
     def gcd_split(self) -> tuple[IndexPattern, IndexPattern] | None:
-        """The common divisor g of stride and dilation taken out: Π[i,o,k] = Σ_j [i=a+gj]·Π'[j,o,k], or None (rule 11).
+        """Factor out the gcd g of stride and dilation: Π[i,o,k] = Σ_j [i=a+gj]·Π'[j,o,k], or None (rule 11).
 
-        a = (−P) mod g, Π' = Π(·, K, S/g, (P+a)/g, D/g) with O pinned. None if g=1, K=1, O=1, nothing is read, or a
-        padding mode other than zeros is in use.
+        a = (−P) mod g and Π' = Π(·, K, S/g, (P+a)/g, D/g) with O pinned. None if g=1, K=1 or O=1, or if the pattern
+        reads nothing, or reads padding of a mode other than zeros.
 
         Example:
             >>> import lensor
@@ -671,7 +678,7 @@ _FIELDS = ("input_size", "kernel_size", "stride", "padding", "dilation", "paddin
 
 
 def _the_one(vector: np.ndarray) -> int | None:
-    """The positive number that all entries are, None if there is no such."""
+    """The common value of all entries if there is one and it is positive, else None."""
     value = int(vector[0])
     return value if value > 0 and bool((vector == value).all()) else None
 
@@ -680,7 +687,9 @@ def _as_sides(padding: Any) -> tuple[int, int]:
     """Padding as (left, right)."""
     if isinstance(padding, Sequence) and not isinstance(padding, str):
         if len(padding) != 2:
-            raise ValueError(f"padding must be an integer or (left, right), found {len(padding)} entries: {padding!r}")
+            raise ValueError(
+                f"padding is {padding!r} with {len(padding)} entries, expected an integer or (left, right)"
+            )
         return as_integer(padding[0], "padding[0]"), as_integer(padding[1], "padding[1]")
     side = as_integer(padding, "padding")
     return side, side

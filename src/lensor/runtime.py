@@ -1,4 +1,4 @@
-"""Running plans: the functions of a backend for the steps of a plan, written out as one straight-line function."""
+"""Running plans: one straight-line function that calls a backend's function for each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(plan: Plan, operands: Mapping[str, Any]) -> Any:
 
 
 def runnable(plan: Plan, backend: Backend) -> Runnable:
-    """The plan with the functions of a backend, made once."""
+    """The plan with the functions of a backend, created once."""
     found = plan.compiled.get(backend.name)
     if found is None:
         found = plan.compiled[backend.name] = Runnable(plan, backend)
@@ -30,12 +30,12 @@ def runnable(plan: Plan, backend: Backend) -> Runnable:
 class Runnable:
     """A plan with the functions of one backend.
 
-    `unchecked` takes the arrays in the order of the plan's operands and checks nothing; calling the object with a
-    mapping checks names, shapes, dtypes and devices first. `steps` is the plan's steps alone; where a framework records
-    derivatives, `unchecked` records the network's own instead of those of the steps.
+    A call with a mapping first checks names, shapes, dtypes and devices. `unchecked` takes the arrays in the order of
+    the plan's operands and checks nothing. `steps` runs the plan's steps only; if a framework records derivatives,
+    `unchecked` makes it record the network's derivatives instead of those of the steps.
 
-    Results are arrays in memory that nobody else sees, in row-major order; with `channels_last` (see there) results and
-    derivatives that have positions are in torch's order of that name.
+    Results are row-major arrays that share no memory with others. In `channels_last`, results and derivatives that have
+    positions are in torch's memory format of that name.
     """
 
     def __init__(self, plan: Plan, backend: Backend, in_channels_last: bool = False) -> None:
@@ -49,7 +49,7 @@ class Runnable:
 
     @cached_property
     def channels_last(self) -> Runnable:
-        """The same plan with results in the order of axes that torch calls channels_last."""
+        """The same plan with results in torch's memory format channels_last."""
         return self if self.in_channels_last else Runnable(self.plan, self.backend, in_channels_last=True)
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
@@ -68,16 +68,19 @@ class Runnable:
                 values.append(array)
         self.backend.check(values, names)
         if values and not self.backend.can_run(self.plan.steps, self.backend.kind(values[0])):
-            raise TypeError(f"the plan has steps that {self.backend.name} lacks for {values[0].dtype}: plan for arrays")
+            raise TypeError(
+                f"operands have dtype {values[0].dtype}, for which {self.backend.name} lacks steps of this plan: pass"
+                " arrays of this dtype, not shapes, to net.plan"
+            )
         return self.unchecked(*arrays)
 
     def derivative(self, kind: str, place: int, arrays: Sequence[Any], direction: Any) -> Any:
-        """The network's own VJP or JVP with respect to the operand at `place`, planned at the first call.
+        """Evaluate the network's VJP or JVP with respect to the operand at `place`; plan it at the first call.
 
         Args:
             kind: "vjp" or "jvp".
-            place: which of the arrays.
-            arrays: the operands, in order; None where the derivative does not need one.
+            place: position of the operand in `arrays`.
+            arrays: the operands, in order; None for those that the derivative does not need.
             direction: the cotangent or the tangent.
         """
         assert self.plan.deriver is not None
@@ -97,7 +100,7 @@ class Runnable:
 
 
 def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """For each operand by its place, which operands the derivative with respect to it still has."""
+    """For each operand, the places of the operands that the derivative with respect to it needs."""
     found: list[set[str]] = [set() for _ in names]
     for term in net.terms if net is not None else ():
         held = [node.name for node in term.nodes if isinstance(node, Operand)]
@@ -110,10 +113,10 @@ def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...
 
 
 def one_sum(plan: Plan) -> s.Step | None:
-    """The only step of a plan that computes, which a framework may add up in a precision that suffices; else None.
+    """The only computing step of a plan, if it may run in half precision, since frameworks accumulate it precisely.
 
-    Of other plans values in between, of more steps or before they are scaled, may not fit where the result does. A
-    product plus an operand (a bias) counts as one step.
+    None for other plans: intermediate results, between steps or before scaling, may overflow even if the result does
+    not. A product plus an operand (a bias) counts as one step.
     """
     computed = [step for step in plan.steps if step.computes]
     if len(computed) == 2 and computed[0].is_product and isinstance(computed[1], s.Add):
@@ -124,9 +127,9 @@ def one_sum(plan: Plan) -> s.Step | None:
 
 
 def bytes_needed(plan: Plan, itemsize: int) -> int:
-    """Memory that a plan needs beside operands and patterns, for operands of some bytes an entry.
+    """The bytes that a plan needs in addition to operands and patterns, for operands of `itemsize` bytes per entry.
 
-    Half precision is computed in single precision, with copies of the operands, where that is several steps.
+    Several steps in half precision are computed in single precision, with copies of the operands.
     """
     if itemsize != 2 or one_sum(plan) is not None or _only_moves(plan):
         return plan.peak_size * itemsize
@@ -135,7 +138,7 @@ def bytes_needed(plan: Plan, itemsize: int) -> int:
 
 
 def _widened(plan: Plan, backend: Backend, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The plan's function in single precision for operands in half precision, whose range sums soon leave."""
+    """The plan's function, in single precision for operands in half precision, because sums in half soon overflow."""
     return run if _only_moves(plan) else backend.widened(run, one_sum(plan))
 
 
@@ -144,9 +147,9 @@ def _only_moves(plan: Plan) -> bool:
 
 
 def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> Callable[..., Any]:
-    """One function of the operands: a line for each step, values dropped after their last use.
+    """One function of the operands, with one line per step; it drops values after their last use.
 
-    Steps without operands (patterns, ones) are made from the first operand, which tells dtype and device.
+    Steps without operands (patterns, ones) take dtype and device from the first operand.
     """
     steps = plan.steps
     names = [f"v{place}" for place, step in enumerate(steps) if isinstance(step, s.Input)]
@@ -179,7 +182,7 @@ def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> C
 
 
 def _returned(plan: Plan) -> str:
-    """What a compiled plan returns: the result, made the caller's own where it may lie in memory of somebody else's."""
+    """The expression that a compiled plan returns: the result, copied if it may share memory with another array."""
     result = f"v{plan.result}"
     values, place = layouts(plan.steps, plan.shapes), plan.result
     while True:
@@ -187,9 +190,9 @@ def _returned(plan: Plan) -> str:
         if not step.is_view:
             return f"settled({result})"
         if not step.takes or step.overlaps:
-            break  # an operand or a constant; entries that overlap, or that a framework will not let anybody write
+            break  # an operand or a constant; entries that overlap, or that a framework does not allow to write
         if values[place].copied:
-            # A copy where operands are in row-major order; where they are not, it may be a view of them.
+            # A copy if the operands are in row-major order; otherwise it may be a view of them.
             operands = [f"v{at}" for at, step in enumerate(plan.steps) if isinstance(step, s.Input)]
             return f"owned({', '.join([result, *operands])})"
         place = step.takes[0]
@@ -200,7 +203,7 @@ def require_operands(expected: Sequence[str], found: Mapping[str, Any]) -> None:
     """Raise TypeError unless exactly the expected operands are given."""
     for name in expected:
         if name not in found:
-            raise TypeError(f"operand {name!r} is missing; expected {list(expected)}, found {sorted(found)}")
+            raise TypeError(f"operand {name!r} is missing, expected all of {list(expected)}: found {sorted(found)}")
     for name in found:
         if name not in expected:
-            raise TypeError(f"unknown operand {name!r}; expected {list(expected)}")
+            raise TypeError(f"operand {name!r} is unknown, expected one of {list(expected)}")

@@ -14,24 +14,24 @@ Sides = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class ConvSpec:
-    """A convolution, or a transposed one, in any number of spatial dimensions: what stands in its arguments in torch.
+    """The hyper-parameters of a convolution or transposed convolution in any number of spatial dimensions, as in torch.
 
-    `input_size` fixes the number of spatial dimensions; an int means one, `()` a linear layer. The other sizes are an
-    int or one for each dimension. All are stored as tuples, padding as one (left, right) for each dimension.
+    `input_size` determines the number of spatial dimensions: an int means one, `()` a linear layer. Each other size is
+    one int, or one per dimension. All sizes are stored as tuples, padding as one (left, right) pair per dimension.
 
     Args:
-        in_channels: channels of the input, over all groups.
-        out_channels: channels of the output, over all groups.
+        in_channels: channels of the input, in all groups together.
+        out_channels: channels of the output, in all groups together.
         input_size: spatial size of the input.
         kernel_size: spatial size of the kernel.
         stride: step between output positions.
-        padding: an int, one int for each dimension, one (left, right) for each dimension, `"valid"` or `"same"`.
+        padding: an int, one int or one (left, right) pair per dimension, `"valid"` or `"same"`.
         dilation: step between kernel positions.
-        groups: number of groups; divides both channel numbers.
+        groups: number of channel groups; divides both numbers of channels.
         padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`.
         bias: whether there is a bias.
-        transposed: whether the convolution is a transposed one (zero padding only).
-        output_padding: what a transposed convolution adds to its output size.
+        transposed: whether the convolution is transposed (zero padding only).
+        output_padding: added to the output size of a transposed convolution.
 
     Example:
         >>> import lensor
@@ -42,11 +42,11 @@ class ConvSpec:
         ConvSpec(4, 8, (28, 28), 3, stride=2, padding=1, groups=2)
 
     Raises:
-        TypeError: for sizes that are not integers, flags that are not bools.
-        ValueError: for what torch refuses too: sizes that are not positive, tuples of another length than
-            `input_size`, groups that do not divide the channels, negative padding, a kernel larger than the padded
-            input, `"same"` with a stride, too much reflect or circular padding, output_padding out of its range, and
-            a transposed convolution with `"same"`, `"valid"` or a padding mode.
+        TypeError: for sizes that are not integers, and flags that are not bools.
+        ValueError: for hyper-parameters that torch rejects too: sizes that are not positive, tuples with a length
+            other than that of `input_size`, groups that do not divide the channels, negative padding, a kernel larger
+            than the padded input, `"same"` with a stride, too large reflect or circular padding, output_padding out of
+            its range, and a transposed convolution with `"same"`, `"valid"` or a padding mode.
     """
 
     in_channels: int
@@ -84,16 +84,16 @@ class ConvSpec:
         put(self, "groups", as_positive(groups, "groups"))
         for name in ("in_channels", "out_channels"):
             if getattr(self, name) % self.groups:
-                raise ValueError(f"{name} must be divisible by groups={self.groups}, found {getattr(self, name)}")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a multiple of groups={self.groups}")
         put(self, "bias", _as_flag(bias, "bias"))
         put(self, "transposed", _as_flag(transposed, "transposed"))
         put(self, "padding_mode", as_padding_mode(padding_mode))
         if self.transposed and self.padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros' for a transposed convolution, found {padding_mode!r}")
+            raise ValueError(f"padding_mode is {padding_mode!r}, expected 'zeros' for a transposed convolution")
         sizes: tuple[Any, ...] = tuple(input_size) if _is_sequence(input_size) else (input_size,)
-        put(self, "input_size", _each("input_size", sizes, len(sizes), as_positive))
+        put(self, "input_size", _each("input_size", input_size, len(sizes), as_positive))
         if not self.input_size and not _is_sequence(kernel_size):
-            raise ValueError(f"kernel_size must be () for input_size=(), a linear layer, found {kernel_size!r}")
+            raise ValueError(f"kernel_size is {kernel_size!r}, expected () for input_size=(), a linear layer")
         put(self, "kernel_size", _each("kernel_size", kernel_size, self.ndim, as_positive))
         put(self, "stride", _each("stride", stride, self.ndim, as_positive))
         put(self, "dilation", _each("dilation", dilation, self.ndim, as_positive))
@@ -104,48 +104,45 @@ class ConvSpec:
         put(self, "_patterns", tuple(make(d) for d in range(self.ndim)))
 
     def _as_padding(self, padding: Any) -> tuple[Sides, ...]:
-        """Padding as one (left, right) for each dimension."""
+        """Padding as one (left, right) pair per dimension."""
         if isinstance(padding, str):
             return self._named_padding(padding)
         if not _is_sequence(padding):
             return (_both(_as_natural(padding, "padding")),) * self.ndim
         if len(padding) != self.ndim:
-            hint = "; one (left, right) for the only dimension is written ((left, right),)" if self.ndim == 1 else ""
-            raise ValueError(
-                f"padding must have {self.ndim} entries, one for each spatial dimension, found {len(padding)}:"
-                f" {padding!r}{hint}"
-            )
+            hint = ": write the sides of the only dimension as ((left, right),)" if self.ndim == 1 else ""
+            raise ValueError(f"padding is {padding!r}, {_expected(self.ndim)}{hint}")
         sides: list[Sides] = []
-        for entry in padding:
+        for d, entry in enumerate(padding):
             if not _is_sequence(entry):
-                sides.append(_both(_as_natural(entry, "padding")))
+                sides.append(_both(_as_natural(entry, f"padding[{d}]")))
             elif len(entry) == 2:
-                sides.append((_as_natural(entry[0], "padding"), _as_natural(entry[1], "padding")))
+                sides.append((_as_natural(entry[0], f"padding[{d}][0]"), _as_natural(entry[1], f"padding[{d}][1]")))
             else:
-                raise ValueError(f"padding must be an integer or (left, right) in each dimension, found {entry!r}")
+                raise ValueError(f"padding[{d}] is {entry!r}, expected an integer or (left, right)")
         return tuple(sides)
 
     def _named_padding(self, name: str) -> tuple[Sides, ...]:
-        """`"valid"` is none; `"same"` is D(K−1) in all, the smaller half on the left."""
+        """`"valid"` pads nothing; `"same"` pads D(K−1) in total, the smaller half on the left."""
         if name not in ("same", "valid"):
-            raise ValueError(f"padding must be integers, 'same' or 'valid', found {name!r}")
+            raise ValueError(f"padding is {name!r}, expected integers, 'same' or 'valid'")
         if self.transposed:
-            raise ValueError(f"padding must be ints or pairs of ints for a transposed convolution, found {name!r}")
+            raise ValueError(f"padding is {name!r}, expected ints or pairs of ints for a transposed convolution")
         if name == "valid":
             return ((0, 0),) * self.ndim
         if any(stride != 1 for stride in self.stride):
-            raise ValueError(f"padding='same' needs stride 1, found stride={self.stride}")
+            raise ValueError(f"padding is 'same' with stride={self.stride}, expected stride 1")
         totals = [dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
 
     def _check_output_padding(self) -> None:
         if not self.transposed and any(self.output_padding):
-            raise ValueError(f"output_padding must be 0 unless transposed=True, found {self.output_padding}")
+            raise ValueError(f"output_padding is {self.output_padding}, expected 0 unless transposed=True")
         for extra, stride, dilation in zip(self.output_padding, self.stride, self.dilation, strict=True):
             if extra >= max(stride, dilation):
                 raise ValueError(
-                    "output_padding must be smaller than stride or dilation in every dimension, found"
-                    f" output_padding={self.output_padding}, stride={self.stride}, dilation={self.dilation}"
+                    f"output_padding is {self.output_padding}, expected less than stride={self.stride} or"
+                    f" dilation={self.dilation} in every dimension"
                 )
 
     def _pattern(self, d: int) -> IndexPattern:
@@ -153,9 +150,9 @@ class ConvSpec:
         padded = self.input_size[d] + sum(self.padding[d])
         if span > padded:
             raise ValueError(
-                f"kernel_size={self.kernel_size} is larger than the padded input in spatial dimension {d}: with"
-                f" dilation={self.dilation[d]} it spans {span} positions, found {padded} (input_size={self.input_size},"
-                f" padding={self.padding[d]})"
+                f"kernel_size={self.kernel_size} with dilation={self.dilation[d]} spans {span} positions in spatial"
+                f" dimension {d}, expected at most {padded}, the size of the padded input"
+                f" (input_size={self.input_size}, padding={self.padding[d]})"
             )
         try:
             return IndexPattern(
@@ -174,8 +171,8 @@ class ConvSpec:
         size = (positions - 1) * stride - sum(self.padding[d]) + dilation * (kernel - 1) + self.output_padding[d] + 1
         if size < 1:
             raise ValueError(
-                f"the output size of the transposed convolution must be at least 1, found {size} in spatial dimension"
-                f" {d}: input_size={self.input_size}, kernel_size={self.kernel_size}, stride={self.stride},"
+                f"the output size of the transposed convolution is {size} in spatial dimension {d}, expected at least"
+                f" 1: input_size={self.input_size}, kernel_size={self.kernel_size}, stride={self.stride},"
                 f" padding={self.padding}, dilation={self.dilation}, output_padding={self.output_padding}"
             )
         return IndexPattern(
@@ -190,9 +187,9 @@ class ConvSpec:
 
     @property
     def patterns(self) -> tuple[IndexPattern, ...]:
-        """One index pattern for each spatial dimension.
+        """One index pattern per spatial dimension.
 
-        Those of a transposed convolution have its output size as I, and O pinned to its input size.
+        For a transposed convolution, I is its output size, and O is pinned to its input size.
 
         Example:
             >>> import lensor
@@ -205,7 +202,7 @@ class ConvSpec:
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output.
 
-        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; of a transposed convolution
+        1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; for a transposed convolution
         (I−1)·S − P_left − P_right + D(K−1) + output_padding + 1.
 
         Example:
@@ -221,9 +218,9 @@ class ConvSpec:
 
     @property
     def kind(self) -> str:
-        """`"dense"`, `"down-sampling"`, `"mixed-dense"` or `"general"`: a label, no more.
+        """`"dense"`, `"down-sampling"`, `"mixed-dense"` or `"general"`; only a label.
 
-        All patterns dense; all dense or down-sampling; some; none.
+        All patterns are dense, all are dense or down-sampling, some are, or none is.
 
         Example:
             >>> import lensor
@@ -237,7 +234,7 @@ class ConvSpec:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """`[c_out, c_in / groups, *kernel_size]`, as torch; transposed `[c_in, c_out / groups, *kernel_size]`.
+        """`[c_out, c_in/groups, *kernel_size]`, or `[c_in, c_out/groups, *kernel_size]` if transposed, as in torch.
 
         Example:
             >>> import lensor
@@ -264,11 +261,11 @@ class ConvSpec:
     # ------------------------------------------------------------------------------------------------- from torch
     @classmethod
     def from_module(cls, module: Any, input_size: int | Sequence[int] = ()) -> ConvSpec:
-        """The specification of a torch convolution, transposed convolution or linear layer, or of a subclass.
+        """The specification of a torch convolution, transposed convolution or linear layer, or of a subclass instance.
 
         Args:
             module: `torch.nn.Conv1d` to `Conv3d`, `ConvTranspose1d` to `ConvTranspose3d`, or `Linear`.
-            input_size: spatial size of its input; `()` for a linear layer.
+            input_size: spatial size of the module's input; `()` for a linear layer.
 
         Example:
             >>> import lensor, torch
@@ -279,27 +276,30 @@ class ConvSpec:
 
         Raises:
             TypeError: for any other module.
-            ValueError: if the module has another number of spatial dimensions, or is lazy and has seen no input yet.
+            ValueError: if the module has another number of spatial dimensions, or is lazy and has had no input yet.
         """
-        # Known by the names of its classes, so that torch is not imported here.
+        # Comparing class names avoids an import of torch.
         names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.")}
         if not names & {"_ConvNd", "Linear"}:
             raise TypeError(
-                "module must be a torch.nn.Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d or Linear, found"
-                f" {type(module).__module__}.{type(module).__qualname__}"
+                f"module is a {type(module).__module__}.{type(module).__qualname__}, expected a torch.nn.Conv1d to"
+                " Conv3d, ConvTranspose1d to ConvTranspose3d or Linear"
             )
         sizes: Any = tuple(input_size) if _is_sequence(input_size) else (input_size,)
         ndim = len(module.kernel_size) if "_ConvNd" in names else 0
         if len(sizes) != ndim:
             raise ValueError(
-                f"input_size must have {ndim} entries, one for each spatial dimension of {type(module).__name__},"
-                f" found {sizes}"
+                f"input_size is {sizes} with {len(sizes)} entries, expected {ndim}, one per spatial dimension of"
+                f" {type(module).__name__}"
             )
         channels = ("in_channels", "out_channels") if "_ConvNd" in names else ("in_features", "out_features")
         if getattr(module, channels[0]) == 0 and any(
             base.__name__ == "LazyModuleMixin" for base in type(module).__mro__
         ):
-            raise ValueError(f"{type(module).__name__} does not know its {channels[0]} yet: call it on an input first")
+            raise ValueError(
+                f"module is a {type(module).__name__} without {channels[0]} yet, expected an initialised module: call"
+                " it on an input first"
+            )
         shape = (getattr(module, channels[0]), getattr(module, channels[1]), sizes)
         bias = module.bias is not None
         if "_ConvNd" not in names:
@@ -342,29 +342,27 @@ def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _as_flag(value: Any, name: str) -> bool:
-    # NumPy's bool is taken too; 0 and 1 are not.
+    # NumPy's bool is accepted too; 0 and 1 are not.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{name} must be a bool, found {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected a bool")
     return bool(value)
 
 
 def _as_natural(value: Any, name: str) -> int:
     number = as_integer(value, name)
     if number < 0:
-        raise ValueError(f"{name} must not be negative, found {number}")
+        raise ValueError(f"{name} is {number}, expected an integer that is not negative")
     return number
 
 
 def _each(name: str, value: Any, ndim: int, check: Callable[[Any, str], int]) -> tuple[int, ...]:
-    """One checked entry for each dimension."""
+    """One checked entry per dimension."""
     if not _is_sequence(value):
         return (check(value, name),) * ndim
     if len(value) != ndim:
-        raise ValueError(
-            f"{name} must be an integer or have {ndim} entries, one for each spatial dimension, found"
-            f" {len(value)}: {tuple(value)}"
-        )
-    try:
-        return tuple(check(entry, name) for entry in value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{error} in {tuple(value)}") from None
+        raise ValueError(f"{name} is {tuple(value)}, {_expected(ndim)}")
+    return tuple(check(entry, f"{name}[{d}]") for d, entry in enumerate(value))
+
+
+def _expected(ndim: int) -> str:
+    return f"expected an integer or {ndim} entr{'y' if ndim == 1 else 'ies'}, one per spatial dimension"

@@ -98,7 +98,7 @@ def test_convolutions_of_several_nets_are_merged() -> None:
 
 
 def test_unknown_net() -> None:
-    with pytest.raises(CommandError, match=r"unknown net 'vgg', expected one of 3c3d, 2c2d, .*efficientnet-b0"):
+    with pytest.raises(CommandError, match=r"net is 'vgg', expected one of 3c3d, 2c2d, .*efficientnet-b0"):
         layers_of("vgg")
 
 
@@ -170,7 +170,7 @@ def test_model_that_needs_values_runs_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("nothing", "no import path, expected pkg.mod:factory"),
+        ("nothing", "not an import path, expected pkg.mod:factory"),
         ("no.such.module:f", "cannot import no.such.module: ModuleNotFoundError"),
         ("lensor_bench.nets:vgg", "lensor_bench.nets has no vgg"),
         ("lensor.inspect.catalogue:PAPER", "is a tuple, expected a function or class"),
@@ -277,10 +277,10 @@ def test_convs_of_a_model_of_one_s_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["vgg"], "unknown net 'vgg', expected one of 3c3d,"),
-        (["resnet18", "--input-shape", "3x64x64"], "held for 3x256x256 and 3x224x224"),
+        (["vgg"], "net is 'vgg', expected one of 3c3d,"),
+        (["resnet18", "--input-shape", "3x64x64"], "expected 3x256x256 and 3x224x224"),
         (["lensor_bench.nets:all_cnn_c"], "--input-shape"),
-        (["lensor_bench.nets:all_cnn_c", "--input-shape", "3xabc"], "'3xabc' is no shape"),
+        (["lensor_bench.nets:all_cnn_c", "--input-shape", "3xabc"], "'3xabc' is not a shape"),
         (["lensor_bench.nets:all_cnn_c", "--input-shape", "4x32x32"], "cannot run on an input of shape (4, 32, 32)"),
         (["no.module:f", "--input-shape", "3x8x8"], "cannot import no.module: ModuleNotFoundError"),
     ],

@@ -128,7 +128,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, caplog: pytest.Lo
     with pytest.raises(CommandError, match="is not an exported program"):
         exported(tmp_path / "no.pt2")
     assert not caplog.records
-    with pytest.raises(CommandError, match="there is no file"):
+    with pytest.raises(CommandError, match="does not exist, expected a file"):
         exported(tmp_path / "nothing.pt2")
 
 
@@ -163,18 +163,18 @@ def test_transposed_and_one_dimensional_layers_are_measured() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vgg",), "unknown net 'vgg', expected one of 3c3d,"),
-        (("json:dumps",), "give --input-shape"),
+        (("vgg",), "net is 'vgg', expected one of 3c3d,"),
+        (("json:dumps",), "--input-shape is missing"),
         (("json:dumps", "--input-shape", "3x8x8"), "cannot run"),
         (("nowhere.to:find", "--input-shape", "3x8x8"), "cannot import nowhere.to"),
         (("torch.nn:ReLU", "--input-shape", "3x8x8"), "torch.nn:ReLU has no convolution"),
         (("2c2d", "--kinds", "down-sampling"), "2c2d has no convolution of these kinds"),
-        (("2c2d", "--ops", "hessian"), "unknown operation 'hessian', expected one of forward,"),
-        (("2c2d", "--device", "tpu"), "unknown device 'tpu', expected one of cpu"),
+        (("2c2d", "--ops", "hessian"), "operation is 'hessian', expected one of forward,"),
+        (("2c2d", "--device", "tpu"), "device is 'tpu', expected one of cpu"),
         (("2c2d", "--html", "no/such/folder/page.html"), "cannot write no/such/folder/page.html"),
         (("2c2d", "--html", "."), "cannot write .: it is a folder"),
-        (("x.pt2", "--input-shape", "3x8x8"), "leave --input-shape out"),
-        (("x.pt2",), "there is no file x.pt2"),
+        (("x.pt2", "--input-shape", "3x8x8"), "--input-shape is 3x8x8, expected none"),
+        (("x.pt2",), "x.pt2 does not exist, expected a file"),
     ],
 )
 def test_what_cannot_be_explained_is_told_in_a_line(arguments: tuple[str, ...], message: str) -> None:
@@ -226,8 +226,8 @@ def test_page_of_a_resnet_in_a_browser(browser: Any, tmp_path: Path) -> None:
     browser.find_element("css selector", "tbody .open").click()
     assert detail.is_displayed()
     assert "plan:" in detail.text
-    assert "The network as the operation defines it" in detail.text
-    assert "What the rules leave of it" in detail.text
+    assert "Network of the operation" in detail.text
+    assert "Simplified network" in detail.text
 
     browser.find_element("id", "find").send_keys("down-sampling forward")
     shown = [body for body in browser.find_elements("css selector", "tbody") if body.is_displayed()]

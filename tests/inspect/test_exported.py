@@ -104,7 +104,7 @@ class Branches(nn.Module):
 
 
 def test_convolutions_in_control_flow_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="convolution inside of cond: how often it runs depends on the data"):
+    with pytest.raises(CommandError, match="convolution inside of cond, expected no control flow"):
         exported(saved(tmp_path / "net.pt2", Branches()))
 
 
@@ -118,7 +118,7 @@ def test_the_older_format_is_read(tmp_path: Path, harmless: Members) -> None:
     assert exported(write(tmp_path / "net.pt2", old, folder="")) == new
     for name in ("state_dict", "constants", "example_inputs"):
         evil = old | {f"serialized_{name}.pt": by_torch({"x": Payload(tmp_path / "ran")})}
-        with pytest.raises(CommandError, match=f"serialized_{name}.pt holds a pickle that refers to .*open"):
+        with pytest.raises(CommandError, match=f"serialized_{name}.pt has a pickle that refers to .*open"):
             exported(write(tmp_path / "net.pt2", evil, folder=""))
     assert not (tmp_path / "ran").exists()
 
@@ -151,28 +151,28 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "constants of old": (lambda _, evil: {"data/constants/model.pt": by_torch({"w": evil})}, "refers to .*open"),
     "a pickled weight": (
         lambda found, evil: _flagged(found, "weights", "weight_9", by_torch(evil)),
-        "weight_9 holds a pickle that refers to .*open",
+        "weight_9 has a pickle that refers to .*open",
     ),
     "a pickled constant": (
         lambda found, evil: _flagged(found, "constants", "tensor_9", by_torch(evil)),
-        "tensor_9 holds a pickle that refers to .*open",
+        "tensor_9 has a pickle that refers to .*open",
     ),
     "an opaque object": (
         lambda found, evil: _flagged(found, "constants", "opaque_obj_0", pickle.dumps(evil)),
-        "opaque_obj_0 holds a pickled object of a custom class",
+        "opaque_obj_0 has a pickled object of a custom class",
     ),
     "an object of a custom class": (
         lambda found, evil: _flagged(found, "constants", "custom_obj_0", by_torch(evil)),
-        "custom_obj_0 holds a pickled object of a custom class",
+        "custom_obj_0 has a pickled object of a custom class",
     ),
     "another model": (
         lambda found, evil: {
             "models/other.json": found["models/model.json"],
             "data/sample_inputs/other.pt": by_torch(((evil,), {})),
         },
-        "other.pt holds a pickle that refers to .*open",
+        "other.pt has a pickle that refers to .*open",
     ),
-    "a compiled library": (lambda _, evil: {"data/aotinductor/model/x.so": b"\x7fELF"}, "holds compiled code"),
+    "a compiled library": (lambda _, evil: {"data/aotinductor/model/x.so": b"\x7fELF"}, "has compiled code"),
 }
 
 
@@ -181,12 +181,12 @@ def test_what_could_run_code_is_not_loaded(name: str, tmp_path: Path, harmless: 
     attack, message = ATTACKS[name]
     ran = tmp_path / "ran"
     path = write(tmp_path / "net.pt2", harmless | attack(harmless, Payload(ran)))
-    with pytest.raises(CommandError, match=f"{path} could run code when it is loaded: .*{message}"):
+    with pytest.raises(CommandError, match=f"{path} could run code when loaded: .*{message}"):
         exported(path)
     for command in ("convs", "explain"):
         found = invoke(command, str(path))
         assert found.exit_code == 1
-        assert "could run code when it is loaded" in found.stderr
+        assert "could run code when loaded" in found.stderr
         assert len(found.stderr.strip().splitlines()) == 1
     assert not ran.exists()
 
@@ -257,7 +257,7 @@ def test_truncated_files_and_missing_entries(tmp_path: Path, harmless: Members) 
         cut = json.dumps({name: value for name, value in program.items() if name != key}).encode()
         with pytest.raises(CommandError, match=f"is not an exported program: KeyError: '{key}'"):
             exported(write(tmp_path / "net.pt2", harmless | {"models/model.json": cut}))
-    with pytest.raises(CommandError, match=r"it holds no models/model\.json, found models/x\.json"):
+    with pytest.raises(CommandError, match=r"the archive has models/x\.json, expected models/model\.json"):
         exported(write(tmp_path / "net.pt2", {"models/x.json": b"{}"}))
 
 
@@ -267,5 +267,5 @@ def test_sizes_that_are_not_known_are_an_error(tmp_path: Path, harmless: Members
         for one in program["graph_module"]["graph"]["tensor_values"].values():
             one["sizes"] = [size] * len(one["sizes"])
         path = write(tmp_path / "net.pt2", harmless | {"models/model.json": json.dumps(program).encode()})
-        with pytest.raises(CommandError, match=r"a size of .* is not known"):
+        with pytest.raises(CommandError, match=r"a size of .* is unknown"):
             exported(path)

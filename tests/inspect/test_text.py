@@ -153,7 +153,7 @@ def test_results_with_any_text_are_read_back(text: str, tmp_path: Path) -> None:
         ("padding", "0+", r"padding is '0\+', expected numbers such as 1x0\+2"),
         ("operation", "inverse", "operation is 'inverse', expected one of forward,"),
         ("dtype", "float8", "dtype is 'float8', expected one of float64,"),
-        ("stride", "", "'' is no shape, expected sizes such as"),
+        ("stride", "", "'' is not a shape, expected sizes such as"),
     ],
 )
 def test_a_damaged_cell_is_named(column: str, value: str, message: str, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_damaged_cell_is_named(column: str, value: str, message: str, tmp_path
     header, cells = csv.reader(path.read_text(encoding="utf-8").splitlines())
     cells[header.index(column)] = value
     path.write_text(f"{','.join(header)}\n{','.join(cells)}\n", encoding="utf-8")
-    with pytest.raises(CommandError, match=rf"r\.csv is damaged in line 2 \({message}.*\); it was left as it is"):
+    with pytest.raises(CommandError, match=rf"r\.csv is damaged in line 2 \({message}.*\); it was left unchanged"):
         read(path)
 
 
@@ -173,7 +173,7 @@ def test_a_truncated_row_is_told(tmp_path: Path) -> None:
     for count in (1, 5, len(HEADER) - 1, len(HEADER) + 1):
         cells = [*line.split(","), "more"][:count]
         path.write_text(f"{header}\n{','.join(cells)}\n", encoding="utf-8")
-        with pytest.raises(CommandError, match=rf"line 2 \(it has {count} cells, expected {len(HEADER)}\)"):
+        with pytest.raises(CommandError, match=rf"line 2 \(the line has {count} cells, expected {len(HEADER)}\)"):
             read(path)
 
 

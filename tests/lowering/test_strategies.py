@@ -38,19 +38,21 @@ def test_every_strategy_gives_the_same(seed: int) -> None:
 
 @settings(max_examples=120)
 @given(SEEDS)
-def test_a_strategy_that_does_not_apply_adds_no_plan(seed: int) -> None:
+def test_a_strategy_that_does_not_apply_gives_no_better_plan(seed: int) -> None:
     net = random_network(seed).simplify()
-    plans = {lower(net, strategy).steps for strategy in STRATEGIES if strategy.applies(net)}
+    plans = [lower(net, strategy) for strategy in STRATEGIES if strategy.applies(net)]
     for strategy in STRATEGIES:
         if not strategy.applies(net):
-            assert lower(net, strategy).steps in plans, strategy.name
+            plan = lower(net, strategy)
+            assert plan.flops >= min(one.flops for one in plans), strategy.name
+            assert plan.peak_size >= min(one.peak_size for one in plans), strategy.name
 
 
 def test_every_strategy_has_a_name_of_its_own_and_is_chosen_from() -> None:
     assert len(BY_NAME) == len(STRATEGIES)
     net = bound(ops.kfac_input_factor(ConvSpec(4, 6, (9,), 3, padding=1)), 3)
     found = {plan.strategy for plan in candidates(net)}
-    assert {"windows", "dense", "lags", "halves"} <= found <= set(BY_NAME)
+    assert {"windows", "dense", "lags"} <= found <= set(BY_NAME)
 
 
 @pytest.mark.parametrize("spec", SPECS)

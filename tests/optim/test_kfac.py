@@ -411,7 +411,7 @@ def test_bad_batches_leave_everything_as_it_was(bad: float, nonfinite: str) -> N
     optimizer.zero_grad()
     CE(model(x), y).backward()
     if nonfinite == "raise":
-        with pytest.raises(FloatingPointError, match=r"0\.weight.* is not finite: no step was made"):
+        with pytest.raises(FloatingPointError, match=r"0\.weight.* is not finite, .*: no step was made"):
             optimizer.step()
     else:
         optimizer.step()
@@ -519,7 +519,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_states_of_other_optimizers_are_refused() -> None:
     model = network()
-    with pytest.raises(KeyError, match="not one of lensor"):
+    with pytest.raises(KeyError, match="expected a state of lensor"):
         KFAC(model, CE).load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
 
 
@@ -600,15 +600,15 @@ def test_digits_are_learnt_in_fewer_steps(fisher: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": 0.0}, "damping must be positive, found 0.0"),
-        ({"ema": 1.0}, "ema must be in"),
-        ({"lr": -1.0}, "lr must be finite and not negative"),
+        ({"damping": 0.0}, "damping is 0.0 in a group of parameters, expected a positive number"),
+        ({"ema": 1.0}, "ema is 1.0, expected"),
+        ({"lr": -1.0}, "lr is .*, expected a finite number of at least 0"),
         ({"fisher": "ef"}, "fisher is 'ef', expected one of"),
         ({"method": "lu"}, "method is 'lu', expected one of 'cholesky', 'eigen', 'woodbury'"),
-        ({"factor_interval": 0}, "factor_interval must be a whole number of at least 1, found 0"),
-        ({"layers": ["nope"]}, "no layer named 'nope'"),
-        ({"params": [nn.Parameter(torch.ones(3))]}, "params holds none of the model's parameters"),
-        ({"params": [{"params": network().parameters()}]}, "params holds none of the model's parameters"),
+        ({"factor_interval": 0}, "factor_interval is 0, expected a whole number of at least 1"),
+        ({"layers": ["nope"]}, "layers has 'nope'"),
+        ({"params": [nn.Parameter(torch.ones(3))]}, "params has no parameter of the model"),
+        ({"params": [{"params": network().parameters()}]}, "params has no parameter of the model"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
@@ -617,7 +617,7 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 
 
 def test_losses_that_need_targets_are_refused_where_there_are_none() -> None:
-    with pytest.raises(ValueError, match="does not see targets"):
+    with pytest.raises(ValueError, match="expected 'empirical' for a loss whose Hessian depends on targets"):
         KFAC(network(), nn.CrossEntropyLoss(weight=torch.ones(3)), fisher="mc")
-    with pytest.raises(ValueError, match="does not see targets"):
+    with pytest.raises(ValueError, match="expected 'empirical' for a loss whose Hessian depends on targets"):
         KFAC(network(), nn.CrossEntropyLoss(ignore_index=0), fisher="type-2")

@@ -54,7 +54,7 @@ def test_the_orders_of_a_matrix_product() -> None:
     assert table["optimal"].flops == min(2 * (2 * 3 * 5 + 2 * 5 * 7), 2 * (3 * 5 * 7 + 2 * 3 * 7))
     assert [row.name for row in table] == ["Feynman", *PATHS, "planner"]
     assert [line.split("  ")[0] for line in str(table).splitlines()][1:] == [row.name for row in table]
-    with pytest.raises(KeyError, match="no order 'best'; there are"):
+    with pytest.raises(KeyError, match="the path is 'best', expected one of"):
         table["best"]
 
 

@@ -149,12 +149,12 @@ def test_many_processes_save_at_once(tmp_path: Path) -> None:
 def test_a_damaged_file_is_a_warning(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "wisdom.json"
     path.write_bytes(content)
-    with pytest.warns(wisdom.WisdomWarning, match=f"holds no wisdom that can be read: .*{reason}"):
+    with pytest.warns(wisdom.WisdomWarning, match=f"is not a file of wisdom that can be read: .*{reason}"):
         assert wisdom.load(path) == 0
     assert wisdom.entries() == ()
     NET.plan(effort="measure", **OPERANDS)
     if content:
-        with pytest.raises(wisdom.WisdomError, match=f"{path} holds something else .*{reason}.*it was left as it is"):
+        with pytest.raises(wisdom.WisdomError, match=f"{path} is not a file of wisdom .*{reason}.*it was not changed"):
             wisdom.save(path)
         assert path.read_bytes() == content
         path.unlink()
@@ -339,8 +339,8 @@ class Clock:
                 clock.runs[self.at] += 1
                 clock.now += seconds[self.at] * (warmup if clock.runs[self.at] == 1 else 1)
 
-        monkeypatch.setattr("lensor.planner.choose.Runnable", Run)
-        monkeypatch.setattr("lensor.planner.choose.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("lensor.planner.choice.Runnable", Run)
+        monkeypatch.setattr("lensor.planner.choice.time.perf_counter", lambda: self.now)
 
 
 @pytest.mark.parametrize("warmup", [1.0, 3.0])

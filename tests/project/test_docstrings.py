@@ -117,24 +117,24 @@ def test_a_function_says_what_it_raises(name: str) -> None:
 @pytest.mark.parametrize("name", ops.__all__)
 @pytest.mark.parametrize("wrong", [None, "conv", (4, 8, 9, 3)], ids=repr)
 def test_an_operation_names_a_wrong_specification(name: str, wrong: Any) -> None:
-    message = f"spec must be a ConvSpec, found {wrong!r} of type {type(wrong).__name__}"
+    message = f"spec is {wrong!r} of type {type(wrong).__name__}, expected a ConvSpec"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         getattr(ops, name)(wrong)
 
 
 @pytest.mark.parametrize("wrong", [None, "n i -> n", lensor.ConvSpec(1, 1, 5, 3)], ids=repr)
 def test_simplify_names_what_is_no_network(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"^net must be a Network or a Sum, found "):
+    with pytest.raises(TypeError, match=r"^net is .*, expected a Network or a Sum$"):
         lensor.simplify(wrong)
 
 
 def test_compose_names_what_is_no_pattern() -> None:
     wrong: Any = (5, 3)
-    with pytest.raises(TypeError, match=r"^inner must be an IndexPattern, found \(5, 3\) of type tuple$"):
+    with pytest.raises(TypeError, match=r"^inner is \(5, 3\) of type tuple, expected an IndexPattern$"):
         lensor.IndexPattern(5, 3).compose(wrong)
 
 
 @pytest.mark.parametrize("block", ["filters", None, ["filter"]], ids=repr)
 def test_mini_block_names_a_wrong_block(block: Any) -> None:
-    with pytest.raises(ValueError, match=r"^block must be one of .*, found "):
+    with pytest.raises(ValueError, match=r"^block is .*, expected one of "):
         ops.ggn_mini_blocks(lensor.ConvSpec(4, 8, 9, 3), block)

@@ -57,13 +57,47 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
         assert np.abs(found - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
 
 
+DRAWN = (
+    "conv",
+    "conv_transpose",
+    "fold",
+    "ggn_diagonal",
+    "ggn_diagonal, per example",
+    "ggn_gram",
+    "ggn_mini_blocks",
+    "ggn_mini_blocks, kernel",
+    "ggn_mini_blocks, position",
+    "hessian_backprop",
+    "hessian_diagonal_input",
+    "hessian_diagonal_weight",
+    "conv_input_jacobian",
+    "conv_input_jvp",
+    "conv_input_vjp",
+    "kfac_input_factor",
+    "kfac_input_factor, bias",
+    "kfac_input_factor, reduce",
+    "kfac_input_root",
+    "kfac_output_factor",
+    "kfac_output_factor, reduce",
+    "mixed_second_derivative",
+    "conv_weight_vjp_per_example",
+    "unfold",
+    "unfold_transpose",
+    "unfolded_kernel",
+    "conv_weight_jacobian",
+    "conv_weight_jvp",
+    "conv_weight_vjp",
+)
+"""The operations of random networks: a list, so that a new operation leaves the network of each seed as it is."""
+
+
 def random_network(seed: int) -> Any:
     """A random operation on a random spec, with random sub-tensor access; all sizes known."""
     from tests.support.strategies import random_spec
 
     rng, choose = np.random.default_rng(seed), random.Random(seed)
     spec = lensor.ConvSpec(**random_spec(rng, max_ndim=2))
-    net = bound(BUILDERS[choose.choice(sorted(BUILDERS))](spec), choose.choice([1, 2]))
+    net = bound(BUILDERS[choose.choice(DRAWN)](spec), choose.choice([1, 2]))
     for _ in range(choose.choice([0, 0, 1, 2])):
         index = choose.choice(sorted(net.output_indices if choose.random() < 0.8 else net.sizes) or [""])
         if index:

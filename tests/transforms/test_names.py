@@ -439,7 +439,7 @@ def test_indices_are_joined_only_on_demand() -> None:
             net.relabel(mapping, {"x": 2})
     joined = net.replace(output=[]).relabel({"c": ("c_",)}, join=True)
     assert joined == lensor.contraction("i i ->", "A", i=2)
-    with pytest.raises(NetworkError, match="different places or has different sizes"):
+    with pytest.raises(NetworkError, match="different places or sizes"):
         lensor.Sum((net, net.replace(output=[("c_",), ("c",)])))
     with pytest.raises(NetworkError, match="summed in another"):
         lensor.Sum((net.replace(output=[("c",)]), net.replace(output=[("c_",)])))

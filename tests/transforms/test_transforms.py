@@ -116,7 +116,7 @@ def test_batch_is_vmap() -> None:
     b = torch.randn(6, dtype=torch.float64)
     expected = vmap(conv, (0, None))(xs, W) + b[:, None, None]
     assert_close(biased.batch("v", ["X"])(X=xs, W=W, b=b), expected)
-    with pytest.raises(NetworkError, match=r"'n' is already there"):
+    with pytest.raises(NetworkError, match=r"'n' exists already"):
         net.batch("n", ["X"])
 
 
@@ -341,26 +341,29 @@ def test_rename_split_group_and_regroup() -> None:
     [
         (lambda net: net.jacobian("Z"), r"'Z'.*'X', 'W'"),
         (lambda net: net.vjp("Z"), r"'Z'.*'X', 'W'"),
-        (lambda net: net.narrow("z", 0, 1), r"unknown index 'z'"),
-        (lambda net: net.narrow("o1", 0, 99), r"'o1' has positions 0 to 2"),
+        (lambda net: net.narrow("z", 0, 1), r"index 'z' is unknown"),
+        (
+            lambda net: net.narrow("o1", 0, 99),
+            r"slice of index 'o1' has start 0, stop 99 and step 1, expected 0 <= start < stop <= 3",
+        ),
         (lambda net: net.slice("o1", 2, 2), r"start < stop"),
-        (lambda net: net.select("o1", 3), r"'o1' has size 3"),
+        (lambda net: net.select("o1", 3), r"position is 3, expected -3 <= position < 3 for index 'o1'"),
         (lambda net: net.narrow("n", 0, 1), r"net.bind\(n="),
-        (lambda net: net.diagonal("o1", "k1"), r"unknown output index 'k1'"),
-        (lambda net: net.diagonal("o1", "o2"), r"'o1' has 3, 'o2' has 4"),
-        (lambda net: net.keep("o1"), r"unknown summed index 'o1'"),
-        (lambda net: net.batch("v", ["Z"]), r"unknown operand 'Z'"),
-        (lambda net: net.substitute("Z", net), r"unknown operand 'Z'"),
+        (lambda net: net.diagonal("o1", "k1"), r"output index 'k1' is unknown"),
+        (lambda net: net.diagonal("o1", "o2"), r"'o1' and 'o2' of a diagonal have sizes 3 and 4"),
+        (lambda net: net.keep("o1"), r"summed index 'o1' is unknown"),
+        (lambda net: net.batch("v", ["Z"]), r"operand 'Z' is unknown"),
+        (lambda net: net.substitute("Z", net), r"operand 'Z' is unknown"),
         (lambda net: net.substitute("W", net), r"leg 1 of operand 'W'"),
-        (lambda net: net.merge(net, share=["z"]), r"unknown index 'z'"),
+        (lambda net: net.merge(net, share=["z"]), r"index 'z' is unknown"),
         (lambda net: net.rename(o1="o2"), r"two indices would be named 'o2'"),
-        (lambda net: net.rename(z="y"), r"unknown index 'z'"),
+        (lambda net: net.rename(z="y"), r"index 'z' is unknown"),
         (lambda net: net.rename_operands(X="W"), r"different identifiers"),
         (lambda net: net.regroup("n g c_out o1"), r"'o2' is missing"),
-        (lambda net: net.split("c_out", {"a": 2, "b": 2}), r"size 3"),
-        (lambda net: net.split("c_out", {"o1": 3}), r"'o1' is already there"),
-        (lambda net: net.bind(o1=4), r"'o1' has size 3, got 4"),
-        (lambda net: net.bind(z=4), r"unknown index 'z'"),
+        (lambda net: net.split("c_out", {"a": 2, "b": 2}), r"sizes is .* product 3, the size of 'c_out'"),
+        (lambda net: net.split("c_out", {"o1": 3}), r"'o1' exists already"),
+        (lambda net: net.bind(o1=4), r"'o1' is 4, expected 3"),
+        (lambda net: net.bind(z=4), r"index 'z' is unknown"),
     ],
 )
 def test_errors_name_what_was_asked_and_what_there_is(call: Any, message: str) -> None:
@@ -509,7 +512,7 @@ def test_sums_are_transformed_term_by_term() -> None:
     assert len(squares.terms) == 4
     assert_close(squares(X=X, W=W, b=b), whole.square().sum())
     assert_close(squares.jacobian("b")(X=X, W=W, b=b), 2 * whole.sum((0, 2, 3)))
-    with pytest.raises(NetworkError, match="sum has no connected parts"):
+    with pytest.raises(NetworkError, match="net is a Sum, expected a Network"):
         net.components()
 
 
@@ -552,44 +555,50 @@ def test_splitting_goes_through_deltas_and_patterns() -> None:
     ("call", "message"),
     [
         (lambda net: net.jvp("Z"), r"'Z'.*'X', 'W'"),
-        (lambda net: net.vjp("W", "X"), r"cotangent 'X' is an operand already; operands are \['X', 'W'\]"),
+        (lambda net: net.vjp("W", "X"), r"cotangent 'X' is an operand already, .*: operands are \['X', 'W'\]"),
         (lambda net: net.jvp("W", "X"), r"tangent 'X' is an operand already"),
-        (lambda net: net.slice("z", 0, 1), r"unknown index 'z', expected one of .*'c_in'"),
-        (lambda net: net.slice("o1", 0, 3, 0), r"step >= 1, got start 0, stop 3, step 0"),
+        (lambda net: net.slice("z", 0, 1), r"index 'z' is unknown, expected one of .*'c_in'"),
+        (lambda net: net.slice("o1", 0, 3, 0), r"has start 0, stop 3 and step 0, expected .* step >= 1"),
         (lambda net: net.slice("o1", -1, 3), r"0 <= start"),
         (lambda net: net.narrow("o1", 0, 0), r"start < stop"),
-        (lambda net: net.select("z", 0), r"unknown index 'z'"),
-        (lambda net: net.select("o1", -4), r"expected -3 <= position < 3, got -4"),
+        (lambda net: net.select("z", 0), r"index 'z' is unknown"),
+        (lambda net: net.select("o1", -4), r"position is -4, expected -3 <= position < 3"),
         (lambda net: net.select("n", 0), r"net\.bind\(n="),
-        (lambda net: net.diagonal("o1", "o1"), r"two different output indices, got 'o1' twice"),
-        (lambda net: net.diagonal("z", "o1"), r"unknown output index 'z', expected one of \['n', 'g', 'c_out', "),
-        (lambda net: net.block_diagonal("z", "o1", 1), r"unknown output index 'z'"),
-        (lambda net: net.block_diagonal("o1", "o2", 1), r"block_size must divide the sizes of 'o1' and 'o2'"),
-        (lambda net: net.block_diagonal("c_out", "o1", 0), r"block_size must divide .* got 0 for \(3, 3\)"),
+        (lambda net: net.diagonal("o1", "o1"), r"are 'o1' and 'o1', expected two different ones"),
+        (lambda net: net.diagonal("z", "o1"), r"output index 'z' is unknown, expected one of \['n', 'g', 'c_out', "),
+        (lambda net: net.block_diagonal("z", "o1", 1), r"output index 'z' is unknown"),
+        (
+            lambda net: net.block_diagonal("o1", "o2", 1),
+            r"block_size is 1 for indices 'o1' and 'o2' of sizes \(3, 4\), expected equal",
+        ),
+        (lambda net: net.block_diagonal("c_out", "o1", 0), r"block_size is 0 for .* of sizes \(3, 3\), expected"),
         (lambda net: net.block_diagonal("n", "o1", 1), r"net\.bind\(n="),
-        (lambda net: net.keep("z"), r"unknown summed index 'z', expected one of \['c_in', 'i1', "),
-        (lambda net: net.batch("v", ["X", "Z"]), r"unknown operand 'Z', expected one of \['X', 'W'\]"),
+        (lambda net: net.keep("z"), r"summed index 'z' is unknown, expected one of \['c_in', 'i1', "),
+        (lambda net: net.batch("v", ["X", "Z"]), r"operand 'Z' is unknown, expected one of \['X', 'W'\]"),
         (lambda net: net.merge(net, share=["n"], output="z"), r"'z'"),
-        (lambda net: net.rename(o1="a b"), r"an index name must be an identifier, found 'a b'"),
+        (lambda net: net.rename(o1="a b"), r"the new name of an index is 'a b', expected an identifier"),
         (lambda net: net.rename(o1="x", o2="x"), r"two indices would be named 'x'"),
-        (lambda net: net.rename_operands(Z="Y"), r"unknown operand 'Z'"),
-        (lambda net: net.rename_operands(X="1"), r"different identifiers, found \['1', 'W'\]"),
-        (lambda net: net.group("o1", "z"), r"unknown output index 'z'"),
+        (lambda net: net.rename_operands(Z="Y"), r"operand 'Z' is unknown"),
+        (lambda net: net.rename_operands(X="1"), r"would be \['1', 'W'\], expected different identifiers"),
+        (lambda net: net.group("o1", "z"), r"output index 'z' is unknown"),
         (lambda net: net.group("o1", "o1"), r"'o1'"),
-        (lambda net: net.ungroup("z"), r"unknown output index 'z'"),
-        (lambda net: net.ungroup("i1"), r"unknown output index 'i1'"),
-        (lambda net: net.split("z", {"a": 1}), r"unknown index 'z'"),
+        (lambda net: net.ungroup("z"), r"output index 'z' is unknown"),
+        (lambda net: net.ungroup("i1"), r"output index 'i1' is unknown"),
+        (lambda net: net.split("z", {"a": 1}), r"index 'z' is unknown"),
         (lambda net: net.split("n", {"a": 1, "b": None}), r"net\.bind\(n="),
-        (lambda net: net.split("c_out", {"a": None, "b": None}), r"does not multiply to"),
-        (lambda net: net.split("c_out", {"a": 2, "b": None}), r"does not multiply to"),
-        (lambda net: net.bind(n=-1), r"'n' has size unknown, got -1"),
-        (lambda net: net.scaled(1, {"z": 1}), r"unknown index 'z'"),
-        (lambda net: net.substitute("W", lensor.contraction("a b -> a b", "A")), r"'W' has 4 legs, the network has 2"),
+        (lambda net: net.split("c_out", {"a": None, "b": None}), r"expected sizes with the product 3"),
+        (lambda net: net.split("c_out", {"a": 2, "b": None}), r"expected sizes with the product 3"),
+        (lambda net: net.bind(n=-1), r"'n' is -1, expected at least 0"),
+        (lambda net: net.scaled(1, {"z": 1}), r"index 'z' is unknown"),
+        (
+            lambda net: net.substitute("W", lensor.contraction("a b -> a b", "A")),
+            r"network has 2 output legs, expected 4 as operand 'W'",
+        ),
         (
             lambda net: net.substitute("W", lensor.contraction("a b c d -> a b c d", "A", a=5, b=2, c=3, d=2)),
-            r"leg 0 of operand 'W' has indices \('g', 'c_out'\) of size 6, the network's \('a',\) of size 5",
+            r"output leg 0 of network, \('a',\), has size 5, expected 6 as leg 0 of operand 'W', \('g', 'c_out'\)",
         ),
-        (lambda net: net.regroup("n (g c_out) o1 o2 z"), r"'z' is nowhere present"),
+        (lambda net: net.regroup("n (g c_out) o1 o2 z"), r"'z' is not in the operands"),
         (lambda net: net.regroup("n (g c_out) o1 o2 n"), r"'n' is repeated"),
     ],
 )
@@ -600,7 +609,7 @@ def test_errors_of_transforms(call: Any, message: str) -> None:
 
 
 def test_operands_of_batch_are_a_sequence() -> None:
-    with pytest.raises(TypeError, match="operands must be a sequence of names, found the str 'X'"):
+    with pytest.raises(TypeError, match="operands is the str 'X', expected a sequence of names"):
         ops.conv(SPEC).batch("v", "X")
     with pytest.raises(TypeError):
         ops.conv(SPEC).slice("o1", 0.0, 2)
@@ -629,13 +638,15 @@ def test_no_positions_of_an_index_that_has_two_sizes_in_a_sum(cut: Any) -> None:
     one = lensor.contraction("i j, j -> i", "A", "B", i=2, j=3)
     other = lensor.contraction("i j, j -> i", "C", "D", i=2, j=5)
     for total, sizes in ((one + other, [3, 5]), (other + one, [5, 3])):
-        with pytest.raises(NetworkError, match=rf"give index 'j' the sizes \{sizes}, expected one size"):
+        with pytest.raises(
+            NetworkError, match=rf"index 'j' has sizes \{sizes} in the terms of the sum, expected one size"
+        ):
             cut(total)
 
 
 def test_binding_an_index_that_has_another_size_in_a_later_term() -> None:
     one = lensor.contraction("i j, j -> i", "A", "B", i=2, j=3)
     other = lensor.contraction("i j, j -> i", "C", "D", i=2, j=5)
-    with pytest.raises(NetworkError, match="index 'j' has size 5, got 3"):
+    with pytest.raises(NetworkError, match="the size of index 'j' is 3, expected 5"):
         (one + other).bind(j=3)
     assert (one + other).bind(i=2) == one + other

@@ -1,7 +1,7 @@
-"""The conformance matrix: for each quantity and hyper-parameter, whether a library is right, wrong, or refuses.
+"""The conformance matrix: whether a library is right, wrong, or refuses, for each quantity and hyper-parameter.
 
-A cell holds several convolutions and is right only if every result is that of `definitions`, in float64. A library is
-called as its users would call it (`libraries`).
+A cell contains several convolutions and is right only if every result equals that of `definitions`, in float64. The
+libraries are called as their users would call them (`libraries`).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from lensor_bench.libraries import LIBRARIES, Library
 from lensor_bench.measure import relative_error
 
 TOLERANCE = 1e-6
-"""The largest relative error that counts as rounding: a scale may be a number in single precision."""
+"""Maximum relative error that counts as rounding: a scale may be a number in single precision."""
 
 RIGHT, WRONG, REFUSES, NONE = "right", "wrong", "refuses", "n/a"
 SYMBOLS = {RIGHT: "✓", WRONG: "✗", REFUSES: "!", NONE: "–"}
 LEGEND = {
     RIGHT: "every case agrees with the definition",
-    WRONG: "a result differs, and nothing says so",
+    WRONG: "a result differs without a warning or error",
     REFUSES: "an exception, and no wrong result",
-    NONE: "the library has no function for it, or there is no such convolution",
+    NONE: "the library has no function for it, or the convolution does not exist",
 }
 
 QUANTITIES = {
@@ -52,7 +52,7 @@ QUANTITIES = {
     "unfold": "unfold",
     "fold": "fold",
 }
-"""The rows, and how tables call them."""
+"""The rows, and their names in tables."""
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
@@ -174,25 +174,25 @@ COLUMNS: Mapping[str, tuple[Convolution, ...]] = {
         _conv(2, 3, (4, 3, 4), (2, 2, 2), padding=1, bias=True),
     ),
 }
-"""The hyper-parameters, with the convolutions that stand for each."""
+"""The hyper-parameters, with their convolutions."""
 
 MEANINGS = {
     "unread inputs": "strides that leave positions of the input unread",
     "same": '`padding="same"`, also with even kernels, where the padding is uneven',
-    "uneven": "padding as (left, right) pairs; torch's modules cannot express them",
+    "uneven": "padding as (left, right) pairs; torch's modules cannot express these",
     "large kernel": "kernels larger than the input, with padding",
     "combined": 'groups together with a padding mode, `padding="same"`, three dimensions or output padding',
     "unbatched": "inputs without a batch axis",
     "bias": "a bias; in input factors it is the last row and column",
 }
-"""What the names of some columns stand for."""
+"""Explanations of some column names."""
 
 WITH_BIAS = ("forward", "transposed_forward", "kfac_expand", "kfac_reduce")
-"""What a bias changes; in an input factor it is the last row and column."""
+"""Quantities that a bias changes; in an input factor it is the last row and column."""
 
 
 def cases(quantity: str, column: str) -> tuple[Convolution, ...]:
-    """The convolutions of a cell; none where there is no such thing."""
+    """The convolutions of a cell; empty if none exists."""
     if column == "unbatched" and quantity not in WITHOUT_BATCH:
         return ()
     if column == "bias" and quantity not in WITH_BIAS:
@@ -211,13 +211,13 @@ def cases(quantity: str, column: str) -> tuple[Convolution, ...]:
 # --------------------------------------------------------------------------------------------------------------- cells
 @dataclass(frozen=True)
 class Answer:
-    """What a library says to one case.
+    """A library's answer to one case.
 
     Args:
         conv: the convolution.
         status: "right", "wrong" or "refuses".
-        error: the largest difference over the largest entry, infinite for another shape or what is no number.
-        message: what was raised, or how the shape differs.
+        error: the largest difference divided by the largest entry; infinite for another shape or NaN.
+        message: the error that was raised, or the difference in shape.
     """
 
     conv: Convolution
@@ -228,7 +228,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a library says to all cases of a quantity and a hyper-parameter."""
+    """A library's answers to all cases of a quantity and a hyper-parameter."""
 
     quantity: str
     column: str
@@ -236,7 +236,7 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """Wrong if any case is, else refuses if any is refused, else right; n/a without cases."""
+        """Wrong if any case is wrong, else refuses if any is refused, else right; n/a without cases."""
         found = {answer.status for answer in self.answers}
         return next((status for status in (WRONG, REFUSES, RIGHT) if status in found), NONE)
 
@@ -246,31 +246,31 @@ class Cell:
         return max((answer.error for answer in self.answers), default=0.0)
 
     def having(self, status: str) -> list[Answer]:
-        """The answers of a status."""
+        """The answers with a status."""
         return [answer for answer in self.answers if answer.status == status]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A library's cells."""
+    """The cells of a library."""
 
     library: Library
     cells: tuple[Cell, ...]
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """How many cells have each status."""
+        """Number of cells with each status."""
         return Counter(cell.status for cell in self.cells)
 
     def rows(self) -> Iterator[tuple[str, list[Cell]]]:
-        """The cells of each quantity that the library has."""
+        """The cells of each quantity that the library supports."""
         for quantity, cells in itertools.groupby(self.cells, lambda cell: cell.quantity):
             if quantity in self.library.ways:
                 yield quantity, list(cells)
 
     @property
     def absent(self) -> str:
-        """The quantities that the library has no function for, in one line."""
+        """The quantities that the library does not support, in one line."""
         asked = dict.fromkeys(cell.quantity for cell in self.cells)
         return ", ".join(QUANTITIES[quantity] for quantity in asked if quantity not in self.library.ways)
 
@@ -291,7 +291,7 @@ class Matrix:
         return found
 
     def refusals(self) -> list[tuple[str, ...]]:
-        """What was raised, messages that differ in numbers only as one, and where, with the number of cases."""
+        """Errors and where they occur, with the number of cases; messages that differ only in numbers are merged."""
         places: dict[str, tuple[str, dict[str, list[str]]]] = {}
         for cell in self.cells:
             alike: dict[str, list[str]] = {}
@@ -308,10 +308,10 @@ class Matrix:
 
 
 def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
-    """A library's answer to one case.
+    """Compute a library's answer to one case.
 
     Raises:
-        ImportError: if the library does not have the functions that it is asked by.
+        ImportError: if the library does not have the functions that this command calls.
     """
     case = Case.draw(conv)
     right = expected(quantity, case)
@@ -319,10 +319,10 @@ def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = library.ways[quantity](case).detach()
-    except ImportError as error:  # no answer
-        known = f"{library.name} {library.version} is another version than this command knows"
+    except ImportError as error:  # not an answer
+        known = f"{library.name} {library.version} is not supported, expected another version"
         raise CommandError(f"{known}: {in_one_line(error)}") from error
-    except Exception as error:  # whatever else it is, it is the library's answer
+    except Exception as error:  # any other error is the library's answer
         return Answer(conv, REFUSES, message=in_one_line(error, None))
     if found.shape != right.shape:
         return Answer(conv, WRONG, math.inf, f"shape {tuple(found.shape)}, expected {tuple(right.shape)}")
@@ -335,10 +335,10 @@ def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
 def examine(
     library: Library, quantities: Iterable[str] = QUANTITIES, advance: Callable[[], None] = lambda: None
 ) -> Matrix:
-    """A library's matrix; `advance` is called after each cell."""
+    """Compute a library's matrix; `advance` is called after each cell."""
     cells = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more than one would only get in each other's way on arrays this small
+    torch.set_num_threads(1)  # more threads would slow down arrays of this size
     try:
         for quantity, column in itertools.product(quantities, COLUMNS):
             held = cases(quantity, column) if quantity in library.ways else ()
@@ -358,7 +358,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], centred: bool
 
 
 def section(matrix: Matrix) -> str:
-    """A library's part of the page."""
+    """A library's section of the page."""
     library = matrix.library
     lines = [f"## {library.name}", "", f"Called by {library.called}", ""]
     rows = ([QUANTITIES[quantity], *(SYMBOLS[cell.status] for cell in cells)] for quantity, cells in matrix.rows())
@@ -375,33 +375,33 @@ def section(matrix: Matrix) -> str:
 
 
 def command(matrices: Sequence[Matrix], file: str) -> str:
-    """The command that writes a page of these matrices."""
+    """The command that writes a page with these matrices."""
     asked = dict.fromkeys(cell.quantity for matrix in matrices for cell in matrix.cells)
     some = "" if set(asked) == set(QUANTITIES) else f" --quantity {','.join(asked)}"
     return f"lensor conformance --peer {','.join(matrix.library.name for matrix in matrices)}{some} --markdown {file}"
 
 
 def markdown(matrices: Sequence[Matrix], file: str) -> str:
-    """The page, to be written to a file of this name."""
+    """The page, for a file with this name."""
     counts = ([str(matrix.counts[status]) for status in SYMBOLS] for matrix in matrices)
     names = ((matrix.library.name, matrix.library.version) for matrix in matrices)
     count = len({conv for column in COLUMNS.values() for conv in column})
     lines = [
         "# Conformance",
         "",
-        "Which quantities of a convolution are right for which hyper-parameters. Written by",
+        "Correct quantities of a convolution, by hyper-parameter. Written by",
         "",
         f"    {command(matrices, file)}",
         "",
-        f"with torch {torch.__version__} and Python {platform.python_version()}. Cells by what was found:",
+        f"with torch {torch.__version__} and Python {platform.python_version()}. Number of cells by result:",
         "",
         *_table(("library", "version", *SYMBOLS), [(*name, *count) for name, count in zip(names, counts, strict=True)]),
-        f"A cell holds up to {max(map(len, COLUMNS.values()))} of {count} small convolutions, among them combinations"
-        f" with other hyper-parameters, and is right only if all are: relative error at most {TOLERANCE:g} in float64."
-        " Results are compared with explicit definitions: torch's own convolution on padded input, automatic"
-        " differentiation of it, Jacobians as full arrays, and for Kronecker factors patches gathered entry by entry."
+        f"A cell contains up to {max(map(len, COLUMNS.values()))} of {count} small convolutions, including combinations"
+        f" with other hyper-parameters. It is right only if all are: relative error at most {TOLERANCE:g} in float64."
+        " Results are compared with explicit definitions: torch's own convolution on padded input, its automatic"
+        " derivatives, Jacobians as full arrays, and, for Kronecker factors, patches gathered entry by entry."
         " Libraries are called as their users would call them, one layer at a time; factors are compared at the paper's"
-        " scale. Messages that differ in numbers only are listed once.",
+        " scale. Messages that differ only in numbers are listed once.",
         "",
         *_table(("", "", "meaning"), [(SYMBOLS[status], status, LEGEND[status]) for status in SYMBOLS]),
         *_table(("hyper-parameter", "meaning"), list(MEANINGS.items())),
@@ -413,7 +413,7 @@ HEADER = ("library", "version", "quantity", "hyper_parameter", "convolution", "s
 
 
 def csv_rows(matrices: Iterable[Matrix]) -> Iterator[tuple[Any, ...]]:
-    """One row for each case, and one for each cell without."""
+    """One row per case, and one per cell without cases."""
     for matrix in matrices:
         library = matrix.library
         for cell in matrix.cells:
@@ -426,17 +426,17 @@ def csv_rows(matrices: Iterable[Matrix]) -> Iterator[tuple[Any, ...]]:
 
 
 def csv_text(matrices: Sequence[Matrix]) -> str:
-    """Every case as CSV."""
+    """All cases as CSV."""
     file = io.StringIO()
     write_rows(file, [HEADER, *csv_rows(matrices)])
     return file.getvalue()
 
 
 def libraries_of(names: Sequence[str]) -> list[Library]:
-    """Libraries by name, Lensor if none is asked for.
+    """Look up libraries by name; Lensor by default.
 
     Raises:
-        CommandError: for an unknown one, and for one that is not installed.
+        CommandError: for a library that is unknown or not installed.
     """
     found = [LIBRARIES[name] for name in choose("peer", names or ["lensor"], LIBRARIES)]
     for library in found:

@@ -1,12 +1,13 @@
-"""The paper's figure 8: how far sampled gradients are from exact ones, against the share of the input that is kept.
+"""The paper's figure 8: errors of sampled gradients against the share of the input that is kept.
 
-The untrained All-CNN-C without dropout; the gradients of all kernels, flattened into one vector g, and their sampled
-proxies ĝ: ‖ĝ − g‖ / ‖g‖, mean and standard deviation over initialisations of the model and the batch. Beside the
-paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) by Bernoulli sampling: other indices and schemes, and
-the error against the time of the backward pass, which is measured for the first seed beside the exact one, in turns.
+The model is the untrained All-CNN-C without dropout. For the gradients of all kernels, flattened into one vector g, and
+their sampled proxies ĝ, the figure shows ‖ĝ − g‖ / ‖g‖: mean and standard deviation over initialisations of the model
+and the batch. In addition to the paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) by Bernoulli
+sampling, it shows other indices and schemes, and the error against the time of the backward pass. The time is measured
+for the first seed, alternately with that of the exact backward pass.
 
-Times are warm: planning for the counts that were drawn is done before and not in them. A training step by Bernoulli or
-importance sampling draws other counts than the one before, and plans for those that it has not seen.
+Times are warm: they exclude planning for the drawn counts. A training step by Bernoulli or importance sampling draws
+new counts at each step, and plans for those that it has not seen.
 """
 
 from __future__ import annotations
@@ -48,25 +49,25 @@ OTHERS = (
     (EXAMPLES, "fixed"),
     (EXAMPLES, "importance"),
 )
-"""(indices, scheme): each index is kept at the rate whose product is the share of the input."""
+"""(indices, scheme): each index is kept at the same rate; the rates' product is the share of the input."""
 
 _ROUNDS = 3
-"""Timed rounds of a backward pass and the exact one."""
+"""Number of timed rounds of a backward pass and the exact one."""
 
 REAL, SYNTHETIC, CIFAR = "crops of pictures", "normal numbers", "CIFAR-100"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Args:
-        batch: the batch size.
-        shares: of the input that is kept, for the paper's two curves.
-        few: the same for the other indices and schemes.
-        seeds: initialisations of the model and the batch for the paper's curves.
-        others: the same for the other indices and schemes.
-        cifar: a folder with CIFAR-100, which is measured too; None for without.
+        batch: batch size.
+        shares: kept shares of the input, for the paper's two curves.
+        few: kept shares, for the other indices and schemes.
+        seeds: number of initialisations of the model and the batch, for the paper's curves.
+        others: number of initialisations, for the other indices and schemes.
+        cifar: a folder with CIFAR-100, to measure it as well; None to leave it out.
     """
 
     batch: int = 128
@@ -78,7 +79,7 @@ class Settings:
 
     @classmethod
     def quick(cls, cifar: Path | None = None) -> Settings:
-        """Small batches and few shares."""
+        """Settings with small batches and few shares."""
         return cls(16, (0.1, 0.35, 0.75), (0.25, 0.75), seeds=3, others=1, cifar=cifar)
 
     @property
@@ -89,13 +90,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Made(Machine):
-    """What points were measured with: threads of torch, beside the machine and the versions."""
+    """The setting of points: threads of torch, in addition to the machine and the versions."""
 
     threads: int
 
     @property
     def label(self) -> str:
-        """All of it in a line."""
+        """The setting in one line."""
         return f"threads {self.threads}; {super().label}"
 
 
@@ -104,16 +105,16 @@ class Point:
     """One sampled gradient.
 
     Args:
-        data: what the inputs are.
-        batch: the batch size.
-        indices: the indices sampled, joined by spaces.
-        scheme: how.
-        share: of the input that is kept.
-        seed: of model and batch.
+        data: name of the input data.
+        batch: batch size.
+        indices: sampled indices, joined by spaces.
+        scheme: sampling scheme.
+        share: kept share of the input.
+        seed: seed of model and batch.
         error: ‖ĝ − g‖ / ‖g‖.
-        seconds: of the backward pass with its plans made, not a number where it was not timed.
-        exact_seconds: of the exact one, in turns with it.
-        made: what it was measured with.
+        seconds: time of the backward pass without planning; NaN if it was not timed.
+        exact_seconds: time of the exact backward pass, measured alternately.
+        made: the setting of the measurement.
     """
 
     data: str
@@ -129,7 +130,7 @@ class Point:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from all others."""
+        """The fields that identify the point."""
         return (self.data, self.batch, self.indices, self.scheme, self.share, self.seed)
 
 
@@ -167,7 +168,7 @@ def _drawn(x: Tensor, y: Tensor) -> Batch:
 
 
 def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The gradients of all kernels as one vector."""
+    """The gradients of all kernels in one vector."""
     return _backward(*_forward(model, x, y))
 
 
@@ -182,7 +183,7 @@ def _backward(loss: Tensor, kernels: list[Tensor]) -> Tensor:
 
 
 def _timed(sampled: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Seconds of the sampled backward pass and of the exact one, in turns; one draw, whose plans are made first."""
+    """Seconds of the sampled and the exact backward pass, timed alternately; one draw, planned beforehand."""
     calls = [partial(_backward, *_forward(one, x, y)) for one in (sampled, model)]
     for call in calls:
         call()
@@ -191,7 +192,7 @@ def _timed(sampled: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> tuple[
 
 
 def _wanted(settings: Settings) -> Iterator[tuple[str, int, list[tuple[tuple[str, ...], str, float]]]]:
-    """For each data and seed (indices, scheme, share) of all points."""
+    """The (indices, scheme, share) of all points, for each data and seed."""
     for seed in range(settings.seeds):
         for data in settings.data:
             found = [(indices, scheme, share) for indices, scheme in PAPER for share in settings.shares]
@@ -210,7 +211,7 @@ def wanted_keys(settings: Settings) -> set[tuple[object, ...]]:
 
 
 def run(settings: Settings, made: Made, known: Sequence[Point]) -> Iterator[Point]:
-    """Measure what is not known yet, with the threads of `made`, which the points carry."""
+    """Measure the missing points, with the threads of `made`, which the points record."""
     require("torch", "skimage")
     done = {point.key for point in known}
     batches = _data(settings)
@@ -246,27 +247,27 @@ def run(settings: Settings, made: Made, known: Sequence[Point]) -> Iterator[Poin
 # --------------------------------------------------------------------------------------------------------------- files
 _OWN = tuple(field.name for field in fields(Point) if field.name != "made")
 HEADER = (*_OWN, *(field.name for field in fields(Made)))
-"""The columns of a file of points."""
+"""Columns of a file of points."""
 
 _KINDS = {
     **dict.fromkeys(("batch", "seed", "cores", "threads"), int),
     **dict.fromkeys(("share", "error", "seconds", "exact_seconds"), float),
 }
-"""Columns that are not text."""
+"""Types of columns that are not text."""
 
 
 def read(path: Path, made: Made) -> list[Point]:
-    """The points of a file that an earlier run wrote; none if there is no file.
+    """Read the points that an earlier run wrote; none if there is no file.
 
-    A last line that was not finished is not read, and is cut off.
+    An unfinished last line is ignored and removed.
 
     Args:
         path: the file.
-        made: what points are measured with here.
+        made: the setting of new points.
 
     Raises:
-        CommandError: if the file is none of these or damaged, or if its points were measured with anything else than
-            `made`; it is left as it was.
+        CommandError: if the file has another format, is damaged, or has points of another setting; it is left
+            unchanged.
     """
     require_regular(path)
     if not path.exists():
@@ -276,12 +277,12 @@ def read(path: Path, made: Made) -> list[Point]:
     lines = csv.DictReader(io.StringIO(whole.decode("utf-8", "replace"), newline=""))
     if tuple(lines.fieldnames or ()) != HEADER:
         raise CommandError(
-            f"{path} is no file of this version of `lensor reproduce crs`: remove it, or give another --out"
+            f"{path} is not a file of this version of `lensor reproduce crs`: remove it, or give another --out"
         )
     try:
         points = [_point(line) for line in lines]
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
-        raise CommandError(f"{path} is damaged in line {lines.line_num}: mend or remove it") from None
+        raise CommandError(f"{path} is damaged in line {lines.line_num}: repair or remove it") from None
     for point in points:
         if point.made != made:
             raise CommandError(
@@ -301,7 +302,7 @@ def _point(line: dict[str, str]) -> Point:
 
 
 def append(path: Path, point: Point) -> None:
-    """Add a point to a file, which is made if it is not there."""
+    """Append a point to a file, which is made if it does not exist."""
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         record = asdict(point)
@@ -311,7 +312,7 @@ def append(path: Path, point: Point) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- summary
 def errors(points: Sequence[Point], data: str, indices: Sequence[str], scheme: str) -> dict[float, list[float]]:
-    """Errors by share."""
+    """The errors, by share."""
     found: dict[float, list[float]] = {}
     for point in points:
         if (point.data, point.indices, point.scheme) == (data, " ".join(indices), scheme):
@@ -320,7 +321,7 @@ def errors(points: Sequence[Point], data: str, indices: Sequence[str], scheme: s
 
 
 def equal_share(points: Sequence[Point], data: str, channels: float = 0.75) -> float | None:
-    """The share of positions whose mean error is that of a share of channels; None if the curves do not tell.
+    """The share of positions with the same mean error as a share of channels; None if the curves do not determine it.
 
     Between measured shares log(error) is interpolated linearly.
     """
@@ -336,7 +337,7 @@ def equal_share(points: Sequence[Point], data: str, channels: float = 0.75) -> f
 
 
 def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
-    """Rows of text: data, indices, scheme, share, error with its standard deviation, backward time over the exact."""
+    """Rows of text: data, indices, scheme, share, error with standard deviation, backward time / exact time."""
     groups: dict[tuple[str, str, str, float], list[Point]] = {}
     for point in points:
         groups.setdefault((point.data, point.indices, point.scheme, point.share), []).append(point)
@@ -351,7 +352,7 @@ def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
 
 
 def _time(points: Sequence[Point]) -> float:
-    """The median of backward times over the exact ones; not a number if none was timed."""
+    """The median of backward times divided by the exact ones; NaN if none was timed."""
     found = [point.seconds / point.exact_seconds for point in points if not math.isnan(point.seconds)]
     return statistics.median(found) if found else math.nan
 
@@ -360,7 +361,7 @@ HEADINGS = ("data", "indices", "scheme", "share kept", "error", "warm backward, 
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
-    """Error against share for each data, for all schemes, and against time; with what was measured with."""
+    """Plot error against share for each data and all schemes, and against time; with the setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""What the quantities of a convolution are, by definition: explicit, slow, and without any of Lensor's code.
+"""Explicit definitions of a convolution's quantities: slow, and without any of Lensor's code.
 
-Hyper-parameters are resolved anew. Forward passes are torch's own convolutions on input that `torch.nn.functional.pad`
-has padded, derivatives are torch's automatic ones of these, Jacobians are full arrays. Patches do not use any of that:
-each entry is gathered from the position of the input that the kernel's position reads there, worked out one by one.
+Hyper-parameters are resolved independently. Forward passes are torch's own convolutions on input that
+`torch.nn.functional.pad` has padded, derivatives are torch's automatic ones, Jacobians are full arrays. Patches use
+none of these: each entry is gathered from the input position that the kernel position reads there, one by one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """A convolution, with its hyper-parameters as a user would give them.
+    """A convolution, with its hyper-parameters as a user would pass them.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
         input_size: spatial size of the input.
         kernel_size: one int per dimension.
         stride: one int for all dimensions, or one per dimension.
         padding: an int, "same", one int or one (left, right) pair per dimension.
         dilation: as `stride`.
-        groups: number of groups of channels.
+        groups: number of channel groups.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
-        bias: whether it has a bias.
+        bias: whether the convolution has a bias.
         transposed: whether it is a transposed convolution.
-        output_padding: of a transposed convolution, as `stride`.
-        unbatched: whether its input lacks the batch axis.
+        output_padding: output padding of a transposed convolution, as `stride`.
+        unbatched: whether its input has no batch axis.
     """
 
     in_channels: int
@@ -58,12 +58,12 @@ class Convolution:
     unbatched: bool = False
 
     def each(self, sizes: int | Sizes) -> Sizes:
-        """One size for each dimension."""
+        """One size per dimension."""
         return (sizes,) * len(self.input_size) if isinstance(sizes, int) else sizes
 
     @cached_property
     def sides(self) -> tuple[tuple[int, int], ...]:
-        """The padding on the left and on the right; of "same" the odd one is on the right."""
+        """The left and right padding; for "same" the odd entry is on the right."""
         if self.padding == "same":
             totals = [d * (k - 1) for d, k in zip(self.each(self.dilation), self.kernel_size, strict=True)]
             return tuple((total // 2, total - total // 2) for total in totals)
@@ -72,7 +72,7 @@ class Convolution:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether the padding is given as (left, right) pairs, which torch's modules do not take."""
+        """Whether the padding is given as (left, right) pairs, which torch's modules do not accept."""
         return isinstance(self.padding, tuple) and any(isinstance(one, tuple) for one in self.padding)
 
     @property
@@ -85,7 +85,7 @@ class Convolution:
 
     @cached_property
     def output_size(self) -> Sizes:
-        """Spatial size of the output, by asking torch."""
+        """Spatial size of the output, according to torch."""
         shape = (1, self.in_channels, *self.input_size)
         return tuple(forward(self, torch.zeros(shape), torch.zeros(self.weight_size)).shape[2:])
 
@@ -103,7 +103,7 @@ class Convolution:
 
 
 def _times(sizes: object) -> str:
-    """Sizes in a few characters."""
+    """Format sizes in a few characters."""
     if not isinstance(sizes, tuple):
         return str(sizes)
     return "×".join(f"{one[0]}+{one[1]}" if isinstance(one, tuple) else str(one) for one in sizes)
@@ -111,7 +111,7 @@ def _times(sizes: object) -> str:
 
 # ---------------------------------------------------------------------------------------------- by torch's convolution
 def forward(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The layer: [n, c_in, *I] -> [n, c_out, *O]."""
+    """Compute the layer: [n, c_in, *I] -> [n, c_out, *O]."""
     at = len(conv.input_size) - 1
     if conv.transposed:
         hyper = (0, conv.each(conv.output_padding), conv.groups, conv.each(conv.dilation))
@@ -136,12 +136,12 @@ def weight_jacobian(conv: Convolution, x: Tensor, weight: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- by explicit patches
 def sources(conv: Convolution, d: int) -> Tensor:
-    """The input position that each kernel position reads for each output position, I for none: [K, O]."""
+    """The input position that each kernel position reads for each output position, I if none: [K, O]."""
     size, stride, dilation = conv.input_size[d], conv.each(conv.stride)[d], conv.each(conv.dilation)[d]
     left, _ = conv.sides[d]
     table = torch.empty(conv.kernel_size[d], conv.output_size[d], dtype=torch.long)
     for k, o in itertools.product(*map(range, table.shape)):
-        if conv.transposed:  # position i goes to i·S + k·D − left
+        if conv.transposed:  # position i contributes to i·S + k·D − left
             i, rest = divmod(o + left - k * dilation, stride)
             table[k, o] = i if rest == 0 and 0 <= i < size else size
             continue
@@ -159,7 +159,7 @@ def sources(conv: Convolution, d: int) -> Tensor:
 def patches(conv: Convolution, x: Tensor) -> Tensor:
     """[n, c_in, *K, *O]."""
     dims = len(conv.input_size)
-    padded = F.pad(x, (0, 1) * dims)  # position I holds a zero
+    padded = F.pad(x, (0, 1) * dims)  # position I is zero
     index = []
     for d in range(dims):
         table, shape = sources(conv, d), [1] * (2 * dims)
@@ -183,21 +183,21 @@ def _grouped_patches(conv: Convolution, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- operands
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A convolution with operands, drawn at random and in float64.
+    """A convolution with random operands in float64.
 
-    What is propagated to the convolution's output is that of one net, so that libraries that take a net and a loss can
-    be given the same: a sigmoid, a linear layer, and the sum of squared differences from a target. `V` are its
-    gradients, `S` the square root of its Hessian.
+    The vectors at the convolution's output come from one net, so that libraries that take a net and a loss can get the
+    same ones: a sigmoid, a linear layer, and the sum of squared differences from a target. `V` is the loss gradient,
+    `S` the square root of the loss Hessian.
 
     Args:
         conv: the convolution.
-        X: [n, c_in, *I], the input, with a batch axis also where `conv` is to be called without.
+        X: [n, c_in, *I], the input, always with a batch axis, even if `conv` is called without.
         W: the weight.
         b: [c_out], the bias; None if there is none.
         head: [columns, c_out·ΠO], the weight of the linear layer.
         target: [n, columns].
-        V: [n, c_out, *O], the loss's gradient at the convolution's output.
-        S: [columns, n, c_out, *O], the square root of the loss's Hessian there.
+        V: [n, c_out, *O], the loss gradient at the convolution's output.
+        S: [columns, n, c_out, *O], the square root of the loss Hessian there.
         U: [n, c_in·ΠK, ΠO], a cotangent of the patches.
     """
 
@@ -213,7 +213,7 @@ class Case:
 
     @classmethod
     def draw(cls, conv: Convolution, batch: int = 3, columns: int = 2, seed: int = 0) -> Case:
-        """Operands for a convolution; one example where it is unbatched."""
+        """Draw operands for a convolution; one example if it is unbatched."""
         generator = torch.Generator().manual_seed(seed)
         draw = partial(torch.randn, generator=generator, dtype=torch.float64)
         batch = 1 if conv.unbatched else batch
@@ -303,13 +303,13 @@ DEFINITIONS: Mapping[str, Callable[[Case], Tensor]] = {
     "unfold": lambda case: unfold(case.conv, case.X),
     "fold": _fold,
 }
-"""The quantities by name, Kronecker factors at the paper's scale and one for each group."""
+"""The quantities, by name; Kronecker factors at the paper's scale, one per group."""
 
 WITHOUT_BATCH = ("forward", "transposed_forward", "input_vjp", "weight_vjp", "unfold", "fold")
-"""What is defined for an input without batch axis."""
+"""Quantities that are defined for an input without batch axis."""
 
 
 def expected(quantity: str, case: Case) -> Tensor:
-    """The quantity, without the batch axis where the case has none."""
+    """Compute the quantity, without the batch axis for an unbatched case."""
     found = DEFINITIONS[quantity](case)
     return found[0] if case.conv.unbatched and quantity != "weight_vjp" else found

@@ -1,4 +1,4 @@
-"""How time and memory grow with the batch, the image, the channels and the kernel of one convolution."""
+"""Growth of time and memory with the batch, image, channels and kernel of one convolution."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lensor_bench.results import Row, Setting
 from lensor_bench.settings import Settings
 
 MODEL = "growth"
-"""What stands for the net in rows."""
+"""Name in the net column."""
 
 _BATCH, _IMAGE, _CHANNELS, _KERNEL = 8, 28, 64, 3
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What one panel of the plot varies.
+    """The varied size of one panel of the plot.
 
     Args:
-        name: what is varied.
-        values: its values, the base's among them.
+        name: name of the size.
+        values: its values, including that of the base.
         make: the convolution for a value.
         of: the value of a row.
     """
@@ -57,11 +57,11 @@ AXES = (
     ),
     Axis("kernel", (1, 3, 5, 7), lambda kernel: _convolution(kernel=kernel), lambda row: row.layer.spec.kernel_size[0]),
 )
-"""What is varied, one at a time, around the base: 64→64 channels, 3×3, 28², batch 8."""
+"""The varied sizes; the base has 64→64 channels, a 3×3 kernel, 28² images and batch 8."""
 
 
 def sittings(settings: Settings) -> Iterator[tuple[Settings, tuple[Layer, ...]]]:
-    """The convolutions of each batch size, with the settings to measure them by."""
+    """The convolutions of each batch size, with their settings."""
     layers: dict[int, tuple[Layer, ...]] = {batch: (Layer(MODEL, "base", BASE, 1),) for batch in AXES[0].values}
     for axis in AXES[1:]:
         held = {layer.spec for layer in layers[_BATCH]}
@@ -74,7 +74,7 @@ def sittings(settings: Settings) -> Iterator[tuple[Settings, tuple[Layer, ...]]]
 
 
 def along(rows: Sequence[Row], axis: Axis) -> list[Row]:
-    """The rows of one panel, in the order of what it varies: those of its sizes and of the base's batch."""
+    """The rows of one panel, in the order of its size: those of its values and of the base's batch."""
     specs = {axis.make(value) for value in axis.values}
     found = [row for row in rows if row.layer.spec in specs and (axis.name == "batch" or row.setting.batch == _BATCH)]
     return sorted(found, key=axis.of)
@@ -94,11 +94,11 @@ _STYLES: tuple[Any, ...] = (
 
 
 def plot(rows: Sequence[Row], settings: Collection[Setting], path: Path) -> None:
-    """Time above, memory beside operands and result below; a column for each axis, a line for each implementation.
+    """Plot time (above) and memory besides operands and result (below): one column per size, one line per way.
 
     Args:
         rows: of a results file.
-        settings: of the rows that are shown; a file may hold those of other dtypes or threads too.
+        settings: settings of the rows to show; a file may contain other dtypes or threads.
         path: the file.
 
     Raises:
@@ -107,7 +107,7 @@ def plot(rows: Sequence[Row], settings: Collection[Setting], path: Path) -> None
     rows = [row for row in rows if row.layer.model == MODEL and row.setting in settings]
     rows = [row for row in rows if row.found.minimum is not None]
     if not rows:
-        raise CommandError("no row of lensor bench growth has a time")
+        raise CommandError("the results file has no row with a time, expected rows of lensor bench growth")
     require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def plot(rows: Sequence[Row], settings: Collection[Setting], path: Path) -> None
         panels[1, column].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panels[1, column].set_xlabel(axis.name)
     panels[0, 0].set_ylabel("shortest time, ms")
-    panels[1, 0].set_ylabel("memory beside operands and result, MiB")
+    panels[1, 0].set_ylabel("memory besides operands and result, MiB")
     handles = [Line2D([], [], color=f"C{at}", label=operation) for at, operation in enumerate(operations)]
     handles += [Line2D([], [], color="black", linestyle=styles[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)

@@ -1,4 +1,4 @@
-"""Who computes the operations: the standard way, networks contracted as they stand, Lensor, and peers."""
+"""Implementations of the operations: the standard way, contraction of the unsimplified network, Lensor, and peers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Implementation:
     """A way to compute operations.
 
     Args:
-        name: its name.
-        ways: for each operation that it has, a function that makes the call to be timed.
-        package: what pip calls the package.
-        module: what Python calls it.
+        name: name of the implementation.
+        ways: for each supported operation, a function that makes the call to time.
+        package: name of the package for pip.
+        module: name of its Python module.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Implementation:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its package is there."""
+        """Whether the package is installed."""
         return find_spec(self.module) is not None
 
     @property
     def version(self) -> str:
-        """The version of its package."""
+        """The version of the package."""
         try:
             return version(self.package)
         except PackageNotFoundError:
@@ -50,7 +50,7 @@ class Implementation:
 
 def _call(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
     """Lensor's function for an operation."""
-    if spec.transposed:  # torch's names are for the forward pass only, the networks are for all
+    if spec.transposed:  # torch's names cover the forward pass only, networks cover all operations
         net = OPERATIONS[operation].network(spec)
         return lambda: net(**given)
     f = lensor.functional
@@ -128,4 +128,4 @@ IMPLEMENTATIONS = {
         Implementation("opacus", {"per_example_weight_vjp": peers.opacus_per_example_weight_vjp}, "opacus", "opacus"),
     )
 }
-"""The implementations by name: the first is what the others are checked against and measured by."""
+"""The implementations, by name; the first is the reference for results and times."""

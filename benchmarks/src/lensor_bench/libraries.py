@@ -1,8 +1,8 @@
 """The quantities of one convolution by Lensor and by other libraries, each called as its users would call it.
 
-Hyper-parameters are passed on as they are, and a library that works on torch's modules is given a real one: what it
-does with a hyper-parameter that it does not know is its own. Results are brought to one shape and one scale, and to
-nothing else. Whatever a library raises is its answer.
+Hyper-parameters are passed on unchanged, and a library for torch's modules gets a real module, even with
+hyper-parameters that it does not support. Results are converted to one shape and one scale, but not changed otherwise.
+Any error that a library raises is its answer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Way = Callable[[Case], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """A library, and what it computes.
+    """A library and its functions.
 
     Args:
-        name: its name.
-        package: what pip calls the package.
-        module: what Python calls it.
-        ways: for each quantity that it has, a function of a case.
-        called: how it is called, and from which convention its Kronecker factors are brought to the paper's.
-        lacks: for a quantity and a convolution, whether the library has no function that could be asked for it.
+        name: name of the library.
+        package: name of the package for pip.
+        module: name of its Python module.
+        ways: for each supported quantity, a function of a case.
+        called: a description of the calls, and of the convention from which its Kronecker factors are converted.
+        lacks: whether the library has no function for a quantity and a convolution.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Library:
 
     @property
     def version(self) -> str:
-        """The version of its package."""
+        """The version of the package."""
         return lensor.__version__ if self.package == "lensor" else version(self.package)
 
 
 # -------------------------------------------------------------------------------------------------------------- Lensor
 def _input(case: Case) -> Tensor:
-    """The input as the case has it, with a batch axis or without."""
+    """The case's input, with or without a batch axis."""
     return case.X[0] if case.conv.unbatched else case.X
 
 
@@ -151,7 +151,7 @@ def _lensor_lacks(quantity: str, conv: Convolution) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------- einconv
 def _einconv_hyper(conv: Convolution, *but: str) -> dict[str, Any]:
-    """The hyper-parameters; a padding mode only where there is one, since it has no such argument."""
+    """The hyper-parameters; a padding mode only if it is not zeros, since einconv has no such argument."""
     hyper = _hyper(conv)
     if conv.padding_mode == "zeros":
         del hyper["padding_mode"]
@@ -187,7 +187,7 @@ def _einconv_lacks(quantity: str, conv: Convolution) -> bool:
 
 # ------------------------------------------------------------------------------------------ libraries of torch modules
 def _module(case: Case) -> Any:
-    """torch's module, with the case's parameters."""
+    """torch's module with the parameters of the case."""
     conv = case.conv
     kind = f"Conv{'Transpose' if conv.transposed else ''}{len(conv.input_size)}d"
     hyper = _hyper(conv)
@@ -204,7 +204,7 @@ def _modules_lack(quantity: str, conv: Convolution) -> bool:
 
 
 def _backpack(extension: str, saved: str) -> Callable[[Case], Any]:
-    """What an extension of BackPACK leaves at the weight in the backward pass of the case's net."""
+    """The result of a BackPACK extension for the weight in the backward pass of the case's net."""
 
     def way(case: Case) -> Any:
         from backpack import backpack, extend, extensions  # type: ignore[import-not-found]
@@ -263,7 +263,7 @@ LIBRARIES = {
                 "fold": _lensor_fold,
             },
             "functions of `lensor.functional`; networks of `lensor.ops` for derivatives and GGN diagonal of transposed"
-            " convolutions and for Kronecker factors with a bias. Factors at the paper's scale.",
+            " convolutions and for Kronecker factors with a bias. Factors are at the paper's scale.",
             _lensor_lacks,
         ),
         Library(
@@ -281,7 +281,7 @@ LIBRARIES = {
                 "unfold": _einconv_unfold,
             },
             "`einconv.functionals` for forward and unfold, `einconv.expressions` and `torch.einsum` for the others."
-            " Factors are at the paper's scale and compared as they are; the scale is a number in single precision.",
+            " Factors are at the paper's scale and compared unchanged; the scale is a number in single precision.",
             _einconv_lacks,
         ),
         Library(
@@ -295,8 +295,8 @@ LIBRARIES = {
                 "ggn_diagonal": _backpack("DiagGGNExact", "diag_ggn_exact"),
             },
             "`extend` on a net that begins with torch's module and on its loss, then a backward pass with `BatchGrad`,"
-            " `DiagGGNExact` or `KFLR`, whose factors are exact. Its input factor is the paper's for expand, its output"
-            " factor, which sums positions before the outer product, the paper's for reduce: compared as they are.",
+            " `DiagGGNExact` or `KFLR`, whose factors are exact. The input factor is the paper's for expand. The output"
+            " factor sums positions before the outer product, which is the paper's for reduce. Both are unchanged.",
             _modules_lack,
         ),
         Library(
@@ -309,4 +309,4 @@ LIBRARIES = {
         ),
     )
 }
-"""The libraries by name."""
+"""The libraries, by name."""

@@ -1,13 +1,13 @@
-"""Times of several calls side by side, and the memory that a call takes.
+"""Times of several calls, measured together, and the memory of a call.
 
-Times: all calls in one process, interleaved, after a warm-up; minimum and median. What a call leaves in the caches is
-the next one's start, so the order changes from round to round until each call has come right after each other one. On
-a GPU by device events.
+Times: all calls run in one process, interleaved, after a warm-up; the results are minimum and median. A call starts
+with the caches that the previous call leaves, so the order changes between rounds until each call has followed each
+other one. GPU times are from device events.
 
-Memory on the CPU: the most bytes that are alive at once in torch's allocator while one call runs, from the allocations
-and releases that torch's profiler records, in the order of their times. Operands are not counted, the result is. It is
-the same in every run. What a matrix-product library takes behind torch's back is not seen, for no implementation. On a
-GPU: torch's own statistics.
+Memory on the CPU is the peak of torch's allocator while one call runs, from the allocations and releases that torch's
+profiler records, ordered by time. It includes the result but not the operands, and is the same in every run. It does
+not include memory that matrix-product libraries allocate outside of torch, for any implementation. GPU memory is from
+torch's own statistics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,43 +33,43 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of repeated calls."""
+    """Times of repeated calls, in seconds."""
 
     seconds: tuple[float, ...]
 
     @property
     def minimum(self) -> float:
-        """The shortest."""
+        """The shortest time."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """The median."""
+        """The median time."""
         return statistics.median(self.seconds)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, over the largest entry."""
+    """The largest difference divided by the largest entry."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """The bytes of a tensor's entries."""
+    """The size of a tensor's entries in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
 def peak_bytes(call: Call) -> tuple[int, torch.Tensor]:
-    """The most bytes alive at once in torch's allocator during a call, beyond those alive before it; its result."""
+    """The peak of torch's allocator during a call, beyond the memory before it, and the call's result."""
     peak, _, result = _traced(call)
     return peak, result
 
 
 def extra_bytes(call: Call, device: torch.device) -> tuple[int, torch.Tensor]:
-    """The most bytes alive at once beside the operands, less the result's, with what the first call leaves for later.
+    """Peak memory besides operands and result, including what the first call leaves for later calls; and the result.
 
-    The call is run twice: what the first leaves behind (constants that are kept) is counted as if it were made anew,
-    what only the first needs (planning, and the runs of effort="measure") is not.
+    The call runs twice. Memory that the first call leaves behind (cached constants) counts as if it were allocated
+    again. Memory that only the first call needs (planning, and the runs of effort="measure") does not count.
     """
     traced = _traced if device.type == "cpu" else _cuda_traced
     _, alive, result = traced(call)
@@ -80,7 +80,7 @@ def extra_bytes(call: Call, device: torch.device) -> tuple[int, torch.Tensor]:
 
 
 def _traced(call: Call) -> tuple[int, int, torch.Tensor]:
-    """The most bytes alive at once during a call, those alive after it, and its result."""
+    """The peak memory during a call, the memory after it, and its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +107,7 @@ def _cuda_traced(call: Call) -> tuple[int, int, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------------------- times
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for torch while the block runs."""
+    """Set torch's number of threads within the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -119,17 +119,17 @@ def threads(count: int) -> Iterator[None]:
 def interleaved(
     calls: Sequence[Call], seconds: float, least: int = 5, most: int = 40, device: torch.device | None = None
 ) -> list[Times]:
-    """Times of warm calls, interleaved.
+    """Time warm calls, interleaved.
 
-    A call that has had its time leaves the rounds; the first, with which the others are compared, stays to the end, so
-    that it has as many rounds as any.
+    A call whose time is used up leaves the rounds. The first call, which the others are compared with, stays to the
+    end, so that it has at least as many rounds as the others.
 
     Args:
-        calls: what is timed.
-        seconds: how long each call is timed, all its rounds together.
-        least: the least number of rounds, whatever they take.
-        most: the most.
-        device: where the calls run, the CPU unless given.
+        calls: the calls to time.
+        seconds: total time of each call over all rounds.
+        least: minimum number of rounds, regardless of time.
+        most: maximum number of rounds.
+        device: device of the calls; the CPU by default.
     """
     once = _cuda_seconds if device is not None and device.type == "cuda" else _seconds
     found: list[list[float]] = [[] for _ in calls]
@@ -152,7 +152,7 @@ def interleaved(
 
 
 def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:
-    """PathCosts of so many calls in which each comes right after each other one equally often.
+    """Orders of calls in which each call follows each other one equally often.
 
     Example:
         >>> from lensor_bench.measure import balanced_orders
@@ -160,7 +160,7 @@ def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:
         ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
 
     Equation:
-        Williams (1949): 0, 1, n−1, 2, n−2, … shifted by 0 to n−1; for odd n the same backwards, too.
+        Williams (1949): 0, 1, n−1, 2, n−2, … shifted by 0 to n−1; for odd n also in reverse.
     """
     first = [at // 2 + 1 if at % 2 else (count - at // 2) % count for at in range(count)]
     orders = [tuple((at + shift) % count for at in first) for shift in range(count)]

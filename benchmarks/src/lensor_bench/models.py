@@ -1,4 +1,4 @@
-"""Kronecker factors of whole models: Lensor, curvlinops and BackPACK beside a forward and backward pass."""
+"""Kronecker factors of whole models: Lensor, curvlinops and BackPACK, compared with a forward and backward pass."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lensor_bench.measure import threads as using
 
 CLASSES = 10
 TOLERANCE = 1e-3
-"""How far factors may be from curvlinops' in single precision, over the largest entry."""
+"""Maximum difference from curvlinops' factors in single precision, divided by the largest entry."""
 
 
 class Logits(nn.Module):
-    """A classifier of transformers that returns its logits."""
+    """A classifier from transformers that returns its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits of a batch of pictures."""
+        """The logits of a batch of images."""
         return self.model(x).logits
 
 
@@ -47,20 +47,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convnext-tiny": lambda: _classifier("ConvNext"),
     "mobilenetv2": lambda: _classifier("MobileNetV2", tf_padding=False),
 }
-"""Models of transformers with random weights."""
+"""Models from transformers with random weights."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to get the factors of a model.
+    """One way to compute the factors of a model.
 
     Args:
-        model: the model's name.
-        way: which factors, by whom.
-        seconds: the shortest time of all of it, or None if it does not run.
-        beyond: what is left of it without one forward and backward pass.
-        peak: the most bytes alive at once beside model and data.
-        message: why it does not run, or how far its factors are from curvlinops'.
+        model: name of the model.
+        way: the factors and the library.
+        seconds: the shortest total time, or None if it does not run.
+        beyond: the total time minus one forward and backward pass.
+        peak: peak memory besides model and data, in bytes.
+        message: the reason why it does not run, or the difference from curvlinops' factors.
     """
 
     model: str
@@ -74,10 +74,10 @@ class Measured:
 def measure(
     names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int
 ) -> Iterator[Measured]:
-    """Each model's ways, side by side: the empirical Fisher of the mean cross entropy.
+    """Time each model's ways, interleaved: the empirical Fisher of the mean cross entropy.
 
     Raises:
-        CommandError: for models that are not known, or packages that are missing.
+        CommandError: for an unknown model or a missing package.
     """
     require("torch", "transformers")
     with using(threads):
@@ -91,7 +91,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     data = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
     loss = nn.CrossEntropyLoss()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # normalisation has no factors, here as there
+        warnings.simplefilter("ignore")  # no library has factors for normalisation
         layers = layers_of(model)
     plain = [layer for layer in layers if layer.groups == 1]
 
@@ -122,7 +122,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     failed: dict[str, str] = {}
     if _installed("curvlinops"):
         ways |= {f"curvlinops, {approx}": _curvlinops(model, loss, layers, data, approx) for approx in _APPROX}
-    if len(plain) < len(layers):  # curvlinops takes the mean of a layer's groups first, which is less work
+    if len(plain) < len(layers):  # curvlinops averages a layer's groups first, which is less work
         ways["lensor, expand, ungrouped layers"] = own("expand", some=plain)
         if _installed("curvlinops"):
             ways["curvlinops, expand, ungrouped layers"] = _curvlinops(model, loss, plain, data, "expand")
@@ -134,7 +134,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
             call()
             peaks[way] = _peak(call)
             results[way] = call()
-        except Exception as error:  # whatever a library raises for a model that it does not know
+        except Exception as error:  # any error of a library for a model that it does not support
             failed[way] = in_one_line(error, 120)
             del ways[way]
     messages = {
@@ -166,7 +166,7 @@ def _silent(call: Callable[[], Any]) -> Callable[[], Tensor]:
 
 
 def _peak(call: Callable[[], Any]) -> int:
-    """The most bytes alive at once, what is returned among them."""
+    """The peak memory in bytes, including the result."""
     kept: list[Any] = []
 
     def run() -> Tensor:
@@ -218,7 +218,7 @@ def _backpack(make: Callable[[], nn.Module], loss: nn.Module, data: tuple[Tensor
 
 
 def _compared(own: KroneckerFactors | None, theirs: Any) -> str:
-    """The largest difference from curvlinops' factors, over layers of one group, which it does know."""
+    """The largest difference from curvlinops' factors, over layers with one group, which it supports."""
     if own is None or theirs is None:
         return ""
     own = own.in_convention("curvlinops")

@@ -1,6 +1,6 @@
-"""The three small CNNs of the paper, in full: 3c3d and 2c2d as in DeepOBS, and All-CNN-C.
+"""The paper's three small CNNs: 3c3d and 2c2d as in DeepOBS, and All-CNN-C.
 
-Where TensorFlow's "same" padding is uneven (maximum pooling 3×3 with stride 2, convolutions with stride 2), so is ours.
+The padding is uneven where TensorFlow's "same" padding is (3×3 max pooling and convolutions with stride 2).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def three_c_three_d(classes: int = 10) -> nn.Module:
-    """3c3d for 3×32² pictures (CIFAR-10): three convolutions, three linear layers.
+    """3c3d for 3×32² images (CIFAR-10): three convolutions, three linear layers.
 
     Example:
         >>> import torch
@@ -18,7 +18,7 @@ def three_c_three_d(classes: int = 10) -> nn.Module:
         >>> three_c_three_d()(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    # On even sizes ceil_mode is "same": one more position on the right, ignored by the maximum.
+    # For even sizes ceil_mode equals "same": one more position on the right, which the maximum ignores.
     model = nn.Sequential(
         *(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
@@ -36,7 +36,7 @@ def three_c_three_d(classes: int = 10) -> nn.Module:
 
 
 def two_c_two_d(classes: int = 10) -> nn.Module:
-    """2c2d for 1×28² pictures (Fashion-MNIST): two convolutions, two linear layers.
+    """2c2d for 1×28² images (Fashion-MNIST): two convolutions, two linear layers.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ def two_c_two_d(classes: int = 10) -> nn.Module:
 
 
 def all_cnn_c(classes: int = 100) -> nn.Module:
-    """All-CNN-C for 3×32² pictures (CIFAR-100): nine convolutions; every padding is a module of its own.
+    """All-CNN-C for 3×32² images (CIFAR-100): nine convolutions; every padding is a separate module.
 
     Example:
         >>> import torch

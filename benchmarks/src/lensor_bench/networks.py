@@ -1,8 +1,8 @@
-"""A network contracted as it stands: patterns as dense tensors, pairs along a path of opt_einsum, as the paper does.
+"""Unsimplified networks, contracted as in the paper: patterns are dense tensors, pairs follow a path of opt_einsum.
 
-What is measured is the contraction alone; the path and the patterns are made before. `simplified` contracts what
-Lensor's rules leave of the network, which is the paper's second way: positions that are selected from an operand are
-sliced from it. Neither knows of windows, convolutions or lags.
+Only the contraction is timed; the path and the patterns are made before. `simplified` contracts the network after
+Lensor's rules, which is the paper's second way: crops of an operand become slices. Neither uses windows, convolutions
+or lags.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 
 def network(operation: str, simplified: bool) -> Callable[[Operands, ConvSpec], Callable[[], Tensor]]:
-    """The way that contracts an operation's network, as written or simplified."""
+    """Contract an operation's network, as written or simplified."""
 
     def way(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
         shapes = {name: tuple(array.shape) for name, array in given.items()}
@@ -43,7 +43,7 @@ def network(operation: str, simplified: bool) -> Callable[[Operands, ConvSpec], 
 
 
 def _sliced(net: Network) -> tuple[list[Node], dict[int, dict[str, tuple[str, slice]]]]:
-    """The nodes without selections that are slices of operands; for each operand's place, index -> (new one, slice)."""
+    """The nodes without crops that are slices of operands, and {place: {index: (new index, slice)}} of the operands."""
     nodes, slices = list(net.nodes), {}
     for node in net.nodes:
         if not isinstance(node, Pattern) or not node.pattern.is_crop or node.pattern.padding_mode != "zeros":
@@ -64,7 +64,7 @@ def _sliced(net: Network) -> tuple[list[Node], dict[int, dict[str, tuple[str, sl
 
 
 def _contraction(net: Network, given: Operands, like: Tensor, slicing: bool) -> Callable[[], Tensor]:
-    """One contraction, prepared: operands get an axis for each index, the result an axis for each group."""
+    """Prepare a contraction: operands get one axis per index, the result one axis per group."""
     sizes = {index: size for index, size in net.sizes.items() if size is not None}
     nodes, slices = _sliced(net) if slicing else (list(net.nodes), {})
     letters = {index: opt_einsum.get_symbol(at) for at, index in enumerate(sizes)}
@@ -100,7 +100,7 @@ def _contraction(net: Network, given: Operands, like: Tensor, slicing: bool) -> 
 
 
 def _dense(node: Node, sizes: dict[str, int], like: Tensor) -> Tensor:
-    """The tensor of a node that is no operand."""
+    """The tensor of a node that is not an operand."""
     match node:
         case Pattern(pattern):
             return torch.from_numpy(pattern.materialize()).to(like)
@@ -111,4 +111,4 @@ def _dense(node: Node, sizes: dict[str, int], like: Tensor) -> Tensor:
             return found.to(like)
         case Ones(index):
             return torch.ones(sizes[index]).to(like)
-    raise TypeError(f"no tensor is known for {node}")
+    raise TypeError(f"node is {node}, expected one with a known tensor")

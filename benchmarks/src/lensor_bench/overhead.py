@@ -1,4 +1,4 @@
-"""What a cached call of each function adds to the torch calls that it makes."""
+"""The time that a cached call of each function adds to its torch calls."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _TRANSPOSED = ConvSpec(4, 4, (6, 6), 3, transposed=True)
 
 @dataclass(frozen=True)
 class Overhead:
-    """Microseconds of one function, warm.
+    """Times of one warm function, in microseconds.
 
     Args:
         name: the function.
         gradient: whether its first array requires a gradient.
-        raw: the torch calls of its plan alone.
-        call: the function.
+        raw: time of the torch calls of its plan alone.
+        call: time of the function.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Overhead:
 
     @property
     def added(self) -> float:
-        """What the function adds."""
+        """The time that the function adds."""
         return self.call - self.raw
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A function of arrays by name, in the order of its arguments, and the network that it evaluates."""
+    """A function of named arrays, in the order of its arguments, and the network that it evaluates."""
 
     network: AnyNetwork
     function: Callable[..., Any]
@@ -77,11 +77,11 @@ CASES = {
     "ggn_diagonal": _Case(ops.ggn_diagonal(_SPEC), lambda x, s: F.ggn_diagonal(x, _W, s), {"X": _X, "S": _S}),
     "ggn_gram": _Case(ops.ggn_gram(_SPEC), lambda x, s: F.ggn_gram(x, _W, s), {"X": _X, "S": _S}),
 }
-"""Small calls, so that what is added is seen."""
+"""Small calls, so that the added time is visible."""
 
 
 def measure(seconds: float = _SECONDS) -> Iterable[Overhead]:
-    """The overhead of every function, without and with a gradient: the shortest of many rounds, interleaved."""
+    """The overhead of every function, with and without a gradient: the shortest of many interleaved rounds."""
     for gradient in (False, True):
         for name, case in CASES.items():
             made = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from lensor_bench.standard import Operands
 
 Tensor = torch.Tensor
 Way = Callable[[Operands, ConvSpec], Callable[[], Tensor]]
-"""Makes a call of operands and a convolution; raises NotImplementedError for what the library does not do."""
+"""Makes a call from operands and a convolution; raises NotImplementedError for unsupported cases."""
 
 
 # ------------------------------------------------------------------------------------------------------------ einconv
@@ -33,7 +33,7 @@ def _einconv_expression(operation: str, given: Operands, spec: ConvSpec) -> tupl
 
 
 def einconv(operation: str) -> Way:
-    """Make the expression, simplify it and contract it, at every call."""
+    """Make, simplify and contract the expression at every call."""
 
     def way(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -46,7 +46,7 @@ def einconv(operation: str) -> Way:
 
 
 def einconv_contract(operation: str) -> Way:
-    """Contract an expression that was made and simplified before: what is left where a caller keeps it."""
+    """Contract an expression that is made and simplified beforehand: the remaining cost for a caller that keeps it."""
 
     def way(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
         equation, operands, shape = _einconv_expression(operation, given, spec)
@@ -57,7 +57,7 @@ def einconv_contract(operation: str) -> Way:
 
 # ----------------------------------------------------------------------------------------------------------- BackPACK
 def backpack_per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
-    """What BatchGrad calls for a convolution."""
+    """The function that BatchGrad calls for a convolution."""
     from backpack.core.derivatives.conv2d import Conv2DDerivatives  # type: ignore[import-not-found]
 
     module, derivatives, v = _module(spec, given, "BackPACK"), Conv2DDerivatives(), given["V"]
@@ -65,7 +65,7 @@ def backpack_per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Callable
 
 
 def backpack_ggn_diagonal(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
-    """What DiagGGN calls for a convolution."""
+    """The function that DiagGGN calls for a convolution."""
     from backpack.extensions.secondorder.diag_ggn.conv2d import DiagGGNConv2d  # type: ignore[import-not-found]
 
     module, extension, s = _module(spec, given, "BackPACK"), DiagGGNConv2d(), given["S"]
@@ -74,7 +74,7 @@ def backpack_ggn_diagonal(given: Operands, spec: ConvSpec) -> Callable[[], Tenso
 
 # ------------------------------------------------------------------------------------------------------------- Opacus
 def opacus_per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
-    """What GradSampleModule calls for a convolution."""
+    """The function that GradSampleModule calls for a convolution."""
     from opacus.grad_sample.conv import compute_conv_grad_sample  # type: ignore[import-not-found]
 
     module = _module(spec, given, "Opacus")
@@ -83,19 +83,20 @@ def opacus_per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Callable[[
 
 def _even(spec: ConvSpec, name: str) -> tuple[int, ...]:
     if spec.padding_mode != "zeros" or any(left != right for left, right in spec.padding):
-        raise NotImplementedError(f"{name} is for zero padding of equal width on both sides")
+        found = f"{spec.padding_mode} {spec.padding}"
+        raise NotImplementedError(f"padding is {found}, expected zeros of equal width on both sides for {name}")
     return tuple(left for left, _ in spec.padding)
 
 
 def _module(spec: ConvSpec, given: Operands, name: str) -> Any:
-    """A module of torch, with the input and the output that a forward pass would have left in it."""
+    """A torch module with the input and output that a forward pass would have stored in it."""
     padding = _even(spec, name)
     if spec.ndim != 2:
-        raise NotImplementedError(f"{name} is measured for two spatial dimensions")
+        raise NotImplementedError(f"spec has {spec.ndim} spatial dimensions, expected two for {name}")
     x = given["X"]
     hyper: dict[str, Any] = {"kernel_size": spec.kernel_size, "stride": spec.stride, "padding": padding}
     hyper |= {"dilation": spec.dilation, "groups": spec.groups, "bias": False}
     module: Any = torch.nn.Conv2d(spec.in_channels, spec.out_channels, **hyper).to(x.device, x.dtype)
     module.input0 = x
-    module.output = x.new_empty(1).expand(len(x), *spec.output_shape)  # only its shape is read
+    module.output = x.new_empty(1).expand(len(x), *spec.output_shape)  # only its shape is used
     return module

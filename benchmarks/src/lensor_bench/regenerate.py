@@ -1,7 +1,7 @@
-"""Write the catalogue anew: `python -m lensor_bench.regenerate [FILE]`, with torchvision installed.
+"""Regenerate the catalogue: `python -m lensor_bench.regenerate [FILE]`, with torchvision installed.
 
-Any build of torchvision will do: models are made and run on the meta device and none of its compiled operators is
-called, so that `pip install --no-deps torchvision` is enough.
+Any build of torchvision works, such as that of `pip install --no-deps torchvision`: models run on the meta device, so
+that none of its compiled operators is called.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from lensor.inspect.extract import convolutions, import_factory
 from lensor.inspect.layers import COLUMNS, format_sizes, write_layers
 
 _OPTIONS: dict[str, dict[str, Any]] = {"inceptionv3": {"init_weights": False}}
-"""Drawing InceptionV3's weights takes a minute, even on the meta device."""
+"""InceptionV3's options: drawing its weights takes a minute, even on the meta device."""
 
 
 def declare_operators() -> None:
-    """Declare the operators that torchvision, where its compiled part does not load, needs to be imported."""
+    """Declare the operators that torchvision needs at import if its compiled part does not load."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        with suppress(RuntimeError):  # declared already
+        with suppress(RuntimeError):  # already declared
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _libraries.append(library)
 
 
 _libraries: list[torch.library.Library] = []
-"""A library's operators go when it does."""
+"""Reference to the library: its operators disappear with it."""
 
 
 def factory_of(net: Net) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""From a results file: a summary by operation and kind, the worst cases beside what is physically possible, plots."""
+"""Reports from a results file: a summary by operation and kind, the worst cases with physical limits, plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORST = 10
 
 @dataclass(frozen=True)
 class Ratio:
-    """The time of a row over that of the row it is compared with."""
+    """The time of a row divided by that of the reference row."""
 
     row: Row
     value: float
@@ -38,10 +38,10 @@ class Summary:
     Args:
         operation: the operation.
         kind: the kind of the convolutions, or "all".
-        implementation: whose times.
-        ratios: one for each convolution.
-        others: how many convolutions have none, because the result was wrong, or there was none.
-        target: the median that is wanted.
+        implementation: the implementation that was timed.
+        ratios: one ratio per convolution.
+        others: number of convolutions without a ratio: the result was wrong or missing.
+        target: the desired median.
     """
 
     operation: str
@@ -53,7 +53,7 @@ class Summary:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The cells of a table's row."""
+        """The cells of its table row."""
         values = [ratio.value for ratio in self.ratios]
         memory = [ratio.memory for ratio in self.ratios if ratio.memory is not None]
         counted = str(len(values)) + (f" (+{self.others} without)" if self.others else "")
@@ -73,14 +73,14 @@ HEADINGS = ("operation", "kind", "implementation", "n", "min", "median", "max", 
 
 @dataclass(frozen=True)
 class Options:
-    """How a results file is summed up.
+    """Options of a summary.
 
     Args:
-        against: the implementation whose time is 1, or "fastest": for each convolution the fastest that is not Lensor.
-        targets: medians that are wanted, under (operation, kind) with the kind "all" for all.
+        against: the implementation whose time is 1, or "fastest": for each convolution the fastest except Lensor.
+        targets: desired medians by (operation, kind), with the kind "all" for all kinds.
         slack: seconds by which a slower time counts as equal.
-        roof: the most flops and the most bytes of operands and result in a second, which bound times from below; None
-            to leave the bounds out.
+        roof: maximum flops and maximum bytes of operands and result per second, which bound times from below; None to
+            omit the bounds.
     """
 
     against: str = STANDARD
@@ -90,7 +90,7 @@ class Options:
 
 
 def parse_target(text: str) -> tuple[tuple[str, str], float]:
-    """A target from `operation=ratio` or `operation:kind=ratio`.
+    """Parse a target `operation=ratio` or `operation:kind=ratio`.
 
     Example:
         >>> from lensor_bench.report import parse_target
@@ -98,14 +98,14 @@ def parse_target(text: str) -> tuple[tuple[str, str], float]:
         ((('kfac_reduce', 'general'), 0.05), (('forward', 'all'), 1.0))
 
     Raises:
-        CommandError: for anything else; unknown operations and kinds are answered with those there are.
+        CommandError: for anything else; for an unknown operation or kind the message lists the known ones.
     """
     what, _, number = text.partition("=")
     operation, _, kind = what.partition(":")
     try:
         ratio = float(number)
     except ValueError:
-        raise CommandError(f"{text!r} is no target, expected OPERATION=RATIO or OPERATION:KIND=RATIO") from None
+        raise CommandError(f"target is {text!r}, expected OPERATION=RATIO or OPERATION:KIND=RATIO") from None
     (operation,) = choose("operation", [operation], OPERATIONS)
     (kind,) = choose("kind", [kind or ALL], (*KINDS, ALL))
     return (operation, kind), ratio
@@ -116,15 +116,15 @@ def _case(row: Row) -> tuple[object, ...]:
 
 
 def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
-    """The ratio of every row that has a time and something to be compared with.
+    """The ratio of every row that has a time and a reference.
 
     Raises:
-        CommandError: if nothing was measured by the implementation that is compared with.
+        CommandError: if the reference implementation has no rows.
     """
     known = {row.implementation for row in rows}
     if options.against not in (*known, FASTEST):
         names = ", ".join((*sorted(known), FASTEST))
-        raise CommandError(f"unknown implementation {options.against!r}, expected one of {names}")
+        raise CommandError(f"implementation is {options.against!r}, expected one of {names}")
     bases: dict[tuple[object, ...], Row] = {}
     for row in rows:
         counts = (
@@ -140,7 +140,7 @@ def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
         base = bases.get(_case(row))
         if row.found.minimum is None or base is None or not base.found.minimum:
             continue
-        # Rows of another sitting (a peer added later) are compared by way of the standard's time in each.
+        # Rows of another session (a peer added later) are compared through the standard's time in each session.
         drift = 1.0
         if row.found.standard_minimum and base.found.standard_minimum:
             drift = base.found.standard_minimum / row.found.standard_minimum
@@ -153,7 +153,7 @@ def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
 
 
 def summaries(rows: Sequence[Row], options: Options) -> list[Summary]:
-    """One for each operation, kind (and all of them together) and implementation that there is, in this order."""
+    """One summary for each operation, kind (and all kinds together) and implementation, in this order."""
     known = ratios(rows, options)
     compared = [row for row in rows if row.implementation != options.against]
     found = []
@@ -174,7 +174,7 @@ def summaries(rows: Sequence[Row], options: Options) -> list[Summary]:
 
 # ---------------------------------------------------------------------------------------------------------- Markdown
 def settings_of(rows: Iterable[Row]) -> list[str]:
-    """What was measured, and on what: one line for each setting."""
+    """The settings and machines of rows: one line per setting."""
     lines = []
     for row in rows:
         setting = row.setting
@@ -191,7 +191,7 @@ def _line(cells: Iterable[object]) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) -> Iterable[str]:
-    """A table whose first columns are text and whose others are numbers."""
+    """A table whose first `text` columns are text, and whose others are numbers."""
     yield _line(headings)
     yield _line("---" if at < text else "---:" for at in range(len(headings)))
     yield from map(_line, rows)
@@ -199,20 +199,20 @@ def table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) 
 
 
 def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()) -> str:
-    """The report: summary, worst cases, and what has no time."""
+    """The report: summary, worst cases, and rows without a time."""
     lines = ["# Measurements", ""]
     lines += [f"- {line}" for line in settings_of(rows)]
     lines += [
         "",
-        f"Ratios are shortest times over those of `{options.against}`, both from the same interleaved rounds: below 1"
-        " is faster. Every result was checked against the standard way's before it was timed. Memory is the most bytes"
-        " alive at once beside the operands, less those of the result: scratch that is gone before the result is made"
-        " does not count as far as it fits into the result's place.",
+        f"Ratios are shortest times divided by those of `{options.against}`, both from the same interleaved rounds:"
+        " below 1 is faster. Every result was compared with the standard one before it was timed. Memory is the peak"
+        " besides the operands, minus the size of the result: temporary memory that is released before the result is"
+        " allocated does not count as far as it fits into the result's memory.",
         "",
     ]
     if options.slack:
         lines += [
-            f"A time that is longer by no more than {options.slack * 1e6:g} µs counts as equal: its ratio is 1.",
+            f"A time that is longer by at most {options.slack * 1e6:g} µs counts as equal: its ratio is 1.",
             "",
         ]
     lines += [f"![{name}]({name})\n" for name in pictures]
@@ -222,8 +222,8 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         lines += bounds(rows, options.roof)
     lines += [f"## The {_WORST} worst ratios of Lensor", ""]
     lines += [
-        "Beside the time, what is physically needed: the flops of the plan with the fewest, and the bytes of operands"
-        " and result together; and the rates that the time comes to.",
+        "The table lists the physical minimum for each time: the flops of the plan with the fewest, and the bytes of"
+        " operands and result together; and the resulting rates.",
         "",
     ]
     headings = ("operation", "implementation", "nets", "convolution", "kind", "ratio", "ms", "Mflop", "MB", "Gflop/s")
@@ -233,7 +233,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
 
 
 def without_time(rows: Iterable[Row]) -> list[str]:
-    """A section on what has no time, and why; nothing if all have one."""
+    """A section on rows without a time, with the reasons; empty if all have one."""
     cells = [
         (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message)
         for row in rows
@@ -245,17 +245,17 @@ def without_time(rows: Iterable[Row]) -> list[str]:
 
 
 def worst(rows: Sequence[Row], options: Options) -> list[Ratio]:
-    """Lensor's largest ratios, largest first."""
+    """Lensor's largest ratios, in descending order."""
     mine = [ratio for row, ratio in ratios(rows, options).items() if row.implementation.startswith("lensor")]
     return sorted(mine, key=lambda ratio: -ratio.value)[:_WORST]
 
 
 def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
-    """A section on the least time that a machine could take, beside what Lensor takes: medians over convolutions.
+    """A section on the minimum time of the machine, compared with Lensor's: medians over convolutions.
 
     Args:
         rows: of a results file.
-        roof: the most flops and the most bytes in a second.
+        roof: maximum flops and maximum bytes per second.
     """
     found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
@@ -273,13 +273,13 @@ def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
         if (on, of_kind) == (operation, kind)
     ]
     return [
-        "## What bounds the times",
+        "## Bounds of the times",
         "",
-        f"The least time is that of the plan with the fewest flops at {roof[0] / 1e9:g} Gflop/s, or of moving operands"
-        f" and result once at {roof[1] / 1e9:g} GB/s, whichever is more; both columns are over the standard way's"
-        " time.",
+        f"The minimum time is that of the plan with the fewest flops at {roof[0] / 1e9:g} Gflop/s, or of moving"
+        f" operands and result once at {roof[1] / 1e9:g} GB/s, whichever is larger. Both columns are divided by the"
+        " standard time.",
         "",
-        *table(("operation", "kind", "implementation", "n", "least, median", "found, median"), cells, 3),
+        *table(("operation", "kind", "implementation", "n", "minimum, median", "measured, median"), cells, 3),
     ]
 
 
@@ -320,9 +320,9 @@ def _rates(ratio: Ratio) -> tuple[object, ...]:
 
 # -------------------------------------------------------------------------------------------------------------- plots
 def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False) -> None:
-    """Box plots of ratios, one panel for each operation, one box for each kind and implementation.
+    """Box plots of ratios: one panel per operation, one box per kind and implementation.
 
-    Boxes are quartiles, whiskers the whole range, dots single convolutions.
+    Boxes show quartiles, whiskers the whole range, dots single convolutions.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -374,15 +374,15 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="y", alpha=0.3)
         axis.set_title(operation, fontsize=10)
-    what = "memory beside operands and result" if memory else "shortest time"
-    figure.suptitle(f"{what} over that of {options.against}, below 1: better", fontsize=11)
+    what = "memory besides operands and result" if memory else "shortest time"
+    figure.suptitle(f"{what} / that of {options.against}, below 1: better", fontsize=11)
     handles = [Patch(facecolor=colours[name], alpha=0.5, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1), fontsize=8)
     figure.savefig(path, dpi=130)
 
 
 def _ticks(boxes: Iterable[Summary], memory: bool) -> tuple[float, ...]:
-    """Where a decade of a logarithmic axis has labels: the wider the range, the fewer."""
+    """Positions of labels in a decade of a logarithmic axis: the wider the range, the fewer."""
     values = [ratio.memory if memory else ratio.value for box in boxes for ratio in box.ratios]
     positive = [value for value in values if value]
     decades = math.log10(max(positive) / min(positive)) if positive else 0.0
@@ -390,7 +390,7 @@ def _ticks(boxes: Iterable[Summary], memory: bool) -> tuple[float, ...]:
 
 
 def write(rows: Sequence[Row], folder: Path, options: Options) -> list[Path]:
-    """Write `report.md`, `times.png` and `memory.png` to a folder; returns their paths.
+    """Write `report.md`, `times.png` and `memory.png` to a folder and return their paths.
 
     Raises:
         CommandError: if matplotlib is missing, or the folder cannot be written.

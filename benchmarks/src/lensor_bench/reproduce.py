@@ -1,9 +1,9 @@
-"""The paper's figures and tables, each by one command, beside what the paper says of them.
+"""The paper's figures and tables, each by one command, with the paper's results for comparison.
 
 `study` needs no measurement: it counts the convolutions of the nine nets by kind. `runtime`, `speedups` and `memory`
-are three views of one results file, `runs.csv`, that holds the standard way, the network contracted as it stands, the
-simplified network, and Lensor's plan, on every distinct convolution; `crs` has a file of its own, `crs.csv`. What an
-earlier command measured is not measured again.
+are three views of one results file, `runs.csv`. It contains the standard way, the contraction of the unsimplified and
+of the simplified network, and Lensor's plan, for every distinct convolution. `crs` has a separate file, `crs.csv`. A
+command does not repeat the measurements of an earlier one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lensor_bench.crs import Point
 
 FIGURES = ("study", "runtime", "speedups", "memory", "crs")
-"""What can be reproduced, beside "all"."""
+"""The reproducible figures, besides "all"."""
 
 _MEASURED = ("runtime", "speedups", "memory")
 OPTIONS = {
@@ -38,7 +38,7 @@ OPTIONS = {
     "quick": (*_MEASURED, "crs"),
     "cifar": ("crs",),
 }
-"""Which figures an option is of."""
+"""The figures that an option applies to."""
 
 TN, SIMPLIFIED, PLANNED = "network", "network-simplified", "lensor"
 IMPLEMENTATIONS = (TN, SIMPLIFIED, PLANNED)
@@ -64,20 +64,20 @@ CLAIMS = {
     "kfac_expand": "simplified, dense, mixed dense and down-sampling: median well below 1",
     "kfac_reduce": "simplified: median below 1 for every kind; best 0.22 (4.5 times faster)",
 }
-"""What the paper found on an Nvidia T4, against PyTorch's way."""
+"""The paper's findings on an Nvidia T4, compared with PyTorch's way."""
 
 _BEST = 10
 _QUICK = 4
-"""A quick run measures so many convolutions of each kind."""
+"""Number of convolutions of each kind in a quick run."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a figure wrote.
+    """The output of a figure.
 
     Args:
-        title: what it is.
-        summary: rows of text for the terminal: headings first.
+        title: title of the figure.
+        summary: rows of text for the terminal, with the headings first.
         paths: the files.
     """
 
@@ -87,30 +87,30 @@ class Written:
 
 
 def figures(asked: Sequence[str]) -> tuple[str, ...]:
-    """The figures that names ask for; "all" is every one.
+    """The figures with the given names; "all" is every figure.
 
     Raises:
-        CommandError: for a name that is not known.
+        CommandError: for an unknown name.
     """
     names = choose("figure", asked, (*FIGURES, "all"))
     return FIGURES if "all" in names else names
 
 
 def needed(names: Iterable[str]) -> tuple[str, ...]:
-    """The operations that have to be measured for some figures."""
+    """The operations that some figures need measurements of."""
     if "runtime" in names:
         return PAPER_OPERATIONS
     return ("kfac_reduce",) if {"speedups", "memory"} & set(names) else ()
 
 
 def settings(operations: Sequence[str], given: Settings, quick: bool) -> Settings:
-    """What is measured for figures: a quick run repeats less."""
+    """The settings for figures: a quick run repeats less."""
     found = replace(given, operations=tuple(operations), implementations=IMPLEMENTATIONS)
     return replace(found, seconds=min(given.seconds, 0.05), repeats=min(given.repeats, 5)) if quick else found
 
 
 def layers(quick: bool) -> tuple[Layer, ...]:
-    """The distinct convolutions of the nine nets; for a quick run a few of each kind, of the smaller half."""
+    """The distinct convolutions of the nine nets; for a quick run a few small ones of each kind."""
     every = merged(layer for net in PAPER for layer in layers_of(net))
     if not quick:
         return every
@@ -124,7 +124,7 @@ def layers(quick: bool) -> tuple[Layer, ...]:
 
 
 def _work(layer: Layer) -> int:
-    """Multiplications of the forward pass of one example."""
+    """Number of multiplications in the forward pass of one example."""
     spec, found = layer.spec, layer.spec.in_channels // layer.spec.groups
     for size in (*spec.output_shape, *spec.kernel_size):
         found *= size
@@ -133,7 +133,7 @@ def _work(layer: Layer) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- study
 def study(out: Path) -> Written:
-    """The hyper-parameter study: convolutions of each net by kind, beside the paper's numbers."""
+    """The hyper-parameter study: convolutions of each net by kind, with the paper's numbers."""
     headings = ("net", "input", *KINDS, "paper")
     rows: list[tuple[str, ...]] = []
     counts: dict[str, dict[str, tuple[int, int]]] = {}
@@ -152,9 +152,9 @@ def study(out: Path) -> Written:
     total, unique = (sum(pair[at] for pair in sums.values()) for at in (0, 1))
     text = [
         *_opening("Hyper-parameter study", "study"),
-        "Convolutions of each kind, total (unique), for one input of the size given. Two convolutions of a net are one"
-        " if they agree in all hyper-parameters, their input size and whether they have a bias. The last column says"
-        " whether the paper counts the same.",
+        "Convolutions of each kind, total (unique), for one input of the given size. Convolutions of a net that agree"
+        " in all hyper-parameters, input size and bias count as one. The last column compares with the paper:"
+        ' "the same", or its numbers.',
         "",
         "![study](study.png)",
         "",
@@ -205,19 +205,19 @@ def _plot_study(counts: dict[str, dict[str, tuple[int, int]]], path: Path) -> No
 
 # ------------------------------------------------------------------------------------------------------------ runtime
 def runtime(rows: Sequence[Row], out: Path, options: str) -> Written:
-    """Ratios of times by operation and kind, as box plots and a table, beside what the paper found."""
+    """Time ratios by operation and kind, as box plots and a table, with the paper's findings."""
     found = [one for one in summaries(rows, Options()) if one.operation in PAPER_OPERATIONS]
     cells = [one.cells[:7] for one in found]
     text = [
         *_opening("Run times", "runtime", options, rows),
-        "Shortest times over those of the standard way, from the same interleaved rounds; below 1 is faster."
-        f" `{TN}` contracts the network as it stands, `{SIMPLIFIED}` what the rules leave of it, both with patterns as"
-        f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` does. Convolutions that two nets have in"
-        " common are measured once, so there are fewer than the nets' unique ones together.",
+        "Shortest times divided by those of the standard way, from the same interleaved rounds; below 1 is faster."
+        f" `{TN}` contracts the network unsimplified, `{SIMPLIFIED}` after simplification, both with patterns as"
+        f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` runs. Convolutions that occur in two"
+        " nets are measured once, so there are fewer than the sum of the nets' unique ones.",
         "",
-        "![ratios of times](runtime.png)",
+        "![time ratios](runtime.png)",
         "",
-        "What the paper found, on an Nvidia T4:",
+        "The paper's findings on an Nvidia T4:",
         "",
         *(f"- {operation}: {CLAIMS[operation]}" for operation in PAPER_OPERATIONS),
         "",
@@ -231,7 +231,7 @@ def runtime(rows: Sequence[Row], out: Path, options: str) -> Written:
 
 # ----------------------------------------------------------------------------------------------------------- speedups
 def speedups(rows: Sequence[Row], out: Path, options: str) -> Written:
-    """The convolutions on which KFAC-reduce gains most, for each implementation."""
+    """The convolutions with the largest speed-ups of KFAC-reduce, for each implementation."""
     known = {
         (row.implementation, row.layer.spec): one.value
         for row, one in ratios(rows, Options()).items()
@@ -256,10 +256,10 @@ def speedups(rows: Sequence[Row], out: Path, options: str) -> Written:
             )
     text = [
         *_opening("Speed-ups of KFAC-reduce", "speedups", options, rows),
-        f"The {_BEST} convolutions on which `{PLANNED}` gains most over unfolding, and what the other two ways gain"
-        " there. All that were measured are in `speedups.csv`.",
+        f"The {_BEST} convolutions with the largest speed-up of `{PLANNED}` over unfolding, and the other two ways'"
+        " speed-ups there. All measured convolutions are in `speedups.csv`.",
         "",
-        "The paper, on an Nvidia T4: ratios down to 0.22 (4.5 times faster). Here, over the convolutions measured:",
+        "The paper, on an Nvidia T4: ratios down to 0.22 (4.5 times faster). Here, over the measured convolutions:",
         "",
         *lines,
         "",
@@ -285,10 +285,10 @@ def speedups(rows: Sequence[Row], out: Path, options: str) -> Written:
 
 # ------------------------------------------------------------------------------------------------------------- memory
 def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
-    """What KFAC-reduce needs beside its operand and its result."""
+    """The memory of KFAC-reduce besides its operand and its result."""
     mine = [row for row in rows if row.operation == "kfac_reduce" and row.found.status == OK]
     if not any(row.implementation == STANDARD for row in mine):
-        raise CommandError("no memory of KFAC-reduce was measured that memory could show")
+        raise CommandError("the results have no memory of KFAC-reduce, expected some: measure it first")
     names = (STANDARD, *IMPLEMENTATIONS)
     bytes_of = {(row.implementation, row.layer.spec): row.found.extra_bytes or 0 for row in mine}
     every = {row.layer.spec: row for row in mine if row.implementation == STANDARD}
@@ -312,10 +312,10 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
     batch = mine[0].setting.batch
     text = [
         *_opening("Memory of KFAC-reduce", "memory", options, rows),
-        "The most bytes alive at once beside the operand, less the result's: scratch that is gone before the result is"
-        " made does not count as far as it fits into the result's place. The paper, on an Nvidia T4, batches larger:"
-        f" up to 3 GiB less than the standard way. Here, with a batch of {batch}, the most that is saved on one"
-        f" convolution, and how many of {len(specs)} convolutions need more than the standard way:",
+        "Peak memory besides the operand, minus the size of the result: temporary memory that is released before the"
+        " result is allocated does not count as far as it fits into the result's memory. The paper, on an Nvidia T4"
+        f" with larger batches: up to 3 GiB less than the standard way. Here, with a batch of {batch}, the largest"
+        f" saving on one convolution, and how many of {len(specs)} convolutions need more than the standard way:",
         "",
         *(f"- `{name}`: {saved[name] / 2**20:,.0f} MiB saved, {more[name]} need more" for name in IMPLEMENTATIONS),
         "",
@@ -330,8 +330,8 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
         values = [max(bytes_of.get((name, spec), math.nan) / 2**20, 2**-10) for spec in specs]
         axis.plot(range(len(specs)), values, ".", color="black" if name == STANDARD else f"C{at - 1}", label=name)
     axis.set_yscale("log")
-    axis.set_xlabel("convolutions, by what the standard way needs")
-    axis.set_ylabel("MiB beside operand, less the result")
+    axis.set_xlabel("convolutions, by memory of the standard way")
+    axis.set_ylabel("MiB besides operand, minus the result")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(out / "memory.png", dpi=130)
@@ -341,14 +341,14 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
 
 # ---------------------------------------------------------------------------------------------------------------- crs
 def crs_figure(points: Sequence[Point], out: Path, options: str) -> Written:
-    """The error of sampled gradients, beside what the paper found."""
+    """The error of sampled gradients, with the paper's findings."""
     from lensor_bench import crs
 
     rows = crs.table(points)
     lines = []
     for data in dict.fromkeys(point.data for point in points):
         same = crs.equal_share(points, data)
-        found = "no share that was measured is" if same is None else f"{same:.0%} of positions are"
+        found = "no measured share is" if same is None else f"{same:.0%} of positions are"
         lines.append(f"- {data}: {found} as good as 75 % of channels")
     batch, seeds = points[0].batch, 1 + max(point.seed for point in points)
     text = [
@@ -358,7 +358,7 @@ def crs_figure(points: Sequence[Point], out: Path, options: str) -> Written:
         "The untrained All-CNN-C without dropout, cross-entropy, 100 classes: the distance ‖ĝ − g‖ / ‖g‖ of the sampled"
         f" gradients of all kernels from the exact ones. Batches of {batch}, {seeds} initialisations of model and batch"
         " for channels and positions by Bernoulli sampling, fewer for the rest; mean and standard deviation. Crops of"
-        " pictures are 32×32 pixels of scikit-image's, labelled by picture.",
+        " pictures are 32×32 pixels of scikit-image's photographs, with the photograph as label.",
         "",
         "The paper, on CIFAR-100: 35 % of positions are as good as 75 % of channels. Here:",
         "",
@@ -366,9 +366,9 @@ def crs_figure(points: Sequence[Point], out: Path, options: str) -> Written:
         "",
         "![errors](crs.png)",
         "",
-        "The time is that of the whole backward pass, input gradients included, which are exact and take their time; it"
-        " is measured once, in turns with the exact one's, with the plans for the drawn counts made before: planning is"
-        " not in it. `--cifar FOLDER` measures CIFAR-100 too.",
+        "The time is that of the whole backward pass, including the exact input gradients. It is measured once,"
+        " alternately with the exact backward pass, and excludes planning for the drawn counts."
+        " `--cifar FOLDER` measures CIFAR-100 too.",
         "",
         *table(crs.HEADINGS, rows, 3),
     ]
@@ -381,7 +381,7 @@ VIEWS: dict[str, Callable[[Sequence[Row], Path, str], Written]] = {
     "speedups": speedups,
     "memory": memory,
 }
-"""The figures that show what was measured."""
+"""The figures that show measurements."""
 
 
 def write(
@@ -390,11 +390,11 @@ def write(
     """Write figures to a folder, one after another.
 
     Args:
-        names: of figures.
-        rows: what was measured for them.
-        points: what was measured for `crs`.
+        names: names of figures.
+        rows: measurements for them.
+        points: measurements for `crs`.
         out: the folder.
-        options: of the command, which the pages show.
+        options: options of the command, which the pages show.
 
     Raises:
         CommandError: if the folder cannot be written, matplotlib is missing, or nothing was measured.
@@ -408,7 +408,7 @@ def write(
             elif name == "crs":
                 yield crs_figure(points, out, options)
             elif not any(row.found.minimum for row in rows if row.operation in needed([name])):
-                raise CommandError(f"no time was measured that {name} could show")
+                raise CommandError(f"the results have no time for {name}, expected some: measure it first")
             else:
                 yield VIEWS[name](rows, out, options)
 

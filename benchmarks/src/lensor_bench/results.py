@@ -1,9 +1,9 @@
-"""Results files: one row of CSV for each operation, convolution and implementation, written as soon as it is known.
+"""Results files: one CSV row for each operation, convolution and implementation, written as soon as it is measured.
 
-A row says what was measured, on which machine and with which versions, so that it can be read on its own. Rows are
-appended in one piece and flushed to the disk: whatever ends a run, finished rows stay. A last line without an end is
-what a killed run left of a row it was writing; it is no row. Any other line that does not fit is damage: the file is
-refused and left as it is.
+A row contains what was measured, the machine and the versions, so that it can be read on its own. Rows are appended in
+one piece and flushed to the disk, so finished rows survive any end of a run. A last line without a line end is an
+unfinished row of a killed run and is ignored. Any other invalid line is damage: the file is rejected and left
+unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lensor.inspect.operations import DTYPES, OPERATIONS
 from lensor.inspect.text import from_cell, write_rows
 
 OK = "ok"
-"""The status of a row whose result was right."""
+"""The status of a row with a correct result."""
 
 STATUSES = (OK, "wrong", "refused", "failed")
-"""All of them."""
+"""All statuses."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a row comes from."""
+    """The origin of a row."""
 
     machine: str
     cores: int
@@ -42,13 +42,13 @@ class Machine:
 
     @property
     def label(self) -> str:
-        """All of it in a line."""
+        """The origin in one line."""
         return f"{self.machine}, {self.cores} CPUs; Python {self.python}, torch {self.torch}, lensor {self.lensor}"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row was measured with.
+    """The settings of a measured row.
 
     Args:
         batch: batch size.
@@ -67,20 +67,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found: times in seconds, the standard's from the same rounds, and bytes beside operands and result.
+    """The result of a measurement: times in seconds, with the standard's from the same rounds, and memory in bytes.
 
     Args:
-        status: "ok", "wrong" (a result that differs from the standard's), "refused" or "failed".
-        message: why it is not "ok".
-        error: the largest difference from the standard's result, over the largest entry.
+        status: "ok", "wrong" (the result differs from the standard's), "refused" or "failed".
+        message: the reason why it is not "ok".
+        error: the largest difference from the standard's result, divided by the largest entry.
         repeats: number of times.
         minimum: the shortest time.
         median: the median time.
         standard_minimum: the standard's shortest time.
         standard_median: the standard's median time.
-        extra_bytes: the most bytes alive at once beside the operands, less those of the result.
-        standard_extra_bytes: the standard's.
-        result_bytes: the result's.
+        extra_bytes: peak memory besides the operands, minus the size of the result.
+        standard_extra_bytes: the same for the standard.
+        result_bytes: size of the result.
     """
 
     status: str
@@ -101,7 +101,7 @@ class Found:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0:
-                raise ValueError(f"{field.name} is {value}, expected no negative number")
+                raise ValueError(f"{field.name} is {value}, expected at least 0")
             if field.name != "error" and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}, expected a finite number")
 
@@ -120,14 +120,14 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells rows of one file apart."""
+        """The fields that identify a row within a file."""
         return (self.operation, self.implementation, self.layer.spec, self.setting)
 
 
 _PARTS: tuple[type[Any], ...] = (Setting, Found, Machine)
 _FIRST = ("operation", "implementation", "version", "nets", "module", "count", "convolution")
 HEADER = (*_FIRST, *SPEC_COLUMNS, *(field.name for part in _PARTS for field in fields(part)))
-"""The columns of a results file."""
+"""Columns of a results file."""
 
 
 def _record(row: Row) -> dict[str, object]:
@@ -143,13 +143,13 @@ def _record(row: Row) -> dict[str, object]:
 
 
 def _row(cells: Sequence[str]) -> Row:
-    """The row in the cells of a line.
+    """Parse the row in the cells of a line.
 
     Raises:
-        CommandError, ValueError: for what is not a row.
+        CommandError, ValueError: for an invalid row.
     """
     if len(cells) != len(HEADER):
-        raise ValueError(f"it has {len(cells)} cells, expected {len(HEADER)}")
+        raise ValueError(f"the line has {len(cells)} cells, expected {len(HEADER)}")
     record = dict(zip(HEADER, map(from_cell, cells), strict=True))
     for name, known in (("operation", tuple(OPERATIONS)), ("dtype", DTYPES)):
         if record[name] not in known:
@@ -179,16 +179,16 @@ def _value(hint: Any, record: dict[str, str], name: str) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def read(path: Path) -> list[Row]:
-    """The rows of a results file.
+    """Read the rows of a results file.
 
     Raises:
-        CommandError: if it cannot be read, is no results file, or is damaged.
+        CommandError: if the file cannot be read, is not a results file, or is damaged.
     """
     return _scan(path)[0]
 
 
 def _scan(path: Path) -> tuple[list[Row], int]:
-    """The rows of a file, and the length in bytes of what they take up."""
+    """The rows of a file, and their length in bytes."""
     data = read_bytes(path)
     whole = finished(data)
     try:
@@ -196,7 +196,7 @@ def _scan(path: Path) -> tuple[list[Row], int]:
     except UnicodeDecodeError:
         text = ""
     if text.partition("\n")[0].rstrip("\r") != ",".join(HEADER):
-        raise CommandError(f"{path} is not a results file of this version of lensor bench; it was left as it is")
+        raise CommandError(f"{path} is not a results file of this version of lensor bench; it was left unchanged")
     rows: list[Row] = []
     seen = set()
     reader = csv.reader(io.StringIO(text.partition("\n")[2], newline=""))
@@ -204,31 +204,33 @@ def _scan(path: Path) -> tuple[list[Row], int]:
         for cells in reader:
             row = _row(cells)
             if row.key in seen:
-                raise ValueError("what it measures is measured above")
+                raise ValueError("the measurement occurs in an earlier line, expected once")
             seen.add(row.key)
             rows.append(row)
     except (CommandError, csv.Error, TypeError, ValueError) as error:
-        raise CommandError(f"{path} is damaged in line {reader.line_num + 1} ({error}); it was left as it is") from None
+        raise CommandError(
+            f"{path} is damaged in line {reader.line_num + 1} ({error}); it was left unchanged"
+        ) from None
     return rows, len(whole)
 
 
 def finished(data: bytes) -> bytes:
-    """What a file holds without a last line that was not finished."""
+    """The contents of a file without an unfinished last line."""
     return data[: data.rfind(b"\n") + 1]
 
 
 class ResultsFile:
-    """A results file that is being written.
+    """A results file for writing.
 
     Args:
-        path: the file; made with its header if it is not there.
-        resume: whether a file that is there is gone on with.
+        path: the file; made with its header if it does not exist.
+        resume: whether to continue an existing file.
 
-    A file that another process has changed in the meantime is left as it is: no row of either is lost or repeated.
+    A file that another process has changed in the meantime is left unchanged: no row is lost or repeated.
 
     Raises:
-        CommandError: if it cannot be written, if it is there and `resume` is not set, if it is no results file or
-            damaged, or if it comes from another machine or other versions.
+        CommandError: if the file cannot be written, exists while `resume` is not set, is damaged or not a results
+            file, or comes from another machine or other versions.
     """
 
     def __init__(self, path: Path, machine: Machine, resume: bool) -> None:
@@ -240,7 +242,7 @@ class ResultsFile:
             held = path.read_bytes() if path.exists() else b""
             if held == header or not header.startswith(held):
                 self._length = self._go_on(machine, resume)
-            else:  # new, or killed while the header was written
+            else:  # new, or a run was killed while it wrote the header
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"")
                 self._length = 0
@@ -248,7 +250,7 @@ class ResultsFile:
 
     def _go_on(self, machine: Machine, resume: bool) -> int:
         if not resume:
-            raise CommandError(f"{self.path} is there already: go on with it by --resume, or give another --out")
+            raise CommandError(f"{self.path} exists: continue it with --resume, or give another --out")
         before = self.path.stat().st_size
         self.rows, length = _scan(self.path)
         for row in self.rows:
@@ -262,7 +264,7 @@ class ResultsFile:
         return length
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows, in one piece, to the disk."""
+        """Write rows to the disk in one piece."""
         text = io.StringIO()
         new = list(rows)
         write_rows(text, (_record(row).values() for row in new))
@@ -273,7 +275,7 @@ class ResultsFile:
     def _append(self, data: bytes) -> None:
         with self.path.open("ab") as file:
             if file.tell() != self._length:
-                raise CommandError(f"{self.path} was changed by another process; it was left as it is")
+                raise CommandError(f"{self.path} was changed by another process; it was left unchanged")
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -281,6 +283,6 @@ class ResultsFile:
 
 
 def difference(there: Machine, here: Machine) -> str:
-    """Where two differ, for a message."""
+    """The differences between two machines, for a message."""
     pairs = ((field.name, getattr(there, field.name), getattr(here, field.name)) for field in fields(here))
     return ", ".join(f"{name} {one}, here {other}" for name, one, other in pairs if one != other)

@@ -1,4 +1,4 @@
-"""Operations × convolutions × implementations, checked, timed and written down."""
+"""Operations × convolutions × implementations, checked, timed and recorded."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lensor_bench.results import OK, Found, Machine, ResultsFile, Row, Setting
 from lensor_bench.settings import Settings
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""How far a result may be from the standard's, over its largest entry, for each dtype."""
+"""Maximum difference from the standard's result, divided by its largest entry, by dtype."""
 
 _LEAST = 3
-"""Slow calls are timed so often at least."""
+"""Minimum number of rounds for slow calls."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Case:
 
 
 class Bench:
-    """A run: its cases, in order, and how each is measured.
+    """A run: its cases, in order, and their measurement.
 
     Args:
-        settings: what is measured.
+        settings: settings of the measurement.
         layers: the convolutions, instead of those of the nets.
 
     Raises:
-        CommandError: for names that are not known (the message lists those that are), peers that are not installed, a
-            device that is not there.
+        CommandError: for an unknown name (the message lists the known ones), a peer that is not installed, or a device
+            that does not exist.
     """
 
     def __init__(self, settings: Settings, layers: Sequence[Layer] | None = None) -> None:
@@ -67,10 +67,10 @@ class Bench:
         self.machine = here(self.device)
 
     def pending(self, results: ResultsFile) -> list[tuple[Case, tuple[Implementation, ...]]]:
-        """The cases of which rows are missing, each with the implementations whose they are.
+        """The cases with missing rows, each with the implementations of these rows.
 
         Raises:
-            CommandError: if the file has rows of another version of one of the implementations.
+            CommandError: if the file has rows of another version of an implementation.
         """
         versions = {one.name: one.version for one in self.implementations}
         for row in results.rows:
@@ -89,14 +89,14 @@ class Bench:
         return found
 
     def run(self, results: ResultsFile) -> Iterator[Case]:
-        """Measure what is missing, and write it down; yields each case before it is measured."""
+        """Measure and record the missing rows; yields each case before it is measured."""
         with threads(self.settings.threads), _memory_limit(self.device):
             for case, missing in self.pending(results):
                 yield case
                 results.append(self.measure(case, missing))
 
     def measure(self, case: Case, implementations: Sequence[Implementation]) -> list[Row]:
-        """Rows of one case; an implementation that fails or is wrong has a row that says so."""
+        """Measure one case; the row of an implementation that fails or is wrong records this."""
         gc.collect()
         with torch.no_grad():
             found = self._measure(case, implementations)
@@ -113,11 +113,11 @@ class Bench:
             return {one.name: _failure(error) for one in implementations}
         for one in dict.fromkeys((IMPLEMENTATIONS[STANDARD], *implementations)):
             if one.name != STANDARD and expected is None:
-                found[one.name] = Found("failed", "no result of the standard way to check against")
+                found[one.name] = Found("failed", "the standard way has no result to compare with")
                 continue
             try:
                 if one.package == "lensor":
-                    lensor.clear_caches()  # constants that another effort made count for this one too
+                    lensor.clear_caches()  # constants of another effort setting also count for this one
                 call = one.ways[name](operands, spec)
                 extra, result = extra_bytes(call, self.device)
             except Exception as error:
@@ -151,7 +151,7 @@ class Bench:
         if not calls:
             return found
         try:
-            for call in calls.values():  # what was planned first may have been forgotten since
+            for call in calls.values():  # plans may have left the cache since they were made
                 call()
             times = interleaved(
                 tuple(calls.values()),
@@ -166,7 +166,7 @@ class Bench:
             if not failed or first in failed:
                 return found | dict.fromkeys(calls, _failure(error))
             return self._timed({name: calls[name] for name in calls if name not in failed}, found | failed)
-        first = next(iter(calls))  # the standard way: nothing is timed without it
+        first = next(iter(calls))  # the standard way: without it there is no timing
         standard = times[0]
         for name, mine in zip(calls, times, strict=True):
             found[name] = replace(
@@ -185,13 +185,13 @@ class Bench:
 
 
 def here(device: torch.device) -> Machine:
-    """This machine, or its graphics card, and the versions of what measures."""
+    """This machine, or its GPU, and the versions of the packages that measure."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     return Machine(name, os.cpu_count() or 1, platform.python_version(), torch.__version__, lensor.__version__)
 
 
 def _raised(call: Call) -> Exception | None:
-    """What a call raises when it runs once more."""
+    """The exception that a call raises when it runs again."""
     try:
         call()
     except Exception as error:
@@ -200,13 +200,13 @@ def _raised(call: Call) -> Exception | None:
 
 
 def _failure(error: Exception) -> Found:
-    """A row's answer for an implementation that raised."""
+    """The row's result for an implementation that raised."""
     status = "refused" if isinstance(error, NotImplementedError) else "failed"
     return Found(status, in_one_line(error))
 
 
 def _implementations(asked: Sequence[str]) -> tuple[Implementation, ...]:
-    """The standard way and those asked for."""
+    """The standard way and the requested implementations."""
     names = choose("implementation", asked, IMPLEMENTATIONS)
     found = [IMPLEMENTATIONS[name] for name in names]
     for one in found if asked else ():
@@ -225,7 +225,7 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _memory_limit(device: torch.device) -> Iterator[None]:
-    """Refuse allocations beyond what is free, on Linux: an exception, where the process would be killed."""
+    """Limit allocations to the free memory, on Linux: an exception instead of a killed process."""
     info = Path("/proc/meminfo")
     if device.type != "cpu" or not info.exists():
         yield

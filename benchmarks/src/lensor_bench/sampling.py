@@ -1,7 +1,7 @@
-"""What sampled backpropagation costs and saves: bytes and time of a step, times of weight gradients, training.
+"""Costs and savings of sampled backpropagation: memory and time of a step, times of weight gradients, training.
 
-The model is All-CNN-C without dropout on a batch of 32×32 pictures; weight gradients are those of the 3×3 convolutions
-of ResNet-18; training is that of small CNNs on the digits of scikit-learn and on crops of pictures.
+The model is All-CNN-C without dropout on a batch of 32×32 images. Weight gradients are those of the 3×3 convolutions of
+ResNet-18. Training uses small CNNs on the digits of scikit-learn and on crops of photographs.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from lensor_bench.training import TASKS, Task, step_seconds, training_step, vali
 
 KEEPS = (0.75, 0.5, 0.25, 0.1)
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
-"""Channels and size of general 3×3 convolutions."""
+"""Channels and input size of general 3×3 convolutions."""
 
 TRAINED = (1.0, 0.5, 0.25)
-"""Shares of the positions that are kept in training."""
+"""Shares of the positions to keep in training."""
 
 STEPS, GRADIENTS, TRAINING, PLOT = "steps.csv", "gradients.csv", "training.csv", "training.png"
-"""The files of a folder."""
+"""The files in the output folder."""
 
 _SEGMENTS = 3
-"""Parts of a checkpointed model."""
+"""Number of segments of a checkpointed model."""
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One way to make a training step.
+    """One way to compute a training step.
 
     Args:
-        way: what it is.
+        way: name of the way.
         saved: bytes kept for the backward pass.
-        peak: the most bytes alive at once beside parameters and inputs.
-        ratio: its time over that of torch's.
+        peak: peak memory besides parameters and inputs, in bytes.
+        ratio: its time divided by torch's.
     """
 
     way: str
@@ -61,7 +61,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """One sampled weight gradient: its time over the exact one's, the faster of torch's and Lensor's."""
+    """One sampled weight gradient: its time divided by the exact one's, the faster of torch's and Lensor's."""
 
     layer: str
     indices: str
@@ -90,7 +90,7 @@ def _spatial(keep: float) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------------------- steps
 def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRow]:
-    """Bytes and time of a training step of All-CNN-C: torch's, checkpointed, sampled."""
+    """Memory and time of a training step of All-CNN-C: torch's, checkpointed, sampled."""
     require("torch")
     torch.manual_seed(0)
     model = all_cnn_c()
@@ -113,7 +113,7 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
     with using(threads):
         calls = {name: partial(step, one) for name, one in ways.items()}
         for call in calls.values():
-            call()  # plans
+            call()  # makes plans
         times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
         rows = []
         for (name, call), found in zip(calls.items(), times, strict=True):
@@ -123,7 +123,7 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
 
 
 class _Checkpointed(nn.Module):
-    """A sequence in segments that are computed again in the backward pass."""
+    """A sequence in segments that are recomputed in the backward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Checkpointed(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterator[GradientRow]:
-    """Times of sampled weight gradients of general convolutions, each beside the exact one in one run."""
+    """Times of sampled weight gradients of general convolutions, each interleaved with the exact one."""
     require("torch")
     with using(threads):
         for channels, size in LAYERS:
@@ -170,12 +170,12 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
 
 # ------------------------------------------------------------------------------------------------------------- training
 def train(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
-    """Tasks of `lensor bench training` with AdamW, positions kept at 1, 0.5 and 0.25 by a fixed count.
+    """Train on the tasks of `lensor bench training` with AdamW, keeping 1, 0.5 and 0.25 of the positions ("fixed").
 
-    Seconds are steps times the seconds of a step, measured for all rates interleaved before the runs.
+    Seconds are steps times the time of a step, which is measured for all rates, interleaved, before the runs.
 
     Raises:
-        CommandError: for tasks that are not known, or packages that are missing.
+        CommandError: for an unknown task or a missing package.
     """
     require("torch", "sklearn", "skimage")
     with using(threads):
@@ -204,7 +204,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _run(task: Task, model: nn.Module, seed: int, steps: int, batch: int) -> Iterator[tuple[int, float, float]]:
-    """Step, validation loss and accuracy, at every twentieth step."""
+    """Step, validation loss and accuracy, after every twentieth step."""
     generator, optimizer = torch.Generator().manual_seed(seed), _optimizer(model)
     x, y = task.train
     for at in range(steps + 1):
@@ -217,7 +217,7 @@ def _run(task: Task, model: nn.Module, seed: int, steps: int, batch: int) -> Ite
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def write_csv(rows: Sequence[Any], path: Path) -> Path:
-    """Write rows of one kind to a file."""
+    """Write rows of one type to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         write_rows(file, [[field.name for field in fields(rows[0])], *(asdict(row).values() for row in rows)])
@@ -225,7 +225,7 @@ def write_csv(rows: Sequence[Any], path: Path) -> Path:
 
 
 def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
-    """For each task and keep rate the accuracy at the end, steps and seconds to the exact runs' less a point, peak."""
+    """A row per task and keep rate: final accuracy, steps and seconds to one point below the exact runs', peak."""
     found = []
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
@@ -252,11 +252,11 @@ def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
 
 
 SUMMARY = ("task", "keep", "accuracy at the end", "runs there", "steps", "seconds", "peak of a step, MiB")
-"""The columns of `summary`: there is one point below the accuracy that the exact runs end with."""
+"""Columns of `summary`: "there" is one point below the final accuracy of the exact runs."""
 
 
 def plot(rows: Sequence[TrainingRow], path: Path) -> Path:
-    """Validation accuracy against steps and seconds, with the peak of memory."""
+    """Plot validation accuracy against steps and seconds, and peak memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a run measures, and how."""
+"""Settings of a run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how.
+    """What a run measures, and how.
 
     Args:
         operations: names of operations; all if empty.
-        nets: names of nets of the catalogue; the paper's if empty.
-        implementations: names beside the standard; Lensor's and the peers that are installed if empty.
+        nets: names of catalogue nets; the paper's if empty.
+        implementations: names besides the standard; Lensor's and the installed peers' if empty.
         kinds: kinds of convolutions; all if empty.
         batch: batch size.
         columns: columns of the square root of the GGN.
         dtype: dtype of the operands.
         threads: threads of torch.
         device: "cpu" or "cuda".
-        limit: no more convolutions than this, the first.
-        repeats: no more rounds than this.
-        seconds: for how long each implementation is timed, in at least three rounds.
+        limit: maximum number of convolutions; the first ones are measured.
+        repeats: maximum number of rounds.
+        seconds: time for each implementation, in at least three rounds.
     """
 
     operations: tuple[str, ...] = ()

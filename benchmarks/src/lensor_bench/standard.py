@@ -1,13 +1,13 @@
-"""The standard way of each operation: what one writes with torch alone.
+"""The standard way of each operation: the implementation that one writes with torch alone.
 
-- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, asked for the one gradient only. The input
-  of input_vjp and the weight of weight_vjp are there, as after a forward pass; they are made before the time starts.
+- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, for the single gradient. The input of
+  input_vjp and the weight of weight_vjp exist as after a forward pass; they are made before timing.
 - kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, for reduce the mean over positions, and one matrix
-  product for each group. Where torch has no unfold (one or three dimensions, transposed convolutions) `Tensor.unfold`
-  along each axis, for transposed convolutions of the input with zeros between its positions.
-- per_example_weight_vjp: `torch.func.vmap` over torch's weight gradient. That is what `vmap(grad(...))` runs, without
-  the forward pass that it would run too.
-- ggn_diagonal: unfold, an einsum that gives Jᵀ S for every example and column, squares, and a sum.
+  product per group. If torch has no unfold (one or three dimensions, transposed convolutions), `Tensor.unfold` along
+  each axis; for transposed convolutions on the input with zeros between its positions.
+- per_example_weight_vjp: `torch.func.vmap` over torch's weight gradient. This equals `vmap(grad(...))` without its
+  forward pass.
+- ggn_diagonal: unfold, an einsum for Jᵀ S of every example and column, squares, and a sum.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ Operands = Mapping[str, Tensor]
 
 
 def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
-    """The input, padded if torch's operators cannot, and the padding that is left to them."""
+    """The input, padded if torch's operators cannot pad it, and the remaining padding for these."""
     if spec.padding_mode == "zeros" and _is_even(spec):
         return x, tuple(left for left, _ in spec.padding)
     if spec.transposed:
-        raise NotImplementedError(f"torch has no transposed convolution with padding {spec.padding}")
+        raise NotImplementedError(f"padding is {spec.padding}, expected equal sides for torch's transposed convolution")
     mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
     widths = [width for pair in reversed(spec.padding) for width in pair]
     return torch.nn.functional.pad(x, widths, mode=mode), (0,) * spec.ndim
 
 
 def _gradient(of: int, x: Tensor, weight: Tensor, v: Tensor, spec: ConvSpec, padding: tuple[int, ...]) -> Tensor:
-    """torch's gradient of a convolution by its input (0) or its weight (1)."""
+    """torch's gradient of a convolution with respect to its input (0) or its weight (1)."""
     hyper = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups)
     return torch.ops.aten.convolution_backward(v, x, weight, None, *hyper, [of == 0, of == 1, False])[of]
 
 
 def forward(given: Operands, spec: ConvSpec) -> Tensor:
-    """The convolution."""
+    """Compute the convolution."""
     x, padding = _padded(given["X"], spec)
     hyper = (spec.stride, padding, spec.dilation, spec.transposed, spec.output_padding, spec.groups)
     return torch.convolution(x, given["W"], None, *hyper)
 
 
 def kept_input(v: Tensor, spec: ConvSpec) -> Tensor:
-    """The input that a forward pass has kept, padded if torch's operators cannot; entries arbitrary.
+    """The input that a forward pass keeps, padded if torch's operators cannot pad it; with arbitrary entries.
 
-    torch's backward pass reads its shape only, but makes a copy of one that is not contiguous.
+    torch's backward pass uses only its shape, but copies an input that is not contiguous.
     """
     extra = [0 if _is_even(spec) else left + right for left, right in spec.padding]
     sizes = [size + more for size, more in zip(spec.input_size, extra, strict=True)]
@@ -61,9 +61,9 @@ def _is_even(spec: ConvSpec) -> bool:
 
 
 def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient by the input; zero padding only. X is the input that was kept."""
+    """The gradient with respect to the input, for zero padding only. X is the kept input."""
     if spec.padding_mode != "zeros":
-        raise NotImplementedError(f"the standard input VJP is for zero padding, found {spec.padding_mode}")
+        raise NotImplementedError(f"padding_mode is {spec.padding_mode!r}, expected 'zeros' for the input VJP")
     even = _is_even(spec)
     padding = tuple(left if even else 0 for left, _ in spec.padding)
     found = _gradient(0, given["X"], given["W"], given["V"], spec, padding)
@@ -74,18 +74,18 @@ def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
 
 
 def kept_weight(x: Tensor, spec: ConvSpec) -> Tensor:
-    """The weight that the forward pass had; of which, too, torch's backward pass reads the shape only."""
+    """The weight of the forward pass; torch's backward pass uses only its shape."""
     return x.new_zeros(spec.weight_shape)
 
 
 def weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient by the weight. W is the weight that was kept."""
+    """The gradient with respect to the weight. W is the kept weight."""
     x, padding = _padded(given["X"], spec)
     return _gradient(1, x, given["W"], given["V"], spec, padding)
 
 
 def per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient by the weight for every example. W is the weight that was kept."""
+    """The gradient with respect to the weight for every example. W is the kept weight."""
 
     def one(x: Tensor, v: Tensor) -> Tensor:
         return weight_vjp({"X": x[None], "W": given["W"], "V": v[None]}, spec)
@@ -94,7 +94,7 @@ def per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
 
 
 def patches(x: Tensor, spec: ConvSpec) -> Tensor:
-    """[batch, groups, channels/groups · ΠK, positions]; the positions are the output's, as the weight sees them."""
+    """[batch, groups, channels/groups · ΠK, positions]; the positions are those of the output."""
     if spec.transposed or spec.ndim != 2:
         found = _windows(x, spec)
     else:
@@ -104,10 +104,10 @@ def patches(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _windows(x: Tensor, spec: ConvSpec) -> Tensor:
-    """The same in any number of dimensions: [batch, channels, ΠK, positions]."""
+    """The patches in any number of dimensions: [batch, channels, ΠK, positions]."""
     sides = [side for pair in reversed(spec.padding) for side in pair]
     stride = spec.stride
-    if spec.transposed:  # zeros between the positions; then a convolution of stride 1 with the flipped kernel
+    if spec.transposed:  # insert zeros between positions, then convolve with stride 1 and the flipped kernel
         sizes = [(size - 1) * step + 1 for size, step in zip(spec.input_size, stride, strict=True)]
         stuffed = x.new_zeros((*x.shape[:2], *sizes))
         stuffed[(..., *(slice(None, None, step) for step in stride))] = x
@@ -147,7 +147,7 @@ def ggn_diagonal(given: Operands, spec: ConvSpec) -> Tensor:
     s = s.reshape(columns, batch, spec.groups, spec.out_channels // spec.groups, -1)
     roots = torch.einsum("vngol,ngkl->vngok", s, patches(given["X"], spec))  # one matrix product for each n and g
     found = roots.square_().sum((0, 1))
-    if spec.transposed:  # its weight has the input's channels first
+    if spec.transposed:  # its weight has the input channels first
         found = found.unflatten(2, (spec.in_channels // spec.groups, -1)).transpose(1, 2)
     return found.reshape(spec.weight_shape)
 

@@ -1,4 +1,4 @@
-"""What a training step with KFAC costs beside one of plain gradient descent."""
+"""The cost of a training step with KFAC compared with one of plain gradient descent."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lensor_bench.models import CLASSES, MODELS
 from lensor_bench.nets import all_cnn_c
 
 INTERVAL = 10
-"""Steps between inversions of dense factors; so many steps are one call that is timed."""
+"""Steps between inversions of dense factors; a timed call makes this many steps."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, its batch and what it is trained with.
+    """A model, its batch and image size.
 
     Args:
-        make: makes the model.
+        make: function that makes the model.
         batch: batch size.
-        size: height and width of the pictures.
+        size: height and width of the images.
     """
 
     make: Callable[[], nn.Module]
@@ -40,19 +40,19 @@ SETUPS: Mapping[str, Setup] = {
     "resnet18": Setup(MODELS["resnet18"], 8, 224),
     "all-cnn-c": Setup(all_cnn_c, 128, 32),
 }
-"""What is measured."""
+"""The measured models."""
 
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "KFAC, forward-only": {"fisher": "forward-only", "approx": "reduce", "method": "woodbury", "ema": 0.0},
     "KFAC, reduce": {"approx": "reduce", "factor_interval": INTERVAL, "inverse_interval": INTERVAL},
     "KFAC, expand": {"factor_interval": INTERVAL, "inverse_interval": INTERVAL},
 }
-"""The optimizers: of the last two factors and inverses are made anew at every tenth step."""
+"""The optimizers; the last two recompute factors and inverses at every tenth step."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one training step, on average over as many as lie between inversions."""
+    """Seconds of a training step, averaged over the steps from one inversion to the next."""
 
     model: str
     optimizer: str
@@ -61,10 +61,10 @@ class StepTime:
 
 
 def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) -> Iterator[StepTime]:
-    """Each optimizer's steps beside those of gradient descent, interleaved.
+    """Time each optimizer's steps and those of gradient descent, interleaved.
 
     Raises:
-        CommandError: for models that are not known, or packages that are missing.
+        CommandError: for an unknown model or a missing package.
     """
     require("torch", "transformers")
     with using(threads):
@@ -78,7 +78,7 @@ def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) ->
 
 
 def _steps(setup: Setup, options: Mapping[str, Any] | None) -> Callable[[], Tensor]:
-    """As many steps as lie between inversions, one inversion among them."""
+    """A call with the steps from one inversion to the next, including one inversion."""
     torch.manual_seed(0)
     model, loss = setup.make().train(), nn.CrossEntropyLoss()
     x, y = torch.randn(setup.batch, 3, setup.size, setup.size), torch.randint(CLASSES, (setup.batch,))

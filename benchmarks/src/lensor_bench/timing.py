@@ -1,4 +1,4 @@
-"""The times that `lensor explain` shows."""
+"""Timings for `lensor explain`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def timings_of(
     Args:
         layers: convolutions, without biases.
         ops: names of operations.
-        options: what they are measured with.
-        shown: where the progress is shown.
+        options: settings of the measurement.
+        shown: console for the progress bar.
 
     Returns:
-        The times, and lines that say how they were measured.
+        The times, and lines on the measurement.
     """
     settings = Settings(
         operations=tuple(ops),

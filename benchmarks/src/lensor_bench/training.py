@@ -1,9 +1,9 @@
-"""Training on real data: KFAC and its forward-only variant beside tuned gradient descent and AdamW.
+"""Training on real data: KFAC and its forward-only variant, compared with tuned gradient descent and AdamW.
 
-Two tasks whose data come with packages: the digits of scikit-learn, and 32×32 crops of scikit-image's pictures, to be
-told apart by picture; crops for validation come from a part of each picture that training does not see. Every optimizer
-is tuned on the first seed over a grid of its own, all grids of the same size, then run with all seeds. Seconds are
-steps times the seconds of a step, which are measured for all optimizers of a task interleaved, when all runs are done.
+The data of both tasks come with packages: the digits of scikit-learn, and 32×32 crops of scikit-image's photographs,
+with the photograph as label. Validation crops come from a part of each photograph that training does not use. Every
+optimizer is tuned on the first seed over a grid of the same size, then run with all seeds. Seconds are steps times the
+time of a step, which is measured for all optimizers of a task, interleaved, after all runs.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ PICTURES = (
     *("astronaut", "brick", "camera", "chelsea", "clock", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
     *("immunohistochemistry", "moon", "page", "retina", "rocket", "text", "stereo_motorcycle", "cell"),
 )
-"""Pictures that are files of the scikit-image package."""
+"""Photographs from the scikit-image package."""
 
 _SIDE, _CROPS, _HELD_OUT = 32, 200, 50
 _EVERY = 10
-"""Steps between two validations."""
+"""Steps between validations."""
 _BLOCK, _ROUNDS = 10, 7
-"""Steps that are timed together, a multiple of all intervals of updates, and how often."""
+"""Steps in a timed block, a multiple of all update intervals, and number of blocks."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data, [n, channels, height, width] and labels, and a model for them.
+    """Data, [n, channels, height, width] and labels, with a model.
 
     Args:
         train: inputs and labels for training.
-        validate: for validation.
-        model: makes the model.
+        validate: inputs and labels for validation.
+        model: function that makes the model.
     """
 
     train: tuple[Tensor, Tensor]
@@ -59,14 +59,14 @@ class Point:
     """One validation of one run.
 
     Args:
-        task: the task's name.
-        optimizer: the optimizer's name.
-        settings: what tuning chose.
-        seed: the run's seed.
-        step: steps made.
-        seconds: they take, together.
-        loss: the validation loss.
-        accuracy: the share of validation examples that are told right.
+        task: name of the task.
+        optimizer: name of the optimizer.
+        settings: the tuned settings.
+        seed: seed of the run.
+        step: number of steps so far.
+        seconds: time of these steps.
+        loss: validation loss.
+        accuracy: share of correctly classified validation examples.
     """
 
     task: str
@@ -134,7 +134,7 @@ Make = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
 
 
 def _optimizers() -> dict[str, dict[str, Make]]:
-    """For each optimizer its grid: six settings by name."""
+    """The grid of each optimizer: six settings, by name."""
     rates = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
     sgd: dict[str, Make] = {
         f"lr={lr}": lambda m, _, lr=lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9) for lr in rates
@@ -161,10 +161,10 @@ def _optimizers() -> dict[str, dict[str, Make]]:
 
 
 def run(names: Sequence[str], steps: int, seeds: int, batch: int, threads: int) -> Iterator[Point]:
-    """Tune and train; yields each validation of the runs that count.
+    """Tune and train; yields each validation of the final runs.
 
     Raises:
-        CommandError: for tasks that are not known, or packages that are missing.
+        CommandError: for an unknown task or a missing package.
     """
     require("torch", "sklearn", "skimage")
     with using(threads):
@@ -189,7 +189,7 @@ def run(names: Sequence[str], steps: int, seeds: int, batch: int, threads: int) 
 def step_seconds(
     task: Task, runs: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], batch: int
 ) -> dict[str, float]:
-    """Seconds of a training step of each model with its optimizer, interleaved: of the shortest block of steps."""
+    """Seconds of a training step of each model with its optimizer, from the shortest block; blocks are interleaved."""
     x, y = task.train[0][:batch], task.train[1][:batch]
 
     def block(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -197,13 +197,13 @@ def step_seconds(
 
     calls = [partial(block, *one) for one in runs.values()]
     for call in calls:
-        call()  # plans
+        call()  # makes plans
     times = interleaved(calls, 0.0, _ROUNDS)
     return {name: found.minimum / _BLOCK for name, found in zip(runs, times, strict=True)}
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    """One step with the cross-entropy of a batch, which is returned."""
+    """Take one step with the cross-entropy of a batch, which is returned."""
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
@@ -214,7 +214,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor,
 def _train(
     name: str, task: Task, optimizer: str, settings: str, make: Make, seed: int, steps: int, batch: int
 ) -> list[Point]:
-    """One run, not timed; a run that diverges goes on with an infinite loss."""
+    """Train once, without timing; a run that diverges continues with an infinite loss."""
     torch.manual_seed(seed)
     model = task.model()
     chosen = make(model, nn.CrossEntropyLoss())
@@ -237,7 +237,7 @@ def _train(
 
 
 def validated(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """The cross-entropy, infinite if it is not finite, and the share of examples that are told right."""
+    """The cross-entropy (infinite if it is not finite), and the share of correctly classified examples."""
     model.eval()
     with torch.no_grad():
         outputs = model(data[0])
@@ -248,9 +248,10 @@ def validated(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, flo
 
 
 def reached(points: Sequence[Point], task: str) -> list[tuple[str, ...]]:
-    """For each optimizer the steps and seconds to the loss that tuned SGD or AdamW reaches at its best, as a table.
+    """A table of each optimizer's steps and seconds to the best loss of tuned SGD or AdamW.
 
-    A run counts with the first validation at or below the better of the two's mean of best losses; medians over seeds.
+    The target is the lower of the two optimizers' mean best losses. A run counts from its first validation at or below
+    the target; entries are medians over seeds.
     """
     own = [point for point in points if point.task == task]
     optimizers = list(dict.fromkeys(point.optimizer for point in own))
@@ -292,7 +293,7 @@ def reached(points: Sequence[Point], task: str) -> list[tuple[str, ...]]:
 
 
 HEADINGS = ("optimizer", "tuned to", "best loss", "accuracy", "runs there", "steps", "seconds", "ms a step")
-"""The columns of `reached`: the loss that is to be reached is the best of SGD and AdamW."""
+"""Columns of `reached`: "there" is the best loss of SGD and AdamW."""
 
 
 def write(points: Sequence[Point], folder: Path) -> list[Path]:

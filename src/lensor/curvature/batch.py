@@ -1,4 +1,4 @@
-"""One batch after its forward pass, and the premises of quantities that are sums over examples."""
+"""One batch after its forward pass, and the checks for quantities that are sums over examples."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 
 _AT_ONCE = 8
-"""Columns of a root that are propagated and then contracted together."""
+"""Number of columns of a root that are propagated and then contracted together."""
 
 
 class Batch:
-    """One batch after its forward pass: the layers' inputs, and what is propagated back to them."""
+    """One batch after its forward pass: holds the layers' inputs and propagates vectors back to the layers' outputs."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class Batch:
         return one_tensor(self.returned)
 
     def check(self, roots: Any) -> None:
-        """Raise unless all that the roots depend on is known; see `Capture.check`."""
+        """Raise unless every use of the parameters up to the roots is captured; see `Capture.check`."""
         self.capture.check(roots, self.shared)
 
     def root(self, loss: nn.Module, targets: Any) -> LossRoot:
-        """The root of the loss's Hessian with respect to the outputs."""
+        """The square root of the loss Hessian with respect to the outputs."""
         self.check(self.returned)
         outputs = self.outputs
         with computing(outputs):
@@ -66,7 +66,7 @@ class Batch:
             return LossRoot(loss, outputs, targets, self.size, axis)
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
-        """The loss of the outputs: of all that the model returned, or of one tensor for torch's own losses."""
+        """The loss of everything that the model returned, or of one output tensor for torch's own losses."""
         outputs = self.returned
         if is_torchs(loss):
             outputs = self.outputs
@@ -83,10 +83,10 @@ class Batch:
         return value
 
     def _require_apart(self, loss: Any, value: Tensor) -> None:
-        """Raise unless every example's outputs are its own, and the loss is a sum over them.
+        """Raise unless the loss is a sum over examples and each example's outputs depend on that example only.
 
         Raises:
-            ValueError: for a model or a loss that mixes examples.
+            ValueError: if the model or the loss mixes examples.
         """
         axes = self.layout.outputs if self.layout is not None else None
         found = [
@@ -101,8 +101,8 @@ class Batch:
             return
         if _is_mixing(value, found, self.size):
             raise ValueError(
-                "the loss is not a sum or mean over examples: its slope at the outputs of one depends on the outputs of"
-                " others, so that no part of it belongs to an example"
+                "the loss mixes examples, expected a sum or mean over examples: its gradient at the outputs of one"
+                " example depends on the outputs of others"
             )
 
     def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
@@ -112,23 +112,23 @@ class Batch:
             yield {use: torch.stack([one[use] for one in found]) for use in self.capture.uses}
 
     def weight_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
-        """A weight's gradient for every example, [batch, *its shape], summed over its uses."""
+        """The weight gradient of every example, [batch, *weight_shape], summed over the weight's uses."""
         return sum_of(gradients_of(use, self.capture.inputs[use], vectors[use]) for use in uses)
 
     def bias_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
-        """A bias's gradient for every example, [batch, channels], summed over its uses."""
+        """The bias gradient of every example, [batch, channels], summed over the bias's uses."""
         return sum_of(over_positions(vectors[use]) for use in uses)
 
     def ordered(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Values by the parameters' names, in the order of the layers."""
+        """A mapping from parameter names to values, in the order of the layers."""
         both = weights | biases
         return {name: both[name] for name in self.capture.targets.parameters if name in both}
 
 
 def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch: int) -> bool:
-    """Whether the Hessian of a loss couples the outputs of different examples, seen by one random direction.
+    """Whether the loss Hessian couples the outputs of different examples, tested along one random direction.
 
-    False for a loss that torch cannot differentiate twice.
+    Returns False for a loss that torch cannot differentiate twice.
     """
     tensors = [tensor for tensor, _ in outputs]
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch
 
 
 def is_torchs(loss: Any) -> bool:
-    """Whether a loss is one of torch's own modules, which takes one tensor of outputs."""
+    """Whether the loss is one of torch's own modules, which take one output tensor."""
     return isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn.")
 
 
@@ -164,7 +164,7 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 
 
 def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
-    """The layers with a trained parameter, without biases that are not trained; all layers that were asked for."""
+    """The layers with a trainable parameter, without frozen biases; every layer if the user named layers."""
     if asked is not None:
         return found
     biases = [layer.module.bias for layer in found]
@@ -181,17 +181,17 @@ def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
 
 
 def add_parts(found: dict[str, Tensor], parts: dict[str, Tensor], share: float) -> None:
-    """Add to each tensor its part, times a share."""
+    """Add `share` times each part to the tensor of the same name."""
     for name, part in parts.items():
         found[name] = part * share if name not in found else found[name].add_(part, alpha=share)
 
 
 MEANS = ("mean", "batchmean")
-"""Reductions that divide by what a batch counts."""
+"""Reductions that divide by the batch's count."""
 
 
 def share_of(loss: Any, batch: Batch, targets: Any) -> float:
-    """What a batch counts in the mean over all of the data; 1 for a sum."""
+    """The weight of a batch in the mean over all data; 1 for a sum."""
     reduction = getattr(loss, "reduction", "mean")
     if reduction not in MEANS:
         return 1.0
@@ -205,7 +205,7 @@ def share_of(loss: Any, batch: Batch, targets: Any) -> float:
         return class_weights(loss, batch.outputs.detach(), targets)[1]
     try:
         require_loss(loss)
-    except TypeError:  # torch's other losses have the mean of what they give without a reduction
+    except TypeError:  # torch's other losses average the entries that they return for reduction="none"
         single = copy.copy(loss)
         single.reduction = "none"
         with torch.no_grad():
@@ -223,16 +223,16 @@ def propagated(
     given: Given,
     complete: bool = False,
 ) -> Iterator[tuple[Batch, dict[Use, Tensor]]]:
-    """One batch and the gradients at the outputs of its layers; the block computes with them.
+    """One batch and the gradients at its layers' outputs, for use within the `with` block.
 
     Args:
         model: the model.
-        loss: any callable of outputs and targets.
-        data: one pair.
+        loss: any callable of (outputs, targets).
+        data: one pair (inputs, targets).
         layers: names of modules.
         strict: whether parametrised layers of other kinds are an error.
-        given: where the examples lie.
-        complete: whether every parameter that is trained has to be there, unless `layers` is given.
+        given: the user's batch_axis.
+        complete: whether every trainable parameter must belong to a supported layer, unless `layers` is given.
     """
     model = unwrapped(model)
     watched = Targets(layers_of(model, layers, strict, shared=True, trainable=complete))
@@ -240,7 +240,7 @@ def propagated(
     _refuse_hooks(watched)
     pairs = list(itertools.islice(batches(data), 2))
     if len(pairs) > 1:
-        raise ValueError("data holds several batches, expected one pair (inputs, targets)")
+        raise ValueError("data has several batches, expected one pair (inputs, targets)")
     ((inputs, targets),) = pairs
     with running(model):
         batch = Batch(model, watched, own(inputs), given, empty=True, shared=True)
@@ -251,7 +251,7 @@ def propagated(
 
 
 def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
-    """Raise unless the loss and the choices have a root."""
+    """Raise unless a root exists for the loss and the choices."""
     require_loss(loss)
     require_choice("fisher", fisher, words(Fisher))
     if mc_samples < 1:
@@ -259,17 +259,17 @@ def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
 
 
 def _refuse_hooks(targets: Targets) -> None:
-    """Hooks of the user's on parameters change their gradients in a way that is defined for the sum alone."""
+    """Raise for parameters with a user's hook: its effect is defined for the summed gradient only."""
     for name, parameter in targets.parameters.items():
         if any(not type(hook).__module__.startswith("lensor.") for hook in (parameter._backward_hooks or {}).values()):
             raise ValueError(
-                f"parameter {name!r} has a hook, which changes its gradient and is not defined for those of single"
-                " examples: remove it, or leave the layer out with layers="
+                f"parameter {name!r} has a hook, expected none: the hook's effect on the gradients of single examples"
+                " is not defined; remove it, or leave the layer out with layers="
             )
 
 
 def refuse_mixing(model: nn.Module) -> None:
-    """Normalisation by statistics of the batch leaves no part of the loss to an example."""
+    """Raise for layers that normalise by statistics of the batch, which mix the examples."""
     mixing = [
         name
         for name, module in model.named_modules()
@@ -280,5 +280,5 @@ def refuse_mixing(model: nn.Module) -> None:
 
 
 def gradients_of(use: Use, x: Tensor, v: Tensor) -> Tensor:
-    """A weight's gradients for every example; a linear map is a convolution of another shape."""
+    """The weight gradient of every example; a linear map is computed as a convolution."""
     return network(ops.conv_weight_vjp_per_example, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)

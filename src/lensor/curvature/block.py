@@ -1,4 +1,4 @@
-"""The curvature of one layer: two Kronecker factors, and the parameters that they are for."""
+"""The curvature of one layer: two Kronecker factors and the parameters that they belong to."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Vectors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block of the curvature: kron(B, A) for every group, of a weight, a bias, or both together.
+    """One block of the curvature: kron(B, A) for every group, for a weight, a bias, or both together.
 
-    Rows are in the row-major order of `[groups, rows of B, rows of A]`. For a convolution that is the weight's own
-    order, `g c_out (c_in k)`; for a transposed convolution c_out stands first among a group's channels, too.
+    Rows are in the row-major order of `[groups, rows of B, rows of A]`. For a convolution this is the order of the
+    weight, `g c_out (c_in k)`. For a transposed convolution too, c_out comes first within a group.
 
     Args:
         names: the parameters, the weight first.
-        shape: the first parameter's shape.
-        transposed: whether it has the input's channels first.
-        formed: A [groups, d, d], or None while its root is kept.
+        shape: the shape of the first parameter.
+        transposed: whether the weight has the input channels first.
+        formed: A [groups, d, d], or None if only its root is kept.
         root: [groups, n, d] with A = rootᵀ root, or None.
         B: [groups, c, c].
-        positions: positions of the layer's output; 0 if they differ between batches.
+        positions: number of spatial positions of the layer's output; 0 if batches differ in it.
 
     Example:
         >>> import torch
@@ -53,13 +53,13 @@ class Block:
 
     @property
     def form(self) -> str:
-        """The factors' sizes as text."""
+        """The sizes of the factors as text."""
         rows = "" if self.root is None else f", A's root of {self.root.shape[1]} rows"
         return f"{self.groups} × kron(B {self.B.shape[1]}², A {self.d}²){rows}"
 
     @property
     def A(self) -> Tensor:
-        """The input factor, [groups, d, d]; formed anew where its root is kept."""
+        """The input factor, [groups, d, d]; computed at each access if only its root is kept."""
         if self.formed is not None:
             return self.formed
         assert self.root is not None
@@ -68,12 +68,12 @@ class Block:
 
     @property
     def groups(self) -> int:
-        """Groups of channels."""
+        """Number of channel groups."""
         return len(self.B)
 
     @property
     def d(self) -> int:
-        """Rows of A."""
+        """Number of rows of A."""
         known = self.formed if self.formed is not None else self.root
         assert known is not None
         return known.shape[-1]
@@ -84,7 +84,7 @@ class Block:
         return dict(zip(self.names, (self.shape, (self.groups * self.B.shape[1],)), strict=False))
 
     def to_rows(self, vectors: Vectors) -> Tensor:
-        """Parameters' values as [..., groups, rows of B, rows of A]; axes in front of the shapes are kept."""
+        """Convert parameter values to [..., groups, rows of B, rows of A]; leading axes are kept."""
         first = vectors[self.names[0]]
         front = first.shape[: first.ndim - len(self.shape)]
         c = self.B.shape[1]
@@ -99,7 +99,7 @@ class Block:
         return rows
 
     def from_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """The inverse of `to_rows`."""
+        """Convert rows back to parameter values: the inverse of `to_rows`."""
         front, c, found = rows.shape[:-3], self.B.shape[1], {}
         if len(self.names) == 2:
             found[self.names[1]] = rows[..., -1].reshape(*front, self.groups * c)
@@ -110,7 +110,7 @@ class Block:
         return {self.names[0]: rows.reshape(*front, *self.shape)} | found
 
     def product(self, rows: Tensor) -> Tensor:
-        """kron(B, A) times vectors in the form of rows."""
+        """The product of kron(B, A) and vectors in row form."""
         rows = self.B @ rows
         if self.formed is not None:
             return rows @ self.formed
@@ -118,7 +118,7 @@ class Block:
         return (rows @ self.root.mT) @ self.root
 
     def scaled(self, a: float, b: float) -> Block:
-        """A times a number, B times another."""
+        """The block with A times `a` and B times `b`."""
         return replace(
             self,
             formed=None if self.formed is None else self.formed * a,
@@ -127,20 +127,20 @@ class Block:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is made of, by name."""
+        """The tensors of the block, by name."""
         found = {"A": self.formed, "root": self.root, "B": self.B}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def dense(self) -> Tensor:
-        """kron(B, A) for every group: [groups, c·d, c·d]; for tests and small layers."""
+        """kron(B, A) for every group, [groups, c·d, c·d]; for tests and small layers only."""
         return torch.stack([torch.kron(b, a) for b, a in zip(self.B, self.A, strict=True)])
 
 
 def require_alike(name: str, one: Block, other: Block | None) -> None:
-    """Raise unless the blocks' factors can be added.
+    """Raise unless the factors of both blocks can be added.
 
     Raises:
-        ValueError: with what differs.
+        ValueError: with the difference.
     """
 
     def text(block: Block | None) -> str:
@@ -153,14 +153,14 @@ def require_alike(name: str, one: Block, other: Block | None) -> None:
         for block in (one, other)
     ]
     if keys[0] != keys[1]:
-        raise ValueError(f"an average is of blocks of the same form: {name} is {text(one)} and {text(other)}")
+        raise ValueError(f"block {name} is {text(other)} in the other factors, expected {text(one)}")
 
 
 def block_of(name: str, state: Any) -> Block:
-    """The block in a part of a state.
+    """Read a block from its part of a state.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: with the defect.
     """
 
     def damaged(what: str) -> ValueError:
@@ -179,23 +179,23 @@ def block_of(name: str, state: Any) -> Block:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(f"cannot be read ({type(error).__name__}: {error})") from None
     if len(block.names) not in (1, 2) or block.names[0] != name:
-        raise damaged(f"is of the parameters {block.names}")
+        raise damaged(f"has the parameters {block.names}, expected {name}, alone or followed by a bias")
     if (block.formed is None) == (block.root is None):
-        raise damaged("has both of A and its root, or none of them")
+        raise damaged("has both A and its root, or neither, expected exactly one of them")
     which = "A" if block.root is None else "root"
     for key, tensor in (("B", block.B), (which, block.formed if block.root is None else block.root)):
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
-            raise damaged(f"has {key} that is not a tensor of three axes and real numbers")
+            raise damaged(f"has an invalid {key}, expected a tensor of real numbers with three axes")
         if key != "root" and tensor.shape[1] != tensor.shape[2]:
             raise damaged(f"has {key} of shape {tuple(tensor.shape)}, expected square matrices")
         if (tensor.shape[0], tensor.dtype, tensor.device) != (block.groups, block.B.dtype, block.B.device):
-            raise damaged(f"has {key} with other groups, or of another dtype or device, than B")
+            raise damaged(f"has {key} and B with different groups, dtypes or devices, expected the same")
     c, more = block.B.shape[1], len(block.names) - 1
     fits = math.prod(block.shape) == block.groups * c * (block.d - more)
     if block.transposed:
         fits = fits and len(block.shape) > 1 and block.shape[1] == c and block.shape[0] % block.groups == 0
     if not fits:
-        raise damaged(f"has factors {block.form}, which do not fit a parameter of shape {block.shape}")
+        raise damaged(f"has the factors {block.form}, expected factors for a parameter of shape {block.shape}")
     return block
 
 
@@ -205,7 +205,7 @@ def traces_of(matrices: Tensor) -> Tensor:
 
 
 def each_factor(block: Block, function: Any) -> Block:
-    """A block with a function applied to each of its tensors."""
+    """Apply a function to each tensor of a block."""
     return replace(
         block,
         formed=None if block.formed is None else function(block.formed),

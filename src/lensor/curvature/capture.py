@@ -1,4 +1,4 @@
-"""One forward pass of a model: what goes into its layers, and what is propagated back to them, without touching it."""
+"""One forward pass that captures the layers' inputs and propagates vectors back to the layers' outputs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Use:
     """One call of a layer's function with its weight.
 
     Args:
-        layer: the layer that the weight is of.
-        call: the function's arguments, without tensors but the parameters.
+        layer: the layer that owns the weight.
+        call: the arguments of the function; the only tensors are the parameters.
         weight: the weight's name.
-        bias: the bias's name, or None if there is none or it is not asked for.
+        bias: the bias's name, or None if the call has no bias or the bias is not requested.
         batch: the number of examples.
-        axis: where the examples lie in input and output.
+        axis: the position of the examples in the input and output.
         shape: the output's shape.
     """
 
@@ -46,12 +46,12 @@ class Use:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear map; its positions are the axes other than the examples' and the features'."""
+        """Whether the call is a linear map; its positions are all axes except the examples and the features."""
         return self.call.kind == "linear"
 
     @property
     def groups(self) -> int:
-        """Groups of channels."""
+        """Number of channel groups."""
         return self.call.groups
 
     @property
@@ -60,24 +60,24 @@ class Use:
         return tuple(self.call.weight.shape)
 
     def spec(self, x: Tensor) -> ConvSpec:
-        """The convolution that the call is, for an input in the layout of convolutions."""
+        """The convolution that the call computes, for an input [batch, channels, *positions]."""
         return self.call.spec(tuple(x.shape[2:]))
 
     def output_spec(self, gradient: Tensor) -> ConvSpec:
-        """A convolution with the same outputs and a kernel of size 1, on which the output factor does not depend."""
+        """A convolution with the same output and kernel size 1; the output factor does not depend on the kernel."""
         kernel = () if gradient.ndim == 2 else 1
         channels = gradient.shape[1]
         return ConvSpec(channels, channels, tuple(gradient.shape[2:]), kernel, groups=self.groups)
 
     def as_examples(self, x: Tensor) -> Tensor:
-        """A linear map's input or output, its positions as examples: a view, for its channels are innermost."""
+        """A view of a linear map's input or output with its positions as examples; the channels come last."""
         return x.movedim(1, -1).flatten(0, -2) if self.is_linear and x.ndim > 2 else x
 
     def as_convolution(self, x: Tensor) -> Tensor:
         """The input or output in the layout [batch, channels, *positions].
 
-        The positions of a linear map are one axis. Several rows for each example in the first axis of a convolution
-        (frames) are a spatial axis before the others.
+        A linear map has one axis of positions. If the first axis of a convolution holds several rows per example
+        (frames), these become a spatial axis before the others.
         """
         x = self.axis.first(x, self.batch)
         if not self.is_linear:
@@ -91,18 +91,18 @@ OnInput = Callable[[Use, Tensor], None]
 
 
 class Capture(Watch):
-    """One forward pass: each layer's input is passed on at once, gradients at the outputs may be asked for later.
+    """One forward pass: passes each layer's input on at once, and can propagate gradients to the outputs later.
 
     Args:
-        targets: the parameters whose uses count.
-        on_input: is called with a use and its input, in the layout of convolutions, when the layer runs. Half precision
-            is widened to single, here and below.
+        targets: the parameters whose uses are captured.
+        on_input: called with a use and its input [batch, channels, *positions] when the layer runs. Half precision is
+            widened to single precision, here and below.
         batch: the number of examples.
-        layout: where they lie in the layers' inputs, from `Capture.layout_of`.
-        given: what the user says of it.
-        on_output: is called with a use and the gradient at its output when somebody propagates through the graph.
+        layout: the position of the examples in the layers' inputs, from `Capture.layout_of`.
+        given: the user's batch_axis.
+        on_output: called with a use and the gradient at its output when something propagates through the graph.
         ordered: whether it matters which rows belong to which example.
-        independent: whether the examples must be computed independently of each other, in their own order.
+        independent: whether each example must be computed independently of the others, in the given order.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Capture(Watch):
         """The layout of a model, or None if the user gives it; see `find_layout`.
 
         Raises:
-            ValueError: if it cannot be found.
+            ValueError: if the layout cannot be found.
         """
         if given is not None and not isinstance(given, Mapping):
             return None
@@ -144,8 +144,8 @@ class Capture(Watch):
             if given is not None:
                 return None
             raise ValueError(
-                f"which axis the examples lie along cannot be found: {error}; say it with batch_axis=: an axis, 'outer'"
-                " or 'inner' (rows that share the first axis with the examples), or a mapping from layers to these"
+                f"the axis of the examples cannot be found: {error}; give it with batch_axis=: an axis, 'outer' or"
+                " 'inner' (rows that share the first axis with the examples), or a mapping from layers to these"
             ) from error
 
     def by_parameter(self, biases: bool = False) -> dict[str, list[Use]]:
@@ -159,7 +159,7 @@ class Capture(Watch):
 
     # ------------------------------------------------------------------------------------------------------- watching
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
-        """Run a layer's function, pass its input on, and remember where its output lies in the graph."""
+        """Run the layer's function, pass its input on, and record the graph node of its output."""
         name, layer = self.targets.weights[id(call.weight)]
         out = run()
         for tensor in (call.input, out):
@@ -168,17 +168,17 @@ class Capture(Watch):
         number = self._counts[name] = self._counts.get(name, -1) + 1
         bias = None if call.bias is None else self.targets.biases.get(id(call.bias))
         x = call.input.detach()
-        without = replace(call, input=torch.empty((), dtype=x.dtype, device=x.device))  # a use must not keep the input
+        without = replace(call, input=torch.empty((), dtype=x.dtype, device=x.device))  # a use must not hold the input
         use = Use(layer, without, name, bias, self.batch, self._axis(call, layer, (name, number), out), out.shape)
         parameters = [call.weight] if bias is None or call.bias is None else [call.weight, call.bias]
         self._nodes[use] = inner_nodes(out, (call.input, call.weight, call.bias), parameters)
         self._kept[use] = leading_to(self._nodes[use], parameters) - {out.grad_fn}
         with computing(x):
             self.on_input(use, use.as_convolution(_widened(x)))
-        if not out.requires_grad and torch.is_grad_enabled():  # everything before it is frozen
-            out = out.detach().requires_grad_().clone()  # what comes next may write into it, but not into a leaf
+        if not out.requires_grad and torch.is_grad_enabled():  # everything before this layer is frozen
+            out = out.detach().requires_grad_().clone()  # the next function may write into it, but not into a leaf
         elif out._is_view():
-            # A view that is written to leaves the graph; the same memory that is not a view does not.
+            # An in-place write removes a view from the graph, but not other tensors that share memory.
             out = torch.ops.aten._unsafe_view(out, out.shape)
         if out.requires_grad:
             self._edges[use] = get_gradient_edge(out)
@@ -188,10 +188,10 @@ class Capture(Watch):
         return out
 
     def _axis(self, call: LayerCall, layer: Layer, key: tuple[str, int], out: Tensor) -> BatchAxis:
-        """Where the examples lie in a call's input.
+        """The position of the examples in the input of a call.
 
         Raises:
-            ValueError: if that is not known, or where the layer can have none.
+            ValueError: if the position is unknown or impossible for the layer.
         """
         x, batch = call.input, self.batch
         shape = tuple(x.shape)
@@ -201,8 +201,8 @@ class Capture(Watch):
         elif found is None and self.layout is not None and self.layout.calls is not None:
             if key not in self.layout.calls or self.layout.calls[key][0] != x.ndim:
                 raise ValueError(
-                    f"layer {layer.name!r} ran on an input of shape {shape}, in a trial pass it did not: models whose"
-                    " passes differ need batch_axis="
+                    f"layer {layer.name!r} has an input of shape {shape} that did not occur in the trial pass: if the"
+                    " model's passes differ, give batch_axis="
                 )
             found = self.layout.calls[key][1]
             if found is None:
@@ -211,11 +211,11 @@ class Capture(Watch):
                     f" examples, expected a batch of {batch} examples: leave it out with layers="
                 )
         if found is None:
-            raise ValueError(f"batch_axis does not say where the examples lie in the input of layer {layer.name!r}")
+            raise ValueError(f"batch_axis has no axis for the input of layer {layer.name!r}, expected one")
         dims = 1 if call.kind == "linear" else call.dims + 1
         low = 0 if call.kind != "linear" else x.ndim - 2
         if 0 in shape and batch:
-            raise ValueError(f"layer {layer.name!r} has an input of shape {shape} without entries, expected some")
+            raise ValueError(f"layer {layer.name!r} has an empty input of shape {shape}, expected at least one entry")
         if x.ndim < dims + 1 or not 0 <= found.axis <= low:
             expected = (
                 "examples before the features"
@@ -231,31 +231,31 @@ class Capture(Watch):
         if not found.independent and self.independent:
             raise ValueError(
                 f"layer {layer.name!r} has an input in which the rows of an example depend on the other examples, on"
-                " their order or on chance, or are too alike in half precision to tell, expected a model that treats"
-                " every example alike: if it does, say where the examples lie with batch_axis="
+                " their order or on random numbers, or are indistinguishable in half precision, expected a model that"
+                " treats every example alike: if it does, give the position of the examples with batch_axis="
             )
         if found.order is None and self.ordered:
             raise ValueError(
                 f"layer {layer.name!r} has an input of shape {shape} with {found.rows} rows for each of {batch}"
-                " examples, whose order cannot be found: say 'outer' or 'inner' with batch_axis="
+                " examples, whose order cannot be found: give 'outer' or 'inner' with batch_axis="
             )
         return found
 
     def on_other(self, name: str, function: str) -> None:
-        """Remember that something else uses a parameter."""
+        """Record that another function uses a parameter."""
         self._others.setdefault(name, function)
 
     # -------------------------------------------------------------------------------------------------------- checking
     def check(self, roots: Any, shared: bool = False) -> None:
-        """Raise unless all that the model has made of the parameters is known.
+        """Raise unless every use of the parameters is captured.
 
         Args:
-            roots: what the graph leads to: the outputs, or the loss.
+            roots: the ends of the graph: the outputs, or the loss.
             shared: whether layers may run more than once.
 
         Raises:
-            ValueError: for layers that did not run or, unless `shared`, ran twice, and for parameters that something
-                else than a layer's function has used.
+            ValueError: if a layer did not run, if one ran twice (unless `shared`), or if a function other than the
+                layer's own used a parameter.
         """
         ran = {use.weight for use in self.uses}
         idle = [layer.name for name, layer in self.targets.weights.values() if name not in ran]
@@ -267,7 +267,7 @@ class Capture(Watch):
             if strangers:
                 others[name] = self._others.get(name) or str(strangers[0].name())
         for use, nodes in self._kept.items():
-            # What a call has made of a parameter (a transpose, a cast) may be taken by another use of the parameter.
+            # Another use may take the result of a call on a parameter (a transpose, a cast).
             for node in nodes:
                 strangers = [one for one in self._reached.consumers.get(node, ()) if one not in known]
                 if strangers:
@@ -296,14 +296,14 @@ class Capture(Watch):
                 )
 
     def _has_graph(self, name: str) -> bool:
-        """Whether uses of a parameter are seen in the graph."""
+        """Whether the graph contains uses of a parameter."""
         return self.targets.parameters[name].requires_grad and self.recorded
 
     def require_gradients(self, uses: Iterable[Use]) -> None:
-        """Raise for layers at whose outputs no gradient can be had.
+        """Raise for layers at whose outputs no gradient is available.
 
         Raises:
-            ValueError: with their names.
+            ValueError: with the names of the layers.
         """
         missing = [use.layer.name for use in uses if use not in self._edges]
         if missing:
@@ -316,14 +316,14 @@ class Capture(Watch):
     def gradients(
         self, outputs: Tensor, vector: Tensor, keep: bool, again: bool = False, only: Use | None = None
     ) -> dict[Use, Tensor]:
-        """A vector at the model's outputs propagated to the output of every use, in the layout of convolutions.
+        """Propagate a vector at the outputs to the output of every use, as [batch, channels, *positions].
 
         Args:
-            outputs: the model's outputs, or what was computed from them.
-            vector: of their shape.
+            outputs: the model's outputs, or a value computed from them.
+            vector: a vector of the same shape.
             keep: whether the graph is needed again.
-            again: whether the result is to be differentiated.
-            only: one use instead of all.
+            again: whether the result will be differentiated.
+            only: one use, instead of all.
         """
         uses = self.uses if only is None else [only]
         self.require_gradients(uses)
@@ -336,13 +336,13 @@ class Capture(Watch):
             if "modified by an inplace operation" in str(error):
                 raise ValueError(
                     "gradients cannot be propagated to the layers' outputs: the model writes in place into values that"
-                    " its gradient needs, which torch allows after layers that are frozen; leave these out with layers="
+                    " the gradient needs, which torch allows after frozen layers; leave these out with layers="
                 ) from error
             if "use_reentrant" not in str(error):
                 raise
             raise ValueError(
-                "a part of the model is checkpointed with use_reentrant=True, through which torch gives no gradients at"
-                " chosen places: pass use_reentrant=False to torch.utils.checkpoint"
+                "a part of the model is checkpointed with use_reentrant=True, which does not support gradients of"
+                " single tensors: pass use_reentrant=False to torch.utils.checkpoint"
             ) from error
         result = {}
         for use, gradient in zip(uses, found, strict=True):
@@ -353,56 +353,56 @@ class Capture(Watch):
         return result
 
     def _require_unused(self, use: Use) -> None:
-        """A gradient is zero where the outputs do not depend on a layer, not where its output has left the graph."""
+        """Raise if a layer's output left the graph; a gradient is zero only if the outputs do not depend on it."""
         reached = self._reached.nodes if self._reached is not None else set()
         if self._edges[use].node not in reached and any(node in reached for node in self._nodes[use]):
             raise ValueError(
-                f"the output of layer {use.layer.name!r} was replaced after the layer ran, expected that the model"
-                " uses it: its gradient cannot be had"
+                f"the output of layer {use.layer.name!r} was replaced after the layer ran, expected a model that uses"
+                " it: its gradient is not available"
             )
 
 
 class KeptInputs(Capture):
-    """A capture that keeps the inputs."""
+    """A capture that keeps the layers' inputs."""
 
     def __init__(self, targets: Targets, batch: int, layout: Layout | None, given: Given) -> None:
         super().__init__(targets, self._keep, batch, layout, given)
         self.inputs: dict[Use, Tensor] = {}
 
     def _keep(self, use: Use, x: Tensor) -> None:
-        self.inputs[use] = x.clone()  # what comes next may write into it
+        self.inputs[use] = x.clone()  # the next function may write into it
 
     def spec(self, use: Use) -> ConvSpec:
-        """The convolution that a use is."""
+        """The convolution that a use computes."""
         return use.spec(self.inputs[use])
 
 
 @contextmanager
 def computing(like: Tensor) -> Iterator[None]:
-    """Own computations: nothing is recorded, and nothing is cast by `torch.autocast`."""
+    """Compute without recording gradients and without casts by `torch.autocast`."""
     with torch.no_grad(), uncast(like):
         yield
 
 
 def own(inputs: Any) -> Any:
-    """Tensors that were made under `torch.inference_mode` as clones, through which gradients pass."""
+    """Clone tensors made under `torch.inference_mode`, so that gradients can pass through them."""
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, inputs)
 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """What a model runs in: as it was written, not as it was compiled, and with its statistics put back."""
+    """Run a model uncompiled, and restore its statistics afterwards."""
     with torch.inference_mode(False), eagerly(), aside(), undisturbed(model):
         yield
 
 
 def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True) -> Any:
-    """The model's outputs, as it returns them.
+    """The model's outputs as it returns them.
 
     Args:
         model: the model.
-        inputs: what it is called with.
-        capture: what watches it.
+        inputs: the inputs that it is called with.
+        capture: the capture that watches the call.
         record: whether gradients are recorded.
     """
     capture.recorded = record
@@ -411,7 +411,7 @@ def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile` and DistributedDataParallel, whose parameters have its own names."""
+    """The model inside of `torch.compile` and DistributedDataParallel; parameter names refer to it."""
     while isinstance(model, nn.Module):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -427,7 +427,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _telling(use: Use, on_output: OnInput) -> Callable[[Tensor], None]:
-    """A hook of a tensor. It must not know a Capture, which knows the graph that keeps the hook: nothing frees that."""
+    """A tensor hook. It must not refer to the Capture, whose graph holds the hook: such a cycle is never freed."""
 
     def hook(gradient: Tensor) -> None:
         with computing(gradient):

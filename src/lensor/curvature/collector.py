@@ -28,9 +28,10 @@ from lensor.curvature.watching import Targets
 
 @dataclass
 class Sums:
-    """What is summed for a layer: A times the examples, roots of it while they are fewer than its rows, B; positions.
+    """Sums of one layer: A times the examples, roots of A while they have fewer rows than A, B, and positions.
 
-    `positions` is the number of the output's positions, 0 if batches differ in it; `ones` their sum over the examples.
+    `positions` is the number of the output's positions, or 0 if batches differ in it; `ones` is the sum of positions
+    over the examples.
     """
 
     roots: list[Tensor] | None
@@ -40,12 +41,12 @@ class Sums:
     ones: int = 0
 
     def add_positions(self, positions: int, examples: int) -> None:
-        """Count the positions of some examples."""
+        """Add the positions of some examples."""
         self.positions = positions if self.positions in (None, positions) else 0
         self.ones += positions * examples
 
     def condense(self) -> None:
-        """Form A from the roots once they have as many rows as columns."""
+        """Form A from the roots as soon as they have as many rows as columns."""
         if self.roots and sum(root.shape[1] for root in self.roots) >= self.roots[0].shape[2]:
             formed = torch.cat(self.roots, 1)
             formed = formed.mT @ formed
@@ -53,7 +54,7 @@ class Sums:
             self.roots = []
 
     def merge(self, other: Sums) -> None:
-        """Add what was summed elsewhere, which is not used after."""
+        """Add the sums of another object, which must not be used afterwards."""
         self.a = other.a if self.a is None else self.a if other.a is None else self.a.add_(other.a)
         self.b = other.b if self.b is None else self.b if other.b is None else self.b.add_(other.b)
         if self.roots is not None:
@@ -64,14 +65,14 @@ class Sums:
 
 
 class Collector:
-    """Kronecker factors batch by batch.
+    """Collects Kronecker factors batch by batch.
 
     Args:
         layers: the layers.
         approx: "expand" or "reduce".
-        joint: whether a block holds weight and bias.
-        fisher: what stands for the Hessian of the loss; "forward-only" makes B the identity.
-        keep_graph: whether somebody else propagates through the graph after.
+        joint: whether a block holds both weight and bias.
+        fisher: the replacement for the loss Hessian; "forward-only" makes B the identity.
+        keep_graph: whether other code propagates through the graph afterwards.
     """
 
     approx: Approx
@@ -95,7 +96,7 @@ class Collector:
         generator: torch.Generator | None,
         batch_axis: Given = None,
     ) -> None:
-        """One batch: a forward pass, and a backward pass to the layers' outputs for each column of the root."""
+        """Add one batch: a forward pass, and one backward pass to the layers' outputs for each column of the root."""
         batch = size_of(inputs)
         watched = Targets(self.layers)
         layout = Capture.layout_of(model, inputs, watched, batch, batch_axis)
@@ -111,7 +112,7 @@ class Collector:
             try:
                 one = Collector(self.layers, self.approx, self.joint, self.fisher)
                 capture, returned = passed(one, record=False)
-            except RuntimeError:  # the model itself asks for gradients
+            except RuntimeError:  # the model itself computes gradients
                 one = Collector(self.layers, self.approx, self.joint, self.fisher)
                 capture, returned = passed(one, record=True)
             self.merge(one)
@@ -125,19 +126,19 @@ class Collector:
             self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root)
 
     def count(self, batch: int, normaliser: float) -> None:
-        """Count the examples of a batch, and what its mean loss is divided by."""
+        """Add a batch's examples and the divisor of its mean loss."""
         self.examples += batch
         self.weight += normaliser
 
     def merge(self, other: Collector) -> None:
-        """Add what another one collected of the same layers, which is not used after."""
+        """Add the sums of another collector for the same layers, which must not be used afterwards."""
         self.count(other.examples, other.weight)
         self.outputs = other.outputs
         for name, sums in self.sums.items():
             sums.merge(other.sums[name])
 
     def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], root: LossRoot) -> None:
-        """A backward pass to the layers' outputs for each column of the root; the last one frees the graph's memory."""
+        """Propagate each column of the root to the layers' outputs; the last backward pass frees the graph."""
         weight = root.normaliser if root.loss.reduction == "mean" else 1.0
         column: Tensor | None = next(columns)
         while column is not None:
@@ -150,11 +151,11 @@ class Collector:
 
     @torch.no_grad()
     def add_input(self, use: Use, x: Tensor) -> None:
-        """A layer's input, in the layout of convolutions."""
+        """Add a layer's input, [batch, channels, *positions]."""
         layer = use.layer
         if use.groups != layer.groups or (use.call.kind == "conv_transpose") != layer.is_transposed:
             raise ValueError(
-                f"the weight of layer {layer.name!r} is used by another kind of operation than the layer's"
+                f"the weight of layer {layer.name!r} is used by another kind of operation, expected the layer's own"
             )
         sums, spec = self.sums[use.weight], use.spec(x)
         joint = self.joint and layer.bias is not None
@@ -166,7 +167,7 @@ class Collector:
             sums.roots.append(root)
             sums.condense()
             return
-        if self.approx == "expand":  # which treats positions as examples
+        if self.approx == "expand":  # positions count as examples
             x = use.as_examples(x)
             spec = use.spec(x)
         factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
@@ -174,18 +175,18 @@ class Collector:
 
     @torch.no_grad()
     def add_output(self, use: Use, gradient: Tensor, weight: float) -> None:
-        """One column of the root at a layer's output."""
+        """Add one column of the root at a layer's output."""
         sums = self.sums[use.weight]
         if self.approx == "expand":
             examples = len(gradient)
             gradient = use.as_examples(gradient)
             weight *= examples / len(gradient)
-        # Only the output matters, so a convolution with a kernel of size 1 stands for any.
+        # The output factor depends on the output only, so use a convolution with kernel size 1.
         factor = network(ops.kfac_output_factor, use.output_spec(gradient), self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(self, reduction: str, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
-        """The factors of all batches together, and of all ranks of a group."""
+        """The factors of all batches, and of all ranks of a group."""
         blocks: dict[str, Block] = {}
         if group is not None:
             gather(self, group)
@@ -204,7 +205,7 @@ class Collector:
             b = sums.b
             if b is not None:
                 b = b.div_(require_counted(self.weight)) if reduction == "mean" else b
-            if b is None:  # forward only, or no gradient has reached the layer
+            if b is None:  # forward only, or no gradient reached the layer
                 b = _constant(layer, a if a is not None else root, float(self.fisher == "forward-only"))
             positions = sums.positions or 0
             mean = sums.ones / self.examples
@@ -215,17 +216,17 @@ class Collector:
 def output_axis(
     layout: Layout | None, returned: Any, outputs: Tensor, batch: int, independent: bool = False
 ) -> BatchAxis:
-    """Where the examples lie in the model's outputs.
+    """The position of the examples in the model's outputs.
 
     Args:
-        layout: of the model, or None if the examples are said to be the first axis.
-        returned: what the model returned.
-        outputs: the tensor of it that counts.
+        layout: the layout of the model, or None if the user gives the first axis.
+        returned: the value that the model returned.
+        outputs: the output tensor that the loss takes.
         batch: the number of examples.
-        independent: whether the examples must be computed independently of each other, in their own order.
+        independent: whether each example must be computed independently of the others, in the given order.
 
     Raises:
-        ValueError: if they are not in the first axis, or several rows of theirs are in an order that is not known.
+        ValueError: if the examples are not in the first axis, or if the order of several rows per example is unknown.
     """
     shape = tuple(outputs.shape)
     found = BatchAxis(0, shape[0] // max(batch, 1)) if shape else None
@@ -234,26 +235,26 @@ def output_axis(
         found = layout.outputs[places[0]] if places and places[0] < len(layout.outputs) else None
     if found is None or found.axis != 0 or not shape or shape[0] != found.rows * batch:
         raise ValueError(
-            f"the model returns {shape} for {batch} examples, expected that many rows, or as many for each example, in"
-            " the first axis"
+            f"the model's outputs have shape {shape} for {batch} examples, expected the examples, or equally many rows"
+            " for each, in the first axis"
         )
     if independent:
         require_independent(found)
     if found.order is None:
         raise ValueError(
-            f"the model returns {shape}, {found.rows} rows for each of {batch} examples, in an order that cannot be"
-            " found: let it return the examples first"
+            f"the model's outputs have shape {shape}, with {found.rows} rows for each of {batch} examples in an order"
+            " that cannot be found, expected the examples in the first axis"
         )
     return found
 
 
 def require_independent(axis: BatchAxis) -> None:
-    """Raise ValueError unless an example's rows of the outputs are its own."""
+    """Raise ValueError unless an example's rows of the outputs depend on that example only."""
     if not axis.independent:
         raise ValueError(
-            "the model returns outputs in which the rows of an example depend on the other examples, on their order or"
-            " on chance, or are too alike in half precision to tell, expected a model that treats every example alike:"
-            " if it does, say batch_axis=0"
+            "the model's outputs have rows of an example that depend on the other examples, on their order or on random"
+            " numbers, or are indistinguishable in half precision, expected a model that treats every example alike: if"
+            " it does, pass batch_axis=0"
         )
 
 
@@ -267,7 +268,7 @@ def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:
 def _blocks(
     layer: Layer, a: Tensor | None, root: Tensor | None, b: Tensor, joint: bool, positions: int, ones: float
 ) -> dict[str, Block]:
-    """The blocks of one layer; `ones` is the bias's input factor."""
+    """The blocks of one layer; `ones` is the input factor of the bias."""
     joint = joint and layer.bias is not None
     names = (layer.weight, layer.bias) if joint and layer.bias is not None else (layer.weight,)
     found = {layer.weight: Block(names, layer.weight_shape, layer.is_transposed, a, root, b, positions)}

@@ -1,4 +1,4 @@
-"""Data, inputs and outputs of models in the forms that users have."""
+"""Users' forms of data, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 Inputs = Any
-"""What a model is called with: a tensor, a tuple of arguments, or a mapping of named ones."""
+"""Inputs of a model: a tensor, a tuple of positional arguments, or a mapping of named ones."""
 
 
 class Arguments(NamedTuple):
-    """Arguments by place and by name, where a model is called with both."""
+    """Positional and named arguments, for a model that is called with both."""
 
     by_place: tuple[Any, ...]
     by_name: dict[str, Any]
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
-    """What the model returns for its inputs."""
+    """The value that the model returns for its inputs."""
     if isinstance(inputs, Arguments):
         return model(*inputs.by_place, **inputs.by_name)
     if isinstance(inputs, Mapping):
@@ -29,10 +29,10 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def one_tensor(outputs: Any) -> Tensor:
-    """The outputs as one tensor: the tensor itself, the only one of a tuple or list, or `.logits`.
+    """The outputs as one tensor: the tensor itself, the only entry of a tuple or list, or `.logits`.
 
     Raises:
-        TypeError: if there are several, or none.
+        TypeError: if there is not exactly one output tensor.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -43,8 +43,8 @@ def one_tensor(outputs: Any) -> Tensor:
         return outputs[0]
     size = f" of {len(outputs)} entries" if isinstance(outputs, (tuple, list, Mapping)) else ""
     raise TypeError(
-        f"the model returns a {type(outputs).__name__}{size}, expected one tensor, or something with logits: wrap the"
-        " model in a module whose forward pass returns the output that the loss takes"
+        f"the model's output is a {type(outputs).__name__}{size}, expected one tensor, or an object with logits: wrap"
+        " the model in a module whose forward pass returns the output that the loss takes"
     )
 
 
@@ -52,13 +52,13 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's outputs as one tensor.
 
     Raises:
-        TypeError: if there is not exactly one.
+        TypeError: if there is not exactly one output tensor.
     """
     return one_tensor(outputs_of(model, inputs))
 
 
 def over_positions(v: Tensor, front: int = 2) -> Tensor:
-    """The sum over positions: the axes after the first `front`, which end with the channels."""
+    """Sum over positions, the axes after the first `front`; the last of these holds the channels."""
     return v.flatten(front).sum(front) if v.ndim > front else v
 
 
@@ -66,11 +66,11 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     """The number of examples.
 
     Args:
-        inputs: what the model is called with.
-        empty: whether there may be none.
+        inputs: the inputs of the model.
+        empty: whether the batch may be empty.
 
     Raises:
-        ValueError: if there is no tensor with a batch axis, or no example.
+        ValueError: if no tensor has a batch axis, or if the batch is empty.
     """
     if isinstance(inputs, Arguments):
         values = (*inputs.by_place, *inputs.by_name.values())
@@ -79,48 +79,48 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
     if first is None or first.ndim == 0:
         raise ValueError(
-            f"the inputs, a {type(inputs).__name__}, hold no tensor with a batch axis, expected a tensor, a tuple of"
-            " arguments or a mapping"
+            f"inputs are a {type(inputs).__name__} without a tensor that has a batch axis, expected a tensor, a tuple"
+            " of arguments or a mapping"
         )
     if len(first) == 1 and not isinstance(inputs, Tensor):
         sizes = [len(one) for one in tree_leaves(list(values)) if isinstance(one, Tensor) and one.ndim]
         if max(sizes) > 1:
             raise ValueError(
-                f"the first axes of the inputs have sizes {sizes}, expected the first of them to hold the examples: one"
-                " entry may be one example, or what all examples share (then expand it to as many entries)"
+                f"the first axes of the inputs have sizes {sizes}, expected the first of them to hold the examples: a"
+                " first axis of size 1 is ambiguous, so expand a value that all examples share to the batch size"
             )
     if len(first) == 0 and not empty:
-        raise ValueError("a batch holds no example")
+        raise ValueError("the batch is empty, expected at least one example")
     return len(first)
 
 
 def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
-    """Pairs (inputs, targets): of a loader, or the one that is given.
+    """Pairs (inputs, targets): those of a loader, or the single given one.
 
     Raises:
-        TypeError: for anything else.
-        ValueError: if there are none.
+        TypeError: if `data` is anything else.
+        ValueError: if there is no pair.
     """
     if isinstance(data, Tensor):
         raise TypeError("data is a tensor, expected a pair (inputs, targets) or an iterable of such pairs")
     if isinstance(data, (tuple, list)) and len(data) == 2:
         if isinstance(data, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in data):
             raise ValueError(
-                "data is a tuple of two pairs, two batches or one of a model with two inputs, expected a list"
-                " of batches, or (inputs, targets) with inputs as a mapping from the arguments' names"
+                "data is a tuple of two pairs, which is ambiguous (two batches, or one batch of a model with two"
+                " inputs), expected a list of batches, or (inputs, targets) with inputs as a mapping by argument name"
             )
         if _is_pair(*data):
             data = [data]
     empty = True
     for pair in data:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"data holds a {type(pair).__name__}, expected pairs (inputs, targets)")
+            raise TypeError(f"data contains a {type(pair).__name__}, expected pairs (inputs, targets)")
         empty = False
         yield pair[0], pair[1]
     if empty:
-        raise ValueError("data holds no batch")
+        raise ValueError("data is empty, expected at least one batch")
 
 
 def _is_pair(inputs: Any, targets: Any) -> bool:
-    """Whether two things are inputs and targets, not two pairs of them."""
+    """Whether two objects are inputs and targets, rather than two pairs of these."""
     return isinstance(targets, Tensor) or targets is None or not isinstance(inputs, (tuple, list))

@@ -10,12 +10,13 @@ from torch import Tensor
 
 
 def gather(collected: Any, group: dist.ProcessGroup) -> None:
-    """Make what a Collector summed on every rank the sum of all ranks, the same on each.
+    """Replace a Collector's sums by the sums over all ranks, on every rank.
 
-    Roots are put together while all of them are fewer rows than columns, as one process would; else A is summed.
+    While all roots together have fewer rows than columns, the ranks concatenate them, as a single process would.
+    Otherwise they sum A.
 
     Args:
-        collected: the Collector; it is changed in place.
+        collected: the Collector; changed in place.
         group: the ranks.
     """
     like = next(sums.a if sums.a is not None else sums.roots[0] for sums in collected.sums.values())
@@ -54,7 +55,7 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
 
 
 def _gathered(root: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Roots of all ranks, [groups, n, d], one below the other; ranks may have several numbers of rows."""
+    """The concatenated roots of all ranks, [groups, n, d]; ranks may have different numbers of rows."""
     padded = root.new_zeros((root.shape[0], max(rows), root.shape[2]))
     padded[:, : root.shape[1]] = root
     every = [torch.empty_like(padded) for _ in rows]
@@ -63,7 +64,7 @@ def _gathered(root: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor
 
 
 def shares(costs: list[float], ranks: int) -> list[int]:
-    """Which rank does which piece of work: the most expensive first, each to the rank with the least so far.
+    """Assign pieces of work to ranks: the most expensive first, each to the rank with the least work so far.
 
     Example:
         >>> from lensor.curvature.distribution import shares

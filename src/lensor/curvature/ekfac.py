@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lensor.arguments import described
 from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, check_roots, refuse_mixing
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
+from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.inverses import EigenFactors
 from lensor.curvature.layers import layers_of
@@ -20,6 +22,7 @@ from lensor.curvature.losses import require_counted
 from lensor.curvature.watching import Targets
 
 
+@described(SHARED)
 def ekfac(
     model: nn.Module,
     loss: nn.Module,
@@ -31,20 +34,15 @@ def ekfac(
     generator: torch.Generator | None = None,
     batch_axis: Given = None,
 ) -> EigenFactors:
-    """Kronecker factors with corrected eigenvalues: the diagonal of the GGN in the factors' own eigenbasis.
+    """Kronecker factors with corrected eigenvalues: the GGN's diagonal in the factors' eigenbasis.
+
+    Use this instead of `kfac` alone when you can afford a second pass over the data for a better approximation.
 
     Args:
-        model: the model, in evaluation mode or without layers that mix examples.
-        loss: as for `kfac`.
-        data: a pair (inputs, targets), or an iterable of pairs.
-        factors: of `kfac` for this model.
-        fisher: "type-2", "mc" or "empirical", as for `kfac`.
-        mc_samples: draws for each example, for "mc".
-        generator: where they are drawn from.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+        factors: the result of `kfac` for this model.
 
     Returns:
-        An operator like the factors, with the same eigenvectors.
+        An operator like the factors, with the same eigenvectors and corrected eigenvalues.
 
     Example:
         >>> import torch
@@ -56,11 +54,11 @@ def ekfac(
         21
 
     Raises:
-        TypeError: for a loss, model or data of another kind.
-        ValueError: for choices that are not known, layers that do not run once, or a model that mixes examples.
+        TypeError: for a loss, model or data of an unsupported type.
+        ValueError: for an unknown choice, a layer that does not run exactly once, or a model that mixes examples.
 
     Equation:
-        Λ = Σ_n,v (Q_Bᵀ G Q_A)² with G the gradient of an example's column as rows and columns (George et al., 2018).
+        Λ = Σ_n,v (Q_Bᵀ G Q_A)², where G is the gradient of an example's column as a matrix (George et al., 2018).
     """
     modules = [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"]
     model = unwrapped(model)
@@ -69,7 +67,7 @@ def ekfac(
     for name, shape in factors.shapes.items():
         if shapes.get(name) != shape:
             found = shapes.get(name, "no such parameter")
-            raise ValueError(f"the factors have a block for {name!r} of shape {shape}, the model has {found}")
+            raise ValueError(f"the factors of {name!r} have shape {shape}, expected that of the model: {found}")
     refuse_mixing(model)
     check_roots(loss, fisher, mc_samples)
     total = 0.0

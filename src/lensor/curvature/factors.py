@@ -18,17 +18,17 @@ from lensor.errors import require_choice
 
 
 class KroneckerFactors(Operator, Mapping[str, Block]):
-    """Kronecker factors of a model: a mapping from parameters' names to blocks, and the operator that they make up.
+    """Kronecker factors of a model: a mapping from parameter names to blocks, and a linear operator.
 
-    Made by `lensor.curvature.kfac`. `factors @ v` multiplies, `factors.inverse(damping)` solves.
+    `lensor.curvature.kfac` returns them. `factors @ v` multiplies, `factors.inverse(damping)` solves.
 
     Args:
-        blocks: the blocks by the name of their first parameter.
+        blocks: the blocks, by the name of their first parameter.
         approx: "expand" or "reduce".
-        examples: how many examples they come from.
-        convention: whose normalisation.
-        reduction: of the loss, "mean" or "sum".
-        outputs: how many numbers the model gives for an example.
+        examples: number of examples in the data.
+        convention: the library or paper whose normalisation applies.
+        reduction: reduction of the loss, "mean" or "sum".
+        outputs: number of output entries of the model per example.
 
     Example:
         >>> import torch
@@ -85,19 +85,19 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
         Args:
             damping: λ > 0.
-            method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of roots where they are kept); "cholesky":
+            method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of roots where they are kept). "cholesky":
                 (B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹ with π² = (tr A/d)/(tr B/c) (Martens & Grosse, 2015), by Cholesky
-                decompositions; "woodbury": the same with A's inverse by way of its root, and exactly (c A + λI)⁻¹ where
-                B is c times the identity.
+                decompositions. "woodbury": the same, with A inverted through its root; exactly (c A + λI)⁻¹ where B is
+                c times the identity.
 
         Raises:
-            ValueError: for a damping that is not positive, an unknown method, or "woodbury" where no root is kept.
+            ValueError: for a damping that is not positive, an unknown method, or "woodbury" without a kept root.
             torch.linalg.LinAlgError: if a damped factor is not positive definite in its dtype.
         """
         return Inverse(self._blocks, damping, method)
 
     def eigh(self) -> EigenFactors:
-        """Eigenvectors and eigenvalues of every block."""
+        """The eigenvectors and eigenvalues of every block."""
         blocks, parts = self._blocks, {}
         for name, block in blocks.items():
             a, q_a = torch.linalg.eigh(block.A)
@@ -115,7 +115,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return torch.stack(found).sum()
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """log det of all blocks with the damping on the diagonal; -inf for singular ones without it.
+        """log det of all blocks with the damping added to the diagonal; -inf if a block is singular without it.
 
         Raises:
             ValueError: for a negative damping.
@@ -134,7 +134,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return torch.stack(found).sum()
 
     def diagonal(self) -> dict[str, Tensor]:
-        """The diagonal, in the parameters' shapes."""
+        """The diagonal, in the shapes of the parameters."""
         found: dict[str, Tensor] = {}
         for block in self.values():
             a = block.root.square().sum(1) if block.root is not None else block.A.diagonal(dim1=1, dim2=2)
@@ -142,41 +142,42 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return found
 
     def check_finite(self) -> None:
-        """Raise if a factor holds NaN or infinity.
+        """Raise if a factor contains NaN or infinity.
 
         Raises:
-            FloatingPointError: with its name.
+            FloatingPointError: with the factor's name.
         """
         for name, block in self.items():
             for which, tensor in block.tensors().items():
                 if not bool(tensor.isfinite().all()):
-                    raise FloatingPointError(f"factor {which} of {name} is not finite")
+                    raise FloatingPointError(f"factor {which} of {name} is not finite, expected finite entries")
 
     # ------------------------------------------------------------------------------------------------- other versions
     def in_convention(self, convention: ModelNormalisation) -> KroneckerFactors:
-        """The same factors with another library's normalisation.
+        """The same factors in another library's normalisation.
 
         Args:
             convention: "paper", "curvlinops", "singd", "asdl", "nngeometry", "kfac-jax", "kfac-pytorch" or "laplace".
-                `docs/conventions.md` has their scales. The product of the factors is the same, but for "kfac-jax" (over
-                the positions), "kfac-pytorch" (over their fifth power and N²) and "laplace" (of the summed loss).
+                `docs/conventions.md` lists their scales. The product of the factors is the same, except for "kfac-jax"
+                (divided by the positions), "kfac-pytorch" (divided by their fifth power and N²) and "laplace" (of the
+                summed loss).
 
         Raises:
-            ValueError: for another convention, or one that does not define these factors.
+            ValueError: for an unknown convention, or one that does not define these factors.
         """
         if convention == "backpack":
             raise ValueError(
-                "convention='backpack' has the input factors of approx='expand' and the output factors of"
-                " approx='reduce': take both, and A of the one, B of the other (docs/conventions.md)"
+                "convention is 'backpack', expected one that defines both factors for one approx: 'backpack' takes A"
+                " from approx='expand' and B from approx='reduce', so compute both (docs/conventions.md)"
             )
         require_choice("convention", convention, words(ModelNormalisation))
         new, old = MODEL_CONVENTIONS[convention], MODEL_CONVENTIONS[self.convention]
         if self.approx not in new.positions:
-            raise ValueError(f"convention={convention!r} does not define factors with approx={self.approx!r}")
+            raise ValueError(f"convention is {convention!r}, expected one that defines factors of {self.approx!r}")
         (a, b), (a0, b0) = new.positions[self.approx], old.positions[self.approx]
         varied = [name for name, block in self.items() if block.positions == 0]
         if varied and (a, b) != (a0, b0):
-            raise ValueError(f"convention={convention!r} needs one number of positions, which differs in {varied[0]}")
+            raise ValueError(f"convention is {convention!r}, expected another: the positions of {varied[0]} vary")
         outputs = float(self.outputs) ** (new.outputs - old.outputs)
         examples = float(self.examples) ** (new.examples[self.reduction] - old.examples[self.reduction])
         blocks = {
@@ -189,24 +190,24 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return self._with(blocks, convention=convention)
 
     def to(self, *arguments: Any, **named: Any) -> KroneckerFactors:
-        """On another device, or of another dtype; arguments as of `torch.Tensor.to`."""
+        """Move to another device or dtype; arguments as for `torch.Tensor.to`."""
         return self._with(
             {name: each_factor(block, lambda t: t.to(*arguments, **named)) for name, block in self.items()}
         )
 
     def ema_(self, other: KroneckerFactors, decay: float) -> Self:
-        """decay · self + (1 − decay) · other, in place; roots are kept as roots of more rows.
+        """Set to decay · self + (1 − decay) · other, in place; roots are concatenated.
 
         Raises:
-            ValueError: if they are of other parameters or blocks, another approx, convention or reduction, or if the
-                decay is not between 0 and 1.
+            ValueError: if the other factors have different parameters, blocks, approx, convention or reduction, or if
+                the decay is not between 0 and 1.
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}, expected a number between 0 and 1")
         names = ("approx", "convention", "reduction")
         if self.shapes != other.shapes or any(getattr(self, name) != getattr(other, name) for name in names):
-            raise ValueError("an average is of factors of the same parameters, approx, convention and reduction")
-        for name, block in self._blocks.items():  # all of them before the first is changed
+            raise ValueError("other has different parameters, approx, convention or reduction, expected the same")
+        for name, block in self._blocks.items():  # check all of them before changing the first
             require_alike(name, block, other._blocks.get(name))
         for name, block in self._blocks.items():
             new = other[name]
@@ -221,7 +222,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """What `from_state_dict` takes; it can be saved with `torch.save`."""
+        """A state for `from_state_dict`; you can save it with `torch.save`."""
         blocks = {
             name: {
                 "names": list(block.names),
@@ -236,17 +237,17 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], model: torch.nn.Module | None = None) -> Self:
-        """Factors from what `state_dict` gave.
+        """Restore factors from a state.
 
         Args:
-            state: the state.
-            model: if given, the factors' parameters must be this model's, with its shapes.
+            state: the result of `state_dict`.
+            model: if given, the factors' parameters must match this model's in name and shape.
 
         Raises:
-            ValueError: for a state of another kind or version, one that is damaged, or one of another model.
+            ValueError: if the state has an unknown version, is damaged, or belongs to another model.
         """
         if not isinstance(state, Mapping) or state.get("version") != 1 or not isinstance(state.get("blocks"), Mapping):
-            raise ValueError("this is not a state of Kronecker factors that this version reads")
+            raise ValueError("state is not readable, expected one that state_dict of this version returned")
         names = ("approx", "examples", "convention", "reduction", "outputs")
         missing = [name for name in names if name not in state]
         if missing:
@@ -256,16 +257,18 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         require_choice("reduction", state["reduction"], ("mean", "sum"))
         for name in ("examples", "outputs"):
             if not isinstance(state[name], int) or state[name] < 0:
-                raise ValueError(f"the state of Kronecker factors is damaged: {name} is {state[name]!r}")
+                raise ValueError(
+                    f"the state of Kronecker factors is damaged: {name} is {state[name]!r}, expected at least 0"
+                )
         blocks = {str(name): block_of(str(name), one) for name, one in state["blocks"].items()}
         found = cls(blocks, *(state[name] for name in names))
         every = [name for block in blocks.values() for name in block.names]
         if len(set(every)) < len(every):
-            raise ValueError(f"the state of Kronecker factors is damaged: parameters occur twice among {every}")
+            raise ValueError(f"the state of Kronecker factors is damaged: {every} has duplicates, expected none")
         if model is not None:
             known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
             for name, shape in found.shapes.items():
                 if known.get(name) != shape:
                     there = f"{name} of shape {known[name]}" if name in known else f"no parameter {name}"
-                    raise ValueError(f"the state is of another model: it has {name} of shape {shape}, found {there}")
+                    raise ValueError(f"the state has {name} of shape {shape}, expected that of this model: {there}")
         return found

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lensor import ops
+from lensor.arguments import described
 from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing, sum_of
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
+from lensor.curvature.described import SHARED
 from lensor.curvature.layers import layers_of
 from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_counted
@@ -21,6 +23,7 @@ from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 
 
+@described(SHARED)
 def ggn_diagonal(
     model: nn.Module,
     loss: nn.Module,
@@ -33,21 +36,14 @@ def ggn_diagonal(
     generator: torch.Generator | None = None,
     batch_axis: Given = None,
 ) -> dict[str, Tensor]:
-    """The diagonal of the generalised Gauss-Newton matrix of the loss over all of the data.
+    """The diagonal of the generalised Gauss-Newton matrix of the loss over all data.
+
+    Use this when you need single entries; use `ggn_mini_blocks` for the blocks of a filter, kernel or position.
 
     Args:
-        model: the model, in evaluation mode or without layers that mix examples.
-        loss: as for `kfac`.
-        data: a pair (inputs, targets), or an iterable of pairs.
-        fisher: "type-2", "mc" or "empirical", as for `kfac`.
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-        mc_samples: draws for each example, for "mc".
-        generator: where they are drawn from.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
-        For the name of each weight and bias an array of its shape.
+        A mapping from the name of each weight and bias to a tensor of its shape.
 
     Example:
         >>> import torch
@@ -58,8 +54,9 @@ def ggn_diagonal(
                 [8.0000, 8.0000, 8.0000]]), 'bias': tensor([8.0000, 8.0000])}
 
     Raises:
-        TypeError: for a loss, model or data of another kind.
-        ValueError: for choices and layers that are not known, tied, or do not run once, or a model that mixes examples.
+        TypeError: for a loss, model or data of an unsupported type.
+        ValueError: for an unknown choice, an unknown or tied layer, a layer that does not run exactly once, or a model
+            that mixes examples.
     """
 
     def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
@@ -75,6 +72,7 @@ def ggn_diagonal(
     return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights, shared=True)
 
 
+@described(SHARED)
 def ggn_mini_blocks(
     model: nn.Module,
     loss: nn.Module,
@@ -88,24 +86,15 @@ def ggn_mini_blocks(
     generator: torch.Generator | None = None,
     batch_axis: Given = None,
 ) -> dict[str, Tensor]:
-    """Diagonal blocks of every weight's generalised Gauss-Newton matrix over all of the data.
+    """Diagonal blocks of the generalised Gauss-Newton matrix of every weight, over all data.
 
     Args:
-        model: the model, in evaluation mode or without layers that mix examples.
-        loss: as for `kfac`.
-        data: a pair (inputs, targets), or an iterable of pairs.
-        block: "filter": one for each first channel of the weight, [channels, rest, rest]; "kernel": one for each pair
-            of channels, [c, c', *kernel, *kernel]; "position": one for each group and position of the kernel,
+        block: "filter": one block per first channel of the weight, [channels, rest, rest]; "kernel": one per pair of
+            channels, [c, c', *kernel, *kernel]; "position": one per group and kernel position,
             [groups, *kernel, c·c', c·c'].
-        fisher: "type-2", "mc" or "empirical", as for `kfac`.
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-        mc_samples: draws for each example, for "mc".
-        generator: where they are drawn from.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
-        For the name of each weight its blocks. A bias has one entry for each channel, its diagonal.
+        A mapping from parameter names to blocks for weights, and to the diagonal (one entry per channel) for biases.
 
     Example:
         >>> import torch
@@ -115,8 +104,9 @@ def ggn_mini_blocks(
         torch.Size([3, 6, 6])
 
     Raises:
-        TypeError: for a loss, model or data of another kind.
-        ValueError: for choices and layers that are not known, tied, or do not run once, or a model that mixes examples.
+        TypeError: for a loss, model or data of an unsupported type.
+        ValueError: for an unknown choice, an unknown or tied layer, a layer that does not run exactly once, or a model
+            that mixes examples.
     """
     require_choice("block", block, ("filter", "kernel", "position"))
 
@@ -124,7 +114,7 @@ def ggn_mini_blocks(
         (use,) = uses
         x = batch.capture.inputs[use]
         found = network(ops.ggn_mini_blocks, use.spec(x), block)(X=x, S=stacks[use])
-        # Without the axes of kernels of size 1: of a linear map with positions, and of frames.
+        # Omit the size-1 kernel axes of linear maps with positions and of frames.
         kernel = use.weight_shape[2:]
         front, rest = {
             "filter": (found.shape[:1], found.shape[1:]),
@@ -149,7 +139,7 @@ def _of_roots(
     weights: Callable[[Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """What is a sum over columns of the root and over examples, over all of the data; of biases the diagonal."""
+    """Sums over columns of the root and over all examples: `weights` for the weights, the diagonal for biases."""
     check_roots(loss, fisher, mc_samples)
     model = unwrapped(model)
     watched = Targets(layers_of(model, layers, strict, shared=shared))

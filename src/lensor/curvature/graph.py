@@ -1,4 +1,4 @@
-"""Questions to the graph that autograd has recorded."""
+"""Queries on the graph that autograd recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Node = Any
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, and in the attributes and slots of objects that are no containers."""
+    """The tensors in nested containers, and in the attributes and slots of other objects."""
     yield from _tensors_in(value, set())
 
 
@@ -37,12 +37,12 @@ def _listed(slots: Any) -> tuple[str, ...]:
 
 
 def inner_nodes(output: Tensor, arguments: Iterable[Any], parameters: Iterable[Tensor]) -> set[Node]:
-    """The nodes that one call has made: between its output and the nodes of its arguments.
+    """The nodes that one call added: those between its output and the nodes of its arguments.
 
     Args:
-        output: what the call returned.
-        arguments: its arguments.
-        parameters: arguments whose own nodes (casts that others may share) belong to the call.
+        output: the value that the call returned.
+        arguments: the call's arguments.
+        parameters: arguments whose nodes (casts that other calls may share) belong to the call.
     """
     own = {id(one) for one in parameters}
     outside = {one.grad_fn for one in arguments if isinstance(one, Tensor) and id(one) not in own}
@@ -59,7 +59,7 @@ def inner_nodes(output: Tensor, arguments: Iterable[Any], parameters: Iterable[T
 
 
 def leading_to(nodes: set[Node], parameters: Iterable[Tensor]) -> set[Node]:
-    """Those of some nodes from which one of the parameters is reached along these nodes alone."""
+    """The nodes of a set from which a path within the set leads to one of the parameters."""
     wanted = {id(one) for one in parameters}
     found: set[Node] = set()
     grows = True
@@ -74,9 +74,9 @@ def leading_to(nodes: set[Node], parameters: Iterable[Tensor]) -> set[Node]:
 
 
 class Reached:
-    """What is reached from some tensors in the graph.
+    """The part of the graph that is reachable from some tensors.
 
-    `consumers` has for each node those that take its value.
+    `consumers` maps each node to the nodes that take its value.
 
     Args:
         roots: the tensors.
@@ -103,10 +103,10 @@ class Reached:
                     self._users.setdefault(id(leaf), []).append(node)
 
     def users(self, parameter: Tensor) -> list[Node]:
-        """The nodes that take a leaf."""
+        """The nodes that take a leaf as input."""
         return self._users.get(id(parameter), [])
 
 
 def _leaf(node: Node) -> Tensor | None:
-    """The leaf whose gradient a node accumulates, None for other nodes."""
+    """The leaf whose gradient a node accumulates; None for other nodes."""
     return node.variable if type(node).__name__ == "AccumulateGrad" else None

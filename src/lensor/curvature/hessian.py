@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lensor.arguments import described
 from lensor.curvature.batch import MEANS, Batch, add_parts, gradients_of, is_torchs, refuse_mixing, share_of
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
+from lensor.curvature.described import SHARED
 from lensor.curvature.layers import layers_of
 from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_counted
 from lensor.curvature.watching import Targets
 
 
+@described(SHARED)
 def hessian_diagonal(
     model: nn.Module,
     loss: nn.Module,
@@ -28,26 +31,22 @@ def hessian_diagonal(
     generator: torch.Generator | None = None,
     batch_axis: Given = None,
 ) -> dict[str, Tensor]:
-    """The diagonal of the Hessian of the loss by each layer's parameters, exact or estimated.
+    """The diagonal of the loss Hessian with respect to each layer's parameters, exact or estimated.
 
-    A layer is linear in its parameters, so their Hessian is Jᵀ H J with H that of the loss by the layer's output.
-    Exact: one product with H for each entry of an output of one example; with `samples`: Hutchinson's estimate at the
-    layers' outputs, unbiased, one product with H for each draw and layer.
+    A layer is linear in its parameters, so their Hessian is Jᵀ H J, where H is the Hessian of the loss with respect to
+    the layer's output. The exact diagonal takes one product with H for each output entry of one example. With
+    `samples`, Hutchinson's estimate at the layers' outputs takes one product with H per draw and layer; it is unbiased.
 
     Args:
-        model: the model, in evaluation mode or without layers that mix examples.
-        loss: any loss of (outputs, targets) that can be differentiated twice; for several batches one whose `reduction`
-            is "mean", "batchmean" or "sum".
-        data: a pair (inputs, targets), or an iterable of pairs; the loss of all is that of each, averaged over examples
-            for a mean.
+        loss: any loss of (outputs, targets) that can be differentiated twice; for several batches, one of torch's own
+            with `reduction` "mean", "batchmean" or "sum".
+        data: a pair (inputs, targets), or an iterable of pairs. For a mean, the total loss is the batches' losses
+            averaged over examples.
         samples: number of draws; exact unless given.
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-        generator: where signs are drawn from.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+        generator: random generator for the signs.
 
     Returns:
-        For the name of each weight and bias an array of its shape.
+        A mapping from the name of each weight and bias to a tensor of its shape.
 
     Example:
         >>> import torch
@@ -58,9 +57,9 @@ def hessian_diagonal(
                 [8., 8., 8.]])}
 
     Raises:
-        TypeError: for a model or data of another kind.
-        ValueError: for layers that are not known, tied, or do not run once, a model that mixes examples, or several
-            batches for a loss without reduction.
+        TypeError: for a model or data of an unsupported type.
+        ValueError: for an unknown or tied layer, a layer that does not run exactly once, a model that mixes examples,
+            or several batches with a loss whose reduction is unknown.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}, expected at least 1")
@@ -75,13 +74,13 @@ def hessian_diagonal(
             seen += 1
             if seen > 1 and not (is_torchs(loss) and getattr(loss, "reduction", None) in (*MEANS, "sum")):
                 raise ValueError(
-                    "several batches need a loss whose reduction is 'mean', 'batchmean' or 'sum', one of torch's own:"
-                    " how another one averages is not known"
+                    "data has several batches, expected one for this loss: only one of torch's own losses with"
+                    " reduction 'mean', 'batchmean' or 'sum' determines how batches are averaged"
                 )
             inputs, targets = own(inputs), own(targets)
             batch = Batch(model, watched, inputs, batch_axis)
             share = share_of(loss, batch, targets)
-            if not share:  # no target counts, and the batch's own loss is 0/0
+            if not share:  # no target counts, so the batch's own loss is 0/0
                 continue
             total += share
             value = batch.loss(loss, targets)
@@ -92,7 +91,7 @@ def hessian_diagonal(
                     curved = torch.zeros_like(z)
                     if (
                         gradient.requires_grad
-                    ):  # a loss that is linear in the outputs has no Hessian after the last layer
+                    ):  # a loss that is linear in the outputs has a zero Hessian after the last layer
                         curved = batch.capture.gradients(gradient, z, keep=True, only=use)[use]
                     with computing(z):
                         add_parts(found, _quadratic(use, x, z, curved), share / (samples or 1))
@@ -101,7 +100,7 @@ def hessian_diagonal(
 
 
 def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:
-    """Σ over examples of (Jᵀ z) ⊙ (Jᵀ H z), by parameter."""
+    """Σ over examples of (Jᵀ z) ⊙ (Jᵀ H z), for each parameter."""
     found = {use.weight: (gradients_of(use, x, z) * gradients_of(use, x, curved)).sum(0)}
     if use.bias is not None:
         sides = [over_positions(v) for v in (z, curved)]
@@ -110,7 +109,7 @@ def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tens
 
 
 def _directions(like: Tensor, samples: int | None, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Unit vectors of one example, in all examples at once; or random signs."""
+    """Unit vectors of one example, placed in all examples at once, or random signs."""
     if samples is not None:
         for _ in range(samples):
             signs = torch.randint(2, like.shape, generator=generator, device=like.device)

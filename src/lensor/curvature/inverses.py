@@ -1,4 +1,4 @@
-"""Damped inverses of Kronecker factors, and their eigendecompositions."""
+"""Damped inverses and eigendecompositions of Kronecker factors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[re
 
 
 class EigenFactors(Operator):
-    """Q_B ⊗ Q_A times a diagonal times its transpose, for every block.
+    """Q_B ⊗ Q_A times a diagonal matrix times the transpose of Q_B ⊗ Q_A, for every block.
 
     Args:
         blocks: the blocks.
-        parts: for each Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d].
+        parts: Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d] of each block.
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ class EigenFactors(Operator):
         return q_b @ ((q_b.mT @ rows @ q_a) * values) @ q_a.mT
 
     def inverse(self, damping: float) -> EigenFactors:
-        """(self + λI)⁻¹.
+        """The damped inverse (self + λI)⁻¹.
 
         Raises:
             ValueError: for a damping that is not positive.
@@ -55,7 +55,7 @@ class EigenFactors(Operator):
         return EigenFactors(self._blocks, parts)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """log det with the damping on the diagonal.
+        """log det with the damping added to the diagonal.
 
         Raises:
             ValueError: for a negative damping.
@@ -99,7 +99,7 @@ class Inverse(Operator):
 
 @dataclass(frozen=True, eq=False)
 class _Eigen:
-    """Q_B ⊗ Q_A times `over` times the transpose; with `damping` rows outside of Q_A's span are divided by it."""
+    """Q_B ⊗ Q_A times `over` times the transpose; rows outside of Q_A's span are divided by `damping` if it is set."""
 
     q_a: Tensor
     q_b: Tensor
@@ -112,7 +112,7 @@ class _Eigen:
         b = b.clamp_min(0)
         if block.root is None:
             a, q_a = torch.linalg.eigh(block.A)
-        else:  # the complement of the root's rows has the eigenvalue 0
+        else:  # the orthogonal complement of the root's rows has the eigenvalue 0
             _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
             a, q_a = singular.square(), q_at.mT
         over = 1 / (b[:, :, None] * a.clamp_min(0)[:, None, :] + damping)
@@ -143,7 +143,7 @@ class _Cholesky:
 
 @dataclass(frozen=True, eq=False)
 class _Woodbury:
-    """A's damped inverse by way of its root; `b` is B's, or a number for each group where B is plain."""
+    """A's damped inverse through its root; `b` is B's damped inverse, or one number per group where B is plain."""
 
     root: Tensor
     inner: Tensor
@@ -155,7 +155,7 @@ class _Woodbury:
     def of(cls, name: str, block: Block, damping: float) -> Self:
         root = block.root
         if root is None:
-            raise ValueError(f"{name} has no root: it is kept for approx='reduce' and fewer examples than rows of A")
+            raise ValueError(f"{name} has no root, expected approx='reduce' and fewer examples than rows of A")
         c = block.B[:, :1, :1]
         eye = torch.eye(block.B.shape[1], dtype=c.dtype, device=c.device)
         plain = bool((c * eye == block.B).all()) and bool((c > 0).all())
@@ -177,11 +177,11 @@ _WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
     "cholesky": _Cholesky,
     "woodbury": _Woodbury,
 }
-"""What solves a block, by the method's name."""
+"""Solvers of a block, by method name."""
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
-    """What is added to the diagonals of A and of B, [groups, 1, 1]."""
+    """The damping of the diagonals of A and of B, [groups, 1, 1] each."""
     a = block.root.square().sum((1, 2)) if block.root is not None else traces_of(block.A)
     mean_a, mean_b = a / block.d, traces_of(block.B) / block.B.shape[1]
     ratio = (mean_a / mean_b).sqrt()
@@ -193,16 +193,16 @@ def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     lower, info = torch.linalg.cholesky_ex(matrix + damping * eye)
     if bool(info.any()):
-        raise LinAlgError(f"{what} is not positive definite with this damping: take a larger one")
+        raise LinAlgError(f"{what} with this damping is not positive definite, expected a larger damping")
     return torch.cholesky_inverse(lower)
 
 
 def _require_damping(damping: float) -> None:
     if not damping > 0 or not math.isfinite(damping):
-        raise ValueError(f"damping must be positive, found {damping}")
+        raise ValueError(f"damping is {damping}, expected a positive number")
 
 
 def require_not_negative(damping: float) -> None:
     """Raise for a negative damping."""
     if not damping >= 0 or not math.isfinite(damping):
-        raise ValueError(f"damping must not be negative, found {damping}")
+        raise ValueError(f"damping is {damping}, expected at least 0")

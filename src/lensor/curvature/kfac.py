@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lensor.arguments import described
 from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, words
 from lensor.curvature.capture import own, running, unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.data import batches
+from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import layers_of
 from lensor.curvature.layout import Given
@@ -20,6 +22,7 @@ from lensor.curvature.losses import require_loss
 from lensor.errors import require_choice
 
 
+@described(SHARED)
 def kfac(
     model: nn.Module,
     loss: nn.Module,
@@ -37,40 +40,37 @@ def kfac(
     group: dist.ProcessGroup | None = None,
     batch_axis: Given = None,
 ) -> KroneckerFactors:
-    """Kronecker-factored approximation of the generalised Gauss-Newton matrix of a model's loss, in one pass over data.
+    """Kronecker-factored approximation of the generalised Gauss-Newton matrix, in one pass over the data.
 
-    For every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and linear layer, and
-    every group of its channels: kron(B, A) approximates the diagonal block of the loss as given, with its own mean or
-    sum over all of the data. The model is left as it was: no gradient is accumulated, statistics of normalisation are
-    put back. Calls of a layer's function are met inside of the layer, so that your hooks count, in any order. A
-    compiled model runs as it was written.
+    For every group of every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and
+    linear layer, kron(B, A) approximates the diagonal block for the loss as given: its mean or sum over all data. The
+    model does not change: no gradient is accumulated, and normalisation statistics are restored. Calls are intercepted
+    inside of each layer, so the effect of your hooks is included, in any order. A compiled model runs uncompiled.
+
+    For training, use `lensor.optim.KFAC`, which reuses your backward pass.
 
     Args:
-        model: the model, in training or evaluation mode, which is kept.
+        model: the model; its training or evaluation mode is kept.
         loss: `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum"; class
-            weights, label smoothing, `ignore_index` and `pos_weight` count.
+            weights, label smoothing, `ignore_index` and `pos_weight` are supported.
         data: a pair (inputs, targets) of tensors, or an iterable of pairs, such as a DataLoader. Inputs that are a
             tuple or a mapping are the model's arguments.
         approx: "expand" treats the positions of a layer as examples, "reduce" sums over them first.
-        fisher: "type-2": the exact Hessian of the loss by the outputs, one backward pass for each output; "mc": sampled
-            from the model's own distribution, unbiased; "empirical": gradients of the loss itself; "forward-only":
-            B is the identity, no backward pass at all.
-        bias: "separate": a block of its own for each bias; "joint": one block for weight and bias, the bias last in A.
-        convention: "paper" (A has the 1/N, expand's B the 1/O), or whose normalisation: see `in_convention` of the
-            result.
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-        mc_samples: draws for each example, for "mc".
-        generator: where they are drawn from.
-        check_finite: whether factors that are not finite raise; this waits for the device.
-        group: ranks of torch.distributed that have a part of the data each; all get the factors of all of it.
-        batch_axis: where the examples lie in the layers' inputs, for models that do not run with another number of
-            examples, from which it is found otherwise: an axis, "outer" or "inner" (the examples share the first axis
-            with other rows), or a mapping from layers' names to these.
+        fisher: "type-2": the exact Hessian of the loss with respect to the outputs, one backward pass per output;
+            "mc": sampled from the model's own distribution, unbiased; "empirical": gradients of the loss itself;
+            "forward-only": B is the identity, without a backward pass.
+        bias: "separate": one block for each bias; "joint": one block for weight and bias, with the bias last in A.
+        convention: "paper" (A is divided by N, and B of "expand" by O), or another library's normalisation: see
+            `KroneckerFactors.in_convention`.
+        check_finite: whether to raise for factors that are not finite; this synchronises with the device.
+        group: torch.distributed ranks that each have a part of the data; all get the factors of the whole data.
+        batch_axis: axis of the examples in the layers' inputs: an axis, "outer" or "inner" (the examples share the
+            first axis with other rows), or a mapping from layer names to these. A trial pass with another number of
+            examples finds it unless given, so give it for a model that cannot run such a pass.
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`
-        [groups, c_out/groups, c_out/groups]; products, inverses, determinants and more for all together.
+        [groups, c_out/groups, c_out/groups]. It is also an operator with products, inverses and determinants.
 
     Example:
         >>> import torch
@@ -84,10 +84,10 @@ def kfac(
         ['0.weight', '0.bias', '2.weight', '2.bias']
 
     Raises:
-        TypeError: for a loss, model or data of another kind.
-        ValueError: for choices and names that are not known, tied weights, layers that do not run once, shapes that do
-            not fit.
-        FloatingPointError: if a factor is not finite: an input, weight or loss holds NaN or infinity.
+        TypeError: for a loss, model or data of an unsupported type.
+        ValueError: for an unknown choice or name, tied weights, a layer that does not run exactly once, or a shape
+            that does not fit.
+        FloatingPointError: if a factor is not finite because an input, weight or loss contains NaN or infinity.
 
     Equation:
         A = 1/N Σ [X][X]ᵀ and B = 1/O Σ s sᵀ (expand), A = 1/N Σ x̄ x̄ᵀ with x̄ the mean patch and B = Σ (s1)(s1)ᵀ

@@ -1,4 +1,4 @@
-"""The layers of a model that curvature is computed for."""
+"""Selects the layers of a model that have curvature."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Layer:
     """A convolution, transposed convolution or linear layer of a model.
 
     Args:
-        name: the module's path, "" for the model itself.
+        name: the path of the module, "" for the model itself.
         module: the module.
-        weight: the weight's name among the model's parameters.
-        bias: the bias's name, or None.
+        weight: the parameter name of the weight.
+        bias: the parameter name of the bias, or None.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Layer:
 
     @property
     def groups(self) -> int:
-        """Groups of channels."""
+        """Number of channel groups."""
         return getattr(self.module, "groups", 1)
 
     @cached_property
@@ -46,12 +46,12 @@ class Layer:
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the weight has the layer's input channels first."""
+        """Whether the weight has the input channels first."""
         return bool(getattr(self.module, "transposed", False))
 
     @property
     def output_channels(self) -> int:
-        """Channels of the output, over all groups."""
+        """Number of output channels, over all groups."""
         return self.weight_shape[1] * self.groups if self.is_transposed else self.weight_shape[0]
 
     def __str__(self) -> str:
@@ -66,32 +66,32 @@ def layers_of(
     shared: bool = False,
     trainable: bool = False,
 ) -> list[Layer]:
-    """The layers of a model that curvature is computed for, in the order of `model.named_modules()`.
+    """The layers of a model that have curvature, in the order of `model.named_modules()`.
 
     Args:
         model: the model.
-        layers: names of modules; all that are known unless given.
+        layers: names of modules; all known layers unless given.
         strict: whether parametrised layers of other kinds are an error instead of a warning.
         shared: whether layers may share a parameter.
-        trainable: whether the result must have every parameter of the model that requires a gradient, and only these,
-            unless `layers` is given.
+        trainable: whether the result must contain exactly the model's parameters that require a gradient, unless
+            `layers` is given.
 
     Raises:
         TypeError: if `model` is not a module.
-        ValueError: for names that are not known, for tied weights unless `shared`, if there is no layer, for complex
+        ValueError: for an unknown name, for tied weights unless `shared`, for a model without layers, for complex
             parameters, or, if `strict` or `trainable`, for parametrised layers of other kinds.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     found: list[Layer] = []
     unknown: list[str] = []
-    # Attention takes the parameters of its last linear layer, which never runs itself.
+    # Attention uses the parameters of its last linear layer without calling this layer.
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module) and id(module) not in inside:
             if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
-                raise ValueError(f"layer {name!r} is lazy and has seen no input yet: call the model first")
+                raise ValueError(f"layer {name!r} is lazy, expected an initialised layer: call the model first")
             prefix = f"{name}." if name else ""
             found.append(Layer(name, module, f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None))
         elif own and (not trainable or any(p.requires_grad for p in own.values())):
@@ -101,21 +101,19 @@ def layers_of(
         known = {layer.name: layer for layer in found}
         missing = [name for name in wanted if name not in known]
         if missing:
-            raise ValueError(f"no layer named {', '.join(map(repr, missing))}, expected some of {', '.join(known)}")
+            raise ValueError(f"layers has {', '.join(map(repr, missing))}, expected names from {', '.join(known)}")
         found = [layer for layer in found if layer.name in wanted]
     elif unknown:
-        message = f"no curvature is computed for the parameters of {', '.join(unknown)}"
+        message = f"curvature is not supported for the parameters of {', '.join(unknown)}"
         if trainable:
-            raise ValueError(
-                f"{message}, expected a model of which all is known here: name the layers that count with layers="
-            )
+            raise ValueError(f"{message}, expected a model with supported layers only: choose among them with layers=")
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=_depth())
     if layers is not None and not found:
-        raise ValueError("layers names no layer")
+        raise ValueError("layers is empty, expected at least one name")
     if not found:
-        raise ValueError("the model has no convolution, transposed convolution or linear layer")
+        raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
     for layer in found:
         if any(p.is_complex() for p in layer.module.parameters(recurse=False)):
             raise ValueError(
@@ -123,8 +121,8 @@ def layers_of(
             )
         if any(p.is_inference() for p in layer.module.parameters(recurse=False)):
             raise ValueError(
-                f"layer {layer.name!r} has parameters that were made under torch.inference_mode, which have no"
-                " gradient: make the model outside of it, or replace them by clones"
+                f"layer {layer.name!r} has parameters made under torch.inference_mode, expected ordinary ones: make the"
+                " model outside of it, or replace the parameters by clones"
             )
     if not shared:
         _refuse_tied(model, found)
@@ -132,7 +130,7 @@ def layers_of(
 
 
 def _depth() -> int:
-    """The stack level of the code that called a public function, for warnings."""
+    """The stack level of the first caller outside of Lensor, for warnings."""
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("lensor.", "contextlib")):
         frame, level = frame.f_back, level + 1
@@ -140,10 +138,10 @@ def _depth() -> int:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is computed as torch's layers are, with a weight and a bias that are its parameters.
+    """Whether a layer computes the same as torch's layer from a weight and a bias that are parameters.
 
-    A subclass with its own forward pass (standardised weights, other padding) is another function of its parameters,
-    and so is a layer with a parametrisation.
+    This excludes subclasses with another forward pass (standardised weights, other padding) and parametrised layers:
+    these are different functions of their parameters.
     """
     own = {key for key, _ in module.named_parameters(recurse=False)}
     if "weight" not in own or not own <= {"weight", "bias"} or (module.bias is not None) != ("bias" in own):
@@ -156,7 +154,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_changed(module: nn.Module, method: str) -> bool:
-    """Whether an object has a method that is not its class's; a copy of a watched one has the class's own."""
+    """Whether an object overrides a method of its class; a copy of a watched object does not."""
     own = vars(module).get(method)
     if own is None or getattr(own, "watches", False):
         return False
@@ -164,7 +162,7 @@ def _is_changed(module: nn.Module, method: str) -> bool:
 
 
 def _refuse_tied(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Two names of one parameter mean two layers of one block, which the factors of neither describe."""
+    """Raise if a parameter has two names: two layers would share a block that neither layer's factors describe."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -172,4 +170,4 @@ def _refuse_tied(model: nn.Module, layers: Sequence[Layer]) -> None:
     for layer in layers:
         for name in (layer.weight, layer.bias):
             if name is not None and len(names[id(parameters[name])]) > 1:
-                raise ValueError(f"tied parameters are not supported: {' and '.join(names[id(parameters[name])])}")
+                raise ValueError(f"{' and '.join(names[id(parameters[name])])} are tied, expected separate parameters")

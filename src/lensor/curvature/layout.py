@@ -1,4 +1,4 @@
-"""Where the examples of a batch are in tensors: which axis, and in which order."""
+"""Positions of a batch's examples in tensors: the axis and the order."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Literal
 from torch import Tensor
 
 Key = tuple[str, int]
-"""A call: the weight's name, and how many calls with this weight came before."""
+"""A call: the weight's name, and the number of earlier calls with this weight."""
 
 
 Given = int | str | Mapping[str, int | str] | None
-"""What a user says of the examples' axis: an axis, "outer" or "inner", for all layers or by the layers' names."""
+"""A user's batch_axis: an axis, "outer" or "inner", for all layers or by layer name."""
 
 
 @dataclass(frozen=True)
 class BatchAxis:
-    """Where the examples lie.
+    """Position of the examples in a tensor.
 
     Args:
         axis: the axis.
-        rows: how many rows along it belong to each example.
-        order: whether the examples are the "outer" or the "inner" of the two that share the axis, if `rows` is not 1;
-            None if that is not known.
-        independent: whether an example's rows were the same among other examples; None if rows of different examples
-            are too close to tell.
+        rows: number of rows along the axis per example.
+        order: whether the examples are the "outer" or the "inner" index of the shared axis, if `rows` is not 1; None if
+            unknown.
+        independent: whether an example's rows were equal among different other examples; None if rows of different
+            examples are too close to distinguish.
     """
 
     axis: int
@@ -35,7 +35,7 @@ class BatchAxis:
     independent: bool | None = True
 
     def first(self, x: Tensor, batch: int) -> Tensor:
-        """A tensor with the examples as first axis, and their rows as second one unless it is one each; a view."""
+        """A view with the examples as first axis, followed by their rows unless there is one row each."""
         if self.rows == 1:
             return x.movedim(self.axis, 0)
         if self.order == "inner":
@@ -45,12 +45,12 @@ class BatchAxis:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the examples lie in every layer's inputs, and in the model's outputs; None where they do not occur.
+    """Position of the examples in every layer's input and in the outputs; None for tensors without examples.
 
     Args:
-        calls: by call: the input's number of axes, and where the examples lie. None for a single example or an empty
+        calls: the number of axes and the position of the examples, by call. None for a single example or an empty
             batch: all rows belong to it.
-        outputs: for every tensor of the outputs.
+        outputs: the position of the examples in each output tensor.
     """
 
     calls: Mapping[Key, tuple[int, BatchAxis | None]] | None
@@ -58,19 +58,19 @@ class Layout:
 
 
 def only_axis(shape: Sequence[int], batch: int) -> BatchAxis:
-    """Where the examples lie if there is only one, or none."""
+    """The position of the examples in a batch of one example or none."""
     return BatchAxis(0, shape[0]) if batch else BatchAxis(list(shape).index(0) if 0 in shape else 0)
 
 
 class NoLayoutError(ValueError):
-    """The model could not be run with another number of examples."""
+    """The model cannot run with another number of examples."""
 
 
 def given_axis(given: Given, name: str, shape: Sequence[int], batch: int) -> BatchAxis | None:
-    """Where a user says that the examples of a layer's input lie; None if nothing is said of this layer.
+    """The user's position of the examples in a layer's input; None if the user gives none for this layer.
 
     Raises:
-        ValueError: if it does not fit the shape.
+        ValueError: if the position does not fit the shape.
     """
     found = given.get(name) if isinstance(given, Mapping) else given
     if found is None:
@@ -81,8 +81,8 @@ def given_axis(given: Given, name: str, shape: Sequence[int], batch: int) -> Bat
         raise ValueError(f"batch_axis of {name!r} is {found!r}, expected an axis, 'outer' or 'inner'")
     if not -len(shape) <= axis < len(shape) or not batch or shape[axis] % batch:
         raise ValueError(
-            f"batch_axis says that axis {axis} of the input of layer {name!r} has {batch} examples, found shape"
-            f" {tuple(shape)}"
+            f"batch_axis of {name!r} is {axis}, expected an axis whose size is a multiple of {batch} examples: the"
+            f" layer's input has shape {tuple(shape)}"
         )
     axis %= len(shape)
     return BatchAxis(axis, shape[axis] // batch, order)

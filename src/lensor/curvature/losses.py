@@ -1,7 +1,7 @@
-"""Square roots of a loss's Hessian by the model's outputs: exact, sampled, or from the gradients.
+"""Square roots of the loss Hessian with respect to the model outputs: exact, sampled, or from the gradients.
 
-With the loss written as Σ_n l_n / Z (Z = 1 for `reduction="sum"`), a root S has one column s of the outputs' shape for
-each v, different examples never share an entry, and Σ_v s_v s_vᵀ is the Hessian (or its estimate) of the loss as given.
+The loss is Σ_n l_n / Z, with Z = 1 for `reduction="sum"`. A root S has one column s_v of the outputs' shape for each v.
+The examples use disjoint entries, and Σ_v s_v s_vᵀ is the Hessian (or its estimate) of the loss as given.
 
 - Cross entropy with target weights t (one-hot, smoothed, class-weighted or given as probabilities, T = Σ t):
   T (diag(p) − p pᵀ), root √T (√p ⊙ e_c − p √p_c).
@@ -21,26 +21,26 @@ from torch import Tensor, nn
 from lensor.choices import FactorFisher
 from lensor.curvature.layout import BatchAxis
 
-"""What may stand for the Hessian of the loss by the outputs."""
+"""Choices of the replacement for the Hessian of the loss with respect to the outputs."""
 
 
 class LossRoot:
-    """The root of one batch's Hessian.
+    """A square root of the loss Hessian of one batch.
 
     Args:
         loss: an nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, with reduction "mean" or "sum".
-        outputs: the model's outputs for the batch, with a graph if gradients are asked for.
-        targets: the targets; None if they are not at hand and every example counts the same.
-        examples: their number.
-        axis: where they lie in the outputs; the outputs may have several rows for each, the examples outermost unless
-            said otherwise.
+        outputs: the model's outputs for the batch, with a graph if gradients are requested.
+        targets: the targets; None if they are not available and every example counts the same.
+        examples: number of examples.
+        axis: position of the examples in the outputs. Outputs may have several rows per example; the examples are
+            outermost by default.
 
     Raises:
-        TypeError: for other losses.
-        ValueError: for other reductions, or shapes that do not fit.
+        TypeError: for an unsupported loss.
+        ValueError: for an unsupported reduction, or a shape that does not fit.
 
     Attributes:
-        normaliser: Z; zero if no target of the batch counts in a mean.
+        normaliser: Z; zero if no target of the batch counts in the mean.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class LossRoot:
         self.loss, self.outputs, self.targets = loss, outputs, targets
         if outputs.ndim == 0 or len(outputs) % examples:
             raise ValueError(
-                f"the model returns {tuple(outputs.shape)} for {examples} examples, expected that many rows, or as many"
-                " for each example, the examples outermost"
+                f"the model's outputs have shape {tuple(outputs.shape)} for {examples} examples, expected the examples,"
+                " or equally many rows for each, in the first axis"
             )
         self._rows = len(outputs) // examples
         self._inner = axis is not None and axis.order == "inner"
@@ -67,18 +67,18 @@ class LossRoot:
             self.total, self.normaliser = class_weights(loss, self.f, targets)
         else:
             if targets is not None and targets.shape != outputs.shape:
-                raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(outputs.shape)}")
+                raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(outputs.shape)}")
             self.total, self.normaliser = None, float(outputs.numel())
         if loss.reduction == "sum":
             self.normaliser = 1.0
 
     @property
     def _scale(self) -> float:
-        """What columns are divided by; a batch of which no target counts has columns of zeros."""
+        """The scale of the columns; zero for a batch in which no target counts."""
         return self.normaliser**-0.5 if self.normaliser else 0.0
 
     def columns(self) -> Iterator[Tensor]:
-        """The exact root, column by column: one for each entry of an example's outputs, in each of its rows."""
+        """The columns of the exact root: one for each entry of one example's outputs."""
         batch, entries = len(self.f), self.outputs.shape[1:].numel()
         diagonal = None if self.total is not None else self._diagonal_root().reshape(batch, entries)
         for place in range(entries):
@@ -99,7 +99,7 @@ class LossRoot:
                 yield alone
 
     def _class_column(self, place: int) -> Tensor:
-        """√T (√p ⊙ e_c − p √p_c) at one position, for class c; zero at the others."""
+        """√T (√p ⊙ e_c − p √p_c) at one position, for class c; zero at the other positions."""
         assert self.total is not None
         p = self.f.softmax(1).flatten(2) if self.f.ndim > 2 else self.f.softmax(1)[..., None]
         c, position = divmod(place, p.shape[2])
@@ -111,7 +111,7 @@ class LossRoot:
         return column
 
     def samples(self, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-        """Gradients for outputs drawn from the model's own distribution: a root in expectation."""
+        """Gradients for outputs sampled from the model's own distribution: a root in expectation."""
         for _ in range(count):
             if self.total is not None:
                 p = self.f.softmax(1).movedim(1, -1)
@@ -130,22 +130,22 @@ class LossRoot:
             yield (column * (self._scale * count**-0.5)).to(self.outputs.dtype)
 
     def gradient(self) -> Iterator[Tensor]:
-        """The gradients of the examples' own losses: one column."""
+        """The gradients of the examples' losses, in one column."""
         assert self.targets is not None
         loss, targets, f = self.loss, self.targets, self.f
-        if not self.normaliser:  # where torch's mean is 0/0
+        if not self.normaliser:  # torch's mean would be 0/0
             yield torch.zeros_like(self.outputs)
             return
-        if f.dtype != self.outputs.dtype:  # half precision cannot count the targets of a mean
+        if f.dtype != self.outputs.dtype:  # half precision cannot represent the number of targets in a mean
             loss = copy.deepcopy(loss).to(f.dtype)
             targets = targets.to(f.dtype) if targets.is_floating_point() else targets
         with torch.enable_grad():
             f = f.detach().requires_grad_()
-            (found,) = torch.autograd.grad(loss.forward(f, targets), f)  # which no global hook changes
+            (found,) = torch.autograd.grad(loss.forward(f, targets), f)  # global hooks do not change forward()
         yield (found * self.normaliser**0.5).to(self.outputs.dtype)
 
     def of(self, fisher: FactorFisher, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-        """The root that a Fisher matrix is made of; nothing for "forward-only"."""
+        """The columns of the root for a choice of `fisher`; none for "forward-only"."""
         ways: dict[str, Callable[[], Iterator[Tensor]]] = {
             "type-2": self.columns,
             "mc": lambda: self.samples(count, generator),
@@ -155,7 +155,7 @@ class LossRoot:
         return ways[fisher]()
 
     def _weights(self) -> Tensor:
-        """What each entry of a binary cross entropy counts."""
+        """The weight of each entry in a binary cross entropy."""
         found = torch.ones_like(self.f)
         weight, positive = getattr(self.loss, "weight", None), getattr(self.loss, "pos_weight", None)
         if weight is not None:
@@ -166,7 +166,7 @@ class LossRoot:
         return found
 
     def _diagonal_root(self) -> Tensor:
-        """The root of a Hessian that is diagonal: squared error's and binary cross entropy's."""
+        """The root of a diagonal Hessian: that of the squared error or the binary cross entropy."""
         if isinstance(self.loss, nn.MSELoss):
             return torch.full_like(self.f, 2**0.5)
         p = self.f.sigmoid()
@@ -174,40 +174,40 @@ class LossRoot:
 
 
 def require_tensor(targets: Any) -> None:
-    """Raise TypeError for targets that torch's losses do not take."""
+    """Raise TypeError for targets that torch's losses do not accept."""
     if targets is not None and not isinstance(targets, Tensor):
-        raise TypeError(f"targets are a {type(targets).__name__}, expected a tensor, as torch's losses take")
+        raise TypeError(f"targets are a {type(targets).__name__}, expected a tensor for torch's losses")
 
 
 def require_counted(total: float) -> float:
-    """What a mean over all of the data divides by; ValueError if it is zero."""
+    """Return the divisor of a mean over all data; ValueError if it is zero."""
     if not total:
-        raise ValueError("no target of the data counts: the mean loss is not defined")
+        raise ValueError("the data has no target that counts, expected at least one: the mean loss is undefined")
     return total
 
 
 def require_loss(loss: nn.Module) -> None:
-    """Raise for a loss whose Hessian is not known.
+    """Raise for a loss whose Hessian is unknown.
 
     Raises:
-        TypeError: for other losses.
-        ValueError: for other reductions.
+        TypeError: for an unsupported loss.
+        ValueError: for an unsupported reduction.
     """
     known = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
     if type(loss) not in known or "forward" in vars(loss):
         kind = type(loss).__name__ if not isinstance(loss, known) else f"subclass or a changed {type(loss).__name__}"
         raise TypeError(
-            f"loss is a {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: only their"
-            " Hessian is known"
+            f"loss is a {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the Hessian of"
+            " others is unknown"
         )
     if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
-        raise TypeError(f"loss is a {type(loss).__name__} with hooks, whose Hessian is not known")
+        raise TypeError(f"loss is a {type(loss).__name__} with hooks, expected one without: its Hessian is unknown")
     if loss.reduction not in ("mean", "sum"):
         raise ValueError(f"loss has reduction={loss.reduction!r}, expected 'mean' or 'sum'")
 
 
 def class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None) -> tuple[Tensor, float]:
-    """What each position's log-probabilities count together, [batch, *positions], and what the mean divides by."""
+    """The total weight of each position's log-probabilities, [batch, *positions], and the divisor of the mean."""
     if f.ndim < 2:
         raise ValueError(f"outputs have shape {tuple(f.shape)}, expected [batch, classes, ...]")
     classes, smoothing = f.shape[1], loss.label_smoothing
@@ -216,7 +216,7 @@ def class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None) 
         return f.new_ones((len(f), *f.shape[2:])), float(f[:, 0].numel())
     if targets.is_floating_point():
         if targets.shape != f.shape:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, outputs {tuple(f.shape)}")
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(f.shape)}")
         shares = targets * (1 - smoothing) + smoothing / classes
         total = (shares.movedim(1, -1) * weight).sum(-1)
         return total, float(total.numel())

@@ -1,4 +1,4 @@
-"""Networks of layers, made once for each specification."""
+"""Cached networks of layers, one for each specification."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ _networks = Cache(maxsize=4096)
 
 
 def network(op: Callable[..., AnyNetwork], spec: ConvSpec, *arguments: Any, **named: Any) -> AnyNetwork:
-    """What `op(spec, *arguments, **named)` returns, from a cache."""
+    """The cached result of `op(spec, *arguments, **named)`."""
     key = (op.__name__, spec, arguments, tuple(sorted(named.items())))
     return _networks.get_or_make(key, lambda: op(spec, *arguments, **named))

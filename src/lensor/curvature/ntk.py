@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lensor import ops
+from lensor.arguments import described
 from lensor.curvature.batch import Batch, refuse_mixing, sum_of, trained
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import output_axis
 from lensor.curvature.data import over_positions
+from lensor.curvature.described import SHARED
 from lensor.curvature.layers import layers_of
 from lensor.curvature.layout import Given
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 
 
+@described(SHARED)
 def empirical_ntk(
     model: nn.Module,
     inputs: Any,
@@ -27,17 +30,14 @@ def empirical_ntk(
     strict: bool = False,
     batch_axis: Given = None,
 ) -> Tensor:
-    """The empirical neural tangent kernel of a model's outputs, over the parameters that are trained.
+    """The empirical neural tangent kernel of a model's outputs with respect to the trainable parameters.
 
     Args:
         model: the model, in evaluation mode or without layers that mix examples; outputs [batch, c].
         inputs: a batch: a tensor, a tuple of arguments or a mapping.
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
-        [batch, batch, c, c]: J J', with rows of the first example and output, columns of the second.
+        [batch, batch, c, c]: J Jᵀ, with the first example and output as row, the second ones as column.
 
     Example:
         >>> import torch
@@ -47,8 +47,9 @@ def empirical_ntk(
                 [0., 1.]])
 
     Raises:
-        TypeError: for a model of another kind.
-        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+        TypeError: for a model of an unsupported type.
+        ValueError: for an unknown or tied layer, a layer that does not run exactly once, or a model that mixes
+            examples.
     """
     model = unwrapped(model)
     targets = Targets(trained(layers_of(model, layers, strict, shared=True, trainable=True), layers))

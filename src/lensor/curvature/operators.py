@@ -18,11 +18,11 @@ from lensor.curvature.watching import uncast
 class Operator(ABC):
     """A symmetric block-diagonal operator on the parameters of a model's layers.
 
-    It takes and gives mappings from parameters' names to tensors of their shapes, with any number of axes in front (a
-    matrix–matrix product), or one tensor with all parameters flattened in order in its last axis.
+    Operands are mappings from parameter names to tensors with the parameters' shapes, after any number of leading axes
+    (for a matrix–matrix product), or one tensor with all parameters flattened in order in its last axis.
 
     Args:
-        blocks: the blocks by the name of their first parameter.
+        blocks: the blocks, by the name of their first parameter.
     """
 
     def __init__(self, blocks: Mapping[str, Block]) -> None:
@@ -33,18 +33,18 @@ class Operator(ABC):
         return f"{type(self).__name__}({self._options()}{count} block{'s' * (count != 1)})"
 
     def __copy__(self) -> Self:
-        """Another operator on the same tensors; what changes its blocks leaves this one's alone."""
+        """A new operator on the same tensors; replacing its blocks does not affect this one."""
         found = object.__new__(type(self))
         vars(found).update({name: dict(one) if isinstance(one, dict) else one for name, one in vars(self).items()})
         return found
 
     def _options(self) -> str:
-        """What it was made with, for its text."""
+        """The options of the operator for its repr."""
         return ""
 
     @abstractmethod
     def _times(self, name: str, rows: Tensor) -> Tensor:
-        """One block times vectors in the form of rows."""
+        """The product of one block and vectors in row form."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,16 +53,16 @@ class Operator(ABC):
 
     @property
     def size(self) -> int:
-        """The number of all parameters together."""
+        """Total number of parameters."""
         return sum(map(math.prod, self.shapes.values()))
 
     def __matmul__(self, vectors: Any) -> Any:
-        """The product with a vector, or with several.
+        """The product with one or several vectors.
 
         Raises:
-            TypeError: for what is no tensor nor a mapping of tensors of the factors' dtype.
+            TypeError: for an operand that is neither a tensor nor a mapping of tensors of the factors' dtype.
             KeyError: if a parameter is missing or not known.
-            ValueError: if a shape does not fit.
+            ValueError: for a shape that does not fit.
         """
         if isinstance(vectors, Tensor):
             return self.flatten(self @ self.unflatten(vectors))
@@ -74,7 +74,7 @@ class Operator(ABC):
         return {name: found[name] for name in vectors}
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """A tensor with all parameters in its last axis as a mapping.
+        """Convert a tensor with all parameters in its last axis to a mapping.
 
         Raises:
             ValueError: if that axis has another size.
@@ -88,13 +88,13 @@ class Operator(ABC):
         return {n: p.reshape(*front, *shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
 
     def flatten(self, vectors: Vectors) -> Tensor:
-        """The inverse of `unflatten`."""
+        """Convert a mapping to one tensor with all parameters in its last axis: the inverse of `unflatten`."""
         self._check(vectors)
         flat = [vectors[name].flatten(vectors[name].ndim - len(shape)) for name, shape in self.shapes.items()]
         return torch.cat(flat, -1)
 
     def linear_operator(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors; of float32 for factors in bfloat16.
+        """A `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors; float32 for bfloat16 factors.
 
         Raises:
             ModuleNotFoundError: if SciPy is not installed.
@@ -102,7 +102,7 @@ class Operator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         like = next(iter(self._blocks.values())).B
-        outside = torch.float32 if like.dtype == torch.bfloat16 else like.dtype  # which NumPy has not
+        outside = torch.float32 if like.dtype == torch.bfloat16 else like.dtype  # NumPy has no bfloat16
         product = _FlatProduct(self, like.dtype, like.device, outside)
         kind = torch.zeros((), dtype=outside).numpy().dtype
         options: dict[str, Any] = {"matvec": product, "matmat": product, "rmatvec": product, "rmatmat": product}
@@ -115,24 +115,24 @@ class Operator(ABC):
         dtype, shapes = next(iter(self._blocks.values())).B.dtype, self.shapes
         if set(vectors) != set(shapes):
             missing, more = sorted(set(shapes) - set(vectors)), sorted(set(vectors) - set(shapes))
-            raise KeyError(f"missing parameters: {missing}, unknown ones: {more}")
+            raise KeyError(f"the vector has missing parameters {missing} and unknown ones {more}, expected none")
         fronts = set()
         for name, shape in shapes.items():
             if not isinstance(vectors[name], Tensor) or vectors[name].dtype != dtype:
                 kind = getattr(vectors[name], "dtype", type(vectors[name]).__name__)
-                raise TypeError(f"{name} is of {kind}, expected a tensor of the factors' {dtype}")
+                raise TypeError(f"{name} is {kind}, expected a tensor of the factors' {dtype}")
             found = tuple(vectors[name].shape)
             cut = len(found) - len(shape)
             if cut < 0 or found[cut:] != shape:
-                raise ValueError(f"{name} has shape {found}, expected {shape}, with any axes in front")
+                raise ValueError(f"{name} has shape {found}, expected {shape} after any leading axes")
             fronts.add(found[:cut])
         if len(fronts) > 1:
-            raise ValueError(f"the axes in front of the shapes differ: {sorted(fronts)}")
+            raise ValueError(f"the vector has leading axes {sorted(fronts)}, expected the same for every parameter")
 
 
 @dataclass(frozen=True, eq=False)
 class _FlatProduct:
-    """An operator times flat NumPy vectors, [size] or [size, columns]."""
+    """The product of an operator and flat NumPy vectors, [size] or [size, columns]."""
 
     operator: Operator
     dtype: torch.dtype

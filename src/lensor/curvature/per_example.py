@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lensor.arguments import described
 from lensor.curvature.batch import propagated
+from lensor.curvature.described import SHARED
 from lensor.curvature.layout import Given
 from lensor.curvature.networks import network
 from lensor.network import AnyNetwork
@@ -16,6 +18,7 @@ from lensor.ops.derivatives import conv_weight_vjp
 from lensor.spec import ConvSpec
 
 
+@described(SHARED)
 def per_example_gradients(
     model: nn.Module,
     loss: Any,
@@ -25,19 +28,17 @@ def per_example_gradients(
     strict: bool = False,
     batch_axis: Given = None,
 ) -> dict[str, Tensor]:
-    """The gradient of every example's part of the loss; over the examples they add up to the gradient of the loss.
+    """The gradient of every example's part of the loss; summed over examples, they equal the gradient of the loss.
+
+    Use `per_example_gradient_norms` if you need only the norms.
 
     Args:
-        model: the model, in evaluation mode or without layers that mix examples.
-        loss: any callable of (outputs, targets) that is a sum or mean over examples. It is given all that the model
-            returns; torch's own losses one tensor, such as `outputs.logits`.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It gets everything that the model
+            returns; torch's own losses get one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
 
     Returns:
-        For the name of each weight and bias an array [batch, *its shape].
+        A mapping from the name of each weight and bias to a tensor [batch, *parameter_shape].
 
     Example:
         >>> import torch
@@ -47,8 +48,9 @@ def per_example_gradients(
         {'weight': (4, 3, 2, 3), 'bias': (4, 3)}
 
     Raises:
-        TypeError: for a model or data of another kind.
-        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+        TypeError: for a model or data of an unsupported type.
+        ValueError: for an unknown or tied layer, a layer that does not run exactly once, or a model that mixes
+            examples.
 
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
@@ -59,6 +61,7 @@ def per_example_gradients(
         return batch.ordered(weights, biases)
 
 
+@described(SHARED)
 def per_example_gradient_norms(
     model: nn.Module,
     loss: Any,
@@ -68,20 +71,19 @@ def per_example_gradient_norms(
     strict: bool = False,
     batch_axis: Given = None,
 ) -> dict[str, Tensor]:
-    """The Euclidean norm of every example's gradient, for each parameter; the gradients need not be there at once.
+    """The Euclidean norm of every example's gradient, for each parameter.
+
+    This needs less memory than `per_example_gradients`, because the gradients need not exist at the same time.
 
     Args:
-        model: the model, in evaluation mode or without layers that mix examples.
-        loss: any callable of (outputs, targets) that is a sum or mean over examples. It is given all that the model
-            returns; torch's own losses one tensor, such as `outputs.logits`.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It gets everything that the model
+            returns; torch's own losses get one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
-        layers: names of modules; all known layers unless given.
-        strict: without effect: trained parameters of other kinds of layers are an error unless `layers` is given.
-        batch_axis: where the examples lie in the layers' inputs, as for `kfac`; found by a trial pass unless given.
+        strict: has no effect: trainable parameters of other kinds of layers are an error unless `layers` is given.
 
     Returns:
-        For the name of each weight and bias that is trained (with `layers`, of all in these) an array [batch]. The norm
-        of the whole gradient is the root of the sum of squares over all of them.
+        A mapping from the name of each trainable weight and bias (or of all in `layers`) to a tensor [batch]. The norm
+        of the whole gradient is the square root of the sum of squares over all of them.
 
     Example:
         >>> import torch
@@ -91,8 +93,9 @@ def per_example_gradient_norms(
         torch.Size([4])
 
     Raises:
-        TypeError: for a model or data of another kind.
-        ValueError: for layers that are not known, tied, or do not run once, or a model that mixes examples.
+        TypeError: for a model or data of an unsupported type.
+        ValueError: for an unknown or tied layer, a layer that does not run exactly once, or a model that mixes
+            examples.
     """
     with propagated(model, loss, data, layers, strict, batch_axis, complete=True) as (batch, vectors):
         weights: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Trial passes on a few examples, which find where a batch lies in the tensors of a model."""
+"""Trial passes on a few examples, which find the position of the batch in a model's tensors."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ from lensor.curvature.watching import (
 from lensor.nn.calls import LayerCall
 
 _ROUNDINGS, _ROUNDINGS_OF_HALF = 1e3, 12
-"""Rows of one example in two passes differ by at most this many roundings of the largest entry; in half precision, in
-which every rounding counts, of the root of the mean square."""
+"""The rows of an example in two passes may differ by this many rounding errors of the largest entry. In half precision
+it is the root mean square that counts, because every rounding matters."""
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
 _known_lock = threading.Lock()
-"""Layouts that were found, by model and form of the inputs, and the lock of this table."""
+"""Cache of layouts by model and form of the inputs, and its lock."""
 
 
 @dataclass
 class _Seen:
-    """What one pass has shown: shapes, and tensors multiplied with a vector along some axes, so that little is kept."""
+    """A record of one pass: shapes, and tensors that are multiplied with a vector along some axes to save memory."""
 
     shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
     accuracies: dict[Key, float] = field(default_factory=dict)
     coarse: set[Key] = field(default_factory=set)
-    """Those in half precision, in which rows of different examples may seem equal."""
+    """Tensors in half precision, in which rows of different examples may compare equal."""
 
     def add(self, key: Key, x: Tensor, whole: bool) -> None:
-        """Write a tensor down.
+        """Record a tensor.
 
         Args:
-            key: what it is.
+            key: the tensor's key.
             x: the tensor.
-            whole: whether all axes but the first are multiplied with a vector, instead of the last one only.
+            whole: whether to multiply all axes except the first with a vector, instead of the last one only.
         """
         self.shapes[key] = tuple(x.shape)
         if not x.is_floating_point() or not x.numel():
@@ -98,11 +98,11 @@ _BY_VALUES |= {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float
 
 
 _BY_VALUES |= {Tensor.numpy, torch._VF._pack_padded_sequence, torch._VF.unique_dim}  # pyright: ignore
-"""Functions whose result, as a shape or as a number of Python's, depends on values."""
+"""Functions whose result's shape, or Python number, depends on values."""
 
 
 def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> bool:
-    """Whether the shape of a result, or what a program does next, depends on the values of a tensor."""
+    """Whether the shape of the result, or the program's next step, depends on the values of a tensor."""
     if function is torch.Tensor.__getitem__:
         index = arguments[1] if isinstance(arguments[1], tuple) else (arguments[1],)
         return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in index)
@@ -114,18 +114,18 @@ def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[An
 
 
 class _Trial(Watch):
-    """Writes down the layers' inputs. Nothing is dropped out, and half precision is computed in single precision.
+    """Records the layers' inputs. Dropout is off, and half precision is computed in single precision.
 
     Args:
-        targets: the parameters whose calls count.
-        wide: whether half precision is widened; functions that write into a tensor get it as it is.
+        targets: the parameters whose calls are recorded.
+        wide: whether to widen half precision; functions that write into a tensor get it unchanged.
     """
 
     def __init__(self, targets: Targets, wide: bool) -> None:
         super().__init__(targets)
         self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
         self.by_values = False
-        """Whether shapes may depend on values: each example may have another number of rows."""
+        """Whether shapes may depend on values, so that examples may have different numbers of rows."""
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         """The result of a function."""
@@ -138,7 +138,7 @@ class _Trial(Watch):
         return function(*arguments, **named)
 
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
-        """A layer's function."""
+        """Run and record a layer's function."""
         name = self.targets.weights[id(call.weight)][0]
         with torch.no_grad(), uncast(call.input):
             self.seen.add((name, self._counts[name]), call.input, call.kind != "linear")
@@ -147,7 +147,7 @@ class _Trial(Watch):
 
 
 def _copied(value: Any) -> Any:
-    """A copy of an object among the inputs, into which the model may write, where it can be copied."""
+    """A copy of an input object, if it can be copied: the model may write into it."""
     try:
         return copy.deepcopy(value)
     except Exception:
@@ -163,19 +163,19 @@ def _widened(x: Any) -> Any:
 
 
 def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool = False) -> Layout:
-    """Where the examples lie, from trial passes.
+    """Find the position of the examples by trial passes.
 
     Args:
         model: the model.
-        inputs: what it is called with; tensors whose first axis has `batch` entries are examples.
-        targets: the parameters whose calls count.
+        inputs: the inputs of the model; tensors whose first axis has `batch` entries hold examples.
+        targets: the parameters whose calls are recorded.
         batch: the number of examples.
-        remember: whether a layout is kept for the next inputs of this form: enough for the axes of a model whose
-            attributes stay, but which rows belong to which example may depend on values of parameters and inputs.
+        remember: whether to cache the layout for later inputs of this form. This is safe for the axes of a model whose
+            attributes do not change, but the owner of each row may depend on values of parameters and inputs.
 
     Raises:
         NoLayoutError: if the model does not run with another number of examples.
-        ValueError: if more than one axis follows the number of examples.
+        ValueError: if the size of more than one axis depends on the number of examples.
     """
     if batch < 2:
         return Layout(None, None)
@@ -200,7 +200,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
-    """What a layout depends on: the modules and their modes, the layers, the inputs up to their number."""
+    """The cache key of a layout: the modules and their modes, the layers, the inputs except for the batch size."""
     modules = tuple(
         (
             *(id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)),
@@ -236,7 +236,7 @@ class _Finder:
             self.inputs = self._noisy()
 
     def find(self) -> Layout:
-        """The layout of the model.
+        """Find the layout of the model.
 
         Raises:
             NoLayoutError: if the model does not run with other numbers of examples.
@@ -257,30 +257,30 @@ class _Finder:
                     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _is_own(error):
                         raise
                     trouble = error
-        self._pass(list(range(self.batch)))  # which fails as the model itself does
+        self._pass(list(range(self.batch)))  # raises the model's own error
         raise NoLayoutError(
-            f"the model does not run with another number of examples than {self.batch} ({_first_line(trouble)})"
+            f"the model does not run with a number of examples other than {self.batch} ({_first_line(trouble)})"
         ) from trouble
 
     def _in_half_precision(self) -> bool:
-        """Whether something is computed in half precision, in which different examples may seem equal."""
+        """Whether the model computes in half precision, in which different examples may compare equal."""
         found = [torch.is_autocast_enabled(kind) for kind in self._autocasts()]
         self._each(lambda x: (found.append(_is_half(x)), x)[1])
         return any(found) or any(_is_half(x) for x in (*self.model.parameters(), *self.model.buffers()))
 
     def _autocasts(self) -> set[str]:
-        """The kinds of devices of the model for which there are automatic casts."""
+        """The model's device types that support autocasting."""
         kinds = {tensor.device.type for tensor in self.model.parameters()}
         return {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
 
     def _compared(self, one: list[int], two: list[int]) -> Layout:
-        """The layout from two passes."""
+        """The layout according to two passes."""
         a, b = self._pass(one), self._pass(two)
         if list(a.shapes) != list(b.shapes):
-            raise NoLayoutError("the model calls other layers for another number of examples")
+            raise NoLayoutError("the model calls different layers for a different number of examples")
         axes = {key: _axis(key, a, b, one, two) for key in a.shapes}
         if any(axis is not None and None in (axis.order, axis.independent) for axis in axes.values()):
-            # Statistics of a batch depend on which examples it holds, but not on their order.
+            # Batch statistics depend on the set of examples, but not on their order.
             three = [*one[1:], one[0]]
             again, noisy = self._pass(three), _Finder(self.model, self._noisy(), self.targets, self.batch)
             noisy.wide = self.wide
@@ -298,16 +298,16 @@ class _Finder:
         return Layout(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
 
     def _checked(self, layout: Layout) -> Layout:
-        """The layout where every example has as many rows; others depend on which examples there are.
+        """Check a layout by passes with all examples.
 
-        Where a model's shapes depend on values, the examples of the other passes may have as many rows by chance: all
-        of them, in two orders, show it.
+        Where shapes depend on values, the few examples of the earlier passes may have equal numbers of rows by chance.
+        Passes with all examples, in two orders, reveal this.
         """
         every = list(range(self.batch))
         turned = every[::-1]
         a, b = self._pass(every), self._pass(turned)
         if list(a.shapes) != list(b.shapes):
-            raise NoLayoutError("the model calls other layers for the examples in another order")
+            raise NoLayoutError("the model calls different layers when the examples are reordered")
 
         def checked(key: Key, axis: BatchAxis | None) -> BatchAxis | None:
             if axis is None or key not in a.shapes:
@@ -315,8 +315,8 @@ class _Finder:
             size = a.shapes[key][axis.axis] if axis.axis < len(a.shapes[key]) else -1
             if size != axis.rows * self.batch or a.shapes[key] != b.shapes[key]:
                 raise NoLayoutError(
-                    f"{key[0]} has rows of a number that depends on the values of the examples: {a.shapes[key]} for"
-                    f" {self.batch} of them"
+                    f"{key[0]} has a number of rows that depends on the values of the examples: shape {a.shapes[key]}"
+                    f" for {self.batch} examples"
                 )
             if not axis.independent or axis.order in _fits(axis, key, a, b, every, turned):
                 return axis
@@ -330,7 +330,7 @@ class _Finder:
         )
 
     def _pass(self, places: list[int]) -> _Seen:
-        """A pass with some of the examples, without effects on the model and on random numbers."""
+        """Run a pass with some of the examples, without effects on the model and on random generators."""
         inputs = self._each(lambda x: x[places])
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         trial = _Trial(self.targets, self.wide)
@@ -338,12 +338,12 @@ class _Finder:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
             stack.callback(random.setstate, random.getstate())
             stack.callback(np.random.set_state, np.random.get_state())
-            # A checkpoint around the model, which counts what is saved, is not to count this.
+            # Keep a checkpoint around the model from counting the tensors that this pass saves.
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
             stack.enter_context(eagerly())
             stack.enter_context(undisturbed(self.model))
             stack.enter_context(forgotten(list(self.model.modules())))
-            # Weights that automatic casts keep would tie the graphs of two passes together.
+            # Cached weights of autocasting would connect the graphs of two passes.
             stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
             for kind in self._autocasts() if self.wide else ():
@@ -357,7 +357,7 @@ class _Finder:
         return trial.seen
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """The inputs with a change of those that hold the examples."""
+        """The inputs, with a function applied to the tensors that hold examples."""
 
         def one(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -368,13 +368,13 @@ class _Finder:
         return tree_map(one, self.inputs)
 
     def _are_equal(self) -> bool:
-        """Whether the first examples are equal, so that nothing tells them apart."""
+        """Whether the first examples are equal and hence indistinguishable."""
         found: list[bool] = []
         self._each(lambda x: (found.append(bool((x[:3] == x[:1]).all())), x)[1])
         return bool(found) and all(found)
 
     def _noisy(self) -> Inputs:
-        """The inputs with noise; numbers that are not floating-point ones stay."""
+        """The inputs with noise on floating-point tensors."""
         generator = torch.Generator().manual_seed(0)
 
         def noisy(x: Tensor) -> Tensor:
@@ -389,7 +389,7 @@ class _Finder:
 def _fits(
     axis: BatchAxis, key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]
 ) -> list[Literal["outer", "inner"]]:
-    """The orders under which the rows of each example are the same in two passes."""
+    """The orders for which the rows of each example agree in two passes."""
     if key not in a.values or key not in b.values:
         return ["outer"] if axis.rows == 1 else []
     x, y, accuracy = a.values[key], b.values[key], max(a.accuracies[key], b.accuracies[key])
@@ -405,14 +405,14 @@ def _fits(
 
 
 def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> BatchAxis | None:
-    """The axis whose size is proportional to the number of examples."""
+    """The axis whose size is proportional to the number of examples, with its properties."""
     shape, other = a.shapes[key], b.shapes[key]
     different = [at for at, (p, q) in enumerate(zip(shape, other, strict=False)) if p != q]
     what = f"{key[0]} has" if key[0] != _OUTPUTS else "the model's outputs have"
     if len(shape) != len(other) or len(different) > 1:
         raise NoLayoutError(
-            f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected one axis that"
-            " follows the number of examples"
+            f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected one axis whose size"
+            " depends on the number of examples"
         )
     if not different:
         return None
@@ -438,12 +438,12 @@ def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> Batch
 
 
 def _are_equal(values: Tensor) -> bool:
-    """Whether all numbers are one, so that no order of the examples is wrong."""
+    """Whether all values are equal, so that any order of the examples fits."""
     return bool((values == values.flatten()[:1]).all())
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether an error is a fault of this package, not of a model that is run on other examples."""
+    """Whether an error is a bug of this package rather than an error of the model on other examples."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, (AttributeError, KeyError, NameError)) and frames[-1].filename == __file__
 

@@ -1,4 +1,4 @@
-"""Watching a model run: the calls of its layers' functions, in one thread, without touching the model."""
+"""Watching the calls of a model's layer functions in one thread, without changing the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lensor.nn.calls import LayerCall, layer_call
 
 
 class Targets:
-    """The parameters of some layers, by identity.
+    """The parameters of some layers, looked up by identity.
 
     Args:
-        layers: the layers; those that share a parameter are one target, with the first one's name for it.
+        layers: the layers. Layers that share a parameter are one target, named after the first layer.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -48,11 +48,11 @@ class Targets:
 class Watch(TorchFunctionMode):
     """Sees every call of a torch function in the current thread while it is active.
 
-    The functions of layers are met where the layer calls them, so that hooks on modules, in any order, are outside.
-    What runs in other threads is not seen.
+    It intercepts a layer's function where the layer calls it, so that hooks on modules run outside of it, in any order.
+    It does not see calls in other threads.
 
     Args:
-        targets: whose calls are passed to `on_layer`, and whose other uses to `on_other`.
+        targets: the parameters; calls with their weights go to `on_layer`, other uses to `on_other`.
     """
 
     def __init__(self, targets: Targets) -> None:
@@ -66,17 +66,17 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
     ) -> Any:
-        """One call."""
+        """Handle one call."""
         named = named or {}
-        if depth() > self._depth:  # Lensor's own runs of the model inside of the one that is watched
+        if depth() > self._depth:  # Lensor itself runs the model inside of the watched run
             return function(*arguments, **named)
         call = layer_call(function, arguments, named)
         if call is not None and id(call.weight) in self.targets.weights:
             name = self.targets.weights[id(call.weight)][1].name
             if is_functorch_wrapped_tensor(call.input):
                 raise ValueError(
-                    f"layer {name!r} runs inside of a transform of torch.func (vmap, grad), where inputs are not those"
-                    " of all examples: leave it out with layers="
+                    f"layer {name!r} runs inside of a transform of torch.func (vmap, grad), where its input does not"
+                    " contain all examples: leave it out with layers="
                 )
 
             def run() -> Tensor:
@@ -98,15 +98,15 @@ class Watch(TorchFunctionMode):
         return result
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
-        """The result of a function."""
+        """Call a function and return its result."""
         return function(*arguments, **named)
 
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
-        """A call with one of the weights; returns what takes its place."""
+        """Handle a call with one of the weights; the result replaces the call's."""
         raise NotImplementedError
 
     def on_other(self, name: str, function: str) -> None:
-        """A parameter is an argument of another function."""
+        """Handle another function's use of a parameter."""
 
 
 _WITHOUT_VALUES = {
@@ -123,11 +123,11 @@ _WITHOUT_VALUES = {
     vars(torch._C.TensorBase)["data"].__get__,
     vars(torch._C.TensorBase)["grad"].__get__,
 }
-"""Functions whose result does not depend on the values of their argument, or is detached from it."""
+"""Functions whose result is independent of their argument's values, or detached from it."""
 
 
 def _is_use(function: Callable[..., Any], parameter: Tensor, result: Any) -> bool:
-    """Whether a function has made something of the values of a parameter."""
+    """Whether a function computed a tensor from the values of a parameter."""
     if function in _WITHOUT_VALUES:
         return False
     results = result if isinstance(result, (tuple, list)) else (result,)
@@ -137,13 +137,13 @@ def _is_use(function: Callable[..., Any], parameter: Tensor, result: Any) -> boo
     )
 
 
-# ------------------------------------------------------------------------------------------------- the model as it was
+# ------------------------------------------------------------------------------------------------ restoring the model
 _thread = threading.local()
 
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Runs of a model in this thread are Lensor's own: optimizers collect nothing of them."""
+    """Mark runs of a model in this thread as Lensor's own, so that optimizers ignore them."""
     _thread.depth = depth() + 1
     try:
         yield
@@ -152,7 +152,7 @@ def aside() -> Iterator[None]:
 
 
 def depth() -> int:
-    """How many times the current thread is inside `aside`."""
+    """The number of `aside` blocks that the current thread is in."""
     return getattr(_thread, "depth", 0)
 
 
@@ -161,7 +161,7 @@ _WRITES |= {"__setitem__", "__set__", "__ilshift__", "__irshift__"}
 
 
 def written(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> list[Any]:
-    """What a torch function writes into: its `out`, or the first argument of those that work in place."""
+    """The tensors that a torch function writes into: its `out`, or the first argument of an in-place function."""
     name = getattr(function, "__name__", "")
     if named.get("out") is not None:
         found = named["out"]
@@ -176,7 +176,7 @@ _DATA = vars(torch._C.TensorBase)["data"]
 
 
 class _Kept:
-    """What the tensors of a model held before functions wrote into them: parameters, buffers and attributes."""
+    """Contents of a model's parameters, buffers and attribute tensors from before functions wrote into them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -185,7 +185,7 @@ class _Kept:
         self._data: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, tensor: Any, data: bool) -> None:
-        """Keep what a tensor holds, if it is one of the model's; with `data` also the memory that it refers to."""
+        """Save the contents of a tensor of the model; with `data`, also save its reference to memory."""
         if not isinstance(tensor, Tensor):
             return
         if self._owners is None:
@@ -202,7 +202,7 @@ class _Kept:
                 self._storages[place] = (self._owners[place].detach(), tensor.untyped_storage().clone())
 
     def put_back(self) -> None:
-        """Undo what was written."""
+        """Restore everything that was saved."""
         for tensor, data in self._data.values():
             tensor.data = data
         for owner, storage in self._storages.values():
@@ -210,7 +210,7 @@ class _Kept:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor's memory is; 0 for tensors without any."""
+    """The address of a tensor's memory; 0 for tensors without memory."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -227,12 +227,12 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 class Preserving(TorchFunctionMode):
-    """Keeps what a model's tensors held, for `undisturbed`, before functions write into them."""
+    """Saves the contents of a model's tensors for `undisturbed` before functions write into them."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
     ) -> Any:
-        """One call."""
+        """Handle one call."""
         named = named or {}
         kept: list[_Kept] = getattr(_thread, "kept", [])
         if kept:
@@ -244,10 +244,10 @@ class Preserving(TorchFunctionMode):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model, within `Preserving`, and leave its parameters, buffers and tensors among attributes as they were.
+    """Run a model within `Preserving`, then restore its parameters, buffers and attribute tensors.
 
-    What did not change is not written: a graph may need it. Buffers of models in training mode are compared, for
-    normalisation writes its statistics past torch's functions and count of versions.
+    Unchanged tensors are not written, because a graph may need them. The buffers of models in training mode are
+    compared, because normalisation updates its statistics without torch functions or version counters.
     """
     training = any(module.training for module in model.modules())
     before = {name: buffer.detach().clone() for name, buffer in (model.named_buffers() if training else ())}
@@ -266,7 +266,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Take back what a trial run writes into the attributes of modules, and into lists and dictionaries there."""
+    """Undo what a trial run writes into the attributes of modules, and into lists and dictionaries among them."""
     known = [(module, dict(vars(module)), _copies(module)) for module in modules]
     try:
         yield
@@ -286,12 +286,12 @@ def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Lists and dictionaries among the attributes, with copies; buffers, which torch keeps in a dictionary, as well."""
+    """Attributes that are lists or dictionaries, with copies; this includes torch's dictionary of buffers."""
     return [(value, value.copy()) for value in vars(module).values() if type(value) in (list, dict)]
 
 
 def uncast(like: Tensor) -> AbstractContextManager[Any]:
-    """Own computations are not cast by `torch.autocast`."""
+    """Turn off `torch.autocast` for Lensor's own computations."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
@@ -300,15 +300,16 @@ def uncast(like: Tensor) -> AbstractContextManager[Any]:
 _stance_lock = threading.Lock()
 _stance: Any = None
 _inside = 0
-"""How many threads are inside `eagerly`; the first one sets the compiler's stance, the last one sets it back."""
+"""Number of threads inside `eagerly`; the first one sets the compiler's stance, the last one restores it."""
 
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Let compiled models and compiled parts of models run as they were written.
+    """Run compiled models, and compiled parts of models, uncompiled.
 
-    The setting is torch's own and is valid for all threads: compiled models that others run meanwhile are not compiled
-    either, and give the same numbers.
+    The setting is torch's own and applies to all threads: compiled models in other threads run uncompiled meanwhile,
+    with the same results.
+
     """
     global _stance, _inside
     if "torch._dynamo" not in sys.modules:

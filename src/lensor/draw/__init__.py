@@ -1,8 +1,8 @@
 """Diagrams of networks, sums, simplifications and plans, as SVG, PNG and TikZ.
 
-The paper's notation: tensors are rounded boxes, index patterns hexagons, indices lines with their names; an index of
-more than two nodes is a dot, an output leg an open end, or a black triangle where it groups indices. Needs networkx,
-and matplotlib for PNG: `lensor[draw]`.
+In the paper's notation, tensors are rounded boxes, index patterns are hexagons, and indices are lines with their names.
+An index of more than two nodes is a dot. An output leg is an open end, or a black triangle if it groups indices. This
+package needs networkx, and matplotlib for PNG: `lensor[draw]`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from lensor.draw.scene import Scene
 
 FORMATS = (".svg", ".png", ".tex")
-"""The endings of files that a drawing can be saved to."""
+"""File endings that a drawing can be saved with."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A diagram; notebooks show it.
+    """A diagram, which notebooks display.
 
     Args:
-        scene: its shapes and places.
-        title: what it shows, as text.
+        scene: its shapes and their positions.
+        title: its description as text.
 
     Example:
         >>> import lensor
@@ -45,17 +45,17 @@ class Drawing:
 
     @property
     def svg(self) -> str:
-        """An SVG document, with colours for light and dark pages."""
+        """An SVG document with colours for light and dark pages."""
         from lensor.draw.writers import svg
 
         return svg(self.scene, self.title)
 
     @property
     def tikz(self) -> str:
-        """A TeX document that compiles by itself.
+        """A TeX document that compiles on its own.
 
         Raises:
-            ValueError: for a name with a character that TeX does not know.
+            ValueError: for a name with a character that TeX does not support.
         """
         from lensor.draw.writers import tikz
 
@@ -63,7 +63,7 @@ class Drawing:
 
     @property
     def crossings(self) -> int:
-        """How many pairs of lines cross."""
+        """Number of pairs of lines that cross."""
         return self.scene.crossings
 
     def _repr_svg_(self) -> str:
@@ -73,10 +73,10 @@ class Drawing:
         return f"<Drawing of {self.title}>"
 
     def save(self, path: str | Path) -> Path:
-        """Write it to a file.
+        """Write the drawing to a file.
 
         Args:
-            path: the file; its ending, .svg, .png or .tex, tells the format; ~ is the home folder.
+            path: the file; its ending, .svg, .png or .tex, determines the format; ~ is the home folder.
 
         Example:
             >>> import lensor, tempfile
@@ -86,7 +86,7 @@ class Drawing:
             'sum.svg'
 
         Raises:
-            ValueError: for another ending, or for .tex a name with a character that TeX does not know.
+            ValueError: for another ending, or, for .tex, a name with a character that TeX does not support.
             ImportError: if matplotlib is missing, for PNG.
             OSError: if the file cannot be written, or its folder does not exist.
         """
@@ -96,7 +96,7 @@ class Drawing:
         ending = file.suffix.lower()
         require_choice("the ending of the file", ending, FORMATS)
         if not file.parent.is_dir():
-            raise FileNotFoundError(f"the folder {file.parent} to save {file.name} in does not exist: make it first")
+            raise FileNotFoundError(f"the folder {file.parent} does not exist, expected one for {file.name}: make it")
         if ending == ".png":
             _require("matplotlib")
             png(self.scene, file)
@@ -112,21 +112,22 @@ def draw(
     shade: Network | Sequence[Collection[int] | Network] = (),
     cut: str | Collection[str] = (),
 ) -> Drawing:
-    """The diagram of a network, a sum, a plan, or of several networks with arrows between them.
+    """Draw a network, a sum, a plan, or several networks with arrows between them.
 
-    Layout is deterministic; planar networks are drawn without crossings, others with few (`Drawing.crossings` tells).
-    The halves of a Kronecker factor are mirrored; halves that share more are not always.
+    Use this for figures; `print(net)` and `print(plan)` give the text form. The layout is deterministic. Planar
+    networks are drawn without crossings, others with few (see `Drawing.crossings`). The two halves of a Kronecker
+    factor are mirrored; halves that share more may not be.
 
     Args:
-        what: the network; of a sequence, one picture with arrows between its parts: before and after.
-        path: a file to write it to as well: .svg, .png or .tex.
-        shade: what to lay a shade behind, wherever it occurs: a network, such as the unfolded input inside of a factor,
-            or several; or, for one network, sets of its nodes by their numbers.
-        cut: the name of an operand that is cut out, or several names, drawn as ghosts with dashed lines: the
-            arguments of a Jacobian, whose legs these lines are.
+        what: the network or plan; a sequence of networks gives one diagram with arrows between them: before and after.
+        path: a file to write the drawing to: .svg, .png or .tex.
+        shade: parts to draw on a shaded area, at every occurrence: a network, such as the unfolded input inside of a
+            factor, or several; for a single network also sets of node numbers.
+        cut: name or names of operands to cut out. They become ghosts with dashed lines: the arguments of a Jacobian,
+            whose legs these lines are.
 
     Returns:
-        The drawing; it has `svg` and `tikz`, and notebooks show it.
+        The drawing, with `svg` and `tikz`; notebooks display it.
 
     Example:
         >>> import lensor
@@ -140,9 +141,8 @@ def draw(
         >>> conv_weight_jacobian = lensor.draw(lensor.ops.conv(spec), cut=["W"])
 
     Raises:
-        TypeError: for anything else.
-        ValueError: for an empty sequence, a file of another ending, nodes or networks to shade or operands to cut that
-            are not there.
+        TypeError: for another type.
+        ValueError: for an empty sequence, another file ending, or nodes, networks or operands that do not occur.
         FileNotFoundError: if the folder of the file does not exist.
         ImportError: if networkx is missing, or matplotlib for PNG.
     """
@@ -164,7 +164,7 @@ def _drawing(
     shade, cut = _listed_shades(shade), _listed_names(cut)
     if isinstance(what, Plan):
         if shade or cut:
-            raise ValueError("a plan has nothing to shade or to cut: draw its network")
+            raise ValueError("shade or cut is given for a plan, expected a network: draw the plan's network instead")
         return Drawing(scene_of_plan(what), f"the plan of {what.subscripts}")
     nets = _listed(what)
     terms = [term for net in nets for term in net.terms]
@@ -180,19 +180,19 @@ def _listed(what: Any) -> Sequence[AnyNetwork]:
     """The networks to draw."""
     nets = [what] if isinstance(what, Verbs) else what
     if not isinstance(nets, Sequence) or isinstance(nets, str):
-        raise TypeError(f"expected a network, a plan, or a sequence of networks to draw, found {type(what).__name__}")
+        raise TypeError(f"the object to draw is a {type(what).__name__}, expected a network, a plan, or a sequence")
     if not nets:
-        raise ValueError("expected networks to draw, found an empty sequence")
+        raise ValueError("the sequence to draw is empty, expected networks")
     for place, one in enumerate(nets):
         if not isinstance(one, Verbs):
             alone = "; a plan is drawn alone" if isinstance(one, Plan) else ""
-            raise TypeError(f"expected a sequence of networks to draw, found {_told(one)} at place {place}{alone}")
+            raise TypeError(f"entry {place} of the sequence to draw is {_told(one)}, expected a network{alone}")
     return nets
 
 
 def _listed_shades(shade: Any) -> Sequence[Collection[int] | Network]:
-    """The shades as a sequence of networks and of sets of numbers."""
-    form = "expected networks, as in shade=[unfolded], or sets of nodes by their numbers, as in shade=[{0, 1}]"
+    """The shades as a sequence of networks and of sets of node numbers."""
+    form = "expected networks, as in shade=[unfolded], or sets of node numbers, as in shade=[{0, 1}]"
     if isinstance(shade, Network):
         return [shade]
     if isinstance(shade, (Verbs, str)) or not isinstance(shade, Iterable):
@@ -201,12 +201,12 @@ def _listed_shades(shade: Any) -> Sequence[Collection[int] | Network]:
     for one in shade:
         numbers = isinstance(one, Collection) and all(type(node) is int for node in one)
         if not numbers and not isinstance(one, Network):
-            raise TypeError(f"shade holds {_told(one)}, {form}")
+            raise TypeError(f"shade has {_told(one)}, {form}")
     return shade
 
 
 def _listed_names(cut: Any) -> Collection[str]:
-    """The names of operands to cut out as a list."""
+    """The names of operands to cut out, as a collection."""
     if isinstance(cut, str):
         return [cut]
     if not isinstance(cut, Collection) or not all(isinstance(name, str) for name in cut):
@@ -215,7 +215,7 @@ def _listed_names(cut: Any) -> Collection[str]:
 
 
 def _told(found: Any) -> str:
-    """What was found, for errors: itself if that is short."""
+    """A description of a found object for errors: its text if that is short."""
     text = repr(found)
     kind = type(found).__name__
     return f"a {kind}" if isinstance(found, (Verbs, Plan)) or len(text) > 60 else f"{text} of type {kind}"
@@ -225,11 +225,11 @@ def _check_cut(terms: Sequence[Network], cut: Collection[str]) -> None:
     known = list(dict.fromkeys(name for term in terms for name in term.operand_names))
     for name in cut:
         if name not in known:
-            raise ValueError(f"cut names {name!r}, expected of {', '.join(known)}")
+            raise ValueError(f"cut has {name!r}, expected operands from {', '.join(known)}")
 
 
 def _shades(terms: Sequence[Network], shade: Sequence[Collection[int] | Network]) -> Iterator[list[Collection[int]]]:
-    """For each term the sets of its nodes that are shaded."""
+    """The sets of shaded nodes of each term."""
     from lensor.draw.match import occurrences
 
     found: list[list[Collection[int]]] = [[] for _ in terms]
@@ -238,10 +238,10 @@ def _shades(terms: Sequence[Network], shade: Sequence[Collection[int] | Network]
             for term, own in zip(terms, found, strict=True):
                 own += occurrences(term, one)
             if not any(occurrences(term, one) for term in terms):
-                raise ValueError(f"the network to shade, {one}, occurs nowhere in what is drawn")
+                raise ValueError(f"shade has the network {one}, expected one that occurs in the drawing")
         elif len(terms) > 1 or not one or not set(one) <= set(range(len(terms[0].nodes))):
-            several = f"one network, not {len(terms)}" if len(terms) > 1 else f"0 to {len(terms[0].nodes) - 1}"
-            raise ValueError(f"shade names nodes {sorted(one)}, expected of {several}")
+            several = f"of a single network, not {len(terms)}" if len(terms) > 1 else f"0 to {len(terms[0].nodes) - 1}"
+            raise ValueError(f"shade has nodes {sorted(one)}, expected nodes {several}")
         else:
             found[0].append(one)
     return iter(found)
@@ -250,7 +250,7 @@ def _shades(terms: Sequence[Network], shade: Sequence[Collection[int] | Network]
 def _parts(
     net: AnyNetwork, shades: Sequence[list[Collection[int]]], cut: Collection[str], names: Mapping[Pattern, str]
 ) -> list[Scene | str]:
-    """The terms of a network as scenes, with their scales and signs between them."""
+    """The terms of a network as scenes, with scales and signs between them."""
     from lensor.draw.graph import graph_of
     from lensor.draw.scene import scene_of
     from lensor.draw.tex import raised
@@ -266,7 +266,7 @@ def _parts(
 
 
 def to_tikz(net: AnyNetwork | Plan) -> str:
-    r"""The diagram of a network or of a plan as a TeX document that compiles by itself.
+    r"""The diagram of a network or plan as a TeX document that compiles on its own.
 
     Example:
         >>> import lensor
@@ -275,18 +275,18 @@ def to_tikz(net: AnyNetwork | Plan) -> str:
 
     Raises:
         ImportError: if networkx is missing.
-        ValueError: for a name with a character that TeX does not know.
+        ValueError: for a name with a character that TeX does not support.
     """
     return draw(net).tikz
 
 
 def _require(package: str) -> None:
     if find_spec(package) is None:
-        raise ImportError(f"drawing needs {package}: install lensor[draw]")
+        raise ImportError(f"{package} is not installed, expected for drawing: install lensor[draw]")
 
 
 def svg_or_none(net: AnyNetwork | Plan) -> str | None:
-    """What notebooks show of a network or of a plan; its text alone where it cannot be drawn."""
+    """The SVG that notebooks display for a network or plan; None if it cannot be drawn."""
     if find_spec("networkx") is None:
         return None
     try:

@@ -1,9 +1,9 @@
-"""A network as a graph that can be drawn: vertices with a shape, lines with labels.
+"""A network as a graph for drawing: vertices with a shape, lines with labels.
 
-An index of two nodes is a line between them; one of more is a dot that lines lead to (a hyperindex), and so is a delta.
-An index that a node has twice is a loop (a trace), or two lines from the node to the dot (a diagonal).
+An index of two nodes is a line between them. An index of more nodes is a dot with a line to each (a hyperindex), and so
+is a delta. An index that a node has twice is a loop (a trace), or two lines from the node to the dot (a diagonal).
 An output leg is an open end; a leg that groups indices is a triangle at which their lines meet. Operands that are cut
-out, the arguments of a Jacobian, stay as ghosts: their lines are legs of the Jacobian.
+out, the arguments of a Jacobian, remain as ghosts: their lines are legs of the Jacobian.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, LOOP, STEP = (
     *("tensor", "cut", "pattern", "selection", "ones", "dot", "end", "group"),
     *("loop", "step"),
 )
-"""The shapes of vertices; a loop's vertex is where the line of a trace turns back."""
+"""The shapes of vertices; a loop's vertex is the turning point of a trace's line."""
 
 _MOST_NAMES = 4
-"""A label has at most so many names."""
+"""Maximum number of names in a label."""
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Vertex:
 
     Args:
         shape: one of the shapes of this module.
-        text: what stands in it.
-        node: the number of the network's node, if it is one.
+        text: the text inside of it.
+        node: the number of the network's node, if the vertex is a node.
     """
 
     shape: str
@@ -45,10 +45,10 @@ class Line:
     """A line between two vertices.
 
     Args:
-        first: the vertex it starts from.
-        second: the vertex it leads to.
-        indices: the names of its indices.
-        times: how many lines are drawn side by side: as many as the first vertex has legs of one index.
+        first: the start vertex.
+        second: the end vertex.
+        indices: names of its indices.
+        times: number of parallel lines: the number of legs of the first vertex with one of the indices.
     """
 
     first: int
@@ -58,25 +58,25 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The names, side by side; of many, the first and the last."""
+        """The names, separated by spaces; the first and the last if there are many."""
         many = len(self.indices) > _MOST_NAMES
         return f"{self.indices[0]} … {self.indices[-1]}" if many else " ".join(self.indices)
 
 
 @dataclass
 class Graph:
-    """Vertices and lines; no two lines join the same vertices."""
+    """Vertices and lines; each pair of vertices has at most one line."""
 
     vertices: list[Vertex] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
 
     def add(self, vertex: Vertex) -> int:
-        """Add a vertex; its number."""
+        """Add a vertex and return its number."""
         self.vertices.append(vertex)
         return len(self.vertices) - 1
 
     def join(self, first: int, second: int, index: str, times: int = 1) -> None:
-        """Join two vertices by an index; side by side with others that join them."""
+        """Join two vertices by an index; indices of the same vertices share a line."""
         for line in self.lines:
             if {line.first, line.second} == {first, second}:
                 line.indices, line.times = (*line.indices, index), max(line.times, times)
@@ -84,7 +84,7 @@ class Graph:
         self.lines.append(Line(first, second, (index,), times))
 
     def loop(self, vertex: int, index: str) -> None:
-        """Join a vertex with itself; one loop for all its traces."""
+        """Join a vertex with itself; all its traces share one loop."""
         near = self.neighbours()[vertex]
         turn = next((other for other in near if self.vertices[other].shape == LOOP), None)
         self.join(vertex, self.add(Vertex(LOOP)) if turn is None else turn, index, 2)
@@ -119,7 +119,7 @@ def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, st
     Args:
         net: the network.
         cut: operands that are cut out.
-        names: of its patterns; by default those that its own text gives them.
+        names: names of the patterns; by default those in the network's text.
     """
     graph, holders = Graph(), dict[str, list[int]]()
     names = pattern_names([net]) if names is None else names
@@ -147,14 +147,14 @@ def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, st
             holders.setdefault(index, []).append(end)
     for index, vertices in holders.items():
         times = Counter(vertices)
-        if len(vertices) == 1:  # summed over alone
+        if len(vertices) == 1:  # an index of one node that is summed over
             graph.join(vertices[0], graph.add(Vertex(DOT)), index)
         elif len(vertices) == 2 and len(times) == 1:
             graph.loop(vertices[0], index)
         elif len(vertices) == 2:
             graph.join(vertices[0], vertices[1], index)
         else:
-            # A delta that holds the index is its dot.
+            # A delta that has the index serves as its dot.
             dot = next((one for one in times if graph.vertices[one].shape == DOT), None)
             dot = graph.add(Vertex(DOT)) if dot is None else dot
             for one in times:

@@ -1,15 +1,17 @@
-"""Where the vertices of a drawing stand.
+"""Positions of the vertices of a drawing.
 
-Distances in the drawing are to be those in the graph (stress). A planar graph starts from Tutte's drawing of an
-embedding, in which every vertex stands in the middle of its neighbours, for several outer faces; open ends point into
-the widest gaps. Vertices then move towards their best places only as far as no line is crossed. A graph that is too
-flat for that starts from a circle, from layers and from random places, and majorisation minimises its stress. The two
-halves of a symmetric network are mirrored and move together. Fewest crossings win, then room, symmetry and stress.
+The layout minimises stress: distances in the drawing should equal distances in the graph. A planar graph starts from
+Tutte's drawing of an embedding, where every vertex is the mean of its neighbours, for several outer faces; open ends
+point into the widest gaps. Vertices then move towards their optimal positions only as far as no line is crossed. If a
+graph is not suitable for this, the layout starts from a circle, from layers and from random positions, and majorisation
+minimises its stress. The two halves of a symmetric network are mirrored and move together. Layouts are ranked by
+crossings, then space, symmetry and stress.
 
-A graph that is nearly planar becomes planar first: lines are put in as long as it stays so, each line that is left
-cuts as few as it can, and every cut is a vertex of four lines. That graph is drawn as planar ones are; its cuts then
-become crossings of lines that are straight wherever that crosses no more, and bent where they must be. Of a graph with
-many crossings all lines are straight. The larger a graph is, the fewer moves are tried; all is deterministic.
+A nearly planar graph is made planar first: lines are inserted as long as it stays planar, each remaining line crosses
+as few lines as possible, and every crossing becomes a vertex of four lines. The result is drawn as a planar graph. Its
+inserted vertices then become crossings again, of lines that are straight where this adds no crossing, and bent
+elsewhere. A graph with many crossings has straight lines only. Larger graphs get fewer moves; the result is
+deterministic.
 """
 
 from __future__ import annotations
@@ -26,56 +28,56 @@ import numpy as np
 from lensor.draw.graph import DOT, END, GROUP, LOOP, Graph
 
 Positions = np.ndarray
-"""[vertices, 2]; a line of the graph is about 1 long."""
+"""[vertices, 2]; a line of the graph has a length of about 1."""
 
 Route = tuple[int, ...]
-"""The numbers of the points that a line runs through."""
+"""The numbers of the points on a line."""
 
 _Bent = tuple[tuple[int, int, int, float], Positions, list[Route]]
-"""How good a drawing with bends is (less is better), its points and the routes of its lines."""
+"""The cost of a drawing with bends (less is better), its points, and the routes of its lines."""
 
 _ROUNDS = 150
 """Rounds of majorisation."""
 
 _CLEAR = 0.28
-"""Vertices and lines that they are not an end of stay so far apart."""
+"""Minimum distance between a vertex and lines that do not end at it."""
 
 _MOVES, _FEWEST_MOVES, _WORK = 40, 6, 20_000
-"""Rounds of moves that cross nothing: fewer in graphs where rounds times vertices times vertices would be more work."""
+"""Rounds of moves without crossings; the work limit on rounds × vertices² reduces them in large graphs."""
 
 _ANNEALED, _ATTEMPTS, _OPTIONS = 3, 350, 8
-"""So many of the best layouts that are not clear are annealed, with so many moves, each chosen of so many options."""
+"""Number of best but unclear layouts that are annealed, moves for each, and options for each move."""
 
 _CROSSING = 3
-"""What a crossing costs, beside a vertex that stands on a line."""
+"""Cost of a crossing, relative to that of a vertex on a line."""
 
 _FACES = 3
-"""So many faces are tried as the outer one."""
+"""Number of faces that are tried as the outer face."""
 
 _ORDERS, _LINES, _CUT, _CUT_LENGTH = 12, 400, 2, 0.6
-"""In so many orders lines are put into a planar graph, fewer if that were more lines than this in all; so many of the
-results are drawn; how long pieces are to be."""
+"""Number of orders in which lines are inserted into a planar graph, the limit on lines inserted in total, number of
+results that are drawn, and desired length of pieces."""
 
 _MOST_MAPPINGS, _MOST_MATCHES = 400, 20_000
-"""So many symmetries of a graph are looked at, found with so many comparisons of vertices."""
+"""Maximum number of symmetries of a graph, and of comparisons of vertices to find them."""
 
 _MOST_CUTS = 20
-"""A graph whose lines are cut more often than this to be planar is drawn with straight lines that cross."""
+"""Maximum number of cuts of lines; above it, a graph is drawn with straight lines that cross."""
 
 _MOST_WORK = 8_000_000
-"""Pairs of vertices and lines that are looked at to improve one layout; more would take seconds."""
+"""Maximum number of pairs of vertices and lines that are examined to improve a layout; more would take seconds."""
 
 _RADIAL, _LEG_GAP = 12, 0.35
-"""A vertex with more open ends than this, and nothing else, has them on a circle, so far apart."""
+"""A vertex that has only open ends, and more than this number, has them on a circle, with this distance."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands.
+    """Positions of all vertices and bends.
 
     Args:
         place: the points of the vertices.
-        bends: for each line the points where it bends.
+        bends: the bend points of each line.
     """
 
     place: Positions
@@ -83,7 +85,7 @@ class Layout:
 
 
 def laid_out(graph: Graph) -> Layout:
-    """The layout of a graph; connected parts side by side."""
+    """The layout of a graph; connected parts are placed next to each other."""
     found = np.zeros((len(graph.vertices), 2))
     bends = [np.zeros((0, 2))] * len(graph.lines)
     right = 0.0
@@ -120,7 +122,7 @@ def _part(graph: Graph, part: Sequence[int]) -> tuple[Positions, dict[int, Route
 
 
 def _straight(graph: Graph, part: Sequence[int], ends: np.ndarray) -> Positions:
-    """The points of a part whose lines are all straight."""
+    """The points of a part with straight lines only."""
     if len(ends) > _RADIAL and len(hub := set(ends[0]).intersection(*map(set, ends))) == 1:
         return _radial(len(part), hub.pop())
     count, wanted = len(part), _distances(graph, part, ends)
@@ -147,7 +149,7 @@ def _straight(graph: Graph, part: Sequence[int], ends: np.ndarray) -> Positions:
 
 
 def _radial(count: int, hub: int) -> Positions:
-    """All other vertices on a circle around one."""
+    """All other vertices on a circle around one vertex."""
     angles = 2 * np.pi * np.arange(count - 1) / (count - 1)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1) * (count - 1) * _LEG_GAP / (2 * np.pi)
     return np.insert(circle, hub, 0.0, axis=0)
@@ -190,7 +192,7 @@ def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator
     for _ in range(6):
         yield order.normal(size=(count, 2)) * count / 4
     layers = np.zeros((count, 2))
-    # From one of the vertices farthest from the first: a chain starts, and stays, straight.
+    # From one of the vertices that are farthest from the first: a chain starts straight and stays straight.
     depth = _depths(count, ends, int(_depths(count, ends, 0).argmax()))
     for level in range(depth.max() + 1):
         own = np.flatnonzero(depth == level)
@@ -200,7 +202,7 @@ def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator
 
 
 def _depths(count: int, ends: np.ndarray, first: int) -> np.ndarray:
-    """Steps from a vertex."""
+    """The number of steps from a vertex to each other vertex."""
     near: list[list[int]] = [[] for _ in range(count)]
     for one, other in ends.tolist():
         near[one].append(other)
@@ -228,7 +230,7 @@ def _majorised(place: Positions, wanted: np.ndarray) -> Positions:
 
 
 def _stress(place: Positions, wanted: np.ndarray) -> np.ndarray:
-    """[...]: how far distances are from those wanted."""
+    """[...]: the deviation of the distances from the desired ones."""
     weights = 1 / np.maximum(wanted, 1e-9) ** 2
     np.fill_diagonal(weights, 0.0)
     return (weights * (_gaps(place) - wanted) ** 2).sum((-1, -2)).round(6)
@@ -236,7 +238,7 @@ def _stress(place: Positions, wanted: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------- symmetry
 class _TooManyMatchesError(Exception):
-    """A graph whose symmetries take long to find."""
+    """Finding the symmetries of a graph takes too long."""
 
 
 def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray | None:
@@ -267,7 +269,7 @@ def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray |
 
 
 def _mirrored(place: Positions, mirror: np.ndarray) -> Positions:
-    """The positions made symmetric about the axis that suits them best, which becomes the vertical one."""
+    """The positions, made symmetric about the best axis, which becomes vertical."""
     place = place - place.mean(0)
     moved = place - place[mirror]
     values, vectors = np.linalg.eigh(moved.T @ moved)
@@ -278,14 +280,14 @@ def _mirrored(place: Positions, mirror: np.ndarray) -> Positions:
 
 
 def _turned(place: Positions, symmetric: bool) -> Positions:
-    """Turned so that it is wide rather than high; a symmetric one keeps its axis upright, or lies on it."""
+    """The positions, rotated to be wide rather than high; a symmetry axis stays vertical or becomes horizontal."""
     place = place - place.mean(0)
     if symmetric:
         high, wide = np.ptp(place[:, 1]), np.ptp(place[:, 0])
         return place if wide >= 0.6 * high else place[:, ::-1].copy()
     _, vectors = np.linalg.eigh(place.T @ place)
     place = place @ vectors[:, ::-1]
-    flip = np.where(place[0] > 0, -1.0, 1.0)  # the first vertex on the left
+    flip = np.where(place[0] > 0, -1.0, 1.0)  # put the first vertex on the left
     return place * flip
 
 
@@ -295,7 +297,7 @@ def _sides(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _crossing_pairs(ends: np.ndarray, place: Positions) -> np.ndarray:
-    """[..., lines, lines]: which lines without a common vertex meet."""
+    """[..., lines, lines]: whether two lines without a common vertex meet."""
     a, b = place[..., ends[:, 0], :], place[..., ends[:, 1], :]
     a1, b1, a2, b2 = a[..., :, None, :], b[..., :, None, :], a[..., None, :, :], b[..., None, :, :]
     one = _sides(a1, b1, a2) * _sides(a1, b1, b2)
@@ -309,7 +311,7 @@ def _crossings(ends: np.ndarray, place: Positions) -> int:
 
 
 def _meets_last(ends: np.ndarray, place: Positions) -> bool:
-    """Whether the last line meets another one without a common vertex."""
+    """Whether the last line meets another line without a common vertex."""
     others, last = ends[:-1], ends[-1]
     a1, b1, a2, b2 = place[others[:, 0]], place[others[:, 1]], place[last[0]], place[last[1]]
     one, two = _sides(a1, b1, a2) * _sides(a1, b1, b2), _sides(a2, b2, a1) * _sides(a2, b2, b1)
@@ -318,7 +320,7 @@ def _meets_last(ends: np.ndarray, place: Positions) -> bool:
 
 
 def _clearances(ends: np.ndarray, place: Positions, only: int | None = None) -> np.ndarray:
-    """[..., vertices, lines]: distances of vertices, or of only one, to lines they are not an end of."""
+    """[..., vertices, lines]: distances of vertices, or of a single one, to lines that do not end there."""
     numbers = np.arange(place.shape[-2]) if only is None else np.array([only])
     a, b = place[..., None, ends[:, 0], :], place[..., None, ends[:, 1], :]
     along, points = b - a, place[..., numbers, None, :]
@@ -330,23 +332,23 @@ def _clearances(ends: np.ndarray, place: Positions, only: int | None = None) -> 
 
 
 def _gaps(place: Positions) -> np.ndarray:
-    """[..., vertices, vertices]: distances, far from a vertex to itself."""
+    """[..., vertices, vertices]: distances; a large value for a vertex and itself."""
     return np.linalg.norm(place[..., :, None, :] - place[..., None, :, :], axis=-1) + 9 * np.eye(place.shape[-2])
 
 
 def _touching(ends: np.ndarray, place: Positions) -> int:
-    """How many vertices stand on a line, or on another vertex."""
+    """Number of vertices that lie on a line or on another vertex."""
     gaps = _gaps(place)
     return int((_clearances(ends, place) < _CLEAR).sum()) + int((gaps < _CLEAR).sum()) // 2
 
 
 def _work(place: Positions, ends: np.ndarray) -> int:
-    """Pairs that are looked at to judge one layout."""
+    """Number of pairs that are examined to judge one layout."""
     return (len(place) + len(ends)) ** 2
 
 
 def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
-    """Vertices moved towards where stress wants them, one after another, as far as nothing comes to cross or touch."""
+    """Move vertices one by one to reduce stress, as long as nothing crosses or touches."""
     lengths = np.linalg.norm(place[ends[:, 0]] - place[ends[:, 1]], axis=-1)
     place = place / max(float(np.median(lengths)), 1e-9) * 1.2
     weights = 1 / np.maximum(wanted, 1e-9) ** 2
@@ -384,9 +386,9 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
 
 
 def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
-    """Random moves, ever shorter and colder, to have fewer lines cross and fewer vertices touch at little stress.
+    """Random moves, with decreasing length and temperature, to reduce crossings and touching vertices at low stress.
 
-    Of some options for a vertex one is drawn, the likelier the less it costs (a heat bath).
+    A move is drawn from several options for a vertex; options with lower cost are more likely (a heat bath).
     """
     random = np.random.default_rng(0)
 
@@ -415,9 +417,9 @@ def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np
 
 # -------------------------------------------------------------------------------------------------------- planar starts
 def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator[tuple[Positions, bool]]:
-    """Tutte's drawings for several outer faces, and whether they are symmetric; none if the graph is not planar.
+    """Tutte's drawings for several outer faces, and whether they are symmetric; none for a graph that is not planar.
 
-    Where parts that hang on one vertex let all of these collapse, a drawing on a grid.
+    If parts that hang on one vertex would collapse, the drawing is on a grid.
     """
     degree = np.bincount(ends.ravel(), minlength=count)
     leaves = [at for at in range(count) if degree[at] == 1 and count > 2]
@@ -455,7 +457,7 @@ def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> I
 def _tutte(
     core: nx.Graph, faces: Sequence[list[int]], outer: list[int], count: int, mirror: np.ndarray | None
 ) -> Positions | None:
-    """Every vertex in the middle of its neighbours, the outer face a regular polygon; inner faces have a middle."""
+    """Place every vertex at the mean of its neighbours, with a regular polygon as outer face."""
     place = np.zeros((count, 2))
     angles = 2 * np.pi * np.arange(len(outer)) / len(outer)
     if mirror is not None:
@@ -463,7 +465,7 @@ def _tutte(
         angles = angles + np.pi / 2 - (angles[0] + angles[first]) / 2
         images = np.array([angles[outer.index(int(mirror[at]))] for at in outer])
         if not np.allclose(np.cos(np.pi - angles), np.cos(images), atol=1e-6):
-            return None  # the symmetry turns the face instead of reflecting it
+            return None  # the symmetry rotates the face instead of reflecting it
     size = len(core) / 3
     place[outer] = np.stack([np.cos(angles), np.sin(angles)], 1) * size
     inner = [face for face in faces if set(face) != set(outer)]
@@ -496,7 +498,7 @@ def _tutte(
 
 
 def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
-    """Open ends in the widest gaps around their vertex, as long as no line is in the way."""
+    """Put open ends into the widest gaps around their vertex, unless a line is in the way."""
     place, done, waiting = place.copy(), set[int](), set(leaves)
     owner = {a: b for one, other in ends.tolist() for a, b in ((one, other), (other, one)) if a in waiting}
     there = [(a, b) for a, b in ends.tolist() if a not in waiting and b not in waiting]
@@ -532,9 +534,9 @@ def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirr
 
 # ------------------------------------------------------------------------------------------------------- planarisations
 def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Route]] | None:
-    """The points of a part that is not planar, bends after its vertices, and the routes of its lines.
+    """The points of a part that is not planar, with bends after its vertices, and the routes of its lines.
 
-    None if it has so many crossings that bends would not help.
+    None if the part has so many crossings that bends would not help.
     """
     count, random = len(wanted), np.random.default_rng(0)
     if len(ends) - (3 * count - 6) > _MOST_CUTS:
@@ -555,7 +557,7 @@ def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Ro
 
 
 def _improved(move: Callable[..., Positions], points: Positions, routes: Sequence[Route], wanted: np.ndarray) -> _Bent:
-    """Points after moves towards the least stress, bends that are needed still, and how good the drawing is."""
+    """Points after moves that reduce stress, the remaining bends, and the cost of the drawing."""
     count, pieces = len(wanted), _pieces(routes)
     lengths = [float(wanted[a, b]) if max(a, b) < count else _CUT_LENGTH for a, b in pieces]
     points = move(points, _shortest(len(points), pieces, lengths), pieces, None)
@@ -564,7 +566,7 @@ def _improved(move: Callable[..., Positions], points: Positions, routes: Sequenc
 
 
 def _pieces(routes: Iterable[Route]) -> np.ndarray:
-    """[pieces, 2]: the ends of all straight pieces."""
+    """[pieces, 2]: the end points of all straight pieces."""
     return np.array([piece for route in routes for piece in itertools.pairwise(route)])
 
 
@@ -573,14 +575,14 @@ def _bends(routes: Iterable[Route]) -> int:
 
 
 def _faults(points: Positions, routes: Sequence[Route]) -> tuple[int, int, int]:
-    """Crossings, with those at which both lines bend; vertices that touch; bends."""
+    """Crossings, including those where both lines bend; touching vertices; bends."""
     both = sum(times - 1 for times in Counter(vertex for route in routes for vertex in route[1:-1]).values())
     pieces = _pieces(routes)
     return _crossings(pieces, points) + both, _touching(pieces, points) + both, _bends(routes)
 
 
 def _straightened(points: Positions, routes: Sequence[Route], count: int) -> tuple[Positions, list[Route]]:
-    """Points and routes without the bends that they can do without: at most one line bends at a cut."""
+    """Points and routes without unnecessary bends: at most one line bends at a cut."""
     routes = list(routes)
     for bend in range(len(points) - 1, count - 1, -1):
         lines = [at for at, route in enumerate(routes) if bend in route]
@@ -592,7 +594,7 @@ def _straightened(points: Positions, routes: Sequence[Route], count: int) -> tup
 
 
 def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[int]) -> tuple[Positions, list[Route]]:
-    """Points and routes when some lines no longer bend at a point, which goes if none does."""
+    """Points and routes if some lines no longer bend at a point; the point is removed if no line bends there."""
     routes = [tuple(vertex for vertex in route if vertex != bend or at not in lines) for at, route in enumerate(routes)]
     if any(bend in route for route in routes):
         return points, routes
@@ -601,7 +603,7 @@ def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[in
 
 
 def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[Route] | None:
-    """Routes of lines through new vertices, at which they cut others: a largest planar part, then what is left.
+    """Routes of lines through new vertices where they cut others: a maximal planar part, then the remaining lines.
 
     None if there are too many cuts.
     """
@@ -620,7 +622,7 @@ def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[
 
 
 def _insert(graph: nx.Graph, routes: list[list[int]], line: int) -> None:
-    """Put a line into a planar graph, through the fewest faces; each line on the way is cut by a new vertex."""
+    """Insert a line into a planar graph through the fewest faces; a new vertex cuts each line on the way."""
     _, embedding = nx.check_planarity(graph)
     side: dict[tuple[int, int], int] = {}
     for number, edge in enumerate(embedding.edges()):

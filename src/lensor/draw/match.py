@@ -1,4 +1,4 @@
-"""Where a network stands inside another one: the sub-networks that a shade is laid behind."""
+"""Occurrences of a network inside of another one, for shading."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lensor.network import Group, Network, Node, Operand, Pattern
 
 
 def occurrences(net: Network, part: Network) -> list[frozenset[int]]:
-    """The sets of nodes of a network that are another network, by operands' names, patterns and how they are joined.
+    """The sets of a network's nodes that equal another network, in operand names, patterns and connections.
 
-    Indices may have other names, and one that the part keeps may be a group of them in the network. What the part sums
-    over must have no other holder in the network.
+    Index names may differ, and an index that the part keeps may be a group of indices in the network. No other node of
+    the network may have an index that the part sums over.
 
     Example:
         >>> import lensor
@@ -33,7 +33,7 @@ def occurrences(net: Network, part: Network) -> list[frozenset[int]]:
 def _assigned(
     net: Network, part: Network, kept: set[str], nodes: list[int], names: dict[str, Group]
 ) -> Iterator[tuple[list[int], dict[str, Group]]]:
-    """Nodes of the network for all nodes of the part, one after the other, and its indices for those of the part."""
+    """Match the nodes of the part one by one with nodes of the network; yields nodes and the mapping of indices."""
     if len(nodes) == len(part.nodes):
         yield nodes, names
         return
@@ -48,7 +48,7 @@ def _assigned(
 
 
 def _pairs(wanted: Group, found: Group, kept: set[str]) -> list[tuple[str, Group]]:
-    """What the indices of a leg stand for: for one index each, or one that is kept for the whole leg."""
+    """The mapping of a leg's indices: to one index each, or of one kept index to the whole leg."""
     if _may_group(wanted, kept):
         return [(wanted[0], found)]
     return [(index, (other,)) for index, other in zip(wanted, found, strict=True)]
@@ -64,7 +64,7 @@ def _are_apart(groups: Iterable[Group]) -> bool:
 
 
 def _alike(node: Node, wanted: Node, kept: set[str]) -> bool:
-    """Whether two nodes are the same but for their indices."""
+    """Whether two nodes are equal except for their indices."""
     if type(node) is not type(wanted) or len(node.legs) != len(wanted.legs):
         return False
     if isinstance(node, Operand) and isinstance(wanted, Operand) and node.name != wanted.name:

@@ -1,8 +1,8 @@
 """Plans as diagrams: steps in layers, from the operands on the left to the result on the right.
 
-A value that a later layer takes passes through a place of its own in every layer between. The order in a layer is
-the best of barycentre sweeps; heights are the nearest to those of neighbours that leave room. Inside of a layer lines
-are level, so that they run through nothing, and all crossings are between layers.
+A value that a later layer uses passes through a separate place in every layer between. Barycentre sweeps choose the
+order in a layer; heights are as close to those of neighbours as the spacing allows. Inside of a layer lines are
+horizontal, so that they cross no step; all crossings are between layers.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from lensor.plan import Plan
 from lensor.plan.steps import Input
 
 ARROW = "arrow"
-"""The shape of a line's head: which way values go."""
+"""The shape of an arrowhead, which shows the direction of values."""
 
 _LEAST, _MOST = 22.0, 90.0
-"""The least and the most room between two layers, by how steep lines are."""
+"""Minimum and maximum space between two layers, depending on the slope of lines."""
 
 _HEAD, _TAIL = 9.0, 5.0
-"""The room for a line's head before a step, which is so large, and behind it before a line slants."""
+"""Space for an arrowhead before a step, which has this size, and for the line before it slants."""
 
 _ABOVE, _BELOW, _THIN = 16.0, 28.0, 8.0
-"""The room above and below the middle of a step, with the shape under it, and that of a line which passes."""
+"""Space above and below the middle of a step with the shape under it, and of a passing line."""
 
 _SWEEPS = 13
 
 
 @dataclass(eq=False)
 class _Place:
-    """A step in its layer, or (without one) a value that passes through it."""
+    """A step in its layer, or, without a step, a value that passes through it."""
 
     layer: int
     step: int | None = None
@@ -65,7 +65,7 @@ class _Place:
 
 
 def scene_of_plan(plan: Plan) -> Scene:
-    """Steps that only look at memory in another way (reshape, transpose) are left out: lines run through them."""
+    """Draw a plan; steps that only view memory differently (reshape, transpose) are omitted."""
     takes = _shown(plan)
     layers = _layers(takes)
     _order(layers)
@@ -74,7 +74,7 @@ def scene_of_plan(plan: Plan) -> Scene:
 
 
 def _shown(plan: Plan) -> dict[int, list[int]]:
-    """The steps that are drawn, with those that they take."""
+    """The steps that are drawn, with the steps whose values they use."""
     steps = plan.steps
     shown = [at for at, step in enumerate(steps) if not step.is_view or isinstance(step, Input) or not step.takes]
     if plan.result not in shown:
@@ -90,7 +90,7 @@ def _shown(plan: Plan) -> dict[int, list[int]]:
 
 
 def _layers(takes: Mapping[int, Sequence[int]]) -> list[list[_Place]]:
-    """Each step behind what it takes, operands right before their first use; one line for all uses of a value."""
+    """Each step after its inputs, operands right before their first use; all uses of a value share a line."""
     depth: dict[int, int] = {}
     for at, sources in takes.items():
         depth[at] = 1 + max((depth[one] for one in sources), default=-1)
@@ -116,7 +116,7 @@ def _layers(takes: Mapping[int, Sequence[int]]) -> list[list[_Place]]:
 
 
 def _order(layers: list[list[_Place]]) -> None:
-    """Sort every layer by the middle of its neighbours, forth and back, and keep the order that crosses least."""
+    """Sort every layer by the mean of its neighbours, forward and backward; keep the order with fewest crossings."""
     best, least = [list(layer) for layer in layers], _inversions(layers)
     for sweep in range(_SWEEPS):
         forth = sweep % 2 == 0
@@ -133,7 +133,7 @@ def _order(layers: list[list[_Place]]) -> None:
 
 
 def _swap(layers: Sequence[list[_Place]]) -> None:
-    """Swap neighbours in a layer where that crosses less."""
+    """Swap neighbours in a layer if this reduces crossings."""
     row = _rows(layers)
     for layer in layers:
         for at in range(len(layer) - 1):
@@ -149,7 +149,7 @@ def _rows(layers: Sequence[Sequence[_Place]]) -> dict[_Place, int]:
 
 
 def _inversions(layers: Sequence[Sequence[_Place]]) -> int:
-    """How many lines cross with the layers in this order: pairs of which the one starts above and ends below."""
+    """Number of line crossings in this order: pairs of lines where one starts above and ends below the other."""
     row, count = _rows(layers), 0
     for layer in layers:
         starts, ends = np.array([(row[one], row[after]) for one in layer for after in one.after]).reshape(-1, 2).T
@@ -158,7 +158,7 @@ def _inversions(layers: Sequence[Sequence[_Place]]) -> int:
 
 
 def _raise(layers: Sequence[Sequence[_Place]]) -> None:
-    """Heights: every place as near to the middle of its neighbours as the room of its layer allows."""
+    """Set the heights: every place as close to the mean of its neighbours as its layer allows."""
     for layer in layers:
         _settle(layer, [0.0] * len(layer))
     for sweep in range(_SWEEPS):
@@ -169,11 +169,11 @@ def _raise(layers: Sequence[Sequence[_Place]]) -> None:
 
 
 def _settle(layer: Sequence[_Place], wanted: Sequence[float]) -> None:
-    """The heights in this order, with room between, that are nearest to what is wanted: isotonic regression."""
+    """The closest heights to the desired ones in this order and with spacing: isotonic regression."""
     offsets = [0.0]
     for one, other in itertools.pairwise(layer):
         offsets.append(offsets[-1] + one.below + other.above)
-    blocks: list[tuple[float, int]] = []  # means, each of so many places that touch
+    blocks: list[tuple[float, int]] = []  # mean and number of places of each touching block
     for goal, offset in zip(wanted, offsets, strict=True):
         mean, count = goal - offset, 1
         while blocks and blocks[-1][0] > mean:
@@ -186,7 +186,7 @@ def _settle(layer: Sequence[_Place], wanted: Sequence[float]) -> None:
 
 
 def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
-    """Boxes, shapes under them, level lines inside of layers and slanted ones between."""
+    """Boxes, shapes under them, horizontal lines inside of layers and slanted lines between layers."""
     boxes: dict[_Place, Box] = {}
     labels: list[Label] = []
     sides: dict[_Place, tuple[float, float]] = {}
@@ -234,7 +234,7 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
 
 
 def _texts(plan: Plan, step: int) -> tuple[str, str]:
-    """What stands in a step, and its shape."""
+    """The text of a step, and its shape."""
     what = plan.steps[step]
     name = what.settings() if isinstance(what, Input) else what.name
     return name, "×".join(map(str, plan.shapes[step])) or "scalar"

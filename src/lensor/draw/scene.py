@@ -1,4 +1,4 @@
-"""A drawing as shapes with sizes and places, in points: what SVG, TikZ and PNG are written from."""
+"""A drawing as shapes with sizes and positions, in points; the source of SVG, TikZ and PNG."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, ONES, STEP, Graph, Lin
 from lensor.draw.layout import Layout, Positions, laid_out
 
 UNIT = 58.0
-"""The length of a line that is 1 long."""
+"""Length in points of a line of length 1."""
 
 LETTER, SMALL = 7.6, 5.6
-"""The widths of letters in nodes and of those at lines."""
+"""Widths of letters in nodes and at lines."""
 
 HEIGHT, LABEL = 24.0, 11.0
 _ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.27, 0.73, 0.2, 0.8, 0.14, 0.86)
-"""Where along its line a label may stand."""
+"""Possible positions of a label along its line."""
 
 _STRETCHES = (1.0, 1.2, 1.45, 1.75, 2.1, 2.6, 3.2)
-"""How much longer a leg may become until its label has room at its end."""
+"""Maximum lengthening of a leg to fit its label at its end."""
 
 BRIDGE = 6.0
-"""How far a bridge reaches to both sides of a crossing."""
+"""Reach of a bridge on both sides of a crossing."""
 
 _APART, _PIECES = 16.0, 12
-"""Lines side by side are so far apart in the middle; a bent one has so many straight pieces."""
+"""Distance of parallel lines in their middle; number of straight pieces of a bent line."""
 
 _GROWTH, _TRIES = 1.1, 18
-"""A drawing is made larger by this factor until no label covers anything, at most so often."""
+"""Factor and maximum number of enlargements of a drawing until no label covers anything."""
 
 _BOX_GAP, _LABEL_GAP = 3.0, 1.0
-"""Between vertices, and between labels and everything else."""
+"""Space between vertices, and between labels and everything else."""
 
 _PADS = (10.0, 8.0, 6.0, 4.5, 3.0, 2.0, 1.0)
-"""How far a shade reaches beyond its vertices and lines: as far as it meets no others."""
+"""Reach of a shade beyond its vertices and lines, unless it would meet others."""
 
 _WORSE = 10
-"""Boxes that overlap, or a line through a vertex, are as bad as so many lines under labels."""
+"""Cost of overlapping boxes, or of a line through a vertex, relative to a line under a label."""
 
 
 Point = tuple[float, float]
@@ -59,21 +59,21 @@ class Box:
     height: float
 
     def overlaps(self, other: Box, gap: float = 0.0) -> bool:
-        """Whether two boxes come nearer than a gap."""
+        """Whether the distance of two boxes is below a gap."""
         apart = abs(self.x - other.x) >= (self.width + other.width) / 2 + gap
         return not apart and abs(self.y - other.y) < (self.height + other.height) / 2 + gap
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A vertex in its place.
+    """A vertex at its position.
 
     Args:
         kind: one of the shapes of `lensor.draw.graph`.
-        box: where it is.
-        text: what stands in it.
-        node: the number of the network's node, if it is one.
-        angle: where a triangle points to, in radians.
+        box: its rectangle.
+        text: the text inside of it.
+        node: the number of the network's node, if the vertex is a node.
+        angle: direction of a triangle, in radians.
     """
 
     kind: str
@@ -85,14 +85,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Segment:
-    """A line from one point to another, or a piece of one that is bent.
+    """A line, or a straight piece of a bent line.
 
     Args:
-        x1: where it starts.
-        y1: where it starts.
-        x2: where it ends.
-        y2: where it ends.
-        dashed: whether it leads to what is cut out.
+        x1: x of the start.
+        y1: y of the start.
+        x2: x of the end.
+        y2: y of the end.
+        dashed: whether it leads to an operand that is cut out.
         line: the number of its line in the graph of its network.
     """
 
@@ -104,7 +104,7 @@ class Segment:
     line: int = 0
 
     def moved(self, x: float, y: float) -> Segment:
-        """The line at another place."""
+        """The line, shifted."""
         return replace(self, x1=self.x1 + x, y1=self.y1 + y, x2=self.x2 + x, y2=self.y2 + y)
 
     def around(self, x: float, y: float, reach: float) -> Segment:
@@ -116,37 +116,37 @@ class Segment:
 
 @dataclass(frozen=True)
 class Shade:
-    """An area behind some vertices.
+    """A shaded area behind some vertices.
 
     Args:
-        pieces: the corners of convex polygons, which may overlap; all turn the same way.
+        pieces: corners of convex polygons, which may overlap; all have the same orientation.
     """
 
     pieces: tuple[tuple[Point, ...], ...]
 
     MARGIN: ClassVar[float] = 4.0
-    """Writers draw the area larger by this on all sides, with round corners."""
+    """Writers extend the area by this on all sides, with round corners."""
 
     @property
     def box(self) -> Box:
-        """The rectangle around it."""
+        """The bounding rectangle."""
         corners = np.array([corner for piece in self.pieces for corner in piece])
         low, high = corners.min(0) - self.MARGIN, corners.max(0) + self.MARGIN
         return Box(*map(float, (low + high) / 2), *map(float, high - low))
 
     def overlaps(self, box: Box) -> bool:
-        """Whether it reaches into a box."""
+        """Whether the area overlaps a box."""
         around = _corners(box, self.MARGIN)
         return any(_share_a_point(np.array(piece), around) for piece in self.pieces)
 
     def moved(self, x: float, y: float) -> Shade:
-        """The area at another place."""
+        """The area, shifted."""
         return Shade(tuple(tuple((one + x, other + y) for one, other in piece) for piece in self.pieces))
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text beside or on a line, whose number it has; large ones are signs between networks."""
+    """A text next to or on a line, with the line's number; large texts are signs between networks."""
 
     text: str
     box: Box
@@ -156,15 +156,15 @@ class Label:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is drawn.
+    """The whole drawing.
 
     Args:
         shapes: the vertices.
         segments: the lines.
-        labels: the names of indices, and signs.
-        shades: areas behind the rest.
-        bridges: where two lines cross, a piece of the one that passes above.
-        crossings: how many pairs of lines cross.
+        labels: names of indices, and signs.
+        shades: areas behind everything else.
+        bridges: for each crossing, the piece of the line that passes above.
+        crossings: number of pairs of lines that cross.
     """
 
     shapes: tuple[Shape, ...] = ()
@@ -182,7 +182,7 @@ class Scene:
 
     def bounds(self, margin: float = 8.0) -> tuple[float, float, float, float]:
         """Left, top, width and height of everything."""
-        # Lines may bend beyond all boxes.
+        # Bent lines may extend beyond all boxes.
         bends = (Box(line.x1, line.y1, 0.0, 0.0) for line in self.segments)
         boxes = [*self.boxes(), *bends] or [Box(0, 0, 1, 1)]
         left = min(box.x - box.width / 2 for box in boxes) - margin
@@ -192,7 +192,7 @@ class Scene:
         return left, top, right - left, bottom - top
 
     def moved(self, x: float, y: float) -> Scene:
-        """The scene at another place."""
+        """The scene, shifted."""
 
         def box(one: Box) -> Box:
             return replace(one, x=one.x + x, y=one.y + y)
@@ -208,7 +208,7 @@ class Scene:
 
 
 def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
-    """A graph laid out, as large as its labels need to cover nothing; else the size at which they cover least.
+    """Lay out a graph, large enough for its labels to cover nothing; otherwise at the size where they cover least.
 
     Args:
         graph: the graph.
@@ -229,7 +229,7 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
 
 
 def _growing(graph: Graph, layout: Layout) -> Iterator[_Placing]:
-    """Scenes of growing size, until one has no faults."""
+    """Scenes of increasing size, up to the first without faults."""
     for growth in range(_TRIES):
         scale = UNIT * _GROWTH**growth * np.array([1.0, -1.0])  # downwards, as on a page
         found = _at_scale(graph, layout.place * scale, [bends * scale for bends in layout.bends])
@@ -252,14 +252,14 @@ def _size(kind: str, text: str) -> tuple[float, float]:
 
 @dataclass
 class _Placing:
-    """A scene in the making.
+    """A scene under construction.
 
     Args:
-        graph: what it shows.
+        graph: the graph to draw.
         shapes: its vertices.
-        paths: for each line its points, of all that are drawn side by side.
-        labels: those that have found their places.
-        faults: how much is covered that should not be.
+        paths: the points of each line, and of all its parallels.
+        labels: the labels placed so far.
+        faults: the amount of unwanted covering.
     """
 
     graph: Graph
@@ -269,17 +269,17 @@ class _Placing:
     faults: int = 0
 
     def boxes(self, without: Collection[int] = ()) -> np.ndarray:
-        """[boxes, 4]: of vertices but for some, and of labels."""
+        """[boxes, 4]: the vertices except some, and the labels."""
         shapes = [shape.box for at, shape in enumerate(self.shapes) if at not in without and shape.kind != LOOP]
         return _array([*shapes, *(label.box for label in self.labels)])
 
     def pieces(self, lines: Iterable[int]) -> np.ndarray:
-        """[pieces, 4]: of some lines."""
+        """[pieces, 4]: the pieces of some lines."""
         found = [np.concatenate([path[:-1], path[1:]], 1) for at in lines for path in self.paths[at]]
         return np.concatenate([np.zeros((0, 4)), *found])
 
     def segments(self) -> tuple[Segment, ...]:
-        """All pieces, with their lines."""
+        """All pieces, with the numbers of their lines."""
         return tuple(
             Segment(*map(float, (*one, *other)), dashed=_is_cut(self.graph, line), line=at)
             for at, line in enumerate(self.graph.lines)
@@ -288,7 +288,7 @@ class _Placing:
         )
 
     def put_label(self, at: int) -> None:
-        """Put the label of a line where it covers least, at the first of such places."""
+        """Put the label of a line where it covers least; the first such position wins."""
         line = self.graph.lines[at]
         size = (SMALL * len(line.label) + 3, LABEL)
         end = next((end for end in (line.first, line.second) if self.graph.vertices[end].shape == END), None)
@@ -315,7 +315,7 @@ class _Placing:
 
 
 def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Placing:
-    """The scene with vertices, and bends of lines, at these points."""
+    """The scene with vertices and bends at these points."""
     paths = [_paths(graph, line, place, bent) for line, bent in zip(graph.lines, bends, strict=True)]
     found = _Placing(graph, _shapes(graph, place), paths)
     boxes = found.boxes()
@@ -324,7 +324,7 @@ def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Pl
         foreign = found.boxes({line.first, line.second})
         found.faults += _WORSE * int(_cuts(found.pieces([at]), foreign).sum())
 
-    # Legs first, whose labels have one place; then short lines, which leave the least choice.
+    # First legs, whose labels have one position; then short lines, which have the fewest positions.
     def order(at: int) -> tuple[bool, float, int]:
         line = graph.lines[at]
         is_leg = END in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
@@ -350,7 +350,7 @@ def _shapes(graph: Graph, place: Positions) -> list[Shape]:
 
 
 def _paths(graph: Graph, line: Line, place: Positions, bends: Positions) -> list[Positions]:
-    """The points of a line, or of several side by side; a loop turns back at its vertex."""
+    """The points of a line, or of several parallel ones; a loop turns at its vertex."""
     start, stop = place[line.first], place[line.second]
     along = stop - start
     across = np.array([-along[1], along[0]])
@@ -367,7 +367,7 @@ def _paths(graph: Graph, line: Line, place: Positions, bends: Positions) -> list
 
 
 def _loop_width(graph: Graph, line: Line, place: Positions) -> float:
-    """How wide a loop may be, for its length, so that it leaves the other lines of its vertex aside."""
+    """Maximum width of a loop of this length that avoids the other lines of its vertex."""
     near = [other for other in graph.neighbours()[line.first] if other != line.second]
     axis = complex(*(place[line.second] - place[line.first]))
     angles = [abs(cmath.phase(complex(*(place[other] - place[line.first])) / axis)) for other in near]
@@ -379,7 +379,7 @@ def _is_cut(graph: Graph, line: Line) -> bool:
 
 
 def meetings(segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:
-    """Where lines meet, other than at their ends."""
+    """The points where lines meet, except at their ends."""
     lines = np.array([(one.x1, one.y1, one.x2, one.y2) for one in segments]).reshape(-1, 4)
     found = {}
     for i, j in zip(*np.nonzero(np.triu(_meet(lines, lines), 1)), strict=True):
@@ -396,7 +396,7 @@ def meetings(segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, 
 
 
 def _boxes_on(paths: Sequence[Positions], size: tuple[float, float]) -> Iterator[Box]:
-    """Boxes on lines, then beside them."""
+    """Boxes on lines, then next to them."""
     spots = []
     for share in _ALONG:
         for path in paths:
@@ -412,7 +412,7 @@ def _boxes_on(paths: Sequence[Positions], size: tuple[float, float]) -> Iterator
 
 
 def _beyond(near: Box, end: Box, size: tuple[float, float]) -> Iterator[tuple[tuple[float, ...], Box]]:
-    """Longer and longer legs, with the boxes behind their ends."""
+    """Legs of increasing length, with the boxes after their ends."""
     length = math.hypot(end.x - near.x, end.y - near.y) or 1.0
     ux, uy = (end.x - near.x) / length, (end.y - near.y) / length
     reach = min(size[0] / 2 / max(abs(ux), 1e-6), size[1] / 2 / max(abs(uy), 1e-6)) + 3
@@ -427,13 +427,13 @@ def _array(boxes: Iterable[Box]) -> np.ndarray:
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray, gap: float) -> np.ndarray:
-    """[boxes, others]: which boxes come nearer to which than a gap."""
+    """[boxes, others]: whether the distance of two boxes is below a gap."""
     apart = np.abs(boxes[:, None, :2] - others[None, :, :2])
     return np.all(apart < (boxes[:, None, 2:] + others[None, :, 2:]) / 2 + gap, axis=-1)
 
 
 def _cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:
-    """[boxes, lines]: which lines come nearer to which boxes than a gap."""
+    """[boxes, lines]: whether the distance of a line and a box is below a gap."""
     start, step = lines[None, :, :2], lines[None, :, 2:] - lines[None, :, :2]
     step = np.where(np.abs(step) < 1e-9, 1e-9, step)
     centre, half = boxes[:, None, :2], boxes[:, None, 2:] / 2 + gap
@@ -443,7 +443,7 @@ def _cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:
 
 
 def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[lines, others]: which cross, other than at their ends."""
+    """[lines, others]: whether two lines cross, except at their ends."""
 
     def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         step = a[..., 2:] - a[..., :2]
@@ -455,10 +455,10 @@ def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
-    """The hull of some nodes; where that meets others, each of them and thick bands along the lines between them."""
+    """The hull of some nodes; if it meets others, a shape for each node and thick bands along their lines."""
     graph, near = scene.graph, scene.graph.neighbours()
     own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
-    # Dots and groups between them, and their loops; what they sum over outside has a dot with one line.
+    # Include dots and groups between the nodes, and their loops. A dot with one line is an index summed outside.
     own |= {
         at
         for at, vertex in enumerate(graph.vertices)
@@ -490,7 +490,7 @@ def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
 
 
 def _corners(box: Box, margin: float) -> np.ndarray:
-    """[4, 2]: the corners of a box with a margin around it."""
+    """[4, 2]: the corners of a box, extended by a margin."""
     half = np.array([box.width, box.height]) / 2 + margin
     return np.array([box.x, box.y]) + half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
@@ -503,7 +503,7 @@ def _band(one: np.ndarray, other: np.ndarray, half: float) -> np.ndarray:
 
 
 def _hull(points: np.ndarray) -> tuple[Point, ...]:
-    """The corners of the convex hull, all hulls the same way round."""
+    """The corners of the convex hull, with the same orientation for all hulls."""
 
     def chain(points: Iterable[Point]) -> list[Point]:
         found: list[Point] = []
@@ -521,7 +521,7 @@ def _hull(points: np.ndarray) -> tuple[Point, ...]:
 
 
 def _share_a_point(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two convex polygons meet: no side of either separates them."""
+    """Whether two convex polygons intersect: no side of either separates them."""
     for polygon in (one, other):
         sides = np.roll(polygon, -1, 0) - polygon
         normals = np.stack([-sides[:, 1], sides[:, 0]], 1)
@@ -532,7 +532,7 @@ def _share_a_point(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
-    """Scenes and signs side by side, centred on one line."""
+    """Place scenes and signs next to each other, centred on one line."""
     right, count = 0.0, 0
     shapes: list[Shape] = []
     segments: list[Segment] = []

@@ -1,4 +1,4 @@
-"""Names, scales and sizes of a picture as TeX."""
+"""Names, scales and sizes of a diagram as TeX."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _COMMANDS = (
 )
 _LETTERS = "αβγδϵεζηθϑικλμνξπϖρϱσςτυϕφχψωΓΔΘΛΞΠΣΥΦΨΩ×→·…ℓ"
 _MATHS = {letter: "\\" + command for letter, command in zip(_LETTERS, _COMMANDS.split(), strict=True)}
-# TeX has no commands for the capitals that look like Latin ones.
+# TeX has no commands for capitals that look like Latin ones.
 _MATHS |= {greek: rf"\mathrm{{{latin}}}" for greek, latin in zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABEZHIKMNOPTX", strict=True)}
 _MATHS |= {mark: "\\" + mark for mark in "_&%#${}"}
 _MATHS |= {"ο": "o", "−": "-", "\\": r"\backslash", "^": r"\hat{}", "~": r"\sim", "\u00b5": r"\mu"}
-"""Characters that are not themselves in TeX's mathematics."""
+"""Characters that TeX's mathematics mode needs a command for."""
 
 _ACCENTS = {
     "\u0300": r"\grave",
@@ -36,7 +36,7 @@ _ACCENTS = {
 
 
 def raised(power: int) -> str:
-    """A number as superscripts.
+    """A number in superscript characters.
 
     Example:
         >>> from lensor.draw.tex import raised
@@ -47,13 +47,13 @@ def raised(power: int) -> str:
 
 
 def tex(text: str, renaming: str) -> str:
-    r"""A text for TeX: each of its words in mathematics.
+    r"""A text for TeX: each of its words in mathematics mode.
 
-    What follows an underscore, and digits at the end of a name, become subscripts, underscores at its end primes.
+    Text after an underscore, and digits at the end of a name, become subscripts; underscores at the end become primes.
 
     Args:
-        text: names, or a scale, or sizes.
-        renaming: the verb that gives such names others, for the error.
+        text: names, a scale, or sizes.
+        renaming: the verb that renames such names, for the error.
 
     Example:
         >>> from lensor.draw.tex import tex
@@ -63,7 +63,7 @@ def tex(text: str, renaming: str) -> str:
         $\Pi _{2}$ $k_{1}'$ $\mathrm{weight}$
 
     Raises:
-        ValueError: for a character that TeX does not know.
+        ValueError: for a character that TeX does not support.
     """
     return " ".join(f"${_word(word, renaming)}$" for word in text.split())
 
@@ -75,15 +75,15 @@ def _word(word: str, renaming: str) -> str:
     if ratio := re.fullmatch(r"([-−]?)(\d+)/(\d+)", base):
         return rf"{'-' * bool(ratio[1])}\frac{{{ratio[2]}}}{{{ratio[3]}}}{power}"
     try:
-        if re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)+", base):  # the name of a step: no minus
+        if re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)+", base):  # the name of a step, where - is not a minus
             return r"\mbox{-}".join(map(_upright, base.split("-")))
         return (_name(base) if base.isidentifier() else _letters(base)) + power
     except KeyError as error:
         letter = error.args[0]
         name = unicodedata.name(letter, "a character without a name")
         raise ValueError(
-            f"TeX does not know {letter!r} ({name}) in {base!r}: give it a name of Latin or Greek letters first,"
-            f" as in net.{renaming}({base}='x'), or save the picture as .svg or .png"
+            f"character {letter!r} ({name}) in {base!r} is unknown to TeX, expected Latin or Greek letters: rename it,"
+            f" as in net.{renaming}({base}='x'), or save the diagram as .svg or .png"
         ) from None
 
 
@@ -99,13 +99,13 @@ def _name(name: str) -> str:
 
 
 def _upright(text: str) -> str:
-    """Several letters make a word, one a variable."""
+    """Set several letters as a word, and a single letter as a variable."""
     letters = _letters(text)
     return letters if len(text) == 1 or text.isdigit() else rf"\mathrm{{{letters}}}"
 
 
 def _letters(text: str) -> str:
-    """Every character in mathematics; KeyError for one that TeX does not know."""
+    """The characters in mathematics mode; KeyError for one that TeX does not support."""
     found: list[str] = []
     for letter in unicodedata.normalize("NFD", text):
         if letter in _ACCENTS and found:

@@ -1,4 +1,4 @@
-"""A scene as SVG, as TikZ, and as a PNG file."""
+"""Writers of a scene as SVG, TikZ and PNG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--sel
 
 STYLE = (
     f".lensor{_LIGHT}@media (prefers-color-scheme:dark){{.lensor{_DARK}}}"
-    # Inside of a page whose reader has chosen, as in furo and in Jupyter, that choice counts.
+    # In a page with its own theme switch, as in furo and in Jupyter, that choice has priority.
     f"body[data-theme=light] .lensor,[data-jp-theme-light=true] .lensor{_LIGHT}"
     f"body[data-theme=dark] .lensor,[data-jp-theme-light=false] .lensor{_DARK}"
     ".lensor .paper{fill:var(--paper)}"
@@ -35,7 +35,7 @@ STYLE = (
     ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
     ".lensor .shade{fill:var(--shade);stroke:var(--shade);stroke-linejoin:round}"
 )
-"""Colours for light and dark pages: by the system's choice, or by that of the page around."""
+"""Colours for light and dark pages, chosen by the system or by the surrounding page."""
 
 _COLOURS = {
     TENSOR: "#dbe9ff",
@@ -49,7 +49,7 @@ _SHADE = "#e4e8ee"
 
 
 def is_shaded(scene: Scene, box: Box) -> bool:
-    """Whether the middle of a box lies on a shade: what is cleared around it has the shade's colour."""
+    """Whether the centre of a box is on a shade, so that the area cleared around it has the shade's colour."""
     middle = Box(box.x, box.y, 1.0, 1.0)
     return any(shade.overlaps(middle) for shade in scene.shades)
 
@@ -59,7 +59,7 @@ def _on_shade(scene: Scene, bridge: Segment) -> bool:
 
 
 def corners(shape: Shape) -> list[tuple[float, float]]:
-    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices, the head of a line)."""
+    """The corners of a hexagon (a pattern) or of a triangle (a group of output indices, an arrowhead)."""
     box = shape.box
     if shape.kind in (GROUP, ARROW):
         turns = (0.0, 2.3, -2.3)
@@ -89,7 +89,7 @@ def svg(scene: Scene, title: str) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
-    # On paper of its own it can be read where the page is light and the system dark, or the other way round.
+    # An opaque background keeps it readable on a light page in a dark system, and vice versa.
     parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
     parts += [_svg_shade(shade) for shade in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
@@ -147,10 +147,10 @@ def _svg_shape(shape: Shape) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- TikZ
 def tikz(scene: Scene) -> str:
-    """The scene as a TeX document that compiles by itself; copy its tikzpicture into a paper.
+    """The scene as a TeX document that compiles on its own; copy its tikzpicture into a paper.
 
     Raises:
-        ValueError: for a name with a character that TeX does not know.
+        ValueError: for a name with a character that TeX does not support.
     """
     lines = [
         r"\documentclass[tikz,border=4pt]{standalone}",
@@ -255,7 +255,7 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     for label in scene.labels:
         _text(axis, label, ink, families, _SHADE if is_shaded(scene, label.box) else "white")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # said by `_families`, once for all
+        warnings.filterwarnings("ignore", "Glyph")  # `_families` warns once for all
         figure.savefig(path, dpi=dpi, facecolor="white", format="png")
 
 
@@ -272,7 +272,7 @@ def _patch(patches: Any, box: Box, face: str, edge: str, radius: float) -> Any:
 
 
 def _families(text: str) -> list[str]:
-    """The fonts for a text: the monospaced one, and for what it lacks the first others here that have it."""
+    """The fonts for a text: the monospaced one, and, for characters that it lacks, others on this machine."""
     from matplotlib import font_manager
 
     found, lacking = ["monospace"], set(text)
@@ -280,21 +280,21 @@ def _families(text: str) -> list[str]:
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)):
         if not lacking:
             break
-        # The font of last resort draws a box for every letter.
+        # A font of last resort draws a box for every letter.
         if font.style != "normal" or font.weight not in (400, "normal", "book") or "Last Resort" in font.name:
             continue
         try:
             has = lacking & {*map(chr, font_manager.get_font(font.fname).get_charmap())}
-        except (OSError, RuntimeError):  # pictures instead of outlines, or a file that is gone
+        except (OSError, RuntimeError):  # a bitmap font, or a file that was removed
             continue
         found += [font.name] * bool(has)
         lacking -= has
     if lacking:
         letters = ", ".join(map(repr, sorted(lacking)))
         warnings.warn(
-            f"no font on this machine has {letters}: the PNG file shows boxes instead; save the picture as .svg, or"
+            f"no font on this machine has {letters}: the PNG file shows boxes instead; save the diagram as .svg, or"
             " install a font that has them",
-            stacklevel=4,  # where the user saves
+            stacklevel=4,  # the user's call
         )
     return found
 

@@ -1,7 +1,7 @@
-"""The convolutions of a model, and the network, simplification and plan of each: `lensor convs`, `explain` and `rules`.
+"""Inspection of a model's convolutions: networks, simplifications and plans (`lensor convs`, `explain`, `rules`).
 
-`catalogue` has the convolutions of fourteen CNNs as data, `extract` and `exported` find those of your model, `explain`
-and `page` show what Lensor does with them. torch, rich and jinja2 are imported when they are first needed.
+`catalogue` contains the convolutions of fourteen CNNs as data, `extract` and `exported` find those of your model,
+`explain` and `page` show what Lensor computes for them. torch, rich and jinja2 are imported on first use.
 """
 
 from lensor.inspect.errors import CommandError

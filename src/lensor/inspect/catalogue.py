@@ -1,8 +1,8 @@
-"""Every convolution of fourteen CNNs, as data: the paper's nine and five more.
+"""The convolutions of fourteen CNNs as data: the paper's nine and five more.
 
-Each net is held for two inputs: that of the paper's census (256² for ImageNet) and that of its speed figures (224²).
-Two convolutions of a net are one if they agree in all hyper-parameters, their input size and whether they have a bias:
-counted so, the census of the nine nets is that of the paper. The data is `catalogue.csv`, written by
+The catalogue has two inputs per net: that of the paper's census (256² for ImageNet) and that of its timings (224²).
+Convolutions of a net that agree in all hyper-parameters, input size and bias count as one; counted so, the census of
+the nine nets equals that of the paper. The data is `catalogue.csv`, written by
 `python -m lensor_bench.regenerate`.
 """
 
@@ -25,11 +25,11 @@ class Net:
     """A CNN of the catalogue.
 
     Args:
-        name: its name in the catalogue.
-        factory: the import path of the function that makes it.
-        census: the input of the paper's census, [c_in, *input_size].
-        speed: the input of speed figures.
-        paper: whether it is one of the paper's nine.
+        name: name in the catalogue.
+        factory: import path of the function that makes the net.
+        census: input of the paper's census, [c_in, *input_size].
+        speed: input of timings.
+        paper: whether the net is one of the paper's nine.
     """
 
     name: str
@@ -62,10 +62,10 @@ NETS = {
         _imagenet("efficientnet-b0", "efficientnet_b0", paper=False),
     )
 }
-"""The nets by name."""
+"""The nets, by name."""
 
 PAPER = tuple(name for name, net in NETS.items() if net.paper)
-"""The names of the paper's nine."""
+"""The names of the paper's nine nets."""
 
 
 @cache
@@ -79,7 +79,7 @@ def _held() -> dict[tuple[str, Shape], tuple[Layer, ...]]:
 
 
 def layers_of(name: str, input_shape: Sequence[int] | None = None) -> tuple[Layer, ...]:
-    """The unique convolutions of a net of the catalogue, for its input of speed figures or another that is held.
+    """The unique convolutions of a catalogue net, for its timing input by default.
 
     Example:
         >>> from lensor.inspect.catalogue import layers_of
@@ -89,17 +89,17 @@ def layers_of(name: str, input_shape: Sequence[int] | None = None) -> tuple[Laye
         20
 
     Raises:
-        CommandError: for a net that is not known.
-        KeyError: for an input that is not held.
+        CommandError: for an unknown net.
+        KeyError: for an input that is not in the catalogue.
     """
     (name,) = choose("net", [name], NETS)
     return _held()[name, tuple(input_shape or NETS[name].speed)]
 
 
 def merged(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """Convolutions that differ by their bias or the net they are in only, as one each, without bias.
+    """Merge convolutions that differ only in bias or net, without bias.
 
-    The model's name is then those of all nets, joined by `+`.
+    The model name of a merged convolution lists all nets, joined by `+`.
 
     Example:
         >>> from lensor.inspect.catalogue import layers_of, merged

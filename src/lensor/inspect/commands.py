@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 MODEL = (
     "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file of torch.export (.pt2; its"
-    " graph is read, nothing of it is run)."
+    " graph is read, not run)."
 )
-INPUT = "Shape of one example, without batch axis: 3x224x224; repeated for models of several arguments."
+INPUT = "Shape of one example, without batch axis: 3x224x224; repeat for a model with several arguments."
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 """The shapes of a model's arguments."""
@@ -36,10 +36,10 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 def convs(
     model: Annotated[str, typer.Argument(help=MODEL)],
     input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the convolutions to this CSV file too.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the convolutions to this CSV file.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """The convolutions of a CNN: of the catalogue, or any torch model that can be imported."""
+    """List the convolutions of a CNN from the catalogue, or of any torch model that can be imported."""
     with reported(debug):
         layers, shapes = _find(model, _shapes(input_shape))
         if csv is not None:
@@ -50,28 +50,28 @@ def convs(
 def explain(
     model: Annotated[str, typer.Argument(help=MODEL)],
     input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page to this file: one file, no network.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page to this file.")] = None,
     ops: Annotated[
         list[str] | None,
-        typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}; unless given {', '.join(PAPER_OPERATIONS)}."),
+        typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}; by default {', '.join(PAPER_OPERATIONS)}."),
     ] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, from {', '.join(KINDS)}.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
     columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
     ] = 0.1,
     times: Annotated[
         bool | None,
-        typer.Option("--times/--no-times", help="Whether to measure; unless given, if lensor-bench is installed."),
+        typer.Option("--times/--no-times", help="Whether to measure; by default if lensor-bench is installed."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """What Lensor makes of each convolution of a model: network, what the rules leave of it, plan, time."""
+    """Show the network, simplified network, plan and time of each convolution of a model."""
     options = Measuring(batch, columns, dtype, threads, device, repeats, seconds)
     with reported(debug, interrupted="interrupted: nothing was written"):
         _explain(model, _shapes(input_shape), names_of(ops) or PAPER_OPERATIONS, names_of(kinds), options, html, times)
@@ -80,7 +80,7 @@ def explain(
 def rules(
     markdown: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
 ) -> None:
-    """The rules of simplification, each with a worked example, as a Markdown table."""
+    """Print the simplification rules, each with a worked example, as a Markdown table."""
     from lensor.inspect.rules import to_markdown
 
     text = to_markdown()
@@ -100,7 +100,7 @@ def _explain(
     html: Path | None,
     times: bool | None,
 ) -> None:
-    """Measure the convolutions of a model unless told not to, print what was found, and write the page if asked."""
+    """Measure the convolutions of a model unless `times` is False, print the results, and write the page if asked."""
     require("torch", *(["jinja2"] if html is not None else []))
     from lensor.inspect.explain import explained, totals
 
@@ -113,7 +113,7 @@ def _explain(
     layers, shapes = _find(model, shapes)
     layers = tuple(layer for layer in merged(layers) if layer.spec.kind in wanted)
     if not layers:
-        raise CommandError(f"{model} has no convolution{' of these kinds' if kinds else ''}")
+        raise CommandError(f"{model} has no convolution{' of these kinds' if kinds else ''}, expected at least one")
     if html is not None:
         refuse_early(html)
     shown = console()
@@ -136,7 +136,7 @@ def _explain(
 
 
 def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], shown: Console) -> None:
-    """A table with a row for each operation of each convolution, and one of the whole model."""
+    """Print a table with one row per operation of each convolution, and one table for the whole model."""
     from lensor.inspect.page import HEADINGS as COLUMNS_OF_PAGE
     from lensor.inspect.page import cells, millions, milliseconds, pace
 
@@ -175,7 +175,7 @@ def _find(model: str, shapes: Shapes) -> tuple[tuple[Layer, ...], Shapes]:
     """The unique convolutions of a model, and the shapes of its inputs."""
     if model.endswith(".pt2"):
         if shapes:
-            raise CommandError(f"{model} holds the sizes that it was exported with: leave --input-shape out")
+            raise CommandError(f"--input-shape is {_shown(shapes)}, expected none: {model} has fixed sizes")
         require("torch")
         from lensor.inspect.exported import exported
 
@@ -186,11 +186,12 @@ def _find(model: str, shapes: Shapes) -> tuple[tuple[Layer, ...], Shapes]:
         held = dict.fromkeys((NETS[name].census, NETS[name].speed))
         if len(shapes) > 1 or not set(shapes) <= set(held):
             known = " and ".join(map(format_sizes, held))
-            raise CommandError(f"{name} is held for {known}, for other inputs give {NETS[name].factory}")
+            other = f"for other inputs use {NETS[name].factory}"
+            raise CommandError(f"--input-shape is {_shown(shapes)}, expected {known} for {name}: {other}")
         shape = shapes[0] if shapes else NETS[name].speed
         return layers_of(name, shape), (shape,)
     if not shapes:
-        raise CommandError(f"which input does {model} take? give --input-shape, such as 3x224x224")
+        raise CommandError(f"--input-shape is missing, expected one for {model}, such as 3x224x224")
     require("torch")
     from lensor.inspect.extract import convolutions, import_factory
 

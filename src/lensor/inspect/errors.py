@@ -1,4 +1,4 @@
-"""What stops a command."""
+"""Errors that stop a command."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _PACKAGES = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
-"""Packages of another name than their module."""
+"""Packages whose name differs from their module's."""
 
 
 class CommandError(Exception):
-    """What stops a command, in one line."""
+    """An error that stops a command, reported in one line."""
 
 
 def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The known names that were asked for, in the order asked, in any case; all of them if none was.
+    """Select known names, ignoring case, in the order asked; all of them if none is asked.
 
     Example:
         >>> from lensor.inspect.errors import choose
@@ -29,27 +29,27 @@ def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> tuple[str, 
         ('resnet18',)
         >>> choose("net", ["vgg"], ["alexnet", "resnet18"])
         Traceback (most recent call last):
-        lensor.inspect.errors.CommandError: unknown net 'vgg', expected one of alexnet, resnet18
+        lensor.inspect.errors.CommandError: net is 'vgg', expected one of alexnet, resnet18
 
     Raises:
-        CommandError: for a name that is not known; the message lists those that are.
+        CommandError: for an unknown name; the message lists the known ones.
     """
     names = {name.casefold(): name for name in known}
     for name in asked:
         if name.casefold() not in names:
-            raise CommandError(f"unknown {what} {name!r}, expected one of {', '.join(names.values())}")
+            raise CommandError(f"{what} is {name!r}, expected one of {', '.join(names.values())}")
     return tuple(dict.fromkeys(names[name.casefold()] for name in asked)) or tuple(names.values())
 
 
 def require(*modules: str) -> None:
-    """Raise unless modules can be imported.
+    """Raise unless the modules can be imported.
 
     Raises:
         CommandError: with the names of the packages to install.
     """
     missing = [_PACKAGES.get(name, name) for name in modules if find_spec(name) is None]
     if missing:
-        raise CommandError(f"this needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise CommandError(f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}")
 
 
 def in_one_line(error: BaseException | None, most: int | None = 200) -> str:

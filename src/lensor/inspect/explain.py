@@ -1,4 +1,4 @@
-"""What Lensor makes of each convolution of a model: the network, what is left of it, the plan, and what it takes."""
+"""Networks, simplifications, plans and times of each convolution of a model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Timing:
     """The shortest times of one operation of one convolution, in seconds.
 
     Args:
-        standard: of what one writes with torch alone; None if it failed.
-        lensor: of Lensor; None if it failed.
-        trouble: why a time is missing; empty if none is.
+        standard: time of the implementation with torch alone; None if it failed.
+        lensor: time of Lensor; None if it failed.
+        trouble: the reason for a missing time; empty if no time is missing.
     """
 
     standard: float | None
@@ -31,7 +31,7 @@ class Timing:
 
 
 Timings = Mapping[tuple[str, ConvSpec], Timing]
-"""Timings by operation and convolution."""
+"""Timings, by operation and convolution."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Explanation:
 
     Args:
         layer: the convolution.
-        operation: the operation's name.
-        network: its network, as the operation defines it.
-        rest: what the rules leave of it.
-        plan: the plan that was chosen.
+        operation: name of the operation.
+        network: the network that defines the operation.
+        rest: the simplified network.
+        plan: the chosen plan.
         timing: the times, if they were measured.
     """
 
@@ -61,41 +61,41 @@ class Explanation:
 
     @property
     def simplified(self) -> str:
-        """What the rules leave of it as text."""
+        """The simplified network as text."""
         return str(self.rest)
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that the plan has alive at once, its result included and its operands not."""
+        """Peak memory of the plan in bytes, including its result but not its operands."""
         return self.plan.peak_size * self.plan.itemsize
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """The shortest times of the standard way and of Lensor; none if there are not both."""
+        """The shortest times of the standard implementation and of Lensor; None unless both exist."""
         if self.timing is None or self.timing.standard is None or self.timing.lensor is None:
             return None
         return self.timing.standard, self.timing.lensor
 
     @property
     def ratio(self) -> float | None:
-        """Lensor's time over the standard way's."""
+        """Lensor's time divided by the standard implementation's."""
         return None if self.seconds is None else self.seconds[1] / self.seconds[0]
 
     @property
     def trouble(self) -> str:
-        """Why there is no time: what the standard way or Lensor said; empty if there is one, or none was asked for."""
+        """The reason for a missing time; empty if there is a time, or none was measured."""
         return "" if self.timing is None else self.timing.trouble
 
 
 @dataclass(frozen=True)
 class Total:
-    """One operation of the whole model: each convolution as often as the model runs it.
+    """One operation of the whole model: the sum over all convolutions, each times its count.
 
     Args:
-        operation: the operation's name.
-        flops: of all plans.
-        seconds: of the standard way and of Lensor, if there are times.
-        missing: convolutions without a time, which are not in `seconds`.
+        operation: name of the operation.
+        flops: flops of all plans.
+        seconds: times of the standard implementation and of Lensor, if measured.
+        missing: number of convolutions without a time, which `seconds` excludes.
     """
 
     operation: str
@@ -105,7 +105,7 @@ class Total:
 
     @property
     def ratio(self) -> float | None:
-        """Lensor's time over the standard way's."""
+        """Lensor's time divided by the standard implementation's."""
         return None if self.seconds is None else self.seconds[1] / self.seconds[0]
 
 
@@ -117,14 +117,14 @@ def explained(
     dtype: str = "float32",
     timings: Timings | None = None,
 ) -> Iterator[Explanation]:
-    """Each operation of each convolution, in order.
+    """Explain each operation of each convolution, in order.
 
     Args:
         layers: convolutions, without biases.
         ops: names of operations.
-        batch: the batch size of the plans.
-        columns: columns of the square root of the GGN.
-        dtype: the dtype of the plans' operands.
+        batch: batch size of the plans.
+        columns: number of columns of the square root of the GGN.
+        dtype: dtype of the plans' operands.
         timings: the times, if they were measured.
 
     Example:
@@ -150,7 +150,7 @@ def explained(
 
 
 def totals(explanations: Iterable[Explanation]) -> list[Total]:
-    """The sums over a model for each operation."""
+    """The sums over a model, for each operation."""
     found: dict[str, list[Explanation]] = {}
     for one in explanations:
         found.setdefault(one.operation, []).append(one)

@@ -1,9 +1,9 @@
-"""The convolutions of a program that `torch.export` saved.
+"""Reads the convolutions of a program that `torch.export` saved.
 
-Such a file is a zip archive: the graph is JSON; weights, constants and sample inputs stand beside it, some of them as
+Such a file is a zip archive. The graph is JSON; weights, constants and sample inputs are separate members, some of them
 pickles. `torch.export.load` would unpickle those, evaluate the expressions of symbolic sizes and load compiled
-libraries, each of which can run any code. Only the graph's JSON is read here. Nothing of the file is unpickled,
-evaluated, imported or loaded, and a file that holds more than tensors and plain values is refused.
+libraries, each of which can run arbitrary code. This module reads the graph's JSON only. It unpickles, evaluates,
+imports and loads nothing, and it rejects a file that contains more than tensors and plain values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lensor.spec import ConvSpec
 
 _CONVOLUTIONS = {f"conv{dims}d": False for dims in (1, 2, 3)} | {f"conv_transpose{dims}d": True for dims in (1, 2, 3)}
 _CONVOLUTIONS["_convolution_mode"] = False
-"""ATen's functions, and whether they are transposed; `convolution` and `_convolution` have an argument for it."""
+"""ATen's functions, and whether they are transposed; `convolution` and `_convolution` have an argument for this."""
 
 _ANY_CONVOLUTION = re.compile(r"(?:^|_)conv(?:olution)?(?:\d|_|$)")
 
@@ -33,13 +33,13 @@ _RUN_ONCE = (
     *("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint"),
     *("tag_activation_checkpoint", "hints_wrapper", "invoke_subgraph", "strict_mode"),
 )
-"""Operators that run the graph they are given exactly once."""
+"""Operators that run their graph exactly once."""
 
 _SCHEMA = 8
-"""The major version of the graph's JSON."""
+"""The supported major version of the graph's JSON schema."""
 
 _MOST = 2**28
-"""Bytes of a graph; those of the largest models take a tenth of it."""
+"""Maximum size of a graph in bytes; the largest models need a tenth of it."""
 
 _OLD_GRAPH = "serialized_exported_program.json"
 
@@ -47,21 +47,21 @@ _OLD_GRAPH = "serialized_exported_program.json"
 def exported(path: Path) -> tuple[list[Layer], tuple[int, ...]]:
     """The distinct convolutions of an exported program, and the shape of one example of its first input.
 
-    Sizes are those that the program was exported with. Padding by another mode than zeros is a step of its own in such
-    programs; the convolution after it has none. Convolutions inside of `torch.no_grad` and autocast blocks count.
+    Sizes are those of the export. Exported programs pad in a separate step for padding modes other than zeros; the
+    convolution after it has no padding. Convolutions inside of `torch.no_grad` and autocast blocks are included.
 
-    The file is read and not run: no part of it is unpickled or evaluated.
+    The file is read but not run: no part of it is unpickled or evaluated.
 
     Args:
         path: a file that `torch.export.save` wrote.
 
     Raises:
-        CommandError: if there is no such file, or it holds something else, or a size of a convolution is not known; if
-            it holds pickles of more than tensors and plain values, objects of custom classes or compiled code, which
-            could run code when the program is loaded; or if the program runs a convolution inside of control flow.
+        CommandError: if the file does not exist, is not an exported program, or lacks a size of a convolution; if it
+            contains compiled code, objects of custom classes or pickles of more than tensors and plain values, which
+            could run code when the program is loaded; or if a convolution runs inside of control flow.
     """
     if not path.is_file():
-        raise CommandError(f"there is no file {path}")
+        raise CommandError(f"{path} does not exist, expected a file that torch.export.save wrote")
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive)
@@ -75,13 +75,13 @@ def exported(path: Path) -> tuple[list[Layer], tuple[int, ...]]:
         raise
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:  # whatever error a damaged or foreign file causes
         raise CommandError(f"{path} is not an exported program: {in_one_line(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- archive
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The archive's files by their paths, without the folder that all of them are in."""
+    """The archive's members by path, without their common folder."""
     infos = {info.filename: info for info in archive.infolist()}
     if _OLD_GRAPH in infos:
         return infos
@@ -93,7 +93,7 @@ def _graph_member(members: Mapping[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
         if name in members:
             return members[name]
     found = [name for name in members if name.startswith("models/")]
-    raise ValueError(f"it holds no models/model.json{f', found {found[0]}' if found else ''}")
+    raise ValueError(f"the archive has {found[0] if found else 'no graph'}, expected models/model.json")
 
 
 def _text(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -103,7 +103,7 @@ def _text(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 def _refuse_code(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Raise for a file whose parts could run code when torch loads it.
+    """Raise for a file with parts that could run code when torch loads it.
 
     Raises:
         CommandError: with the first such part.
@@ -112,7 +112,7 @@ def _refuse_code(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zip
     for name, member in members.items():
         last = name.rpartition("/")[2]
         holds = ""
-        if name.startswith(("extra/", "extra_files/")):  # read as text
+        if name.startswith(("extra/", "extra_files/")):  # torch reads these as text
             continue
         if name.startswith("data/aotinductor/"):
             holds = "compiled code"
@@ -122,13 +122,13 @@ def _refuse_code(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zip
             holds = _unsafe(archive, member)
         if holds:
             raise CommandError(
-                f"{path} could run code when it is loaded: {name} holds {holds}; the file was not loaded. Export the"
-                " program with inputs and constants that are tensors and numbers"
+                f"{path} could run code when loaded: {name} has {holds}, expected tensors and plain values; the file"
+                " was not loaded. Export the program with inputs and constants that are tensors and numbers"
             )
 
 
 def _pickled(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> set[str]:
-    """Weights and constants that are pickles by the archive's own tables."""
+    """Weights and constants that the archive's own tables mark as pickles."""
     found = set()
     for name, member in members.items():
         if re.fullmatch(r"data/(weights|constants)/.*_config\.json", name):
@@ -139,7 +139,7 @@ def _pickled(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -
 
 
 def _unsafe(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
-    """What a file of `torch.save` holds beside tensors and plain values; nothing is unpickled."""
+    """The unsafe content of a `torch.save` file, found without unpickling; empty if it is safe."""
     if member.file_size == 0:
         return ""
     if member.compress_type != zipfile.ZIP_STORED:  # torch never compresses; small data may expand to any size
@@ -147,7 +147,7 @@ def _unsafe(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
     try:
         with archive.open(member) as file:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception as error:  # a pickle without an archive around it, TorchScript, or damaged
+    except Exception as error:  # a pickle without an archive, TorchScript, or a damaged file
         return f"a pickle that cannot be examined ({in_one_line(error)})"
     return f"a pickle that refers to {', '.join(sorted(names))}" if names else ""
 
@@ -155,14 +155,14 @@ def _unsafe(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
 # --------------------------------------------------------------------------------------------------------------- graph
 @dataclass(frozen=True)
 class _Node:
-    """A node of a graph: the operator with its name space, the arguments by name, and what its tensors' sizes are."""
+    """A node of a graph: the operator with its namespace, the arguments by name, and its tensors' sizes."""
 
     record: Mapping[str, Any]
     graph: Mapping[str, Any]
 
     @property
     def operator(self) -> tuple[str, str]:
-        """Name space and name, without the overload: ("aten", "conv2d")."""
+        """Namespace and name, without the overload: ("aten", "conv2d")."""
         parts = str(self.record["target"]).split(".")
         return (parts[2], parts[3]) if parts[:2] == ["torch", "ops"] and len(parts) > 3 else ("", parts[-1])
 
@@ -173,12 +173,12 @@ class _Node:
 
     @property
     def module(self) -> str:
-        """The path of the module that it comes from; its own name if that is not known."""
+        """The path of the module that the node comes from; the node's name if the path is unknown."""
         stack = self.record["metadata"].get("nn_module_stack", "").split(";")[-1]
         return next(iter(_split(stack)[1:2]), "") or self.name
 
     def argument(self, name: str) -> Any:
-        """A number, text, a list of numbers, or None if it is missing or None."""
+        """A number, string or list of numbers; None if it is missing or None."""
         found = [one["arg"] for one in self.record["inputs"] if one["name"] == name]
         if not found:
             return None
@@ -191,13 +191,13 @@ class _Node:
             return [self._symbolic(one) for one in value]
         if kind in ("as_int", "as_ints", "as_string", "as_bool", "as_bools"):
             return value
-        raise CommandError(f"cannot read the argument {name} of {self.name}, which is given {kind}")
+        raise CommandError(f"argument {name} of {self.name} is {kind}, expected a number, string or list of numbers")
 
     def _symbolic(self, value: Mapping[str, Any]) -> int:
         return _size(self.graph["sym_int_values"][value["as_name"]] if "as_name" in value else value, self.name)
 
     def sizes(self, name: str) -> tuple[int, ...] | None:
-        """The sizes of a tensor that is an argument, or None where there is none."""
+        """The sizes of a tensor argument, or None if the argument is missing."""
         for one in self.record["inputs"]:
             given = one["arg"].get("as_optional_tensor", one["arg"])
             if one["name"] == name and "as_tensor" in given:
@@ -205,12 +205,12 @@ class _Node:
         return None
 
     def graphs(self) -> list[Mapping[str, Any]]:
-        """The graphs that it is given."""
+        """The graphs among the node's arguments."""
         return [one["arg"]["as_graph"]["graph"] for one in self.record["inputs"] if "as_graph" in one["arg"]]
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that are not inside of parentheses or brackets."""
+    """Split text at commas outside of parentheses and brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")
@@ -239,10 +239,10 @@ def _convolutions(program: Mapping[str, Any], model: str) -> tuple[list[Layer], 
 
 
 def _nodes(graph: Mapping[str, Any]) -> Iterator[_Node]:
-    """The nodes of a graph and of those that run inside of it, in order.
+    """The nodes of a graph and of the graphs that run inside of it, in order.
 
     Raises:
-        CommandError: for convolutions that run as often as the data say.
+        CommandError: for a convolution in data-dependent control flow.
     """
     for record in graph["nodes"]:
         node = _Node(record, graph)
@@ -251,25 +251,27 @@ def _nodes(graph: Mapping[str, Any]) -> Iterator[_Node]:
             for one in _nodes(inner):
                 if node.operator[1] not in _RUN_ONCE and _spec(one) is not None:
                     raise CommandError(
-                        f"{one.name} is a convolution inside of {node.operator[1]}: how often it runs depends on the"
-                        " data, expected a program without control flow around its convolutions"
+                        f"{one.name} is a convolution inside of {node.operator[1]}, expected no control flow around"
+                        " convolutions: how often it runs depends on the data"
                     )
                 yield one
 
 
 def _spec(node: _Node) -> ConvSpec | None:
-    """The convolution that a node of a graph is, if it is one."""
+    """The convolution that a node computes, or None."""
     space, name = node.operator
     transposed = _CONVOLUTIONS.get(name)
     if space == "aten" and name in ("convolution", "_convolution"):
         transposed = bool(node.argument("transposed"))
     if space != "aten" or transposed is None:
         if space and _ANY_CONVOLUTION.search(name) and "backward" not in name:
-            raise CommandError(f"{node.name} is {space}.{name}, a convolution whose hyper-parameters are not read")
+            raise CommandError(f"{node.name} is {space}.{name}, expected a convolution with known hyper-parameters")
         return None
     x, weight = node.sizes("input"), node.sizes("weight")
     if x is None or weight is None or not 3 <= len(weight) <= len(x) + 1:
-        raise CommandError(f"cannot read the arguments of {node.name}: its input has sizes {x}, its weight {weight}")
+        raise CommandError(
+            f"{node.name} has input sizes {x} and weight sizes {weight}, expected those of a convolution"
+        )
     names = ("stride", "padding", "dilation", "groups", "output_padding")
     given = {key: value for key in names if (value := node.argument(key)) is not None}
     given["bias"] = node.sizes("bias")
@@ -281,10 +283,10 @@ def _sizes(graph: Mapping[str, Any], tensor: str, name: str) -> tuple[int, ...]:
 
 
 def _size(size: Mapping[str, Any], name: str) -> int:
-    """A size: a number, or the one that a symbolic size had when the program was exported."""
+    """The value of a size; for a symbolic size, its value at export."""
     number = size.get("as_int")
     if number is None:
         number = ((size.get("as_expr") or {}).get("hint") or {}).get("as_int")
     if not isinstance(number, int) or not 0 <= number < 2**63:
-        raise CommandError(f"a size of {name} is not known: export the model with fixed image sizes")
+        raise CommandError(f"a size of {name} is unknown, expected a number: export the model with fixed image sizes")
     return number

@@ -1,4 +1,4 @@
-"""The convolutions of any torch model."""
+"""Finds the convolutions of any torch model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_pad
 FUNCTIONS = {f"conv{dims}d": _ORDER for dims in (1, 2, 3)} | {
     f"conv_transpose{dims}d": _ORDER_TRANSPOSED for dims in (1, 2, 3)
 }
-"""torch's functions, with the order of their arguments."""
+"""torch's functions, and the order of their arguments."""
 
 
 def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tuple[Layer, torch.Tensor]]:
-    """The distinct convolutions of a model in the order in which they run, each with the first input it was given.
+    """The distinct convolutions of a model in the order in which they run, each with its first input.
 
-    Convolutions and transposed convolutions of any number of dimensions are found, modules and calls of torch's
-    functions; one that runs twice is counted twice. A model and inputs on the meta device cost neither memory nor time.
+    This finds convolutions and transposed convolutions of any number of dimensions, as modules and as calls of torch's
+    functions; one that runs twice counts twice. On the meta device it costs neither memory nor time.
 
     Example:
         >>> import torch
@@ -47,9 +47,7 @@ def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tup
     def recorder(path: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
             calls.module = path
-            if (
-                not module.transposed
-            ):  # of those the call that follows knows the output_padding that output_size asks for
+            if not module.transposed:  # the call that follows determines the output_padding from output_size
                 x = arguments[0] if arguments else named["input"]
                 calls.add(ConvSpec.from_module(module, input_size=tuple(x.shape[-len(module.kernel_size) :])), path, x)
                 calls.inside = True
@@ -72,7 +70,7 @@ def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tup
 
 
 class _Calls(TorchFunctionMode):
-    """What was found, and the convolutions that are calls of functions outside of torch's modules."""
+    """The convolutions found so far; also records function calls outside of torch's modules."""
 
     def __init__(self, model: str) -> None:
         super().__init__()
@@ -99,7 +97,7 @@ class _Calls(TorchFunctionMode):
 
 
 def spec_of(x: Sequence[int], weight: Sequence[int], given: Mapping[str, Any], transposed: bool) -> ConvSpec:
-    """The convolution of a call, from the shapes of its input and weight and the other arguments, by torch's names."""
+    """The convolution of a call, from the shapes of input and weight and the other arguments, under torch's names."""
     dims, groups = len(weight) - 2, given.get("groups", 1)
     hyper = {key: _each(given[key], dims) for key in ("stride", "padding", "dilation") if given.get(key) is not None}
     more = {"transposed": True, "output_padding": _each(given.get("output_padding", 0), dims)} if transposed else {}
@@ -116,7 +114,7 @@ def spec_of(x: Sequence[int], weight: Sequence[int], given: Mapping[str, Any], t
 
 
 def _each(value: int | str | Sequence[int], dims: int) -> str | tuple[int, ...]:
-    """A hyper-parameter for each dimension; lists of one number stand for all of them."""
+    """A hyper-parameter for each dimension; a list of one number applies to all."""
     if isinstance(value, (str, int)):
         return value if isinstance(value, str) else (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)
@@ -125,13 +123,13 @@ def _each(value: int | str | Sequence[int], dims: int) -> str | tuple[int, ...]:
 def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shapes: Sequence[int]) -> list[Layer]:
     """The distinct convolutions of the model that `factory` makes, in evaluation mode, for inputs of these shapes.
 
-    The model is made and run on the meta device; on the CPU if it cannot run there. Inputs are zeros of the parameters'
-    dtype; integers if the model does not run on those.
+    The model is made and run on the meta device, or on the CPU if that fails. Inputs are zeros of the parameters'
+    dtype, or integers if the model does not accept those.
 
     Args:
-        factory: makes the model.
-        name: what to call it.
-        input_shapes: for each argument of the model the shape of one example, without a batch axis.
+        factory: function that makes the model.
+        name: name of the model.
+        input_shapes: shape of one example for each argument of the model, without a batch axis.
 
     Example:
         >>> import torch
@@ -140,7 +138,7 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
         [Layer(model='net', name='', spec=ConvSpec(1, 2, (9,), 3, bias=True), count=1)]
 
     Raises:
-        CommandError: if the model cannot be made or run; the reason in one line.
+        CommandError: if the model cannot be made or run, with the reason in one line.
     """
     failed: BaseException | None = None
     for device, integers in (("meta", False), ("cpu", False), ("cpu", True)):
@@ -150,7 +148,7 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
             if not isinstance(model, torch.nn.Module):
                 raise CommandError(f"{name} made a {type(model).__name__}, expected a torch.nn.Module")
             if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-                raise CommandError(f"{name} holds TorchScript, whose convolutions are not seen: give the model itself")
+                raise CommandError(f"{name} contains TorchScript, expected a model without it: pass the model itself")
             floating = (one.dtype for one in model.parameters() if one.is_floating_point() or one.is_complex())
             dtype = torch.int64 if integers else next(floating, torch.float32)
             inputs = [torch.zeros((1, *shape), device=device, dtype=dtype) for shape in input_shapes]
@@ -165,9 +163,9 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
 
 
 def import_factory(path: str) -> Callable[..., Any]:
-    """The model factory, or a function that gives the model, at an import path `pkg.mod:name`.
+    """The model factory at an import path `pkg.mod:name`; a module there is wrapped in a function.
 
-    The current folder is searched too.
+    The current folder is searched as well.
 
     Example:
         >>> from lensor.inspect.extract import import_factory
@@ -175,21 +173,21 @@ def import_factory(path: str) -> Callable[..., Any]:
         'all_cnn_c'
 
     Raises:
-        CommandError: if there is no such thing to import or to call.
+        CommandError: if the path cannot be imported, or the object cannot be called.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
-        raise CommandError(f"{path!r} is no import path, expected pkg.mod:factory")
+        raise CommandError(f"{path!r} is not an import path, expected pkg.mod:factory")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         factory: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise CommandError(f"cannot import {module_name}: {in_one_line(error)}") from error
     for part in name.split("."):
         if not hasattr(factory, part):
-            raise CommandError(f"{module_name} has no {name}")
+            raise CommandError(f"{module_name} has no {name}, expected a function or class that makes a model")
         factory = getattr(factory, part)
     if isinstance(factory, torch.nn.Module):
         return lambda: factory

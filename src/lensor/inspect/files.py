@@ -1,4 +1,4 @@
-"""The files that commands read and write, with one line for what goes wrong."""
+"""Files that commands read and write, with one-line errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lensor.inspect.errors import CommandError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make one line of what keeps a file or folder from being written.
+    """Convert an OSError in the `with` block, while writing a file or folder, to a one-line error.
 
     Raises:
         CommandError: for an OSError inside.
@@ -25,10 +25,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_regular(path: Path) -> None:
-    """Raise for a device, a pipe or a folder in the place of a file that is read and written.
+    """Raise if the path of a file that is read and written is a device, a pipe or a folder.
 
     Raises:
-        CommandError: if it is there and something else than a file.
+        CommandError: if the path exists and is not a regular file.
     """
     with writing(path):
         if path.exists() and not path.is_file():
@@ -37,7 +37,7 @@ def require_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file or pipe holds; devices, which may have no end, are not read.
+    """Read the contents of a file or pipe; devices, which may be endless, are rejected.
 
     Raises:
         CommandError: if it cannot be read.
@@ -51,17 +51,17 @@ def read_bytes(path: Path) -> bytes:
 
 
 def refuse_early(path: Path) -> None:
-    """Raise for a file that cannot be written, before anything is measured for it; devices and pipes may be."""
+    """Raise before any measurement if a file cannot be written; devices and pipes are allowed."""
     with writing(path):
         if path.is_dir() or not path.parent.is_dir():
-            why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            why = "it is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
             raise CommandError(f"cannot write {path}: {why}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise CommandError(f"cannot write {path}: permission denied")
 
 
 def refuse_folder_early(out: Path, names: Sequence[str]) -> None:
-    """Make a folder for files of some names, or raise, before anything is measured for them."""
+    """Make a folder for files of the given names, or raise, before any measurement."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):

@@ -1,4 +1,4 @@
-"""A convolution of a model, and tables of them as CSV."""
+"""Convolutions of a model, and CSV tables of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lensor.spec import ConvSpec
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of a model: it is run `count` times with these hyper-parameters and this input size.
+    """A convolution of a model, with its hyper-parameters and input size.
 
     Args:
-        model: the model's name.
-        name: the path of the first module that is this convolution.
-        spec: hyper-parameters, input size and whether there is a bias. Two convolutions are one if they agree in these.
-        count: how often the model runs it on one input.
+        model: name of the model.
+        name: path of the first module with this convolution.
+        spec: hyper-parameters, input size and bias. Convolutions that agree in these count as one.
+        count: how often the model runs the convolution for one input.
     """
 
     model: str
@@ -31,7 +31,7 @@ class Layer:
     count: int
 
     def __post_init__(self) -> None:
-        for name in ("model", "name"):  # what a user's model is called may hold anything
+        for name in ("model", "name"):  # a user's names may contain anything
             object.__setattr__(self, name, printable(getattr(self, name)))
 
     @property
@@ -41,12 +41,12 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The spec's kind, and whether each channel is a group of its own."""
+        """The spec's kind, and whether the convolution is depthwise."""
         return f"{self.spec.kind}, depthwise" if is_depthwise(self.spec) else self.spec.kind
 
 
 def is_depthwise(spec: ConvSpec) -> bool:
-    """Whether each channel is a group of its own."""
+    """Whether each channel is a separate group."""
     return spec.groups == spec.in_channels > 1
 
 
@@ -98,7 +98,7 @@ def without_bias(spec: ConvSpec) -> ConvSpec:
 
 
 def census(layers: Iterable[Layer]) -> dict[str, tuple[int, int]]:
-    """(how many convolutions, how many of them unique) for each kind that occurs.
+    """The total and the unique number of convolutions of each kind that occurs.
 
     Example:
         >>> import lensor
@@ -130,7 +130,7 @@ COLUMNS = ("net", "input_shape", "name", "count", *SPEC_COLUMNS)
 
 
 def format_sizes(sizes: Sequence[int | Sequence[int]]) -> str:
-    """Sizes as text: `3x224x224`, and uneven padding as `0+1x0+1`.
+    """Format sizes as text: `3x224x224`, and uneven padding as `0+1x0+1`.
 
     Example:
         >>> from lensor.inspect.layers import format_sizes, parse_sizes
@@ -144,14 +144,14 @@ def format_sizes(sizes: Sequence[int | Sequence[int]]) -> str:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """Sizes from text; `x` or `×` between them, or `,`.
+    """Parse sizes that are separated by `x`, `×` or `,`.
 
     Raises:
         CommandError: for anything else.
     """
     parts = re.split("[x×]" if "," not in text else ",", text.strip())
     if not all(part.strip().isdecimal() for part in parts):
-        raise CommandError(f"{text!r} is no shape, expected sizes such as 3x224x224")
+        raise CommandError(f"{text!r} is not a shape, expected sizes such as 3x224x224")
     return tuple(map(int, parts))
 
 
@@ -163,7 +163,7 @@ def _parse_padding(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def integer(row: Mapping[str, str], name: str) -> int:
-    """The number in a column of a row.
+    """Parse the integer in a column of a row.
 
     Raises:
         ValueError: for anything else, with the column's name.
@@ -195,10 +195,10 @@ def spec_record(spec: ConvSpec) -> dict[str, object]:
 
 
 def spec_of(row: dict[str, str]) -> ConvSpec:
-    """The specification in a row of a table.
+    """Parse the specification in a row of a table.
 
     Raises:
-        KeyError, ValueError: for columns that are missing or make no sense.
+        KeyError, ValueError: for missing or invalid columns.
     """
     spec = ConvSpec(
         integer(row, "in_channels"),
@@ -216,7 +216,7 @@ def spec_of(row: dict[str, str]) -> ConvSpec:
     )
     for name, found in (("kind", spec.kind), ("output_size", format_sizes(spec.output_size))):
         if row[name] != found:
-            raise ValueError(f"{name} is {row[name]}, but the other columns give {found}")
+            raise ValueError(f"{name} is {row[name]}, expected {found} from the other columns")
     return spec
 
 

@@ -1,4 +1,4 @@
-"""What is measured: seven operations, with the networks and the operands of each."""
+"""The seven measured operations, with their networks and operands."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Operation:
     """An operation of a convolution.
 
     Args:
-        name: its name.
-        operands: the names of its operands, among X, W, V (a cotangent) and S (columns of cotangents).
-        network: the tensor network that defines it.
+        name: name of the operation.
+        operands: names of its operands, from X, W, V (a cotangent) and S (columns of cotangents).
+        network: function that returns its tensor network.
     """
 
     name: str
@@ -56,21 +56,21 @@ OPERATIONS = {
         Operation("ggn_diagonal", ("X", "S"), ops.ggn_diagonal),
     )
 }
-"""The operations by name; kfac_expand is KFC."""
+"""The operations, by name; kfac_expand is KFC."""
 
 PAPER_OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
-"""The five that the paper measures."""
+"""The five operations that the paper measures."""
 
 STANDARD = "standard"
-"""The implementation that the others are checked against and measured by."""
+"""The reference implementation for results and times."""
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""The dtypes of operands."""
+"""Dtypes of operands."""
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What `lensor explain` plans for, and how its times are measured.
+    """The settings of `lensor explain` for plans and timings.
 
     Args:
         batch: batch size.
@@ -78,8 +78,8 @@ class Measuring:
         dtype: dtype of the operands.
         threads: threads of torch.
         device: "cpu" or "cuda".
-        repeats: the largest number of rounds.
-        seconds: how long each implementation is timed, in at least three rounds.
+        repeats: maximum number of rounds.
+        seconds: time for each implementation, in at least three rounds.
     """
 
     batch: int = 8

@@ -1,4 +1,4 @@
-"""The page of `lensor explain`: one HTML file that needs nothing else."""
+"""The page of `lensor explain`: a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ HEADINGS = (
     *(("plan", False), ("Mflop", True), ("peak MB", True), ("standard, ms", True), ("Lensor, ms", True)),
     ("ratio", True),
 )
-"""The columns of the table, and whether they hold numbers."""
+"""The columns of the table, and whether they contain numbers."""
 
 EVEN = 1.05
-"""Ratios above this are marked as slower, below its inverse as faster."""
+"""Ratios above this are marked as slower, ratios below its inverse as faster."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: what is shown, what it is sorted by ("" comes last), and how it is marked."""
+    """A cell: its text, its sort key ("" comes last), and its style."""
 
     text: str
     value: str | float
@@ -35,7 +35,7 @@ class Cell:
 
 
 def cells(one: Explanation) -> list[Cell]:
-    """The cells of an explanation, one for each heading."""
+    """The cells of an explanation, one per heading."""
     spec = one.layer.spec
     texts = (one.layer.name or "(the model)", label(spec) + (" transposed" if spec.transposed else ""), one.layer.kind)
     times = [Cell("–", "")] * 3
@@ -53,13 +53,13 @@ def cells(one: Explanation) -> list[Cell]:
 
 
 def page(explanations: Sequence[Explanation], model: str, lead: str, settings: Sequence[str]) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
-        explanations: what it shows.
-        model: the model's name.
-        lead: what the model is given, in a line.
-        settings: lines on how it was measured.
+        explanations: the explanations to show.
+        model: name of the model.
+        lead: a line on the model's input.
+        settings: lines on the measurement.
     """
     environment = Environment(
         loader=PackageLoader("lensor.inspect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -96,9 +96,9 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
 
 
 def _diagram(net: AnyNetwork, text: str, drawn: dict[str, Markup]) -> Markup:
-    """The diagram of a network; networks of one text are drawn once."""
+    """The diagram of a network; networks with the same text are drawn once."""
     if text not in drawn:
-        # Inside a page an SVG element needs no name space, which is an address.
+        # Inside of a page an SVG element needs no namespace, which would be an external address.
         drawn[text] = Markup(draw(net).svg.replace(' xmlns="http://www.w3.org/2000/svg"', ""))
     return drawn[text]
 
@@ -126,7 +126,7 @@ def millions(count: float) -> str:
 
 
 def pace(ratio: float) -> str:
-    """How a ratio is marked: "slow", "fast" or not at all."""
+    """The style of a ratio: "slow", "fast" or none."""
     return "slow" if ratio > EVEN else "fast" if ratio < 1 / EVEN else ""
 
 

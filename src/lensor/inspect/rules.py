@@ -1,4 +1,4 @@
-"""The table of simplification rules: each with an example before and after it fires, and what the example costs."""
+"""The table of simplification rules, each with an example before and after it fires, and the example's cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDENTITIES = {
     "6": "K≤S, D=1: pad P on the left, pad or crop to O·S, regroup into (o, S), keep k<K",
     "7": "for O=1 the stride is irrelevant, for K=1 the dilation",
     "8": "padding is a shift",
-    "11": "with g = gcd(S,D) only every g-th i is read; what is left is a pattern of S/g and D/g",
+    "11": "with g = gcd(S,D) only every g-th i is read; the rest is a pattern of S/g and D/g",
     "16": "sums of Π over one leg; 17: over two",
     "19": "two patterns that share two legs: a delta on the third",
     "23": "composition of two patterns",
@@ -44,7 +44,7 @@ def network_of(example: Example) -> Network:
 
 
 def firings(net: Network) -> Iterator[tuple[Rule, Network, Network]]:
-    """(rule, network before, network after) of every step of a simplification, as the engine makes them."""
+    """(rule, network before, network after) of every step of a simplification, as the engine performs it."""
     while True:
         found = ((rule, rule.apply(net)) for phase in PHASES for rule in phase)
         rule, after = next(((rule, after) for rule, after in found if after is not None), (None, None))
@@ -58,7 +58,7 @@ def first_firing(rule: Rule, example: Example) -> tuple[Network, Network]:
     """The network before and after the rule first fires on an example.
 
     Raises:
-        LookupError: if it never does.
+        LookupError: if the rule never fires.
     """
     for term in network_of(example).terms:
         for fired, before, after in firings(term):
@@ -68,13 +68,13 @@ def first_firing(rule: Rule, example: Example) -> tuple[Network, Network]:
 
 
 def plan_of(net: Network) -> plan.Plan:
-    """The plan of a network whose sizes are all known."""
+    """The plan of a network whose sizes are all bound."""
     shapes: dict[str, Any] = {name: tuple(map(net.group_size, legs)) for name, legs in net.operand_legs.items()}
     return net.plan(**shapes)
 
 
 def dense_flops(net: Network) -> int:
-    """Flops of the network as it stands, each pattern an array, contracted pairwise in opt_einsum's order."""
+    """Flops of the unsimplified network, with patterns as arrays, contracted pairwise along opt_einsum's path."""
     total = 0
     for term in net.terms:
         symbols = {index: get_symbol(at) for at, index in enumerate(term.sizes)}
@@ -101,7 +101,7 @@ def _row(*cells: object) -> str:
 
 
 def to_markdown() -> str:
-    """The page docs/simplification.md."""
+    """The text of docs/simplification.md."""
     return "\n".join(_lines()) + "\n"
 
 
@@ -109,18 +109,18 @@ def _lines() -> Iterator[str]:
     yield "# Simplification: the rules, with examples\n"
     yield f"Made by `{COMMAND}`; a test compares this file with the command's output.\n"
     yield (
-        "The engine applies the rules of a phase only where no rule of an earlier phase applies, until none does."
-        " `net.trace` tells which fired. The numbers are those of the identities they rest on, with"
+        "The engine applies the rules of a phase only where no rule of an earlier phase applies, until no rule applies."
+        " `net.trace` lists the rules that fired. The numbers are those of the underlying identities, with"
         " Π[i,o,k] = [i = k·D + o·S − P]:\n"
     )
     for number, identity in IDENTITIES.items():
         yield f"- {number}: {identity}"
     yield ""
     yield (
-        "In the examples `Π(I→O K S P D)` gives a pattern's input size, output size, kernel size, stride, padding and"
-        " dilation; what is 1 or 0 is left out. A pattern of kernel size 1 is a selection (slice, pad, crop), which"
-        f" costs no arithmetic. The batch size is {BATCH}. Flops are of the whole example: before, evaluated as it"
-        " stands, with each pattern as an array, pairwise in opt_einsum's order; after, of the plan that Lensor makes."
+        "In the examples, `Π(I→O K S P D)` gives a pattern's input size, output size, kernel size, stride, padding and"
+        " dilation; default values of 1 or 0 are omitted. A pattern of kernel size 1 is a crop (slice or pad), which"
+        f" costs no arithmetic. The batch size is {BATCH}. Flops are for the whole example: before, evaluated"
+        " unsimplified, with each pattern as an array, pairwise along opt_einsum's path; after, for Lensor's plan."
         "\n"
     )
     for number, phase in enumerate(PHASES, start=1):
@@ -135,10 +135,10 @@ def _lines() -> Iterator[str]:
         yield ""
     yield "## Cases beyond dense and down-sampling\n"
     yield (
-        "einconv 0.1 leaves all of these as they stand: convolutions that simplify although their sizes do not divide,"
-        " their padding is not 0, or their output index is open. Where a pattern of kernel size over 1 is left, no rule"
-        " makes the network cheaper, and the planner chooses how to evaluate it: by views, by a convolution, or as an"
-        " array that, where nothing else needs o, as in KFAC-reduce, is summed over o before it meets X.\n"
+        "einconv 0.1 simplifies none of these: convolutions that simplify although their sizes do not divide, their"
+        " padding is not 0, or their output index is open. Where a pattern of kernel size over 1 remains, no rule makes"
+        " the network cheaper, and the planner chooses how to evaluate it: by views, by a convolution, or as an array."
+        " If nothing else needs o, as in KFAC-reduce, the array is summed over o before it is multiplied with X.\n"
     )
     yield _row("case", "network", "simplified", "rules that fired", "flops before", "flops after")
     yield _row("---", "---", "---", "---", "---:", "---:")

@@ -1,4 +1,4 @@
-"""The terminal as the commands use it."""
+"""Terminal output of the commands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lensor.inspect.errors import CommandError
 from lensor.inspect.text import printable
 
 WIDE = 150
-"""The width of tables where there is no terminal."""
+"""Width of tables without a terminal."""
 
 
 class _Plain(Console):
-    """A console that shows text as it is: no markup, no emoji codes, no control characters but line ends."""
+    """A console that prints text verbatim: no markup, no emoji codes, no control characters except line ends."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text, keep="\n"), **options)
 
 
 def console(**options: Any) -> Console:
-    """A console for text of any origin, wide where it is not a terminal; arguments as of `rich.console.Console`.
+    """A console for text of any origin, wide if it is not a terminal; arguments as for `rich.console.Console`.
 
     Example:
         >>> from lensor.inspect.terminal import console
@@ -42,18 +42,18 @@ def names_of(given: list[str] | None) -> tuple[str, ...]:
 
 
 def stop(message: str) -> typer.Exit:
-    """Print an error in one line; the exit to raise."""
+    """Print an error in one line and return the exit to raise."""
     console(stderr=True).print(f"lensor: {printable(message)}", style="red", highlight=False, soft_wrap=True)
     return typer.Exit(1)
 
 
 @contextmanager
 def reported(debug: bool, interrupted: str | None = None) -> Iterator[None]:
-    """Report what stops a command in one line, without a traceback.
+    """Report an error that stops a command in one line, without a traceback.
 
     Args:
         debug: whether to raise the error instead.
-        interrupted: what to say after Ctrl-C; unless given, it ends the program as usual.
+        interrupted: message after Ctrl-C; by default Ctrl-C ends the program as usual.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Text of users' models, files and errors in terminals and tables: what it shows is all that it does.
+"""Safe output of text from users' models, files and errors in terminals and tables.
 
-A module's name, an error's message or a path may hold anything: escape sequences of terminals, marks that reverse the
-direction of writing, line ends, or what a spreadsheet takes for a formula.
+A module name, an error message or a path may contain anything: escape sequences of terminals, marks that reverse the
+direction of writing, line ends, or text that a spreadsheet reads as a formula.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterable
 from typing import IO, Any
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of characters that steer: control and format characters, lone surrogates, line and paragraph ends."""
+"""Categories of control characters: control and format characters, lone surrogates, line and paragraph separators."""
 
 _FORMULA = re.compile("'*[=+\\-@＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""A text in which characters that would steer a terminal are escaped as in Python.
+    r"""Escape the characters that would control a terminal, as Python does.
 
     Args:
         text: any text.
-        keep: characters that stay as they are.
+        keep: characters that are not escaped.
 
     Example:
         >>> from lensor.inspect.text import printable
@@ -41,9 +41,9 @@ def _escaped(character: str) -> str:
 
 
 def cell(value: object) -> object:
-    """A value as a cell of CSV: text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """Convert a value to a CSV cell: text that a spreadsheet would read as a formula gets a leading apostrophe.
 
-    Numbers, and text that is one, stay as they are.
+    Numbers, and text that is a number, stay unchanged.
 
     Example:
         >>> from lensor.inspect.text import cell, from_cell
@@ -59,7 +59,7 @@ def cell(value: object) -> object:
 
 
 def from_cell(text: str) -> str:
-    """The text that `cell` made a cell of."""
+    """Recover the text that `cell` converted."""
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
@@ -69,7 +69,7 @@ def write_rows(file: IO[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def digits(value: float) -> str:
-    """A ratio in two or three digits.
+    """Format a ratio with two or three digits.
 
     Example:
         >>> from lensor.inspect.text import digits

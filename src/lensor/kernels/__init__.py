@@ -1,4 +1,4 @@
-"""Kernels: the array frameworks that carry out the steps of a plan, each loaded when first used."""
+"""Kernels: the array frameworks that run the steps of a plan; each is loaded when it is first used."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def load(name: str) -> Backend:
     backend = _LOADED.get(name)
     if backend is None:
         if name not in ("numpy", "torch"):
-            raise ValueError(f"unknown backend {name!r}, expected 'numpy' or 'torch'")
+            raise ValueError(f"backend {name!r} is unknown, expected 'numpy' or 'torch'")
         backend = import_module(f"lensor.kernels.{name}").BACKEND
         _LOADED[name] = backend
     return backend
 
 
 def name_of(array: Any) -> str:
-    """The name of the framework an array belongs to.
+    """The name of the framework that an array belongs to.
 
     Raises:
-        TypeError: if it is no array of NumPy or torch, or one that means more than its entries: a masked array, a
-            matrix, or another subclass of NumPy's arrays; a sparse, nested, quantized or masked tensor.
+        TypeError: if it is not an array of NumPy or torch, or if its meaning is not given by its entries: a masked
+            array, a matrix, or another subclass of NumPy's arrays; a sparse, nested, quantized or masked tensor.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
@@ -41,7 +41,7 @@ def name_of(array: Any) -> str:
         return "numpy"
     if isinstance(array, numpy.ndarray):
         raise TypeError(_why_not_array(array))
-    raise TypeError(f"expected an array of NumPy or torch, found {_type_name(array)}")
+    raise TypeError(f"an operand is a {_type_name(array)}, expected an array of NumPy or torch")
 
 
 def _type_name(array: Any) -> str:
@@ -54,20 +54,22 @@ def _is_masked(array: Any) -> bool:
 
 def _why_not_tensor(array: Any) -> str:
     if array.is_nested:
-        return "found a nested tensor, expected a dense one: torch.nested.to_padded_tensor(x, 0.0) makes one"
+        return "an operand is a nested tensor, expected a dense one: torch.nested.to_padded_tensor(x, 0.0) makes one"
     if array.is_quantized:
-        return f"found a quantized tensor of {array.dtype}, expected a floating-point one: x.dequantize() makes one"
+        return f"an operand is a quantized tensor of {array.dtype}, expected a floating-point one: call x.dequantize()"
     if _is_masked(array):
-        return "found a masked tensor, whose mask would be lost: x.to_tensor(0.0) replaces masked entries by 0"
-    return f"found a tensor of layout {array.layout}, expected a dense one: x.to_dense() makes one"
+        return (
+            "an operand is a masked tensor, expected one without a mask: x.to_tensor(0.0) replaces masked entries by 0"
+        )
+    return f"an operand is a tensor of layout {array.layout}, expected a dense one: call x.to_dense()"
 
 
 def _why_not_array(array: Any) -> str:
     if isinstance(array, sys.modules["numpy"].ma.MaskedArray):
-        return "found a masked array, whose mask would be lost: x.filled(0.0) replaces masked entries by 0"
+        return "an operand is a masked array, expected one without a mask: x.filled(0.0) replaces masked entries by 0"
     return (
-        f"found {_type_name(array)}, a subclass of NumPy's arrays, whose meaning (units, matrix products) would be "
-        "lost: numpy.asarray(x) makes a plain array"
+        f"an operand is a {_type_name(array)}, a subclass of NumPy's arrays with another meaning (units, matrix"
+        " products), expected a plain array: call numpy.asarray(x)"
     )
 
 
@@ -75,19 +77,19 @@ def backend_of(*arrays: Any) -> Backend:
     """The backend of all the arrays.
 
     Raises:
-        TypeError: if they belong to two frameworks, or to none that is supported (see `name_of`).
+        TypeError: if they belong to two frameworks, or to one that is not supported (see `name_of`).
     """
     names = dict.fromkeys(name_of(array) for array in arrays)
     if len(names) > 1:
-        raise TypeError(f"operands must belong to one framework, found {' and '.join(names)}")
+        raise TypeError(f"operands are arrays of {' and '.join(names)}, expected one framework")
     return load(next(iter(names), "numpy"))
 
 
 def override_of(*arrays: Any) -> Callable[..., Any] | None:
-    """What takes the place of a function of arrays, by torch's protocol, if one of them only stands for an array.
+    """The override of a function of arrays, by torch's protocol, if one of the arrays is a proxy.
 
-    The proxies of torch.fx do: they write down the function and its arguments. The override is called with the
-    function, the tuple of its arguments, and its keyword arguments.
+    The proxies of torch.fx record the function and its arguments. Call the override with the function, the tuple of its
+    arguments, and its keyword arguments.
     """
     torch = sys.modules.get("torch")
     if torch is None:
@@ -101,20 +103,20 @@ def override_of(*arrays: Any) -> Callable[..., Any] | None:
 
 
 def is_capturing() -> bool:
-    """Whether a framework is writing down a graph of what runs (torch.compile, torch.export)."""
+    """Whether a framework is capturing a graph (torch.compile, torch.export)."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.compiler.is_compiling()
 
 
 def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
-    """Whether a graph is being written down in which a size of the arrays, or one among the options, is a symbol."""
+    """Whether a graph is being captured and a size of the arrays or in the options is symbolic."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         sizes = itertools.chain(options, *(array.shape for array in arrays), *filter(_is_sequence, options))
         if not any(isinstance(size, torch.SymInt) for size in sizes):
-            return False  # in everyday calls, without the import of what compilers need
+            return False  # ordinary calls avoid importing the compiler's modules
     from lensor.kernels.torch import symbolic
 
     return symbolic.is_symbolic(arrays, options)
@@ -125,16 +127,16 @@ def _is_sequence(option: Any) -> bool:
 
 
 def for_all_sizes(operation: str) -> Callable[..., Any]:
-    """An operation of `lensor.functional`, by its name there, for sizes that are symbols."""
+    """An operation of `lensor.functional`, by its name there, for symbolic sizes."""
     from lensor.kernels.torch import symbolic
 
     return symbolic.OPERATIONS[operation]
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let compilers call a function of constants while they write down a graph, and take its result as a constant.
+    """Let compilers call a function of constants while they capture a graph, and use its result as a constant.
 
-    It is what `torch.compiler.assume_constant_result` sets, without an import of torch.
+    It does the same as `torch.compiler.assume_constant_result`, without importing torch.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

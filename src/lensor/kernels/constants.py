@@ -1,4 +1,4 @@
-"""Materialized patterns, kept: what every backend's constants are made from."""
+"""Cached materialized patterns, the source of the constants of all backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NumPy kernels: the reference."""
+"""The NumPy kernels, which are the reference."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _gram(step: s.Gram) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
-    """By definition: patches as strided views and one product; the reference for the lag sums of other backends."""
+    """Compute by definition, with patches as strided views and one product; the reference for sums over lags."""
     dims, multiply = len(step.patterns), _matmul(step)
 
     def patch_gram(x: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Patches as strided views and one einsum a call, by group; the adjoint by adding shifted slices."""
+    """Use patches as strided views and one einsum per call; the adjoint adds shifted slices."""
     dims, groups = len(step.stride), step.groups
     spatial = list(range(4, 4 + dims))
     kernel = list(range(4 + dims, 4 + 2 * dims))
@@ -235,7 +235,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
 
 
 class NumpyBackend:
-    """Arrays of NumPy."""
+    """The backend for NumPy arrays."""
 
     name = "numpy"
     steps = _STEPS
@@ -279,13 +279,13 @@ class NumpyBackend:
         return self.copy(array)
 
     def settled(self, array: Any, *, channels_last: bool = False) -> Any:
-        return array  # NumPy's own functions keep the order that arrays come in, and its reshape copies
+        return array  # NumPy's functions keep the memory order of their arrays, and its reshape copies
 
     def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
         return ready.unchecked
 
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
-        def call(*arrays: np.ndarray) -> np.ndarray:  # NumPy adds up many sums in half precision, one step or not
+        def call(*arrays: np.ndarray) -> np.ndarray:  # NumPy accumulates many sums in half precision, even in one step
             if all(array.dtype != np.float16 for array in arrays):
                 return run(*arrays)
             wide = [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]

@@ -1,4 +1,4 @@
-"""What a backend offers: checks of its arrays, and a function for every kind of step."""
+"""The interface of backends: checks of arrays, and a function for every kind of step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Backend(Protocol):
 
     name: str
     steps: Mapping[type[Step], Callable[[Any], Callable[..., Any]]]
-    """For each kind of step, what makes of a step the function that carries it out; `Input`, `Constant`, `Fill` and
-    `Identity` steps make functions of a reference array, which tells dtype and device."""
+    """For each kind of step, a function from a step to the function that runs it. The functions of `Constant`, `Fill`
+    and `Identity` steps take a reference array, which determines dtype and device."""
 
     def kind(self, array: Any) -> tuple:
-        """What plans depend on beside shapes: dtype and device."""
+        """Everything that plans depend on in addition to shapes: framework, dtype and device."""
         ...
 
     def describe(self, kind: Sequence[Any]) -> str:
-        """What times depend on beside the processor: framework, dtype, device, threads."""
+        """Everything that times depend on in addition to the processor: framework, dtype, device, threads."""
         ...
 
     def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
@@ -35,16 +35,16 @@ class Backend(Protocol):
         ...
 
     def check_positions(self, array: Any, name: str, below: int) -> None:
-        """Check a vector of positions as far as its values are known.
+        """Check a vector of positions; values are checked only if they are known.
 
         Raises:
-            TypeError: if its dtype is no integer that the framework indexes with.
+            TypeError: if its dtype is not an integer dtype with which the framework indexes.
             ValueError: if an entry is negative or not below `below`.
         """
         ...
 
     def default_reference(self) -> Any:
-        """The reference of a network without operands: double precision."""
+        """The reference array of a network without operands, in double precision."""
         ...
 
     def is_complex(self, array: Any) -> bool:
@@ -56,32 +56,33 @@ class Backend(Protocol):
         ...
 
     def copy(self, array: Any, *, channels_last: bool = False) -> Any:
-        """The array as one of its own, in row-major order, or in that of its kind that torch calls channels_last."""
+        """A copy of the array in row-major order, or in torch's memory format channels_last."""
         ...
 
     def owned(self, array: Any, *others: Any, channels_last: bool = False) -> Any:
-        """The array in that order if it lies in no memory of the others', else a copy."""
+        """The array in this memory order; copied if it shares memory with one of the others."""
         ...
 
     def settled(self, array: Any, *, channels_last: bool = False) -> Any:
-        """An array that lies in memory of its own as one that may be written to and viewed, copied where needed."""
+        """An array that shares no memory with others, in this order and writable; copied only if necessary."""
         ...
 
     def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
-        """A plan's function of arrays whose results have the order of axes of the framework's own convolution.
+        """The function of a plan, with results in the memory format of the framework's own convolution.
 
         Args:
             ready: the plan with the backend's functions, a `lensor.runtime.Runnable`.
-            spec: the convolution that the plan computes, or a derivative of which.
+            spec: the convolution that the plan computes or differentiates.
         """
         ...
 
     def widened(self, run: Callable[..., Any], one_sum: Step | None) -> Callable[..., Any]:
-        """A function of arrays that computes in float32 what is given in float16, and returns float16.
+        """A function of arrays that computes float16 operands in float32 and returns float16.
 
         Args:
             run: the function.
-            one_sum: the only step that computes, which the framework may add up in float32 by itself, if it is one.
+            one_sum: the only computing step of the plan, for which the framework may accumulate in float32 itself, or
+                None.
         """
         ...
 
@@ -91,13 +92,13 @@ class Backend(Protocol):
         derivative: Callable[[str, int, Sequence[Any], Any], Any],
         needs: Sequence[Sequence[int]],
     ) -> Callable[..., Any]:
-        """A function of arrays whose derivatives, where the framework records any, are given.
+        """A function of arrays with given derivatives, if the framework records derivatives.
 
         Args:
             run: the function.
-            derivative: `derivative(kind, place, arrays, direction)`, its VJP ("vjp") or JVP ("jvp") with respect to the
-                array at a place.
-            needs: for each place the places of the arrays that this derivative needs; the others may be None.
+            derivative: `derivative(kind, place, arrays, direction)`, the VJP ("vjp") or JVP ("jvp") with respect to the
+                array at `place`.
+            needs: for each place, the places of the arrays that this derivative needs; the others may be None.
         """
         ...
 
@@ -106,11 +107,11 @@ class Backend(Protocol):
         ...
 
     def itemsize(self, kind: Sequence[Any]) -> int:
-        """Bytes of one entry."""
+        """Bytes per entry."""
         ...
 
     def spread(self, count: int, below: int, kind: Sequence[Any]) -> Any:
-        """Positions from 0 to `below` − 1 at equal distances, for timing."""
+        """`count` evenly spaced positions from 0 to `below` − 1, for timing."""
         ...
 
     def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
@@ -118,13 +119,13 @@ class Backend(Protocol):
         ...
 
     def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
-        """An array that tells shape, dtype and device, and takes no memory."""
+        """An array with this shape, dtype and device that takes no memory."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything is computed."""
+        """Wait until all computations are finished."""
         ...
 
     def is_traced(self, array: Any) -> bool:
-        """Whether nothing can be timed on the array: it is being traced, compiled or batched, or has no memory."""
+        """Whether the array cannot be used for timing: it is traced, compiled or batched, or has no memory."""
         ...

@@ -1,4 +1,4 @@
-"""Where an array is read through patterns at positions that are known at run time; the same for every framework."""
+"""Reading arrays through patterns at positions known only at run time, for all frameworks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def read_at(
     everywhere: Callable[[int], Any],
     where: Callable[[Any, Any, Any], Any],
 ) -> Any:
-    """Flat positions within the axes, in the order of the result's; the product of their sizes where nothing is.
+    """The flat positions to read within the axes, in the order of the result; the product of their sizes for none.
 
     Args:
         step: the step.
-        positions: the vectors of positions, one for each axis.
-        everywhere: a framework's range(n) as a vector.
-        where: a framework's choice between two arrays, or an array and a number.
+        positions: the vectors of positions, one per axis.
+        everywhere: the framework's range(n), as a vector.
+        where: the framework's choice between two arrays, or an array and a number.
     """
     count, flat, inside, total = len(step.axes), 0, True, 1
     for at, axis in enumerate(step.axes):
@@ -37,7 +37,7 @@ def read_at(
 
 
 def in_mode(places: Any, size: int, mode: str, where: Callable[[Any, Any, Any], Any]) -> Any:
-    """Positions that a padding mode reads for positions that may lie outside of 0 to size − 1."""
+    """Map positions, which may be outside 0 to size − 1, to the positions that a padding mode reads."""
     if mode == "circular":
         return places % size
     if mode == "reflect":
@@ -47,7 +47,7 @@ def in_mode(places: Any, size: int, mode: str, where: Callable[[Any, Any, Any], 
 
 
 def _position(axis: s.Through, at: dict[int, Any], where: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
-    """The position of the target leg at those of the two others, and whether there is one."""
+    """The position of the target leg for positions of the other two, and whether it exists."""
     pattern, left = axis.pattern, axis.pattern.padding[0]
     if axis.target == 0:
         place = at[2] * pattern.dilation + at[1] * pattern.stride - left

@@ -1,4 +1,4 @@
-"""From a simplified network to plans: `STRATEGIES` lists the ways, each a list of stages over one state."""
+"""Lowering of simplified networks to plans: each of the `STRATEGIES` is a list of stages that change one state."""
 
 from lensor.lowering.alternatives import candidates, compare_paths
 from lensor.lowering.assemble import lower, lower_in_parts

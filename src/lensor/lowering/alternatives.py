@@ -1,4 +1,4 @@
-"""All plans that are worth a comparison, and what other contraction paths would cost."""
+"""Candidate plans, and the costs of other contraction paths."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lensor.plan import steps as s
 from lensor.plan.paths import PATHS, PathCost, PathCosts, feynman, has_best_path
 
 _PARTS_OF_SQUARES = 32
-"""A sum of squares is worked through in no more parts than this."""
+"""A sum of squares is divided into at most this many parts."""
 
 
 def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
-    """All candidate plans of a network whose sizes are known, without those that came out alike.
+    """All different candidate plans of a network with known sizes.
 
     Args:
         net: the network.
-        in_parts: also plans that work through an index part by part, though memory does not ask for it; in half
-            precision every part that is added costs digits.
+        in_parts: whether to include plans that divide an index into parts for speed; in half precision, every part
+            that is added loses digits.
     """
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
@@ -36,11 +36,11 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             plans.setdefault(plan.steps, plan)
         else:
             larger.append(plan)
-    if not plans:  # there is no way around a table: the smallest
+    if not plans:  # no plan avoids a table: take the smallest
         plan = min(larger, key=lambda plan: max(tables(plan)))
         plans[plan.steps] = plan
     for plan in list(plans.values()):
-        # What is squared and summed need never be there as a whole: a part of an index at a time stays in fast memory.
+        # An array that is squared and summed can be computed in parts, which stay in fast memory.
         squares = in_parts and any(isinstance(step, s.SumSquares) for step in plan.steps)
         index = summed_by_all(net) if squares else None
         if index is not None:
@@ -51,22 +51,22 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
 
 
 def tables(plan: Plan) -> list[int]:
-    """The sizes of the arrays that are made of patterns."""
+    """The sizes of the materialized patterns."""
     return [
         math.prod(shape) for step, shape in zip(plan.steps, plan.shapes, strict=True) if isinstance(step, s.Constant)
     ]
 
 
 def fits(plan: Plan) -> bool:
-    """Whether no pattern is made into an array of more entries than operands and result have."""
+    """Whether no materialized pattern has more entries than operands and result."""
     sizes = [math.prod(step.size) for step in plan.steps if isinstance(step, s.Input)]
     return max(tables(plan), default=0) <= largest_table([*sizes, math.prod(plan.shape)])
 
 
 def compare_paths(plan: Plan) -> PathCosts:
-    """What the network of a plan costs along several paths, with patterns as arrays, and by the plan itself.
+    """The costs of a plan's network on several paths with materialized patterns, and of the plan itself.
 
-    The best path is left out where it would take long to find.
+    The optimal path is omitted if it would take too long to find.
     """
     assert plan.network is not None
     simplified = plan.network.simplify()

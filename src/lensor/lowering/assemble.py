@@ -1,4 +1,4 @@
-"""A network becomes a plan: each term by the stages of a strategy, and the terms added."""
+"""Lowering a network to a plan: lower each term by the stages of a strategy, and add the terms."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _ONE = Fraction(1)
 
 
 def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
-    """The plan of a simplified network by one strategy."""
+    """Lower a simplified network with one strategy."""
     program = Program()
     return _pruned(net, program, _lower_terms(program, net, strategy), strategy)
 
 
 def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
-    """The plan that works through an index part by part, so that less is alive at once.
+    """Lower a network to a plan that divides an index into parts, to use less memory.
 
-    Parts of a summed index are added up, parts of an output index put side by side (it must lead its leg).
+    Results for the parts of a summed index are added; those of an output index, which must be the first of its leg, are
+    concatenated.
     """
     program = Program()
     axis = axis_of(net, index)
@@ -48,7 +49,7 @@ def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) 
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
     for prepare in strategy.prepare:
         net = prepare(net)
-    # A factor that several terms have multiplies their sum.
+    # A factor that several terms share multiplies their sum.
     factors = Counter(term.scale.factor for term in net.terms)
     common, count = factors.most_common(1)[0]
     later = common if common and count > 1 else _ONE
@@ -67,7 +68,7 @@ def _lower_term(program: Program, term: Network, strategy: Strategy, later: Frac
 
 
 def _zeros(state: State) -> int:
-    """Zeros that depend on every operand, so that frameworks find zero derivatives."""
+    """Zeros that depend on every operand, so that the gradient of every operand is zero."""
     state.factor = _ONE
     waiting, state.selections = state.selections, []
     for selection in waiting:
@@ -85,7 +86,7 @@ def _zeros(state: State) -> int:
 
 
 def _finish(state: State, tensor: Tensor) -> int:
-    """The value of a term: its axes in the order of the output, scaled, with the axes of ones alone, and grouped."""
+    """The value of a term: order its axes as in the output, scale it, add the axes that only ones have, and group."""
     program, value = state.program, tensor.value
     order = [index for index in state.term.output_indices if index in tensor.indices]
     value = program.transpose(value, [tensor.indices.index(index) for index in order])
@@ -108,7 +109,7 @@ def _added(program: Program, values: Sequence[int]) -> int:
 def _pruned(
     net: AnyNetwork, program: Program, result: int, strategy: Strategy, parts: tuple[str, int] | None = None
 ) -> Plan:
-    """A plan of the steps that the result needs, and of all positions, which are checked even where nothing is read."""
+    """A plan of the steps that the result needs, and of all vectors of positions, which are checked even if unused."""
     needed = set()
     todo = [result, *(place for place, step in enumerate(program.steps) if isinstance(step, s.Positions))]
     while todo:
@@ -121,13 +122,14 @@ def _pruned(
     steps = [_moved(program.steps[place], new) for place in kept]
     shapes = tuple(program.shapes[place] for place in kept)
     for at, step in enumerate(steps):
-        if isinstance(step, (s.Multiple, s.Add)) and _is_owned(steps, step.takes[0], at, new[result]):
-            steps[at] = replace(step, owned=True)
+        owning = step.owning()
+        if owning is not None and _is_owned(steps, step.takes[0], at, new[result]):
+            steps[at] = owning
     return Plan(to_text(net), tuple(steps), shapes, new[result], strategy.name, parts)
 
 
 def _is_owned(steps: Sequence[s.Step], value: int, user: int, result: int) -> bool:
-    """Whether a value was computed for one user alone: not an operand or pattern, and only this user sees it."""
+    """Whether a value was computed for one step only: it is not an operand or pattern, and no other step uses it."""
     while True:
         users = [at for at, step in enumerate(steps) if value in step.takes]
         if users != [user] or value == result:

@@ -1,4 +1,4 @@
-"""The last stage: what is left is contracted pairwise, along a path."""
+"""The last stage: contract the remaining tensors and patterns pairwise, along a path."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lensor.plan import steps as s
 from lensor.plan.paths import find_path
 
 Meeting: TypeAlias = Callable[[State, Tensor, Pattern, set[str]], Tensor | None]
-"""The product of a tensor and a pattern, with some indices kept; None where it is not one of this kind."""
+"""The product of a tensor and a pattern that keeps some indices; None if it does not apply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """How a strategy contracts what its stages have left.
+    """How a strategy contracts what remains after its stages.
 
     Args:
-        meetings: ways to contract a tensor with a pattern without an array of the pattern, tried in order.
-        products: ways to multiply two tensors before the general one, tried in order.
-        halves: whether two copies of one thing are contracted alike, so that one computation serves both.
-        path: where the contraction path comes from, as `find_path` takes it.
+        meetings: contractions of a tensor with a pattern that do not materialize it, tried in order.
+        products: special products of two tensors, tried in order before the general one.
+        halves: whether two equal halves are contracted alike, so that one computation serves both.
+        path: source of the contraction path, as in `find_path`.
     """
 
     meetings: tuple[Meeting, ...] = ()
@@ -36,7 +36,7 @@ class Contraction:
 
 
 def contract(state: State, way: Contraction) -> Tensor:
-    """One tensor with the indices of the output, those left out that ones alone hold."""
+    """Contract everything to one tensor with the indices of the output, except those that only ones have."""
     items = [*state.tensors, *state.patterns]
     wanted = [index for index in state.open if index not in state.expanded]
     if not items:
@@ -61,7 +61,7 @@ def _joined(
     path: Sequence[tuple[int, ...]],
     wanted: set[str],
 ) -> Tensor:
-    """The items contracted along a path; indices in `wanted` are kept."""
+    """Contract the items along a path; indices in `wanted` are kept."""
     items = list(items)
     for places in path:
         taken = [items[at] for at in places]
@@ -86,7 +86,7 @@ def _path(state: State, way: Contraction, items: Sequence[Tensor | Pattern], wan
 
 
 def _as_tensor(state: State, item: Tensor | Pattern, loose: Sequence[int] = ()) -> Tensor:
-    """A pattern as an array, summed over the legs `loose`."""
+    """Materialize a pattern, summed over the legs `loose`; return a tensor as it is."""
     if isinstance(item, Tensor):
         return item
     value = state.program.add(s.Constant((), item.pattern, tuple(loose)))

@@ -1,4 +1,4 @@
-"""Pairs of tensors contracted through patterns by the framework's convolution."""
+"""Contracting pairs of tensors through patterns with the framework's convolution."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lensor.network import Group, Pattern
 from lensor.plan import steps as s
 
 _MOST_DIMENSIONS = 3
-"""Frameworks have convolutions of this many dimensions at most."""
+"""The most dimensions of a framework's convolution."""
 
 
 def convolve(state: State) -> None:
-    """Contract pairs of tensors that patterns tie together by the framework's convolution, and its gradients."""
+    """Contract pairs of tensors that patterns connect, with the framework's convolution and its gradients."""
     _apply(state, gradients=True)
 
 
 def convolve_forward(state: State) -> None:
-    """The same without weight gradients: forward convolutions with kernel and output swapped stand for them."""
+    """Contract as `convolve`, but replace weight gradients by forward convolutions with kernel and output swapped."""
     _apply(state, gradients=False)
 
 
@@ -34,9 +34,9 @@ def _apply(state: State, gradients: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Tie:
-    """A pattern that ties two tensors: which of its legs are on the first and on the second.
+    """A pattern that connects two tensors, with its legs on the first and on the second.
 
-    The first tensor holds the input leg, or else the output leg.
+    The first tensor has the input leg, or else the output leg.
     """
 
     node: Pattern
@@ -47,12 +47,12 @@ class _Tie:
 
     @property
     def free(self) -> Leg:
-        """The leg that neither holds."""
+        """The leg that neither tensor has."""
         return Leg.third(self.first, self.second)
 
 
 def _tie(state: State, node: Pattern) -> _Tie | None:
-    """The tensors on the two summed legs of a pattern."""
+    """The tensors on the two summed legs of a pattern, if there are exactly two."""
     if node.pattern.padding_mode != "zeros" or not all(node.legs) or has_repeats(node):
         return None
     ends: list[tuple[Tensor, Leg]] = []
@@ -71,7 +71,7 @@ def _tie(state: State, node: Pattern) -> _Tie | None:
 
 
 def _ties(state: State, node: Pattern) -> list[_Tie] | None:
-    """A pattern's tie, and all others that tie the same two tensors in the same way."""
+    """The tie of a pattern, and all others between the same two tensors in the same roles."""
     mine = _tie(state, node)
     if mine is None:
         return None
@@ -80,7 +80,7 @@ def _ties(state: State, node: Pattern) -> list[_Tie] | None:
     flat = [index for tie in same for leg in tie.node.legs for index in leg]
     if len(set(flat)) < len(flat) or len(same) > _MOST_DIMENSIONS:
         return None
-    # Where the input legs of all are free, the first tensor has the output legs; no other mixture is a convolution.
+    # If all input legs are free, the first tensor has the output legs; no other mixture is a convolution.
     adjoint = mine.free == Leg.INPUT
     return None if adjoint and any(tie.free != Leg.INPUT for tie in same) else same
 
@@ -91,14 +91,14 @@ class _Dimension:
 
     Args:
         first: the indices of the first tensor.
-        second: those of the second.
-        out: those of the result.
-        stride: the hyper-parameters, as frameworks have them, and so on.
-        padding: on both sides.
-        dilation: of the kernel.
+        second: the indices of the second tensor.
+        out: the indices of the result.
+        stride: stride, as in frameworks.
+        padding: padding of both sides.
+        dilation: dilation of the kernel.
         result: the size of the result.
-        shift: start and length to which the first tensor is padded or cropped before.
-        crop: start and length to which the result is padded or cropped after.
+        shift: start and length of the range to which the first tensor is padded or cropped before the convolution.
+        crop: start and length of the range to which the result is padded or cropped after the convolution.
     """
 
     first: Group
@@ -128,7 +128,7 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     inner = [index for index in shared if index not in needed]
     free_one = [index for index in one.indices if index not in shared and index not in spatial]
     free_two = [index for index in two.indices if index not in shared and index not in spatial]
-    adjoint = ties[0].first == Leg.OUTPUT  # the output is on the input's side
+    adjoint = ties[0].first == Leg.OUTPUT  # the output leg plays the role of the input
     gradient = ties[0].second == Leg.OUTPUT and gradients
     found = [_dimension(tie, adjoint, gradient) for tie in ties]
     dimensions = [one for one in found if one is not None]
@@ -137,13 +137,13 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     room = _MOST_DIMENSIONS - len(dimensions)
     whole = _whole_axes(one, spatial, inner if gradient else free_one, room)
     if whole:
-        # A kernel of size 1 along other axes: moving them into the batch would cost copies.
+        # Use a kernel of size 1 along other axes, since moving them into the batch would cost copies.
         dimensions += [_whole(state.sizes[index], index, gradient) for index in whole]
         dimensions.sort(key=lambda dimension: one.indices.index(dimension.first[0]))
         inner, free_one = ([index for index in pool if index not in whole] for pool in (inner, free_one))
     g, c, f1, f2 = (state.size(indices) for indices in (group, inner, free_one, free_two))
     if 0 in (g, c, f1, f2):
-        return False  # frameworks differ in what they take for empty arrays
+        return False  # frameworks treat empty arrays differently
     first = [index for dimension in dimensions for index in dimension.first]
     second = [index for dimension in dimensions for index in dimension.second]
     sizes_one = [state.size(dimension.first) for dimension in dimensions]
@@ -180,21 +180,21 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
 
 
 def _whole_axes(tensor: Tensor, spatial: set[str], pool: list[str], room: int) -> list[str]:
-    """Indices of the pool among the last axes of a tensor, next to its spatial ones; none if there is no room."""
+    """Indices of the pool among the last axes of a tensor, next to its spatial ones; empty if there are too many."""
     tail = list(itertools.takewhile(lambda index: index in spatial or index in pool, reversed(tensor.indices)))
     found = [index for index in tail if index in pool]
     return found if len(found) <= room and len(found) < len(pool) else []
 
 
 def _whole(size: int, index: str, gradient: bool) -> _Dimension:
-    """A dimension with a kernel of size 1, or summed whole for a gradient."""
+    """A dimension with a kernel of size 1; for a gradient, one that is summed completely."""
     if gradient:
         return _Dimension((index,), (index,), (), 1, 0, 1, 1)
     return _Dimension((index,), (), (index,), 1, 0, 1, size)
 
 
 def _dimension(tie: _Tie, adjoint: bool, gradient: bool) -> _Dimension | None:
-    """The dimension that a tie is; None where frameworks have no such convolution."""
+    """The dimension of a convolution step for a tie; None if frameworks have no such convolution."""
     pattern, legs = tie.node.pattern, tie.node.legs
     groups = legs[tie.first], legs[tie.second], legs[tie.free]
     if (tie.first == Leg.OUTPUT) != adjoint:

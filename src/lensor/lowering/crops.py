@@ -1,4 +1,4 @@
-"""Crops: patterns of kernel size 1, which slice, pad, crop and spread an axis and cost no arithmetic."""
+"""Crops: patterns with kernel size 1, which slice, pad, crop or spread an axis without arithmetic."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lensor.plan import steps as s
 
 
 def read_crops(state: State) -> None:
-    """Read every crop from the tensors that hold its input, or put it off until everything is contracted."""
+    """Read every crop from the tensors with its input leg, or defer it until everything is contracted."""
     _apply(state, late=False)
 
 
 def read_crops_late(state: State) -> None:
-    """The same, but a part of the result that only one of two copies is cropped for is cropped at the end.
+    """Read crops as `read_crops`, but defer a crop that reads from only one of two copies.
 
-    So both copies stay one computation.
+    Both copies can then share one computation.
     """
     _apply(state, late=True)
 
@@ -43,9 +43,9 @@ def _order(state: State, node: Pattern) -> tuple[bool, int]:
 
 
 def carriers(state: State, node: Pattern, repeats: bool = False) -> list[Tensor] | None:
-    """The tensors that hold the input leg of a pattern if it can be read from them alone.
+    """The tensors with the input leg of a pattern, if no other tensor, pattern or output has it.
 
-    With `repeats` they may hold the other legs, too.
+    With `repeats` they may also have the other legs.
     """
     i, o, k = node.legs
     if not i or has_repeats(node) or set(i) & set(state.open) or state.patterns_on(i, node):
@@ -56,7 +56,7 @@ def carriers(state: State, node: Pattern, repeats: bool = False) -> list[Tensor]
 
 
 def _gather(state: State, node: Pattern) -> bool:
-    """Read a crop from the tensors that hold its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
+    """Read a crop from the tensors with its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
     i, o, _ = node.legs
     holders = carriers(state, node, repeats=True)
     if holders is None or node.pattern.is_zero:
@@ -69,7 +69,7 @@ def _gather(state: State, node: Pattern) -> bool:
 
 
 def read(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
-    """The positions of an axis that a crop reads."""
+    """Read the positions of an axis that a crop reads."""
     if pattern.padding_mode != "zeros":
         return state.program.along(s.Gather((value,), axis, pattern))
     low, count = pattern.span()
@@ -81,7 +81,7 @@ def read(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
 
 
 def _exchange(state: State, group: Group, new: Group, at_end: bool = False) -> None:
-    """Put the indices of one group into the place of those of another in the output."""
+    """Replace the indices of one group by those of another in the output."""
     at = len(state.open) if at_end and not group else state.open.index(group[0])
     rest = [index for index in state.open if index not in group]
     at -= sum(index in group for index in state.open[:at])
@@ -89,7 +89,7 @@ def _exchange(state: State, group: Group, new: Group, at_end: bool = False) -> N
 
 
 def _put_off(state: State, node: Pattern) -> bool:
-    """Put a crop into the output off until everything is contracted."""
+    """Defer a crop from the output until everything is contracted."""
     pattern, (i, o, _) = node.pattern, node.legs
     if pattern.is_zero or not i or len({*i, *o}) < len((*i, *o)):
         return False
@@ -108,7 +108,7 @@ def _put_off(state: State, node: Pattern) -> bool:
 
 
 def _read_late(state: State, node: Pattern) -> bool:
-    """Put a crop of the result off, so that two copies of one part stay one."""
+    """Defer a crop of the result, so that two copies of one part share a computation."""
     pattern, (i, o, _) = node.pattern, node.legs
     if not i or len({*i, *o}) < len((*i, *o)) or pattern.is_zero or set(i) & set(state.open):
         return False
@@ -137,7 +137,7 @@ def _is_one_sided(state: State, crop: Pattern) -> bool:
 
 
 def finish_late(state: State, tensor: Tensor) -> Tensor:
-    """Carry out what was put off, the last first."""
+    """Apply the deferred crops, the last one first."""
     for late in reversed(state.late):
         if late.reads:
             value, axis, rest = state.merged(tensor, late.before)
@@ -148,10 +148,10 @@ def finish_late(state: State, tensor: Tensor) -> Tensor:
 
 
 def spread(state: State, tensor: Tensor, pattern: IndexPattern, before: Group, after: Group) -> Tensor:
-    """The adjoint of reading: the positions of one group put into those of another that a crop reads."""
+    """The adjoint of `read`: put the positions of one group into the positions of another that a crop reads."""
     if before:
         value, axis, rest = state.merged(tensor, before)
-    else:  # one number into one position
+    else:  # put one number into one position
         value, axis, rest = tensor.value, len(tensor.indices), tensor.indices
         value = state.program.reshape(value, (*state.shape(rest), 1))
     if pattern.padding_mode != "zeros":

@@ -1,4 +1,4 @@
-"""Two halves of a term that are alike up to names of indices."""
+"""Finding two halves of a term that are equal up to index names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lensor.network import Pattern, indices_of
 Item: TypeAlias = Tensor | Pattern
 
 _LARGEST = 24
-"""Two equal halves are looked for among at most this many tensors and patterns."""
+"""Two equal halves are searched among at most this many tensors and patterns."""
 
 _MOST_PAIRS = 2_000
-"""Two equal halves are looked for by trying at most this many pairs of items."""
+"""The search for two equal halves tries at most this many pairs of items."""
 
 
 def two_halves(items: Sequence[Item], wanted: Sequence[str]) -> tuple[list[Item], list[Item]] | None:
-    """The items in two lists that are alike up to names of indices, or None; indices in `wanted` are of the output."""
+    """Split the items into two lists that are equal up to index names, or None; `wanted` are the output indices."""
     tries = iter(range(_MOST_PAIRS))
 
     def search(left: Sequence[Item], there: dict[str, str]) -> list[tuple[Item, Item]] | None:
@@ -42,7 +42,7 @@ def two_halves(items: Sequence[Item], wanted: Sequence[str]) -> tuple[list[Item]
 
 
 def _what(item: Item) -> tuple[object, list[int]]:
-    """Tensors by their value, patterns by their parameters, both by how indices are grouped."""
+    """The content of an item without names: its value or pattern, and the grouping of its indices."""
     if isinstance(item, Pattern):
         return item.pattern, [len(leg) for leg in item.legs]
     return item.value, [len(item.indices)]
@@ -53,7 +53,7 @@ def _flat(item: Item) -> list[str]:
 
 
 def _extended(there: dict[str, str], one: Item, two: Item, wanted: Sequence[str]) -> dict[str, str] | None:
-    """The bijection from the names of the first half to those of the second with two more items."""
+    """Extend the bijection from the names of the first half to those of the second by two more items."""
     there = dict(there)
     for a, b in zip(_flat(one), _flat(two), strict=True):
         if there.setdefault(a, b) != b or (a in wanted) != (b in wanted):

@@ -1,4 +1,4 @@
-"""The first stage: the nodes of a term become tensors, patterns and selections."""
+"""The first stage: convert the nodes of a term to tensors, patterns and selections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lensor.plan import steps as s
 
 
 def take_nodes(state: State) -> None:
-    """Take all nodes of the term; ones on an index that another node holds are left out."""
+    """Add all nodes of the term to the state, except ones on an index that another node has."""
     held = {index for node in state.term.nodes if not isinstance(node, Ones) for index in indices_of(node)}
     for node in state.term.nodes:
         if not (isinstance(node, Ones) and node.index in held):
@@ -19,7 +19,7 @@ def take_nodes(state: State) -> None:
 
 
 def take(state: State, node: Node) -> None:
-    """Take one node."""
+    """Add one node to the state."""
     program = state.program
     match node:
         case Select(name, (full, chosen)):

@@ -1,4 +1,4 @@
-"""Gram matrices of patches by lags, without patches."""
+"""Gram matrices of patches by lags, without forming patches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lensor.network import Pattern
 from lensor.plan import steps as s
 
 _MOST_OFFSETS = 512
-"""Kernels of more positions have no products by lags: each pair of positions is a call."""
+"""Larger kernels than this do not use lags, since each pair of kernel positions is a call."""
 
 
 def take_patch_grams(state: State) -> None:
-    """Contract two copies of one tensor whose patterns share their positions, without forming patches."""
+    """Contract two copies of a tensor whose patterns share their output positions, without forming patches."""
     while any(
         one.value == two.value and _patch_gram(state, one, two)
         for at, one in enumerate(state.tensors)
@@ -24,20 +24,20 @@ def take_patch_grams(state: State) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Twins:
-    """Two equal patterns with one output leg, on two copies of a tensor."""
+    """Two equal patterns with the same output leg, on two copies of a tensor."""
 
     first: Pattern
     second: Pattern
 
     @property
     def indices(self) -> list[str]:
-        """All indices of both, those of the output leg once."""
+        """All indices of both patterns, with those of the output leg once."""
         legs = (*self.first.legs, self.second.legs[0], self.second.legs[2])
         return [index for leg in legs for index in leg]
 
 
 def _twins(state: State, one: Tensor, two: Tensor, node: Pattern) -> _Twins | None:
-    """A pattern with its twin, if both are contracted with two tensors alone."""
+    """A pattern with its twin, if they are contracted only with the two tensors."""
     (i, o, k), pattern = node.legs, node.pattern
     twin = next((t for t in state.patterns if t is not node and t.legs[1] == o and t.pattern == pattern), None)
     if twin is None or not set(i) <= set(one.indices) or not i or not k or not o:

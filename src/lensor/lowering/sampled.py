@@ -1,4 +1,4 @@
-"""Selections: positions that are known at run time only, as of sampled backpropagation."""
+"""Selections: positions that are known only at run time, as in sampled backpropagation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lensor.network import Group, Ones, Pattern, indices_of
 from lensor.plan import steps as s
 
 _ROW = 16
-"""Rows of this many entries are read at chosen positions as a whole."""
+"""Rows of at least this many entries are read as a whole at the chosen positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A tensor's axis read through a pattern at chosen positions of another leg.
+    """An axis of a tensor that is read through a pattern, at chosen positions of another leg.
 
     Args:
         node: the pattern.
         target: the leg that is read from tensors.
-        chosen: the leg whose positions are chosen.
-        selection: what chooses them.
+        chosen: the leg with the chosen positions.
+        selection: the selection that chooses them.
     """
 
     node: Pattern
@@ -37,12 +37,12 @@ class _Reading:
 
 
 def read_chosen(state: State) -> None:
-    """Read whatever has all positions at the chosen ones; where that cannot be done, put what was chosen back."""
+    """Read tensors with all positions at the chosen ones; if this is not possible, place the chosen entries instead."""
     _apply(state, placed=False)
 
 
 def place_chosen(state: State) -> None:
-    """Put what was chosen back into its positions, with zeros at the others."""
+    """Place the chosen entries at their positions, with zeros at the others."""
     _apply(state, placed=True)
 
 
@@ -54,7 +54,7 @@ def _apply(state: State, placed: bool) -> None:
         full, chosen = selection.full, selection.chosen
         others = [leg for one in waiting for leg in (one.full, one.chosen)]
         if full and not set(full) & set(state.open) and not _is_held(state, full, others):
-            # Every chosen position is one of all of them: Σ_i [i = p_j] = 1.
+            # Every chosen position is one of all positions: Σ_i [i = p_j] = 1.
             for index in chosen:
                 if not _is_held(state, (index,), others):
                     take(state, Ones(index))
@@ -84,7 +84,7 @@ def _is_held(state: State, group: Group, others: Sequence[Group]) -> bool:
 def _readings(
     state: State, selection: Selection, others: Sequence[Group], before: Sequence[_Reading]
 ) -> list[_Reading] | None:
-    """Readings through all patterns that hold the positions; None if what holds these cannot be read at some."""
+    """Readings through all patterns with the full index; None if a node with this index cannot be read at positions."""
     full, inner = selection.full, set(selection.full)
     taken = inner.union(*others)
     holders, held = state.tensors_on(full), state.patterns_on(full)
@@ -106,11 +106,11 @@ def _readings(
 
 
 def _target(state: State, node: Pattern, chosen: Leg, taken: set[str], gone: Sequence[Pattern]) -> Leg | None:
-    """The leg of a pattern that can be read from tensors alone once another leg's positions are chosen."""
+    """The leg of a pattern that can be read from tensors alone if the positions of another leg are chosen."""
     ways = {Leg.INPUT: (Leg.OUTPUT,), Leg.OUTPUT: (Leg.INPUT,), Leg.KERNEL: (Leg.INPUT, Leg.OUTPUT)}
     for target in ways[chosen]:
         if target == Leg.OUTPUT and node.pattern.padding_mode != "zeros":
-            continue  # a position may be read by several outputs then
+            continue  # several outputs may read the same position
         leg, rest = set(node.legs[target]), set(node.legs[Leg.third(target, chosen)])
         if not leg or leg & {*state.open, *taken} or state.patterns_on(leg, node):
             continue
@@ -123,11 +123,11 @@ def _target(state: State, node: Pattern, chosen: Leg, taken: set[str], gone: Seq
 
 
 def _read(state: State, tensor: Tensor, readings: Sequence[_Reading]) -> Tensor:
-    """A tensor read through patterns at chosen positions of another leg of each.
+    """Read a tensor through patterns, at chosen positions of another leg of each pattern.
 
-    The innermost of its other axes stays after what is read if it is long enough: whole rows are read then, not single
-    entries. Chosen positions come before those of kernels where a product over them follows at once, and after them,
-    one row after the other, where another pattern reads the rows first.
+    If the innermost of its other axes is long enough, it stays last, so that whole rows are read instead of single
+    entries. Chosen positions then come before kernel positions, for a product over them, unless another pattern reads
+    the rows first.
     """
     readings = sorted(readings, key=lambda reading: tensor.indices.index(reading.axis[0]))
     axes = [reading.axis for reading in readings]
@@ -151,7 +151,7 @@ def _read(state: State, tensor: Tensor, readings: Sequence[_Reading]) -> Tensor:
 
 
 def place(state: State, selection: Selection) -> None:
-    """What was selected put back into zeros if it is one tensor, else the selection as a matrix."""
+    """Put the selected entries into zeros if one tensor has them; otherwise add the selection as a matrix."""
     full, chosen, program = selection.full, selection.chosen, state.program
     size = state.size(full)
     holders = state.tensors_on(chosen)

@@ -1,4 +1,4 @@
-"""What the stages of a strategy work on: the tensors and patterns of one term that are still to be contracted."""
+"""The state of a strategy's stages: the tensors and patterns of one term that remain to be contracted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensor.plan import Program
 from lensor.plan import steps as s
 
 _SMALL_TABLE = 1 << 16
-"""A pattern, or its sum over some legs, may be an array of this many entries however small the operands are."""
+"""A materialized pattern may have this many entries even if the operands are smaller."""
 
 
 class Leg(IntEnum):
@@ -26,14 +26,14 @@ class Leg(IntEnum):
 
     @staticmethod
     def third(one: Leg, two: Leg) -> Leg:
-        """The leg that is neither of two."""
+        """The third leg, other than the two given."""
         (found,) = set(Leg) - {one, two}
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A value of the program with the index of each of its axes."""
+    """A value of the program, with one index per axis."""
 
     value: int
     indices: tuple[str, ...]
@@ -41,12 +41,12 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Positions that are known at run time only: [i = positions[j]].
+    """A selection at run time, [i = positions[j]].
 
     Args:
-        positions: the value of the program that has them.
+        positions: the program's value for the vector of positions.
         full: the indices of all positions.
-        chosen: the indices of the chosen ones.
+        chosen: the indices of the chosen positions.
     """
 
     positions: int
@@ -56,13 +56,13 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """A crop that is carried out after all contractions: from one group of the result to another.
+    """A deferred crop, which is applied after all contractions and replaces one group of the result by another.
 
     Args:
-        pattern: what it reads.
-        before: the group before it.
-        after: the group after it.
-        reads: whether it reads positions of the result, or else puts the result into positions.
+        pattern: the crop.
+        before: the group that it replaces.
+        after: the new group.
+        reads: whether it reads positions of the result; otherwise it puts the result into positions.
     """
 
     pattern: IndexPattern
@@ -72,10 +72,10 @@ class Late:
 
 
 class State:
-    """One term between its network and its program.
+    """The state of lowering one term.
 
-    The program is everything but a factor `later` of the term's scale. `tensors` and `patterns` change through the
-    methods here only, which keep the map from indices to their holders.
+    The program computes the term without the factor `later` of its scale. Change `tensors` and `patterns` only through
+    the methods, which maintain the map from indices to the tensors and patterns that have them.
     """
 
     def __init__(self, program: Program, term: Network, later: Fraction = Fraction(1)) -> None:
@@ -109,7 +109,7 @@ class State:
         self.set(patterns=(*self.patterns, pattern))
 
     def replace(self, tensor: Tensor, new: Tensor) -> None:
-        """Put a tensor in the place of another."""
+        """Replace a tensor by another."""
         self.set(tensors=(new if one is tensor else one for one in self.tensors))
 
     def drop(self, *patterns: Pattern) -> None:
@@ -129,57 +129,57 @@ class State:
         return set().union(*(one for one, _ in found)), set().union(*(one for _, one in found))
 
     def tensors_on(self, indices: Iterable[str]) -> list[Tensor]:
-        """The tensors that hold one of some indices."""
+        """The tensors that have at least one of the indices."""
         return [self.tensors[at] for at in sorted(self._held(indices)[0])]
 
     def patterns_on(self, indices: Iterable[str], *without: Pattern) -> list[Pattern]:
-        """The patterns that hold one of some indices, without those named."""
+        """The patterns that have at least one of the indices, except those in `without`."""
         found = [self.patterns[at] for at in sorted(self._held(indices)[1])]
         return [one for one in found if all(one is not other for other in without)]
 
     def used_elsewhere(self, group: Group, node: Pattern) -> bool:
-        """Whether an index of the group is in the output, or in anything but this pattern."""
+        """Whether an index of the group is in the output, in a tensor, or in another pattern."""
         return bool(set(group) & set(self.open) or self.tensors_on(group) or self.patterns_on(group, node))
 
     def needed_beside(self, *taken: Tensor | Pattern) -> set[str]:
-        """The indices of the output and of everything but some tensors and patterns."""
+        """The indices of the output, and of all tensors and patterns except those given."""
         rest = [one for one in (*self.tensors, *self.patterns) if all(one is not other for other in taken)]
         return set(self.open).union(*map(kept_indices, rest))
 
     # ------------------------------------------------------------------------------------------------------- patterns
     def is_large(self, node: Pattern, loose: Iterable[int]) -> bool:
-        """Whether a pattern summed over the legs `loose` would be an array larger than the operands and the result."""
+        """Whether a pattern, materialized and summed over the legs `loose`, is larger than operands and result."""
         sizes = (node.pattern.input_size, node.pattern.output_size, node.pattern.kernel_size)
         return math.prod(size for leg, size in enumerate(sizes) if leg not in loose) > self.limit
 
     # --------------------------------------------------------------------------------------------------------- tensors
     def shape(self, indices: Iterable[str]) -> tuple[int, ...]:
-        """The sizes of some indices."""
+        """The sizes of the indices."""
         return tuple(self.sizes[index] for index in indices)
 
     def size(self, indices: Iterable[str]) -> int:
-        """The product of their sizes."""
+        """The product of the sizes of the indices."""
         return math.prod(self.shape(indices))
 
     def matrix(self, tensor: Tensor, order: Sequence[str], shape: tuple[int, ...]) -> int:
-        """The tensor with its axes in another order, as an array of a shape."""
+        """The tensor with its axes in another order, reshaped."""
         value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])
         return self.program.reshape(value, shape)
 
     def merged(self, tensor: Tensor, group: Group) -> tuple[int, int, tuple[str, ...]]:
-        """The tensor with the axes of a group side by side as one axis: (value, that axis, the other indices)."""
+        """The tensor with the axes of a group merged into one: (value, that axis, the other indices)."""
         rest = [index for index in tensor.indices if index not in group]
         at = sum(index not in group for index in tensor.indices[: tensor.indices.index(group[0])])
         flat = (*self.shape(rest[:at]), self.size(group), *self.shape(rest[at:]))
         return self.matrix(tensor, [*rest[:at], *group, *rest[at:]], flat), at, tuple(rest)
 
     def ungrouped(self, value: int, before: Sequence[str], group: Group, after: Sequence[str]) -> Tensor:
-        """A value with one axis for a group, as a tensor with an axis for each of its indices."""
+        """Split the axis of a group in a value into one axis per index."""
         indices = (*before, *group, *after)
         return Tensor(self.program.reshape(value, self.shape(indices)), indices)
 
     def shifted(self, value: int, axis: int, start: int, length: int) -> int:
-        """Positions start to start + length − 1 of an axis, zeros where it has none."""
+        """Positions start to start + length − 1 of an axis, with zeros outside it."""
         size = self.program.shapes[value][axis]
         low, high = max(start, 0), min(start + length, size)
         if (low, high) != (0, size):
@@ -189,7 +189,7 @@ class State:
         return value
 
     def without_repeats(self, value: int, indices: Sequence[str]) -> Tensor:
-        """A value whose axes have some indices, with the diagonal taken of axes with one index."""
+        """A value with the given indices; axes with the same index are replaced by their diagonal."""
         names = list(indices)
         while len(set(names)) < len(names):
             index = next(index for index in names if names.count(index) > 1)
@@ -214,7 +214,7 @@ def kept_indices(item: Tensor | Pattern) -> tuple[str, ...]:
 
 
 def loose_legs(node: Pattern, used: set[str]) -> tuple[int, ...]:
-    """The legs of a pattern that nothing else holds: the pattern is summed over them when it is made an array."""
+    """The legs of a pattern that nothing else has; the pattern is summed over them when it is materialized."""
     repeated = len(kept_indices(node)) < sum(len(leg) for leg in node.legs)
     loose = tuple(leg for leg, group in enumerate(node.legs) if group and not used & set(group))
     return () if repeated or len(loose) == len(Leg) else loose
@@ -226,5 +226,5 @@ def has_repeats(node: Pattern) -> bool:
 
 
 def largest_table(sizes: Iterable[int]) -> int:
-    """How many entries an array made of a pattern may have, for operands and a result of these sizes."""
+    """The most entries of a materialized pattern, for operands and a result of these sizes."""
     return max(_SMALL_TABLE, sum(sizes))

@@ -1,7 +1,6 @@
-"""The strategies: each a list of stages, and a way to contract what they leave.
+"""The strategies: each is a list of stages, and a way to contract what remains after them.
 
-To add one, write a stage in a file of its own, and a line here. A strategy says first whether it applies, so that
-nothing is lowered in vain.
+To add one, write a stage in a new file, and add a line here. `Strategy.applies` avoids unnecessary lowering.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ class Strategy:
     """One way to lower a network.
 
     Args:
-        name: how plans name it.
-        stages: what is done with each term, in order, before the rest is contracted.
+        name: its name in plans.
+        stages: functions applied to each term, in order, before the rest is contracted.
         contraction: how the rest is contracted.
-        prepare: rewritings of the whole simplified network before, in order.
-        applies: whether the strategy may give another plan than the ones before it, for the simplified network.
+        prepare: functions that rewrite the whole simplified network before the stages, in order.
+        applies: whether the strategy may give a better plan than earlier ones, for the simplified network.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Strategy:
 
 
 def dense(name: str, path: str = "auto") -> Strategy:
-    """Patterns as arrays, contracted pairwise along a path of `find_path`."""
+    """A strategy that materializes patterns and contracts pairwise along a path of `find_path`."""
     return Strategy(name, (read_chosen, read_crops), Contraction(path=path), (compose,), _has_patterns)
 
 
@@ -97,6 +96,6 @@ STRATEGIES = (
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
     Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
 )
-"""The candidates that are lowered for every network they apply to."""
+"""The strategies; each network is lowered by all that apply to it."""
 
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}

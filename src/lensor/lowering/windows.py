@@ -1,4 +1,4 @@
-"""Patches as strided views, and patches added up: products with patterns that need no array of the pattern."""
+"""Products with patterns that are not materialized: patches as strided views, and sums of patches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lensor.plan import steps as s
 
 
 def split_modes(state: State) -> None:
-    """Where a pattern that pads by values from inside would be too large an array: the padding, read first."""
+    """Split the padding from patterns in modes other than zeros that would be too large if materialized."""
     found: list[Pattern] = []
     for node in state.patterns:
         (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()
@@ -27,7 +27,7 @@ def split_modes(state: State) -> None:
 
 
 def read_windows(state: State) -> None:
-    """Read patches as strided views wherever a pattern's input leg is summed and its other legs are used."""
+    """Read patches as strided views for each pattern whose input leg is summed and whose other legs are used."""
     for node in state.patterns:
         pattern, (i, o, k) = node.pattern, node.legs
         holders = carriers(state, node)
@@ -44,25 +44,25 @@ def read_windows(state: State) -> None:
 
 
 def length_of(pattern: IndexPattern) -> int:
-    """How many positions lie between the first and the last that a pattern reads, both counted."""
+    """The number of positions from the first to the last that a pattern reads."""
     return (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
 
 
 def _reads_nothing(pattern: IndexPattern) -> bool:
-    """Whether the range of positions that a pattern reads lies outside of its input."""
+    """Whether the range of positions that a pattern reads is outside its input."""
     return -pattern.padding[0] >= pattern.input_size or length_of(pattern) <= pattern.padding[0]
 
 
 def _window(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
-    """The patches along an axis as a view; kernel positions last."""
+    """The patches along an axis as a view, with kernel positions last."""
     value = state.shifted(value, axis, -pattern.padding[0], length_of(pattern))
     step = s.Window((value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation)
     return state.program.add(step)
 
 
-# ---------------------------------------------------------------------------------------- a tensor and a pattern meet
+# ------------------------------------------------------------------------------ products of a tensor and a pattern
 def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -> Tensor | None:
-    """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices; None where that is not the product."""
+    """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices; None if the product is another."""
     pattern, (i, o, k) = node.pattern, node.legs
     held, summed = set(tensor.indices), {*o, *k}
     if pattern.padding_mode != "zeros" or not o or not k or summed & needed or set(i) & held:
@@ -71,7 +71,7 @@ def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -
         return None
     missing = [leg for leg in (o, k) if not set(leg) & held]
     if len(missing) == 1 and i and state.is_large(node, loose_legs(node, needed | held)):
-        # Σ_k Π[i,o,k] is too large an array: as many equal patches instead, which take no memory.
+        # Σ_k Π[i,o,k] is too large to materialize: use equal patches instead, which take no memory.
         indices = (*tensor.indices, *missing[0])
         value = state.program.reshape(tensor.value, (*state.shape(tensor.indices), *[1] * len(missing[0])))
         tensor = Tensor(state.program.add(s.Expand((value,), state.shape(indices))), indices)
@@ -91,7 +91,7 @@ def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -
 
 
 def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -> Tensor | None:
-    """The product with a pattern that would be too large an array, by views and copies; None if there is no way."""
+    """The product with a pattern that is too large to materialize, by views and copies; None if this is impossible."""
     pattern, (i, o, k) = node.pattern, node.legs
     held = set(tensor.indices)
     if not i or has_repeats(node) or pattern.is_zero:
@@ -121,7 +121,7 @@ def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str])
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A pattern whose kernel leg a tensor holds, for which each position of the output is a row."""
+    """A pattern whose kernel leg is in a tensor; each output position becomes a row."""
 
     pattern: IndexPattern
     input: Group
@@ -130,9 +130,10 @@ class _Rows:
 
 
 def _shifted_rows(state: State, tensor: Tensor, way: _Rows) -> Tensor:
-    """Σ_k Π[i,o,k] z[k]: z in zeros once for each o, a stride further on from row to row.
+    """Σ_k Π[i,o,k] z[k]: rows of zeros with z, shifted by the stride from row to row.
 
-    Rows that are a stride longer than they should be, one after another, are cut into rows of the right length.
+    The rows are built with an extra length of one stride, concatenated, and cut into rows of the right length, which
+    shifts each row by the stride.
     """
     program, pattern = state.program, way.pattern
     stride, rows, length = pattern.stride, pattern.output_size, length_of(pattern)

@@ -1,4 +1,4 @@
-"""Networks: their nodes, their sums, their texts and what makes two of them equal."""
+"""Networks: their nodes, sums, texts and canonical forms."""
 
 from lensor.network.network import Firing, Network
 from lensor.network.nodes import (

@@ -1,11 +1,10 @@
 """Canonical forms: one key for all networks that differ only by index names and the order of their nodes.
 
-The indices of a network are coloured by what can be said of them without names (size, places in the output, places
-in nodes), the colours are refined by the colours of their neighbours until nothing changes, and ties are broken by
-trying every index of the first tied class and keeping the smallest key. Indices that can change places with each other
-are numbered in any order, and automorphisms found on the way cut branches that can only repeat an earlier one. Indices
-whose colour is their own hold the rest together only by name: what falls into pieces without them is searched piece by
-piece, so that networks of many equal parts stay cheap.
+The algorithm colours the indices by their properties without names (size, place in the output, places in nodes) and
+refines the colours by those of the neighbours until nothing changes. It breaks ties by trying every index of the first
+tied class and keeping the smallest key. Interchangeable indices are numbered in any order, and automorphisms that the
+search finds prune branches that would repeat an earlier one. If the graph falls into pieces without the indices that
+have a unique colour, each piece is searched separately, so that networks of many equal parts stay cheap.
 
 Refinement takes O(E log E) steps for E legs. The search is bounded: a network whose ties are not broken within
 `EFFORT` steps is equal only to networks with the same names.
@@ -17,23 +16,23 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lensor.reading import progressions
+from lensor.affine import progressions
 
 if TYPE_CHECKING:
     from lensor.network.network import Network
 
 EFFORT = 3_000_000
-"""Legs that the search for one network's key looks at before it gives up."""
+"""The number of legs that the search for one network's key visits before it gives up."""
 
 _LARGE = 64
-"""Indices of nodes with more legs change places only within a delta."""
+"""In nodes with more legs than this, only indices of a delta count as interchangeable."""
 
 Label = tuple[int, ...]
-"""What a leg says of an index: numbers, alike for indices between which the node makes no difference."""
+"""Numbers that describe an index's place in a node; equal for indices that the node does not distinguish."""
 
 
 class _TooSymmetricalError(Exception):
-    """The effort is spent."""
+    """The search has used up its effort."""
 
 
 def _encode(node: Any, colour: dict[str, int]) -> tuple:
@@ -47,12 +46,12 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
     if kind == "Pattern":
         p = node.pattern
         if p.kernel_size == p.stride == 1 and p.padding_mode == "zeros" and not legs[2]:
-            # A shift [i = o − P] reads the same from both ends.
+            # A shift [i = o − P] is symmetric in i and o.
             ends = ((p.input_size, p.padding[0], legs[0]), (p.output_size, -p.padding[0], legs[1]))
             return ("Shift", *sorted(ends))
         if p.kernel_size == 1 and p.padding_mode != "zeros":
             return ("Reads", p.input_size, tuple(progressions(p.line())), legs)  # the steps may be ambiguous
-        # Padding on the right is irrelevant once the output size is given.
+        # The output size is given, so the right padding is irrelevant.
         return (
             kind,
             p.input_size,
@@ -68,7 +67,7 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
 
 
 def _legs(node: Any) -> tuple[tuple, list[tuple[str, Label]]]:
-    """What a node is without its indices, and (index, label) for each of them."""
+    """A node without its indices, and (index, label) for each of them."""
     blank = _encode(node, _Zeros())
     if type(node).__name__ == "Delta":
         return blank, [(index, ()) for index in node.indices]
@@ -80,14 +79,14 @@ def _legs(node: Any) -> tuple[tuple, list[tuple[str, Label]]]:
 
 
 class _Zeros(dict[str, int]):
-    """Gives every index the number 0."""
+    """A mapping that gives every index the number 0."""
 
     def __missing__(self, index: str) -> int:
         return 0
 
 
 class _Facts:
-    """What the searches of one network share."""
+    """The data that all searches of one network share."""
 
     def __init__(self, net: Network) -> None:
         self.net, self.effort = net, EFFORT
@@ -96,11 +95,11 @@ class _Facts:
         self.legs = {id(node): _legs(node) for node in net.nodes}
 
     def known(self, index: str) -> tuple:
-        """What can be said of an index without names."""
+        """The properties of an index that do not involve names."""
         return (self.net.sizes[index], self.places.get(index), self.powers.get(index, 0))
 
     def start(self, nodes: Sequence[Any], indices: Sequence[str]) -> dict[str, int]:
-        """First colours: what is known of an index, and its place among those it can change places with."""
+        """Initial colours: the properties of an index, and its place among its interchangeable indices."""
         holders: dict[str, list[Any]] = {index: [] for index in indices}
         for node in nodes:
             for index in dict.fromkeys(i for leg in node.legs for i in leg):
@@ -112,8 +111,8 @@ class _Facts:
             own, numbers[index] = numbers[index], -1
             alike = [self.known(index)]
             for inside in (False, True):
-                # Two indices change places if the nodes of one are those of the other with one for the other, or if
-                # the same deltas hold both.
+                # Two indices are interchangeable if swapping them turns the nodes of one into those of the other, or
+                # if the same deltas have both.
                 found = sorted(map(repr, (self.beside(node, numbers, inside) for node in holders[index])))
                 alike.append(tuple(found))
             numbers[index] = own
@@ -126,7 +125,7 @@ class _Facts:
 
     @staticmethod
     def beside(node: Any, numbers: dict[str, int], inside: bool) -> tuple:
-        """A node with one of its indices left out (its number is −1); with `inside`, a delta as a whole."""
+        """A node without one of its indices (whose number is −1); with `inside`, a delta as a whole."""
         large = len(node.legs) > _LARGE
         if type(node).__name__ == "Delta" and (inside or large):
             return ("Delta", id(node))
@@ -141,14 +140,14 @@ def _ranked(keys: dict[str, Any]) -> dict[str, int]:
 
 
 class _Partition:
-    """Vertices in cells, which are numbered by how many vertices there are in earlier ones."""
+    """A partition of vertices into ordered cells; the number of a cell is the number of vertices in earlier cells."""
 
     def __init__(self, colour: list[int], cells: dict[int, dict[int, None]]) -> None:
         self.colour, self.cells = colour, cells
 
     @staticmethod
     def of(keys: Sequence[Any]) -> _Partition:
-        """Vertices with keys, in their order."""
+        """The partition of vertices by their keys, in the order of the keys."""
         cells: dict[Any, dict[int, None]] = {}
         for vertex, key in enumerate(keys):
             cells.setdefault(key, {})[vertex] = None
@@ -164,7 +163,7 @@ class _Partition:
         return _Partition(list(self.colour), {start: dict(cell) for start, cell in self.cells.items()})
 
     def alone(self, vertex: int) -> int:
-        """Puts a vertex in front of the rest of its cell; the new cell of the rest."""
+        """Move a vertex into a separate cell before the rest of its cell; return the vertex's cell."""
         start = self.colour[vertex]
         rest = self.cells[start]
         del rest[vertex]
@@ -174,7 +173,7 @@ class _Partition:
         return start
 
     def split(self, start: int, groups: Sequence[list[int]]) -> list[int]:
-        """Moves groups of vertices out of a cell, to its end, in their order; the numbers of all cells that it gave."""
+        """Split groups of vertices off a cell, in order, after its rest; return the numbers of all resulting cells."""
         cell = self.cells[start]
         moved = groups if sum(map(len, groups)) < len(cell) else groups[1:]
         at = start + len(cell) - sum(map(len, moved))
@@ -190,13 +189,13 @@ class _Partition:
 
 
 class _Search:
-    """The smallest key of one connected part of a network.
+    """The search for the smallest key of one connected part of a network.
 
     Args:
-        facts: what all searches of the network share.
+        facts: data that all searches of the network share.
         nodes: the nodes of the part.
-        indices: the indices of the part that are to be numbered.
-        labels: numbers, all negative, of the other indices of its nodes.
+        indices: the indices of the part, which the search numbers.
+        labels: numbers, all negative, of the other indices of the nodes.
     """
 
     def __init__(self, facts: _Facts, nodes: list[Any], indices: list[str], labels: dict[str, int]) -> None:
@@ -219,14 +218,17 @@ class _Search:
         self.automorphisms: list[dict[str, str]] = []
 
     def run(self, start: dict[str, int]) -> None:
-        """Searches from first colours of the indices."""
+        """Search, starting from initial colours of the indices."""
         ranks = {kind: rank for rank, kind in enumerate(sorted(set(self.kinds), key=repr))}
         keys = [(0, start[index]) for index in self.indices] + [(1, ranks[kind]) for kind in self.kinds]
         partition = _Partition.of(keys)
         self.descend(partition, sorted(partition.cells), ())
 
     def refine(self, partition: _Partition, cells: Iterable[int]) -> None:
-        """Splits cells until the members of each have as many neighbours of each kind in each; starts at `cells`."""
+        """Split cells until all members of a cell have equally many neighbours of each kind in every cell.
+
+        Splitting starts from `cells`.
+        """
         waiting = deque(cells)
         held = set(waiting)
         while waiting:
@@ -289,13 +291,13 @@ class _Search:
             self.descend(chosen, [chosen.alone(vertex)], (*fixed, index))
 
     def pieces(self, alone: list[str]) -> list[tuple[list[Any], list[str]]]:
-        """The parts that are left without some indices."""
+        """The connected parts after removing some indices."""
         return _connected([node for node in self.nodes if node.legs], set(self.indices).difference(alone))
 
     def numbered(
         self, alone: list[str], pieces: list[tuple[list[Any], list[str]]], partition: _Partition
     ) -> dict[str, int]:
-        """Numbers for all indices: those whose colour is their own first, then piece by piece."""
+        """Numbers for all indices: first those with a unique colour, then piece by piece."""
         labels = {**self.labels, **{index: -1 - len(self.labels) - at for at, index in enumerate(alone)}}
         found = []
         for nodes, indices in pieces:
@@ -322,7 +324,7 @@ class _Search:
             self.automorphisms.append({index: by_rank[rank] for index, rank in order.items()})
 
     def orbit(self, index: str, fixed: tuple[str, ...]) -> set[str]:
-        """Indices that automorphisms which keep `fixed` in place move `index` to."""
+        """The images of `index` under the known automorphisms that fix `fixed`."""
         maps = [a for a in self.automorphisms if all(a[f] == f for f in fixed)]
         self.facts.effort -= len(self.automorphisms) + len(self.indices) * len(maps) // 8
         maps += [{new: old for old, new in a.items()} for a in maps]
@@ -337,7 +339,7 @@ class _Search:
 
 
 def _connected(nodes: list[Any], indices: set[str]) -> list[tuple[list[Any], list[str]]]:
-    """(nodes, indices) of each part that hangs together by some indices; nodes that hold none of them are left out."""
+    """(nodes, indices) of each part that `indices` connect; nodes without any of them are omitted."""
     holders: dict[str, list[int]] = {}
     held = [
         [index for index in dict.fromkeys(i for leg in node.legs for i in leg) if index in indices] for node in nodes
@@ -365,7 +367,7 @@ def _connected(nodes: list[Any], indices: set[str]) -> list[tuple[list[Any], lis
 
 
 def _parts(net: Network) -> list[tuple[list[Any], list[str]]]:
-    """Nodes and indices of each connected part; nodes without indices and indices without nodes are parts, too."""
+    """Nodes and indices of each connected part; nodes without indices and indices without nodes are parts too."""
     parts = _connected(list(net.nodes), set(net.sizes))
     held = {index for _, indices in parts for index in indices}
     bare = [([node], []) for node in net.nodes if not any(node.legs)]
@@ -375,8 +377,8 @@ def _parts(net: Network) -> list[tuple[list[Any], list[str]]]:
 def canonical_form(net: Network) -> tuple[tuple, dict[str, int]]:
     """The smallest key of a network over all consistent numberings of its indices, and the numbering.
 
-    Connected parts are numbered one by one and sorted, so that many equal parts cost no more than one each. A network
-    that is too symmetrical has a key with its names.
+    Connected parts are numbered separately and sorted, so that the cost is linear in the number of equal parts. The key
+    of a network that is too symmetrical includes its names.
     """
     try:
         return _searched(net)

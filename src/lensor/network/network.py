@@ -1,8 +1,8 @@
 """Tensor networks: nodes with grouped legs, output legs, index sizes and an exact scale.
 
-A network is a sum over all indices that are not in its output of the product of its nodes, times its scale. All of
-it is symbolic, immutable and free of any array framework. Index names are labels: two networks that differ only by
-names or by the order of their nodes are equal.
+A network is the product of its nodes, summed over all indices that are not in its output, times its scale. It is
+symbolic and immutable, and does not depend on an array framework. Index names are labels: two networks that differ only
+by index names or by the order of their nodes are equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lensor.pattern import IndexPattern
 
 @dataclass(frozen=True, slots=True)
 class Firing:
-    """One entry of a trace: which rule fired, and the network before and after it as text."""
+    """One entry of a trace: the rule that fired, and the network before and after it as text."""
 
     rule: str
     number: str
@@ -50,7 +50,7 @@ class Firing:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Network(Verbs):
-    """A tensor network: the product of its nodes, summed over every index that is not in the output.
+    """A tensor network: the product of its nodes, summed over all indices that are not in the output.
 
     Example:
         >>> import lensor
@@ -62,10 +62,10 @@ class Network(Verbs):
 
     Args:
         nodes: operands, index patterns, deltas and ones.
-        output: one group of indices for each axis of the result; every index at most once.
-        dimensions: (index, size) pairs, sorted; a size that is None is bound when the network is planned.
-        scale: factor in front of the sum.
-        trace: which simplifications led here; not part of the network's identity.
+        output: one group of indices per axis of the result; each index at most once.
+        dimensions: (index, size) pairs, sorted; a size of None is bound when the network is planned.
+        scale: factor of the sum.
+        trace: the simplifications that led to this network; not part of its identity.
 
     Raises:
         NetworkError: if the parts do not fit together (see `check`).
@@ -88,7 +88,7 @@ class Network(Verbs):
         scale: Scale = UNIT,
         trace: tuple[Firing, ...] = (),
     ) -> Network:
-        """A network from its parts; `sizes` may hold more indices than the network has.
+        """Create a network from its parts; `sizes` may contain more indices than the network.
 
         Example:
             >>> import lensor
@@ -106,14 +106,16 @@ class Network(Verbs):
         used.update(index for index, _ in scale.powers)
         missing = used - set(sizes)
         if missing:
-            raise NetworkError(f"no size given for index {sorted(missing)[0]!r}; sizes are known for {sorted(sizes)}")
+            raise NetworkError(
+                f"index {sorted(missing)[0]!r} has no entry in sizes, expected one: it has entries for {sorted(sizes)}"
+            )
         known = tuple(sorted((index, sizes[index]) for index in used))
         return Network(nodes, output, known, scale.bind(sizes), trace)
 
     # ------------------------------------------------------------------ reading it
     @cached_property
     def sizes(self) -> Mapping[str, int | None]:
-        """The size of every index, None where it is bound when planning; a read-only view.
+        """The size of every index, None if it is bound when the network is planned; read-only.
 
         Example:
             >>> import lensor
@@ -139,7 +141,7 @@ class Network(Verbs):
 
     @cached_property
     def holders(self) -> Mapping[str, frozenset[int]]:
-        """The places of the nodes that hold each index, −1 for the output; read-only.
+        """The places of the nodes that have each index, −1 for the output; read-only.
 
         Example:
             >>> import lensor
@@ -157,7 +159,7 @@ class Network(Verbs):
 
     @property
     def selections(self) -> frozenset[str]:
-        """The names of the operands that are positions, not arrays (see `Select`).
+        """The names of the selections, whose operands are vectors of positions (see `Select`).
 
         Example:
             >>> import lensor
@@ -168,9 +170,9 @@ class Network(Verbs):
 
     @property
     def operands(self) -> tuple[str | IndexPattern, ...]:
-        """Operand names and index patterns in the order of `subscripts`; a delta is "δ", ones are "1".
+        """Operand names and index patterns in the order of `subscripts`.
 
-        The name of a selection S is "select S".
+        A delta is "δ", ones are "1", and a selection S is "select S".
 
         Example:
             >>> import lensor
@@ -191,7 +193,7 @@ class Network(Verbs):
 
     @property
     def operand_names(self) -> tuple[str, ...]:
-        """The names of the arrays the network needs, each once, in order of appearance.
+        """The names of the arrays in the network, each once, in order of appearance.
 
         Example:
             >>> import lensor
@@ -213,7 +215,7 @@ class Network(Verbs):
 
     @property
     def inner_indices(self) -> tuple[str, ...]:
-        """The indices that are summed, in order of appearance.
+        """The summed indices, in order of appearance.
 
         Example:
             >>> import lensor
@@ -224,7 +226,7 @@ class Network(Verbs):
         return tuple(dict.fromkeys(i for node in self.nodes for i in indices_of(node) if i not in open_))
 
     def group_size(self, group: Group) -> int | None:
-        """The product of the sizes of a group, None if one is unknown.
+        """The product of the sizes in a group, None if one is unknown.
 
         Example:
             >>> import lensor
@@ -240,7 +242,7 @@ class Network(Verbs):
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
-        """The size of each output leg, None where it is not yet known.
+        """The size of each output leg, None if it is not yet known.
 
         Example:
             >>> import lensor
@@ -251,7 +253,7 @@ class Network(Verbs):
 
     # ------------------------------------------------------------------ making others
     def replace(self, **parts: Any) -> Network:
-        """A network with some of its parts replaced; sizes may be given as the mapping `sizes`.
+        """Replace some parts of the network; the mapping `sizes` gives new sizes.
 
         Example:
             >>> import lensor
@@ -263,7 +265,7 @@ class Network(Verbs):
 
         Raises:
             NetworkError: if the new parts do not fit together (see `check`).
-            TypeError: for a part that networks do not have.
+            TypeError: for a part that a network does not have.
         """
         sizes = {**self.sizes, **parts.pop("sizes", {})}
         parts = {"nodes": self.nodes, "output": self.output, "scale": self.scale, "trace": self.trace} | parts
@@ -272,9 +274,9 @@ class Network(Verbs):
     def relabel(
         self, mapping: Mapping[str, Group], sizes: Mapping[str, int | None] | None = None, *, join: bool = False
     ) -> Network:
-        """The network with each index in `mapping` replaced by a group of indices everywhere.
+        """Replace each index in `mapping` by a group of indices everywhere.
 
-        Different indices stay different, unless `join` says that those that get one name are to become one.
+        Different indices stay different; with `join`, indices that get the same name become one.
 
         Example:
             >>> import lensor
@@ -283,8 +285,8 @@ class Network(Verbs):
             X[n (a b)] -> (a b)
 
         Raises:
-            NetworkError: if a new index has no size, if two indices would get one name without `join`, or if the
-                network that results breaks the grammar (see `check`).
+            NetworkError: if a new index has no size, if two indices would get the same name without `join`, or if the
+                new network violates the grammar (see `check`).
         """
         if not join:
             self._require_apart(mapping)
@@ -298,15 +300,15 @@ class Network(Verbs):
             for new in mapping.get(index, (index,)):
                 if new in source:
                     raise NetworkError(
-                        f"the indices {source[new]!r} and {index!r} would both be named {new!r}; expected names that "
-                        "stay apart: to make one index of two, use diagonal, or pass join=True"
+                        f"the indices {source[new]!r} and {index!r} would both be named {new!r}, expected different"
+                        " names: to identify two indices, use diagonal or pass join=True"
                     )
                 source[new] = index
 
     def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
-        """A name for a new index: `base`, with as many `_` after it as make it new.
+        """A name for a new index: `base`, followed by enough `_` to be new.
 
-        Several names that are needed at once have to be told of each other, by `taken`.
+        If you need several names, pass the earlier ones as `taken`.
 
         Example:
             >>> import lensor
@@ -319,15 +321,15 @@ class Network(Verbs):
     def check(self) -> None:
         """Raise NetworkError unless the parts fit together.
 
-        The grammar: an index is an identifier and has a size, known sizes are not negative; an output index occurs
-        once in the output and at least once in a node; the legs of a pattern have its sizes; a delta joins two or more
-        different indices of one size; all occurrences of an operand have the same number of axes, and of one size
-        where known.
+        The grammar: an index is an identifier and has a size, and known sizes are not negative. An output index occurs
+        once in the output and at least once in a node. The legs of a pattern have its sizes. A delta joins at least two
+        different indices of one size. All occurrences of an operand have the same number of axes, with equal sizes if
+        known.
 
         Example:
             >>> import lensor
             >>> net = lensor.contraction("n i -> i", "X")
-            >>> net.check()  # networks are checked when they are made
+            >>> net.check()  # networks are checked when they are created
             >>> try:
             ...     net.replace(output=[("n",), ("n",)])
             ... except lensor.NetworkError as error:
@@ -335,39 +337,47 @@ class Network(Verbs):
             output index 'n' occurs 2 times in the output, expected once
 
         Raises:
-            NetworkError: naming the first part that breaks the grammar.
+            NetworkError: naming the first part that violates the grammar.
         """
         sizes = self.sizes
         held = {index for node in self.nodes for index in indices_of(node)}
         named = Counter(self.output_indices)
         for index in held | set(named):
             if index not in sizes:
-                raise NetworkError(f"index {index!r} has no size; sizes are known for {sorted(sizes)}")
+                raise NetworkError(
+                    f"index {index!r} has no entry in dimensions, expected one: it has entries for {sorted(sizes)}"
+                )
         for index, size in sizes.items():
             if not isinstance(index, str) or not index.isidentifier():
-                raise NetworkError(f"an index's name must be an identifier, found {index!r}")
+                raise NetworkError(f"the name of an index is {index!r}, expected an identifier")
             if size is not None and size < 0:
-                raise NetworkError(f"index {index!r} has size {size}, expected a size of at least 0")
+                raise NetworkError(f"index {index!r} has size {size}, expected at least 0")
         for index, times in named.items():
             if times > 1:
                 raise NetworkError(f"output index {index!r} occurs {times} times in the output, expected once")
             if index not in held:
-                raise NetworkError(f"output index {index!r} occurs in no node; indices of nodes: {sorted(held)}")
+                raise NetworkError(f"output index {index!r} is not in any node, expected one of {sorted(held)}")
         shapes: dict[str, tuple[int | None, ...]] = {}
         kinds: dict[str, type[Operand]] = {}
         for node in self.nodes:
             if isinstance(node, Operand) and kinds.setdefault(node.name, type(node)) is not type(node):
-                raise NetworkError(f"operand {node.name!r} is an array in one place and a selection in another")
+                raise NetworkError(
+                    f"operand {node.name!r} is an array in one place and a selection in another, expected one kind"
+                )
             match node:
                 case Pattern(pattern, legs):
                     found = tuple(self.group_size(leg) for leg in legs)
-                    if found != (pattern.input_size, pattern.output_size, pattern.kernel_size):
-                        raise NetworkError(f"the legs {legs} of {pattern!r} have sizes {found}")
+                    expected = (pattern.input_size, pattern.output_size, pattern.kernel_size)
+                    if found != expected:
+                        raise NetworkError(f"the legs {legs} of {pattern!r} have sizes {found}, expected {expected}")
                 case Delta(indices):
                     if len(set(indices)) != len(indices) or len(indices) < 2:
-                        raise NetworkError(f"a delta joins two or more different indices, got {indices}")
+                        raise NetworkError(f"a delta has indices {indices}, expected at least two different ones")
                     if len({sizes[index] for index in indices}) != 1:
-                        raise NetworkError(f"a delta joins indices of one size, got {[(i, sizes[i]) for i in indices]}")
+                        raise NetworkError(
+                            f"the indices {indices} of a delta have sizes {[sizes[index] for index in indices]},"
+                            " expected one size"
+                        )
                 case Operand(name, legs):
                     shape = tuple(self.group_size(leg) for leg in legs)
                     first = shapes.setdefault(name, shape)
@@ -375,7 +385,7 @@ class Network(Verbs):
                         a is None or b is None or a == b for a, b in zip(first, shape, strict=True)
                     )
                     if not same:
-                        raise NetworkError(f"operand {name!r} occurs with shapes {first} and {shape}")
+                        raise NetworkError(f"operand {name!r} occurs with shapes {first} and {shape}, expected one")
                 case Ones():
                     pass
 
@@ -415,7 +425,7 @@ class Network(Verbs):
 
     @property
     def exact(self) -> tuple:
-        """A key for this very network, names and order included.
+        """A key for this network that includes names and order.
 
         Example:
             >>> import lensor
@@ -427,7 +437,7 @@ class Network(Verbs):
 
     @property
     def terms(self) -> tuple[Network, ...]:
-        """The network as a sum of one term.
+        """The network itself as the only term, as in a sum.
 
         Example:
             >>> import lensor

@@ -18,7 +18,7 @@ _RESERVED = re.compile(r"δ|delta|Π\d+")
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """An array the user supplies by name: one leg for each of its axes.
+    """An array that you supply by name, with one leg per axis.
 
     Example:
         >>> import lensor
@@ -29,7 +29,7 @@ class Operand:
         X[n (c i)] -> n
 
     Raises:
-        NetworkError: if the name is no identifier, or one that stands for a delta or an index pattern in texts.
+        NetworkError: if the name is not an identifier, or denotes a delta or an index pattern in texts.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Operand:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier() or _RESERVED.fullmatch(self.name):
             raise NetworkError(
-                "an operand's name must be an identifier that does not stand for a delta (δ, delta) or an index "
-                f"pattern (Π1, Π2, ...), found {self.name!r}"
+                f"the name of an operand is {self.name!r}, expected an identifier other than δ and delta, which denote"
+                " deltas, and Π1, Π2, ..., which denote index patterns"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Select(Operand):
-    """A selection given at run time, [i = positions[j]] with legs (i, j), of which the user supplies the positions.
+    """A selection at run time, [i = positions[j]] with legs (i, j); you supply the positions.
 
-    It is an operand to every transform and rule. Only its array differs: an integer vector as long as the second leg,
-    whose entries are positions in the first; plans read what it selects, and never depend on its values.
+    Transforms and rules treat it as an operand. Its array is an integer vector with the length of the second leg, and
+    its entries are positions in the first. Plans do not depend on its values.
 
     Example:
         >>> import lensor, numpy as np
@@ -60,13 +60,15 @@ class Select(Operand):
         array([[3., 1.]])
 
     Raises:
-        NetworkError: for a name that no operand can have, or other than two legs.
+        NetworkError: if the name is not valid for an operand, or if there are not two legs.
     """
 
     def __post_init__(self) -> None:
         Operand.__post_init__(self)
         if len(self.legs) != 2:
-            raise NetworkError(f"a selection has 2 legs, positions and what is selected, found {len(self.legs)}")
+            raise NetworkError(
+                f"selection {self.name!r} has {len(self.legs)} legs, expected 2: all positions and the selected ones"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class Delta:
 
     @property
     def legs(self) -> tuple[Group, ...]:
-        """One leg for each index."""
+        """One leg per index."""
         return tuple((index,) for index in self.indices)
 
 
@@ -127,7 +129,7 @@ class Ones:
 
     @property
     def legs(self) -> tuple[Group, ...]:
-        """The only leg."""
+        """The single leg."""
         return ((self.index,),)
 
 
@@ -135,7 +137,7 @@ Node: TypeAlias = Operand | Pattern | Delta | Ones
 
 
 def indices_of(node: Node) -> Iterator[str]:
-    """All indices of a node, leg by leg, with repetitions."""
+    """All indices of a node, leg by leg, including repetitions."""
     for leg in node.legs:
         yield from leg
 
@@ -145,7 +147,7 @@ def _relabel_group(group: Group, mapping: Mapping[str, Group]) -> Group:
 
 
 def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
-    """The node with each index replaced by a group of indices; a delta or ones may fall into several or vanish."""
+    """Replace each index of a node by a group of indices; a delta or ones may become several nodes, or none."""
     match node:
         case Operand():
             return (replace(node, legs=tuple(_relabel_group(leg, mapping) for leg in node.legs)),)
@@ -155,7 +157,9 @@ def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
         case Delta():
             groups = [mapping.get(index, (index,)) for index in node.indices]
             if len({len(group) for group in groups}) != 1:
-                raise NetworkError(f"the indices of a delta must be split alike, got {node.indices} -> {groups}")
+                raise NetworkError(
+                    f"the indices {node.indices} of a delta are replaced by {groups}, expected groups of equal length"
+                )
             joined = [list(dict.fromkeys(indices)) for indices in zip(*groups, strict=True)]
             return tuple(Delta(tuple(part)) if len(part) > 1 else Ones(part[0]) for part in joined)
         case Ones():
@@ -163,9 +167,9 @@ def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
 
 
 def new_name(base: str, used: set[str]) -> str:
-    """A name that is not used yet, `base` with as many `_` as it needs; from now on it counts as used.
+    """Return a new name, `base` followed by enough `_`, and add it to `used`.
 
-    Whoever needs several new names at once passes one set for all of them.
+    Pass the same set to get several new names.
 
     Example:
         >>> used = {"c", "c_"}

@@ -12,10 +12,10 @@ from lensor.network.nodes import Group
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A rational number times integer powers of index sizes, e.g. 1/(N·O²) while the batch size N is unknown.
+    """A rational number times integer powers of index sizes, e.g. 1/(N·O²) for an unknown batch size N.
 
-    A power belongs to the size an index has in this network. Transforms that shorten an index turn its power into a
-    number first.
+    A power refers to the size of an index in this network. Transforms that shorten an index first replace its power by
+    a number.
 
     Example:
         >>> import lensor
@@ -36,7 +36,7 @@ class Scale:
         return Scale(self.factor * other.factor, tuple(sorted((i, p) for i, p in powers.items() if p)))
 
     def relabel(self, mapping: Mapping[str, Group]) -> Scale:
-        """The scale after each index was replaced by a group whose sizes multiply to its size.
+        """Replace each index by a group of indices with the same product of sizes.
 
         Example:
             >>> import lensor
@@ -50,7 +50,7 @@ class Scale:
         return scale
 
     def bind(self, sizes: Mapping[str, int | None]) -> Scale:
-        """Turn the powers of indices of known size into numbers.
+        """Replace powers of indices with known sizes by numbers.
 
         Example:
             >>> import lensor
@@ -66,7 +66,7 @@ class Scale:
             if size is None:
                 powers.append((index, power))
             elif size == 0 and power < 0:
-                raise ValueError(f"the average over index {index!r} is not defined: its size is 0, expected at least 1")
+                raise ValueError(f"index {index!r} has size 0, expected at least 1: the average over it is not defined")
             else:
                 factor *= Fraction(size) ** power
         return Scale(factor, tuple(powers))

@@ -1,4 +1,4 @@
-"""Einsum-like subscripts: `n (g c) i, i o k -> n o`, read into legs and networks."""
+"""Parsing of einsum-like subscripts, `n (g c) i, i o k -> n o`, into legs and networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensor.network.network import Network
 from lensor.network.nodes import Delta, Group, Node, Ones, Operand, Pattern, Select, new_name
 from lensor.pattern import IndexPattern, as_integer
 
-# What may be a name runs up to white space or a mark; only identifiers are names.
+# A possible name extends to white space or a mark; only identifiers are names.
 _NAME = r"[^\s\d\[\](),+^=./-][^\s\[\](),+^=./-]*"
 
 _TOKEN = re.compile(
@@ -28,7 +28,7 @@ class _Token:
 
 
 def _tokenize(text: str, end: int, expected: str) -> list[_Token]:
-    """The tokens of the text up to `end`; `expected` tells in an error what may stand there."""
+    """The tokens of the text up to `end`; an error lists `expected`."""
     tokens, at = [], 0
     end = len(text[:end].rstrip())
     while at < end:
@@ -66,7 +66,7 @@ class _Reader:
         return SubscriptsError(f"found {found}, expected {expected}", self.text, token.position)
 
     def group(self, ellipsis: bool) -> Group | None:
-        """One leg: a name, `1`, `...` if it may be, or a parenthesis of names; None if no leg starts here."""
+        """One leg: a name, `1`, `...` if allowed, or names in parentheses; None if no leg starts here."""
         if name := self.take(kind="name"):
             return (name.text,)
         if self.next.kind == "number" and self.next.text == "1":
@@ -106,17 +106,17 @@ class Subscripts:
 
 
 def parse_subscripts(text: str) -> Subscripts:
-    """Read `"n (g c) i, i o k -> n o"`: legs by spaces, groups in parentheses, operands by commas.
+    """Parse `"n (g c) i, i o k -> n o"`: spaces separate legs, commas separate operands, parentheses enclose groups.
 
-    An index repeated within one operand is its diagonal, `1` or `()` is an axis of length 1, `...` stands for axes
+    An index repeated within one operand takes its diagonal, `1` or `()` is an axis of length 1, and `...` denotes axes
     that all operands with a `...` share.
 
     Raises:
-        SubscriptsError: with a caret under the place that does not parse, for a missing `->`, an index repeated in
-            the output, or an output index that no operand holds.
+        SubscriptsError: for text that does not parse, a missing `->`, an index repeated in the output, or an output
+            index that no operand has; a caret marks the place.
     """
     if not isinstance(text, str):
-        raise TypeError(f"subscripts must be a str, found {type(text).__name__}")
+        raise TypeError(f"subscripts is of type {type(text).__name__}, expected a str")
     reader = _Reader(text, len(text), "an index name, '1', '...', '(', ')', ',' or '->'")
     operands, starts = [], []
     while True:
@@ -136,10 +136,12 @@ def parse_subscripts(text: str) -> Subscripts:
     for token in reader.tokens[before:]:
         if token.kind in ("name", "ellipsis"):
             if token.text in seen:
-                raise SubscriptsError(f"output index {token.text!r} is repeated in the output", text, token.position)
+                raise SubscriptsError(
+                    f"output index {token.text!r} is repeated in the output, expected once", text, token.position
+                )
             if token.text not in held:
                 raise SubscriptsError(
-                    f"output index {token.text!r} is nowhere present in the operands; they hold {sorted(held)}"
+                    f"output index {token.text!r} is not in the operands, expected one of {sorted(held)}"
                     f"{with_spaces(text)}",
                     text,
                     token.position,
@@ -147,14 +149,18 @@ def parse_subscripts(text: str) -> Subscripts:
             seen.add(token.text)
     for legs, start in zip(operands, starts, strict=True):
         if sum(leg == ("...",) for leg in legs) > 1:
-            raise SubscriptsError("an operand may have one '...'", text, start)
+            raise SubscriptsError("an operand has several '...', expected at most one", text, start)
     if "..." in held and "..." not in seen:
-        raise SubscriptsError("'...' must be in the output too: its indices are not summed", text, reader.next.position)
+        raise SubscriptsError(
+            "'...' is missing in the output, expected it there too: its indices are not summed",
+            text,
+            reader.next.position,
+        )
     return Subscripts(text, tuple(operands), output, tuple(starts))
 
 
 def with_spaces(text: str) -> str:
-    """What to add to an error if a text looks like NumPy's or torch's subscripts: the text with spaces."""
+    """A hint for an error if a text looks like the subscripts of NumPy or torch: the text with spaces."""
     parts = [part.split() for part in re.split(r",|->", text)]
     if not all(len(names) <= 1 and all(name.isalpha() for name in names) for names in parts):
         return ""
@@ -162,11 +168,12 @@ def with_spaces(text: str) -> str:
     if not output.issubset(set().union(*operands)) or all(len(name) <= 1 for names in parts for name in names):
         return ""
     spaced = [" ".join("".join(names)) for names in parts]
-    return f"; spaces separate indices: if every letter is one, write {', '.join(spaced[:-1]) + ' -> ' + spaced[-1]!r}"
+    suggestion = f"{', '.join(spaced[:-1])} -> {spaced[-1]}"
+    return f"; spaces separate indices: if every letter is an index, write {suggestion!r}"
 
 
 def expand_ellipsis(parsed: Subscripts, ranks: Sequence[int | None]) -> Subscripts:
-    """Replace every `...` by as many indices as the operands' ranks leave for it, aligned at their last axes."""
+    """Replace every `...` by indices for the remaining axes of its operand, aligned at the last axes."""
     extra = {
         at: rank - (len(legs) - 1)
         for at, (legs, rank) in enumerate(zip(parsed.operands, ranks, strict=True))
@@ -198,11 +205,11 @@ def expand_ellipsis(parsed: Subscripts, ranks: Sequence[int | None]) -> Subscrip
 def infer_sizes(
     legs_and_shapes: Iterable[tuple[str, tuple[Group, ...], Sequence[int | None]]], known: Mapping[str, int | None]
 ) -> dict[str, int | None]:
-    """Sizes of indices from the shapes of what holds them.
+    """Infer the sizes of indices from shapes.
 
     Args:
-        legs_and_shapes: (what it is called, its legs, the size of each leg or None).
-        known: sizes given beforehand.
+        legs_and_shapes: (name for errors, legs, size of each leg or None) of each array or pattern.
+        known: sizes that are already known.
 
     Raises:
         ValueError: if an index has two sizes, a group does not divide its axis, or the number of axes is wrong.
@@ -249,12 +256,14 @@ def infer_sizes(
 
 
 def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int) -> Network:
-    """The network that subscripts spell, over operand names and index patterns.
+    """Create a network from subscripts, operand names and index patterns.
+
+    Use `lensor.einsum` to evaluate subscripts on arrays directly.
 
     Args:
-        subscripts: as `lensor.einsum` takes them.
-        operands: for each operand its name, an IndexPattern, `"δ"` or `"delta"` (Kronecker delta), `"1"` (ones).
-        sizes: sizes of indices that no pattern tells; the others are bound when the network is planned.
+        subscripts: subscripts as in `lensor.einsum`.
+        operands: for each operand its name, an IndexPattern, `"δ"` or `"delta"` (Kronecker delta), or `"1"` (ones).
+        sizes: sizes of indices that no pattern determines; missing sizes are bound when the network is planned.
 
     Example:
         >>> import lensor
@@ -263,16 +272,22 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
         X[n c i] Π1[i o k] -> n (c k) o
 
     Raises:
-        SubscriptsError: if they do not parse.
-        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together, or an operand is
-            named as index patterns are in texts: Π1, Π2, ...
+        SubscriptsError: if the subscripts do not parse.
+        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together, or an operand has
+            a name of index patterns in texts: Π1, Π2, ...
     """
     parsed = parse_subscripts(subscripts)
     sizes = {index: as_integer(size, f"the size of index {index!r}") for index, size in sizes.items()}
     if len(parsed.operands) != len(operands):
-        raise ValueError(f"subscripts name {len(parsed.operands)} operands, found {len(operands)}: {subscripts!r}")
+        raise ValueError(
+            f"the number of operands is {len(operands)}, expected {len(parsed.operands)} for {subscripts!r}"
+        )
     if any("..." in leg for legs in parsed.operands for leg in legs):
-        raise SubscriptsError("'...' needs operands with a known number of axes", subscripts, subscripts.index("..."))
+        raise SubscriptsError(
+            "'...' is in the subscripts of a network, expected indices: names of operands do not determine axes",
+            subscripts,
+            subscripts.index("..."),
+        )
     nodes: list[Node] = []
     shapes = []
     for legs, operand, start in zip(parsed.operands, operands, parsed.starts, strict=True):
@@ -283,13 +298,13 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
             shapes.append((operand, legs, [None] * len(legs)))
     unknown = set(sizes) - {index for _, legs, _ in shapes for leg in legs for index in leg}
     if unknown:
-        raise ValueError(f"a size is given for {sorted(unknown)[0]!r}, which is no index of {subscripts!r}")
+        raise ValueError(f"a size is given for {sorted(unknown)[0]!r}, expected an index of {subscripts!r}")
     inferred = spread_over_deltas(nodes, infer_sizes(shapes, sizes))
     return Network.make(nodes, parsed.output, infer_sizes(shapes, inferred))
 
 
 def spread_over_deltas(nodes: Sequence[Node], sizes: dict[str, int | None]) -> dict[str, int | None]:
-    """Sizes with those of indices that deltas join made known by each other."""
+    """Add the sizes of indices that deltas join to indices of known size."""
     sizes = dict(sizes)
     held: dict[str, list[Delta]] = {}
     for node in nodes:
@@ -307,30 +322,32 @@ def spread_over_deltas(nodes: Sequence[Node], sizes: dict[str, int | None]) -> d
 
 
 def make_node(operand: str | IndexPattern, legs: tuple[Group, ...], text: str, start: int) -> Node:
-    """A node from what names it and its legs; errors point at `start` in `text`."""
+    """Create a node from its name or pattern and its legs; errors point at `start` in `text`."""
     if isinstance(operand, IndexPattern):
         if len(legs) != 3:
-            raise SubscriptsError(f"an index pattern has 3 legs (i, o, k), found {len(legs)}", text, start)
+            raise SubscriptsError(f"an index pattern has {len(legs)} legs, expected 3 (i, o, k)", text, start)
         return Pattern(operand, (legs[0], legs[1], legs[2]))
     if not isinstance(operand, str):
-        raise TypeError(f"an operand is a name or an IndexPattern, found {type(operand).__name__}")
+        raise TypeError(f"an operand is of type {type(operand).__name__}, expected a name or an IndexPattern")
     if operand in ("δ", "delta"):
         if any(len(leg) != 1 for leg in legs) or len(legs) < 2:
-            raise SubscriptsError("a delta has two or more single indices", text, start)
+            raise SubscriptsError(
+                f"a delta has legs {format_legs(legs)!r}, expected at least two single indices", text, start
+            )
         return Delta(tuple(leg[0] for leg in legs))
     if operand == "1":
         if len(legs) != 1 or len(legs[0]) != 1:
-            raise SubscriptsError("ones have one single index", text, start)
+            raise SubscriptsError(f"ones have legs {format_legs(legs)!r}, expected one single index", text, start)
         return Ones(legs[0][0])
     if operand.startswith("select "):
         if len(legs) != 2:
-            raise SubscriptsError(f"a selection has 2 legs, found {len(legs)}", text, start)
+            raise SubscriptsError(f"a selection has {len(legs)} legs, expected 2", text, start)
         return Select(operand.removeprefix("select "), legs)
     if not operand.isidentifier():
-        raise SubscriptsError(f"an operand's name must be an identifier, found {operand!r}", text, start)
+        raise SubscriptsError(f"the name of an operand is {operand!r}, expected an identifier", text, start)
     return Operand(operand, legs)
 
 
 def format_legs(legs: Iterable[Group]) -> str:
-    """Legs as subscripts spell them."""
+    """Legs as subscripts."""
     return " ".join(leg[0] if len(leg) == 1 else f"({' '.join(leg)})" for leg in legs)

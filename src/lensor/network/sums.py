@@ -18,7 +18,7 @@ from lensor.pattern import IndexPattern
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sum(Verbs):
-    """A sum of networks with the same output; a convolution with bias is one, so is a derivative by the product rule.
+    """A sum of networks with the same output, such as a convolution with bias or a derivative by the product rule.
 
     Example:
         >>> import lensor
@@ -32,18 +32,18 @@ class Sum(Verbs):
         for term in self.terms:
             require_type(term, "a term", Network)
         if len(self.terms) < 2:
-            raise NetworkError(f"a sum has two or more terms, got {len(self.terms)}")
+            raise NetworkError(f"the number of terms of a sum is {len(self.terms)}, expected at least 2")
         shapes = [term.output_shape for term in self.terms]
         for shape in shapes[1:]:
             fits = len(shape) == len(shapes[0]) and all(
                 a is None or b is None or a == b for a, b in zip(shape, shapes[0], strict=True)
             )
             if not fits:
-                raise NetworkError(f"the terms of a sum have one output shape, got {shapes[0]} and {shape}")
+                raise NetworkError(f"the terms of a sum have output shapes {shapes[0]} and {shape}, expected one shape")
         self._require_aligned()
 
     def _require_aligned(self) -> None:
-        """An output index of one term is an index of another only as an output index of its size in the same place."""
+        """Check that an output index of one term has the same place and size in every other term that has it."""
         outputs: dict[str, tuple[tuple[int, int], int | None]] = {}
         for term in self.terms:
             for index, place in _places(term).items():
@@ -51,16 +51,16 @@ class Sum(Verbs):
                 known, before = outputs.setdefault(index, (place, size))
                 if known != place or (size is not None and before is not None and size != before):
                     raise NetworkError(
-                        f"output index {index!r} stands in different places or has different sizes in the terms of the "
-                        "sum, expected one place and one size: network + another gives them names that fit"
+                        f"output index {index!r} has different places or sizes in the terms of the sum, expected one"
+                        " place and one size: add the networks with +, which renames indices"
                     )
                 outputs[index] = place, before if size is None else size
         for term in self.terms:
             for index in outputs.keys() & term.sizes.keys():
                 if index not in term.output_indices:
                     raise NetworkError(
-                        f"output index {index!r} of one term of the sum is summed in another: expected different "
-                        "names, as network + another gives them"
+                        f"output index {index!r} of one term of the sum is summed in another, expected different names:"
+                        " add the networks with +, which renames indices"
                     )
 
     @property
@@ -75,12 +75,12 @@ class Sum(Verbs):
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
-        """The size of each output leg, None where it is not yet known."""
+        """The size of each output leg, None if it is not yet known."""
         return self.terms[0].output_shape
 
     @property
     def sizes(self) -> Mapping[str, int | None]:
-        """The sizes of all indices of all terms, read-only; a size known in one term is known."""
+        """The sizes of the indices of all terms, read-only; a size that is known in one term is known in the sum."""
         sizes: dict[str, int | None] = {}
         for term in self.terms:
             for index, size in term.dimensions:
@@ -90,12 +90,12 @@ class Sum(Verbs):
 
     @property
     def operand_names(self) -> tuple[str, ...]:
-        """The names of the arrays the sum needs, each once, in order of appearance."""
+        """The names of the arrays in the sum, each once, in order of appearance."""
         return tuple(dict.fromkeys(name for term in self.terms for name in term.operand_names))
 
     @property
     def selections(self) -> frozenset[str]:
-        """The names of the operands that are positions, not arrays.
+        """The names of the selections, whose operands are vectors of positions.
 
         Example:
             >>> import lensor
@@ -121,18 +121,18 @@ class Sum(Verbs):
 
     @property
     def trace(self) -> tuple[Firing, ...]:
-        """The traces of all terms, one after another."""
+        """The traces of all terms, in order."""
         return tuple(firing for term in self.terms for firing in term.trace)
 
     def check(self) -> None:
-        """Raise NetworkError unless every term is well formed and the outputs agree.
+        """Raise NetworkError unless every term is well-formed and the outputs agree.
 
         Example:
             >>> import lensor
             >>> lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 2, bias=True)).check()
 
         Raises:
-            NetworkError: naming the first part that breaks the grammar of `Network.check`, or outputs that differ.
+            NetworkError: naming the first part that violates the grammar of `Network.check`, or outputs that differ.
         """
         for term in self.terms:
             term.check()
@@ -142,7 +142,7 @@ class Sum(Verbs):
     def canonical(self) -> tuple:
         """A key that is the same for all sums that are equal up to names and order."""
         keys = [term.canonical for term in self.terms]
-        # A size that one term has may hold for others by name: which indices of which terms share it.
+        # A size known in one term also applies to other terms by name: record which indices of which terms share it.
         shared: dict[str, list[tuple[str, int]]] = {}
         texts = [repr(key) for key in keys]
         for term, text in zip(self.terms, texts, strict=True):
@@ -155,7 +155,7 @@ class Sum(Verbs):
 
     @property
     def exact(self) -> tuple:
-        """A key for this very sum, names and order included."""
+        """A key for this sum that includes names and order."""
         return tuple(term.exact for term in self.terms)
 
     def __eq__(self, other: object) -> bool:
@@ -176,7 +176,7 @@ class Sum(Verbs):
 
 
 def add(net: AnyNetwork, other: Any) -> AnyNetwork:
-    """The sum of two networks with outputs of one shape; 0, with which Python's `sum` starts, adds nothing.
+    """The sum of two networks with the same output shape; adding 0 is allowed, so that Python's `sum` works.
 
     Example:
         >>> import lensor
@@ -185,21 +185,21 @@ def add(net: AnyNetwork, other: Any) -> AnyNetwork:
         X[n i] + Y[n] -> n
 
     Raises:
-        NetworkError: if the outputs have other shapes.
-        TypeError: for anything but a network.
+        NetworkError: if the output shapes differ.
+        TypeError: if `other` is neither a network nor 0.
     """
     if isinstance(other, (Network, Sum)):
         return sum_of((*net.terms, *other.terms))
     if type(other) is int and other == 0:  # where Python's sum starts
         return net
     raise TypeError(
-        f"only networks can be added to a network, found {other!r} of type {type(other).__name__}; to multiply by a "
-        "number use net.scaled(...), to add one write it as a network of ones, lensor.contraction('i -> i', '1')"
+        f"the other summand is {other!r} of type {type(other).__name__}, expected a network: to multiply by a number,"
+        " use net.scaled(...); to add a number, write it as a network of ones, lensor.contraction('i -> i', '1')"
     )
 
 
 def _places(term: Network) -> dict[str, tuple[int, int]]:
-    """The leg of every output index, and its place there."""
+    """The leg of every output index, and its place in the leg."""
     return {index: (leg, at) for leg, group in enumerate(term.output) for at, index in enumerate(group)}
 
 
@@ -207,11 +207,11 @@ AnyNetwork: TypeAlias = Network | Sum
 
 
 def sum_of(terms: Sequence[Network]) -> AnyNetwork:
-    """The sum of networks, their output indices named as in the first; one term is itself.
+    """The sum of networks, with output indices named as in the first term; a single term is returned as it is.
 
-    A leg whose indices cannot be those of the first term, because it is grouped or split in another way, keeps indices
-    of its own, with names that no other term has. Summed indices give way to output indices of the same name, all of
-    one name to one new name, since a name means one index throughout a sum.
+    A leg that is grouped or split differently from that of the first term keeps separate indices, with names that no
+    other term has. Summed indices with the name of an output index are renamed. A name means the same index in all
+    terms, so summed indices with the same name get the same new name.
 
     Raises:
         NetworkError: if the terms' output shapes differ.
@@ -245,7 +245,7 @@ def sum_of(terms: Sequence[Network]) -> AnyNetwork:
 
 
 def _aligned(term: Network, first: Network) -> dict[str, str]:
-    """For the output indices of a term those of the first that stand in the same places and may have the same sizes."""
+    """Map the output indices of a term to those of the first in the same places, if their sizes are compatible."""
     found: dict[str, str] = {}
     for leg, wanted in zip(term.output, first.output, strict=False):
         sizes = [(term.sizes[one], first.sizes[other]) for one, other in zip(leg, wanted, strict=False)]

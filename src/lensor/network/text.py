@@ -1,4 +1,4 @@
-"""The text form of a whole network, both ways."""
+"""Conversion of a whole network to text and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lensor.network.subscripts import (
 from lensor.network.sums import AnyNetwork, sum_of
 from lensor.pattern import IndexPattern, as_integer
 
-# The parts of a legend's entries; the names are any that a token can be, keywords of Python among them.
+# The parts of a legend's entries; a name may be any token, including a Python keyword.
 _ENTRY = re.compile(rf"\s*(?P<name>{_NAME})\s*=\s*")
 
 _SIZE = re.compile(r"-?\d+(?!\w|\.)")
@@ -32,7 +32,7 @@ _PATTERN = re.compile(r"IndexPattern\s*\((?:[^()]|\([^()]*\))*\)")
 
 
 def _pattern_names(terms: Sequence[Network]) -> dict[tuple, str]:
-    """Names Π1, Π2, ... for all patterns; copies that differ only by `_` behind their indices share one."""
+    """Names Π1, Π2, ... for all patterns; copies that differ only by `_` after their indices share one name."""
     names: dict[tuple, str] = {}
     for term in terms:
         for node in term.nodes:
@@ -74,7 +74,7 @@ def _format_term(term: Network, names: Mapping[tuple, str]) -> str:
 
 
 def _tell_apart(terms: Sequence[Network]) -> list[Network]:
-    """Terms in which a name has one size: a `where` clause can give no more."""
+    """Rename indices so that each name has one size in all terms, as a `where` clause requires."""
     used = {index for term in terms for index in term.sizes}
     names: dict[tuple[str, int | None], str] = {}
     seen: set[str] = set()
@@ -93,9 +93,9 @@ def _tell_apart(terms: Sequence[Network]) -> list[Network]:
 
 
 def to_text(net: AnyNetwork, legend: bool = False) -> str:
-    """A network as text: `X[n i1] Π1[i1 o1 k1] W[k1] -> n o1`, terms joined by `+`, a scale in front.
+    """A network as text: `X[n i1] Π1[i1 o1 k1] W[k1] -> n o1`, with terms joined by `+`, each after its scale.
 
-    With `legend`, a `where` clause spells patterns and sizes, so that `parse` needs nothing else.
+    With `legend`, a `where` clause adds all patterns and sizes, so that `parse` can restore the network.
     """
     terms = _tell_apart(net.terms) if legend else net.terms
     names = _pattern_names(terms)
@@ -116,7 +116,7 @@ def to_text(net: AnyNetwork, legend: bool = False) -> str:
 
 
 def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
-    """The index patterns of a network under the names its text gives them.
+    """The index patterns of a network, by their names in its text.
 
     Example:
         >>> import lensor
@@ -127,9 +127,9 @@ def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
 
 
 def _find_legend(text: str) -> tuple[int, int]:
-    """Where the body of a network's text ends and where its legend starts; the ends of the text if it has none.
+    """The end of a network's body and the start of its legend in a text; both are the text's end if it has no legend.
 
-    `where` may name an index too, so the legend's is one behind the last arrow that an entry follows.
+    `where` may also be the name of an index, so the legend starts at one after the last arrow that an entry follows.
     """
     behind = max(text.rfind("->"), 0)
     found = re.compile(rf"(?<!\w)where\s+(?={_NAME}\s*=)").search(text, behind)
@@ -139,13 +139,13 @@ def _find_legend(text: str) -> tuple[int, int]:
 
 
 def _read_legend(text: str, at: int) -> tuple[dict[str, int | None], dict[str, IndexPattern]]:
-    """The sizes and patterns that `name=value` entries of `text` tell, from the position `at` to its end."""
+    """Read sizes and patterns from the `name=value` entries of `text`, from position `at` to its end."""
     sizes: dict[str, int | None] = {}
     patterns: dict[str, IndexPattern] = {}
 
     def error(reason: object, place: int) -> SubscriptsError:
         place = min(len(text) - len(text[place:].lstrip()), len(text.rstrip()))
-        return SubscriptsError(f"cannot read what stands behind 'where': {reason}", text, place)
+        return SubscriptsError(f"cannot read the text after 'where': {reason}", text, place)
 
     while text[at:].strip():
         head = _ENTRY.match(text, at)
@@ -156,7 +156,7 @@ def _read_legend(text: str, at: int) -> tuple[dict[str, int | None], dict[str, I
             raise error(f"expected a size or IndexPattern(...) for {head['name']!r}", head.end())
         known = sizes if value.re is _SIZE else patterns
         if head["name"] in known:
-            raise error(f"{head['name']!r} is there twice", head.start("name"))
+            raise error(f"{head['name']!r} occurs twice, expected once", head.start("name"))
         if value.re is _SIZE:
             sizes[head["name"]] = int(value[0])
         else:
@@ -182,12 +182,12 @@ def _read_pattern(text: str) -> IndexPattern:
 def parse(
     text: str, sizes: Mapping[str, int | None] | None = None, patterns: Mapping[str, IndexPattern] | None = None
 ) -> AnyNetwork:
-    """Read the text form of a network, the inverse of `str` and `repr`.
+    """Parse the text form of a network, the inverse of `str` and `repr`.
 
     Args:
-        text: `X[n i1] Π1[i1 o1 k1] -> n o1 k1`, several terms joined by `+`, optionally a `where` clause.
-        sizes: sizes of indices that neither a pattern nor the `where` clause tells.
-        patterns: the index patterns by name; any name that stands here is read as a pattern.
+        text: `X[n i1] Π1[i1 o1 k1] -> n o1 k1`, with terms joined by `+`, optionally with a `where` clause.
+        sizes: sizes of indices that neither a pattern nor the `where` clause determines.
+        patterns: the index patterns by name; each of these names denotes a pattern in the text.
 
     Example:
         >>> import lensor
@@ -196,11 +196,11 @@ def parse(
         1/2 X[n i] Π1[i o k] -> n o 4
 
     Raises:
-        SubscriptsError: with a caret under the place that does not parse.
+        SubscriptsError: if the text does not parse; the message marks the place with a caret.
         NetworkError, ValueError: if the parts do not fit together.
     """
     if not isinstance(text, str):
-        raise TypeError(f"a network's text must be a str, found {type(text).__name__}")
+        raise TypeError(f"text is of type {type(text).__name__}, expected a str")
     end, start = _find_legend(text)
     legend_sizes, legend_patterns = _read_legend(text, start)
     all_sizes = {
@@ -288,12 +288,12 @@ def _assemble(
     missing = [index for leg in output for index in leg if index not in inferred]
     if missing:
         hint = "; spaces separate indices" if with_spaces(f"{','.join(held)}->{format_legs(output)}") else ""
-        raise NetworkError(f"output index {missing[0]!r} occurs in no node; indices of nodes: {sorted(held)}{hint}")
+        raise NetworkError(f"output index {missing[0]!r} is not in any node, expected one of {sorted(held)}{hint}")
     return Network.make(nodes, output, inferred, scale)
 
 
 def subscripts_of(net: AnyNetwork) -> str:
-    """The einsum string over `operands`, terms of a sum joined by `+`.
+    """The einsum string for `operands`, with terms of a sum joined by `+`.
 
     Example:
         >>> import lensor
@@ -307,5 +307,5 @@ def subscripts_of(net: AnyNetwork) -> str:
 
 
 def text_to_parse(net: AnyNetwork) -> str:
-    """The call of `parse` that makes the network, with a legend of its sizes and patterns."""
+    """The call of `parse` that restores the network, with a legend of its sizes and patterns."""
     return f"parse({to_text(net, legend=True)!r})"

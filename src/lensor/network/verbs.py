@@ -1,6 +1,6 @@
-"""The methods of networks that later stages define: their signatures, for readers and type checkers.
+"""Signatures of the network methods that later stages define, for readers and type checkers.
 
-`lensor.methods` binds each of them to its function. A test compares the signatures here with those of the functions.
+`lensor.methods` binds each method to its function. A test compares the signatures here with those of the functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Verbs:
-    """The base class of networks and of sums of networks: what both can do."""
+    """The base class of networks and of sums of networks, with the methods of both."""
 
     if TYPE_CHECKING:
         # texts and sums

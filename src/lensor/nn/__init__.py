@@ -1,7 +1,7 @@
-"""Torch modules that compute with Lensor, and the conversion of whole models.
+"""Torch modules computed by Lensor, and the conversion of whole models.
 
-`convert(model)` makes the convolutions of any torch model Lensor's; `ConvNd`, `ConvTransposeNd`, `UnfoldNd` and
-`FoldNd` have any number of spatial dimensions. Importing this package imports torch.
+Use `convert(model)` for an existing torch model: it replaces all convolutions. Use `ConvNd`, `ConvTransposeNd`,
+`UnfoldNd` and `FoldNd` for any number of spatial dimensions. Importing this package imports torch.
 """
 
 from lensor.nn.conversion import convert

@@ -1,4 +1,4 @@
-"""Calls of a layer's function: torch's, Lensor's, and others that register themselves."""
+"""Calls of layer functions: torch's, Lensor's, and others that register themselves."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class LayerCall:
     """The arguments of one call of a convolution, a transposed convolution or a linear map.
 
     Args:
-        kind: which of the three.
+        kind: "conv", "conv_transpose" or "linear".
         input: the input as it was passed.
         weight: the weight.
         bias: the bias, or None.
         stride: and the following: hyper-parameters as they were passed; a linear map has none.
         padding: zeros, "same", "valid", ints or pairs.
-        dilation: of the kernel.
-        groups: of channels.
-        padding_mode: of the padding.
-        output_padding: of a transposed convolution.
+        dilation: spacing of the kernel entries.
+        groups: number of channel groups.
+        padding_mode: padding mode.
+        output_padding: output padding of a transposed convolution.
     """
 
     kind: Literal["linear", "conv", "conv_transpose"]
@@ -44,14 +44,14 @@ class LayerCall:
 
     @property
     def dims(self) -> int:
-        """The number of spatial dimensions of the kernel."""
+        """Number of spatial dimensions of the kernel."""
         return self.weight.ndim - 2
 
     def spec(self, input_size: Sequence[int]) -> ConvSpec:
         """The convolution for inputs [batch, c_in, *input_size].
 
-        A linear map is a convolution with a kernel of size 1, or without spatial dimensions. Further spatial
-        dimensions in front of the kernel's own have a kernel of size 1.
+        A linear map is a convolution with kernel size 1, or without spatial dimensions. Further spatial dimensions
+        before those of the kernel get kernel size 1.
         """
         first, second = self.weight.shape[:2]
         bias = self.bias is not None
@@ -79,7 +79,7 @@ class LayerCall:
 
 
 def _each(value: Any, dims: int) -> tuple:
-    """One entry for each dimension; torch takes one entry for all, too."""
+    """One entry per dimension; torch also takes one entry for all."""
     if not isinstance(value, (tuple, list)):
         return (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)
@@ -134,7 +134,7 @@ def register_layer_function(function: Callable[..., Any], read: Callable[..., La
 
     Args:
         function: a function that calls `torch.overrides.handle_torch_function`.
-        read: takes the same arguments and returns the call that computes the same.
+        read: a function that takes the same arguments and returns the equivalent call.
     """
     _FUNCTIONS[function] = read
 

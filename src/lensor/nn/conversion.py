@@ -1,4 +1,4 @@
-"""Make the convolutions of a torch model compute with Lensor."""
+"""Converts the convolutions of a torch model to Lensor."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MIXINS = (layers.Convolution, layers.TransposedConvolution)
 
 
 def convert(model: Model, inplace: bool = False) -> Model:
-    """The model with every convolution and transposed convolution of torch computed by Lensor.
+    """Make Lensor compute every convolution and transposed convolution of a torch model.
 
-    A converted module is of a Lensor subclass of its own class and is the same in all else: parameters, state_dict,
-    hooks, mode, device, dtype, parametrizations; a module used in several places stays one module. Subclasses that
-    compute in a way of their own are left alone, with a warning that names them.
+    A converted module becomes an instance of a Lensor subclass of its class. Everything else stays: parameters,
+    state_dict, hooks, mode, device, dtype and parametrizations; a module used in several places stays one module.
+    Subclasses with their own computation stay unchanged, with a warning that names them.
 
     Example:
         >>> import torch, lensor.nn
@@ -45,23 +45,23 @@ def convert(model: Model, inplace: bool = False) -> Model:
         <class 'lensor.nn.layers.Conv2d'>
 
     Args:
-        model: any torch module, a convolution included.
-        inplace: whether to change `model` itself instead of a copy of it.
+        model: any torch module, including a convolution.
+        inplace: whether to change `model` itself instead of a copy.
 
     Returns:
         The copy, or `model` itself.
 
     Raises:
-        TypeError: if `model` is no torch module.
-        ValueError: if a lazy convolution waits for its first input, or if the model cannot be copied.
+        TypeError: if `model` is not a torch module.
+        ValueError: if a lazy convolution has not seen an input, or if the model cannot be copied.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     for name, module in _convolutions(model):
         if isinstance(module, LazyModuleMixin):
             raise ValueError(
-                f"{name} is a {type(module).__name__} that waits for its first input, expected an initialised model:"
-                " run it once on an input before converting it"
+                f"{name} is a lazy {type(module).__name__}, expected an initialised module: run the model once on an"
+                " input before you convert it"
             )
     if not inplace:
         model = copied(model)
@@ -69,7 +69,7 @@ def convert(model: Model, inplace: bool = False) -> Model:
         new = _converted_class(type_before_parametrizations(module))
         if new is None:
             warnings.warn(
-                f"{name} is left as it is: {type(module).__name__} computes its convolution in a way of its own",
+                f"{name} is not converted: {type(module).__name__} has its own computation",
                 stacklevel=2,
             )
         elif is_parametrized(module):
@@ -80,14 +80,14 @@ def convert(model: Model, inplace: bool = False) -> Model:
 
 
 def _convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The convolutions of torch in a model, each once, with the names for messages."""
+    """The torch convolutions of a model, each once, with their names for messages."""
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd) and not isinstance(module, _MIXINS):
             yield repr(name) if name else "the model", module
 
 
 def copied(model: Model) -> Model:
-    """A deep copy; ValueError where a tensor is the result of a computation that the copy could not repeat."""
+    """A deep copy; ValueError for a tensor that is the result of a computation that the copy cannot repeat."""
     memo: dict[int, Any] = {}
     again: list[tuple[str, str, Callable[[torch.nn.Module], torch.Tensor]]] = []
     for name, module in model.named_modules():
@@ -97,8 +97,8 @@ def copied(model: Model) -> Model:
                 continue
             if attribute not in computed:
                 raise ValueError(
-                    f"{attribute!r} of {repr(name) if name else 'the model'} is the result of a computation, which"
-                    " torch cannot copy; expected parameters and buffers, or inplace=True"
+                    f"{attribute!r} of {repr(name) if name else 'the model'} is the result of a computation, expected a"
+                    " parameter or buffer: torch cannot copy it, so use inplace=True"
                 )
             memo[id(value)] = value.detach().clone()
             again.append((name, attribute, computed[attribute]))
@@ -111,7 +111,7 @@ def copied(model: Model) -> Model:
 
 
 def _computed(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[torch.nn.Module], torch.Tensor]]]:
-    """The tensors that torch's hooks compute of a module's parameters before each call, and how."""
+    """The tensors that torch's hooks compute from a module's parameters before each call, with their functions."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             yield hook.name, hook.compute_weight
@@ -123,7 +123,7 @@ def _computed(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[torch.nn
 
 @functools.lru_cache(maxsize=256)
 def _converted_class(cls: type) -> type | None:
-    """Lensor's subclass of a class of convolutions, None if the class computes in a way of its own."""
+    """Lensor's subclass of a convolution class; None if the class has its own computation."""
     if cls in _LENSOR:
         return _LENSOR[cls]
     base = next((base for base in _LENSOR if issubclass(cls, base)), None)
@@ -136,7 +136,7 @@ def _converted_class(cls: type) -> type | None:
 
 
 class _Rebuilt:
-    """Pickles and copies an object of a class that `_converted_class` made: by the class it was made from."""
+    """Pickles and copies an object of a class that `_converted_class` made, through its original class."""
 
     _made_from: type
 
@@ -150,9 +150,9 @@ def _new(cls: type) -> Any:
 
 
 def with_base(parametrized: type, base: type) -> type:
-    """The class that torch's parametrizations made for a module, on another base.
+    """Rebuild the class that torch's parametrizations made for a module, on another base.
 
-    A new class rather than new bases: torch lets copies of a module share the class.
+    This returns a new class instead of changing the bases, because torch lets copies of a module share the class.
     """
     members = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{base.__name__}", (base,), members)

@@ -20,7 +20,7 @@ Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 
 
 def _dimensions(dims: int | None, **sizes: Any) -> int:
-    """N from the length of the first argument given as a sequence, else from `dims`."""
+    """The number of dimensions from the length of the first sequence argument, else from `dims`."""
     for name, size in sizes.items():
         if isinstance(size, Sequence) and not isinstance(size, str):
             if dims is not None and dims != len(size):
@@ -35,11 +35,11 @@ def _dimensions(dims: int | None, **sizes: Any) -> int:
 
 
 def _each(name: str, value: Any, dims: int) -> tuple:
-    """One entry for each dimension."""
+    """One entry per dimension."""
     if not isinstance(value, Sequence):
         return (value,) * dims
     if len(value) != dims:
-        raise ValueError(f"{name} has {len(value)} entries, expected {dims}, one for each dimension: {tuple(value)}")
+        raise ValueError(f"{name} has {len(value)} entries, expected {dims}, one per dimension: {tuple(value)}")
     return tuple(tuple(entry) if isinstance(entry, Sequence) else entry for entry in value)
 
 
@@ -48,14 +48,14 @@ def _each_padding(padding: Padding, dims: int) -> str | tuple:
 
 
 def as_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors (or None) in the dtype that `torch.autocast`, if it is on, asks of a convolution."""
+    """The tensors (or None) in the dtype that an active `torch.autocast` uses for convolutions."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(tensor: Any) -> Any:
-        # As torch's: double precision and complex numbers stay.
+        # As in torch, double precision and complex numbers are not cast.
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(dtype)
@@ -73,7 +73,7 @@ def convolve(
     groups: int,
     padding_mode: PaddingMode,
 ) -> Tensor:
-    """The convolution of a layer. As with torch's own functions, modes and tensor subclasses can override it."""
+    """The convolution of a layer. Like torch's own functions, modes and tensor subclasses can override it."""
     if has_torch_function_variadic(input, weight):
         arguments = (input, weight, bias, stride, padding, dilation, groups, padding_mode)
         return handle_torch_function(convolve, (input, weight), *arguments)
@@ -91,7 +91,7 @@ def convolve_transposed(
     groups: int,
     dilation: Size,
 ) -> Tensor:
-    """The transposed convolution of a layer; it can be overridden, as `convolve`."""
+    """The transposed convolution of a layer; it can be overridden like `convolve`."""
     if has_torch_function_variadic(input, weight):
         arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
         return handle_torch_function(convolve_transposed, (input, weight), *arguments)
@@ -100,17 +100,17 @@ def convolve_transposed(
 
 
 def typed(forward: Forward) -> Forward:
-    """The method with torch's tensor as the type of what it takes, not its name: graphs of torch.fx keep the types."""
+    """Annotate a method with torch's tensor type itself instead of its name, because torch.fx keeps annotations."""
     names = forward.__annotations__
     names.update({name: Tensor for name, kind in names.items() if kind == "Tensor"})
     return forward
 
 
 class Leaf:
-    """What makes a module a leaf of torch.fx's graphs, as torch's own layers are: a mixin before a module's class.
+    """Mixin before a module's class that makes the module a leaf of torch.fx graphs, like torch's own layers.
 
-    Tracers take modules of torch's for leaves by their names, and trace through others: then hooks, the mode that a
-    module is in, and what a parametrization computes would be those of the time of tracing.
+    Tracers recognise torch's modules as leaves by their names, and trace through others. That would freeze the hooks,
+    the mode and the parametrized values at the time of tracing.
     """
 
     def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ class Leaf:
 
 
 class Convolution(Leaf):
-    """What makes a torch convolution compute with Lensor: a mixin before torch's class."""
+    """Mixin before torch's class that makes Lensor compute a convolution."""
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
@@ -134,10 +134,10 @@ class Convolution(Leaf):
 
 
 class TransposedConvolution(Leaf):
-    """What makes a torch transposed convolution compute with Lensor: a mixin before torch's class."""
+    """Mixin before torch's class that makes Lensor compute a transposed convolution."""
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
+        """Apply the layer; `output_size` is the spatial size to reach by a choice of `output_padding`."""
         output_padding = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
         return convolve_transposed(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
@@ -145,7 +145,7 @@ class TransposedConvolution(Leaf):
 
 
 def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
-    """The output padding that gives a spatial size; ValueError if none does."""
+    """The output padding that gives a spatial size; ValueError if no output padding does."""
     dims = len(module.kernel_size)
     size = tuple(output_size)
     if len(size) == input.ndim:
@@ -235,6 +235,8 @@ class ConvTranspose3d(TransposedConvolution, torch.nn.ConvTranspose3d):
 class ConvNd(Convolution, _ConvNd):
     """Convolution in any number of spatial dimensions; parameters, state_dict and initialisation as in torch.
 
+    Use `Conv1d`, `Conv2d` or `Conv3d` for one to three dimensions.
+
     Example:
         >>> import torch, lensor.nn
         >>> layer = lensor.nn.ConvNd(2, 4, kernel_size=3, padding="same", dims=4)
@@ -242,21 +244,21 @@ class ConvNd(Convolution, _ConvNd):
         torch.Size([1, 4, 5, 5, 5, 5])
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
         kernel_size: one int, or one per dimension.
         stride: one int, or one per dimension.
         padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
         dilation: one int, or one per dimension.
-        groups: number of groups of channels.
+        groups: number of channel groups.
         bias: whether to learn a bias.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         dims: number of spatial dimensions, if `kernel_size` is an int.
 
     Raises:
-        ValueError: if hyper-parameters do not fit together.
+        ValueError: for inconsistent hyper-parameters.
     """
 
     def __init__(
@@ -296,6 +298,8 @@ class ConvNd(Convolution, _ConvNd):
 class ConvTransposeNd(TransposedConvolution, _ConvTransposeNd):
     """Transposed convolution in any number of spatial dimensions; parameters and initialisation as in torch.
 
+    Use `ConvTranspose1d`, `ConvTranspose2d` or `ConvTranspose3d` for one to three dimensions.
+
     Example:
         >>> import torch, lensor.nn
         >>> layer = lensor.nn.ConvTransposeNd(4, 2, kernel_size=2, stride=2, dims=4)
@@ -303,22 +307,22 @@ class ConvTransposeNd(TransposedConvolution, _ConvTransposeNd):
         torch.Size([1, 2, 6, 6, 6, 6])
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
         kernel_size: one int, or one per dimension.
         stride: one int, or one per dimension.
         padding: an int, one int or one (left, right) pair per dimension.
         output_padding: one int, or one per dimension, less than the stride or the dilation.
-        groups: number of groups of channels.
+        groups: number of channel groups.
         bias: whether to learn a bias.
         dilation: one int, or one per dimension.
-        padding_mode: "zeros", the only one.
-        device: of the parameters.
-        dtype: of the parameters.
+        padding_mode: "zeros", the only choice.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         dims: number of spatial dimensions, if `kernel_size` is an int.
 
     Raises:
-        ValueError: if hyper-parameters do not fit together.
+        ValueError: for inconsistent hyper-parameters.
     """
 
     def __init__(
@@ -359,7 +363,7 @@ class ConvTransposeNd(TransposedConvolution, _ConvTransposeNd):
 
 
 class _Patches(Leaf, torch.nn.Module):
-    """What unfold and fold share."""
+    """Base class of unfold and fold."""
 
     def __init__(
         self, dims: int, kernel_size: Size, dilation: Size, padding: Padding, stride: Size, padding_mode: PaddingMode
@@ -380,7 +384,7 @@ class _Patches(Leaf, torch.nn.Module):
 
 
 class UnfoldNd(_Patches):
-    """The patches of an input (im2col) in any number of spatial dimensions.
+    """Unfold an input into patches (im2col), in any number of spatial dimensions.
 
     Example:
         >>> import torch, lensor.nn
@@ -396,7 +400,7 @@ class UnfoldNd(_Patches):
         dims: number of spatial dimensions, if `kernel_size` is an int.
 
     Raises:
-        ValueError: if hyper-parameters do not fit together.
+        ValueError: for inconsistent hyper-parameters.
     """
 
     def __init__(
@@ -414,14 +418,14 @@ class UnfoldNd(_Patches):
 
     @typed
     def forward(self, input: Tensor) -> Tensor:
-        """[batch, c, *input_size] to [batch, c·ΠK, ΠO]; the batch axis may lack."""
+        """Map [batch, c, *input_size] to [batch, c·ΠK, ΠO]; the batch axis is optional."""
         return functional.unfold(
             input, self.kernel_size, self.dilation, self.padding, self.stride, padding_mode=self.padding_mode
         )
 
 
 class FoldNd(_Patches):
-    """The sum of patches at their places (col2im) in any number of spatial dimensions.
+    """Fold patches (col2im): the sum of the patches at their positions, in any number of spatial dimensions.
 
     Example:
         >>> import torch, lensor.nn
@@ -438,7 +442,7 @@ class FoldNd(_Patches):
         dims: number of spatial dimensions, if `output_size` and `kernel_size` are ints.
 
     Raises:
-        ValueError: if hyper-parameters do not fit together.
+        ValueError: for inconsistent hyper-parameters.
     """
 
     def __init__(
@@ -458,7 +462,7 @@ class FoldNd(_Patches):
 
     @typed
     def forward(self, input: Tensor) -> Tensor:
-        """[batch, c·ΠK, ΠO] to [batch, c, *output_size]; the batch axis may lack."""
+        """Map [batch, c·ΠK, ΠO] to [batch, c, *output_size]; the batch axis is optional."""
         return functional.fold(
             input,
             self.output_size,

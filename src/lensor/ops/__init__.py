@@ -1,4 +1,4 @@
-"""The operations: from a ConvSpec to its network, each derived from `conv` or `unfold` by transformation."""
+"""Operations: functions from a ConvSpec to a network, each derived from `conv` or `unfold` by transforms."""
 
 import warnings
 from typing import Any
@@ -62,7 +62,7 @@ _RENAMED = {
     "per_example_weight_vjp": "conv_weight_vjp_per_example",
     "ggn_mini_block": "ggn_mini_blocks",
 }
-"""Old names, which are deprecated: one quantity has one name in `ops`, `functional` and `curvature`."""
+"""Deprecated names: each quantity now has the same name in `ops`, `functional` and `curvature`."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""The indices of a convolution's operands, for convolutions and transposed convolutions alike.
+"""The indices of the operands of convolutions and transposed convolutions.
 
-A transposed convolution is the input VJP of a convolution, standing on its own; its indices are named after that
-convolution: its input has the indices (g c_out) o, its output (g c_in) i.
+A transposed convolution is the input VJP of a convolution and takes its index names from this convolution: its input
+has the indices (g c_out) o, its output (g c_in) i.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lensor.spec import ConvSpec
 
 @dataclass(frozen=True, slots=True)
 class Legs:
-    """Names of the channel and spatial indices on the side the operation reads from, and the one it writes to."""
+    """Names of the channel and spatial indices of an operation's input and output."""
 
     spec: ConvSpec
 
@@ -25,12 +25,12 @@ class Legs:
 
     @property
     def dims(self) -> range:
-        """Numbers of the spatial dimensions, from 1."""
+        """The spatial dimensions, numbered from 1."""
         return range(1, self.spec.ndim + 1)
 
     @property
     def channels(self) -> tuple[str, str]:
-        """(channel index of the input, channel index of the output), within a group."""
+        """(channel index of the input, channel index of the output) within a group."""
         return ("c_out", "c_in") if self.spec.transposed else ("c_in", "c_out")
 
     @property
@@ -61,7 +61,7 @@ class Legs:
 
     @property
     def patterns(self) -> list[Node]:
-        """One index pattern for each spatial dimension."""
+        """One index pattern per spatial dimension."""
         return [
             Pattern(pattern, ((f"i{d}",), (f"o{d}",), (f"k{d}",)))
             for d, pattern in zip(self.dims, self.spec.patterns, strict=True)
@@ -69,7 +69,7 @@ class Legs:
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """The sizes of all indices; the batch index n has none yet."""
+        """The sizes of all indices; the batch index n does not have one yet."""
         spec = self.spec
         sizes: dict[str, int | None] = {"n": None, "g": spec.groups}
         sizes[self.channels[0]] = spec.in_channels // spec.groups
@@ -80,10 +80,10 @@ class Legs:
         return sizes
 
     def network(self, nodes: Sequence[Node], output: Sequence[Group]) -> Network:
-        """A network over these indices."""
+        """A network with these indices."""
         return Network.make(nodes, output, self.sizes)
 
 
 def single(indices: Sequence[str]) -> list[Group]:
-    """One leg for each index."""
+    """One leg per index."""
     return [(index,) for index in indices]

@@ -1,4 +1,4 @@
-"""Convolution and its matrix views: the networks everything else is derived from."""
+"""Convolution and its matrix forms: the networks from which all others are derived."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensor.spec import ConvSpec
 def conv(spec: ConvSpec) -> AnyNetwork:
     """Convolution, or transposed convolution: X [n, c_in, *I], W in torch's layout, b -> [n, c_out, *O].
 
-    Table 1 of the paper: `n (g c_in) i, i o k, (g c_out) c_in k -> n (g c_out) o`, plus the bias on every position.
+    Table 1 of the paper: `n (g c_in) i, i o k, (g c_out) c_in k -> n (g c_out) o`, plus the bias at every position.
 
     Example:
         >>> import lensor
@@ -19,7 +19,7 @@ def conv(spec: ConvSpec) -> AnyNetwork:
         'n (g c_in) i1 i2, i1 o1 k1, i2 o2 k2, (g c_out) c_in k1 k2 -> n (g c_out) o1 o2'
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     legs = Legs(spec)
     main = legs.network([Operand("X", legs.input), *legs.patterns, Operand("W", legs.weight)], legs.output)
@@ -30,16 +30,16 @@ def conv(spec: ConvSpec) -> AnyNetwork:
 
 
 def convolution_matrix(spec: ConvSpec) -> Network:
-    """The Jacobian for one example, without n: W -> (g c_out) o.. (g_in c_in) i.., diagonal in g and g_in."""
+    """The input Jacobian for one example, without n: W -> (g c_out) o.. (g_in c_in) i.., diagonal in g and g_in."""
     legs = Legs(spec)
     nodes = [Operand("X", legs.input[1:]), *legs.patterns, Operand("W", legs.weight)]
     return legs.network(nodes, legs.output[1:]).jacobian("X").rename(g_="g_in")
 
 
 def unfold(spec: ConvSpec) -> Network:
-    """im2col: X [n, c_in, *input_size] -> patches [n, c_in·ΠK, *output_size]; for a transposed spec `unfold_transpose`.
+    """The patches of the input (im2col): X [n, c_in, *input_size] -> [n, c_in·ΠK, *output_size].
 
-    Table 1 of the paper: `n c_in i, i o k -> n (c_in k) o`.
+    Table 1 of the paper: `n c_in i, i o k -> n (c_in k) o`. For a transposed spec, the same as `unfold_transpose`.
 
     Example:
         >>> import lensor
@@ -47,7 +47,7 @@ def unfold(spec: ConvSpec) -> Network:
         X[n c_in i1] Π1[i1 o1 k1] -> n (c_in k1) o1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     legs = Legs(spec)
     channel = legs.channels[0]
@@ -57,9 +57,9 @@ def unfold(spec: ConvSpec) -> Network:
 
 
 def fold(spec: ConvSpec) -> Network:
-    """col2im, the adjoint of `unfold` in every padding mode: V [n, c_in·ΠK, *output_size] -> [n, c_in, *input_size].
+    """Sum overlapping patches (col2im): V [n, c_in·ΠK, *output_size] -> [n, c_in, *input_size].
 
-    `n (c_in k) o, i o k -> n c_in i`.
+    `n (c_in k) o, i o k -> n c_in i`, the adjoint of `unfold` in every padding mode.
 
     Example:
         >>> import lensor
@@ -67,7 +67,7 @@ def fold(spec: ConvSpec) -> Network:
         Π1[i1 o1 k1] V[n (c_in k1) o1] -> n c_in i1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return unfold(spec).vjp("X")
 
@@ -83,7 +83,7 @@ def unfolded_kernel(spec: ConvSpec) -> Network:
         Π1[i1 o1 k1] W[c_out c_in k1] -> (c_out o1) (c_in i1)
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     matrix = convolution_matrix(spec)
     rows = [index for leg in matrix.output[: spec.ndim + 1] for index in leg]
@@ -92,9 +92,9 @@ def unfolded_kernel(spec: ConvSpec) -> Network:
 
 
 def conv_transpose(spec: ConvSpec) -> AnyNetwork:
-    """Transposed convolution: for a transposed spec `conv`, for any other its convolution's transpose (input VJP).
+    """Transposed convolution: `conv` for a transposed spec, otherwise the transpose (input VJP) of the convolution.
 
-    For a spec that is not transposed: X [n, c_out, *output_size], W -> [n, c_in, *input_size], by
+    For a spec that is not transposed: X [n, c_out, *output_size], W -> [n, c_in, *input_size], with
     `(g c_out) c_in k, i o k, n (g c_out) o -> n (g c_in) i`.
 
     Example:
@@ -104,7 +104,7 @@ def conv_transpose(spec: ConvSpec) -> AnyNetwork:
         X[n (g c_out) o1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_in) i1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     require_type(spec, "spec", ConvSpec)
     if spec.transposed:
@@ -113,9 +113,9 @@ def conv_transpose(spec: ConvSpec) -> AnyNetwork:
 
 
 def unfold_transpose(spec: ConvSpec) -> Network:
-    """Patches of a transposed convolution: X -> [n, channels·ΠK, *positions of its output].
+    """The patches of a transposed convolution: X -> [n, channels·ΠK, *its output positions].
 
-    `n c_out o, i o k -> n (c_out k) i`. For a spec that is not transposed, of its convolution's transpose.
+    `n c_out o, i o k -> n (c_out k) i`. For a spec that is not transposed, the patches of the convolution's transpose.
 
     Example:
         >>> import lensor
@@ -124,7 +124,7 @@ def unfold_transpose(spec: ConvSpec) -> Network:
         X[n c_out o1] Π1[i1 o1 k1] -> n (c_out k1) i1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     legs = Legs(spec)
     if spec.transposed:

@@ -21,7 +21,7 @@ def _copies(indices: Sequence[str]) -> list[str]:
 
 
 def _patches(spec: ConvSpec) -> tuple[Network, list[str]]:
-    """Patches by group, `n g (c k) o`, and the indices of a patch."""
+    """The patches of each group, `n g (c k) o`, and the indices of a patch."""
     legs = Legs(spec)
     channel, positions = legs.channels[0], legs.positions[1]
     patches: Network = unfold(spec).split(channel, {"g": spec.groups, channel: None})
@@ -30,11 +30,11 @@ def _patches(spec: ConvSpec) -> tuple[Network, list[str]]:
 
 
 def _patches_with_one(spec: ConvSpec) -> tuple[AnyNetwork, list[str]]:
-    """Patches with a constant 1 at the end, `n g d o`, and the index of a patch."""
+    """The patches with a constant 1 at the end, `n g d o`, and the index of a patch."""
     patches, rows = _patches(spec)
     positions = Legs(spec).positions[1]
     size = prod(patches.sizes[index] or 0 for index in rows)
-    # Row d of the joint factor: patches are embedded in rows 0 to d − 1, the constant 1 is put into row d.
+    # Patches go to rows 0 to d − 1 of the joint factor, the constant 1 to row d.
     embed = IndexPattern(size + 1, 1, padding=(0, -1), output_size=size)
     last = IndexPattern(size + 1, 1, padding=(-size, 0), output_size=1)
     output = (("n",), ("g",), ("d",), *((index,) for index in positions))
@@ -51,12 +51,12 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
     """The input-based Kronecker factor: X -> [groups, d, d], d = c_in/groups·ΠK (+ 1 with bias).
 
     expand (KFC, Ω = 1/N Σ [X][X]ᵀ): `n (g c_in) i, i o k, n (g c_in_) i_, i_ o k_ -> g (c_in k) (c_in_ k_)` ×1/N;
-    reduce (patches averaged over positions first): `o_` in the second copy, ×1/(N·O²). Figure 5 of the paper.
+    reduce (patches are first averaged over positions): `o_` in the second copy, ×1/(N·O²). Figure 5 of the paper.
 
     Args:
-        spec: the convolution; for a transposed one the patches of its input at each of its output positions.
+        spec: the convolution; if it is transposed, there is one patch of the input for each output position.
         approx: `"expand"` or `"reduce"`.
-        bias: a last row and column for the bias: the factor of weight and bias together.
+        bias: whether to add a last row and column for the bias, for a joint factor of weight and bias.
 
     Example:
         >>> import lensor
@@ -65,8 +65,8 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
          -> g (c_in k1) (c_in_ k1_)
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
-        ValueError: for another approx.
+        TypeError: if `spec` is not a ConvSpec.
+        ValueError: for an unknown approx.
     """
     require_choice("approx", approx, words(Approx))
     patches, rows = _patches_with_one(spec) if bias else _patches(spec)
@@ -78,7 +78,7 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
 
 
 def kfac_input_root(spec: ConvSpec) -> Network:
-    """Patches averaged over positions, X -> [groups, n, d]: Gram matrix of rows over n is N times the reduce factor.
+    """The patches averaged over positions, R: X -> [groups, n, d], so that RᵀR is N times the reduce factor.
 
     Example:
         >>> import lensor
@@ -86,7 +86,7 @@ def kfac_input_root(spec: ConvSpec) -> Network:
         1/7 X[n (g c_in) i1] Π1[i1 o1 k1] -> g n (c_in k1)
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     patches, rows = _patches(spec)
     positions = Legs(spec).positions[1]
@@ -105,8 +105,8 @@ def kfac_output_factor(spec: ConvSpec, approx: Approx = "expand") -> Network:
         V[v n (g c_out) o1] V[v n (g c_out_) o1_] -> g c_out c_out_
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
-        ValueError: for another approx.
+        TypeError: if `spec` is not a ConvSpec.
+        ValueError: for an unknown approx.
     """
     require_choice("approx", approx, words(Approx))
     legs = Legs(spec)
@@ -119,15 +119,15 @@ def kfac_output_factor(spec: ConvSpec, approx: Approx = "expand") -> Network:
 
 
 def _per_example_roots(spec: ConvSpec) -> Network:
-    """Jᵀ S for every example and column of S: `v n (g c_out) c_in k`."""
+    """Jᵀ S for each example and each column of S: `v n (g c_out) c_in k`."""
     return conv_weight_vjp(spec).keep("n").rename_operands(V="S").batch("v", ["S"])
 
 
 def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
     """The diagonal of the weight's GGN: X, S [v, n, c_out, *O] -> weight shape, or [n, *weight shape].
 
-    `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: entries of
-    Jᵀ S squared and summed over v and n.
+    `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: the squared
+    entries of Jᵀ S, summed over v and n.
 
     Example:
         >>> import lensor
@@ -135,7 +135,7 @@ def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
         ('X', IndexPattern(9, 3), 'S')
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     roots = _per_example_roots(spec)
     weight = roots.output[2:]
@@ -145,9 +145,9 @@ def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
 
 
 def ggn_gram(spec: ConvSpec) -> Network:
-    """The Gram matrix of the weight's GGN, a layer's empirical NTK: X, S -> [(v n), (w m)].
+    """The Gram matrix of the weight's GGN, the layer's empirical NTK: X, S -> [(v n), (w m)].
 
-    `ggn_diagonal`'s operands, the second copy with w and m, summed over the weight's indices.
+    The operands of `ggn_diagonal`, with w and m in the second copy, summed over the weight's indices.
 
     Example:
         >>> import lensor
@@ -155,7 +155,7 @@ def ggn_gram(spec: ConvSpec) -> Network:
         (('v', 'n'), ('w', 'm'))
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     roots = _per_example_roots(spec)
     share = [index for leg in roots.output[2:] for index in leg]
@@ -167,8 +167,8 @@ def ggn_mini_blocks(spec: ConvSpec, block: str = "filter") -> Network:
 
     Args:
         spec: the convolution.
-        block: `"filter"`: one block for each first channel of the weight, `(g c_out) (c_in k) (c_in_ k_)`; `"kernel"`:
-            one for each pair of channels, `(g c_out) c_in k k_`; `"position"`: one for each kernel position,
+        block: `"filter"`: one block per first channel of the weight, `(g c_out) (c_in k) (c_in_ k_)`; `"kernel"`: one
+            per pair of channels, `(g c_out) c_in k k_`; `"position"`: one per group and kernel position,
             `g k (c_out c_in) (c_out_ c_in_)`.
 
     Example:
@@ -177,14 +177,13 @@ def ggn_mini_blocks(spec: ConvSpec, block: str = "filter") -> Network:
         (('g', 'c_out'), ('c_in',), ('k1',), ('k1_',))
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
-        ValueError: for another block.
+        TypeError: if `spec` is not a ConvSpec.
+        ValueError: for an unknown block.
     """
     roots = _per_example_roots(spec)
     kernel = Legs(spec).kernel
     within = {"filter": ["c_in", *kernel], "kernel": kernel, "position": ["c_out", "c_in"]}
-    if block not in list(within):
-        raise ValueError(f"block must be one of {sorted(within)}, found {block!r}")
+    require_choice("block", block, tuple(within))
     rows, k, copies = within[block], " ".join(kernel), " ".join(_copies(within[block]))
     outputs = {
         "filter": f"(g c_out) ({' '.join(rows)}) ({copies})",
@@ -207,7 +206,7 @@ def hessian_backprop(spec: ConvSpec) -> AnyNetwork:
         ('W', 'H')
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     matrix = convolution_matrix(spec)
     rows, columns = matrix.output[: spec.ndim + 1], matrix.output[spec.ndim + 1 :]
@@ -227,7 +226,7 @@ def _flat(legs: Sequence[Group]) -> list[str]:
 def _squared_jacobian_against(
     jacobian: Network, rows: Sequence[Group], result: Sequence[Group], spec: ConvSpec
 ) -> Network:
-    """Σ_rows J² V: a Jacobian squared entry by entry, its rows contracted with an operand V in output space."""
+    """Σ_rows J² V: square a Jacobian elementwise and contract its rows with an operand V in output space."""
     squared = jacobian.merge(jacobian, share=jacobian.output_indices, output=format_legs(jacobian.output))
     legs = Legs(spec).output
     vector = Network.make([Operand("V", legs)], legs, {**Legs(spec).sizes})
@@ -237,8 +236,8 @@ def _squared_jacobian_against(
 def hessian_diagonal_input(spec: ConvSpec) -> Network:
     """The Hessian diagonal backpropagated to the input (BL89, HesScale): W, V [n, c_out, *O] -> [n, c_in, *I].
 
-    The input VJP with every entry of the Jacobian squared. With zeros padding A(W)² = A(W²); in other modes two
-    kernel positions may read one input, so both patterns are kept (they share i and o).
+    This is the input VJP with the entries of the Jacobian squared. With zero padding A(W)² = A(W²). In other modes two
+    kernel positions may read the same input position, so the network keeps both patterns (they share i and o).
 
     Example:
         >>> import lensor
@@ -246,7 +245,7 @@ def hessian_diagonal_input(spec: ConvSpec) -> Network:
         Π1[i1 o1 k1] W[c_out c_in k1] W[c_out c_in k1] V[n c_out o1] -> n c_in i1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     matrix = convolution_matrix(spec)
     rows, columns = matrix.output[: spec.ndim + 1], matrix.output[spec.ndim + 1 :]
@@ -254,7 +253,7 @@ def hessian_diagonal_input(spec: ConvSpec) -> Network:
 
 
 def hessian_diagonal_weight(spec: ConvSpec) -> Network:
-    """The Hessian diagonal of the weight (BL89, HesScale): X, V [n, c_out, *O] -> weight shape; exact as [X]² = [X²].
+    """The Hessian diagonal of the weight (BL89, HesScale): X, V [n, c_out, *O] -> weight shape; [X]² = [X²].
 
     Example:
         >>> import lensor
@@ -262,7 +261,7 @@ def hessian_diagonal_weight(spec: ConvSpec) -> Network:
         X[n c_in i1] Π1[i1 o1 k1] X[n c_in i1] V[n c_out_ o1] -> c_out_ c_in k1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     jacobian = conv_weight_jacobian(spec)
     rows, columns = jacobian.output[: spec.ndim + 2], jacobian.output[spec.ndim + 2 :]

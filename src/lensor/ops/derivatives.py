@@ -1,4 +1,4 @@
-"""First and mixed second derivatives of convolutions, all by transforming `conv` (§3.1 and §3.2 of the paper)."""
+"""First and mixed second derivatives of convolutions, derived by transforming `conv` (§3.1, §3.2 of the paper)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lensor.spec import ConvSpec
 
 
 def conv_weight_vjp(spec: ConvSpec) -> Network:
-    """The weight gradient: X, cotangent V [n, c_out, *output_size] -> weight shape.
+    """The weight gradient, summed over the batch: X, cotangent V [n, c_out, *output_size] -> weight shape.
 
     `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k` (Table 1 of the paper).
 
@@ -18,13 +18,13 @@ def conv_weight_vjp(spec: ConvSpec) -> Network:
         'n (g c_in) i1, i1 o1 k1, n (g c_out) o1 -> (g c_out) c_in k1'
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv(spec).vjp("W")
 
 
 def conv_weight_vjp_per_example(spec: ConvSpec) -> Network:
-    """The weight gradient of every example: X, V -> [n, *weight shape].
+    """The weight gradient of each example: X, V -> [n, *weight shape].
 
     `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
 
@@ -34,7 +34,7 @@ def conv_weight_vjp_per_example(spec: ConvSpec) -> Network:
         'n (g c_in) i1, i1 o1 k1, n (g c_out) o1 -> n (g c_out) c_in k1'
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv_weight_vjp(spec).keep("n")
 
@@ -50,7 +50,7 @@ def conv_input_vjp(spec: ConvSpec) -> Network:
         'i1 o1 k1, (g c_out) c_in k1, n (g c_out) o1 -> n (g c_in) i1'
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv(spec).vjp("X")
 
@@ -64,7 +64,7 @@ def conv_weight_jvp(spec: ConvSpec) -> Network:
         ('X', 'T')
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv(spec).jvp("W")
 
@@ -78,7 +78,7 @@ def conv_input_jvp(spec: ConvSpec) -> Network:
         ('T', 'W')
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv(spec).jvp("X")
 
@@ -94,15 +94,16 @@ def conv_weight_jacobian(spec: ConvSpec) -> Network:
         X[n (g c_in) i1] Π1[i1 o1 k1] δ[g g_] δ[c_out c_out_] -> n (g c_out) o1 (g_ c_out_) c_in k1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv(spec).jacobian("W")
 
 
 def conv_input_jacobian(spec: ConvSpec) -> Network:
-    """The Jacobian with respect to the input: W -> [n, c_out, *output_size, n, c_in, *input_size]; give n=... too.
+    """The Jacobian with respect to the input: W -> [n, c_out, *output_size, n, c_in, *input_size].
 
-    `(g c_out) c_in k, i o k, g g_, n n_ -> n (g c_out) o n_ (g_ c_in) i` (figure 3c of the paper).
+    `(g c_out) c_in k, i o k, g g_, n n_ -> n (g c_out) o n_ (g_ c_in) i` (figure 3c of the paper). No operand
+    determines the batch size, so pass n=... to the network.
 
     Example:
         >>> import lensor, numpy as np
@@ -112,7 +113,7 @@ def conv_input_jacobian(spec: ConvSpec) -> Network:
                [0., 1., 2.]])
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv(spec).jacobian("X")
 
@@ -128,6 +129,6 @@ def mixed_second_derivative(spec: ConvSpec) -> AnyNetwork:
         Π1[i1 o1 k1] V[n (g c_out) o1] δ[g g_] δ[c_in c_in_] -> (g c_out) c_in k1 n (g_ c_in_) i1
 
     Raises:
-        TypeError: if `spec` is no ConvSpec.
+        TypeError: if `spec` is not a ConvSpec.
     """
     return conv_weight_vjp(spec).jacobian("X")

@@ -1,4 +1,4 @@
-"""Kronecker blocks read from the state of an optimizer."""
+"""Reading Kronecker blocks from an optimizer's state."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lensor.curvature.layers import Layer
 
 
 def as_parameters(blocks: Mapping[str, Block], names: Mapping[str, Tensor]) -> dict[str, Block]:
-    """Blocks on the devices of their parameters, in their precision, which is at least single.
+    """Move blocks to the devices and dtypes of their parameters, in at least single precision.
 
     Args:
         blocks: the blocks.
-        names: the parameters by name.
+        names: the parameters, by name.
     """
     found = {}
     for name, block in blocks.items():
@@ -31,16 +31,16 @@ def as_parameters(blocks: Mapping[str, Block], names: Mapping[str, Tensor]) -> d
 def require_same_form(
     blocks: Mapping[str, Block], layers: Iterable[Layer], names: Mapping[str, Tensor], joint: bool
 ) -> None:
-    """Raise unless blocks are those of an optimizer's own parameters.
+    """Raise unless blocks belong to an optimizer's parameters.
 
     Args:
         blocks: the blocks.
-        layers: the layers that have factors.
-        names: the parameters that are trained, by name.
+        layers: the layers with factors.
+        names: the trained parameters, by name.
         joint: whether weight and bias share a block.
 
     Raises:
-        ValueError: for other parameters, other shapes, or blocks of another form.
+        ValueError: for blocks of other parameters, shapes or forms.
     """
     own = {layer.weight: layer for layer in layers}
     for name, block in blocks.items():
@@ -49,10 +49,10 @@ def require_same_form(
             if known is None or tuple(known.shape) != shape:
                 found = "no such parameter" if known is None else f"shape {tuple(known.shape)}"
                 raise ValueError(
-                    f"the state has a factor for {parameter!r} of shape {shape}, this optimizer trains {found}: it is"
-                    " the state for another model"
+                    f"the state has a factor for {parameter!r} of shape {shape}, expected {found}: the state belongs to"
+                    " another model"
                 )
         layer = own.get(name)
         if layer is not None and layer.bias is not None and (len(block.names) == 2) != joint:
             expected = "joint" if joint else "separate"
-            raise ValueError(f"the state has another form of the block of {name!r}, expected bias={expected!r}")
+            raise ValueError(f"the state has a block of {name!r} in another form, expected bias={expected!r}")

@@ -1,6 +1,6 @@
-"""The hooks by which a tracker follows a model: its forward pass, its outputs, and the gradients of its weights.
+"""Hooks through which a tracker follows a model: on its forward pass, its outputs, and the gradients of its weights.
 
-None of them keeps the tracker alive. Copies and pickles of a model that is followed are not followed.
+The hooks do not keep the tracker alive. Copies and pickles of a followed model are not followed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Follower(Protocol):
-    """What follows a model."""
+    """An object that follows a model."""
 
     def collects(self) -> bool:
-        """Whether it collects anything from a forward pass that begins now."""
+        """Whether to collect from a forward pass that begins now."""
         ...
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -29,11 +29,11 @@ class Follower(Protocol):
         ...
 
     def leave(self) -> None:
-        """Forget a forward pass whose outputs it has not been given."""
+        """Discard a forward pass whose outputs did not arrive."""
         ...
 
     def after(self, out: Any) -> None:
-        """Take the outputs of the model, after all of your hooks."""
+        """Receive the outputs of the model, after all of your hooks."""
         ...
 
 
@@ -41,26 +41,26 @@ F = TypeVar("F", bound=Follower)
 
 
 def attach(follower: Follower, model: nn.Module) -> RemovableHandle:
-    """Follow a model until the follower is deleted; the handle of the hook for its outputs."""
+    """Follow a model until the follower is deleted; returns the handle of the hook for its outputs."""
     here = weakref.ref(follower)
     handle = model.register_forward_hook(_After(here), with_kwargs=True)
     watched = _Watched(here, model)
     model.__dict__["forward"] = watched
     weakref.finalize(follower, _detach, weakref.ref(model), watched, handle)
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # code compiled earlier does not call the hooks
+        torch._dynamo.reset()  # code that was compiled earlier does not call the hooks
     return handle
 
 
 def move_to_end(model: nn.Module, handle: RemovableHandle) -> None:
-    """Put a forward hook after all others, so that it is given what your hooks make of the outputs."""
+    """Move a forward hook after all others, so that it receives the outputs as your hooks change them."""
     hooks = model._forward_hooks
     if handle.id in hooks:
         hooks[handle.id] = hooks.pop(handle.id)
 
 
 def _detach(model: weakref.ref[nn.Module], watched: _Watched, handle: RemovableHandle) -> None:
-    """Leave a model as it was before it was followed, unless its forward method has been replaced since."""
+    """Restore a model as it was before it was followed, unless its forward method has been replaced since."""
     handle.remove()
     found = model()
     if found is not None and vars(found).get("forward") is watched:
@@ -71,20 +71,20 @@ def _detach(model: weakref.ref[nn.Module], watched: _Watched, handle: RemovableH
 
 
 class OnGradient:
-    """A hook of a weight, before or after a gradient is added to its own."""
+    """A hook of a weight, called before or after a gradient is added to the weight's gradient."""
 
     def __init__(self, follower: weakref.ref[F], weight: str, call: Callable[[F, str], None]) -> None:
         self.follower, self.weight, self.call = follower, weight, call
 
     def __call__(self, value: Tensor) -> None:
-        """Called by torch with the gradient, or with the parameter."""
+        """Handle the gradient, or the parameter, that torch passes."""
         follower = self.follower()
         if follower is not None:
             self.call(follower, self.weight)
 
 
 class _Watched:
-    """Takes the place of a model's forward method; copies and pickles have the method itself."""
+    """Replaces a model's forward method; copies and pickles contain the original method."""
 
     watches = True
 
@@ -96,18 +96,18 @@ class _Watched:
         if not torch.compiler.is_dynamo_compiling():
             return self.run(arguments, named)
         model = self.model()
-        if model is not None and (not model.training or torch.compiler.is_exporting()):  # nothing is collected
+        if model is not None and (not model.training or torch.compiler.is_exporting()):  # collect nothing
             return (self.before or partial(type(model).forward, model))(*arguments, **named)
         return _run_outside(self, arguments, named)
 
     @property
     def __code__(self) -> Any:
-        """The method's code, for tools that read its signature."""
+        """The code of the method, for tools that read its signature."""
         method = self.before if self.before is not None else getattr(type(self.model()), "forward", None)
         return getattr(method, "__code__", None)
 
     def run(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The forward pass, followed if the follower collects."""
+        """Run the forward pass, followed if the follower collects."""
         model, follower = self.model(), self.follower()
         assert model is not None
         forward = self.before if self.before is not None else partial(type(model).forward, model)
@@ -130,12 +130,12 @@ def _same(value: Any) -> Any:
 
 @_disable_dynamo
 def _run_outside(watched: _Watched, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Not compiled: a followed forward pass runs as it was written."""
+    """Run a followed forward pass uncompiled."""
     return watched.run(arguments, named)
 
 
 class _After:
-    """A hook for the outputs of a model; copies and pickles of the model get one that does nothing."""
+    """A hook for the outputs of a model; copies and pickles of the model get a hook that does nothing."""
 
     def __init__(self, follower: weakref.ref[Any] | None) -> None:
         self.follower = follower
@@ -147,7 +147,7 @@ class _After:
             _give_outside(self, out)
 
     def give(self, out: Any) -> None:
-        """Give the outputs to the follower."""
+        """Pass the outputs to the follower."""
         follower = self.follower() if self.follower is not None else None
         if follower is not None:
             follower.after(out)

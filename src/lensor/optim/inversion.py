@@ -1,4 +1,4 @@
-"""Damped inverses of Kronecker blocks, computed by several processes together if there are any."""
+"""Damped inverses of Kronecker blocks, shared between processes if there are several."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lensor.curvature.inverses import Inverse
 
 @dataclass(eq=False)
 class Inversion:
-    """The inverses in use.
+    """The current inverses.
 
     Args:
-        method: "cholesky", "eigen", or "woodbury" (for blocks that keep roots; "cholesky" for others).
+        method: "cholesky", "eigen", or "woodbury" (for blocks with roots; "cholesky" for others).
         group: the processes that share the work: each inverts some of the blocks and broadcasts the directions.
-        blocks: the blocks that are inverted, by name; they may be older than the current factors.
-        damping: what is added to each.
+        blocks: the inverted blocks, by name; they may be older than the current factors.
+        damping: the damping of each block.
     """
 
     method: Method
@@ -34,23 +34,23 @@ class Inversion:
     solvers: dict[str, Inverse] = field(default_factory=dict)
 
     def invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
-        """Invert this process's share of blocks.
+        """Invert this process's share of the blocks.
 
         Args:
             blocks: all blocks.
-            damping: what is added to each.
+            damping: the damping of each block.
         """
         self.blocks, self.damping = dict(blocks), dict(damping)
         me = 0 if self.group is None else dist.get_rank(self.group)
         self.solvers = {name: self._solver(name) for name, rank in self._owners().items() if rank == me}
 
     def keep(self, blocks: dict[str, Block]) -> None:
-        """Keep the inverses of these blocks alone."""
+        """Keep the inverses of these blocks only."""
         self.blocks = blocks
         self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
 
     def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """The inverse times gradients, by the parameters' names; blocks with a missing gradient are left out."""
+        """The inverse times the gradients, by parameter name; blocks with a missing gradient are omitted."""
         found: dict[str, Tensor] = {}
         owners = self._owners()
         for name, block in self.blocks.items():
@@ -70,7 +70,7 @@ class Inversion:
         return found
 
     def _owners(self) -> dict[str, int]:
-        """The process that inverts each block, so that all have about the same work."""
+        """The process that inverts each block, chosen to balance the work."""
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
         costs = [float(one.groups * (one.d**3 + one.B.shape[1] ** 3)) for one in self.blocks.values()]
         return dict(zip(self.blocks, shares(costs, ranks), strict=True))

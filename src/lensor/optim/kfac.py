@@ -1,4 +1,4 @@
-"""KFAC as an optimizer of torch."""
+"""KFAC as a torch optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lensor.optim.tracking import Tracker, generator_from
 
 
 def _of(part: str, name: str, doc: str) -> Any:
-    """A property that is an attribute of a part of the optimizer."""
+    """A property that refers to an attribute of a part of the optimizer."""
 
     def read(self: KFAC) -> Any:
         return getattr(getattr(self, part), name)
@@ -42,44 +42,43 @@ def _of(part: str, name: str, doc: str) -> Any:
 class KFAC(torch.optim.Optimizer):
     """Gradient descent with gradients multiplied by the damped inverse of Kronecker factors.
 
-    Factors are collected while the model runs in training mode: no closure, no change to the training loop. A forward
-    pass counts if a backward pass through it adds to the `grad` of the layers' weights; what `torch.autograd.grad` does
-    meanwhile does not count, nor does a forward pass whose gradients are differentiated (a gradient penalty).
-    Parameters without factors (normalisation, embeddings) are updated by the gradient itself. A model that is compiled
-    as a whole runs as it was written while factors are collected; with `fullgraph=True` that is an error of the
-    compiler's.
+    The optimizer collects factors while the model runs in training mode; you need no closure and do not change the
+    training loop. A forward pass counts if a backward pass through it adds to the `grad` of the layers' weights. Calls
+    of `torch.autograd.grad` do not count, nor does a forward pass whose gradients are differentiated (a gradient
+    penalty). Parameters without factors (normalisation, embeddings) are updated by the plain gradient. A model that is
+    compiled as a whole runs uncompiled while factors are collected; with `fullgraph=True` the compiler raises an error.
 
     Args:
-        model: the model, or a DistributedDataParallel one.
-        loss: the loss that is minimised: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, mean or sum. Its targets
-            are not seen here: with class weights or ignored targets, which only "empirical" and "forward-only" allow, B
-            is scaled as if every target counted one.
+        model: the model, or its DistributedDataParallel wrapper.
+        loss: the minimised loss: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, mean or sum. The optimizer does
+            not see the targets. With class weights or ignored targets, which only "empirical" and "forward-only" allow,
+            it scales B as if every target had weight one.
         lr: learning rate.
-        momentum: of the steps.
-        damping: is added to the curvature.
-        weight_decay: parameters shrink by `lr · weight_decay` in a step, whatever the curvature.
-        kl_clip: the longest step in the curvature's norm, as a bound on lr²·Σ step·gradient; longer ones are shortened
-            to it. None for no bound.
+        momentum: momentum of the steps.
+        damping: the multiple of the identity that is added to the curvature.
+        weight_decay: a step shrinks the parameters by `lr · weight_decay`, independently of the curvature.
+        kl_clip: upper bound on lr²·Σ step·gradient, the squared length of a step in the curvature's norm; longer steps
+            are shortened to it. None for no bound.
         approx: "expand" or "reduce".
-        fisher: "empirical" uses the backward pass that there is; "mc" and "type-2" make passes of their own during the
-            forward pass; "forward-only" needs none: B is the identity.
+        fisher: "empirical" reuses your backward pass; "mc" and "type-2" run additional backward passes during the
+            forward pass; "forward-only" needs no backward pass: B is the identity.
         bias: "joint" or "separate".
-        method: how factors are inverted: "cholesky", "eigen", or "woodbury" (where roots are kept; else "cholesky").
-        ema: how much of the old factors is kept at an update; 0 takes the new ones alone.
+        method: inversion method: "cholesky", "eigen", or "woodbury" (for blocks with roots; "cholesky" for others).
+        ema: weight of the old factors at an update; 0 uses the new factors only.
         factor_interval: steps between updates of factors.
         inverse_interval: steps between inversions.
-        accumulation_steps: backward passes before a step, each with the mean loss divided by this number (a sum stays
-            as it is).
-        layers: names of modules with factors; all known unless given. A bias that is not trained is left out of its
+        accumulation_steps: backward passes per step, each with the mean loss divided by this number (a sum is not
+            divided).
+        layers: names of modules with factors; all known layers unless given. A bias that is not trained is not in its
             block.
-        params: parameter groups with options of their own (lr, momentum, damping, weight_decay); one unless given.
-        mc_samples: draws for each example, for "mc".
-        seed: of the draws.
-        nonfinite: what to do where a gradient or factor holds NaN or infinity: "raise" a FloatingPointError, or "skip"
-            the step; in both cases parameters and state stay as they are.
+        params: parameter groups with separate options (lr, momentum, damping, weight_decay); one group unless given.
+        mc_samples: number of draws per example, for "mc".
+        seed: seed of the draws.
+        nonfinite: response to a gradient or factor with NaN or infinity: "raise" a FloatingPointError, or "skip" the
+            step; both leave parameters and state unchanged.
         grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
-        group: ranks of torch.distributed that train together: factors are summed over them, inversions shared out.
-        batch_axis: where the examples lie in the layers' inputs, as for `lensor.curvature.kfac`; found by a trial pass
+        group: torch.distributed ranks that train together: factors are summed over them, inversions are shared.
+        batch_axis: axis of the examples in the layers' inputs, as for `lensor.curvature.kfac`; a trial pass finds it
             unless given.
 
     Example:
@@ -100,20 +99,20 @@ class KFAC(torch.optim.Optimizer):
         True
 
     Raises:
-        TypeError, ValueError: for a model, loss, choice or number that makes no sense.
+        TypeError, ValueError: for an invalid model, loss, choice or number.
     """
 
-    steps: int = _of("tracker", "steps", "The steps that were made.")
-    loss: nn.Module = _of("tracker", "loss", "The loss that is minimised.")
+    steps: int = _of("tracker", "steps", "Number of steps so far.")
+    loss: nn.Module = _of("tracker", "loss", "The minimised loss.")
     approx: Approx = _of("tracker", "approx", "The treatment of positions.")
     fisher: FactorFisher = _of("tracker", "fisher", "The Fisher matrix.")
-    mc_samples: int = _of("tracker", "mc_samples", "Draws for each example.")
+    mc_samples: int = _of("tracker", "mc_samples", "Number of draws per example.")
     factor_interval: int = _of("tracker", "factor_interval", "Steps between updates of factors.")
-    accumulation_steps: int = _of("tracker", "accumulation_steps", "Backward passes before a step.")
+    accumulation_steps: int = _of("tracker", "accumulation_steps", "Backward passes per step.")
     grad_scaler: Any = _of("tracker", "grad_scaler", "The GradScaler in use.")
     batch_axis: Given = _of("tracker", "batch_axis", "The axis of the examples, if it was given.")
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
-    method: Method = _of("inversion", "method", "How factors are inverted.")
+    method: Method = _of("inversion", "method", "The inversion method.")
     group: dist.ProcessGroup | None = _of("inversion", "group", "The processes that train together.")
 
     def __init__(
@@ -151,15 +150,15 @@ class KFAC(torch.optim.Optimizer):
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
         for name, count in (counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples}).items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, found {count!r}")
+                raise ValueError(f"{name} is {count!r}, expected a whole number of at least 1")
         if kl_clip is not None and not 0 < kl_clip < math.inf:
-            raise ValueError(f"kl_clip must be positive and finite, or None for no bound, found {kl_clip}")
+            raise ValueError(f"kl_clip is {kl_clip}, expected a positive finite number, or None for no bound")
         if not 0 <= ema < 1:
-            raise ValueError(f"ema must be in [0, 1), found {ema}")
+            raise ValueError(f"ema is {ema}, expected a number in [0, 1)")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
-            raise ValueError(f"fisher={fisher!r} does not see targets, which this loss needs: take 'empirical'")
+            raise ValueError(f"fisher is {fisher!r}, expected 'empirical' for a loss whose Hessian depends on targets")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+            raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
         self.model = unwrapped(model)
         self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None
@@ -185,28 +184,28 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(trained if params is None else params, options)
         self._watch_new()
         if not self.tracker.names:
-            raise ValueError("params holds none of the model's parameters that require gradients")
+            raise ValueError("params has no parameter of the model that requires a gradient, expected at least one")
         self._attach()
 
-    # ------------------------------------------------------------------------------------------------ what is trained
+    # ---------------------------------------------------------------------------------------------- trained parameters
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; layers of the model that train from now on have factors from now on.
+        """Add parameters; layers of the model that become trained get factors from then on.
 
         Raises:
-            ValueError: for options that make no sense, or a layer that can have no factors.
+            ValueError: for an invalid option, or a layer that cannot have factors.
         """
         group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
         for name in ("lr", "momentum", "weight_decay"):
             if not 0 <= group[name] < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, found {group[name]}")
+                raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
         if not 0 < group["damping"] < math.inf:
-            raise ValueError(f"damping must be positive, found {group['damping']} in a group of parameters")
+            raise ValueError(f"damping is {group['damping']} in a group of parameters, expected a positive number")
         super().add_param_group(param_group)
-        if self.tracker.names:  # not from the constructor
+        if self.tracker.names:  # not a call from the constructor
             self._watch_new()
 
     def _watch_new(self) -> None:
-        """Find the layers whose weights this optimizer trains; a bias that it does not train is not in its block."""
+        """Find the layers whose weights this optimizer trains; their blocks omit a bias that it does not train."""
         form = tuple((id(p), p.requires_grad) for one in self.param_groups for p in one["params"])
         if form == self._form:
             return
@@ -220,9 +219,9 @@ class KFAC(torch.optim.Optimizer):
             if layer.weight in named:
                 found.append(layer if layer.bias in named else replace(layer, bias=None))
             elif self._asked is not None:
-                raise ValueError(f"layer {layer.name!r} has a weight that this optimizer does not train")
+                raise ValueError(f"layer {layer.name!r} has a weight outside of params, expected a trained one")
         self.tracker.watch(found, named)
-        if self.factors is not None:  # what is not trained any more has no factors
+        if self.factors is not None:  # parameters that are not trained any more have no factors
             self.factors = self.factors._with(self._still_trained(self.factors))
             self.inversion.keep(self._still_trained(self.inversion.blocks))
 
@@ -242,24 +241,24 @@ class KFAC(torch.optim.Optimizer):
         self.tracker.attach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, and the factors that were collected with them; a pass yet to be propagated back stays."""
+        """Clear gradients and the factors collected with them; keep passes that await their backward pass."""
         self.tracker.take()
         super().zero_grad(set_to_none)
 
     # -------------------------------------------------------------------------------------------------------- stepping
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step.
+        """Take one step.
 
         Args:
-            closure: computes the loss and its gradients, if they are not there yet.
+            closure: a function that computes the loss and its gradients, if you have not computed them yet.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
             FloatingPointError: if a gradient or factor is not finite and nonfinite="raise"; it names the parameter.
-            torch.linalg.LinAlgError: if a damped factor is not positive definite: the damping is too small.
+            torch.linalg.LinAlgError: if a damped factor is not positive definite because the damping is too small.
         """
         found = None
         if closure is not None:
@@ -267,7 +266,7 @@ class KFAC(torch.optim.Optimizer):
                 found = closure()
         pending, names = self.tracker.take(), self.tracker.names
         if all(p.grad is None for p in self.tracker.names.values()):
-            pending = None  # what was collected belongs to gradients that were given up
+            pending = None  # the pending factors belong to discarded gradients
         new = None
         if pending is not None and pending.examples and self.tracker.is_due:
             self._require_outputs(pending)
@@ -287,7 +286,7 @@ class KFAC(torch.optim.Optimizer):
         ):
             self._warned = True
             warnings.warn(
-                "no factors were collected, steps are the gradient's: train() and forward() of the model given",
+                "no factors were collected, so this step uses the plain gradient: run the model in training mode",
                 stacklevel=3,
             )
         directions: dict[int, Tensor] = {}
@@ -325,10 +324,10 @@ class KFAC(torch.optim.Optimizer):
         return found
 
     def _require_outputs(self, pending: Collector) -> None:
-        """Raise where a weight has a gradient and none was seen at its layer's output: its factor is not zero.
+        """Raise if a weight has a gradient but none arrived at its layer's output: its factor is not zero.
 
         Raises:
-            ValueError: with the weight's name.
+            ValueError: with the name of the weight.
         """
         if self.fisher == "forward-only":
             return
@@ -336,18 +335,18 @@ class KFAC(torch.optim.Optimizer):
             gradient = self.tracker.names[name].grad
             if sums.b is None and gradient is not None and bool(gradient.any()):
                 raise ValueError(
-                    f"{name!r} has a gradient, but none was seen at the output of its layer, expected backward passes"
-                    " through forward passes of the model in training mode only"
+                    f"{name!r} has a gradient, but none arrived at the output of its layer, expected backward passes"
+                    " only through forward passes of the model in training mode"
                 )
 
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
-        """The first gradient or factor that is not finite; the same answer on every rank."""
+        """The error for the first gradient or factor that is not finite; the same on every rank."""
         flags = [(name, p.grad) for name, p in self.tracker.names.items() if p.grad is not None]
         if new is not None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
-        # A sum of absolute values is finite if all are; one number of the device for all of them.
+        # A sum of absolute values is finite if and only if all are; this gives one number per tensor.
         good = torch.stack([torch.linalg.vector_norm(tensor, 1).isfinite() for _, tensor in flags])
         if self.group is not None:
             kept = good.to(torch.int32)
@@ -356,7 +355,7 @@ class KFAC(torch.optim.Optimizer):
         if bool(good.all()):
             return ""
         name = next(name for (name, _), fine in zip(flags, good.tolist(), strict=True) if not fine)
-        return f"the gradient or factor of {name} is not finite: no step was made"
+        return f"the gradient or factor of {name} is not finite, expected finite entries: no step was made"
 
     def _damping(self, block: Block) -> float:
         found = {}
@@ -369,12 +368,12 @@ class KFAC(torch.optim.Optimizer):
         if len(set(found.values())) > 1:
             raise ValueError(
                 f"{' and '.join(found)} share a block and have the dampings {sorted(found.values())}, expected one:"
-                " give them one damping, or take bias='separate'"
+                " use equal dampings, or bias='separate'"
             )
         return found[block.names[0]]
 
     def _clip(self, directions: Mapping[int, Tensor]) -> Tensor | None:
-        """What the steps are multiplied by, so that lr²·Σ step·gradient stays below the bound."""
+        """The factor of the steps that keeps lr²·Σ step·gradient below the bound."""
         if self.kl_clip is None:
             return None
         parts = [
@@ -390,7 +389,7 @@ class KFAC(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer: momentum, groups, factors, those that were inverted, and the generator."""
+        """The state of the optimizer: momentum, groups, factors, inverted factors, and the random generator."""
         inverted, generator = self.inversion.blocks, self.tracker.generator
         own = {
             "steps": self.steps,
@@ -403,14 +402,14 @@ class KFAC(torch.optim.Optimizer):
         return {**super().state_dict(), "kfac": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state: the same steps follow, bit for bit on a CPU with estimated plans.
+        """Restore a state: the same steps follow, bit for bit on a CPU with estimated plans.
 
         Raises:
-            KeyError: if it is the state of another optimizer.
-            ValueError: if it is the state for another model, or other choices of approx and bias.
+            KeyError: if the state is not from this class.
+            ValueError: if the state belongs to another model, or to other choices of approx and bias.
         """
         if "kfac" not in state_dict:
-            raise KeyError("the state is not one of lensor.optim.KFAC")
+            raise KeyError("the state has no entry 'kfac', expected a state of lensor.optim.KFAC")
         own, tracker = state_dict["kfac"], self.tracker
         read = KroneckerFactors.from_state_dict
         factors = None if own["factors"] is None else read(own["factors"])
@@ -424,7 +423,7 @@ class KFAC(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
         ids = [one for group in state_dict["param_groups"] for one in group["params"]]
         parameters = [one for group in self.param_groups for one in group["params"]]
-        for one, parameter in zip(ids, parameters, strict=True):  # torch has cast them to the parameters' dtype
+        for one, parameter in zip(ids, parameters, strict=True):  # undo torch's cast to the parameters' dtype
             known = state_dict["state"].get(one, {}).get("momentum_buffer")
             if known is not None:
                 self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
@@ -439,25 +438,25 @@ class KFAC(torch.optim.Optimizer):
         return {key: value for key, value in self.__dict__.items() if key not in _OF_TORCH}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy or an unpickled optimizer follows the model that was copied with it."""
+        """Make a copied or unpickled optimizer follow the model that was copied with it."""
         super().__setstate__(state)
-        if "tracker" not in state:  # torch's own part of a state that is loaded
+        if "tracker" not in state:  # torch calls this with its own part of a loaded state
             return
         names, self._form = self.tracker.names, None
         self._watch_new()
         if self.tracker.names.keys() != names.keys():
-            raise ValueError("the copied optimizer does not train the parameters of the copied model")
+            raise ValueError("the copied optimizer does not train the copied model's parameters, expected a joint copy")
         self._attach()
 
 
 _OF_TORCH = ("step", "_opt_called", "_step_count", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _OF_TORCH += ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
 _OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
-"""What schedulers and hooks leave in an optimizer; copies of torch's own optimizers have none of it."""
+"""Attributes that schedulers and hooks add to an optimizer; copies of torch's own optimizers omit them."""
 
 
 def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> KroneckerFactors:
-    """The average for the blocks that both have; the new ones alone for others, those of layers that begin to train."""
+    """The average where both have a block; the new block otherwise, for layers that are newly trained."""
     both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
     if len(both) == len(old) == len(new):
         return old.ema_(new, decay)
@@ -468,7 +467,7 @@ def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> Kro
 
 
 def _needs_targets(loss: nn.Module) -> bool:
-    """Whether the Hessian by the outputs depends on the targets."""
+    """Whether the Hessian of the loss with respect to the outputs depends on the targets."""
     if isinstance(loss, nn.CrossEntropyLoss):
         return loss.weight is not None or loss.ignore_index >= 0
     return getattr(loss, "pos_weight", None) is not None

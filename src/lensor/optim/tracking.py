@@ -1,7 +1,7 @@
 """Kronecker factors of a step, collected while a model trains.
 
-A forward pass in training mode collects inputs of layers. A backward pass through it brings gradients at their outputs.
-The pass counts once a backward pass adds a gradient to that of a layer's weight.
+A forward pass in training mode collects the inputs of layers. A backward pass through it collects the gradients at
+their outputs. The pass counts as soon as a backward pass adds to the gradient of a layer's weight.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Tracker:
 
     Args:
         model: the model.
-        loss: the loss that is minimised.
+        loss: the minimised loss.
         approx: "expand" or "reduce".
         fisher: "empirical", "mc", "type-2" or "forward-only".
         joint: whether weight and bias share a block.
         factor_interval: steps between updates of factors.
-        accumulation_steps: backward passes before a step.
-        mc_samples: draws for each example, for "mc".
-        seed: of the draws.
+        accumulation_steps: backward passes per step.
+        mc_samples: number of draws per example, for "mc".
+        seed: seed of the draws.
         grad_scaler: the GradScaler in use.
         batch_axis: the axis of the examples in the layers' inputs, if given.
-        steps: the steps that were made.
+        steps: number of steps so far.
     """
 
     model: nn.Module
@@ -62,14 +62,14 @@ class Tracker:
     layers: list[Layer] = field(default_factory=list)
     names: dict[str, Tensor] = field(default_factory=dict)
     refresh: Callable[[], None] | None = None
-    """Called before each pass that is collected from: parameters may have been frozen since."""
+    """Called before each collected pass, because parameters may have been frozen since the last one."""
 
     def __post_init__(self) -> None:
         self.pending: Collector | None = None
         self._forget()
 
     def _forget(self) -> None:
-        """Attributes that a copy makes for itself."""
+        """Reset the attributes that a copy must not share."""
         self._thread = threading.local()
         self._backward: dict[int, _Backward] = {}
         self._left: dict[str, tuple[int, int]] = {}
@@ -84,7 +84,7 @@ class Tracker:
 
         Args:
             layers: the layers.
-            names: the parameters that are trained, by name.
+            names: the trained parameters, by name.
         """
         for handle in self._accumulated:
             handle.remove()
@@ -102,27 +102,27 @@ class Tracker:
         return self.steps % self.factor_interval == 0
 
     def take(self) -> Collector | None:
-        """Return what was collected since the last step, and forget it."""
+        """Return the factors collected since the last step, and clear them."""
         self._left.clear()
         pending, self.pending = self.pending, None
         return pending
 
     # ---------------------------------------------------------------------------------------------------- forward pass
     def collects(self) -> bool:
-        """Whether a forward pass that begins now is one to collect from."""
+        """Whether to collect from a forward pass that begins now."""
         return (
             self.model.training
             and torch.is_grad_enabled()
             and self.is_due
             and not depth()
             and not getattr(self._thread, "inside", False)
-            and torch._C._current_graph_task_id() == -1  # a checkpoint runs the model again in the backward pass
+            and torch._C._current_graph_task_id() == -1  # a checkpoint reruns the model during the backward pass
         )
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The model's forward pass, while its layers are watched."""
+        """Run the model's forward pass while watching its layers."""
         if any(layer.module.weight is not self.names[layer.weight] for layer in self.layers):
-            return forward(*arguments, **named)  # with other weights, as of torch.func.functional_call
+            return forward(*arguments, **named)  # with other weights, as by torch.func.functional_call
         if self.refresh is not None:
             self.refresh()
         inputs = Arguments(arguments, named)
@@ -152,12 +152,12 @@ class Tracker:
         return out
 
     def leave(self) -> None:
-        """Forget a pass whose outputs were never given: a direct call of `model.forward`."""
+        """Discard a pass whose outputs did not arrive: a direct call of `model.forward`."""
         if not depth() and not getattr(self._thread, "inside", False):
             self._thread.running = None
 
     def after(self, out: Any) -> None:
-        """Take the outputs of the model, after all hooks."""
+        """Receive the outputs of the model, after all hooks."""
         running, self._thread.running = getattr(self._thread, "running", None), None
         if running is None:
             return
@@ -181,7 +181,7 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------- backward pass
     def _running(self) -> _Backward:
-        """The running backward pass; it is forgotten when it ends."""
+        """The running backward pass; it is removed when it ends."""
         task = torch._C._current_graph_task_id()
         found = self._backward.get(task)
         if found is None:
@@ -191,10 +191,10 @@ class Tracker:
         return found
 
     def _arrive(self, weight: str) -> None:
-        """A gradient is about to be added to that of a weight, unless `torch.autograd.grad` is to return it.
+        """Handle a gradient that is about to be added to a weight's, unless `torch.autograd.grad` returns it.
 
-        If you have given up the previous gradient since it was added to (deleted it, or filled it with zeros), the
-        factors that were collected with it are given up, too.
+        If you discarded the previous gradient (deleted it, or filled it with zeros), this also discards the factors
+        that were collected with it.
         """
         left, gradient = self._left.get(weight), self.names[weight].grad
         if left is None or self.pending is None:
@@ -203,7 +203,7 @@ class Tracker:
             self.take()
 
     def _accumulate(self, weight: str) -> None:
-        """A backward pass has added to the gradient of a weight: the forward passes that it went through count."""
+        """Count the forward passes of a backward pass that added to the gradient of a weight."""
         gradient = self.names[weight].grad
         if gradient is not None:
             self._left[weight] = id(gradient), gradient._version
@@ -218,7 +218,7 @@ class Tracker:
             self._add_output(one, use, gradient)
 
     def _use(self, one: _Pass) -> None:
-        """Count a pass: its gradients are those of the step."""
+        """Count a pass whose gradients belong to the step."""
         if one.used_in is None:
             if self.pending is None:
                 self.pending = one.collected
@@ -227,9 +227,9 @@ class Tracker:
             one.used_in = self.pending
 
     def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
-        """Add the gradient at a layer's output in your own backward pass: an example's own times √normaliser."""
+        """Add the gradient at a layer's output from your backward pass: an example's own times √normaliser."""
         if one.used_in is not self.pending or self.pending is None:
-            return  # the step that it was for has been made or given up
+            return  # its step has been made or discarded
         scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
         mean = self.loss.reduction == "mean"
         factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
@@ -243,7 +243,7 @@ class Tracker:
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy follows the model that was copied with it once it is attached."""
+        """Restore a copy; once attached, it follows the model that was copied with it."""
         self.__dict__.update(state)
         self.pending = self.refresh = None
         self.generator = None if state["generator"] is None else generator_from(*state["generator"])
@@ -256,7 +256,7 @@ def generator_state(generator: torch.Generator) -> tuple[torch.device, Tensor]:
 
 
 def generator_from(device: torch.device, state: Tensor) -> torch.Generator:
-    """A generator in a given state."""
+    """A generator with a given state."""
     found = torch.Generator(device)
     found.set_state(state)
     return found
@@ -267,10 +267,10 @@ class _Pass:
     """A forward pass.
 
     Args:
-        collected: what it collected.
-        normaliser: what its mean loss is divided by.
+        collected: the factors collected from it.
+        normaliser: the divisor of its mean loss.
         used_in: the step for which it counts.
-        differentiated: whether a backward pass through it is differentiated itself (a gradient penalty), so that it
+        differentiated: whether a backward pass through it is itself differentiated (a gradient penalty), so that it
             never counts.
     """
 
@@ -286,7 +286,7 @@ class _Backward:
 
     Args:
         reached: the forward passes that it has gone through.
-        waiting: gradients at outputs, by the weight's name.
+        waiting: gradients at outputs, by weight name.
     """
 
     reached: list[_Pass] = field(default_factory=list)
@@ -294,7 +294,7 @@ class _Backward:
 
 
 def _wait(tracker: weakref.ref[Tracker], one: _Pass, use: Use, gradient: Tensor) -> None:
-    """Keep the gradient at a layer's output until the same backward pass adds to the gradient of the weight."""
+    """Hold the gradient at a layer's output until the same backward pass adds to the gradient of the weight."""
     found = tracker()
     one.differentiated |= torch.is_grad_enabled()
     if found is not None and not one.differentiated:
@@ -302,7 +302,7 @@ def _wait(tracker: weakref.ref[Tracker], one: _Pass, use: Use, gradient: Tensor)
 
 
 def _reach(tracker: weakref.ref[Tracker], one: _Pass, gradient: Tensor) -> None:
-    """A backward pass goes through the outputs of a forward pass."""
+    """Record that a backward pass goes through the outputs of a forward pass."""
     found = tracker()
     one.differentiated |= torch.is_grad_enabled()
     if found is not None and not one.differentiated:

@@ -1,4 +1,4 @@
-"""Plans: steps in order, how their values lie in memory, and paths of contraction."""
+"""Plans: sequences of steps, the memory layout of their values, and contraction paths."""
 
 from lensor.plan.plan import Candidate, Plan
 from lensor.plan.program import Program

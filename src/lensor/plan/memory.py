@@ -1,4 +1,4 @@
-"""How the values of a plan lie in memory: strides, what is a view of what, and the peak size."""
+"""The memory layout of a plan's values: strides, views, and the peak size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensor.plan import steps as s
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """How one value of a plan lies in memory: strides, and the value whose memory it is a view of."""
+    """The layout of one value: its strides, the value whose memory it uses, and whether it takes memory itself."""
 
     strides: s.Strides
     source: int
@@ -19,7 +19,7 @@ class Value:
 
 
 def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
-    """The layout of every value of a program whose operands are in row-major order."""
+    """The layout of every value of a program with operands in row-major order."""
     values: list[Value] = []
     for place, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
         own = Value(s.contiguous(shape), place, bool(step.takes) or not step.is_view)
@@ -35,7 +35,7 @@ def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
 
 
 def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
-    """For each value the place of the last step that takes it."""
+    """For each value, the place of the last step that takes it."""
     last = list(range(len(steps)))
     for place, step in enumerate(steps):
         for at in step.takes:
@@ -45,7 +45,7 @@ def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
 
 
 def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> int:
-    """The most entries alive at once beside operands and patterns; the result is counted."""
+    """The most entries alive at once, with the result but without operands and patterns."""
     values = layouts(steps, shapes)
     last = list(range(len(values)))
     for place, until in enumerate(last_uses(steps, result)):
@@ -64,9 +64,9 @@ def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -
 
 
 def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> list[int]:
-    """Entries that each step reads and writes: operands and result, none where the result is a view.
+    """The entries that each step reads and writes: its operands and its result, or 0 if the result is a view.
 
-    The result is put into row-major order at the end if it is not in that order.
+    The last step includes copying the result into row-major order if it has another.
     """
     values = layouts(steps, shapes)
     found = [
@@ -78,7 +78,7 @@ def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> li
 
 
 def put_in_order(shapes: Sequence[s.Shape], values: Sequence[Value], result: int) -> int:
-    """Entries of a result that are copied because they are not in row-major order; 0 for one that is."""
+    """The entries of a result that must be copied into row-major order; 0 if it is in that order."""
     shape = shapes[result]
     ordered = all(
         size == 1 or found == wanted

@@ -1,4 +1,4 @@
-"""PathCosts of contraction: where they come from, and what they cost beside each other."""
+"""Contraction paths: how to find them, and a comparison of their costs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from opt_einsum import paths
 from lensor.network import AnyNetwork, Network
 
 PATHS = ("left to right", "greedy", "optimal")
-"""The orders that `Plan.compare` lists beside Feynman's and the planner's."""
+"""The paths that `Plan.compare` lists in addition to Feynman's and the planner's."""
 
 _MOST_FOR_OPT_EINSUM = 8
-"""Networks of more tensors than this get their order from cotengra, where it is installed."""
+"""The path of a network with more tensors than this comes from cotengra, if it is installed."""
 
 _MOST_FOR_ALL_TREES = 7
-"""All trees of this many tensors are tried; dynamic programming (no outer products) finds the best of more."""
+"""Up to this many tensors, all trees are tried; for more, dynamic programming finds the best without outer products."""
 
 _MOST_CONNECTED_SETS = 600
-"""The best order is looked for in networks of at most this many connected sets of tensors: the work grows with them."""
+"""The optimal path is searched only for networks with at most this many connected sets of tensors, which cost time."""
 
 
 def has_best_path(net: AnyNetwork) -> bool:
-    """Whether the best order of a network is found in bounded time: by how many connected sets of nodes there are.
+    """Whether the optimal path of a network can be found in bounded time, by the number of connected sets of nodes.
 
     Example:
         >>> import lensor
@@ -60,13 +60,13 @@ def _has_few_connected_sets(term: Network) -> bool:
 def find_path(
     inputs: Sequence[frozenset[str]], output: frozenset[str], sizes: Mapping[str, int], order: str = "auto"
 ) -> list[tuple[int, ...]]:
-    """The pairs to contract, one after another, as `opt_einsum.contract_path` gives them.
+    """The contraction path as a list of pairs, as in `opt_einsum.contract_path`.
 
     Args:
         inputs: the indices of each tensor.
         output: the indices of the result.
         sizes: the size of every index, at least 1.
-        order: `"auto"` (what plans use), or one of `PATHS`.
+        order: `"auto"`, as in plans, or one of `PATHS`.
 
     Example:
         >>> tensors = [frozenset("ab"), frozenset("bc"), frozenset("c")]
@@ -76,10 +76,10 @@ def find_path(
     if len(inputs) < 2:
         return []
     if order == "left to right":
-        # Each result is put at the end, so the tensor before it is the next to be taken.
+        # Each result goes to the end; the next pair is the result and the first remaining tensor.
         return [(0, 1), *((0, left - 1) for left in range(len(inputs) - 1, 1, -1))]
-    # opt_einsum takes intermediates with equal indices for one, though what is left to sum over them may differ:
-    # an index of size 1 for each input, kept to the end, tells them apart.
+    # opt_einsum identifies intermediates with equal indices, although the remaining sums may differ: an index of size
+    # 1 per input, which stays in the output, distinguishes them.
     marks = [f"input {at}" for at in range(len(inputs))]
     told_apart = [own | {mark} for own, mark in zip(inputs, marks, strict=True)]
     every: dict[str, int] = {**sizes, **dict.fromkeys(marks, 1)}
@@ -100,7 +100,7 @@ def find_path(
 
 
 def _pairs(path: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
-    """The path without its steps of one tensor, which only sum what that tensor holds alone."""
+    """The path without its steps of one tensor, which only sum indices of that tensor alone."""
     theirs, ours = list(range(count)), list(range(count))
     pairs = []
     for step, places in enumerate(path):
@@ -116,12 +116,12 @@ def _pairs(path: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class PathCost:
-    """What a network costs in one order of contraction.
+    """The cost of a network on one contraction path.
 
     Args:
-        name: `"Feynman"` for all sums as nested loops, one of `PATHS`, or `"planner"` with the plan's strategy.
+        name: `"Feynman"` for all sums as nested loops, one of `PATHS`, or `"planner"` for the plan.
         flops: additions and multiplications.
-        peak_size: the most entries alive at once beside operands and patterns; the result is counted.
+        peak_size: the most entries alive at once, with the result but without operands and patterns.
     """
 
     name: str
@@ -131,10 +131,10 @@ class PathCost:
 
 @dataclass(frozen=True, slots=True)
 class PathCosts:
-    """The orders of one network, a table when printed.
+    """The costs of one network on several paths; prints as a table.
 
     Args:
-        rows: one `PathCost` each.
+        rows: one `PathCost` per path.
     """
 
     rows: tuple[PathCost, ...]
@@ -146,17 +146,17 @@ class PathCosts:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no order {name!r}; there are {[row.name for row in self.rows]}")
+        raise KeyError(f"the path is {name!r}, expected one of {[row.name for row in self.rows]}")
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{'order':<{width}} {'flops':>20} {'peak size':>16}"]
+        lines = [f"{'path':<{width}} {'flops':>20} {'peak size':>16}"]
         lines += [f"{row.name:<{width}} {row.flops:>20,} {row.peak_size:>16,}" for row in self.rows]
         return "\n".join(lines)
 
 
 def feynman(net: AnyNetwork) -> PathCost:
-    """All sums of every term as nested loops over all indices: no intermediates, one product for each index value."""
+    """The cost of all sums as nested loops over all indices, without intermediates."""
     flops = sum(_loops(term) * max(len(term.nodes), 1) for term in net.terms)
     return PathCost("Feynman", flops, math.prod(size or 0 for size in net.output_shape))
 

@@ -1,7 +1,7 @@
-"""Plans: a sequence of named steps, with what they cost.
+"""Plans: sequences of named steps, with their costs.
 
-A step is data: what to do with which earlier values. Kernels of a backend carry steps out; nothing here knows an
-array framework.
+A step is data: an operation and the earlier values it takes. The kernels of a backend run steps; this module does not
+depend on an array framework.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lensor.plan.steps import Input, Shape, Step
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What was known of a candidate when the choice was made; times in seconds."""
+    """A candidate as of when the plan was chosen; times in seconds."""
 
     name: str
     flops: int
@@ -37,7 +37,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A network ready to run: named steps in order, with what they cost.
+    """A network that is ready to run: a sequence of named steps, with their costs.
 
     Example:
         >>> import lensor
@@ -48,19 +48,19 @@ class Plan:
 
     Args:
         subscripts: the simplified network as text.
-        steps: the steps in order; each takes the values of earlier ones by their place.
+        steps: the steps in order; each refers to the values of earlier steps by their place.
         shapes: the shape of each step's value.
         result: the place of the result.
-        strategy: the name of the strategy that made it.
-        parts: the index that it works through part by part, and in how many parts; None if at once.
+        strategy: the name of the strategy that created the plan.
+        parts: the index that the plan processes in parts, and the number of parts; None if it is not divided.
         candidates: every plan that was considered, with its estimated and measured time.
-        reason: why it was chosen among them.
-        itemsize: bytes of one entry.
+        reason: why this plan was chosen.
+        itemsize: bytes per entry.
         network: the network that was planned, before simplification.
         runner: runs the plan on operands by name.
-        comparer: lists what the network costs in other orders.
-        deriver: plans a derivative for a backend: `deriver(plan, backend, kind, operand, like)`, of the kind "vjp" or
-            "jvp".
+        comparer: computes the costs of the network on other paths.
+        deriver: plans a derivative for a backend: `deriver(plan, backend, kind, operand, like)`, where `kind` is "vjp"
+            or "jvp".
     """
 
     subscripts: str
@@ -77,11 +77,11 @@ class Plan:
     comparer: Callable[[Plan], PathCosts] | None = field(default=None, repr=False)
     deriver: Callable[..., Any] | None = field(default=None, repr=False)
     compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    """What runners keep for each backend; not part of the plan's state."""
+    """The compiled function for each backend; not part of the plan's state."""
 
     @property
     def name(self) -> str:
-        """The strategy, and the parts if there are several.
+        """The strategy, with the parts if there are several.
 
         Example:
             >>> import lensor
@@ -146,7 +146,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Bytes that all steps read and write; views count nothing.
+        """Bytes that all steps read and write; views count as 0.
 
         Example:
             >>> import lensor
@@ -157,7 +157,7 @@ class Plan:
 
     @cached_property
     def peak_size(self) -> int:
-        """The most entries alive at once beside operands and patterns; the result is counted.
+        """The most entries alive at once, with the result but without operands and patterns.
 
         Example:
             >>> import lensor
@@ -170,23 +170,23 @@ class Plan:
         """Run the plan on arrays of one framework.
 
         Raises:
-            TypeError, ValueError: if operands are missing, unknown, or not of the shapes the plan was made for.
+            TypeError, ValueError: if operands are missing or unknown, or do not have the shapes of the plan.
         """
         return self._require(self.runner)(self, operands)
 
     def compare(self) -> PathCosts:
-        """What the network costs in several orders of contraction, beside this plan.
+        """Compare the plan with other contraction paths.
 
-        Listed are Feynman's (all sums as nested loops, nothing kept), left to right, greedy and optimal pairwise
-        contraction of the simplified network with its patterns materialized, and this plan. Flops count a
-        multiply-add as 2; sizes are entries alive at once beside operands and patterns, the result counted. The optimal
-        order of many tensors that all share indices takes too long to find: it is left out then.
+        The table lists Feynman's path (all sums as nested loops, without intermediates), the left-to-right, greedy and
+        optimal pairwise paths of the simplified network with its patterns materialized, and this plan. A multiply-add
+        counts as 2 flops. The peak size is the most entries alive at once, with the result but without operands and
+        patterns. The optimal path is omitted if many tensors share indices, since it would take too long to find.
 
         Example:
             >>> import lensor
             >>> spec = lensor.ConvSpec(2, 4, (5,), kernel_size=3)
             >>> print(lensor.ops.conv(spec).plan(X=(3, 2, 5), W=(4, 2, 3)).compare())
-            order                        flops        peak size
+            path                         flops        peak size
             Feynman                      3,240               36
             left to right                1,800              360
             greedy                         972              108
@@ -200,7 +200,7 @@ class Plan:
     @staticmethod
     def _require(tool: Callable[..., Any] | None) -> Callable[..., Any]:
         if tool is None:
-            raise TypeError("this plan is steps alone: a plan to run is made by network.plan(...)")
+            raise TypeError("the plan has steps only, expected one from network.plan(...), which can run")
         return tool
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lensor.plan.steps import (
 
 
 class Program:
-    """Steps under construction: a step that is there already is not added again (hash-consing)."""
+    """Steps under construction, with hash-consing: a step that exists already is not added again."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -32,7 +32,7 @@ class Program:
         self._known: dict[Step, int] = {}
 
     def add(self, step: Step) -> int:
-        """The place of the step's value, which is shared if an equal step was added before."""
+        """Add a step and return the place of its value; equal steps share one value."""
         place = self._known.get(step)
         if place is None:
             place = len(self.steps)
@@ -42,7 +42,7 @@ class Program:
         return place
 
     def along(self, step: Slice | Pad | Gather) -> int:
-        """A step along one axis; steps along several are put in the order of the axes, so that equal values are one."""
+        """Add a step along one axis; such steps are sorted by their axes, so that equal values are shared."""
         before = self.steps[step.takes[0]]
         if not isinstance(before, (Slice, Pad, Gather)) or before.axis <= step.axis:
             return self.add(step)
@@ -50,21 +50,21 @@ class Program:
         return self.add(replace(before, takes=(inner,)))
 
     def reshape(self, value: int, size: Shape) -> int:
-        """The value with another grouping, itself if it has it already."""
+        """The value with another shape; the value itself if it has this shape."""
         before = self.steps[value]
         if isinstance(before, Reshape):
             (value,) = before.takes
         return value if self.shapes[value] == size else self.add(Reshape((value,), size))
 
     def transpose(self, value: int, order: Sequence[int]) -> int:
-        """The value with its axes in another order, itself if it is the same."""
+        """The value with its axes in another order; the value itself if the order is the same."""
         order, before = tuple(order), self.steps[value]
         if isinstance(before, Transpose):
             order, (value,) = tuple(before.order[axis] for axis in order), before.takes
         return value if order == tuple(range(len(order))) else self.add(Transpose((value,), order))
 
     def scaled(self, value: int, factor: Fraction) -> int:
-        """The value times a number, which a product takes in at no cost, an outer one at little."""
+        """The value times a number; a product includes the factor for free, an outer product at little cost."""
         step = self.steps[value]
         match step:
             case MatMul() | Gram() | PatchGram():
@@ -75,7 +75,7 @@ class Program:
                 return self.transpose(self.scaled(step.takes[0], factor), order)
             case Multiply(takes=takes):
                 sizes = [math.prod(self.shapes[at]) for at in takes]
-                if 2 * min(sizes) <= math.prod(self.shapes[value]):  # an outer product: scale what is small
+                if 2 * min(sizes) <= math.prod(self.shapes[value]):  # an outer product: scale the smaller factor
                     small = sizes.index(min(sizes))
                     scaled = [self.scaled(at, factor) if place == small else at for place, at in enumerate(takes)]
                     return self.add(Multiply(tuple(scaled)))

@@ -1,6 +1,6 @@
-"""The planner: candidates are estimated for the machine, or measured and remembered, and the best is chosen."""
+"""The planner: estimates or measures candidates for the machine, remembers the times, and chooses the best."""
 
-from lensor.planner.choose import choose, measure
+from lensor.planner.choice import choose, measure
 from lensor.planner.cost import estimate
 from lensor.planner.profile import Machine, calibrate, machine, processor
 from lensor.planner.settings import Settings, current, planning, preferring, untimed

@@ -1,4 +1,4 @@
-"""The profile of the machine that estimates are made for."""
+"""The machine constants used for estimates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A few constants of the machine, in units per second (seconds for `call`).
+    """Constants of a machine, in units per second (seconds for `call`).
 
     Args:
         products: flops of a large matrix product.
@@ -42,13 +42,13 @@ class Machine:
 
 
 _TYPICAL = Machine(products=100e9, convolutions=95e9, bytes=8e9)
-"""What two cores of a server reach in single precision: estimates are the same everywhere until `calibrate`."""
+"""Rates of two server cores in single precision; estimates are the same on all machines until `calibrate`."""
 
 _machine = _TYPICAL
 
 
 def machine() -> Machine:
-    """The constants that estimates are made with: typical ones, or those `calibrate` measured.
+    """The constants used for estimates: typical ones, or those that `calibrate` measured.
 
     Example:
         >>> import lensor
@@ -61,7 +61,7 @@ def machine() -> Machine:
 def calibrate() -> Machine:
     """Measure the constants of this machine (about 30 ms, with NumPy) and use them in this process from now on.
 
-    Plans that were chosen before stay as they are. Without a calibration estimates are deterministic.
+    Plans that were chosen earlier do not change. Without a calibration, estimates are deterministic.
 
     Example:
         >>> import lensor
@@ -79,7 +79,7 @@ def calibrate() -> Machine:
 
 @cache
 def processor() -> str:
-    """The name of the processor, as far as the system tells it."""
+    """The name of the processor, if the system provides it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What the planner is asked for: effort and a memory limit."""
+"""Settings of the planner: effort and a memory limit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lensor.planner import wisdom
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How plans are chosen.
+    """Settings for choosing plans.
 
     Args:
-        effort: `"estimate"`: by the cost model; `"measure"`: by timing candidates once on the user's shapes;
-            `"remember"`: by what `lensor.wisdom` knows, else by the cost model, never by timing.
-        max_bytes: no plan may need more memory than this beside operands and patterns (the result counts).
-        preferred_bytes: plans that need no more than this are chosen where there are any, else the smallest.
-        known: which state of `lensor.wisdom` a choice by `"remember"` depends on.
+        effort: `"estimate"`: use the cost model; `"measure"`: time candidates once on your shapes; `"remember"`: use
+            the times in `lensor.wisdom`, else the cost model, without timing.
+        max_bytes: the most memory that a plan may need, with the result but without operands and patterns.
+        preferred_bytes: prefer plans that need at most this memory; if there are none, take the smallest.
+        known: the state of `lensor.wisdom` that a choice by `"remember"` depends on.
     """
 
     effort: Effort = "estimate"
@@ -33,26 +33,26 @@ class Settings:
     def __post_init__(self) -> None:
         require_choice("effort", self.effort, words(Effort))
         if self.max_bytes is not None and as_integer(self.max_bytes, "max_bytes") < 1:
-            raise ValueError(f"max_bytes must be at least 1, found {self.max_bytes}")
+            raise ValueError(f"max_bytes is {self.max_bytes}, expected at least 1")
 
 
 _settings: ContextVar[Settings] = ContextVar("lensor.planning", default=Settings())  # noqa: B039  (frozen)
 
 
 def current() -> Settings:
-    """The settings that hold here."""
+    """The settings in the current context."""
     settings = _settings.get()
     return settings if settings.effort != "remember" else replace(settings, known=wisdom.generation())
 
 
 def untimed(settings: Settings) -> Settings:
-    """The settings where nothing can be timed: what was timed before is used."""
+    """The settings without timing: `"measure"` becomes `"remember"`."""
     return settings if settings.effort != "measure" else replace(settings, effort="remember", known=wisdom.generation())
 
 
 @contextmanager
 def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> Iterator[Settings]:
-    """Set how plans are chosen for the calls inside; what is not given stays as it is around.
+    """Set how plans are chosen inside the `with` block; a setting that you omit keeps its outer value.
 
     Example:
         >>> import lensor
@@ -62,7 +62,7 @@ def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> I
 
     Raises:
         ValueError: for an unknown effort or a limit below 1.
-        TypeError: for a limit that is no integer.
+        TypeError: for a limit that is not an integer.
     """
     before = _settings.get()
     settings = replace(
@@ -76,7 +76,7 @@ def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> I
 
 @contextmanager
 def preferring(max_bytes: int) -> Iterator[None]:
-    """Prefer plans that need no more memory than this; where there are none, the smallest is taken."""
+    """Prefer plans that need at most this memory; if there are none, take the smallest."""
     with _set(replace(_settings.get(), preferred_bytes=max_bytes)):
         yield
 

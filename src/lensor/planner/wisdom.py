@@ -1,8 +1,9 @@
-"""What was measured of plans, kept for this process and, if the user says so, in a file.
+"""Measured times of plans, kept for this process and, on request, in a file.
 
-`planning(effort="measure")` times the candidates of a network once; the times are kept here, so that neither a plan
-that was dropped from the cache nor another process has to measure again. A file may hold the times of several
-machines, devices and thread counts: each entry says where it was measured and serves only there.
+`planning(effort="measure")` times the candidates of a network once. The times are kept here, so that a plan that was
+dropped from the cache need not be measured again; with a file, another process need not measure either. A file may
+contain the times of several machines, devices and thread counts: each entry says where it was measured, and only
+applies there.
 
 Example:
     >>> import lensor, tempfile, pathlib
@@ -36,10 +37,10 @@ from lensor.network import AnyNetwork, to_text
 from lensor.planner.profile import processor
 
 _FORMAT = 1
-"""The version of the files; one with another version is not read."""
+"""The format version of the files; a file with another version is not read."""
 
 _MOST = 200
-"""Characters of a reason why a file cannot be read, which may quote the file."""
+"""The most characters of an error's reason, which may quote the file."""
 
 
 class WisdomWarning(UserWarning):
@@ -47,7 +48,7 @@ class WisdomWarning(UserWarning):
 
 
 class WisdomError(LensorError, ValueError):
-    """A file that `save` leaves as it is, because it holds something else than times that can be read."""
+    """A file that `save` does not change, because its content is not readable as measured times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ class Measured:
     """The times of a network's candidates.
 
     Args:
-        network: its text.
+        network: the text of the network.
         where: processor, framework, dtype, device and threads.
-        seconds: the shortest time of each strategy that was timed.
+        seconds: the shortest time of each timed strategy.
 
     Example:
         >>> import lensor
@@ -77,18 +78,18 @@ _generation = 0
 
 
 def generation() -> int:
-    """A number that changes whenever something becomes known or is forgotten."""
+    """A number that changes whenever times are added or forgotten."""
     return _generation
 
 
 def key_of(net: AnyNetwork, backend: Backend, kind: Sequence[Any]) -> tuple[str, str]:
-    """What identifies a network whose sizes are known, and where it is measured: (key, where)."""
+    """The key of a network with known sizes on a backend, and where it is measured: (key, where)."""
     where = f"{processor()}, {backend.describe(kind)}"
     return hashlib.sha256(f"{net.canonical!r} {where}".encode()).hexdigest(), where
 
 
 def recall(key: str) -> Mapping[str, float]:
-    """The times known under a key, by strategy; empty if none are."""
+    """The known times for a key, by strategy; empty if there are none."""
     found = _known.get(key)
     return {} if found is None else found.seconds
 
@@ -99,7 +100,9 @@ def record(key: str, net: AnyNetwork, where: str, seconds: Mapping[str, float]) 
 
 
 def forget() -> None:
-    """Forget all measured times; files stay as they are, and so do plans until `lensor.clear_caches()`.
+    """Forget all measured times.
+
+    Files do not change, and cached plans are kept until you call `lensor.clear_caches()`.
 
     Example:
         >>> import lensor
@@ -115,7 +118,7 @@ def forget() -> None:
 
 
 def entries() -> tuple[Measured, ...]:
-    """Everything that is known, to look at.
+    """All known times, for inspection.
 
     Example:
         >>> import lensor
@@ -142,14 +145,14 @@ def _update(new: Mapping[str, Measured]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def save(path: str | os.PathLike[str]) -> int:
-    """Write what is known into a file, together with what the file holds already; the number of entries in it.
+    """Add the known times to a file, and return the number of entries in it.
 
     Other processes may save to and load from the same file at any time: the file is replaced as a whole, and writers
-    wait for each other (on systems without file locks the last one wins). Whatever keeps it from being written, a full
-    disk included, leaves the file as it was. A symbolic link stays one, and the file keeps its mode.
+    wait for each other (on systems without file locks the last one wins). If writing fails, for instance because the
+    disk is full, the file does not change. A symbolic link is preserved, and the file keeps its mode.
 
     Args:
-        path: the file; its folder must exist, and new files must be allowed in it.
+        path: the file; its folder must exist and allow new files.
 
     Example:
         >>> import lensor, pathlib, tempfile
@@ -158,11 +161,11 @@ def save(path: str | os.PathLike[str]) -> int:
         True
 
     Raises:
-        OSError: if it cannot be written, or is not a regular file.
-        WisdomError: if the file holds something else than times that can be read: it is damaged, of another version of
-            the format, or another program's. It is left as it is.
+        OSError: if the file cannot be written, or is not a regular file.
+        WisdomError: if the file's content is not readable as measured times: it is damaged, has another format version,
+            or belongs to another program. The file does not change.
     """
-    path = os.path.realpath(os.fsdecode(path))  # a link's target is replaced, not the link
+    path = os.path.realpath(os.fsdecode(path))  # replace the target of a link, not the link
     with _named(path), _locked(path):
         try:
             data, before = _content(path)
@@ -171,8 +174,8 @@ def save(path: str | os.PathLike[str]) -> int:
             known, before = {}, None
         except _Unreadable as problem:
             raise WisdomError(
-                f"{path} holds something else than wisdom that can be read ({problem}); it was left as it is: save to"
-                " another file, or remove it"
+                f"{path} is not a file of wisdom that can be read ({problem}), so it was not changed: save to another"
+                " file, or remove it"
             ) from None
         with _lock:
             known |= _known
@@ -181,19 +184,19 @@ def save(path: str | os.PathLike[str]) -> int:
             for key, one in known.items()
         }
         text = json.dumps({"lensor wisdom": _FORMAT, "measured": choices}, indent=1, ensure_ascii=False)
-        # Surrogates that are not one of a pair are escaped, which is JSON for them.
+        # Unpaired surrogates are escaped, as in JSON.
         _replace(path, text.encode("utf-8", "backslashreplace"), before)
     return len(known)
 
 
 def load(path: str | os.PathLike[str]) -> int:
-    """Take over the times in a file; the number of entries in it.
+    """Load the times in a file, and return the number of entries in it.
 
-    A file that is missing raises; one that is damaged, or of another version, is a `WisdomWarning`, and nothing is
-    taken over. Plans that were made by measuring in this process stay as they are.
+    If the file is damaged or has another format version, a `WisdomWarning` is issued and nothing is loaded. Plans that
+    were measured in this process do not change.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file written by `save`.
 
     Example:
         >>> import lensor, pathlib, tempfile
@@ -203,28 +206,28 @@ def load(path: str | os.PathLike[str]) -> int:
         True
 
     Raises:
-        OSError: if it cannot be read, or is not a regular file.
+        OSError: if the file is missing, cannot be read, or is not a regular file.
     """
     path = os.fsdecode(path)
     data, _ = _content(path)
     try:
         found = _parse(data)
     except _Unreadable as problem:
-        warnings.warn(f"{path} holds no wisdom that can be read: {problem}", WisdomWarning, stacklevel=2)
+        warnings.warn(f"{path} is not a file of wisdom that can be read: {problem}", WisdomWarning, stacklevel=2)
         return 0
     _update(found)
     return len(found)
 
 
 class _Unreadable(Exception):
-    """Why a file's content cannot be used."""
+    """The reason why a file's content cannot be used."""
 
 
 def _content(path: str) -> tuple[bytes, os.stat_result]:
-    """What a regular file holds, and its state; nothing else is opened, since reading a pipe or device may never end.
+    """The content and state of a regular file; reading anything else, such as a pipe or device, might never end.
 
     Raises:
-        OSError: if it cannot be read, or is something else.
+        OSError: if the file cannot be read, or is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -240,7 +243,7 @@ def _content(path: str) -> tuple[bytes, os.stat_result]:
 
 
 def _replace(path: str, data: bytes, before: os.stat_result | None) -> None:
-    """Write a file as a whole: a new one next to it takes its place, and its mode and owner, when it is complete."""
+    """Write a file as a whole: write a new file next to it, with its mode and owner, and rename it when complete."""
     name = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
@@ -268,7 +271,7 @@ def _parse(data: bytes) -> dict[str, Measured]:
     try:
         content = json.loads(data.decode())
         if content["lensor wisdom"] != _FORMAT:
-            raise ValueError(f"version {content['lensor wisdom']!r}, expected {_FORMAT}")
+            raise ValueError(f"it has version {content['lensor wisdom']!r}, expected {_FORMAT}")
         return {str(key): _entry(one) for key, one in content["measured"].items()}
     except KeyError as problem:
         raise _Unreadable(f"no entry {str(problem)[:_MOST]}") from None
@@ -281,13 +284,13 @@ def _parse(data: bytes) -> dict[str, Measured]:
 def _entry(one: Mapping[str, Any]) -> Measured:
     seconds = {str(name): float(time) for name, time in one["seconds"].items()}
     if not all(0 <= time < float("inf") for time in seconds.values()):
-        raise ValueError(f"times must be finite and not negative, found {seconds}")
+        raise ValueError(f"the times are {seconds}, expected finite numbers that are not negative")
     return Measured(str(one["network"]), str(one["where"]), seconds)
 
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Let errors of files that are made on the way name the file that was to be written."""
+    """Make errors of temporary files name the file to be written."""
     try:
         yield
     except OSError as error:
@@ -305,12 +308,12 @@ def _locked(path: str) -> Iterator[None]:
         yield
         return
     folder, name = os.path.split(path)
-    # Neither is a link followed nor anything emptied: a shared folder may hold what others put there.
+    # Follow no link and truncate nothing: in a shared folder, others may have created the file.
     flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     lock = os.path.join(folder, f".{name}.lock")
     try:
         handle = os.open(lock, flags | os.O_RDWR, 0o666)
-    except PermissionError:  # another user's
+    except PermissionError:  # the file belongs to another user
         handle = os.open(lock, flags & ~os.O_CREAT | os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks

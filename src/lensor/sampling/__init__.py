@@ -1,5 +1,7 @@
 """Randomised backpropagation: exact outputs and input gradients, weight gradients from a sampled part of the input.
 
+Use `convert(model, keep)` for a whole model, and `conv`, `conv_transpose` and `linear` for single calls.
+
 Importing this package imports torch.
 """
 

@@ -28,18 +28,18 @@ from lensor.sampling.schemes import SCHEMES, draw, kept_count, require_keep
 from lensor.spec import ConvSpec
 
 Keep: TypeAlias = Mapping[str, float | Fraction]
-"""Keep rates by the names of an input's indices: n, g, c_in, i1, i2, ..."""
+"""Keep rates by index name of an input: n, g, c_in, i1, i2, ..."""
 
 Scheme: TypeAlias = str | Mapping[str, str]
-"""One scheme for all indices, or one for each."""
+"""One scheme for all indices, or one per index."""
 
 _SMALL = 1 << 22
-"""Bytes that a gradient may always take."""
+"""Memory in bytes that a weight gradient may use in any case."""
 
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _Chosen: TypeAlias = tuple[tuple[str, Fraction, int], ...]
-"""Index of the network, keep rate, and what counts of positions are rounded up to a multiple of."""
+"""Index of the network, keep rate, and the step to which numbers of positions are rounded up."""
 
 _sampled_networks, _maps, _specs = Cache(1024), Cache(1024), Cache(1024)
 
@@ -49,10 +49,10 @@ class BilinearMap:
     """A map that is linear in an input X and in a weight W.
 
     Args:
-        network: its network.
-        names: what users call the indices of X, in order.
-        conv_input_vjp: (shape of x, weight, grad_output) -> gradient of x.
-        channels: the output's axis of channels.
+        network: the network of the map.
+        names: the users' names of X's indices, in order.
+        conv_input_vjp: a function (shape of x, weight, grad_output) -> gradient of x.
+        channels: the channel axis of the output.
     """
 
     network: Network
@@ -62,7 +62,7 @@ class BilinearMap:
 
     @functools.cached_property
     def gradient(self) -> Network:
-        """The weight gradient's network."""
+        """The network of the weight gradient."""
         return self.network.vjp("W")
 
     @functools.cached_property
@@ -72,11 +72,11 @@ class BilinearMap:
 
     @functools.cached_property
     def indices(self) -> dict[str, str]:
-        """The network's index of each name."""
+        """A mapping from users' names to indices of the network."""
         return dict(zip(self.names, (index for leg in self.legs for index in leg), strict=True))
 
     def sizes(self, x: Sequence[int]) -> dict[str, int]:
-        """The size of every index, for an input of some shape."""
+        """The size of every index, for an input of a given shape."""
         found = {name: size for name, size in self.gradient.sizes.items() if size is not None}
         for leg, size in zip(self.legs, x, strict=True):
             if len(leg) == 1:
@@ -87,7 +87,7 @@ class BilinearMap:
 def _at(
     array: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], change: Callable[[Tensor, int], Tensor], index: str
 ) -> Tensor:
-    """An array with one of the indices of its legs changed."""
+    """Apply a function to one index of an array's legs."""
     flat = [name for leg in legs for name in leg]
     array = change(array.reshape([sizes[name] for name in flat]), flat.index(index))
     counts = dict(zip(flat, array.shape, strict=True))
@@ -95,7 +95,7 @@ def _at(
 
 
 def take_part(array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, positions: Tensor) -> Tensor:
-    """The array at some positions of an index, whose size in `sizes` is changed."""
+    """The array at some positions of an index; updates the index's size in `sizes`."""
     found = _at(array, legs, sizes, lambda flat, axis: flat.index_select(axis, positions), index)
     sizes[index] = len(positions)
     return found
@@ -104,7 +104,7 @@ def take_part(array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index
 def put_part(
     array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, positions: Tensor, size: int
 ) -> Tensor:
-    """The array at some positions of an index of a larger size, zeros elsewhere."""
+    """The inverse of `take_part`: the array at some positions of a larger index, zeros elsewhere."""
 
     def put(flat: Tensor, axis: int) -> Tensor:
         whole = flat.new_zeros((*flat.shape[:axis], size, *flat.shape[axis + 1 :]))
@@ -116,7 +116,7 @@ def put_part(
 
 
 def _sampled(gradient: Network, chosen: Sequence[tuple[str, Fraction]], sizes: Mapping[str, int]) -> Network:
-    """The weight gradient's network for an input that is sampled already."""
+    """The network of the weight gradient for an input that is already sampled."""
 
     def make() -> Network:
         net = gradient
@@ -128,9 +128,9 @@ def _sampled(gradient: Network, chosen: Sequence[tuple[str, Fraction]], sizes: M
 
 
 class _Sampled(torch.autograd.Function):
-    """Exact output and input gradient; the weight gradient from a part of the input, all that is kept of it.
+    """Exact output and input gradient; a weight gradient from a part of the input, and only this part is kept.
 
-    The part is an operand of its own, a function of the input: derivatives of the weight gradient find their way.
+    The part is a separate operand that is a function of the input, so the weight gradient can be differentiated.
     """
 
     generate_vmap_rule = True
@@ -162,7 +162,7 @@ class _Sampled(torch.autograd.Function):
         _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         others = [axis for axis in range(grad.ndim) if axis != bilinear.channels % grad.ndim]
         with torch.autocast(grad.device.type, enabled=False):
-            # The weight's first: what it needs beside is gone before the input's gradient, which is large, is made.
+            # The weight gradient first: its temporaries are freed before the large input gradient is allocated.
             weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
             if weight_grad is not None and ctx.channels_last:
                 weight_grad = in_channels_last(weight_grad)
@@ -179,9 +179,9 @@ def _weight_gradient(
     part: Tensor,
     *drawn: Tensor,
 ) -> Tensor:
-    """The sampled weight gradient: a network on the part, put into zeros where an index of the weight was sampled.
+    """The sampled weight gradient: evaluate the network on the part, and insert zeros for sampled weight indices.
 
-    Who samples wants memory first: plans that need no more than twice what the whole input and the gradient take are
+    Sampling is for saving memory, so plans that need at most twice the memory of the whole input and the gradient are
     preferred.
     """
     if not part.numel():
@@ -209,7 +209,7 @@ def _weight_gradient(
 
 
 def _with_zeros(array: Tensor, axis: int, count: int) -> Tensor:
-    """The array with so many zeros behind one of its axes."""
+    """The array with `count` zeros appended to an axis."""
     return torch.nn.functional.pad(array, (*[0, 0] * (array.ndim - 1 - axis), 0, count)) if count else array
 
 
@@ -223,7 +223,7 @@ def apply(
     scheme: Scheme,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The map computed by `forward`, its weight gradient sampled; where nothing is sampled, `forward` alone.
+    """Compute the map by `forward` with a sampled weight gradient, or by `forward` alone if nothing is sampled.
 
     Raises:
         TypeError: for complex arrays.
@@ -255,29 +255,29 @@ def apply(
 
 
 def _step(size: int, keep: Fraction) -> int:
-    """What drawn counts are rounded up to a multiple of: their standard deviation.
+    """The step to which drawn counts are rounded up: their standard deviation.
 
-    Every count would be a plan of its own, with two indices hundreds for a layer; so rounded there are about six for an
-    index, at the price of half a standard deviation of zeros.
+    Every count would need a separate plan: with two indices, hundreds per layer. With this rounding an index has about
+    six, at the cost of half a standard deviation of zeros.
     """
     return max(1, math.ceil(math.sqrt(size * keep * (1 - keep))))
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` writes down a program: it has no backward pass, and outputs are exact."""
+    """Whether `torch.export` is tracing: an exported program has no backward pass and exact outputs."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
     return torch.compiler.is_compiling() and exporting is not None and exporting()
 
 
 def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
-    """The call for an input of at least so many axes, the first of which is the batch; one axis less is one example."""
+    """Call with a batch axis: an input with `dims` axes or more has one, an input with fewer is a single example."""
     return call(x) if x.ndim >= dims else call(x[None])[0]
 
 
 def _norms(x: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], index: str) -> Tensor:
-    """The norm of what stands at each position of an index, up to a common factor; finite.
+    """The norm of the entries at each position of an index, up to a common factor; always finite.
 
-    What is not finite counts as much as everything else together, so that it is kept.
+    A position with values that are not finite gets more than the sum of all finite norms, so that it is kept.
     """
     flat = [name for leg in legs for name in leg]
     x = x.detach().reshape([sizes[name] for name in flat]).double()
@@ -291,7 +291,7 @@ def _norms(x: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], index: st
 
 
 def _weighted(part: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, weights: Tensor) -> Tensor:
-    """The part times a factor for each position of an index; not in half precision, where factors may overflow."""
+    """The part times one factor per position of an index, in at least single precision because factors may overflow."""
 
     def times(flat: Tensor, axis: int) -> Tensor:
         return (flat * weights.reshape(-1, *[1] * (flat.ndim - 1 - axis))).to(flat.dtype)
@@ -300,40 +300,40 @@ def _weighted(part: Tensor, legs: Sequence[Group], sizes: dict[str, int], index:
 
 
 def rates_of(keep: Keep, names: Sequence[str]) -> dict[str, Fraction]:
-    """The keep rates below 1; ValueError for unknown indices and rates outside (0, 1]."""
+    """The keep rates below 1; ValueError for an unknown index or a rate outside (0, 1]."""
     if not isinstance(keep, Mapping):
         raise TypeError(f"keep is {keep!r}, expected a mapping of indices to rates, e.g. {{'i1': 0.5}}")
     for name in keep:
         if name not in names:
-            raise ValueError(f"keep names index {name!r}, expected indices of the input: {', '.join(names)}")
+            raise ValueError(f"keep has index {name!r}, expected indices of the input: {', '.join(names)}")
     rates = {name: require_keep(rate, name) for name, rate in keep.items()}
     return {name: rate for name, rate in rates.items() if rate < 1}
 
 
 def require_scheme(scheme: Any) -> None:
-    """TypeError unless it is a word or a mapping."""
+    """Raise TypeError unless the scheme is a string or a mapping."""
     if not isinstance(scheme, (str, Mapping)):
         raise TypeError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}, or a mapping of indices to them")
 
 
 def schemes_of(scheme: Scheme, names: Sequence[str]) -> dict[str, Any]:
-    """The scheme of every index, "bernoulli" where none is given; ValueError for unknown ones."""
+    """The scheme of every index, "bernoulli" by default; ValueError for an unknown index or scheme."""
     require_scheme(scheme)
     given = dict.fromkeys(names, scheme) if isinstance(scheme, str) else {**dict.fromkeys(names, SCHEMES[0]), **scheme}
     for name, value in given.items():
         if name not in names:
-            raise ValueError(f"scheme names index {name!r}, expected indices of the input: {', '.join(names)}")
+            raise ValueError(f"scheme has index {name!r}, expected indices of the input: {', '.join(names)}")
         require_choice("scheme", value, SCHEMES)
     return given
 
 
 def names_of(dims: int) -> tuple[str, ...]:
-    """What the indices of a convolution's input are called."""
+    """The users' names of the indices of a convolution's input."""
     return ("n", "g", "c_in", *(f"i{axis}" for axis in range(1, dims + 1)))
 
 
 def convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
-    """A convolution, or a transposed one, as a map of its input and weight."""
+    """A convolution or transposed convolution as a map of its input and weight."""
     return _maps.get_or_make((spec, padding), lambda: _convolution(spec, padding))
 
 
@@ -342,8 +342,8 @@ def _convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
 
     def vjp(shape: Sequence[int], weight: Tensor, grad: Tensor) -> Tensor:
         if spec.transposed:
-            # The transposed convolution is an input VJP, and its own is the convolution, which has more positions where
-            # output_padding is a stride or more.
+            # The transposed convolution is an input VJP. Its own input VJP is the convolution, which has more
+            # positions if output_padding is at least the stride.
             found = exact.conv(grad, weight, None, *options)
             for axis, size in enumerate(shape[2:], start=2):
                 found = found.narrow(axis, 0, size)
@@ -357,7 +357,7 @@ def _convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
 
 
 def linear_map(in_features: int, out_features: int, axes: int) -> BilinearMap:
-    """A linear map along the last of so many axes."""
+    """A linear map along the last of `axes` axes."""
     key = (in_features, out_features, axes)
     return _maps.get_or_make(key, lambda: _linear_map(*key))
 
@@ -386,8 +386,8 @@ def conv(
 ) -> Tensor:
     """A convolution with exact output and input gradient, and an unbiased weight gradient from a part of the input.
 
-    Only the part of the input that is sampled is kept for the backward pass. Of a model's memory that falls only if
-    nothing else keeps the input: see `convert`.
+    Only the sampled part of the input is kept for the backward pass. This lowers a model's memory only if nothing else
+    keeps the input: see `convert`.
 
     Args:
         input: [batch, c_in, *input_size] or [c_in, *input_size].
@@ -396,12 +396,12 @@ def conv(
         stride: one int, or one per dimension.
         padding: an int, "same", "valid", one int or one (left, right) pair per dimension.
         dilation: one int, or one per dimension.
-        groups: number of groups of channels.
+        groups: number of channel groups.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
-        keep: the share of positions to keep of some indices of the input: n (examples), g (groups), c_in (channels of
-            a group, the same in every group), i1, i2, ... (positions); those not named are kept whole.
-        scheme: how they are drawn, of `SCHEMES`: one, or one for each index.
-        generator: a generator on the CPU, by default torch's.
+        keep: share of positions to keep, by index of the input: n (examples), g (groups), c_in (channels of a group,
+            the same in every group), i1, i2, ... (positions); other indices are kept whole.
+        scheme: sampling scheme, one of `SCHEMES`, or one per index.
+        generator: a CPU generator; torch's by default.
 
     Returns:
         The convolution, [batch, c_out, *output_size].
@@ -416,7 +416,8 @@ def conv(
 
     Raises:
         TypeError: for complex arrays, or arrays of two dtypes.
-        ValueError: for an unknown index or scheme, a keep outside (0, 1], or what `lensor.functional.conv` refuses.
+        ValueError: for an unknown index or scheme, a keep rate outside (0, 1], or arguments that
+            `lensor.functional.conv` rejects.
 
     Equation:
         Equation 9 of the paper's §5.2 on `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k`.
@@ -433,7 +434,7 @@ def conv(
     dims = weight.ndim - 2
     fits = dims > 0 and input.ndim in (dims + 1, dims + 2) and input.shape[-dims - 1] == groups * weight.shape[1]
     if not fits or is_exporting():
-        return forward(input, weight, bias)  # which says what is wrong
+        return forward(input, weight, bias)  # raises the error for invalid arguments
     spec = spec_of(
         input.shape[-dims - 1],
         weight.shape[0],
@@ -464,7 +465,7 @@ def conv_transpose(
     scheme: Scheme = "bernoulli",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A transposed convolution with an unbiased weight gradient from a part of the input; else exact, as `conv`.
+    """A transposed convolution with an unbiased weight gradient from a part of the input; otherwise exact, as `conv`.
 
     Args:
         input: [batch, c_in, *input_size] or [c_in, *input_size].
@@ -473,11 +474,11 @@ def conv_transpose(
         stride: one int, or one per dimension.
         padding: one int, or one per dimension.
         output_padding: one int, or one per dimension.
-        groups: number of groups of channels.
+        groups: number of channel groups.
         dilation: one int, or one per dimension.
-        keep: the share of positions to keep of some indices of the input, as in `conv`.
-        scheme: how they are drawn, of `SCHEMES`: one, or one for each index.
-        generator: a generator on the CPU, by default torch's.
+        keep: share of positions to keep, by index of the input, as in `conv`.
+        scheme: sampling scheme, one of `SCHEMES`, or one per index.
+        generator: a CPU generator; torch's by default.
 
     Returns:
         The transposed convolution, [batch, c_out, *output_size].
@@ -490,11 +491,11 @@ def conv_transpose(
 
     Raises:
         TypeError: for complex arrays, or arrays of two dtypes.
-        ValueError: for an unknown index or scheme, a keep outside (0, 1], or what `lensor.functional.conv_transpose`
-            refuses.
+        ValueError: for an unknown index or scheme, a keep rate outside (0, 1], or arguments that
+            `lensor.functional.conv_transpose` rejects.
 
     Equation:
-        Equation 9 of the paper's §5.2 on the transposed convolution's weight VJP.
+        Equation 9 of the paper's §5.2 on the weight VJP of the transposed convolution.
     """
     if (override := override_of(input, weight)) is not None:
         options = (stride, padding, output_padding, groups, dilation)
@@ -506,7 +507,7 @@ def conv_transpose(
     dims = weight.ndim - 2
     fits = dims > 0 and input.ndim in (dims + 1, dims + 2) and input.shape[-dims - 1] == weight.shape[0]
     if not fits or is_exporting():
-        return forward(input, weight, bias)  # which says what is wrong
+        return forward(input, weight, bias)  # raises the error for invalid arguments
     spec = spec_of(
         weight.shape[0],
         groups * weight.shape[1],
@@ -532,19 +533,19 @@ def linear(
     scheme: Scheme = "bernoulli",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A linear map with an unbiased weight gradient from a part of the input; else exact.
+    """A linear map with an unbiased weight gradient from a part of the input; otherwise exact.
 
     Args:
         input: [batch, ..., c_in] or [c_in].
         weight: [c_out, c_in].
         bias: [c_out] or None; its gradient is exact.
-        keep: the share of positions to keep of some indices of the input: n (the first axis), i1, i2, ... (axes between
-            the first and the last), c_in (the last).
-        scheme: how they are drawn, of `SCHEMES`: one, or one for each index.
-        generator: a generator on the CPU, by default torch's.
+        keep: share of positions to keep, by index of the input: n (the first axis), i1, i2, ... (axes between the first
+            and the last), c_in (the last axis).
+        scheme: sampling scheme, one of `SCHEMES`, or one per index.
+        generator: a CPU generator; torch's by default.
 
     Returns:
-        The map's output, [batch, ..., c_out].
+        The output of the map, [batch, ..., c_out].
 
     Example:
         >>> import torch, lensor.sampling
@@ -555,7 +556,7 @@ def linear(
 
     Raises:
         TypeError: for complex arrays.
-        ValueError: for an unknown index or scheme, or a keep outside (0, 1].
+        ValueError: for an unknown index or scheme, or a keep rate outside (0, 1].
 
     Equation:
         §5.2 of the paper on the matrix product `n c_out, n c_in -> c_out c_in`.
@@ -564,16 +565,16 @@ def linear(
         return override(linear, (input, weight, bias), **_in_graph(keep, scheme, generator))
     forward = torch.nn.functional.linear
     if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1] or is_exporting():
-        return forward(input, weight, bias)  # which says what is wrong
+        return forward(input, weight, bias)  # raises the error for invalid arguments
     bilinear = linear_map(weight.shape[1], weight.shape[0], max(input.ndim, 2))
     return batched(lambda x: apply(bilinear, forward, x, weight, bias, keep, scheme, generator), input, 2)
 
 
 def _in_graph(keep: Keep, scheme: Scheme, generator: torch.Generator | None) -> dict[str, Any]:
-    """What is sampled as arguments that a graph of torch.fx can hold."""
+    """The sampling options as arguments that a torch.fx graph can contain."""
     if generator is not None:
         raise TypeError(
-            "generator is a torch.Generator, which a graph of torch.fx cannot hold: trace a model that has the layer as"
+            "generator is a torch.Generator, expected None in a graph of torch.fx: trace a model that has the layer as"
             " a submodule, or leave generator out to draw from torch's own"
         )
     scheme = scheme if isinstance(scheme, str) else dict(scheme)
@@ -605,7 +606,7 @@ def spec_of(
 
 
 def _frozen(option: Any) -> Any:
-    """An option as something that can be hashed."""
+    """A hashable form of an option."""
     return (
         tuple(_frozen(entry) for entry in option)
         if isinstance(option, Sequence) and not isinstance(option, str)

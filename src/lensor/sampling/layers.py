@@ -1,4 +1,4 @@
-"""Modules whose weight gradient is sampled, and models made of them."""
+"""Modules with sampled weight gradients, and the conversion of models to such modules."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class Sampled(Leaf):
-    """What makes a module sample its weight gradient in training mode: a mixin before the module's own class.
+    """Mixin before a module's class that samples the weight gradient in training mode.
 
     Args:
-        keep: the share of positions to keep of some indices of the input; its other arguments are the module's.
-        scheme: how they are drawn, of `lensor.sampling.SCHEMES`: one, or one for each index.
-        generator: a generator on the CPU, by default torch's.
+        keep: share of positions to keep, by index of the input; other arguments are the module's own.
+        scheme: sampling scheme, one of `lensor.sampling.SCHEMES`, or one per index.
+        generator: a CPU generator; torch's by default.
 
     Example:
         >>> import torch, lensor.sampling
@@ -75,11 +75,11 @@ class Sampled(Leaf):
         self.set_sampling(keep, scheme, generator)
 
     def set_sampling(self, keep: Keep, scheme: Scheme = "bernoulli", generator: torch.Generator | None = None) -> None:
-        """Change what is sampled.
+        """Change the sampling options.
 
         Raises:
-            TypeError: if keep is no mapping, or generator no generator.
-            ValueError: for an unknown index or scheme, or a keep outside (0, 1].
+            TypeError: if keep is not a mapping, or generator is not a generator.
+            ValueError: for an unknown index or scheme, or a keep rate outside (0, 1].
         """
         rates_of(keep, self._sampled_names())
         schemes_of(scheme, self._sampled_names())
@@ -92,30 +92,30 @@ class Sampled(Leaf):
         raise NotImplementedError
 
     def _bilinear(self, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
-        """The map that the module computes of an input with a batch axis."""
+        """The map that the module computes for an input with a batch axis."""
         raise NotImplementedError
 
     def _as_function(self, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
-        """What the module computes in training mode, by a function of `lensor.sampling`."""
+        """Compute the training-mode output by a function of `lensor.sampling`."""
         raise NotImplementedError
 
     def _sampling(self) -> dict[str, Any]:
         return {"keep": self.keep, "scheme": self.scheme, "generator": self.generator}
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether an input, with or without a batch axis, has as many axes and channels as the module takes."""
+        """Whether an input, with or without a batch axis, has the axes and channels that the module expects."""
         raise NotImplementedError
 
     def _sample(
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
-        """`forward`, with its weight gradient sampled where the module is in training mode."""
-        if isinstance(x, Proxy):  # the module is the whole model that torch.fx traces, else it is a leaf
+        """Run `forward` with a sampled weight gradient in training mode."""
+        if isinstance(x, Proxy):  # torch.fx traces the module as the whole model; otherwise it is a leaf
             return self._as_function(x, weight, bias, *more) if self.training else forward(x, weight, bias)
         if has_torch_function_variadic(x, weight):
             arguments = (self, forward, x, weight, bias, *more)
             return handle_torch_function(sampled_layer, (x, weight), *arguments, batched=batched)
-        if not self.training or not self._fits(x) or is_exporting():  # torch says what does not fit
+        if not self.training or not self._fits(x) or is_exporting():  # torch raises the error if x does not fit
             return forward(x, weight, bias)
         return self._sample_uncompiled(forward, x, weight, bias, *more, batched=batched)
 
@@ -123,7 +123,7 @@ class Sampled(Leaf):
     def _sample_uncompiled(
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
-        """The same, run and not traced: how much is drawn depends on sizes and on chance, and graphs on both."""
+        """Run without tracing: the number of draws depends on sizes and chance, which a graph would fix."""
         if not batched:
             return self._sample(
                 lambda x, weight, bias: forward(x[0], weight, bias)[None], x[None], weight, bias, *more, batched=True
@@ -132,7 +132,7 @@ class Sampled(Leaf):
         return apply(bilinear, forward, x, weight, bias, self.keep, self.scheme, self.generator)
 
     def extra_repr(self) -> str:
-        """The module's own arguments, then what is sampled."""
+        """The module's own arguments, followed by the sampling options."""
         keep = {name: float(rate) for name, rate in self.keep.items()}
         return f"{super().extra_repr()}, keep={keep}, scheme={self.scheme!r}"  # type: ignore[misc]
 
@@ -140,14 +140,14 @@ class Sampled(Leaf):
 def sampled_layer(
     module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
 ) -> Tensor:
-    """What a sampled layer computes of its input; as torch's own functions, modes can override it."""
+    """Compute a sampled layer; modes can override it like torch's own functions."""
     return module._sample(forward, x, weight, bias, *more, batched=batched)
 
 
 def _read_sampled(
     module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
 ) -> LayerCall:
-    """The call of the exact layer: sampling changes the weight gradient only."""
+    """The call of the exact layer; sampling changes only the weight gradient."""
     if isinstance(module, Linear):
         return LayerCall("linear", x, weight, bias)
     hyper = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
@@ -160,7 +160,7 @@ register_layer_function(sampled_layer, _read_sampled)
 
 
 def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
-    """The map of a convolution, or with `output_padding` of a transposed one."""
+    """The map of a convolution, or, with `output_padding`, of a transposed convolution."""
     dims = len(module.kernel_size)
     spec = spec_of(
         module.in_channels,
@@ -178,7 +178,7 @@ def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) ->
 
 
 class _OfConvolution(Sampled):
-    """What sampled convolutions and transposed ones share."""
+    """Base class of sampled convolutions and transposed convolutions."""
 
     def _sampled_names(self: Any) -> tuple[str, ...]:
         return names_of(len(self.kernel_size))
@@ -189,7 +189,7 @@ class _OfConvolution(Sampled):
 
 
 class SampledConvolution(_OfConvolution):
-    """A convolution whose weight gradient is sampled."""
+    """A convolution with a sampled weight gradient."""
 
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return _map(self, x)
@@ -204,7 +204,7 @@ class SampledConvolution(_OfConvolution):
 
 
 class SampledTransposedConvolution(_OfConvolution):
-    """A transposed convolution whose weight gradient is sampled."""
+    """A transposed convolution with a sampled weight gradient."""
 
     def _bilinear(self: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
         return _map(self, x, tuple(output_padding or self.output_padding))
@@ -214,7 +214,7 @@ class SampledTransposedConvolution(_OfConvolution):
         return conv_transpose(x, weight, bias, *options, **self._sampling())
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Convolve; `output_size`, if given, is the spatial size to reach by the choice of `output_padding`."""
+        """Apply the layer; `output_size` is the spatial size to reach by a choice of `output_padding`."""
         dims = len(self.kernel_size)
         chosen = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
         function = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[dims - 1]
@@ -293,7 +293,7 @@ class ConvTranspose3d(SampledTransposedConvolution, torch.nn.ConvTranspose3d):
 class Linear(Sampled, torch.nn.Linear):
     """`torch.nn.Linear` with a sampled weight gradient.
 
-    Its indices are n (the first axis), c_in (the last), and i1, i2, ... (those between, as many as the input has).
+    Its indices are n (the first axis), c_in (the last axis), and i1, i2, ... (the axes between them).
 
     Example:
         >>> import torch, lensor.sampling
@@ -316,12 +316,12 @@ class Linear(Sampled, torch.nn.Linear):
 
     @typed
     def forward(self, input: Tensor) -> Tensor:
-        """The linear map along the last axis."""
+        """Apply the linear map along the last axis."""
         return self._sample(torch.nn.functional.linear, input, self.weight, self.bias, batched=input.ndim > 1)
 
 
 class _Rectified(torch.autograd.Function):
-    """max(x, 0) that keeps where the result is 0, one byte an entry, and not the result."""
+    """max(x, 0) that keeps where the result is 0, one byte per entry, instead of the result."""
 
     generate_vmap_rule = True
 
@@ -340,10 +340,10 @@ class _Rectified(torch.autograd.Function):
 
 
 class ReLU(Leaf, torch.nn.ReLU):
-    """`torch.nn.ReLU` that keeps one byte an entry for its backward pass, not its result.
+    """`torch.nn.ReLU` that keeps one byte per entry for its backward pass, instead of its result.
 
-    torch's keeps its result, which is the next layer's input: a layer that samples its input would save nothing. Values
-    and gradients are the same, and with `inplace=True` the input is written to as well.
+    Use it before sampled layers: torch's ReLU keeps its result, which is the next layer's input, so sampling that input
+    would save no memory. Values and gradients are the same; `inplace=True` also writes to the input.
 
     Example:
         >>> import torch, lensor.sampling
@@ -353,7 +353,7 @@ class ReLU(Leaf, torch.nn.ReLU):
 
     @typed
     def forward(self, input: Tensor) -> Tensor:
-        """max(input, 0)."""
+        """Compute max(input, 0)."""
         if isinstance(input, Proxy) or not (self.training and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         found: Tensor = _Rectified.apply(input)  # type: ignore[assignment]
@@ -370,7 +370,7 @@ _SAMPLED: dict[type, type] = {
     torch.nn.Linear: Linear,
 }
 _MOST_AXES = 64
-"""torch's tensors have no more axes; which of them an input has is known when it comes."""
+"""The limit of torch's axes; the number of an input's axes is unknown before it arrives."""
 
 _LAYERS = (_ConvNd, torch.nn.Linear)
 
@@ -384,21 +384,20 @@ def convert(
     activations: bool = True,
     inplace: bool = False,
 ) -> Model:
-    """The model with the weight gradients of its convolutions and linear layers sampled in training mode.
+    """Convert a model so that weight gradients of convolutions and linear layers are sampled in training mode.
 
-    Outputs and the gradients of inputs and biases stay exact, parameters and state_dict the same; in evaluation mode
-    nothing changes. A layer samples those indices of `keep` that it has; a module used in several places stays one.
+    Outputs and the gradients of inputs and biases stay exact; parameters and state_dict stay the same. Evaluation mode
+    does not change. A layer samples the indices of `keep` that it has. A module used in several places stays one.
 
     Args:
         model: any torch module.
-        keep: keep rates by index, for all layers; or a mapping from names of layers to keep rates, for these layers
-            only. The positions (i1, ...) of a linear layer are sampled where it is named: which it has, only its
-            inputs tell.
-        scheme: how positions are drawn, of `lensor.sampling.SCHEMES`: one, or one for each index.
-        generator: a generator on the CPU, by default torch's.
-        activations: whether every torch.nn.ReLU is made one that keeps a byte an entry and not its result (see
-            `lensor.sampling.ReLU`); without, the inputs behind them are kept whole for their sake.
-        inplace: whether to change `model` itself instead of a copy of it.
+        keep: keep rates by index, for all layers; or a mapping from layer names to keep rates, for these layers only.
+            To sample the positions (i1, ...) of a linear layer, name the layer: their number depends on its inputs.
+        scheme: sampling scheme, one of `lensor.sampling.SCHEMES`, or one per index.
+        generator: a CPU generator; torch's by default.
+        activations: whether to replace every torch.nn.ReLU by `lensor.sampling.ReLU`, which keeps one byte per entry;
+            otherwise the layer inputs that follow a ReLU are kept whole for its backward pass.
+        inplace: whether to change `model` itself instead of a copy.
 
     Returns:
         The copy, or `model` itself.
@@ -410,9 +409,9 @@ def convert(
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), keep={'i1': 0.5, 'i2': 0.5}, scheme='bernoulli')
 
     Raises:
-        TypeError: if `model` is no torch module, or keep no mapping.
-        ValueError: for a keep outside (0, 1], an unknown scheme, an index that no layer has, the name of no layer, a
-            lazy module, or a model that cannot be copied.
+        TypeError: if `model` is not a torch module, or keep is not a mapping.
+        ValueError: for a keep rate outside (0, 1], an unknown scheme, an index that no layer has, an unknown layer
+            name, a lazy module, or a model that cannot be copied.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -425,7 +424,7 @@ def convert(
     by_layer = any(isinstance(value, Mapping) for value in keep.values())
     for name, rates in keep.items() if by_layer else ():
         if name not in layers:
-            raise ValueError(f"keep names layer {name!r}, expected of {', '.join(layers)}")
+            raise ValueError(f"keep has layer {name!r}, expected names from {', '.join(layers)}")
         if not isinstance(rates, Mapping) or not rates:
             raise TypeError(f"keep of layer {name!r} is {rates!r}, expected a mapping of indices to rates")
     known = {index for module in layers.values() for index in _names(module)}
@@ -447,35 +446,35 @@ def convert(
 def _require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{what} names index {name!r}, which no layer has; expected of {', '.join(sorted(known))}")
+            raise ValueError(f"{what} has index {name!r}, expected indices of the layers: {', '.join(sorted(known))}")
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Convolutions and linear layers, each once; those that compute in a way of their own are named in a warning."""
+    """Convolutions and linear layers, each once; a warning names those with their own computation."""
     for name, module in model.named_modules():
         if not isinstance(module, _LAYERS):
             continue
         if isinstance(module, LazyModuleMixin):
             raise ValueError(
-                f"{name!r} is a {type(module).__name__} that waits for its first input: run it once before"
+                f"{name!r} is a lazy {type(module).__name__}, expected an initialised module: run the model once before"
             )
         if isinstance(module, Sampled) or _sampled_class(type_before_parametrizations(module)) is not None:
             yield name, module
         else:
             warnings.warn(
-                f"{name!r} is left as it is: {type(module).__name__} may compute in a way of its own", stacklevel=3
+                f"{name!r} is not converted: {type(module).__name__} may have its own computation", stacklevel=3
             )
 
 
 def _sampled_class(cls: type) -> type | None:
-    """The sampled class for torch's own layers, and for Lensor's, which are the same up to how they are computed."""
+    """The sampled class for a layer of torch or of Lensor; None for other classes."""
     base = next((base for base in cls.__mro__ if base in _SAMPLED), None)
     own = base is not None and (cls is base or cls is getattr(nn, base.__name__, None))
     return _SAMPLED[base] if own and base is not None else None
 
 
 def _names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The indices that a layer has; a linear layer may have positions too, which only its inputs tell."""
+    """The indices that a layer certainly has; the positions of a linear layer depend on its inputs."""
     if isinstance(module, torch.nn.Linear):
         return ("n", "c_in")
     assert isinstance(module, _ConvNd)

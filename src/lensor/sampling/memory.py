@@ -1,4 +1,4 @@
-"""What a model keeps for its backward pass, and the keep rate that fits a budget."""
+"""Memory that a model keeps for its backward pass, and keep rates that fit a budget."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lensor.curvature.watching import undisturbed
 from lensor.sampling.layers import Sampled, convert
 
 _STEPS = 64
-"""Keep rates are multiples of one over this."""
+"""Keep rates are multiples of 1 / _STEPS."""
 
 
 def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
-    """The bytes that one forward pass keeps for the backward pass, each memory once, without parameters and buffers.
+    """The bytes that a forward pass keeps for the backward pass, without parameters and buffers.
 
-    Statistics of normalisation and torch's generator are as before afterwards.
+    Memory that tensors share counts once. Normalisation statistics and torch's random generator are restored.
 
     Args:
-        model: the model, in the mode it is in.
-        inputs: what it is called with: a tensor, a tuple of arguments, or a mapping of named ones.
+        model: the model, in its current mode.
+        inputs: the model's inputs: a tensor, a tuple of arguments, or a mapping of named arguments.
 
     Example:
         >>> import torch, lensor.sampling
@@ -29,11 +29,11 @@ def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
         100
 
     Raises:
-        TypeError: if the model returns no tensor.
+        TypeError: if the model does not return a tensor.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
-    kept: list[torch.Tensor] = []  # alive, so that no memory is used twice
+    kept: list[torch.Tensor] = []  # keep the tensors alive, so that no memory is reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         memory = tensor.untyped_storage()
@@ -53,13 +53,13 @@ def recommend(
 ) -> dict[str, float]:
     """Keep rates with which a training step keeps at most `max_bytes` for its backward pass.
 
-    Every index gets the same rate. What is counted is what `saved_bytes` counts of the converted model with the scheme
-    "fixed", whose counts do not scatter; "bernoulli" keeps as much in the mean.
+    Every index gets the same rate. The bytes are those of `saved_bytes` for the converted model with the scheme
+    "fixed", whose counts are not random; "bernoulli" keeps the same number on average.
 
     Args:
-        model: the model as it is, not converted; nothing about it is changed.
-        inputs: a batch as large as those of the training.
-        max_bytes: the budget.
+        model: the unconverted model; it is not changed.
+        inputs: a batch of the size that you train with.
+        max_bytes: the memory budget in bytes.
         indices: the indices to sample.
 
     Returns:
@@ -72,13 +72,13 @@ def recommend(
         {'i1': 0.78125, 'i2': 0.78125}
 
     Raises:
-        TypeError: for indices that are no sequence of names, or max_bytes that is no positive int.
-        ValueError: if what cannot be sampled needs more than the budget alone, or no layer has the indices.
+        TypeError: if indices is not a sequence of names, or max_bytes is not a positive int.
+        ValueError: if the budget is too small even at the lowest keep rate, or if no layer has the indices.
     """
     if isinstance(indices, str) or not indices:
-        raise TypeError(f"indices is {indices!r}, expected a sequence of names of indices, e.g. ('i1', 'i2')")
+        raise TypeError(f"indices is {indices!r}, expected a sequence of index names, e.g. ('i1', 'i2')")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
-        raise TypeError(f"max_bytes is {max_bytes!r}, expected a number of bytes")
+        raise TypeError(f"max_bytes is {max_bytes!r}, expected a positive number of bytes")
     sampled = convert(model, dict.fromkeys(indices, 0.5), scheme="fixed").train()
     every = [module for module in sampled.modules() if isinstance(module, Sampled)]
 
@@ -93,8 +93,8 @@ def recommend(
         return dict.fromkeys(indices, 1.0)
     if least > max_bytes:
         raise ValueError(
-            f"max_bytes is {max_bytes}, but with a keep rate of 1/{_STEPS} of {', '.join(indices)} {least} bytes are"
-            f" needed, and {most} without sampling"
+            f"max_bytes is {max_bytes}, expected at least {least}, the bytes at a keep rate of 1/{_STEPS} of"
+            f" {', '.join(indices)}; without sampling the model keeps {most}"
         )
     while high - low > 1:
         middle = (low + high) // 2

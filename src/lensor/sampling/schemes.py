@@ -1,4 +1,4 @@
-"""Which positions of an index are kept: schemes of sampling, all unbiased."""
+"""Sampling schemes, which choose the kept positions of an index; all are unbiased."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lensor.choices import Scheme, words
 from lensor.errors import require_choice, require_share
 
 SCHEMES = words(Scheme)
-"""bernoulli: each position by itself, as the paper; fixed: so many positions, without replacement; blocks: a run of so
-many neighbours, around the end; importance: each by itself, with a probability in proportion to its norm."""
+"""bernoulli: each position independently, as in the paper; fixed: a fixed number of positions, without replacement;
+blocks: a fixed number of neighbours, cyclically; importance: each independently, with probability ∝ its norm."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Positions kept, and what makes sums over them unbiased.
+    """The kept positions, and the factors that make sums over them unbiased.
 
     Args:
         positions: the positions, ascending, int64.
-        keep: the probability with which each was kept; None if they differ.
-        weights: one over the probability of each, if they differ.
+        keep: the probability of keeping a position; None if probabilities differ.
+        weights: the inverse probability of each position, if probabilities differ.
 
     Example:
         >>> from lensor.sampling import draw
@@ -38,12 +38,12 @@ class Draw:
 
 
 def require_keep(keep: float | Fraction, name: str) -> Fraction:
-    """A keep rate as a fraction; ValueError unless it is in (0, 1]."""
+    """Convert a keep rate to a fraction; ValueError unless it is in (0, 1]."""
     return require_share(keep, f"keep of {name!r}")
 
 
 def kept_count(size: int, keep: Fraction) -> int:
-    """How many positions the schemes of fixed counts keep: the nearest whole number, at least one."""
+    """Number of positions that "fixed" and "blocks" keep: rounded to the nearest integer, at least one."""
     return max(1, round(size * float(keep))) if size else 0
 
 
@@ -56,19 +56,19 @@ def draw(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Draw:
-    """Draw positions of an index.
+    """Draw the positions of an index to keep.
 
     Args:
-        size: the number of positions.
-        keep: the share that is kept: the probability of each position ("bernoulli"), of each in the mean
-            ("importance"), or what the count is rounded from ("fixed", "blocks"; at least one).
+        size: number of positions.
+        keep: the share to keep: the probability of each position ("bernoulli"), its mean over positions ("importance"),
+            or the share from which the count is rounded ("fixed", "blocks"; at least one).
         scheme: one of `SCHEMES`.
-        norms: for "importance", a norm for each position; those of norm zero are never kept.
-        generator: a generator on the CPU, by default torch's.
-        device: where the positions are wanted.
+        norms: for "importance", one norm per position; positions of norm zero are never kept.
+        generator: a CPU generator; torch's by default.
+        device: device of the result.
 
     Returns:
-        The positions, and one over their probabilities; there may be none ("bernoulli", "importance").
+        The positions and their inverse probabilities; they may be empty ("bernoulli", "importance").
 
     Example:
         >>> import torch, lensor.sampling
@@ -77,8 +77,8 @@ def draw(
         (4, Fraction(1, 2))
 
     Raises:
-        ValueError: for a keep outside (0, 1], an unknown scheme, or norms that are missing, of another size,
-            negative or not finite.
+        ValueError: for a keep rate outside (0, 1], an unknown scheme, or norms that are missing, have another size, or
+            are negative or not finite.
 
     Equation:
         §5.2 of the paper: Σ_i a_i b_i ≈ Σ_i z_i/p a_i b_i with z_i ~ Bernoulli(p); in general z_i over its mean.
@@ -101,17 +101,17 @@ def draw(
 
 
 def _uniform(size: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Numbers in [0, 1); without a generator in the form that compilers trace for sizes that are symbols."""
+    """Numbers in [0, 1); without a generator, drawn so that compilers can trace symbolic sizes."""
     return torch.rand((size,), dtype=dtype) if generator is None else torch.rand(size, dtype=dtype, generator=generator)
 
 
 def inclusion(norms: Tensor, keep: Fraction) -> Tensor:
-    """Probabilities in proportion to norms, at most 1, whose sum is `keep` of the count (as far as norms allow)."""
+    """Probabilities ∝ norms, clipped to 1, whose sum is `keep` times the count (as far as the norms allow)."""
     wanted = norms.numel() * float(keep)
     ordered = norms.double().sort(descending=True).values
     if wanted >= int((ordered > 0).sum()):
         return (norms > 0).double()
-    rest = ordered.flip(0).cumsum(0).flip(0)  # the sum of a norm and all below it
+    rest = ordered.flip(0).cumsum(0).flip(0)  # the sum of each norm and all smaller ones
     certain = torch.arange(norms.numel(), dtype=torch.float64)
     factors = (wanted - certain) / rest
     fits = (factors * ordered <= 1) & (certain < wanted)
@@ -119,13 +119,13 @@ def inclusion(norms: Tensor, keep: Fraction) -> Tensor:
 
 
 def require_norms(norms: Tensor | None, size: int) -> Tensor:
-    """The norms on the CPU; ValueError unless there is one for each position, finite and at least 0."""
+    """The norms on the CPU; ValueError unless each position has a norm that is finite and at least 0."""
     if norms is None or tuple(getattr(norms, "shape", ())) != (size,):
-        found = "none" if norms is None else f"shape {tuple(getattr(norms, 'shape', ()))}"
-        raise ValueError(f"scheme 'importance' needs one norm for each of the {size} positions, found {found}")
+        found = "missing" if norms is None else f"of shape {tuple(getattr(norms, 'shape', ()))}"
+        raise ValueError(f"norms are {found}, expected one for each of the {size} positions for scheme 'importance'")
     norms = torch.as_tensor(norms).detach().cpu()
     if not bool((norms.isfinite() & (norms >= 0)).all()):
-        raise ValueError("norms must be finite and at least 0")
+        raise ValueError("norms have entries that are negative or not finite, expected finite ones of at least 0")
     return norms
 
 

@@ -1,4 +1,4 @@
-"""How far sampled networks scatter: the variance of every scheme as a tensor network."""
+"""The variance of sampled networks: for every scheme a tensor network."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lensor.sampling.schemes import SCHEMES, inclusion, kept_count, require_keep
 def second_moments(
     size: int, keep: float | Fraction, scheme: Scheme = "bernoulli", *, norms: Tensor | None = None
 ) -> Tensor:
-    """E[z_i z_j] of the factors z that a scheme multiplies positions with (zero for those not kept).
+    """E[z_i z_j] of the factors z by which a scheme multiplies positions (zero for positions that are not kept).
 
     Args:
-        size: the number of positions.
+        size: number of positions.
         keep: the keep rate, as in `draw`.
         scheme: one of `SCHEMES`.
         norms: for "importance", the norm of each position.
 
     Returns:
-        [size, size], float64; every mean is 1.
+        [size, size], float64; the mean of every z_i is 1.
 
     Example:
         >>> import lensor.sampling
@@ -35,10 +35,10 @@ def second_moments(
                 [1., 4.]], dtype=torch.float64)
 
     Raises:
-        ValueError: for a keep outside (0, 1], an unknown scheme, or missing norms.
+        ValueError: for a keep rate outside (0, 1], an unknown scheme, or missing norms.
 
     Equation:
-        With probabilities π of a position and π' of a pair: π_ij / (π_i π_j).
+        π_ij / (π_i π_j), with the probabilities π_i of a position and π_ij of a pair.
     """
     require_choice("scheme", scheme, SCHEMES)
     rate = require_keep(keep, "the moments")
@@ -63,9 +63,9 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
     """The variance of a sampled network, summed over all entries of its result: E‖ĝ‖² − ‖g‖².
 
     Args:
-        net: the network that is to be sampled, as it stands.
-        moments: for each index that is sampled the `second_moments` of its scheme.
-        operands: its operands.
+        net: the network to be sampled, without sampling.
+        moments: the `second_moments` of the scheme, by sampled index.
+        operands: operands of the network.
 
     Example:
         >>> import torch, lensor.sampling
@@ -79,14 +79,14 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
         NetworkError: for an unknown index, or a sum of networks.
 
     Equation:
-        Σ M1[i,i'] M2[j,j'] ⟨g_ij, g_i'j'⟩ − ‖g‖², where g_ij is what positions i, j contribute; of an index that the
-        result has, only i = i' meet.
+        Σ M1[i,i'] M2[j,j'] ⟨g_ij, g_i'j'⟩ − ‖g‖², where g_ij is the contribution of positions i, j; for an index of the
+        result, only the terms i = i' occur.
     """
     if not isinstance(net, Network):
-        raise NetworkError("the variance is defined for one network, found a sum: ask for its terms")
+        raise NetworkError("net is a sum of networks, expected a single network: compute the variance of each term")
     for index in moments:
         if index not in net.sizes:
-            raise NetworkError(f"unknown index {index!r}, expected one of {sorted(net.sizes)}")
+            raise NetworkError(f"moments has index {index!r}, expected one of {sorted(net.sizes)}")
     used = {*net.sizes}
     inner = {index: new_name(f"{index}_other", used) for index in moments if index in net.inner_indices}
     taken = {*net.operand_names}

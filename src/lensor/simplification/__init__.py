@@ -1,4 +1,4 @@
-"""Simplification: rules run to a fixpoint, with a trace of what fired."""
+"""Simplification: applies rules until none applies, and traces the rules that fired."""
 
 from lensor.simplification.engine import PHASES, Rule, simplify
 

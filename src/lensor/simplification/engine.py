@@ -1,8 +1,8 @@
-"""The engine: rules to a fixpoint, phase by phase, with a trace; like terms of a sum are collected.
+"""The engine: applies the rules of each phase until none applies, with a trace, and collects like terms of a sum.
 
-A phase's rules fire only where no rule of an earlier phase applies, so that cheap normal forms (deltas, squeezed
-indices, normalised patterns) always come before a pattern is taken apart. Within a phase the order is irrelevant:
-tests apply the rules in random order and compare.
+The rules of a phase fire only if no rule of an earlier phase applies, so that cheap normal forms (deltas, squeezed
+indices, normalised patterns) come before decompositions of patterns. The order within a phase is irrelevant: tests
+apply the rules in random order and compare the results.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _simplified = Cache(maxsize=1024)
 
 
 def simplify(net: AnyNetwork) -> AnyNetwork:
-    """The network after all oriented rules, with the same result; `trace` tells what fired.
+    """Apply all simplification rules; the result has the same value, and its `trace` lists the rules that fired.
 
-    By its cheapest plan it costs no more flops than the network as it stands, but for the known gaps that
-    `docs/limits.md` lists (11 of 2,000 random networks, all with sub-tensors of one half of a Gram matrix).
+    Its cheapest plan has no more flops than that of the original network, except for the known gaps in `docs/limits.md`
+    (19 of 1,000 random networks, most with sub-tensors of one half of a Gram matrix).
 
     Example:
         >>> import lensor
@@ -45,12 +45,12 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
 
 
 def apply_rules(net: Network, shuffle: random.Random | None = None) -> Network:
-    """One network to the fixpoint of all phases, within each phase in random order if `shuffle` is given."""
+    """Apply all phases to one network until no rule applies, with rules in random order if `shuffle` is given."""
     return run_phases(net, PHASES, shuffle)
 
 
 def run_phases(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None = None) -> Network:
-    """One network to the fixpoint of some phases."""
+    """Apply some phases to one network until no rule applies."""
     for _ in range(_LIMIT):
         fired = _fire_once(net, phases, shuffle)
         if fired is None:

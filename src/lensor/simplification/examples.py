@@ -1,7 +1,7 @@
-"""Worked examples of the simplification rules, as data: `lensor rules` makes docs/simplification.md of them.
+"""Worked examples of the simplification rules, as data; `lensor rules` generates docs/simplification.md from them.
 
-An example is an operation (by its name in `lensor.ops`), a convolution and perhaps transformations, or a network in
-text form. Nothing here is evaluated; `lensor.inspect.rules` does that.
+An example is an operation (by its name in `lensor.ops`) with a convolution and optional transforms, or a network in
+text form. `lensor.inspect.rules` evaluates the examples.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ class Example:
     """One network to simplify.
 
     Args:
-        operation: a name in `lensor.ops`, or a network as text that tells its sizes and patterns.
+        operation: a name in `lensor.ops`, or the text of a network with its sizes and patterns.
         spec: (in_channels, out_channels, input_size, kernel_size); empty for text.
-        hyper: the spec's other parameters.
-        then: transformations, each a name and its arguments.
-        arguments: the operation's other arguments.
+        hyper: the other parameters of the spec.
+        then: transforms, each a name and its arguments.
+        arguments: the other arguments of the operation.
     """
 
     operation: str
@@ -31,7 +31,7 @@ class Example:
 
     @property
     def code(self) -> str:
-        """The example as Python."""
+        """The example as Python code."""
         if not self.spec:
             return f"parse({self.operation!r})"
         spec = ", ".join([*map(str, self.spec), *(f"{name}={value!r}" for name, value in self.hyper.items())])
@@ -77,7 +77,7 @@ RULE_EXAMPLES: Mapping[str, Example] = {
     "dense or block pattern into regrouping": Example("conv", (4, 8, 9, 3), {"stride": 3}),
     "dense or block pattern after the swap into regrouping": Example("conv", (4, 8, 9, 3), {"dilation": 3}),
 }
-"""For each rule, by its name, a network on which it fires."""
+"""For each rule, by name, a network on which it fires."""
 
 CASES: Mapping[str, Example] = {
     "K=1, S=2, odd I": Example("conv", (4, 8, 9, 1), {"stride": 2}),
@@ -90,4 +90,4 @@ CASES: Mapping[str, Example] = {
     "K=1, S=2, input VJP": Example("conv_input_vjp", (4, 8, 9, 1), {"stride": 2}),
     "KFAC-reduce, Π summed over o": Example("kfac_input_factor", (4, 8, 8, 3), {"padding": 1}, arguments=("reduce",)),
 }
-"""Cases that need more than dense and down-sampling patterns whose sizes divide."""
+"""Cases beyond dense and down-sampling patterns with divisible sizes."""

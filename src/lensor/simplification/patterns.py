@@ -1,7 +1,7 @@
-"""Rules of the index-pattern algebra that simplify, each with its algebra beside it.
+"""Simplification rules of the index-pattern algebra, each with its algebra in the docstring.
 
-Notation: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P]. A selection is a pattern of kernel size 1, [i = o·S − P]: a
-slice, crop, pad or embedding, which costs no arithmetic.
+Notation: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P]. A crop is a pattern with kernel size 1, [i = o·S − P]: a slice,
+crop, padding or embedding, which costs no arithmetic.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+from lensor.affine import Reading, affine, after
 from lensor.cache import Cache
 from lensor.network import Delta, Group, Network, Node, Ones, Operand, Pattern, Scale, Select, indices_of, relabel_node
 from lensor.pattern import IndexPattern
-from lensor.reading import Reading, affine, after
 from lensor.simplification.rule import RuleList, rule
 from lensor.transforms.indices import contract_deltas, equate
 
 
 def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
-    """(node, pattern, legs) of every index pattern that rules may take apart.
+    """(node, pattern, legs) of every index pattern that rules may change.
 
-    One whose positions are selected at run time stays whole unless it is the identity: plans read at the positions
-    through it. Where it pads by values from inside they do not, and it is split like any other.
+    A zeros-mode pattern with a leg that is selected at run time stays whole unless it is the identity, since plans read
+    through it at the selected positions. In other padding modes they do not, so it is split like any other.
     """
     chosen = {index for node in net.nodes if isinstance(node, Select) for index in node.legs[0]}
     for at, node in enumerate(net.nodes):
@@ -34,32 +34,32 @@ def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group
 
 
 def _legs_at(net: Network, at: int) -> tuple[Group, Group, Group]:
-    """The legs of the pattern that is node `at`."""
+    """The legs of the pattern at node `at`."""
     node = net.nodes[at]
     assert isinstance(node, Pattern)
     return node.legs
 
 
 def swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: object) -> Network:
-    """Replace some nodes by others, in the place of the first."""
+    """Replace some nodes by others, at the place of the first."""
     nodes = [node for at, node in enumerate(net.nodes) if at not in drop]
     place = min(drop)
     return net.replace(nodes=(*nodes[:place], *put, *nodes[place:]), **parts)
 
 
 def only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
-    """Whether no index of the group stands in the output or in a node that is not listed."""
+    """Whether the indices of the group occur only in the listed nodes."""
     return all(net.holders[index].issubset(nodes) for index in group)
 
 
 def apart(legs: Sequence[Group]) -> bool:
-    """Whether no index stands twice in some legs."""
+    """Whether all indices of the legs are different."""
     flat = [index for leg in legs for index in leg]
     return len(flat) == len(set(flat))
 
 
 def fresh_beside(net: Network, group: Group, what: str) -> str:
-    """A name for a new index that says where it comes from; copies keep their `_` at the end."""
+    """A name for a new index derived from a group; a copy keeps its `_` at the end."""
     base = group[0].rstrip("_") if group else ""
     return net.fresh(f"{base}_{what}{'_' * (len(group[0]) - len(base))}" if group else what)
 
@@ -67,7 +67,7 @@ def fresh_beside(net: Network, group: Group, what: str) -> str:
 # ------------------------------------------------------------------------------------------------------ normal forms
 @rule("irrelevant parameters normalised", "7, 8")
 def normalise(net: Network) -> Network | None:
-    """K=1: D is irrelevant; O=1: S is; the padding on the right follows from O; a mode that is never used is zeros."""
+    """D is irrelevant for K=1, S for O=1; the right padding follows from O; an unused padding mode becomes zeros."""
     for at, pattern, legs in pattern_nodes(net):
         normal = pattern.fitted() or pattern.normalize()
         if normal != pattern:
@@ -77,7 +77,7 @@ def normalise(net: Network) -> Network | None:
 
 @rule("one output position: kernel and output swapped", "4, 7")
 def swap_single_output(net: Network) -> Network | None:
-    """Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o]: with O=1 the swapped pattern is a selection."""
+    """Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o]: for O=1 the swapped pattern is a crop."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.output_size == 1 and pattern.kernel_size > 1:
             return swap_nodes(net, [at], [Pattern(pattern.swap().normalize(), (i, k, o))])
@@ -86,7 +86,7 @@ def swap_single_output(net: Network) -> Network | None:
 
 @rule("one input position: read the other way round", "7")
 def swap_single_input(net: Network) -> Network | None:
-    """I=1 and K=1: [0 = o·S − P] is 1 for one o only, and so is the selection of that position of o."""
+    """For I=1 and K=1, [0 = o·S − P] is 1 for one o only: replace it by the crop to this position of o."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.input_size == 1 and pattern.is_crop and pattern.output_size > 1 and not k:
             place, count = pattern.span()
@@ -132,7 +132,7 @@ def at_one_position(net: Network) -> Network | None:
 
 
 def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
-    """(node, position, index) of every pattern that is 1 at one position of one index only."""
+    """(node, position, index) of every pattern that is 1 at exactly one position of one index."""
     for at, pattern, (x, o, k) in pattern_nodes(net):
         if len(x) == 1 and not o and not k and not pattern.is_zero:
             yield at, pattern.line()[0].offset, x[0]
@@ -140,7 +140,7 @@ def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
 
 @rule("one position of a shared index: one of each holder's own", "8")
 def part_holders(net: Network) -> Network | None:
-    """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands that share one position of an index share nothing."""
+    """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands need not share an index that is fixed to one position."""
     for one, _, x in one_hots(net):
         holders = [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and x in indices_of(node)]
         tied = x in net.output_indices or any(
@@ -157,7 +157,7 @@ def part_holders(net: Network) -> Network | None:
 
 @rule("crop summed over its input: a mask", "16")
 def mask(net: Network) -> Network | None:
-    """Σ_i [i = o·S − P] says which o read anything; so does the shortest shift that reads there."""
+    """Σ_i [i = o·S − P] is 1 for each o that reads something: replace the crop by the shortest shift with this sum."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if not pattern.is_crop or k or not i or not only_in(net, i, [at]) or not apart((i, o)):
             continue
@@ -176,14 +176,14 @@ def mask(net: Network) -> Network | None:
 
 @rule("pattern that reads nothing: the network is zero", "8")
 def zero(net: Network) -> Network | None:
-    """A pattern whose reads all fall into the padding is 0, and so is the product."""
+    """A pattern that reads only padding is 0, and so is the product."""
     if net.scale.factor == 0 or not any(pattern.is_zero for _, pattern, _ in pattern_nodes(net)):
         return None
     nodes: list[Node] = []
     sizes: dict[str, int | None] = {}
 
     def loose(leg: Group) -> Group:
-        """One new index for a leg of known size; only the size matters."""
+        """One new index for a leg of known size, since only the size matters."""
         size = net.group_size(leg)
         if size is None or not leg:
             return leg
@@ -195,7 +195,7 @@ def zero(net: Network) -> Network | None:
         if isinstance(node, Operand):
             nodes.append(replace(node, legs=tuple(loose(leg) for leg in node.legs)))
         elif isinstance(node, Delta) and net.sizes[node.indices[0]] is None:
-            nodes.append(node)  # it tells a size
+            nodes.append(node)  # it determines a size
     output = tuple(loose(leg) for leg in net.output)
     held = {index for node in nodes for index in indices_of(node)}
     nodes += [Ones(index) for leg in output for index in leg if index not in held]
@@ -204,12 +204,12 @@ def zero(net: Network) -> Network | None:
 
 @rule("identity pattern contracted", "1, 7")
 def identity(net: Network) -> Network | None:
-    """K=1, S=1, P=0, O=I: Π[i,o] = δ[i,o]. K=I, P=0, O=1 comes here after the swap."""
+    """Π[i,o] = δ[i,o] for K=1, S=1, P=0, O=I. The case K=I, P=0, O=1 has this form after the swap."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if not pattern.is_identity or k:
             continue
         rest = swap_nodes(net, [at], [Ones(index) for index in dict.fromkeys((*i, *o))])
-        after = equate(rest, o, i)  # names of the output and kernel side stay
+        after = equate(rest, o, i)  # keep the names of the output or kernel side
         if after is not None:
             return contract_deltas(after)
     return None
@@ -218,9 +218,9 @@ def identity(net: Network) -> Network | None:
 # -------------------------------------------------------------------------------------------------------- contractions
 @rule("crop composed with a pattern", "23")
 def compose_crop(net: Network) -> Network | None:
-    """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] where Π2 reads only inside; the same for k.
+    """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] if all reads of Π2 are inside; the same for k.
 
-    Whether the composition is one pattern is decided by comparing the reads of both.
+    The rule compares reads to decide whether the composition is one pattern.
     """
     for two, selection, (j, o, unit) in pattern_nodes(net):
         if not selection.is_crop or unit or not j:
@@ -233,7 +233,7 @@ def compose_crop(net: Network) -> Network | None:
             elif kernel == j:
                 legs, how = (i, positions, o), "kernel"
             elif kernel == () and len(j) == 1 and positions[:1] == j and len(positions) > 1:
-                # The pattern's positions were split into (j, within) by the block rule; put it together again.
+                # The block rule has split the pattern's positions into (j, within): restore the pattern.
                 legs, how = (i, o, positions[1:]), "blocks"
             elif kernel == o == () and len(j) == 1 and positions[-1:] == j and len(positions) > 1:
                 legs, how = (i, positions[:-1], ()), "within"  # one position within the blocks
@@ -249,7 +249,7 @@ _composed = Cache(maxsize=4096)
 
 
 def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPattern | None:
-    """The pattern read at selected positions: of its output, its kernel, of blocks of its output or within them."""
+    """The pattern restricted by a crop of its output, of its kernel, of blocks of its output, or within the blocks."""
 
     def make() -> tuple[IndexPattern | None]:
         reading, picked = pattern.reading(), selection.line()
@@ -274,9 +274,9 @@ def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPa
 
 @rule("padding or cropping composed with a pattern", "8, 23")
 def compose_shift(net: Network) -> Network | None:
-    """Σ_j Π1[i,j] Π2[j,o,k] = Π(I, K, S2, P1+P2, D2)[i,o,k] for a Π1 of stride 1 (padding is a shift).
+    """Σ_j Π1[i,j] Π2[j,o,k] = Π(I, K, S2, P1+P2, D2)[i,o,k] for a Π1 with stride 1 (padding is a shift).
 
-    Larger strides of Π1 stay apart: that is the form the gcd rule makes.
+    A Π1 with a larger stride is not composed, since the gcd rule produces this form.
     """
     for one, shift, (i, j, unit) in pattern_nodes(net):
         if not shift.is_crop or unit or shift.stride != 1 or not j:
@@ -285,7 +285,7 @@ def compose_shift(net: Network) -> Network | None:
             if one == two or inputs != j or not only_in(net, j, [one, two]) or not apart((i, j, o, k)):
                 continue
             if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_crop:
-                continue  # the split of a padding mode from its pattern stays split
+                continue  # a padding mode that was split from its pattern stays split
             fitted = read_through(shift, pattern) or _in_mode(shift, pattern)
             if fitted is not None:
                 return swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
@@ -293,7 +293,7 @@ def compose_shift(net: Network) -> Network | None:
 
 
 def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern | None:
-    """The pattern whose input is what a selection reads, as one in zeros mode, or None."""
+    """The composition of a crop and a pattern that reads it, as a zeros-mode pattern, or None."""
 
     def make() -> tuple[IndexPattern | None]:
         reading = pattern.reading().through(selection.line())
@@ -303,13 +303,13 @@ def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern
 
 
 def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | None:
-    """A padding by a mode and a selection from inside it, as one selection in that mode."""
+    """The composition of a padding in a mode and a crop inside it, as one crop in this mode, or None."""
     if shift.padding_mode == "zeros" or not selection.reads_everywhere:
         return None
     left = shift.padding[0] + selection.padding[0]
     right = (selection.output_size - 1) * selection.stride + 1 - shift.input_size - left
     if left < 0 < right:
-        return None  # no pattern crops one side and pads the other in this mode
+        return None  # no pattern in this mode crops one side and pads the other
     right = max(right, 0) if left > 0 else right
     return IndexPattern(
         shift.input_size, 1, selection.stride, (left, right), 1, shift.padding_mode, selection.output_size
@@ -330,7 +330,7 @@ def crop_input(net: Network) -> Network | None:
                 continue
             longer = pattern.is_crop and pattern.stride == 1 and pattern.output_size > crop.output_size
             if longer and pattern.reads_everywhere:
-                continue  # both are crops: the shorter is taken into the longer
+                continue  # both are crops: compose the shorter into the longer
             shorter = IndexPattern(
                 crop.output_size,
                 pattern.kernel_size,
@@ -345,13 +345,13 @@ def crop_input(net: Network) -> Network | None:
 
 @rule("two patterns that share two legs", "19")
 def two_shared_legs(net: Network) -> Network | None:
-    """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'], for any two shared legs; in other padding modes only for (o,k)."""
+    """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'] for any two shared legs; in modes other than zeros only for (o,k)."""
     found = list(pattern_nodes(net))
     for a, (_one, pattern, legs) in enumerate(found):
         for two, other, others in found[a + 1 :]:
             differ = [place for place in range(3) if legs[place] != others[place]]
             if differ and not any(legs[place] for place in range(3) if place not in differ):
-                continue  # vectors that share no index
+                continue  # vectors without a shared index
             if len(differ) > 1 or (pattern.padding_mode != "zeros" and differ not in ([], [0])):
                 continue
             if pattern.normalize() != other.normalize():
@@ -366,7 +366,7 @@ def two_shared_legs(net: Network) -> Network | None:
 
 @rule("pattern and one position of itself", "19")
 def with_own_position(net: Network) -> Network | None:
-    """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: given i and o, only one k is read; the same for one position of o."""
+    """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: i and o determine k; the same for one position of o."""
     for two, part, (i, x, unit) in pattern_nodes(net):
         if not part.is_crop or unit or not i or not x or part.padding_mode != "zeros" or part.is_zero:
             continue
@@ -386,9 +386,9 @@ def with_own_position(net: Network) -> Network | None:
 
 @rule("leg sum that is constant", "16, 17")
 def constant_leg_sum(net: Network) -> Network | None:
-    """Where a pattern summed over the legs that nothing else holds is constant, it is a number times ones.
+    """If the sum of a pattern over the legs that nothing else has is constant, it is a number times ones.
 
-    E.g. Σ_i Π = [0 ≤ kD + oS − P < I] is 1 throughout where nothing is padded, so that the pattern disappears.
+    E.g. Σ_i Π = [0 ≤ kD + oS − P < I] is always 1 without padding, so that the pattern disappears.
     """
     for at, pattern, legs in pattern_nodes(net):
         loose = [place for place in range(3) if only_in(net, legs[place], [at])]
@@ -407,12 +407,12 @@ def constant_leg_sum(net: Network) -> Network | None:
 # ------------------------------------------------------------------------------------------------------ decompositions
 @rule("padding mode split from its pattern", "modes")
 def split_mode(net: Network) -> Network | None:
-    """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], R the padding of the input by its mode."""
+    """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], where R pads the input in its mode."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode == "zeros" or pattern.is_crop:
             continue
         if any(only_in(net, leg, [at]) for leg in (o, k)):
-            continue  # a leg sum, which is one matrix whatever the mode
+            continue  # a leg sum, which is one matrix in every mode
         if set(i) & set(net.output_indices) and not _scatter_gains(net, at, pattern):
             continue
         padding, inner = pattern.split_padding()
@@ -425,7 +425,7 @@ def split_mode(net: Network) -> Network | None:
 
 
 def _scatter_gains(net: Network, at: int, pattern: IndexPattern) -> bool:
-    """Whether adding patches up on the padded input and then folding the padding back is cheaper than the pattern."""
+    """Whether summing patches on the padded input and then folding back the padding is cheaper than the pattern."""
     _, o, k = _legs_at(net, at)
     if set(net.output_indices) & {*o, *k} or any(
         {*o, *k} & {*a, *b, *c} for n, _, (a, b, c) in pattern_nodes(net) if n != at
@@ -437,7 +437,7 @@ def _scatter_gains(net: Network, at: int, pattern: IndexPattern) -> bool:
 
 @rule("common divisor of stride and dilation taken out", "11")
 def common_divisor(net: Network) -> Network | None:
-    """g = gcd(S,D) > 1: only i = a + g·j is read, a = (−P) mod g, where Π = Π(·,K,S/g,(P+a)/g,D/g)[j,o,k]."""
+    """For g = gcd(S,D) > 1 only i = a + g·j is read, with a = (−P) mod g and Π = Π(·,K,S/g,(P+a)/g,D/g)[j,o,k]."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode != "zeros":
             continue
@@ -446,7 +446,7 @@ def common_divisor(net: Network) -> Network | None:
             continue
         every, inner = parts
         if every.normalize().stride == 1:
-            continue  # one position is left, which a shift says as well
+            continue  # one position remains, which a shift expresses as well
         j = fresh_beside(net, i, "every")
         put = [Pattern(every.normalize(), (i, (j,), ())), Pattern(inner.normalize(), ((j,), o, k))]
         return swap_nodes(net, [at], put, sizes={j: inner.input_size})
@@ -455,7 +455,7 @@ def common_divisor(net: Network) -> Network | None:
 
 @rule("dense or block pattern into regrouping", "6")
 def block(net: Network) -> Network | None:
-    """K ≤ S, D=1: pad P on the left, pad or crop to O·S, view as (O, S), keep k < K; rules 1 to 3 are special cases."""
+    """For K ≤ S, D=1: pad P on the left, pad or crop to O·S, view as (O, S), keep k < K; includes rules 1 to 3."""
     for at, pattern, legs in pattern_nodes(net):
         if _blocks(pattern) and not _spreads(net, pattern, legs):
             return _into_blocks(net, at, pattern, legs)
@@ -464,7 +464,7 @@ def block(net: Network) -> Network | None:
 
 @rule("dense or block pattern after the swap into regrouping", "4, 6")
 def swapped_block(net: Network) -> Network | None:
-    """O ≤ D, S=1: the block rule for the pattern with kernel and output swapped."""
+    """For O ≤ D, S=1: the block rule for the pattern with kernel and output swapped."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode == "zeros" and not _blocks(pattern) and _blocks(pattern.swap()):
             if _spreads(net, pattern.swap(), (i, k, o)):
@@ -474,7 +474,7 @@ def swapped_block(net: Network) -> Network | None:
 
 
 def _spreads(net: Network, pattern: IndexPattern, legs: tuple[Group, Group, Group]) -> bool:
-    """Whether a block of S positions of which K < S are used would have to be written out as an array."""
+    """Whether blocks of S positions, of which only K < S are used, would need an array."""
     open_ = set(net.output_indices)
     return pattern.kernel_size < pattern.stride and bool(open_ & {*legs[0]}) and bool(open_ & {*legs[1], *legs[2]})
 

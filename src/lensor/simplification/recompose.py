@@ -1,8 +1,8 @@
-"""The decompositions in the other direction: whole patterns again, for ways of evaluation that suit those better.
+"""The inverse of decompositions: restores whole patterns, for strategies that need them.
 
-A simplified network has its patterns taken apart into regrouping, selections and smaller patterns, which views and
-matrix products like. A framework's convolution, or a pattern as an array, does with the whole pattern in one step what
-would else need an intermediate array.
+Simplification decomposes patterns into regrouping, crops and smaller patterns, which suits views and matrix products. A
+framework's convolution, or a materialized pattern, uses the whole pattern in one step, where its parts would need an
+intermediate array.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lensor.affine import Reading, affine, after, same
 from lensor.cache import Cache
 from lensor.network import AnyNetwork, Group, Network, Operand, Pattern, indices_of, sum_of
 from lensor.pattern import IndexPattern
-from lensor.reading import Reading, affine, after, same
 from lensor.simplification.engine import run_phases
 from lensor.simplification.patterns import (
     apart,
@@ -32,7 +32,7 @@ from lensor.transforms.indices import equate
 
 @rule("crop taken into the pattern that reads it", "11, modes")
 def compose_input(net: Network) -> Network | None:
-    """Σ_j Π1[i,j] Π2[j,o,k] = Π[i,o,k] where the reads of both together are those of one pattern."""
+    """Σ_j Π1[i,j] Π2[j,o,k] = Π[i,o,k] if the composed reads are those of one pattern."""
     for one, outer, (i, j, unit) in pattern_nodes(net):
         if not outer.is_crop or unit or not j:
             continue
@@ -46,7 +46,7 @@ def compose_input(net: Network) -> Network | None:
 
 
 def _composed(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
-    """One pattern that reads through a selection and a zeros-mode pattern behind it."""
+    """The composition of a crop and a zeros-mode pattern that reads it, as one pattern, or None."""
     if inner.padding_mode != "zeros":
         return None
     fitted = read_through(outer, inner)
@@ -59,7 +59,7 @@ _in_mode = Cache(maxsize=4096)
 
 
 def _composed_in_mode(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
-    """The same as one pattern in the padding mode of the selection."""
+    """The composition as one pattern in the padding mode of the crop, or None."""
     stride, dilation = outer.stride * inner.stride, outer.stride * inner.dilation
     left = outer.padding[0] + outer.stride * inner.padding[0]
     length = (inner.output_size - 1) * stride + dilation * (inner.kernel_size - 1) + 1
@@ -74,7 +74,7 @@ def _composed_in_mode(outer: IndexPattern, inner: IndexPattern) -> IndexPattern 
 
 @rule("regrouping taken back into a pattern", "6")
 def compose_blocks(net: Network) -> Network | None:
-    """Π1[i,(o s)] Π2[s,k] = Π[i,o,k], and Π1[i,(o k)] = Π[i,o,k], where the reads are those of one pattern."""
+    """Π1[i,(o s)] Π2[s,k] = Π[i,o,k] and Π1[i,(o k)] = Π[i,o,k], if the reads are those of one pattern."""
     for one, view, (i, positions, unit) in pattern_nodes(net):
         if not view.is_crop or unit or len(positions) < 2:
             continue
@@ -100,7 +100,7 @@ def compose_blocks(net: Network) -> Network | None:
 
 @rule("equal positions of copies: one index", "8")
 def share_position(net: Network) -> Network | None:
-    """e_a[x] f(x) e_a[y] g(y) = e_a[x] f(x) g(x) where copies of f and g share an index in these places, or f = g."""
+    """e_a[x] f(x) e_a[y] g(y) = e_a[x] f(x) g(x), if f = g, or copies of f and g share an index in these places."""
     places = {index: _places(net, index) for index in net.sizes}
     found = [(at, place, x) for at, place, x in one_hots(net) if _only_operands(net, x, at)]
     for at, (_, place, x) in enumerate(found):
@@ -115,20 +115,20 @@ def share_position(net: Network) -> Network | None:
 
 
 def _only_operands(net: Network, index: str, one_hot: int) -> bool:
-    """Whether nothing but operands and one pattern hold an index."""
+    """Whether only operands and one pattern have an index."""
     holders = [node for at, node in enumerate(net.nodes) if at != one_hot and index in indices_of(node)]
     return index not in net.output_indices and all(isinstance(node, Operand) for node in holders)
 
 
 def _places(net: Network, index: str) -> set[tuple[str, int]]:
-    """(operand, place among its indices) wherever an index stands."""
+    """(operand, place among its indices) for each occurrence of an index."""
     operands = [node for node in net.nodes if isinstance(node, Operand)]
     return {(node.name, at) for node in operands for at, held in enumerate(indices_of(node)) if held == index}
 
 
 @rule("part of a pattern's kernel: the whole pattern and a crop", "23")
 def widen(net: Network) -> Network | None:
-    """Π'[i,o,k] = Σ_l Π[i',o',l] [l = k·s + a] where Π reads all that Π' reads, of another copy of one operand."""
+    """Π'[i,o,k] = Σ_l Π[i',o',l] [l = k·s + a], if Π includes the reads of Π', from another copy of the operand."""
     for one, wide, (i, _, _) in pattern_nodes(net):
         for two, part, (j, o, k) in pattern_nodes(net):
             sizes = (wide.input_size, wide.output_size) == (part.input_size, part.output_size)
@@ -149,13 +149,13 @@ def widen(net: Network) -> Network | None:
 
 
 def _names(net: Network, group: Group) -> set[str]:
-    """The operands that hold an index of the group."""
+    """The operands that have an index of the group."""
     return {node.name for node in net.nodes if isinstance(node, Operand) and set(group) & set(indices_of(node))}
 
 
 @rule("regrouping as a pattern", "6")
 def undo_blocks(net: Network) -> Network | None:
-    """f(.., (o k), ..) = Σ_i f(.., i, ..) Π[i,o,k] with S = K, where o and k stand at one other place each."""
+    """f(.., (o k), ..) = Σ_i f(.., i, ..) Π[i,o,k] with S = K, if o and k each occur in exactly one other place."""
     for place, legs in _all_legs(net):
         for number, leg in enumerate(legs):
             for split in range(1, len(leg)):
@@ -172,7 +172,7 @@ def undo_blocks(net: Network) -> Network | None:
 
 @rule("axis as a pattern of kernel size 1", "6")
 def undo_unit_kernel(net: Network) -> Network | None:
-    """A f(.., x, ..) and g(.., 1, ..) that are contracted: f(.., i, ..) Π[i,x,k] g(.., k, ..) with K = 1."""
+    """f(.., x, ..) g(.., 1, ..) = f(.., i, ..) Π[i,x,k] g(.., k, ..) with K = 1, if f and g are contracted."""
     for at, kernel in enumerate(net.nodes):
         if not isinstance(kernel, Operand) or () not in kernel.legs:
             continue
@@ -203,7 +203,7 @@ def undo_unit_kernel(net: Network) -> Network | None:
 
 
 def _axis(net: Network, leg: Group, node: int) -> tuple[int | None, str] | None:
-    """(selection that reads a leg of an operand into the output, if one does, and the index) of a spatial axis."""
+    """(the crop that reads a leg of an operand into the output, or None, and the index) of a spatial axis, or None."""
     if len(leg) != 1 or not net.sizes[leg[0]]:
         return None
     holders = [at for at, other in enumerate(net.nodes) if at != node and leg[0] in indices_of(other)]
@@ -224,7 +224,7 @@ def _all_legs(net: Network) -> list[tuple[int | None, tuple[Group, ...]]]:
 
 
 def _other_places(net: Network, group: Group, place: int | None) -> int | str | None:
-    """The one operand beside `place` that holds all of a group, or "output"; None if there is not exactly one."""
+    """The only operand, other than `place`, with all indices of a group, or "output"; None unless it is unique."""
     found: list[int | str] = [
         at for at, node in enumerate(net.nodes) if at != place and set(group) & {*indices_of(node)}
     ]
@@ -240,7 +240,7 @@ def _other_places(net: Network, group: Group, place: int | None) -> int | str | 
 def _with_leg(
     net: Network, place: int | None, number: int, leg: Group, added: Pattern, sizes: dict[str, int]
 ) -> Network:
-    """The network with one leg of an operand or of the output replaced, and a pattern more."""
+    """Replace one leg of an operand or of the output, and add a pattern."""
 
     def replaced(legs: tuple[Group, ...]) -> tuple[Group, ...]:
         return (*legs[:number], leg, *legs[number + 1 :])
@@ -260,7 +260,7 @@ UNDOING_RULES: RuleList = (undo_blocks, undo_unit_kernel)
 
 
 def compose(net: AnyNetwork) -> AnyNetwork:
-    """A simplified network with its patterns whole again.
+    """Restore the whole patterns of a simplified network.
 
     Example:
         >>> import lensor
@@ -274,7 +274,7 @@ def compose(net: AnyNetwork) -> AnyNetwork:
 
 
 def undo(net: AnyNetwork) -> AnyNetwork:
-    """A network with patterns even where it could do without: for steps that work on whole axes.
+    """Restore all patterns, including those that regrouping had replaced, for steps that work on whole axes.
 
     Example:
         >>> import lensor
@@ -288,5 +288,5 @@ def undo(net: AnyNetwork) -> AnyNetwork:
 
 
 def share(net: AnyNetwork) -> AnyNetwork:
-    """A simplified network in which copies of one operand are alike again, whatever part of the result is wanted."""
+    """Make the copies of an operand in a simplified network equal again, even if only part of the result is needed."""
     return sum_of([run_phases(term, (SHARING_RULES,)) for term in net.terms])

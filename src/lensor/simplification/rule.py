@@ -1,4 +1,4 @@
-"""What a rule is: a name, the number of its identity, and a function that applies it once or returns None."""
+"""Rules: a name, the number of an identity, and a function that applies it once or returns None."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Rule:
     """A simplification as data.
 
     Args:
-        name: what it does, in a few words.
-        number: its number among the rules of the index-pattern algebra, "structural" for rules of any network.
-        apply: the network after one application, or None where the rule does not apply.
+        name: a short description.
+        number: its number in the index-pattern algebra, or "structural" for rules of all networks.
+        apply: returns the network after one application, or None if the rule does not apply.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Rule:
     apply: Callable[[Network], Network | None]
 
     def __reduce__(self) -> tuple:
-        # The decorator puts the rule where its function was, so the rule is found by the function's name.
+        # The decorator replaces the function by the rule, so the function's name refers to the rule.
         return _find, (self.apply.__module__, self.apply.__name__)
 
 
@@ -36,5 +36,5 @@ RuleList = tuple[Rule, ...]
 
 
 def rule(name: str, number: str) -> Callable[[Callable[[Network], Network | None]], Rule]:
-    """Make a rule of the function that applies it."""
+    """Turn a function into the rule that it applies."""
     return lambda function: Rule(name, number, function)

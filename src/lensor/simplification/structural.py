@@ -1,4 +1,4 @@
-"""Rules that hold in any network: deltas, ones, indices of size 1, parallel indices."""
+"""Rules for all networks: deltas, ones, indices of size 1, parallel indices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lensor.transforms.indices import contract_deltas
 
 @rule("index of size 1 squeezed", "structural")
 def squeeze(net: Network) -> Network | None:
-    """An index of size 1 is an axis of length 1: the empty group."""
+    """Replace an index of size 1 by the empty group, an axis of length 1."""
     ones = {index: () for index, size in net.sizes.items() if size == 1}
     if not ones:
         return None
@@ -35,7 +35,7 @@ def delta(net: Network) -> Network | None:
 
 @rule("ones dropped", "structural")
 def ones(net: Network) -> Network | None:
-    """Ones on an index that another node holds are 1; the sum over ones alone is the index's size."""
+    """Ones on an index that another node has are 1; a sum over ones alone is the size of the index."""
     if not any(isinstance(node, Ones) for node in net.nodes):
         return None
     holders = Counter(index for node in net.nodes for index in set(indices_of(node)))
@@ -52,7 +52,7 @@ def ones(net: Network) -> Network | None:
 
 
 def _neighbours(legs: Iterable[Group], first: str, second: str) -> bool:
-    """Whether the two indices stand only side by side, in this order."""
+    """Whether the two indices are adjacent in this order wherever one of them occurs."""
     for leg in legs:
         for at, index in enumerate(leg):
             if index == first and leg[at + 1 : at + 2] != (second,):
@@ -64,7 +64,7 @@ def _neighbours(legs: Iterable[Group], first: str, second: str) -> bool:
 
 @rule("parallel indices merged", "structural")
 def merge_parallel(net: Network) -> Network | None:
-    """Two indices that stand side by side wherever they stand are one index of the product of their sizes."""
+    """Merge two indices that are adjacent wherever they occur; the size is the product of their sizes."""
     legs = [leg for node in net.nodes if not isinstance(node, (Delta, Ones)) for leg in node.legs]
     legs += net.output
     fixed = {index for node in net.nodes if isinstance(node, (Delta, Ones)) for index in indices_of(node)}

@@ -1,4 +1,4 @@
-"""What all transforms share: they distribute over sums, become methods, and check their arguments."""
+"""Helpers of all transforms: distributing over sums, and checking arguments."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ P = ParamSpec("P")
 def transform(
     function: Callable[Concatenate[Network, P], AnyNetwork | None],
 ) -> Callable[Concatenate[AnyNetwork, P], Any]:
-    """Let a transform of a network work on sums term by term, and make it a method.
+    """Apply a transform of networks to each term of a sum.
 
-    The transform returns None for a term that is zero; a result without terms raises NetworkError.
+    The transform returns None for a term that is zero; if all terms are zero, the call raises NetworkError.
     """
 
     @wraps(function)
@@ -38,7 +38,7 @@ def transform(
 def require_operand(net: AnyNetwork, name: str) -> None:
     """Raise NetworkError unless `name` is an operand of `net`."""
     if name not in net.operand_names:
-        raise NetworkError(f"unknown operand {name!r}, expected one of {list(net.operand_names)}")
+        raise NetworkError(f"operand {name!r} is unknown, expected one of {list(net.operand_names)}")
 
 
 def require_index(net: AnyNetwork, index: str, where: Iterable[str] | None = None, kind: str = "index") -> None:
@@ -46,15 +46,15 @@ def require_index(net: AnyNetwork, index: str, where: Iterable[str] | None = Non
     require_type(index, kind, str)
     among = list(net.sizes if where is None else where)
     if index not in among:
-        raise NetworkError(f"unknown {kind} {index!r}, expected one of {among}")
+        raise NetworkError(f"{kind} {index!r} is unknown, expected one of {among}")
 
 
 def require_size(net: AnyNetwork, index: str) -> int:
-    """The size of an index; NetworkError if it is not yet known, or if the terms of a sum give it several."""
+    """Return the size of an index; raise NetworkError if it is unknown, or if the terms of a sum differ in it."""
     known = dict.fromkeys(term.sizes[index] for term in net.terms if term.sizes.get(index) is not None)
     if len(known) > 1:
-        raise NetworkError(f"the terms of the sum give index {index!r} the sizes {[*known]}, expected one size")
+        raise NetworkError(f"index {index!r} has sizes {[*known]} in the terms of the sum, expected one size")
     size = net.sizes[index]
     if size is None:
-        raise NetworkError(f"index {index!r} has no size yet; give it one first: net.bind({index}=...)")
+        raise NetworkError(f"index {index!r} has no size yet, expected one: call net.bind({index}=...) first")
     return size

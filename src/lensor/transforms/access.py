@@ -1,4 +1,4 @@
-"""Sub-tensors: diagonals, narrowing, selecting, slicing, keeping a summed index open."""
+"""Sub-tensors: diagonals, slices and samples of indices, and keeping a summed index."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from lensor.transforms.indices import contract_deltas, refine
 
 
 def _without(output: tuple[Group, ...], index: str) -> tuple[Group, ...]:
-    """The output without an index; a leg that held nothing else goes with it."""
+    """The output without an index; a leg that consists of this index alone is removed."""
     return tuple(tuple(i for i in leg if i != index) for leg in output if leg != (index,))
 
 
 @transform
 def diagonal(net: Network, first: str, second: str) -> Network:
-    """The diagonal over two output indices of one size: `second` becomes `first` and leaves the output.
+    """The diagonal of two output indices of equal size: `first` remains in the output, and `second` is removed.
+
+    Use `block_diagonal` for diagonal blocks.
 
     Example:
         >>> import lensor
@@ -40,15 +42,17 @@ def diagonal(net: Network, first: str, second: str) -> Network:
         X[n i] X[n i] -> i
 
     Raises:
-        NetworkError: if one is no output index, or their sizes differ.
+        NetworkError: if one is not an output index, or if their sizes differ.
     """
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
     if first == second:
-        raise NetworkError(f"a diagonal needs two different output indices, got {first!r} twice")
+        raise NetworkError(f"the indices of a diagonal are {first!r} and {second!r}, expected two different ones")
     sizes = net.sizes[first], net.sizes[second]
     if None not in sizes and sizes[0] != sizes[1]:
-        raise NetworkError(f"a diagonal needs indices of one size, {first!r} has {sizes[0]}, {second!r} has {sizes[1]}")
+        raise NetworkError(
+            f"the indices {first!r} and {second!r} of a diagonal have sizes {sizes[0]} and {sizes[1]}, expected one"
+        )
     size = sizes[0] if sizes[0] is not None else sizes[1]
     both = {first: size, second: size}
     inner = net.replace(output=_without(net.output, second), sizes=both)
@@ -57,7 +61,7 @@ def diagonal(net: Network, first: str, second: str) -> Network:
 
 @transform
 def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Network:
-    """The blocks of `block_size` on the diagonal of two output indices: `first` becomes (block, within).
+    """The diagonal blocks of size `block_size` of two output indices: `first` becomes (block, position within).
 
     Example:
         >>> import lensor
@@ -65,14 +69,17 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
         X[n (i_block i)] X[n (i_block j)] -> i_block i j
 
     Raises:
-        NetworkError: if one is no output index, their sizes differ, or the block size does not divide them.
+        NetworkError: if one is not an output index, if their sizes differ, or if the block size does not divide them.
     """
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
     sizes = require_size(net, first), require_size(net, second)
     block = as_integer(block_size, "block_size")
     if sizes[0] != sizes[1] or block < 1 or sizes[0] % block:
-        raise NetworkError(f"block_size must divide the sizes of {first!r} and {second!r}, got {block} for {sizes}")
+        raise NetworkError(
+            f"block_size is {block} for indices {first!r} and {second!r} of sizes {sizes}, expected equal sizes that it"
+            " divides"
+        )
     outer = net.fresh(f"{first}_block")
     copy = net.fresh(f"{second}_block", [outer])
     within = net.fresh(first, [outer, copy])
@@ -94,16 +101,16 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
 
 
 def _pick(net: Network, index: str, start: int, step: int, count: int) -> Network:
-    """Keep positions start, start + step, ... of an index: a pattern of kernel size 1 in front of it."""
+    """Keep positions start, start + step, ... of an index, with a crop."""
     size = require_size(net, index)
-    selection = IndexPattern(
+    crop = IndexPattern(
         size, 1, stride=step, padding=(-start, start + (count - 1) * step + 1 - size), output_size=count
     )
     full = net.fresh(f"{index}_full")
     inner = net.replace(output=(), scale=net.scale.bind({index: size})).relabel({index: (full,)}, {full: size})
     return contract_deltas(
         inner.replace(
-            nodes=(*inner.nodes, Pattern(selection, ((full,), (index,), ()))),
+            nodes=(*inner.nodes, Pattern(crop, ((full,), (index,), ()))),
             output=net.output,
             sizes={**net.sizes, index: count},
         )
@@ -111,7 +118,7 @@ def _pick(net: Network, index: str, start: int, step: int, count: int) -> Networ
 
 
 def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> AnyNetwork:
-    """Positions start, start + step, ... below stop of an index; of a summed index, the sum over these.
+    """Restrict an index to positions start, start + step, ... below stop; a summed index is summed over these only.
 
     Example:
         >>> import lensor
@@ -120,23 +127,23 @@ def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> 
         (3, 'X[n () i1] Π1[i1 o1 k1] W[() () k1] -> n () o1')
 
     Raises:
-        NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or if the
-            positions are empty or outside it.
+        NetworkError: for an unknown index, for one without a size or with different sizes in the terms of a sum, or if
+            the range of positions is empty or exceeds the index.
     """
     require_index(net, index)
     size = require_size(net, index)
     start, stop, step = as_integer(start, "start"), as_integer(stop, "stop"), as_integer(step, "step")
     if step < 1 or not 0 <= start < stop <= size:
         raise NetworkError(
-            f"index {index!r} has positions 0 to {size - 1}: expected 0 <= start < stop <= {size} and step >= 1, "
-            f"got start {start}, stop {stop}, step {step}"
+            f"the slice of index {index!r} has start {start}, stop {stop} and step {step}, expected"
+            f" 0 <= start < stop <= {size} and step >= 1"
         )
     count = math.ceil((stop - start) / step)
     return sum_of([_pick(term, index, start, step, count) if index in term.sizes else term for term in net.terms])
 
 
 def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
-    """Positions start to start + length − 1 of an index, as torch.narrow; of a summed index, the sum over these.
+    """Restrict an index to positions start to start + length − 1, as in torch.narrow; see `slice`.
 
     Example:
         >>> import lensor
@@ -144,14 +151,14 @@ def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
         4
 
     Raises:
-        NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or if the
-            positions are empty or outside it.
+        NetworkError: for an unknown index, for one without a size or with different sizes in the terms of a sum, or if
+            the range of positions is empty or exceeds the index.
     """
     return net.slice(index, start, as_integer(start, "start") + as_integer(length, "length"))
 
 
 def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
-    """One position of an index, which leaves the output; negative positions count from its end.
+    """Fix an index to one position and remove it from the output; negative positions count from the end.
 
     Example:
         >>> import lensor
@@ -159,14 +166,14 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
         X[n i_full] Π1[i_full () ()] -> n
 
     Raises:
-        NetworkError: for an unknown index, one without size or of several sizes in the terms of a sum, or a position
-            outside it.
+        NetworkError: for an unknown index, for one without a size or with different sizes in the terms of a sum, or if
+            the position is out of range.
     """
     require_index(net, index)
     size = require_size(net, index)
     at = as_integer(position, "position")
     if not -size <= at < size:
-        raise NetworkError(f"index {index!r} has size {size}: expected {-size} <= position < {size}, got {at}")
+        raise NetworkError(f"position is {at}, expected {-size} <= position < {size} for index {index!r}")
     at %= size
     picked = net.slice(index, at, at + 1)
     return sum_of([term.replace(output=_without(term.output, index)) for term in picked.terms])
@@ -181,20 +188,21 @@ def sample(
     weights: str | None = None,
     stored: Sequence[str] = (),
 ) -> AnyNetwork:
-    """Sample an index: only positions that are given at run time are summed, or stand in the output.
+    """Restrict an index to positions that you give at run time, for sampling.
 
-    With positions that are kept with probability `keep`, and the factor 1/keep, this is the paper's unbiased column-row
-    sampling: of a summed index the expectation of the sum is the whole sum, of an output index the expectation of the
-    sub-tensor, put into zeros at its positions, is the whole tensor.
+    If each position is kept with probability `keep`, this is the paper's unbiased column-row sampling. For a summed
+    index, the expectation of the result is the whole sum. For an output index, it is the whole tensor, after scattering
+    the result into zeros at its positions.
+
+    Use `slice` for positions that are known in advance.
 
     Args:
-        net: the network; in a sum, terms without the index stay as they are.
-        index: any index; it keeps its name for the sampled positions, all positions are `{index}_full`.
-        keep: the result is divided by this probability; None leaves it as it is.
-        positions: the name of the operand that holds the positions, an integer vector; by default
-            `{index}_positions`.
-        weights: the name of an operand with one factor for each position kept, if there is to be one.
-        stored: operands that hold the index and are given as their sub-tensor at these positions, already sampled.
+        net: the network; in a sum, terms without the index do not change.
+        index: any index; its name now denotes the sampled positions, and `{index}_full` all positions.
+        keep: probability by which the result is divided; None does not divide.
+        positions: name of the operand with the positions, an integer vector; `{index}_positions` by default.
+        weights: optional name of an operand with one factor per kept position.
+        stored: operands with the index that you pass as sub-tensors at these positions, already sampled.
 
     Example:
         >>> import lensor
@@ -203,20 +211,22 @@ def sample(
         4 X[n (g c_in) i1] Π1[i1_full o1 k1] V[n (g c_out) o1] select i1_positions[i1_full i1] -> (g c_out) c_in k1
 
     Raises:
-        NetworkError: for an unknown index, a keep outside (0, 1], a name that is taken, or stored operands that do not
-            hold the index.
+        NetworkError: for an unknown index, a keep outside (0, 1], a name that is in use, or stored operands without
+            the index.
     """
     require_index(net, index)
     share = None if keep is None else require_share(keep, "keep", NetworkError)
     if isinstance(stored, str):
-        raise TypeError(f"stored must be a sequence of names, found the str {stored!r}")
+        raise TypeError(f"stored is the str {stored!r}, expected a sequence of names")
     chosen = positions or f"{index}_positions"
     for name in (chosen, weights):
         if name is not None and name in net.operand_names:
-            raise NetworkError(f"operand {name!r} is there already; operands are {list(net.operand_names)}")
+            raise NetworkError(
+                f"operand {name!r} exists already, expected a new name: operands are {list(net.operand_names)}"
+            )
     for name in stored:
         if not any(_holds(node, name, index) for term in net.terms for node in term.nodes):
-            raise NetworkError(f"stored operand {name!r} does not hold index {index!r}")
+            raise NetworkError(f"stored operand {name!r} does not have index {index!r}, expected operands with it")
     return sum_of(
         [_sampled(term, index, share, chosen, weights, stored) if index in term.sizes else term for term in net.terms]
     )
@@ -246,7 +256,7 @@ def _sampled(
 
 @transform
 def keep(net: Network, index: str, position: int = 0) -> Network:
-    """Keep a summed index open: it becomes an output leg at `position`, and the result is not summed over it.
+    """Do not sum over an index: it becomes an output leg at `position`.
 
     Example:
         >>> import lensor
@@ -254,12 +264,12 @@ def keep(net: Network, index: str, position: int = 0) -> Network:
         X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> n (g c_out) c_in k1
 
     Raises:
-        NetworkError: if there is no such summed index, or the position is not one of 0 to the number of output legs.
+        NetworkError: if it is not a summed index, or the position is not between 0 and the number of output legs.
     """
     require_index(net, index, net.inner_indices, "summed index")
     legs = list(net.output)
     at = as_integer(position, "position")
     if not 0 <= at <= len(legs):
-        raise NetworkError(f"the output has {len(legs)} legs: expected 0 <= position <= {len(legs)}, got {at}")
+        raise NetworkError(f"position is {at}, expected 0 <= position <= {len(legs)}, the number of output legs")
     legs.insert(at, (index,))
     return net.replace(output=tuple(legs))

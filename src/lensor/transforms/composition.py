@@ -1,4 +1,4 @@
-"""Networks put together: batching, substitution, products of networks, and their connected parts."""
+"""Composition of networks: batching, substitution, products, and connected parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensor.transforms.indices import contract_deltas, equate
 
 
 def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None = None) -> AnyNetwork:
-    """A new leading index on some operands and on the output, as vmap: one result for each of its positions.
+    """Add a leading index to some operands and to the output, as in vmap: one result per position of the index.
 
     Example:
         >>> import lensor
@@ -22,17 +22,19 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
         X[n (g c_in) i1] Π1[i1 o1 k1] V[v n (g c_out) o1] -> v (g c_out) c_in k1
 
     Raises:
-        NetworkError: if the index is already there, or an operand is not.
-        TypeError: if the operands are one name, not a sequence of names.
+        NetworkError: if the index exists already, or an operand does not exist.
+        TypeError: if `operands` is one name instead of a sequence of names.
     """
     if isinstance(operands, str):
-        raise TypeError(f"operands must be a sequence of names, found the str {operands!r}")
+        raise TypeError(f"operands is the str {operands!r}, expected a sequence of names")
     if index in net.sizes:
-        raise NetworkError(f"index {index!r} is already there; indices are {sorted(net.sizes)}")
+        raise NetworkError(f"index {index!r} exists already, expected a new name: indices are {sorted(net.sizes)}")
     for name in operands:
         require_operand(net, name)
         if name in net.selections:
-            raise NetworkError(f"operand {name!r} is a selection, which has one vector of positions for all examples")
+            raise NetworkError(
+                f"operand {name!r} is a selection, expected an array: all examples share one vector of positions"
+            )
     terms = []
     for term in net.terms:
         nodes = [
@@ -46,9 +48,9 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
 
 
 def _apart(net: AnyNetwork, other: Any, keep: Sequence[str] = ()) -> Any:
-    """`other` with its indices renamed (by `_`) where `net` has them too, except those in `keep`.
+    """Rename (by `_`) the indices of `other` that `net` has too, except those in `keep`.
 
-    The terms of sums are renamed together, so that an index has one name in all of them.
+    An index keeps one name in all terms of a sum.
     """
     used = {*net.sizes, *other.sizes}
     names = {index: new_name(index, used) for index in other.sizes if index not in keep and index in net.sizes}
@@ -56,10 +58,10 @@ def _apart(net: AnyNetwork, other: Any, keep: Sequence[str] = ()) -> Any:
 
 
 def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork:
-    """Put a network in the place of an operand, e.g. a CP, Tucker or tensor-train kernel in the place of W.
+    """Replace an operand by a network, e.g. W by a CP, Tucker or tensor-train kernel.
 
-    The network's output legs meet the operand's legs one by one; indices are split where their groups differ. An
-    operand of the network that has the name of one that is there is the same array.
+    Each output leg of the network is matched to a leg of the operand; indices are split if their groups differ.
+    Operands with equal names are the same array.
 
     Example:
         >>> import lensor
@@ -69,7 +71,7 @@ def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork
         X[n c_in i1] Π1[i1 o1 k1] A[c_out r] B[c_in r] C[k1 r] -> n c_out o1
 
     Raises:
-        NetworkError: if there is no such operand, or the legs do not fit.
+        NetworkError: if the operand does not exist, or the legs do not fit.
     """
     require_operand(net, operand)
     require_type(network, "network", Network, Sum)
@@ -98,21 +100,23 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
         at = next(at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and node.name == mark)
         legs = net.nodes[at].legs
         if len(legs) != len(inner.output):
-            raise NetworkError(f"operand {operand!r} has {len(legs)} legs, the network has {len(inner.output)}")
+            raise NetworkError(
+                f"network has {len(inner.output)} output legs, expected {len(legs)} as operand {operand!r}"
+            )
         inner = _apart(net, inner)
         for place, (leg, other) in enumerate(zip(legs, inner.output, strict=True)):
             sizes = net.group_size(leg), inner.group_size(other)
             if None not in sizes and sizes[0] != sizes[1]:
                 raise NetworkError(
-                    f"leg {place} of operand {operand!r} has indices {leg} of size {sizes[0]}, "
-                    f"the network's {other} of size {sizes[1]} does not fit"
+                    f"output leg {place} of network, {other}, has size {sizes[1]}, expected {sizes[0]} as leg {place}"
+                    f" of operand {operand!r}, {leg}"
                 )
         joined = net.replace(
             nodes=(*net.nodes[: at + 1], *inner.nodes, *net.nodes[at + 1 :]),
             scale=net.scale * inner.scale,
             sizes=inner.sizes,
         )
-        # The network's legs are tied to the operand by a second copy of it, which is dropped in the end.
+        # A second copy of the operand, which is dropped in the end, identifies its legs with the network's.
         twin = Operand(mark, inner.output)
         joined = joined.replace(nodes=(*joined.nodes, twin))
         for place in range(len(legs)):
@@ -120,7 +124,10 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
             left, right = copies[0].legs[place], copies[1].legs[place]
             tied = equate(joined, left, right)
             if tied is None:
-                raise NetworkError(f"leg {place} of operand {operand!r} has groups of other sizes than the network's")
+                raise NetworkError(
+                    f"output leg {place} of network has other groups than leg {place} of operand {operand!r}, expected"
+                    " groups with a common refinement"
+                )
             joined = tied
         rest = [node for node in joined.nodes if not (isinstance(node, Operand) and node.name == mark)]
         held = {index for node in rest for index in indices_of(node)}
@@ -133,14 +140,14 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
 def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None) -> AnyNetwork:
     """The product of two networks that share some indices.
 
-    An index of `other` that is not shared, but has a name that `net` uses, gets as many `_` as make its name new.
+    An index of `other` that is not shared but has a name of an index of `net` is renamed by appending `_`.
 
     Args:
         net: the first factor.
-        other: the second factor. Operands of one name are one array.
-        share: indices of both that are one in the product; a shared index that is not in `output` is summed.
-        output: output legs of the product, as subscripts spell them; by default those of `net`, then those of
-            `other` without the shared indices.
+        other: the second factor; operands with equal names are the same array.
+        share: indices of both factors that are identified; a shared index that is not in `output` is summed.
+        output: output legs of the product, as subscripts; by default those of `net`, followed by those of `other`
+            without the shared indices.
 
     Example:
         >>> import lensor
@@ -149,11 +156,11 @@ def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output:
         X[n c_in i1] Π1[i1 o1 k1] X[n c_in_ i1_] Π1[i1_ o1 k1_] -> (c_in k1) (c_in_ k1_)
 
     Raises:
-        NetworkError: if a shared index is not in both, has two sizes, or the output names an unknown index.
+        NetworkError: if a shared index is missing in one factor or has two sizes, or if an output index is unknown.
     """
     require_type(other, "other", Network, Sum)
     if isinstance(share, str):
-        raise TypeError(f"share must be a sequence of names, found the str {share!r}")
+        raise TypeError(f"share is the str {share!r}, expected a sequence of names")
     other = _apart(net, other, share)
     return sum_of([_merge_terms(one, two, share, output) for one, two in product(net.terms, other.terms)])
 
@@ -164,7 +171,9 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
         require_index(two, index)
         sizes = one.sizes[index], two.sizes[index]
         if None not in sizes and sizes[0] != sizes[1]:
-            raise NetworkError(f"shared index {index!r} has size {sizes[0]} in one network and {sizes[1]} in the other")
+            raise NetworkError(
+                f"shared index {index!r} has size {sizes[0]} in one network and {sizes[1]} in the other, expected one"
+            )
     sizes = {
         index: one.sizes.get(index) if one.sizes.get(index) is not None else two.sizes.get(index) for index in share
     }
@@ -179,7 +188,7 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
 
 
 def components(net: AnyNetwork) -> tuple[Network, ...]:
-    """The connected parts of a network, whose (outer) product it is; the scale stays with the first.
+    """The connected parts of a network, which is their outer product; the first part has the scale.
 
     Example:
         >>> import lensor
@@ -192,7 +201,7 @@ def components(net: AnyNetwork) -> tuple[Network, ...]:
         NetworkError: for a sum of networks.
     """
     if not isinstance(net, Network):
-        raise NetworkError("a sum has no connected parts; ask its terms")
+        raise NetworkError("net is a Sum, expected a Network: call components on the terms of the sum")
     parts: list[tuple[set[str], list[Node]]] = []
     seen: set[int] = set()
     for start in range(len(net.nodes)):

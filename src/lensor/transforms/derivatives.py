@@ -1,4 +1,4 @@
-"""Derivatives: the argument is cut out of the network, its legs become output legs (equation 7 of the paper)."""
+"""Derivatives: remove an operand from the network and turn its legs into output legs (equation 7 of the paper)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ def _occurrences(net: Network, name: str) -> list[int]:
 
 def _require_array(net: AnyNetwork, name: str) -> None:
     if name in net.selections:
-        raise NetworkError(f"operand {name!r} is a selection: its positions have no derivative")
+        raise NetworkError(f"operand {name!r} is a selection, expected an array: positions have no derivative")
 
 
 def _require_new(net: Network, name: str, argument: str) -> None:
     if name in net.operand_names:
-        raise NetworkError(f"{argument} {name!r} is an operand already; operands are {list(net.operand_names)}")
+        raise NetworkError(
+            f"{argument} {name!r} is an operand already, expected a new name: operands are {list(net.operand_names)}"
+        )
 
 
 def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...] = ()) -> Network:
-    """Cut the operand at node `at` out; its legs follow `output`, whose indices stay apart from them by deltas.
+    """Remove the operand at node `at`; its legs follow `output`, with deltas to the indices of `output` that it has.
 
-    Equation 7 of the paper: ∂/∂[A]_S' replaces A by the delta between S and a copy S'. A leg whose index is not in
-    the output needs no copy: summing the delta replaces one by the other.
+    Equation 7 of the paper: ∂/∂[A]_S' replaces A by the delta between S and a copy S'. An index that is not in the
+    output needs no copy: summing over it contracts the delta.
     """
     operand = net.nodes[at]
     taken = {index for leg in output for index in leg}
@@ -51,9 +53,10 @@ def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...
 
 @transform
 def jacobian(net: Network, operand: str) -> AnyNetwork | None:
-    """The Jacobian with respect to an operand: output legs, then the operand's legs.
+    """The Jacobian with respect to an operand, with the output legs followed by the operand's legs.
 
-    Where the operand occurs more than once the product rule gives a sum of networks, one for each occurrence.
+    If the operand occurs more than once, the result is a sum with one term per occurrence, by the product rule. Use
+    `vjp` or `jvp` if you only need products with a vector.
 
     Example:
         >>> import lensor
@@ -61,7 +64,7 @@ def jacobian(net: Network, operand: str) -> AnyNetwork | None:
         X[n (g c_in) i1] Π1[i1 o1 k1] δ[g g_] δ[c_out c_out_] -> n (g c_out) o1 (g_ c_out_) c_in k1
 
     Raises:
-        NetworkError: if there is no such operand, or it is a selection.
+        NetworkError: if the operand does not exist, or is a selection.
     """
     _require_array(net, operand)
     terms = [term for at in _occurrences(net, operand) for term in cut(net, at, net.output).terms]
@@ -70,7 +73,7 @@ def jacobian(net: Network, operand: str) -> AnyNetwork | None:
 
 @transform
 def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
-    """The vector-Jacobian product: the Jacobian contracted with an operand `cotangent` in output space.
+    """The vector-Jacobian product: the Jacobian contracted with a new operand `cotangent` in output space.
 
     Example:
         >>> import lensor
@@ -78,7 +81,7 @@ def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
         X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> (g c_out) c_in k1
 
     Raises:
-        NetworkError: if there is no such operand, it is a selection, or the new one's name is taken.
+        NetworkError: if the operand does not exist or is a selection, or if the new operand's name is in use.
     """
     _require_array(net, operand)
     _require_new(net, cotangent, "cotangent")
@@ -89,7 +92,7 @@ def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
 
 @transform
 def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
-    """The Jacobian-vector product: the operand replaced by an operand `tangent`, one occurrence at a time.
+    """The Jacobian-vector product: replace the operand by a new operand `tangent`, one occurrence at a time.
 
     Example:
         >>> import lensor
@@ -97,7 +100,7 @@ def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
         T[n (g c_in) i1] Π1[i1 o1 k1] W[(g c_out) c_in k1] -> n (g c_out) o1
 
     Raises:
-        NetworkError: if there is no such operand, it is a selection, or the new one's name is taken.
+        NetworkError: if the operand does not exist or is a selection, or if the new operand's name is in use.
     """
     _require_array(net, operand)
     _require_new(net, tangent, "tangent")

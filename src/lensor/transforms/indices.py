@@ -1,4 +1,4 @@
-"""Identifying, splitting and contracting indices: what the other transforms and the passes are made of."""
+"""Identifying, splitting and contracting indices: the building blocks of other transforms and of the passes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lensor.network import Delta, Group, Network, Ones, indices_of
 
 
 def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Network:
-    """Split indices: each key becomes the group of its parts everywhere; partners in a delta are split alike.
+    """Split indices: replace each key by the group of its parts everywhere, and split its partners in deltas alike.
 
     Args:
         net: the network.
-        parts: for each index its parts, slowest first, with their sizes (whose product must be its size).
+        parts: the parts of each index, slowest first, with their sizes, whose product must be the size of the index.
     """
     mapping: dict[str, Group] = {index: tuple(new) for index, new in parts.items()}
     sizes = {name: size for new in parts.values() for name, size in new.items()}
@@ -33,16 +33,16 @@ def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Netwo
 
 
 def equate(net: Network, left: Group, right: Group) -> Network | None:
-    """Identify two groups of equal size, splitting indices where their boundaries differ.
+    """Identify two groups of equal size, and split indices if the groups' boundaries differ.
 
-    Two output indices that are identified are joined by a delta. Returns None where the boundaries of the groups
-    have no common refinement (sizes 4·6 against 8·3 have one, 2·3 against 3·2 have not).
+    A delta joins two output indices that are identified. Returns None if the boundaries of the groups have no common
+    refinement: sizes 4·6 and 8·3 have one, 2·3 and 3·2 do not.
     """
     while True:
         a, b = list(left), list(right)
         pairs: list[tuple[str, str]] = []
         split: dict[str, dict[str, int | None]] | None = None
-        # Slowest index last, so that boundaries are compared from the fastest end.
+        # The slowest index comes last, so that boundaries are compared from the fastest end.
         while a and b:
             if a[-1] == b[-1]:
                 a.pop()
@@ -66,7 +66,7 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
             before = net
             net = refine(net, split)
             swap = {big: tuple(parts)}
-            # A delta partner of the split index may stand in the groups as well.
+            # The groups may also contain a delta partner of the split index.
             if len(net.sizes) > len(before.sizes) + 1:
                 return _equate_after_split(net, left, right, swap)
             left = tuple(new for index in left for new in swap.get(index, (index,)))
@@ -85,7 +85,7 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
 def _equate_after_split(after: Network, left: Group, right: Group, swap: Mapping[str, Group]) -> Network | None:
     gone = (set(left) | set(right)) - set(after.sizes) - set(swap)
     if gone:
-        return None  # a delta partner inside the groups themselves: left as it is
+        return None  # the groups contain a delta partner, which this function does not split
     return equate(
         after,
         tuple(new for index in left for new in swap.get(index, (index,))),
@@ -94,10 +94,10 @@ def _equate_after_split(after: Network, left: Group, right: Group, swap: Mapping
 
 
 def contract_deltas(net: Network) -> Network:
-    """Contract every delta as far as it goes.
+    """Contract every delta as far as possible.
 
-    Σ_b δ[a,b] f(b) = f(a): all indices that deltas join become one, the first of them in the output; a delta is left
-    only between two or more output indices, and no other node holds any of them but the first.
+    Σ_b δ[a,b] f(b) = f(a): all indices that deltas join become one index, the first of them in the output. A delta
+    remains only between two or more output indices, and other nodes have only the first of these.
     """
     deltas = [node for node in net.nodes if isinstance(node, Delta)]
     if not deltas:
@@ -125,10 +125,10 @@ def contract_deltas(net: Network) -> Network:
 
 
 def _classes(deltas: Sequence[Delta]) -> list[list[str]]:
-    """The indices that deltas join, directly or through others; each class starts with the index that names it."""
+    """The classes of indices that deltas join, directly or indirectly; each starts with the index that names it."""
     classes: dict[int, list[str]] = {}
     named: dict[int, str] = {}
-    where: dict[str, int] = {}  # the smaller classes move into the largest, under a number that keeps their order
+    where: dict[str, int] = {}  # smaller classes move into the largest, under a number that preserves their order
     alias: dict[int, int] = {}
     for number, delta in enumerate(deltas):
         hit = sorted({alias[where[index]] for index in delta.indices if index in where})

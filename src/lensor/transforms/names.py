@@ -1,4 +1,4 @@
-"""Names, groups, sizes and the scale: transforms that change how a network is read, not what it computes."""
+"""Names, groups, sizes and the scale: transforms that do not change how a network computes its result."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from lensor.transforms.indices import refine
 def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
     """Rename indices, given as a mapping or as keywords old=new.
 
+    Use `rename_operands` for arrays.
+
     Example:
         >>> import lensor
         >>> print(lensor.contraction("n i -> i", "X").rename(i="pixel"))
         X[n pixel] -> pixel
 
     Raises:
-        NetworkError: for an unknown index, or if two indices would get one name.
+        NetworkError: for an unknown index, or if two indices would get the same name.
     """
     names = {**(mapping or {}), **names}
     for old in names:
@@ -32,9 +34,11 @@ def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names
     after = [names.get(index, index) for index in net.sizes]
     for new in after:
         if not isinstance(new, str) or not new.isidentifier():
-            raise NetworkError(f"an index name must be an identifier, found {new!r}")
+            raise NetworkError(f"the new name of an index is {new!r}, expected an identifier")
         if after.count(new) > 1:
-            raise NetworkError(f"two indices would be named {new!r}; to identify indices use diagonal")
+            raise NetworkError(
+                f"two indices would be named {new!r}, expected different names: to identify indices, use diagonal"
+            )
     return sum_of(
         [
             term.relabel(
@@ -51,12 +55,12 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
 
     Example:
         >>> import lensor
-        >>> print(lensor.contraction("n i -> i", "X").rename_operands(X="pictures"))
-        pictures[n i] -> i
+        >>> print(lensor.contraction("n i -> i", "X").rename_operands(X="images"))
+        images[n i] -> i
 
     Raises:
-        NetworkError: for an unknown operand, if two operands would get one name, or for a name that no operand can
-            have.
+        NetworkError: for an unknown operand, for a name that is not valid for an operand, or if two operands would get
+            the same name.
     """
     names = {**(mapping or {}), **names}
     for old in names:
@@ -64,7 +68,7 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
     after = [names.get(name, name) for name in net.operand_names]
     for new in after:
         if not isinstance(new, str) or not new.isidentifier() or after.count(new) > 1:
-            raise NetworkError(f"operand names must be different identifiers, found {after}")
+            raise NetworkError(f"the names of the operands would be {after}, expected different identifiers")
     return sum_of(
         [
             term.replace(
@@ -80,7 +84,9 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
 
 @transform
 def regroup(net: Network, output: str) -> Network:
-    """Permute and group the output legs: the same indices, as the text `output` spells them.
+    """Permute and group the output legs, as given by the subscripts `output` with the same indices.
+
+    Use `group` and `ungroup` to change single legs.
 
     Example:
         >>> import lensor
@@ -88,19 +94,19 @@ def regroup(net: Network, output: str) -> Network:
         X[n c_in i1] Π1[i1 o1 k1] -> n o1 (c_in k1)
 
     Raises:
-        SubscriptsError: if the text does not parse or names an index that is no output index.
+        SubscriptsError: if the text does not parse, or contains an index that is not an output index.
         NetworkError: if an output index is missing.
     """
     legs = parse_subscripts(f"{format_legs(net.output)} -> {output}").output
     missing = set(net.output_indices) - {index for leg in legs for index in leg}
     if missing:
-        raise NetworkError(f"output index {sorted(missing)[0]!r} is missing in {output!r}")
+        raise NetworkError(f"output index {sorted(missing)[0]!r} is missing in {output!r}, expected all output indices")
     return net.replace(output=legs)
 
 
 @transform
 def group(net: Network, *indices: str) -> Network:
-    """Put output indices into one leg, slowest first, at the place of the first.
+    """Group output indices into one leg, slowest first, at the place of the first.
 
     Example:
         >>> import lensor
@@ -108,12 +114,10 @@ def group(net: Network, *indices: str) -> Network:
         X[n i] Y[n j] -> (i j) n
 
     Raises:
-        NetworkError: for an unknown output index, one that is given twice, or none at all.
+        NetworkError: for an unknown output index, an index that is given twice, or no index.
     """
     if not indices:
-        raise NetworkError(
-            f"group needs the indices of the new leg, found none, expected some of {[*net.output_indices]}"
-        )
+        raise NetworkError(f"indices is empty, expected the indices of the new leg, some of {[*net.output_indices]}")
     for index in indices:
         require_index(net, index, net.output_indices, "output index")
         if indices.count(index) > 1:
@@ -130,7 +134,7 @@ def group(net: Network, *indices: str) -> Network:
 
 @transform
 def ungroup(net: Network, index: str) -> Network:
-    """Split the output leg that holds `index` into one leg for each of its indices.
+    """Split the output leg with `index` into one leg per index.
 
     Example:
         >>> import lensor
@@ -149,7 +153,7 @@ def ungroup(net: Network, index: str) -> Network:
 
 @transform
 def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
-    """Split an index into a group of new ones, slowest first; one size may be None and is worked out.
+    """Split an index into a group of new indices, slowest first; one size may be None and is inferred.
 
     Example:
         >>> import lensor
@@ -157,8 +161,8 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
         X[n (g c)] -> (g c) n
 
     Raises:
-        NetworkError: for an unknown index or one without size, names that are taken, or sizes that do not multiply
-            to its size.
+        NetworkError: for an unknown index or one without a size, names that are in use, or sizes whose product is not
+            the size of the index.
     """
     require_index(net, index)
     size = require_size(net, index)
@@ -166,10 +170,10 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
     holes = len(sizes) - len(known)
     product = math.prod(known)
     if holes > 1 or (holes and (product == 0 or size % product)) or (not holes and product != size):
-        raise NetworkError(f"index {index!r} has size {size}, which {dict(sizes)} does not multiply to")
+        raise NetworkError(f"sizes is {dict(sizes)}, expected sizes with the product {size}, the size of {index!r}")
     for name in sizes:
         if name in net.sizes and name != index:
-            raise NetworkError(f"index {name!r} is already there; indices are {sorted(net.sizes)}")
+            raise NetworkError(f"index {name!r} exists already, expected a new name: indices are {sorted(net.sizes)}")
     full = {name: size // product if part is None else int(part) for name, part in sizes.items()}
     parts = {(net.fresh(name, full) if name == index else name): part for name, part in full.items()}
     result = refine(net, {index: parts})
@@ -178,7 +182,7 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
 
 
 def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: int) -> AnyNetwork:
-    """Give sizes to indices that have none, given as a mapping or as keywords.
+    """Set the sizes of indices without one, given as a mapping or as keywords.
 
     Example:
         >>> import lensor
@@ -187,7 +191,7 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
 
     Raises:
         NetworkError: for an unknown index, or one that has another size.
-        TypeError: for a size that is no integer.
+        TypeError: for a size that is not an integer.
         ValueError: for size 0 of an index that is averaged over.
     """
     given = {
@@ -197,7 +201,8 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
         require_index(net, index)
         for known in dict.fromkeys(term.sizes[index] for term in net.terms if index in term.sizes):
             if size < 0 or (known is not None and known != size):
-                raise NetworkError(f"index {index!r} has size {known if known is not None else 'unknown'}, got {size}")
+                expected = "at least 0" if known is None else known
+                raise NetworkError(f"the size of index {index!r} is {size}, expected {expected}")
     terms = []
     for term in net.terms:
         mine = {index: size for index, size in given.items() if index in term.sizes}
@@ -208,7 +213,7 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
 
 @transform
 def scaled(net: Network, factor: Fraction | int | float | str = 1, powers: Mapping[str, int] | None = None) -> Network:
-    """The network times a rational number and integer powers of index sizes.
+    """Multiply the network by a rational number and integer powers of index sizes.
 
     Example:
         >>> import lensor
@@ -216,8 +221,8 @@ def scaled(net: Network, factor: Fraction | int | float | str = 1, powers: Mappi
         1/2 n^-1 X[n i] -> i
 
     Raises:
-        NetworkError: for the power of an unknown index, or a factor that is no finite number.
-        TypeError: for a power that is no integer.
+        NetworkError: for the power of an unknown index, or a factor that is not a finite number.
+        TypeError: for a power that is not an integer.
     """
     whole = {index: as_integer(power, f"the power of {index!r}") for index, power in (powers or {}).items()}
     for index in whole:

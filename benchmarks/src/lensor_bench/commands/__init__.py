@@ -6,7 +6,7 @@ from lensor_bench.commands import bench, conformance, models, reproduce
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add the commands to an app."""
+    """Add the commands to an application."""
     app.command()(reproduce.reproduce)
     app.command()(conformance.conformance)
     group = typer.Typer(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""The command `lensor bench` and those of its commands that measure single convolutions."""
+"""The command `lensor bench` and its subcommands that measure single convolutions."""
 
 from __future__ import annotations
 
@@ -23,72 +23,72 @@ from lensor_bench.settings import Settings
 
 def bench(
     context: typer.Context,
-    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
+    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}.")] = None,
     nets: Annotated[
-        list[str] | None, typer.Option(help=f"Nets, of {', '.join(NETS)}; the paper's unless given.")
+        list[str] | None, typer.Option(help=f"Nets, from {', '.join(NETS)}; the paper's by default.")
     ] = None,
     impl: Annotated[
         list[str] | None,
         typer.Option(
-            help="Implementations, beside standard: lensor, lensor-measure (candidates timed), network and"
-            " network-simplified (contracted with dense patterns), and where they are installed einconv,"
-            " einconv-contract (no expression made), backpack, opacus."
+            help="Implementations, besides standard: lensor, lensor-measure (candidates timed), network and"
+            " network-simplified (contracted with dense patterns), and, if installed, einconv, einconv-contract"
+            " (without making the expression), backpack, opacus."
         ),
     ] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, of {', '.join(KINDS)}.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, from {', '.join(KINDS)}.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
     columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    limit: Annotated[int | None, typer.Option(min=1, help="No more convolutions than this.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of convolutions.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
     ] = 0.3,
     out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a results file and skip its rows.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """Measure operations × convolutions × implementations. Lists: a,b,c, or the option repeated."""
+    """Measure operations × convolutions × implementations. Lists: a,b,c, or repeat the option."""
     if context.invoked_subcommand is not None:
         ignored = given_options(context)
         if ignored:
             name = f"--{next(iter(ignored))}"
-            raise stop(f"{name} before {context.invoked_subcommand} is ignored: give options behind the command")
+            raise stop(f"{name} before {context.invoked_subcommand} is ignored: give options after the command")
         return
     names = (names_of(ops), names_of(nets), names_of(impl), names_of(kinds))
-    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, go on with --resume"):
+    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, continue with --resume"):
         _bench(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds), out, resume)
 
 
 def report(
     file: Annotated[Path, typer.Argument(help="Results file of lensor bench.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for report.md and plots; the table only if none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and plots; without it, print a table.")] = None,
     against: Annotated[
-        str, typer.Option(help="Implementation whose time is 1; fastest: the fastest that is not Lensor.")
+        str, typer.Option(help="Implementation whose time is 1; fastest: the fastest except Lensor.")
     ] = STANDARD,
     target: Annotated[
-        list[str] | None, typer.Option(help="Median that is wanted: OPERATION=RATIO or OPERATION:KIND=RATIO.")
+        list[str] | None, typer.Option(help="Desired median: OPERATION=RATIO or OPERATION:KIND=RATIO.")
     ] = None,
     slack: Annotated[float, typer.Option(min=0.0, help="Microseconds that do not count as slower.")] = 0.0,
     roof: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Gflop/s and GB/s that the machine can reach: report.md says what they bound."),
+        typer.Option(help="Maximum Gflop/s and GB/s of the machine: report.md shows the resulting bounds."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """A results file as a Markdown report with plots."""
+    """Make a Markdown report with plots from a results file."""
     with reported(debug):
         if roof is not None and min(roof) <= 0:
             raise CommandError(f"--roof is {roof[0]:g} {roof[1]:g}, expected two positive numbers")
         if roof is not None and out is None:
-            raise CommandError("--roof is for report.md, which --out FOLDER writes")
+            raise CommandError("--roof is given without --out, expected a folder for report.md: give --out FOLDER")
         rates = None if roof is None else (roof[0] * 1e9, roof[1] * 1e9)
         options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6, rates)
         rows = read(file)
         if not rows:
-            raise CommandError(f"{file} holds no rows yet")
+            raise CommandError(f"{file} has no rows, expected at least one")
         print_summaries(rows, options, console())
         if out is not None:
             for path in write(rows, out, options):
@@ -97,19 +97,19 @@ def report(
 
 def growth(
     out: Annotated[Path, typer.Argument(help="Folder for growth.csv and growth.png.")],
-    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, of {', '.join(OPERATIONS)}.")] = None,
-    impl: Annotated[list[str] | None, typer.Option(help="Implementations, beside standard.")] = None,
+    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}.")] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="Implementations, besides standard.")] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
     ] = 0.3,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a results file: skip what it has.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a results file and skip its rows.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """How time and memory grow with batch, image, channels and kernel: measured and plotted."""
+    """Measure and plot how time and memory grow with batch, image, channels and kernel."""
     settings = Settings(
         operations=names_of(ops) or ("kfac_expand", "kfac_reduce", "per_example_weight_vjp", "weight_vjp"),
         implementations=names_of(impl) or ("lensor",),
@@ -119,15 +119,15 @@ def growth(
         repeats=repeats,
         seconds=seconds,
     )
-    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, go on with --resume"):
+    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, continue with --resume"):
         _growth(settings, out, resume)
 
 
 def overhead(
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each function.")] = 1.0,
 ) -> None:
-    """Microseconds that a cached call of each function adds to the torch calls that it makes."""
+    """Measure the microseconds that a cached call of each function adds to its torch calls."""
     _overhead(threads, seconds)
 
 
@@ -138,7 +138,7 @@ def _bench(settings: Settings, out: Path, resume: bool) -> None:
 
     bench = Bench(settings)
     if not bench.cases:
-        raise CommandError("there is nothing to measure: no convolution is of these nets and kinds")
+        raise CommandError("the nets have no convolution of these kinds, expected at least one")
     results = ResultsFile(out, bench.machine, resume)
     shown = console()
     measure([bench], results, shown)
@@ -185,7 +185,7 @@ def _overhead(threads: int, seconds: float) -> None:
 
 
 def print_summaries(rows: list[Row], options: Options, shown: Console) -> None:
-    """The summary as a table, what was measured below it, and how many rows have no time."""
+    """Print the summary as a table, then the settings and the number of rows without a time."""
     table = Table(*HEADINGS[:3], *(Column(name, justify="right") for name in HEADINGS[3:]))
     last = None
     for summary in summaries(rows, options):
@@ -194,7 +194,7 @@ def print_summaries(rows: list[Row], options: Options, shown: Console) -> None:
         last = summary.operation
         table.add_row(*summary.cells)
     shown.print(table)
-    shown.print(f"Shortest time over that of {options.against}, below 1: faster.", highlight=False)
+    shown.print(f"Shortest time divided by that of {options.against}, below 1: faster.", highlight=False)
     for line in settings_of(rows):
         shown.print(line, soft_wrap=True, highlight=False)
     for status in ("wrong", "failed", "refused"):

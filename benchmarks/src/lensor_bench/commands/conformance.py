@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 def conformance(
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="Libraries, of lensor (the default), einconv, backpack, opacus: a,b,c, or repeated."),
+        typer.Option(help="Libraries, from lensor (the default), einconv, backpack, opacus: a,b,c, or repeat."),
     ] = None,
     quantity: Annotated[
-        list[str] | None, typer.Option(help="Quantities; all unless given, an unknown one lists them.")
+        list[str] | None, typer.Option(help="Quantities; all by default, an unknown one lists them.")
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a page to this file too.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write every case to this CSV file too.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write every case to this CSV file.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """For each quantity and hyper-parameter: is Lensor, or another library, right, wrong, or does it refuse?
+    """Check whether Lensor, or another library, is right or wrong or refuses, for each quantity and hyper-parameter.
 
     The exit status is 1 if Lensor is wrong.
     """
@@ -44,12 +44,12 @@ def conformance(
 
 
 def _conformance(peers: tuple[str, ...], quantities: tuple[str, ...], markdown: Path | None, csv: Path | None) -> int:
-    """Ask libraries, with a progress bar, print and write what they answer; the number of Lensor's wrong cells."""
+    """Check libraries, with a progress bar; print and write the results; return the number of Lensor's wrong cells."""
     require("torch")
     from lensor_bench import conformance
 
     if markdown is not None and csv is not None and markdown.resolve() == csv.resolve():
-        raise CommandError(f"{markdown} cannot be both the page and the CSV file")
+        raise CommandError(f"--markdown and --csv are both {markdown}, expected different files")
     for path in (markdown, csv):
         if path is not None:
             refuse_early(path)
@@ -80,7 +80,7 @@ _COLOURS = {"right": "green", "wrong": "bold red", "refuses": "yellow", "n/a": "
 
 
 def _print_matrix(matrix: Matrix, shown: Console) -> None:
-    """A library's table, in parts where it is wider than the console, and below it what was wrong or refused."""
+    """Print a library's table, in parts if it is wider than the console, then wrong results and refusals."""
     from lensor_bench.conformance import COLUMNS, QUANTITIES, SYMBOLS
 
     library, rows = matrix.library, list(matrix.rows())
@@ -104,7 +104,7 @@ def _print_matrix(matrix: Matrix, shown: Console) -> None:
 
 
 def _parts(names: list[str], width: int) -> list[list[str]]:
-    """Column headings in parts that fit a width, as wide as their longest word and a margin."""
+    """Column headings in parts that fit a width; each is as wide as its longest word plus a margin."""
     parts: list[list[str]] = [[]]
     left = width
     for name in names:

@@ -1,4 +1,4 @@
-"""The commands of `lensor bench` that measure whole models and training."""
+"""The subcommands of `lensor bench` that measure whole models and training."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from lensor.inspect.text import digits, write_rows
 def models(
     names: Annotated[list[str] | None, typer.Argument(help="Models; an unknown one lists them.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
-    size: Annotated[int, typer.Option(min=32, help="Height and width of the pictures.")] = 224,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 10,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 5.0,
-    csv: Annotated[Path | None, typer.Option(help="Write the table to this CSV file too.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """Kronecker factors of whole models, beside curvlinops and BackPACK where they are installed."""
+    """Measure Kronecker factors of whole models, compared with curvlinops and BackPACK if they are installed."""
     with reported(debug):
         _models(names or [], batch, size, seconds, repeats, threads, csv)
 
 
 def steps(
-    names: Annotated[list[str] | None, typer.Argument(help="Of resnet18, all-cnn-c.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 3,
+    names: Annotated[list[str] | None, typer.Argument(help="From resnet18, all-cnn-c.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one optimizer.")] = 20.0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """What a training step with KFAC costs beside one of plain gradient descent."""
+    """Measure the cost of a training step with KFAC compared with one of plain gradient descent."""
     with reported(debug):
         _steps(names or [], seconds, repeats, threads)
 
 
 def training(
     out: Annotated[Path, typer.Argument(help="Folder for training.csv and training.png.")],
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks, of digits, crops.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks, from digits, crops.")] = None,
     steps: Annotated[int, typer.Option(min=10, help="Steps of a run.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each optimizer.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 128,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """Training on real data: KFAC beside tuned SGD and AdamW, plotted."""
+    """Train on real data: KFAC compared with tuned SGD and AdamW, plotted."""
     with reported(debug):
         _training(names_of(tasks), steps, seeds, batch, threads, out)
 
@@ -62,12 +62,12 @@ def sampling(
     steps: Annotated[int, typer.Option(min=20, help="Steps of a training run.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Training runs for each keep rate.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of steps and of training.")] = 128,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 2.0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """Sampled backpropagation: bytes and time of steps and gradients, and training, plotted."""
+    """Measure sampled backpropagation: memory and time of steps and gradients, and training, plotted."""
     with reported(debug):
         _sampling(out, steps, seeds, batch, seconds, repeats, threads)
 
@@ -137,7 +137,7 @@ def _training(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads:
 
 
 def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, repeats: int, threads: int) -> None:
-    """Measure sampled backpropagation, print tables and write them."""
+    """Measure sampled backpropagation, then print and write tables."""
     require("torch", "matplotlib", "skimage")
     from lensor_bench import sampling
 

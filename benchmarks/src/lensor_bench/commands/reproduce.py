@@ -29,36 +29,36 @@ if TYPE_CHECKING:
 
 def reproduce(
     context: typer.Context,
-    figure: Annotated[list[str], typer.Argument(help=f"Of {', '.join(FIGURES)}, all.")],
+    figure: Annotated[list[str], typer.Argument(help=f"From {', '.join(FIGURES)}, all.")],
     out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and Markdown.")] = Path("reproduced"),
     quick: Annotated[bool, typer.Option("--quick", help="A few convolutions of each kind, few repeats.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads for torch; 1 if the CPUs are shared.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="No more rounds than this.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds for which each implementation is timed; at least three rounds.")
+        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
     ] = 0.2,
     cifar: Annotated[
-        Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs measures too.")
+        Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs also measures.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where there is an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
 ) -> None:
-    """The paper's figures and tables, with what the paper says: study, runtime, speedups, memory, crs, all."""
+    """Reproduce the paper's figures and tables, with its results: study, runtime, speedups, memory, crs, all."""
     settings = Settings(batch=batch, dtype=dtype, threads=threads, device=device, repeats=repeats, seconds=seconds)
     given = given_options(context)
     file = out / (QUICK_RUNS if quick else RUNS)
-    with reported(debug, interrupted=f"interrupted: what was measured is in {file}, the same command goes on with it"):
+    with reported(debug, interrupted=f"interrupted: measurements are in {file}, the same command continues"):
         names = figures(figure)
         idle = [option for option, of in OPTIONS.items() if option in given and not {*of} & {*names}]
         if idle:
-            raise CommandError(f"--{idle[0]} is of {', '.join(OPTIONS[idle[0]])}, found {', '.join(names)}")
+            raise CommandError(f"--{idle[0]} is given for {', '.join(names)}, expected {', '.join(OPTIONS[idle[0]])}")
         _reproduce(names, settings, out, quick, cifar, shown_options(given, ("figure", "out", "cifar")))
 
 
 def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, cifar: Path | None, options: str) -> None:
-    """Measure what figures need and is not measured yet, and write them with the options of the command."""
+    """Measure what the figures still need, and write them with the options of the command."""
     shown = console()
     rows: list[Row] = []
     operations = needed(names)
@@ -82,7 +82,7 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, ci
 
 
 def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, shown: Console) -> Sequence[CrsPoint]:
-    """Measure the errors of sampled gradients that are not in the folder yet; all that the settings ask for."""
+    """Measure the missing errors of sampled gradients; return all that the settings ask for."""
     require("torch", "matplotlib", "skimage")
     import torch
 

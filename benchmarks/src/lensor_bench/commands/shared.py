@@ -1,4 +1,4 @@
-"""What the commands of lensor-bench share."""
+"""Functions that the commands of lensor-bench share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def given_options(context: typer.Context) -> dict[str, object]:
-    """The options of a command that were given, by name."""
+    """The options that the user gave for a command, by name."""
     return {
         name: value
         for name, value in context.params.items()
@@ -25,7 +25,7 @@ def given_options(context: typer.Context) -> dict[str, object]:
 
 
 def shown_options(given: dict[str, object], without: Sequence[str]) -> str:
-    """Options as they were given, each behind a space."""
+    """Options as the user gave them, each after a space."""
     kept = {name: value for name, value in given.items() if name not in without}
     return "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in kept.items())
 
@@ -36,7 +36,7 @@ def measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> N
         *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
         *(TextColumn("left"), TimeRemainingColumn()),
     )
-    # Convolutions differ much in cost: the time left is estimated from half an hour, not from the last seconds.
+    # Costs of convolutions differ much, so estimate the remaining time from half an hour, not from the last seconds.
     with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
         total = sum(len(bench.pending(results)) for bench in benches)
         task = progress.add_task("", total=total)

@@ -1,4 +1,4 @@
-"""The torch backend: the steps of plans, their derivatives, and what graphs of compilers need."""
+"""The torch backend: the steps of plans, their derivatives, and support for the graphs of compilers."""
 
 from lensor.kernels.torch.backend import BACKEND
 

@@ -1,4 +1,4 @@
-"""Planned derivatives in torch's autograd, in its transforms and in forward mode."""
+"""Planned derivatives in torch's autograd, transforms and forward mode."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch._C import _is_any_autocast_enabled
 
 
 class Derivatives:
-    """What `_Planned` knows of the function that it records."""
+    """A function and its derivatives, for `_Planned`."""
 
     def __init__(self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]) -> None:
         self.run, self.derivative, self.needs = run, derivative, needs
         self.unneeded: dict[tuple[bool, ...], tuple[int, ...]] = {}
 
     def kept(self, arrays: tuple[torch.Tensor, ...], asked: tuple[bool, ...]) -> Sequence[torch.Tensor | None]:
-        """The operands that the derivatives asked for need; None for the others. `asked` begins with that of `self`."""
+        """The operands that the requested derivatives need, None for the others; `asked` starts with that of `self`."""
         unneeded = self.unneeded.get(asked)
         if unneeded is None:
             needed = {at for place, wanted in enumerate(asked[1:]) if wanted for at in self.needs[place]}
@@ -29,7 +29,7 @@ class Derivatives:
 
 
 class _Planned(torch.autograd.Function):
-    """A function whose derivatives are planned: what is kept for them are operands, those that they need."""
+    """A function with planned derivatives; it only saves the operands that they need."""
 
     @staticmethod
     def forward(ctx: Any, own: Derivatives, *arrays: torch.Tensor) -> torch.Tensor:
@@ -51,11 +51,11 @@ class _Planned(torch.autograd.Function):
 
 
 record = super(torch.autograd.Function, _Planned).apply  # pyright: ignore[reportAttributeAccessIssue]
-"""`_Planned.apply` without its preparations for transforms, which take longer than the rest."""
+"""`_Planned.apply` without its preparations for transforms, which take most of its time."""
 
 
 class Transformed(_Planned):
-    """The same in the form that torch.func's transforms ask for, and forward mode."""
+    """The same function in the form that the transforms of torch.func require, and with forward mode."""
 
     generate_vmap_rule = True
 
@@ -67,7 +67,7 @@ class Transformed(_Planned):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.own, *arrays = inputs
         ctx.casts = casts_of(next(array for array in arrays if not is_positions(array)))
-        ctx.save_for_backward(*arrays)  # all, because they want the same for both modes
+        ctx.save_for_backward(*arrays)  # all, because torch requires the same for both modes
         ctx.save_for_forward(*arrays)
 
     @staticmethod
@@ -82,7 +82,7 @@ class Transformed(_Planned):
 
 
 class _Casts(NamedTuple):
-    """Automatic casts, to be done again, and the dtype of the operands."""
+    """The state of autocast, to restore it later, and the dtype of the operands."""
 
     device: str
     to: torch.dtype
@@ -93,12 +93,12 @@ class _Casts(NamedTuple):
 
 
 def is_positions(x: torch.Tensor) -> bool:
-    """Whether a tensor holds positions, not numbers that are differentiated."""
+    """Whether a tensor contains positions, which are not differentiated."""
     return not (x.is_floating_point() or x.is_complex())
 
 
 def casts_of(x: torch.Tensor) -> _Casts | None:
-    """The automatic casts that are on for a tensor's device, if any."""
+    """The state of autocast for a tensor's device, or None if it is off."""
     if not _is_any_autocast_enabled():
         return None
     device = x.device.type
@@ -108,7 +108,7 @@ def casts_of(x: torch.Tensor) -> _Casts | None:
 
 
 def uncast(device: str) -> AbstractContextManager[Any]:
-    """Without automatic casts, which would put products into half precision again."""
+    """A context without autocast, which would compute products in half precision again."""
     if not _is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

@@ -19,7 +19,7 @@ from lensor.spec import ConvSpec
 
 
 class TorchBackend:
-    """Tensors of torch."""
+    """The backend for torch tensors."""
 
     name = "torch"
     steps = STEPS
@@ -96,14 +96,14 @@ class TorchBackend:
                 return ready.unchecked(*arrays)
             if not is_channels_last([arrays[place] for place in deciding], spec):
                 return ready.unchecked(*arrays)
-            if torch.compiler.is_compiling():  # what is compiled is made before
+            if torch.compiler.is_compiling():  # a compiler cannot create another Runnable
                 return self.settled(ready.unchecked(*arrays), channels_last=True)
             return ready.channels_last.unchecked(*arrays)
 
         return call
 
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
-        # On CPUs, derivatives of torch's convolutions are added up in half precision, example by example.
+        # On CPUs, torch accumulates derivatives of convolutions over examples in half precision.
         only_on_cpu = isinstance(one_sum, s.Convolution) and one_sum.kind != "forward"
         if one_sum is not None and not only_on_cpu:
             return run
@@ -134,7 +134,7 @@ class TorchBackend:
 
         def call(*arrays: torch.Tensor) -> torch.Tensor:
             if torch.compiler.is_compiling():
-                return run(*arrays)  # the compiler's own derivatives fuse with the rest of its graph
+                return run(*arrays)  # the compiler fuses its own derivatives with the rest of the graph
             for array in arrays:
                 if array.requires_grad or is_functorch_wrapped_tensor(array):
                     return recorded(arrays)
@@ -159,7 +159,7 @@ class TorchBackend:
         return torch.randn(*shape, generator=generator).to(device=kind[2], dtype=kind[1])
 
     def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
-        """A tensor of some shape that takes no memory."""
+        """A tensor with this shape that takes no memory."""
         return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
 
     def synchronize(self) -> None:

@@ -1,4 +1,4 @@
-"""Constants of plans, as torch keeps them and as graphs of torch.compile hold them."""
+"""Constants of plans, cached for eager use and stored in graphs of torch.compile."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _constants = Cache(maxsize=256, weigh=lambda entry: entry[1].nbytes)
 
 
 class Constant:
-    """A tensor that is not an operand's: made once for a dtype and device.
+    """A tensor that does not depend on operands, created once per dtype and device.
 
-    Made anew where a mode would get into it (fake tensors, transforms); while torch.compile traces, a constant of its
-    graph.
+    It is created again at each call under a mode that would wrap it (fake tensors, transforms). While torch.compile
+    traces, it is a constant of the graph.
     """
 
     def __init__(self, key: Hashable, make: Callable[[], torch.Tensor]) -> None:
@@ -51,7 +51,7 @@ _numbered: weakref.WeakValueDictionary[int, Constant] = weakref.WeakValueDiction
 
 
 class _Captured:
-    """The constants that graphs use, as attributes: torch.compile finds new ones there while it traces."""
+    """The constants in graphs, as attributes, so that torch.compile finds new ones while it traces."""
 
 
 _captured = _Captured()
@@ -59,7 +59,7 @@ _captured = _Captured()
 
 @torch.compiler.assume_constant_result
 def _captured_constant(number: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The name in `_captured` of a constant."""
+    """The name of a constant in `_captured`."""
     name = f"constant_{number}_{dtype}_{device}".replace(".", "_").replace(":", "_")
     setattr(_captured, name, _numbered[number].kept(dtype, device))
     return name

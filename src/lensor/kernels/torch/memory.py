@@ -1,4 +1,4 @@
-"""Memory of tensors: the order that torch calls channels_last, and tensors of which only the shape is read."""
+"""Memory of tensors: the memory format channels_last, and tensors that only provide a shape."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lensor.kernels.torch.tensors import is_plain
 from lensor.spec import ConvSpec
 
 _nothing = mmap.mmap(-1, mmap.PAGESIZE, access=mmap.ACCESS_COPY)
-"""Addresses that are never read nor written to, and therefore take no memory."""
+"""Addresses that are never read or written, and therefore take no memory."""
 
 
 def shape_only(size: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """A tensor of which torch's convolutions read the shape only; an expanded one would be copied by them.
+    """A tensor that only provides its shape to torch's convolutions, which would copy an expanded one.
 
-    One from the allocator would take the memory that is warm from the result, which is made next.
+    A tensor from the allocator would take memory in the cache that the result could use.
     """
     global _nothing
     if like.device.type != "cpu" or type(like) is not torch.Tensor or torch.compiler.is_compiling():
@@ -34,21 +34,21 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def format_of(x: torch.Tensor, channels_last: bool) -> torch.memory_format:
-    """The memory format of results: channels_last if asked for and defined for this number of axes."""
+    """The memory format of results: channels_last if requested and defined for this number of axes."""
     return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format) if channels_last else torch.contiguous_format
 
 
 def in_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in that order of axes; as it is under a transform, where orders are not known."""
+    """The tensor in the memory format channels_last; unchanged under a transform, where the format is unknown."""
     return x.contiguous(memory_format=format_of(x, True)) if is_plain(x) else x
 
 
 def is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
-    """Whether torch's own convolution of an input and a weight, or of one of them, has a result in that order."""
+    """Whether torch's convolution of an input and a weight, or of one of them, has a result in channels_last."""
     if torch.compiler.is_compiling() or len(arrays) == 1:
         return any(map(suggests_channels_last, arrays))
     if not all(map(is_plain, arrays)):
-        return False  # batches of a transform do not say
+        return False  # the format is unknown under a transform
     x, weight = arrays
     padding = [max(sides) for sides in spec.padding]
     if spec.padding_mode == "circular":  # torch pads first, into row-major order
@@ -61,7 +61,7 @@ def is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
 
 
 def suggests_channels_last(x: torch.Tensor) -> bool:
-    """Whether torch takes an array of 4 or 5 axes to be in that order, which strides do not always tell."""
+    """Whether torch treats an array with 4 or 5 axes as channels_last, which strides do not always determine."""
     strides, sizes = x.stride(), x.shape
     least = 0
     if strides[1] == 0:

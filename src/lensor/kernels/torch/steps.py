@@ -1,4 +1,4 @@
-"""The steps of plans in torch. Every one is made of differentiable torch operators, to any order."""
+"""The steps of plans in torch; each consists of torch operators that are differentiable to any order."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _overlap_add(step: s.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 _MOST_RUNS = 8
-"""Positions in at most this many runs are read as slices side by side, which is faster than one by one."""
+"""Positions in at most this many runs are read as slices and concatenated, which is faster than single reads."""
 
 
 def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -100,7 +100,7 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _reads(selection: IndexPattern, like: torch.Tensor) -> torch.Tensor:
-    """The input position that each output position of a selection reads, in any mode but zeros."""
+    """The input position that each output position of a crop reads, in any mode except zeros."""
     places = torch.arange(selection.output_size, device=like.device) * selection.stride - selection.padding[0]
     return in_mode(places, selection.input_size, selection.padding_mode, torch.where)
 
@@ -153,11 +153,11 @@ def _add(step: s.Add) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 _MANY = 256
-"""More terms than this are squared before they are summed, in memory of their own."""
+"""More terms than this are squared into separate memory before they are summed."""
 
 
 def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Term by term added up, so that no squares are kept; all at once where terms are many or nobody may write."""
+    """Add squares term by term, without storing them; all at once for many terms, or if writing is not allowed."""
     axes = step.axes
 
     def sum_squares(x: torch.Tensor) -> torch.Tensor:
@@ -167,7 +167,7 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
         kept = [axis for axis in range(x.ndim) if axis not in axes]
         terms = x.permute(*axes, *kept)
         first, *others = itertools.product(*map(range, sizes))
-        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype  # half precision adds up badly
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype  # sums in half are inaccurate
         result = torch.mul(*[terms[first].to(wide)] * 2, out=x.new_empty([x.shape[axis] for axis in kept], dtype=wide))
         for place in others:
             result.addcmul_(*[terms[place].to(wide)] * 2)
@@ -177,7 +177,7 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """In row-major order, where torch alone would take over the order of what it multiplies: a view comes next."""
+    """Multiply in row-major order, where torch would use the order of the factors; the next step is often a view."""
     if (a.is_contiguous() and b.is_contiguous()) or not (may_write(a) and may_write(b)):
         return a * b
     shape = [q if p == 1 else p for p, q in zip(a.shape, b.shape, strict=True)]
@@ -199,17 +199,17 @@ def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], t
 
 
 _BLOCK = 192
-"""Rows from which on a Gram matrix is halved; smaller blocks lose to the overhead of a call."""
+"""A Gram matrix with at least this many rows is halved; smaller blocks do not outweigh the overhead of a call."""
 
 _LONG = 512
-"""Shorter rows make a Gram matrix a matter of writing the result, where one triangle saves nothing."""
+"""With shorter rows, writing the result takes most of the time, so computing one triangle saves nothing."""
 
 _WIDE = 1024
-"""Gram matrices of more rows are halved for shorter rows, too, but less often."""
+"""Gram matrices with more rows than this are also halved for shorter rows, but less often."""
 
 
 def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Halves of the rows with themselves and with each other; whole where that is no gain or nobody may write."""
+    """Multiply halves of the rows recursively; all rows at once if this gains nothing or writing is not allowed."""
     multiply = _matmul(step)
     factor = float(step.factor)
 
@@ -238,20 +238,20 @@ def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float) -> None:
-    """factor · a bᵀ, written where `out` lies: batch by batch, for a batched product wants one piece of memory."""
+    """Write factor · a bᵀ to `out`, one batch element at a time, since a batched product needs contiguous memory."""
     for place in itertools.product(*map(range, out.shape[:-2])):
         torch.addmm(out[place], a[place], b[place].mT, beta=0, alpha=factor, out=out[place])
 
 
 Lags = dict[s.Shape, torch.Tensor]
-"""For each lag a matrix of products of channels, [g, block, block]."""
+"""For each lag, a matrix of products of channels, [g, block, block]."""
 
 
 def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Products by lags, one block of channels with another at a time; then the corrections, products of thin lines.
+    """Compute products for all lags, one pair of channel blocks at a time, followed by the corrections for borders.
 
-    Channels lie last and positions in one row with zeros behind each axis, so that a lag is an offset in the row. What
-    is alive beside the result: the row, and products of two blocks for all lags.
+    Channels are last, and positions form one row with zeros after each axis, so that a lag is an offset in the row. In
+    addition to the result, the row and the products of two blocks for all lags are alive.
     """
     dims, kernel, pad, factor = len(step.patterns), step.kernel, step.pad, float(step.factor)
     dilation = tuple(pattern.dilation for pattern in step.patterns)
@@ -260,7 +260,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
     places = {border: _places(border, whole.offsets) for border in (whole, *borders)}
 
     def of_rows(row: torch.Tensor, strides: Sequence[int], one: slice, two: slice) -> Lags:
-        """Σ x[i] x[i + lag] of two blocks of channels for every lag: [g, block, block]."""
+        """Σ x[i] x[i + lag] of two channel blocks for every lag: [g, block, block]."""
         length = row.shape[1]
         found: Lags = {}
         for lag in lags:
@@ -271,12 +271,12 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
                 continue
             first = row[:, max(-offset, 0) : length - max(offset, 0), one]
             second = row[:, max(offset, 0) : length - max(-offset, 0), two]
-            # One channel a group: a product of vectors is no matter for a matrix product.
+            # With one channel per group, use a dot product.
             found[lag] = (first * second).sum(1, keepdim=True) if row.shape[2] == 1 else first.mT @ second
         return found
 
     def of_lines(body: torch.Tensor, sizes: Sequence[int], one: slice, two: slice, border: s.Border) -> Lags:
-        """The same over the positions of a border, for the lags that it needs."""
+        """The same sums over the positions of a border, for the lags that it needs."""
         own, around = body[..., one], body[..., two]
         fixed = dict(border.fixed)
         free = [axis for axis in range(dims) if axis not in fixed]
@@ -296,7 +296,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         return dict(zip(every, products.unflatten(2, (math.prod(border.count), -1)).unbind(2), strict=True))
 
     def collect(found: Lags, border: s.Border, views: Any, entries: dict[tuple[int, int], torch.Tensor]) -> None:
-        """Put the products for every pair of offsets where they belong: into the result's views, if it has any."""
+        """Put the products for every pair of offsets into the result's views, or into `entries` without views."""
         for k, second, lag in places[border]:
             if views is None:
                 known = entries.get((k, second))
@@ -310,7 +310,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         n, g, c, *sizes = x.shape
         writes = may_write(x)
         x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *positions, c]
-        if writes:  # padding as torch does it need not be in row-major order
+        if writes:  # torch's padding need not be in row-major order
             body = x.new_zeros((g, n, *map(sum, zip(sizes, pad, strict=True)), c))
             body[(slice(None), slice(None), *map(slice, sizes))] = x
         else:
@@ -344,7 +344,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _places(border: s.Border, offsets: Sequence[s.Shape]) -> list[tuple[int, int, s.Shape]]:
-    """Every pair of offsets (k, l) that a border concerns, by their places, with their lag."""
+    """Every pair of offsets (k, l) that a border affects, as their places and their lag."""
     numbers = {k: at for at, k in enumerate(offsets)}
     return [
         (numbers[k], at, tuple(b - a for a, b in zip(k, second, strict=True)))
@@ -358,7 +358,7 @@ def _padded(x: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tenso
 
 
 def _spread(x: torch.Tensor, axis: int, size: int, start: int, every: int, count: int) -> torch.Tensor:
-    """`count` positions of an axis from `start` on in steps, zeros outside of 0 to size − 1."""
+    """`count` positions of an axis, start, start + every, ..., with zeros outside 0 to size − 1."""
     low = min(max(-(start // every), 0), count)
     high = max(min((size - 1 - start) // every + 1, count), low)
     if high == low:

@@ -1,10 +1,10 @@
-"""The public operations for sizes that are symbols, as compositions of torch's own operators.
+"""The public operations for symbolic sizes, as compositions of torch's operators.
 
-While torch writes down a graph for all sizes (`torch.export` with dynamic shapes, `torch.compile` after a size has
-changed, `torch.jit.trace`), no plan can be made: a plan is for sizes that are numbers. Each function here is named as
-the operation of `lensor.functional` that it stands for, takes the same arguments, and computes the same in a way that
-holds for every size. Kernel sizes, strides, paddings, dilations and groups are numbers; batch, channels and positions
-may be symbols, of which nothing is asked that torch's own layers would not ask.
+While torch captures a graph for all sizes (`torch.export` with dynamic shapes, `torch.compile` after a size has
+changed, `torch.jit.trace`), planning is impossible, since a plan has known sizes. Each function here has the name, the
+arguments and the result of an operation of `lensor.functional`, and works for all sizes. Kernel sizes, strides,
+paddings, dilations and groups are numbers. Numbers of examples, channels and positions may be symbolic, and the
+functions put no more constraints on them than torch's own layers do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lensor.errors import require_choice
 from lensor.spec import ConvSpec
 
 Sizes: TypeAlias = Sequence[Any]
-"""Integers, any of which may be a symbol."""
+"""Integers, any of which may be symbolic."""
 
 _CONVOLUTIONS = (None, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 _TRANSPOSED = (
@@ -35,12 +35,12 @@ _TRANSPOSED = (
 )
 _MODES = {"zeros": "constant"}
 _MOST = 1 << 40
-"""A spatial size that no hyper-parameter is too large for."""
+"""A spatial size that is larger than all hyper-parameters."""
 
 
 def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
-    """Whether the size of an array, or a size among the options, is a symbol."""
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # there every size is one
+    """Whether a size of an array, or a size in the options, is symbolic."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # here every size is symbolic
         return True
     for array in arrays:
         for size in array.shape:
@@ -62,7 +62,7 @@ def _is_known(option: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------- hyper-parameters
 class _Hyper(NamedTuple):
-    """Hyper-parameters, one entry for each dimension."""
+    """Hyper-parameters, with one entry per dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -74,16 +74,16 @@ class _Hyper(NamedTuple):
 
     @property
     def span(self) -> tuple[int, ...]:
-        """How far the first and the last position of a kernel are apart."""
+        """The distance between the first and the last position of a kernel."""
         return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @property
     def patch(self) -> int:
-        """Positions of a kernel."""
+        """The number of kernel positions."""
         return math.prod(self.kernel)
 
     def padded(self, size: Sizes) -> Sizes:
-        """A spatial size with its padding."""
+        """A spatial size including the padding."""
         return [i + left + right for i, (left, right) in zip(size, self.padding, strict=True)]
 
     def positions(self, size: Sizes) -> Sizes:
@@ -104,7 +104,7 @@ def _checked(
     transposed: bool,
     output_padding: Any,
 ) -> tuple:
-    """Hyper-parameters normalised, with the errors that they have for sizes that are numbers."""
+    """Normalise hyper-parameters; they raise the same errors as with known sizes."""
     spec = ConvSpec(
         int(groups) if groups > 0 else 1,
         int(groups) if groups > 0 else 1,
@@ -156,7 +156,7 @@ def _hyper(
 
 
 def _numbers(option: Any) -> Any:
-    """An option made of numbers: symbols become the numbers that they stand for, and the graph is for these alone."""
+    """Replace symbolic values in an option by their numbers, to which the graph is then specialised."""
     if isinstance(option, str):
         return option
     if isinstance(option, Sequence):
@@ -187,14 +187,14 @@ def _dims_of_weight(name: str, weight: Sizes) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- padding
 def _padded(x: Tensor, h: _Hyper) -> Tensor:
-    """[batch, channels, *size] with its padding."""
+    """Pad [batch, channels, *size]."""
     if not any(left or right for left, right in h.padding):
         return x
     if h.mode == "zeros" or len(h.padding) <= 3:
         widths = [width for sides in reversed(h.padding) for width in sides]
         return torch.nn.functional.pad(x, widths, _MODES.get(h.mode, h.mode))
     for axis, (left, right) in enumerate(h.padding, start=2):
-        # torch pads at most three axes in these modes, here one at a time: all others before it are one.
+        # torch pads at most three axes in these modes, so pad one at a time and flatten the others before it.
         rows = x.movedim(axis, -1)
         found = torch.nn.functional.pad(rows.reshape(1, -1, x.shape[axis]), (left, right), h.mode)
         x = found.reshape(*rows.shape[:-1], found.shape[-1]).movedim(-1, axis)
@@ -202,7 +202,7 @@ def _padded(x: Tensor, h: _Hyper) -> Tensor:
 
 
 def _without_padding(x: Tensor, h: _Hyper) -> Tensor:
-    """The adjoint of `_padded`: what was read several times is added up."""
+    """The adjoint of `_padded`, which adds up all reads of a position."""
     for axis, (left, right) in enumerate(h.padding, start=2):
         if not left and not right:
             continue
@@ -222,12 +222,12 @@ def _without_padding(x: Tensor, h: _Hyper) -> Tensor:
 
 
 def _between(x: Tensor, axis: int, before: Any, after: Any) -> Tensor:
-    """Zeros before and after an axis."""
+    """Add zeros before and after an axis."""
     return torch.nn.functional.pad(x, [*[0, 0] * (x.ndim - 1 - axis), before, after])
 
 
 def _stuffed(x: Tensor, axis: int, step: int) -> Tensor:
-    """Zeros between the positions of an axis, which are then `step` apart."""
+    """Insert zeros between the positions of an axis, so that they are `step` apart."""
     if step == 1:
         return x
     x = _between(x.unsqueeze(axis + 1), axis + 1, 0, step - 1).flatten(axis, axis + 1)
@@ -247,7 +247,7 @@ def _inner(h: _Hyper) -> _Hyper:
 
 
 def _convolved(x: Tensor, w: Tensor, h: _Hyper) -> Tensor:
-    """The convolution of a padded input; torch has three dimensions, the first of more is a sum over the kernel."""
+    """The convolution of a padded input; torch has up to three dimensions, others are sums over kernel positions."""
     convolve = _CONVOLUTIONS[w.ndim - 2] if w.ndim <= 5 else None
     if convolve is not None:
         return convolve(x, w, None, h.stride, 0, h.dilation, h.groups)
@@ -271,7 +271,7 @@ def _spread(v: Tensor, w: Tensor, h: _Hyper) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, v: Tensor, size: Sizes, h: _Hyper, groups: Any) -> Tensor:
-    """The weight gradient of the convolution of a padded input, real numbers."""
+    """The weight gradient of the convolution of a padded input, for real numbers."""
     if len(size) <= 5:
         like, dims = x.new_empty(tuple(size)), len(size) - 2
         return torch.ops.aten.convolution_backward(
@@ -284,7 +284,7 @@ def _weight_gradient(x: Tensor, v: Tensor, size: Sizes, h: _Hyper, groups: Any) 
 
 
 def _bilinear(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """A bilinear function of real tensors on complex ones."""
+    """Apply a bilinear function of real tensors to real or complex ones."""
     if not a.is_complex():
         return function(a, b)
     real = function(a.real, b.real) - function(a.imag, b.imag)
@@ -337,7 +337,7 @@ def conv_transpose(
     dims = _dims_of_weight("weight", w.shape)
     _require_axes("input", x.ndim, dims)
     extra = output_padding
-    if is_symbolic((), (output_padding,)):  # a module that was asked for an output size
+    if is_symbolic((), (output_padding,)):  # from a module call with an output size
         output_padding = 0
     h = _hyper(dims, w.shape[2:], stride, padding, dilation, groups, transposed=True, output_padding=output_padding)
     if not isinstance(extra, Sequence):
@@ -369,12 +369,12 @@ def _windows(x: Tensor, h: _Hyper) -> Tensor:
 
 
 def _windows_of_transposed(x: Tensor, h: _Hyper) -> Tensor:
-    """The patches of a transposed convolution's input: windows, backwards, of the input with zeros between."""
+    """The patches of a transposed convolution's input: reversed windows of the input with zeros inserted."""
     for axis, span in enumerate(h.span, start=2):
         at = axis - 2
         (left, right), more = h.padding[at], h.output_padding[at]
         x = _between(_stuffed(x, axis, h.stride[at]), axis, span, span + more)
-        # As many positions as the output has, and the span.
+        # Keep as many positions as the output has, plus the span.
         x = x.narrow(axis, left, x.shape[axis] - left - right)
         x = x.unfold(axis, span + 1, 1)[..., :: h.dilation[at]].flip(-1)
     return x
@@ -429,12 +429,12 @@ def fold(
             break
     h, size = hyper(dims or 2)
     if len(size) != len(h.kernel):
-        raise ValueError(f"output_size is {tuple(size)}, expected {len(h.kernel)} sizes as kernel_size has")
+        raise ValueError(f"output_size is {tuple(size)}, expected {len(h.kernel)} entries as in kernel_size")
     count = h.positions(size)
     if math.prod(count) != x.shape[2]:
         raise ValueError(
-            f"input has {x.shape[2]} positions, expected {math.prod(count)}: the product of {tuple(count)}, the number"
-            " of patches in each dimension"
+            f"input has {x.shape[2]} positions, expected {math.prod(count)}: the product of the numbers of patches in"
+            f" each dimension, {tuple(count)}"
         )
     if x.shape[1] % h.patch != 0:
         raise ValueError(f"input has {x.shape[1]} rows, expected a multiple of {h.patch}: the product of {h.kernel}")
@@ -442,7 +442,7 @@ def fold(
 
 
 def _overlapped(x: Tensor, size: Sizes, count: Sizes, h: _Hyper) -> Tensor:
-    """[batch, channels·ΠK, ΠO] added up at their places, [batch, channels, *size]; one dimension after another."""
+    """Sum overlapping patches [batch, channels·ΠK, ΠO] to [batch, channels, *size], one dimension at a time."""
     dims, (batch, rows, _) = len(h.kernel), x.shape
     if dims == 2:
         return torch.nn.functional.fold(x, tuple(size), h.kernel, h.dilation, 0, h.stride)
@@ -480,7 +480,7 @@ def conv_input_vjp(
         raise ValueError(f"input_size has {input_size[1]} channels, expected {w.shape[1] * h.groups} for the weight")
     found = _spread(v, w.conj(), h)
     for axis, whole in enumerate(h.padded(size), start=2):
-        if h.stride[axis - 2] > 1:  # positions at the end that no kernel reaches
+        if h.stride[axis - 2] > 1:  # add the positions at the end that the kernel does not reach
             found = _between(found, axis, 0, whole - found.shape[axis])
     return _without_padding(found, h)
 
@@ -493,14 +493,15 @@ def _prepared(
     vectors: int = 0,
     batched: bool = True,
 ) -> tuple[Tensor, _Hyper]:
-    """The padded input of a weight gradient, and hyper-parameters; ValueError unless the cotangent fits."""
+    """The padded input and the hyper-parameters of a weight gradient; raise ValueError unless the cotangent fits."""
     stride, padding, dilation, groups, padding_mode = options
     dims = _dims_of_weight("weight_size", weight_size)
     _require_axes("input", x.ndim, dims, batched)
     h = _hyper(dims, tuple(weight_size)[2:], stride, padding, dilation, groups, padding_mode)
     if x.shape[1] != weight_size[1] * h.groups or weight_size[0] % h.groups != 0:
         raise ValueError(
-            f"input has {x.shape[1]} channels, which do not fit weight_size={tuple(weight_size)} and groups={h.groups}"
+            f"input has {x.shape[1]} channels, expected {weight_size[1] * h.groups} for"
+            f" weight_size={tuple(weight_size)} and groups={h.groups}, which must divide weight_size[0]"
         )
     name, layout = (
         ("sqrt_ggn", "[v, batch, c_out, *output_size]") if vectors else ("grad_output", "[batch, c_out, ...]")
@@ -519,7 +520,7 @@ def conv_weight_vjp(x: Tensor, v: Tensor, weight_size: Sizes, *options: Any) -> 
 
 
 def conv_weight_vjp_per_example(x: Tensor, v: Tensor, weight_size: Sizes, *options: Any) -> Tensor:
-    """`lensor.functional.conv_weight_vjp_per_example`: examples are groups of one example."""
+    """`lensor.functional.conv_weight_vjp_per_example`, with the examples as groups of one example."""
     x, h = _prepared(x, v.shape, weight_size, options)  # type: ignore[arg-type]
     batch = x.shape[0]
     size = (batch * weight_size[0], *weight_size[1:])
@@ -550,7 +551,8 @@ def kfac_input_factor(
     require_choice("form", form, ("factor", "root"))
     if form == "root" and (approx != "reduce" or convention != "paper"):
         raise ValueError(
-            f"form='root' with approx={approx!r} and convention={convention!r}, expected 'reduce' and 'paper'"
+            f"form='root' with approx={approx!r} and convention={convention!r}, expected approx='reduce' and"
+            " convention='paper'"
         )
     dims = _dims_of(kernel_size, x)
     _require_axes("input", x.ndim, dims, batched=True)
@@ -568,7 +570,7 @@ def kfac_input_factor(
     if x.shape[1] % h.groups != 0:
         raise ValueError(f"input has {x.shape[1]} channels, expected a multiple of groups={h.groups}")
     if x.shape[0] == 0:
-        raise ValueError("input has an empty batch, expected at least one example to average over")
+        raise ValueError("input has an empty batch, expected at least one example")
     windows = _windows_of_transposed(x, h) if transposed else _windows(_padded(x, h), h)
     batch, count = x.shape[0], math.prod(windows.shape[2 : 2 + dims])
     shape = (batch, h.groups, x.shape[1] // h.groups * h.patch)
@@ -583,7 +585,7 @@ def kfac_input_factor(
 
 
 def _powers(side: str, approx: Approx, convention: FactorNormalisation, groups: int) -> tuple[int, int]:
-    """Powers of the numbers of examples and positions that a convention multiplies the paper's factor with."""
+    """The powers of the numbers of examples and positions by which a convention multiplies the paper's factor."""
     require_choice("convention", convention, tuple(CONVENTIONS))
     known = CONVENTIONS[convention]
     powers = (known.input if side == "input" else known.output).get(approx)
@@ -621,7 +623,7 @@ def kfac_output_factor(
 
 
 def _roots(x: Tensor, s: Tensor, weight_size: Sizes, options: tuple) -> Tensor:
-    """Weight gradients of every example and vector, [v, batch, groups, c_out/groups, c_in/groups·ΠK]."""
+    """Weight gradients of each example and vector, [v, batch, groups, c_out/groups, c_in/groups·ΠK]."""
     x, h = _prepared(x, s.shape, weight_size, options, vectors=1)
     dims = len(h.kernel)
     patches = _as_columns(_windows(x, h), dims).reshape(x.shape[0], h.groups, weight_size[1] * h.patch, -1)
@@ -657,4 +659,4 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "_ggn_diagonal": ggn_diagonal,
     "_ggn_gram": ggn_gram,
 }
-"""By the names of the operations in `lensor.functional`."""
+"""The functions, by the name of the operation in `lensor.functional`."""

@@ -1,6 +1,6 @@
-"""The steps of plans, a file for each kind; see `Step` for what every one of them says of itself.
+"""The steps of plans, one file per kind; `Step` describes their interface.
 
-To add a step, write it down in one of these files, and a function that carries it out for each backend.
+To add a step, define it in one of these files, and add a function that runs it to each backend.
 """
 
 from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, Strides, contiguous, with_axis

@@ -1,4 +1,4 @@
-"""What a step is: data that knows its own shape, flops, memory and rate."""
+"""The interface of steps: data with methods for shape, flops, memory and rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 def with_axis(shape: Shape, axis: int, *sizes: int) -> Shape:
-    """A shape with one axis of another size, or several for one."""
+    """A shape with one axis replaced by axes of the given sizes."""
     return (*shape[:axis], *sizes, *shape[axis + 1 :])
 
 
@@ -18,11 +18,11 @@ Strides: TypeAlias = tuple[int, ...]
 
 
 class Laid(NamedTuple):
-    """How an array lies in memory.
+    """The memory layout of an array.
 
     Args:
         shape: its shape.
-        strides: entries from one position of each axis to the next.
+        strides: for each axis, entries from one position to the next.
     """
 
     shape: Shape
@@ -30,11 +30,11 @@ class Laid(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """How fast a step computes: a share of a rate of the machine.
+    """The speed of a step, as a share of a rate of the machine.
 
     Args:
         of: "products" or "convolutions", as in `Machine`.
-        share: what of it the step reaches.
+        share: the share of this rate that the step reaches.
     """
 
     of: str
@@ -42,11 +42,11 @@ class Rate(NamedTuple):
 
 
 SCATTERED = 3
-"""Entries that are copied in short runs cost this many more each."""
+"""Each entry that is copied in short runs costs this many extra entries."""
 
 
 def contiguous(shape: Shape) -> Strides:
-    """Strides, in entries, of an array in row-major order."""
+    """The strides, in entries, of an array in row-major order."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -58,21 +58,21 @@ def contiguous(shape: Shape) -> Strides:
 class Step:
     """One step: a name, the values it takes, and (in subclasses) its settings.
 
-    A step says all that the rest of the planner and the runtime want to know of it, so that none of them asks for its
-    type. Sizes are in entries.
+    Its methods provide everything that the planner and the runtime need, so that neither depends on the step's type.
+    Sizes are in entries.
     """
 
     name: ClassVar[str] = "step"
     is_view: ClassVar[bool] = False
-    """Whether the result is the memory of the first array that is taken, where its strides allow it."""
+    """Whether the result is a view of the first operand, if its strides allow it."""
     overlaps: ClassVar[bool] = False
-    """Whether entries of the view may lie in one place of memory."""
+    """Whether several entries of the view may share one place in memory."""
     computes: ClassVar[bool] = True
-    """Whether results are sums or products; else entries are those of what is taken, or zeros and ones."""
+    """Whether entries of the result are sums or products; otherwise they are entries of operands, zeros or ones."""
     adds_in_several: ClassVar[bool] = False
-    """Whether kernels add up in several operations, each of which rounds."""
+    """Whether kernels sum in several operations, each of which rounds."""
     is_product: ClassVar[bool] = False
-    """Whether adding a bias to the result is a part of it, as far as rounding is concerned."""
+    """Whether adding a bias to the result does not round more than the step alone."""
     takes: tuple[int, ...]
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -80,7 +80,7 @@ class Step:
         raise NotImplementedError
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
-        """Additions and multiplications (a multiply-add counts 2)."""
+        """Additions and multiplications (a multiply-add counts as 2)."""
         return 0
 
     def settings(self) -> str:
@@ -90,34 +90,38 @@ class Step:
     # ------------------------------------------------------------------------------------------------------- memory
     @property
     def in_place(self) -> bool:
-        """Whether the result is written into the first array that is taken."""
+        """Whether the result overwrites the first operand."""
         return False
 
+    def owning(self) -> Step | None:
+        """The same step, overwriting the first operand; None if it cannot. Used if no other step takes the operand."""
+        return None
+
     def strides(self, taken: Laid, result: Shape) -> Strides | None:
-        """The strides of a view of the first array that is taken; None where its entries must be copied."""
+        """The strides of the result as a view of the first operand; None if its entries must be copied."""
         return None
 
     def copies(self, taken: Sequence[Laid]) -> tuple[int, int]:
-        """Entries that frameworks copy first: in all, and alive at once."""
+        """Entries that frameworks copy first: (in total, alive at once)."""
         return 0, 0
 
     def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
-        """Entries alive while it runs, besides what it takes and its result."""
+        """Entries alive while the step runs, in addition to operands and result."""
         return self.copies(taken)[1]
 
     # --------------------------------------------------------------------------------------------------------- time
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
-        """How fast it computes."""
+        """The speed of the step."""
         return Rate("products", 1 / 16)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
-        """Entries moved, besides reading once what is taken and writing the result once."""
+        """Entries moved in addition to reading the operands once and writing the result once."""
         return 0
 
     def rewrites(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """How many times more the result is read and written."""
+        """The number of additional times that the result is read and written."""
         return 0
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """Calls of the framework."""
+        """The number of calls of the framework."""
         return 1

@@ -1,4 +1,4 @@
-"""A framework's convolution and its gradients."""
+"""The step for a framework's convolution and its gradients."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import ClassVar
 from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, contiguous
 
 _LARGE_KERNEL = 196
-"""From this many kernel positions on, frameworks have no fast way."""
+"""For more kernel positions than this, frameworks have no fast algorithm."""
 
 _WIDE_KERNEL = 8
-"""Kernels of this many positions that are larger than the output are slower than others."""
+"""Kernels with at least this many positions are slower if they are larger than the output."""
 
 _POSITIONS = 300
-"""From this many positions on, of all examples together, a weight gradient reaches its rate."""
+"""A weight gradient reaches its rate with at least this many positions in all examples together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Convolution(Step):
-    """A framework's convolution, contracting two of the three tensors that hang off its patterns.
+    """A framework's convolution or one of its gradients: contracts two of input, kernel and output to the third.
 
     forward: [N, G·Cin, *I], [G·Cout, Cin, *K] -> [N, G·Cout, *O];
     input_grad: [N, G·Cout, *O], [G·Cout, Cin, *K] -> [N, G·Cin, *I];
@@ -49,7 +49,7 @@ class Convolution(Step):
         return 2 * math.prod(b) * math.prod(result[1:])
 
     def kernel(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape [G·Cout, Cin, *K] of the kernel, which is one of the factors or the result."""
+        """The shape [G·Cout, Cin, *K] of the kernel, which is an operand or the result."""
         return self.size if self.kind == "weight_grad" else shapes[1]
 
     def settings(self) -> str:
@@ -58,7 +58,7 @@ class Convolution(Step):
         )
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
-        # Frameworks bring operands into row-major order first.
+        # Frameworks first copy operands into row-major order.
         transposed = [one.shape for one in taken if one.strides != contiguous(one.shape)]
         return (1 + SCATTERED) * sum(map(math.prod, transposed))
 
@@ -66,15 +66,15 @@ class Convolution(Step):
         return Rate("convolutions", self._share(shapes, result))
 
     def _share(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """Frameworks reach their rate with few channels, too, but not with few in a group, or with huge kernels."""
+        """Frameworks reach their rate even with few channels, but not with few per group or with huge kernels."""
         channels, inner, *kernel = self.kernel(shapes)
         share = 0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0
         if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
             share *= 0.4
-        if self.kind == "weight_grad":  # few positions are little to sum over
+        if self.kind == "weight_grad":  # sums over few positions are slow
             share *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
             share *= 0.1 if self.groups == 1 == inner else 1.0
-            share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # threads work on an example or group each
+            share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # each thread works on one example or group
             line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
             share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
         if self.groups == 1:

@@ -1,4 +1,4 @@
-"""Steps that copy entries to other places and compute nothing."""
+"""Steps that copy entries to other places, without computing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lensor.affine import progressions
 from lensor.pattern import IndexPattern
 from lensor.plan.steps.base import Laid, Shape, Step, with_axis
-from lensor.reading import progressions
 
 _SINGLE = 4
-"""Each entry that is read by itself costs this many entries more."""
+"""Each scattered read of a single entry costs this many extra entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pad(Step):
-    """Zeros on both sides of an axis."""
+    """Pad both sides of an axis with zeros."""
 
     name: ClassVar[str] = "pad"
     computes: ClassVar[bool] = False
@@ -35,7 +35,7 @@ class Pad(Step):
 
 @dataclass(frozen=True, slots=True)
 class Stuff(Step):
-    """Zeros between the positions of an axis (embedding with a stride, the adjoint of a strided slice)."""
+    """Insert zeros between the positions of an axis (embedding with a stride, the adjoint of a strided slice)."""
 
     name: ClassVar[str] = "embed"
     computes: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class Stuff(Step):
 
 @dataclass(frozen=True, slots=True)
 class Gather(Step):
-    """The positions of an axis that a selection reads, in any padding mode (all of them inside)."""
+    """Read the positions of an axis that a crop reads, in any padding mode; all reads are inside."""
 
     name: ClassVar[str] = "gather"
     computes: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class Gather(Step):
         return with_axis(shapes[0], self.axis, self.pattern.output_size)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """The positions it reads as runs of equal steps, (start, step, length), one after another; steps may be 0."""
+        """The positions it reads, as consecutive runs (start, step, length) with equal steps, which may be 0."""
         return progressions(self.pattern.line())
 
     def settings(self) -> str:
@@ -72,7 +72,7 @@ class Gather(Step):
 
 @dataclass(frozen=True, slots=True)
 class Pick(Step):
-    """The positions of an axis that a vector, the second operand, names."""
+    """Read the positions of an axis that the second operand, a vector, lists."""
 
     name: ClassVar[str] = "pick"
     computes: ClassVar[bool] = False
@@ -87,14 +87,14 @@ class Pick(Step):
 
 @dataclass(frozen=True, slots=True)
 class Through:
-    """How one axis is read through a pattern: at which of its positions, for which of those of the other two legs.
+    """One axis of a `Read`: the leg of a pattern that is read, at given positions of the other two legs.
 
     Args:
         pattern: the pattern.
         target: the leg (0: i, 1: o, 2: k) that is the axis.
-        first: a leg of which all positions are meant.
-        second: the leg whose positions are given.
-        positions: the operand of the step that gives them.
+        first: the leg with all its positions.
+        second: the leg with the chosen positions.
+        positions: the place, among the step's operands, of the vector of chosen positions.
     """
 
     pattern: IndexPattern
@@ -111,13 +111,13 @@ class Through:
 
 @dataclass(frozen=True, slots=True)
 class Read(Step):
-    """Neighbouring axes read through a pattern each, zero where nothing is.
+    """Read neighbouring axes through one pattern each, with zeros where a pattern reads nothing.
 
     Args:
-        takes: the array and the positions.
+        takes: the array and the vectors of positions.
         axes: how each axis is read.
         axis: the first of the axes.
-        chosen_first: whether the chosen legs' axes stand before the free ones' in the result, or behind them.
+        chosen_first: whether the axes of the chosen legs come before those of the other legs in the result, or after.
     """
 
     name: ClassVar[str] = "read"
@@ -147,7 +147,7 @@ class Read(Step):
 
 @dataclass(frozen=True, slots=True)
 class Concat(Step):
-    """Arrays side by side along an axis."""
+    """Concatenate arrays along an axis."""
 
     name: ClassVar[str] = "concat"
     computes: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Products of two arrays."""
+"""Steps for products of two arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensor.plan.steps.views import viewed
 
 @dataclass(frozen=True, slots=True)
 class Multiply(Step):
-    """The entry-wise product, axes of length 1 repeated."""
+    """The elementwise product; axes of length 1 are repeated."""
 
     name: ClassVar[str] = "multiply"
 
@@ -27,7 +27,7 @@ class Multiply(Step):
 
 @dataclass(frozen=True, slots=True)
 class MatMul(Step):
-    """Batched matrix products [*b, m, k] · [*b, k, n] -> [*b, m, n], the pairwise contraction; b may be 1 in one."""
+    """Batched matrix products [*b, m, k] · [*b, k, n] -> [*b, m, n]; batch axes of length 1 are repeated."""
 
     name: ClassVar[str] = "matmul"
     is_product: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class MatMul(Step):
 
 @dataclass(frozen=True, slots=True)
 class Gram(Step):
-    """The products of all rows with all rows, [b, m, k] -> [b, m, m]: symmetric, so one triangle is enough."""
+    """The Gram matrices of rows, [*b, m, k] -> [*b, m, m]; they are symmetric, so one triangle suffices."""
 
     name: ClassVar[str] = "gram"
     is_product: ClassVar[bool] = True
@@ -79,15 +79,15 @@ class Gram(Step):
 
 
 _SMALL_PRODUCT = 400
-"""Batched products of fewer multiplications run entry by entry, on operands of any strides."""
+"""Batched products with fewer multiplications run entry by entry, on operands with any strides."""
 
 
 def product_copies(one: Laid, two: Laid) -> tuple[int, int]:
-    """Entries that frameworks copy to multiply [batch, m, k] and [batch, k, n]: (in all, alive at once).
+    """Entries that frameworks copy to multiply [batch, m, k] and [batch, k, n]: (in total, alive at once).
 
-    They know products over one batch axis, of matrices of which one axis is contiguous: batch axes that do not merge,
-    because their strides do not or because one is repeated, are copied with all repetitions, matrices with overlapping
-    or gapped rows one by one.
+    Frameworks multiply over one batch axis, with matrices that have one contiguous axis. An operand with batch axes
+    that do not merge, because of their strides or because one is repeated, is copied with all repetitions. Matrices
+    with overlapping or gapped rows are copied one by one.
     """
     (a, a_strides), (b, b_strides) = one, two
     rank = max(len(a), len(b)) - 2
@@ -111,11 +111,11 @@ def product_copies(one: Laid, two: Laid) -> tuple[int, int]:
 
 
 _KEPT = 1 << 18
-"""Entries of a matrix that stays in a cache while a batch is worked through."""
+"""A matrix with at most this many entries stays in the cache for a whole batch."""
 
 
 def _repeated(shapes: Sequence[Shape]) -> int:
-    """Entries of a factor that are read again for every entry of the other's batch, if it is too large to be kept."""
+    """Entries of a factor that is read again for each batch element of the other, if it is too large for the cache."""
     batches = [math.prod(shape[:-2]) for shape in shapes]
     sizes = [math.prod(shape) for shape in shapes]
     most = max(batches)

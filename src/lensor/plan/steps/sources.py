@@ -1,4 +1,4 @@
-"""Steps that take nothing: operands, patterns, and arrays of one number."""
+"""Steps without operands: inputs, patterns, and constant arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Input(Step):
 
 @dataclass(frozen=True, slots=True)
 class Positions(Input):
-    """An operand that is a vector of positions below some size."""
+    """An operand that is a vector of positions below a given size."""
 
     name: ClassVar[str] = "positions"
     below: int
@@ -38,7 +38,7 @@ class Positions(Input):
 
 @dataclass(frozen=True, slots=True)
 class Constant(Step):
-    """A materialized pattern, summed over some of its legs (0: i, 1: o, 2: k); made once and kept."""
+    """A materialized pattern, summed over some of its legs (0: i, 1: o, 2: k); created once and cached."""
 
     name: ClassVar[str] = "pattern"
     is_view: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class Constant(Step):
 
 @dataclass(frozen=True, slots=True)
 class Fill(Step):
-    """An array of one number."""
+    """An array whose entries are one number."""
 
     name: ClassVar[str] = "fill"
     computes: ClassVar[bool] = False

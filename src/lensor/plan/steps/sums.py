@@ -1,10 +1,10 @@
-"""Steps that add, and multiples."""
+"""Steps that sum or scale."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
 
 @dataclass(frozen=True, slots=True)
 class ScatterAdd(Step):
-    """The adjoint of `Gather`: each position of an axis is added to the one that a selection reads there."""
+    """The adjoint of `Gather`: add each position of an axis to the position that a crop reads there."""
 
     name: ClassVar[str] = "scatter-add"
     adds_in_several: ClassVar[bool] = True
@@ -33,7 +33,7 @@ class ScatterAdd(Step):
 
 @dataclass(frozen=True, slots=True)
 class Put(Step):
-    """An axis put into the positions that a vector, the second operand, names, of one of `size`; zeros elsewhere."""
+    """The adjoint of `Pick`: add an axis to the positions, of an axis of size `size`, that the second operand lists."""
 
     name: ClassVar[str] = "put"
     adds_in_several: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class Put(Step):
 
 @dataclass(frozen=True, slots=True)
 class OverlapAdd(Step):
-    """Add up the patches of an axis of positions and the last axis (kernel), the adjoint of `Window`."""
+    """The adjoint of `Window`: sum overlapping patches, given by an axis of positions and the last axis (kernel)."""
 
     name: ClassVar[str] = "overlap-add"
     adds_in_several: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class SumAxes(Step):
 
 @dataclass(frozen=True, slots=True)
 class SumSquares(Step):
-    """The sum over some axes of the squares of the entries, without conjugation."""
+    """The sum of squared entries over some axes, without conjugation."""
 
     name: ClassVar[str] = "sum of squares"
     axes: tuple[int, ...]
@@ -110,11 +110,11 @@ class SumSquares(Step):
 
 @dataclass(frozen=True, slots=True)
 class Add(Step):
-    """The sum of two arrays of one shape."""
+    """The sum of two arrays with the same shape."""
 
     name: ClassVar[str] = "add"
     owned: bool = False
-    """Whether nothing else looks at the first array, so that the second may be added to it in place."""
+    """Whether no other step uses the first array, so that the second may be added to it in place."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
@@ -126,6 +126,9 @@ class Add(Step):
     def in_place(self) -> bool:
         return self.owned
 
+    def owning(self) -> Step:
+        return replace(self, owned=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Multiple(Step):
@@ -135,7 +138,7 @@ class Multiple(Step):
     adds_in_several: ClassVar[bool] = True
     factor: Fraction
     owned: bool = False
-    """Whether nothing else looks at the array, so that it may be scaled in place."""
+    """Whether no other step uses the array, so that it may be scaled in place."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
@@ -149,3 +152,6 @@ class Multiple(Step):
     @property
     def in_place(self) -> bool:
         return self.owned
+
+    def owning(self) -> Step:
+        return replace(self, owned=True)

@@ -1,4 +1,4 @@
-"""Steps whose result is the memory of what they take, read in another way."""
+"""Steps whose result is a view of their operand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensor.plan.steps.base import Laid, Shape, Step, Strides, contiguous, with_
 
 @dataclass(frozen=True, slots=True)
 class Reshape(Step):
-    """Another grouping of the same entries."""
+    """The same entries with another shape."""
 
     name: ClassVar[str] = "reshape"
     is_view: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class Transpose(Step):
 
 @dataclass(frozen=True, slots=True)
 class Slice(Step):
-    """Every step-th position of an axis from start, `count` of them."""
+    """`count` positions of an axis: start, start + step, ..."""
 
     name: ClassVar[str] = "slice"
     is_view: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class Slice(Step):
 
 @dataclass(frozen=True, slots=True)
 class Window(Step):
-    """The patches along an axis as a strided view: axis of length L becomes (positions), and a last axis (kernel)."""
+    """The patches along an axis as a strided view: the axis holds the positions, and a new last axis the kernel."""
 
     name: ClassVar[str] = "window"
     is_view: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class Window(Step):
 
 @dataclass(frozen=True, slots=True)
 class Diagonal(Step):
-    """The diagonal of two axes of one length, as the last axis."""
+    """The diagonal of two axes of equal length, as the last axis."""
 
     name: ClassVar[str] = "diagonal"
     is_view: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class Diagonal(Step):
 
 @dataclass(frozen=True, slots=True)
 class Expand(Step):
-    """Axes of length 1 repeated to `size`."""
+    """Repeat axes of length 1, to the shape `size`."""
 
     name: ClassVar[str] = "expand"
     is_view: ClassVar[bool] = True
@@ -130,11 +130,11 @@ class Expand(Step):
 
 
 def viewed(shape: Shape, strides: Strides, new: Shape) -> Strides | None:
-    """Strides of a reshape that is a view, None where entries must be copied."""
+    """The strides of a reshape as a view; None if entries must be copied."""
     if 0 in shape:
         return contiguous(new)
     axes = [(size, step) for size, step in zip(shape, strides, strict=True) if size != 1]
-    blocks: list[tuple[int, int]] = []  # (size, fastest stride) of runs that are contiguous in themselves
+    blocks: list[tuple[int, int]] = []  # (size, fastest stride) of runs of axes that merge
     for size, step in axes:
         if blocks and blocks[-1][1] == size * step:
             blocks[-1] = (blocks[-1][0] * size, step)

@@ -1,4 +1,4 @@
-"""The choice of a plan among the candidates: by estimates, by measurements, within a memory limit."""
+"""Choosing a plan among candidates, by estimates or measurements, within a memory limit."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lensor.planner.settings import Settings
 from lensor.runtime import Runnable, bytes_needed, run
 
 _HOPELESS = 5.0
-"""A candidate whose estimate is this many times the best one is never run."""
+"""A candidate whose estimate is more than this many times the best is never run."""
 
 _BUDGET = 50
-"""Measuring takes about as long as this many calls of the fastest candidate."""
+"""Measuring takes about as long as this many runs of the fastest candidate."""
 
 _SLOW_START, _SLOW = 4.0, 1.5
-"""A candidate this many times slower than the fastest runs no more: after its first run, which warms up, or later."""
+"""A candidate that is this many times slower than the fastest is dropped: after the first run (a warm-up), or later."""
 
 _SLICED = 3
-"""A memory limit is met by slicing an index in one of this many strategies, those that need the least memory."""
+"""To meet a memory limit, indices are sliced in this many strategies, those that need the least memory."""
 
 _PARTS = 64
-"""No index is worked through in more parts than this."""
+"""No index is divided into more parts than this."""
 
 
 def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, kind: Sequence[Any] = ()) -> Plan:
-    """The best plan of a network whose sizes are known.
+    """Choose the best plan of a network with known sizes.
 
     Args:
         net: the network.
         settings: effort and memory limit.
-        backend: where candidates are timed; None to estimate only.
-        kind: what the backend says of the operands' dtype and device.
+        backend: the backend for timing candidates; None to only estimate.
+        kind: the operands' dtype and device, as given by the backend.
 
     Raises:
         ValueError: if no candidate fits the memory limit.
@@ -60,7 +60,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
         found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize)
         if not found:
             least = bytes_needed(smallest, itemsize)
-            raise ValueError(f"max_bytes is {settings.max_bytes}, but the smallest plan needs {least} bytes")
+            raise ValueError(f"max_bytes is {settings.max_bytes}, expected at least {least}, for the smallest plan")
     known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
     best = 0
     if settings.effort != "estimate" and backend is not None and len(found) > 1:
@@ -80,7 +80,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
 
 
 def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
-    """Why a candidate was chosen."""
+    """The reason why a candidate was chosen."""
     limit = "" if settings.max_bytes is None else f" within {settings.max_bytes:,} bytes"
     if len(known) == 1:
         return f"the only candidate{limit}"
@@ -91,10 +91,10 @@ def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
 def _within(
     net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int
 ) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
-    """The plans that fit a memory limit, and the smallest there is.
+    """The plans that fit a memory limit, and the smallest plan.
 
-    If none of those found does, plans that work through an index in as few parts as needed; if none of these does,
-    there are no plans.
+    If none of `found` fits, the plans divide an index into as few parts as necessary. If these do not fit either, the
+    list is empty.
     """
     smallest = min(found, key=lambda pair: pair[0].peak_size)
     fits = [(plan, seconds) for plan, seconds in found if bytes_needed(plan, itemsize) <= limit]
@@ -103,7 +103,7 @@ def _within(
     result = math.prod(found[0][0].shape)
     frugal = sorted(found, key=lambda pair: pair[0].peak_size)
     strategies = [BY_NAME[name] for name in dict.fromkeys(plan.strategy for plan, _ in frugal)][:_SLICED]
-    # The result itself counts: nothing helps where it is too large.
+    # The result counts too: if it is too large, no plan fits.
     for index in sliceable(net) if result * itemsize <= limit else ():
         size = min(net.sizes[index] or 0, _PARTS)
         for strategy in strategies:
@@ -124,7 +124,7 @@ def _within(
 def _times(
     net: AnyNetwork, found: list[tuple[Plan, float]], backend: Backend, kind: Sequence[Any], may_measure: bool
 ) -> list[float | None]:
-    """The time of each plan as far as it is worth knowing: what was measured before, or else measured now."""
+    """The time of each plan, measured earlier or now; None for plans that were not worth measuring."""
     key, where = wisdom.key_of(net, backend, kind)
     known = wisdom.recall(key)
     names = [plan.name for plan, _ in found]
@@ -138,9 +138,9 @@ def _times(
 def measure(
     plans: Sequence[Plan], estimates: Sequence[float], backend: Backend, kind: Sequence[Any]
 ) -> list[float | None]:
-    """The shortest time of each plan on random operands, interleaved; None for those that are not worth a run.
+    """The shortest time of each plan in interleaved runs on random operands; None for plans that are too slow.
 
-    All together take about `_BUDGET` runs of the fastest; each plan that is worth it runs at least twice.
+    The total time is about `_BUDGET` runs of the fastest plan; a plan with a time has run at least twice.
     """
     inputs = {step.operand: step for plan in plans for step in plan.steps if isinstance(step, s.Input)}
     arrays = {

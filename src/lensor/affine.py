@@ -1,8 +1,8 @@
-"""What an index pattern reads, without a table: piecewise affine functions of the output and the kernel position.
+"""The reads of an index pattern as piecewise affine functions of output and kernel position, without a table.
 
-A table of reads has an entry for each pair (o, k), which is far more than the operands have where inputs are long and
-kernels large. A `Reading` says the same in a few numbers: T[o,k] = outer(rows(o) + columns(k)), each of the three a
-`Line`. Two readings are compared, and the steps of one are found, along the shorter of the two legs only.
+A table of reads has one entry per pair (o, k). For long inputs and large kernels that is far more than the operands
+have. A `Reading` is compact: T[o,k] = outer(rows(o) + columns(k)), where all three are `Line`s. Comparing two readings,
+or finding the steps of one, loops only over the shorter of the two legs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 _NOWHERE = -(1 << 61)
-"""What a line is where it is not defined; two of these can be added."""
+"""The value of a line where it is not defined; the sum of two of these does not overflow."""
 
 _SMALL = 1 << 12
-"""Tables of so many entries are compared entry by entry, which is faster."""
+"""Tables of at most this many entries are compared entry by entry, which is faster."""
 
 _MOST_TRIES = 1 << 12
-"""So many pairs of steps are tried where two reads alone tie them to each other."""
+"""The most pairs of steps to try if only two reads relate them to each other."""
 
 
 class Piece(NamedTuple):
@@ -34,11 +34,11 @@ class Piece(NamedTuple):
 
 
 Line: TypeAlias = tuple[Piece, ...]
-"""A function of integers in pieces, in order and apart; not defined elsewhere."""
+"""A piecewise affine function of integers; the pieces are sorted and disjoint, and it is not defined elsewhere."""
 
 
 def affine(size: int, slope: int, offset: int = 0) -> Line:
-    """slope·x + offset for 0 ≤ x < size.
+    """The line slope·x + offset for 0 ≤ x < size.
 
     Example:
         >>> affine(3, 2)
@@ -71,7 +71,7 @@ def after(outer: Line, inner: Line) -> Line:
 
 
 def _between(slope: int, offset: int, low: int, high: int, start: int, stop: int) -> tuple[int, int]:
-    """The x of start ≤ x < stop with low ≤ slope·x + offset < high, as a range."""
+    """The range of the x with start ≤ x < stop and low ≤ slope·x + offset < high."""
     if slope == 0:
         return (start, stop) if low <= offset < high else (start, start)
     if slope > 0:
@@ -80,7 +80,7 @@ def _between(slope: int, offset: int, low: int, high: int, start: int, stop: int
 
 
 def values(line: Line, x: np.ndarray) -> np.ndarray:
-    """A line's values, int64; a large negative number where it is not defined."""
+    """The values of a line, int64; a large negative number where it is not defined."""
     found = np.full(x.shape, _NOWHERE, np.int64)
     for start, stop, slope, offset in line:
         np.copyto(found, slope * x + offset, where=(x >= start) & (x < stop))
@@ -88,9 +88,9 @@ def values(line: Line, x: np.ndarray) -> np.ndarray:
 
 
 def progressions(line: Line) -> list[tuple[int, int, int]]:
-    """The values of a line, one after another, as arithmetic progressions (start, step, length), each the longest.
+    """The values of a line as arithmetic progressions (start, step, length), each as long as possible.
 
-    Two lines with equal values have equal progressions.
+    Lines with equal values have equal progressions.
 
     Example:
         >>> progressions((Piece(0, 3, -1, 2), Piece(3, 9, 1, -2)))  # 2 1 0 1 2 3 4 5 6
@@ -115,7 +115,7 @@ def progressions(line: Line) -> list[tuple[int, int, int]]:
 
 
 class Run(NamedTuple):
-    """Valid reads of every line of a table: slope·x + offset at low ≤ x < high, one entry for each line."""
+    """Valid reads of every line of a table: slope·x + offset for low ≤ x < high, with one entry per line."""
 
     low: np.ndarray
     high: np.ndarray
@@ -129,7 +129,7 @@ class Run(NamedTuple):
 
 
 class Reads(Protocol):
-    """A table of reads, −1 for none, however it is given."""
+    """Any representation of a table of reads, with −1 for none."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,15 +137,15 @@ class Reads(Protocol):
         ...
 
     def transposed(self) -> Reads:
-        """The table with lines and positions exchanged."""
+        """The table with lines and positions swapped."""
         ...
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Entries of the table; what lies outside it is −1."""
+        """Entries of the table, −1 outside it."""
         ...
 
     def runs(self) -> list[Run] | None:
-        """Runs that do not overlap and hold all valid entries; None if lines have more pieces than that."""
+        """Disjoint runs that contain all valid entries; None if there are no such runs."""
         ...
 
 
@@ -154,10 +154,10 @@ class Reading:
     """T[o,k] = outer(rows(o) + columns(k)), and −1 where one of the three is not defined.
 
     Args:
-        rows: a function of the output position.
-        columns: a function of the kernel position.
-        outer: a function of their sum, nowhere negative.
-        shape: the number of output and of kernel positions.
+        rows: function of the output position.
+        columns: function of the kernel position.
+        outer: function of their sum, never negative.
+        shape: numbers of output and kernel positions.
 
     Example:
         >>> import lensor
@@ -175,11 +175,11 @@ class Reading:
     shape: tuple[int, int]
 
     def transposed(self) -> Reading:
-        """The table with outputs and kernel positions exchanged."""
+        """The table with output and kernel positions swapped."""
         return Reading(self.columns, self.rows, self.outer, (self.shape[1], self.shape[0]))
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Entries of the table; what lies outside it is −1."""
+        """Entries of the table, −1 outside it."""
         return np.maximum(values(self.outer, values(self.rows, lines) + values(self.columns, positions)), -1)
 
     def table(self) -> np.ndarray:
@@ -187,7 +187,7 @@ class Reading:
         return self.at(np.arange(self.shape[0])[:, None], np.arange(self.shape[1]))
 
     def runs(self) -> list[Run]:
-        """The valid entries of every line, in runs that do not overlap."""
+        """The valid entries of every line, as disjoint runs."""
         starts = values(self.rows, np.arange(self.shape[0]))
         found = []
         for start, stop, slope, offset in self.columns:
@@ -213,7 +213,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of reads that is given as such.
+    """A table of reads that is stored as an array.
 
     Args:
         reads: int64 [lines, positions], −1 for none.
@@ -227,17 +227,17 @@ class Table:
         return self.reads.shape[0], self.reads.shape[1]
 
     def transposed(self) -> Table:
-        """The table with lines and positions exchanged."""
+        """The table with lines and positions swapped."""
         return Table(self.reads.T)
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Entries of the table; what lies outside it is −1."""
+        """Entries of the table, −1 outside it."""
         outputs, kernels = self.shape
         inside = (lines >= 0) & (lines < outputs) & (positions >= 0) & (positions < kernels)
         return np.where(inside, self.reads[np.clip(lines, 0, outputs - 1), np.clip(positions, 0, kernels - 1)], -1)
 
     def runs(self) -> list[Run] | None:
-        """One run a line; None if a line has gaps or unequal steps."""
+        """One run per line; None if a line has gaps or unequal steps."""
         valid, count = self.reads >= 0, self.shape[1]
         totals = valid.sum(1)
         if not totals.any():
@@ -254,9 +254,9 @@ class Table:
 
 
 def same(one: Reads, two: Reads) -> bool:
-    """Whether two tables have equal entries, by comparing them where a run of one of the two begins or ends.
+    """Whether two tables have equal entries; compares them where a run of either begins or ends.
 
-    Between such places both are affine or hold nothing, so what is equal at the ends is equal throughout.
+    Between these places both are affine or empty, so they are equal if they are equal at the ends.
 
     Example:
         >>> import lensor
@@ -282,7 +282,7 @@ def same(one: Reads, two: Reads) -> bool:
 
 
 class Steps(NamedTuple):
-    """The parameters of an affine table: k·dilation + o·stride − left where that is an input position."""
+    """The parameters of an affine table: k·dilation + o·stride − left, if this is an input position."""
 
     stride: int
     left: int
@@ -290,15 +290,15 @@ class Steps(NamedTuple):
 
 
 def steps_of(reads: Reads, input_size: int, affine: Callable[[Steps], Reads]) -> Steps | None:
-    """The parameters of a table with at least one valid read, or None if no parameters give it.
+    """The parameters of a table with at least one valid read, or None if it is not affine.
 
-    A step that the reads leave open (never two of them in one line) is a small one that fits, the same for all
-    tables with equal entries. Work and memory are those of the longer leg at most.
+    If the reads do not determine a step (no line has two of them), a small one that fits is taken, the same for all
+    tables with equal entries. Time and memory are at most linear in the longer leg.
 
     Args:
         reads: the table.
         input_size: number of input positions.
-        affine: makes the table of some parameters.
+        affine: creates the table of given parameters.
     """
     turned = reads.shape[0] > reads.shape[1]
     for across, along, (line, position, value) in _candidates(reads.transposed() if turned else reads, input_size):
@@ -318,7 +318,7 @@ Candidate: TypeAlias = tuple[int, int, Read]
 
 
 def _candidates(reads: Reads, input_size: int) -> Iterable[Candidate]:
-    """Steps that may be those of a table."""
+    """Candidates for the steps of a table."""
     runs = reads.runs()
     if runs is None:
         return ()
@@ -340,7 +340,7 @@ def _candidates(reads: Reads, input_size: int) -> Iterable[Candidate]:
             line_, position_, value_ = next(_reads_in(runs, int(valid[-1])))
             step, rest = divmod(value_ - value - (position_ - position) * along, line_ - line)
             return ((step, along, first),) if rest == 0 and step > 0 else ()
-        # The other lines must lie outside: above the input after this one, below it before this one.
+        # The other lines must be outside: above the input after this one, below it before this one.
         base = value - position * along
         step = max(1, (line < lines - 1) * (input_size - base), (line > 0) * (base + (positions - 1) * along + 1))
         return ((step, along, first),)
@@ -358,7 +358,7 @@ def _reads_in(runs: list[Run], line: int) -> Iterator[Read]:
 
 
 def _along(runs: list[Run], total: np.ndarray) -> int | None:
-    """The step between neighbours in a line: None if no line has two valid reads, 0 if there is no whole one."""
+    """The step between neighbours in a line: None if no line has two valid reads, 0 if it is not a positive integer."""
     if not (total > 1).any():
         return None
     reads = _reads_in(runs, int((total > 1).argmax()))
@@ -368,7 +368,7 @@ def _along(runs: list[Run], total: np.ndarray) -> int | None:
 
 
 def _across(runs: list[Run]) -> int | None:
-    """The step between lines: None if no two of them have valid reads at one position, 0 if there is no whole one."""
+    """The step between lines: None if no two have valid reads at one position, 0 if it is not a positive integer."""
     columns = []
     for run in runs:
         line = np.flatnonzero(run.high > run.low)
@@ -390,7 +390,7 @@ def _across(runs: list[Run]) -> int | None:
 
 
 def _around(point: Read, shape: tuple[int, int], input_size: int) -> tuple[int, int]:
-    """Steps with which one read is the only one."""
+    """Steps for which the given read is the only valid one."""
     (line, position, value), (lines, positions) = point, shape
     across = max(1, (line < lines - 1) * (input_size - value), (line > 0) * (value + 1))
     low, high = value - line * across, value + (lines - 1 - line) * across
@@ -399,7 +399,7 @@ def _around(point: Read, shape: tuple[int, int], input_size: int) -> tuple[int, 
 
 
 def _tied(points: list[Read]) -> Iterable[Candidate]:
-    """Pairs of steps that fit several reads, no two of them in one line or at one position."""
+    """Pairs of steps that fit several reads, of which no two are in one line or at one position."""
     first, *others = points
     lines, positions, apart = (b - a for a, b in zip(first, others[-1], strict=True))
     for point in others[:-1]:
@@ -413,7 +413,7 @@ def _tied(points: list[Read]) -> Iterable[Candidate]:
 
 
 def _on_one_line(first: Read, lines: int, positions: int, apart: int) -> Iterator[Candidate]:
-    """Steps with lines·across + positions·along = apart, from the smallest across on."""
+    """Steps with lines·across + positions·along = apart, in the order of increasing `across`."""
     common, every = math.gcd(lines, positions), abs(positions) // math.gcd(lines, positions)
     if apart % common:
         return

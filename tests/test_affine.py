@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from lensor import reading
+from lensor import affine
+from lensor.affine import Table, progressions, same, values
 from lensor.pattern import PADDING_MODES, IndexPattern
-from lensor.reading import Table, progressions, same, values
 from lensor.simplification.patterns import _picked, read_through
 from lensor.simplification.recompose import _composed
 from tests.test_pattern import loops, patterns
@@ -27,9 +27,9 @@ KEYS = ("padding", "dilation", "stride")
 @pytest.fixture(autouse=True, scope="module")
 def _no_tables() -> Any:
     """Compare along lines, however small the tables are."""
-    before, reading._SMALL = reading._SMALL, 0
+    before, affine._SMALL = affine._SMALL, 0
     yield
-    reading._SMALL = before
+    affine._SMALL = before
 
 
 def table_of(pattern: IndexPattern) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_a_reading_spells_out_the_table(pattern: IndexPattern) -> None:
         spelled = [start + step * at for start, step, length in runs for at in range(length)]
         assert spelled == expected[valid, 0].tolist()
     else:
-        with pytest.raises(ValueError, match="needs kernel_size=1"):
+        with pytest.raises(ValueError, match="expected 1"):
             pattern.line()
 
 

@@ -1,0 +1,54 @@
+"""Descriptions of arguments that many functions share: each is written once, and inserted into their docstrings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def described(shared: Mapping[str, str]) -> Callable[[F], F]:
+    """Insert the descriptions of shared arguments into the section Args of a function's docstring.
+
+    The function's own descriptions stay; the order is that of its signature.
+
+    Args:
+        shared: descriptions by the argument's name.
+
+    Example:
+        >>> from lensor.arguments import described
+        >>> @described({"y": "the second summand."})
+        ... def add(x, y):
+        ...     '''Add two numbers.
+        ...
+        ...     Args:
+        ...         x: the first summand.
+        ...     '''
+        ...     return x + y
+        >>> print(add.__doc__.splitlines()[-1].strip())
+        y: the second summand.
+    """
+
+    def insert(function: F) -> F:
+        lines = (function.__doc__ or "").expandtabs().splitlines()
+        start = next(at for at, line in enumerate(lines) if line.strip() == "Args:") + 1
+        indent = len(lines[start - 1]) - len(lines[start - 1].lstrip()) + 4
+        stop = next((at for at in range(start, len(lines)) if not lines[at].startswith(" " * indent)), len(lines))
+        own: dict[str, list[str]] = {}
+        name = ""
+        for line in lines[start:stop]:
+            found = re.match(rf" {{{indent}}}(\w+): ", line)
+            if found is not None:
+                name = found.group(1)
+            own.setdefault(name, []).append(line)
+        code = function.__code__
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        texts = [
+            own.get(one) or ([f"{' ' * indent}{one}: {shared[one]}"] if one in shared else []) for one in arguments
+        ]
+        function.__doc__ = "\n".join([*lines[:start], *(line for text in texts for line in text), *lines[stop:]])
+        return function
+
+    return insert

@@ -1,6 +1,6 @@
-"""The gallery: the paper's figures and every operation, drawn from live objects by one command.
+"""The gallery: the paper's figures and every operation, drawn from actual networks by one command.
 
-Every entry contains its code, which is evaluated here; subscripts and flops come from the resulting object.
+Every entry contains code, which this module evaluates; subscripts and flops are computed from the resulting network.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lensor.errors import NetworkError
 from lensor.network import AnyNetwork
 
 SETUP = "spec = lensor.ConvSpec(4, 6, input_size=(9, 9), kernel_size=3, padding=1, groups=2)"
-"""The convolution of all entries, unless their code has another."""
+"""The convolution of all entries whose code does not define a different one."""
 
 SIZES = {"n": 2, "v": 3, "m": 2, "w": 3}
-"""Sizes of indices that a spec does not determine, for the flops."""
+"""Sizes for indices that a spec does not determine, used to compute flops."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Entry:
     Args:
         name: name of its file.
         title: its title.
-        code: code of the network, or of (before, after).
-        shade: code of a network to shade.
+        code: code that evaluates to the network, or to a pair (before, after).
+        shade: code that evaluates to a network to shade.
         cut: operands to cut out.
     """
 
@@ -142,7 +142,7 @@ def _evaluated(code: str) -> Any:
 
 
 def flops(net: AnyNetwork) -> int | None:
-    """The flops of the plan with two examples and three columns; None if a size is unknown."""
+    """The flops of the plan for two examples and three columns; None if a size is unknown."""
     sizes = {index: SIZES.get(index.rstrip("_"), 2) for index, size in net.sizes.items() if size is None}
     try:
         bound = net.bind(sizes)
@@ -161,7 +161,7 @@ def _axes(net: AnyNetwork, name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def write(folder: Path) -> Iterator[Path]:
-    """Write every diagram as SVG, and next to the folder `gallery.md` with all of them.
+    """Write every diagram as SVG, and a `gallery.md` that shows all diagrams next to the folder.
 
     Raises:
         OSError: if a file cannot be written.

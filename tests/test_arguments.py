@@ -118,7 +118,10 @@ def meaningful_arrays() -> dict[str, tuple[Any, str]]:
             torch.masked.masked_tensor(tensor, tensor < 0.5),
             "masked tensor, expected one without a mask",
         ),
-        "float8": (tensor.to(torch.float8_e4m3fn), "dtype (torch.)?float8_e4m3fn, expected one of at least 16 bits"),
+        "float8": (
+            tensor.to(torch.float8_e4m3fn),
+            "dtype (torch.)?float8_e4m3fn, expected a dtype of at least 16 bits",
+        ),
     }
 
 

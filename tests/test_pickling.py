@@ -257,8 +257,8 @@ def in_block(**values: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda state: state.update(version=7), "state is not readable"),
-    "no blocks": (lambda state: state.update(blocks=[1]), "state is not readable"),
+    "version": (lambda state: state.update(version=7), "cannot read state"),
+    "no blocks": (lambda state: state.update(blocks=[1]), "cannot read state"),
     "missing": (lambda state: state.pop("outputs"), "outputs is missing"),
     "approx": (lambda state: state.update(approx="extend"), "approx"),
     "convention": (lambda state: state.update(convention="ours"), "convention"),
@@ -295,5 +295,5 @@ def test_damaged_states_are_refused_when_they_are_read(name: str) -> None:
 
 def test_what_is_not_a_state_is_refused() -> None:
     for state in (None, [], {}, {"version": 1}, factors()):
-        with pytest.raises(ValueError, match="state is not readable"):
+        with pytest.raises(ValueError, match="cannot read state"):
             KroneckerFactors.from_state_dict(state)  # pyright: ignore[reportArgumentType]

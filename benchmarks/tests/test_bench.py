@@ -1,4 +1,4 @@
-"""`lensor bench`: the standard ways and the peers are right, results files lose nothing, reports say what was found."""
+"""`lensor bench`: standard ways and peers are right, results files lose nothing, reports say what was found."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_nothing_is_timed_where_the_standard_fails(monkeypatch: pytest.MonkeyPat
     results = ResultsFile(tmp_path / "r.csv", bench.machine, resume=False)
     list(bench.run(results))
     assert [row.found.status for row in results.rows] == ["failed", "failed"]
-    assert "the standard way has no result" in results.rows[1].found.message
+    assert "the standard implementation has no result" in results.rows[1].found.message
 
 
 def test_a_run_measures_every_operation(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_rows_of_another_version_of_a_peer_are_refused(
     older = replace(results.rows[1], version="0.1")
     results.rows[1] = older
     with pytest.raises(
-        CommandError, match=rf"measured with peer 0.1, here {re.escape(torch.__version__)}: give another --out"
+        CommandError, match=rf"measured with peer 0.1, here {re.escape(torch.__version__)}: specify a different --out"
     ):
         bench.pending(results)
 

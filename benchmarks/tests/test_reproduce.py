@@ -242,7 +242,7 @@ def test_a_foreign_or_damaged_file_of_points_is_refused_and_kept(tmp_path: Path)
     older = "data,batch,indices,scheme,share,seed,error,seconds,exact_seconds\n"
     for text, message in (
         ("a,b\n1,2\n", "is not a file of"),
-        (older, "is not a file of this version of `lensor reproduce crs`: remove it, or give another --out"),
+        (older, "is not a file of this version of `lensor reproduce crs`: remove it, or specify a different --out"),
         (f"{','.join(crs.HEADER)}\ncrops of pictures,8\n", "is damaged in line 2"),
     ):
         path.write_text(text, encoding="utf-8")
@@ -267,7 +267,7 @@ def test_points_measured_with_anything_else_are_not_gone_on_with(
         crs.append(path, point)
     path.write_text(text := path.read_text(encoding="utf-8") + "crops of", encoding="utf-8")
     with pytest.raises(
-        CommandError, match=rf"crs.csv was measured with other threads.*\({words}\): give another --out"
+        CommandError, match=rf"crs.csv was measured with other threads.*\({words}\): specify a different --out"
     ):
         crs.read(path, replace(MADE, **other))
     assert path.read_text(encoding="utf-8") == text

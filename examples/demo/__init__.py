@@ -1,8 +1,8 @@
-"""The demo: photographs through CNNs, and the Kronecker factors of every convolution in two ways.
+"""The demo: the Kronecker factors of every convolution of CNNs on photographs, computed in two ways.
 
-Photographs from scikit-image pass through CNNs with random weights. For each distinct convolution, Lensor computes the
-KFAC-expand and KFAC-reduce factors of its input, and so does an unfold with a matrix product. The demo compares values,
-times and memory, and shows the factor's tensor network before and after simplification. torch, transformers and
+Photographs from scikit-image pass through CNNs with random weights. For each distinct convolution, the demo computes
+the KFAC-expand and KFAC-reduce input factors with Lensor, and by unfolding and a matrix product. It compares values,
+times and memory, and shows the factors' tensor networks before and after simplification. torch, transformers and
 scikit-image are imported on first use.
 """
 

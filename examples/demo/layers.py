@@ -1,4 +1,4 @@
-"""Networks of a convolution's input factors, as the demo shows them."""
+"""The networks of a convolution's input factors, as the demo displays them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def network(layer: Layer, approx: Approx) -> Any:
 
 
 def short_form(net: lensor.Network) -> str:
-    """The first copy of X, followed by one letter for each pattern on it: Π, or S for a crop (slice, pad).
+    """The first copy of X, followed by one letter for each pattern attached to it: Π, or S for a crop (slice, pad).
 
     Example:
         >>> import lensor

@@ -1,6 +1,6 @@
-"""Values, times and memory of one factor of one convolution in two ways, measured by `lensor_bench.measure`.
+"""Values, times and memory of one factor of one convolution in two ways, measured with `lensor_bench.measure`.
 
-Lensor's caches are cleared before memory is traced, so that constants in the cache count.
+Lensor's caches are cleared before memory is traced, so that cached constants count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def median_ratio(self) -> float:
-        """Lensor's median time divided by the standard one's: below 1, Lensor is faster."""
+        """Lensor's median time divided by the standard implementation's; below 1, Lensor is faster."""
         return self.lensor.median / self.standard.median
 
     @property
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def memory_ratio(self) -> float:
-        """Lensor's peak memory divided by the standard one's."""
+        """Lensor's peak memory divided by the standard implementation's."""
         return self.lensor_peak / self.standard_peak
 
 
@@ -74,7 +74,7 @@ def compare(layer: Layer, x: torch.Tensor, approx: Approx, seconds: float, least
 
     with torch.no_grad():
         lensor.clear_caches()
-        (lensor_peak, found), (standard_peak, expected) = peak_bytes(mine), peak_bytes(theirs)  # and the warm-up
+        (lensor_peak, found), (standard_peak, expected) = peak_bytes(mine), peak_bytes(theirs)  # this also warms up
         error = relative_error(found, expected)
         del found, expected
         one, two = interleaved((mine, theirs), seconds / 2, least)

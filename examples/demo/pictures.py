@@ -1,4 +1,4 @@
-"""Photographs from the scikit-image package, without a download."""
+"""Photographs that the scikit-image package contains, which need no download."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def photograph(name: str, size: int) -> np.ndarray:
 
 
 def photographs(count: int, size: int) -> np.ndarray:
-    """A batch [count, 3, size, size]; photographs repeat after the last one, mirrored every second time."""
+    """A batch of photographs [count, 3, size, size]; they repeat after the last one, mirrored every second time."""
     once = [photograph(name, size) for name in PHOTOGRAPHS[:count]]
     batch = []
     for place in range(count):
         round_, at = divmod(place, len(PHOTOGRAPHS))
         picture = once[at] if round_ % 2 == 0 else once[at][:, :, ::-1]
-        batch.append(np.roll(picture, 7 * (round_ // 2), axis=1))  # makes all of them different
+        batch.append(np.roll(picture, 7 * (round_ // 2), axis=1))  # makes all images different
     return np.ascontiguousarray(np.stack(batch))

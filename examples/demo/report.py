@@ -20,7 +20,7 @@ from lensor.inspect.layers import Layer
 from lensor.inspect.text import write_rows
 
 Pair = tuple[Comparison, Comparison]
-"""The comparisons of one convolution: expand, reduce."""
+"""The comparisons of one convolution, for expand and reduce."""
 
 
 def pairs(comparisons: Sequence[Comparison]) -> list[Pair]:
@@ -219,7 +219,7 @@ def _plot(comparisons: Sequence[Comparison], settings: Settings, path: Path) -> 
         for side, (approx, colour) in enumerate((("expand", "#31688e"), ("reduce", "#e07b39"))):
             ratios = [getattr(pair[side], name) for pair in found]
             shifted = [place + (side - 0.5) * 0.38 for place in places]
-            # Bars on a log scale need a left end, so each starts at 1 and shows the distance of the ratio from 1.
+            # Bars on a log scale need a left end, so each bar starts at 1 and shows how far the ratio is from 1.
             axis.barh(shifted, [ratio - 1 for ratio in ratios], 0.36, left=1, color=colour, label=f"KFAC-{approx}")
             for y, ratio in zip(shifted, ratios, strict=True):
                 aside = {"ha": "right", "xytext": (-3, 0)} if ratio < 1 else {"ha": "left", "xytext": (3, 0)}

@@ -23,12 +23,12 @@ class Settings:
     """Settings of the demo.
 
     Args:
-        out: folder of the reports, made if it does not exist.
+        out: folder for the reports; it is created if it does not exist.
         batch: number of photographs.
         size: height and width in pixels.
-        threads: number of threads of torch.
-        models: names of CNNs.
-        seconds: time for the repeats of one comparison.
+        threads: number of torch threads.
+        models: names of the CNNs.
+        seconds: time budget for the repeats of one comparison.
         least: minimum number of repeats.
     """
 

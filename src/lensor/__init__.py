@@ -1,7 +1,7 @@
 """Lensor: convolutions and everything derived from them as tensor networks.
 
-Importing the package loads no array framework except NumPy. It loads torch when you first use `lensor.nn` or another
-package for torch, or pass a tensor.
+Importing the package loads no array framework except NumPy. torch is loaded when you first use `lensor.nn` or another
+package that requires torch, or pass a tensor.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from lensor import functional, ops
-from lensor import methods as _methods  # noqa: F401  (networks get their methods)
+from lensor import methods as _methods  # noqa: F401  (adds the methods of networks)
 from lensor.cache import clear_caches
 from lensor.draw import Drawing, draw
 from lensor.errors import LensorError, NetworkError, SubscriptsError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("lensor")
-except PackageNotFoundError:  # run from a source tree that is not installed
+except PackageNotFoundError:  # the package runs from a source tree and is not installed
     __version__ = "0+unknown"
 
 

@@ -1,8 +1,8 @@
-"""The reads of an index pattern as piecewise affine functions of output and kernel position, without a table.
+"""The reads of an index pattern as piecewise affine functions of the output and kernel positions, without a table.
 
-A table of reads has one entry per pair (o, k). For long inputs and large kernels that is far more than the operands
-have. A `Reading` is compact: T[o,k] = outer(rows(o) + columns(k)), where all three are `Line`s. Comparing two readings,
-or finding the steps of one, loops only over the shorter of the two legs.
+A table of reads has one entry per pair (o, k). For long inputs and large kernels, that is far more entries than the
+operands have. A `Reading` is compact: T[o,k] = outer(rows(o) + columns(k)), where all three functions are `Line`s.
+Comparing two readings, or finding the steps of a reading, loops only over the shorter of the two legs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 _NOWHERE = -(1 << 61)
-"""The value of a line where it is not defined; the sum of two of these does not overflow."""
+"""The value of a line where it is not defined; adding two such values does not overflow."""
 
 _SMALL = 1 << 12
-"""Tables of at most this many entries are compared entry by entry, which is faster."""
+"""Tables with at most this many entries are compared entry by entry, which is faster."""
 
 _MOST_TRIES = 1 << 12
-"""The most pairs of steps to try if only two reads relate them to each other."""
+"""Maximum number of pairs of steps to try if two reads give only one equation for the two steps."""
 
 
 class Piece(NamedTuple):
-    """The function slope·x + offset for start ≤ x < stop."""
+    """The function slope·x + offset on the range start ≤ x < stop."""
 
     start: int
     stop: int
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 Line: TypeAlias = tuple[Piece, ...]
-"""A piecewise affine function of integers; the pieces are sorted and disjoint, and it is not defined elsewhere."""
+"""A piecewise affine function of integers with sorted, disjoint pieces; it is undefined outside the pieces."""
 
 
 def affine(size: int, slope: int, offset: int = 0) -> Line:
@@ -71,7 +71,7 @@ def after(outer: Line, inner: Line) -> Line:
 
 
 def _between(slope: int, offset: int, low: int, high: int, start: int, stop: int) -> tuple[int, int]:
-    """The range of the x with start ≤ x < stop and low ≤ slope·x + offset < high."""
+    """The range (first, last + 1) of all x with start ≤ x < stop and low ≤ slope·x + offset < high."""
     if slope == 0:
         return (start, stop) if low <= offset < high else (start, start)
     if slope > 0:
@@ -80,7 +80,7 @@ def _between(slope: int, offset: int, low: int, high: int, start: int, stop: int
 
 
 def values(line: Line, x: np.ndarray) -> np.ndarray:
-    """The values of a line, int64; a large negative number where it is not defined."""
+    """The int64 values of a line; a large negative number where the line is not defined."""
     found = np.full(x.shape, _NOWHERE, np.int64)
     for start, stop, slope, offset in line:
         np.copyto(found, slope * x + offset, where=(x >= start) & (x < stop))
@@ -115,7 +115,7 @@ def progressions(line: Line) -> list[tuple[int, int, int]]:
 
 
 class Run(NamedTuple):
-    """Valid reads of every line of a table: slope·x + offset for low ≤ x < high, with one entry per line."""
+    """Valid reads in each line of a table: slope·x + offset for low ≤ x < high; each field has one entry per line."""
 
     low: np.ndarray
     high: np.ndarray
@@ -123,17 +123,17 @@ class Run(NamedTuple):
     offset: np.ndarray
 
     def at(self, line: int) -> tuple[int, int, int, int]:
-        """(low, high, slope, offset) of one line."""
+        """(low, high, slope, offset) for one line."""
         slope = self.slope if isinstance(self.slope, int) else int(self.slope[line])
         return int(self.low[line]), int(self.high[line]), slope, int(self.offset[line])
 
 
 class Reads(Protocol):
-    """Any representation of a table of reads, with −1 for none."""
+    """Any representation of a table of reads, in which −1 means no read."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(lines, positions along a line)."""
+        """(number of lines, number of positions along a line)."""
         ...
 
     def transposed(self) -> Reads:
@@ -141,11 +141,11 @@ class Reads(Protocol):
         ...
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Entries of the table, −1 outside it."""
+        """Entries of the table; −1 for positions outside the table."""
         ...
 
     def runs(self) -> list[Run] | None:
-        """Disjoint runs that contain all valid entries; None if there are no such runs."""
+        """Disjoint runs that cover all valid entries; None if the entries cannot be covered by such runs."""
         ...
 
 
@@ -156,7 +156,7 @@ class Reading:
     Args:
         rows: function of the output position.
         columns: function of the kernel position.
-        outer: function of their sum, never negative.
+        outer: function of their sum; its values are not negative.
         shape: numbers of output and kernel positions.
 
     Example:
@@ -179,15 +179,15 @@ class Reading:
         return Reading(self.columns, self.rows, self.outer, (self.shape[1], self.shape[0]))
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Entries of the table, −1 outside it."""
+        """Entries of the table; −1 for positions outside the table."""
         return np.maximum(values(self.outer, values(self.rows, lines) + values(self.columns, positions)), -1)
 
     def table(self) -> np.ndarray:
-        """All entries, int64 [output_size, kernel_size]."""
+        """All entries, as an int64 array [output_size, kernel_size]."""
         return self.at(np.arange(self.shape[0])[:, None], np.arange(self.shape[1]))
 
     def runs(self) -> list[Run]:
-        """The valid entries of every line, as disjoint runs."""
+        """Disjoint runs that cover the valid entries of each line."""
         starts = values(self.rows, np.arange(self.shape[0]))
         found = []
         for start, stop, slope, offset in self.columns:
@@ -213,17 +213,17 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of reads that is stored as an array.
+    """A table of reads stored as an array.
 
     Args:
-        reads: int64 [lines, positions], −1 for none.
+        reads: int64 array [lines, positions]; −1 means no read.
     """
 
     reads: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(lines, positions along a line)."""
+        """(number of lines, number of positions along a line)."""
         return self.reads.shape[0], self.reads.shape[1]
 
     def transposed(self) -> Table:
@@ -231,13 +231,13 @@ class Table:
         return Table(self.reads.T)
 
     def at(self, lines: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Entries of the table, −1 outside it."""
+        """Entries of the table; −1 for positions outside the table."""
         outputs, kernels = self.shape
         inside = (lines >= 0) & (lines < outputs) & (positions >= 0) & (positions < kernels)
         return np.where(inside, self.reads[np.clip(lines, 0, outputs - 1), np.clip(positions, 0, kernels - 1)], -1)
 
     def runs(self) -> list[Run] | None:
-        """One run per line; None if a line has gaps or unequal steps."""
+        """A run for each line; None if a line has gaps or unequal steps."""
         valid, count = self.reads >= 0, self.shape[1]
         totals = valid.sum(1)
         if not totals.any():
@@ -254,9 +254,9 @@ class Table:
 
 
 def same(one: Reads, two: Reads) -> bool:
-    """Whether two tables have equal entries; compares them where a run of either begins or ends.
+    """Whether two tables have equal entries, determined by comparing them where a run of either table begins or ends.
 
-    Between these places both are affine or empty, so they are equal if they are equal at the ends.
+    Between these places, both tables are affine or empty, so they agree if they agree at both ends.
 
     Example:
         >>> import lensor
@@ -282,7 +282,7 @@ def same(one: Reads, two: Reads) -> bool:
 
 
 class Steps(NamedTuple):
-    """The parameters of an affine table: k·dilation + o·stride − left, if this is an input position."""
+    """The parameters of an affine table, whose entry is k·dilation + o·stride − left if this is an input position."""
 
     stride: int
     left: int
@@ -292,13 +292,13 @@ class Steps(NamedTuple):
 def steps_of(reads: Reads, input_size: int, affine: Callable[[Steps], Reads]) -> Steps | None:
     """The parameters of a table with at least one valid read, or None if it is not affine.
 
-    If the reads do not determine a step (no line has two of them), a small one that fits is taken, the same for all
-    tables with equal entries. Time and memory are at most linear in the longer leg.
+    If the reads do not determine a step (no line contains two reads), a small step that fits is chosen; it is the same
+    for all tables with equal entries. Time and memory are at most linear in the longer leg.
 
     Args:
         reads: the table.
         input_size: number of input positions.
-        affine: creates the table of given parameters.
+        affine: function that creates the table for given parameters.
     """
     turned = reads.shape[0] > reads.shape[1]
     for across, along, (line, position, value) in _candidates(reads.transposed() if turned else reads, input_size):
@@ -314,11 +314,11 @@ Read: TypeAlias = tuple[int, int, int]
 """(line, position, value)."""
 
 Candidate: TypeAlias = tuple[int, int, Read]
-"""(step between lines, step along lines, one read)."""
+"""(step between lines, step along lines, a valid read)."""
 
 
 def _candidates(reads: Reads, input_size: int) -> Iterable[Candidate]:
-    """Candidates for the steps of a table."""
+    """Candidates for the two steps of a table."""
     runs = reads.runs()
     if runs is None:
         return ()
@@ -340,7 +340,7 @@ def _candidates(reads: Reads, input_size: int) -> Iterable[Candidate]:
             line_, position_, value_ = next(_reads_in(runs, int(valid[-1])))
             step, rest = divmod(value_ - value - (position_ - position) * along, line_ - line)
             return ((step, along, first),) if rest == 0 and step > 0 else ()
-        # The other lines must be outside: above the input after this one, below it before this one.
+        # All other lines must read outside the input: lines after this one above it, lines before this one below it.
         base = value - position * along
         step = max(1, (line < lines - 1) * (input_size - base), (line > 0) * (base + (positions - 1) * along + 1))
         return ((step, along, first),)
@@ -358,7 +358,7 @@ def _reads_in(runs: list[Run], line: int) -> Iterator[Read]:
 
 
 def _along(runs: list[Run], total: np.ndarray) -> int | None:
-    """The step between neighbours in a line: None if no line has two valid reads, 0 if it is not a positive integer."""
+    """The step along lines: None if no line has two valid reads, 0 if the step is not a positive integer."""
     if not (total > 1).any():
         return None
     reads = _reads_in(runs, int((total > 1).argmax()))
@@ -368,7 +368,7 @@ def _along(runs: list[Run], total: np.ndarray) -> int | None:
 
 
 def _across(runs: list[Run]) -> int | None:
-    """The step between lines: None if no two have valid reads at one position, 0 if it is not a positive integer."""
+    """The step between lines: None if no position has two valid reads, 0 if the step is not a positive integer."""
     columns = []
     for run in runs:
         line = np.flatnonzero(run.high > run.low)
@@ -399,7 +399,7 @@ def _around(point: Read, shape: tuple[int, int], input_size: int) -> tuple[int, 
 
 
 def _tied(points: list[Read]) -> Iterable[Candidate]:
-    """Pairs of steps that fit several reads, of which no two are in one line or at one position."""
+    """Pairs of steps that fit several reads, no two of which are in the same line or at the same position."""
     first, *others = points
     lines, positions, apart = (b - a for a, b in zip(first, others[-1], strict=True))
     for point in others[:-1]:
@@ -413,7 +413,7 @@ def _tied(points: list[Read]) -> Iterable[Candidate]:
 
 
 def _on_one_line(first: Read, lines: int, positions: int, apart: int) -> Iterator[Candidate]:
-    """Steps with lines·across + positions·along = apart, in the order of increasing `across`."""
+    """Pairs of steps with lines·across + positions·along = apart, in increasing order of `across`."""
     common, every = math.gcd(lines, positions), abs(positions) // math.gcd(lines, positions)
     if apart % common:
         return

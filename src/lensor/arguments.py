@@ -1,4 +1,4 @@
-"""Descriptions of arguments that many functions share: each is written once, and inserted into their docstrings."""
+"""Descriptions of arguments shared by many functions: each is written once and inserted into the docstrings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def described(shared: Mapping[str, str]) -> Callable[[F], F]:
-    """Insert the descriptions of shared arguments into the section Args of a function's docstring.
+    """Insert the descriptions of shared arguments into the Args section of a function's docstring.
 
-    The function's own descriptions stay; the order is that of its signature.
+    Descriptions in the function's own docstring take precedence. Arguments are listed in the order of the signature.
 
     Args:
-        shared: descriptions by the argument's name.
+        shared: descriptions, keyed by argument name.
 
     Example:
         >>> from lensor.arguments import described

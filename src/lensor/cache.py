@@ -1,4 +1,4 @@
-"""Bounded, thread-safe caches that can be cleared and survive a fork."""
+"""Bounded, thread-safe caches that can be cleared and that remain usable after a fork."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_BYTES = 1 << 26
 """Default limit for the total weight of a cache's entries."""
 
 _SHARED = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType, threading.Thread)
-"""Kinds of objects that exist independently of the cache."""
+"""Types of objects that exist independently of a cache."""
 
 
 def weigh(value: Any) -> int:
-    """The bytes that a value keeps alive: everything it refers to, including arrays.
+    """Return the number of bytes that a value keeps alive, including everything to which it refers, such as arrays.
 
-    Modules, classes, code and their parts do not count, since they exist anyway.
+    Modules, classes, code and their parts are not counted, since they exist independently.
 
     Example:
         >>> import numpy as np
@@ -40,7 +40,7 @@ def weigh(value: Any) -> int:
             continue
         seen.add(id(one))
         if isinstance(one, dict) and ("__spec__" in one or one is sys.modules):
-            continue  # the names of a module
+            continue  # the namespace of a module
         size = getattr(one, "nbytes", 0) if hasattr(one, "dtype") else 0
         total += max(sys.getsizeof(one, 0), size)
         todo += gc.get_referents(one)
@@ -48,15 +48,17 @@ def weigh(value: Any) -> int:
 
 
 class Cache:
-    """A least-recently-used cache of at most `maxsize` entries with a total weight of at most `max_bytes`.
+    """A least-recently-used cache with at most `maxsize` entries and a total weight of at most `max_bytes`.
 
-    A value is computed outside the lock, so two threads that miss at the same time both compute it and one value is
-    kept: values must not depend on the thread. A value that weighs more than the limit is not kept.
+    Values are computed outside the lock. Two threads that miss the same key at the same time both compute the value,
+    and one of the results is stored, so values must not depend on the thread. A value that weighs more than `max_bytes`
+    is not stored.
 
     Args:
-        maxsize: largest number of entries.
-        max_bytes: largest total weight of keys and values in bytes.
-        weigh: computes the weight of a key and value, by default the bytes that they keep alive.
+        maxsize: maximum number of entries.
+        max_bytes: maximum total weight of keys and values in bytes.
+        weigh: function that computes the weight of a key and value; by default, the number of bytes that they keep
+            alive.
 
     Example:
         >>> cache = Cache(maxsize=2)
@@ -80,11 +82,11 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """The total weight of all entries in bytes, each as of when it was put."""
+        """The total weight of all entries in bytes, as computed when each entry was stored."""
         return self._total
 
     def get(self, key: Hashable) -> Any:
-        """The value of `key`, or None."""
+        """Return the value for `key`, or None."""
         with self._lock:
             value = self._entries.get(key)
             if value is not None:
@@ -92,7 +94,7 @@ class Cache:
             return value
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Keep `value` (not None) for `key`; drop the least recently used entries beyond the limits."""
+        """Store `value` (not None) for `key`, and drop the least recently used entries if a limit is exceeded."""
         weight = self.weigh((key, value))
         with self._lock:
             self._drop(key)
@@ -110,7 +112,7 @@ class Cache:
             self._total -= self._weights.pop(key)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of `key`; make and keep it if it is missing."""
+        """Return the value for `key`; compute and store it if it is missing."""
         value = self.get(key)
         if value is None:
             value = make()
@@ -132,15 +134,15 @@ class Cache:
 
 
 def clear_caches() -> None:
-    """Drop everything that Lensor caches: simplified networks, plans, calls, and arrays made from patterns.
+    """Drop everything that Lensor caches: simplified networks, plans, calls, and arrays created from patterns.
 
-    Call it to time a first call, or to free memory. You need not call it to bound memory: each cache drops its least
-    recently used entries once they take more than 64 MB (`lensor.cache.MAX_BYTES`), and no cached array is larger than
-    the operands it was made for.
+    Use this function before you time a first call, or to free memory. You do not need it to bound memory: each cache
+    drops its least recently used entries once it exceeds 64 MB (`lensor.cache.MAX_BYTES`), and no cached array is
+    larger than the operands for which it was created.
 
-    It keeps the calls in graphs of `torch.compile` and `torch.export`, which may run again, measured times (see
-    `lensor.wisdom.forget`), plans that you hold, and the layout of a model that `lensor.optim.KFAC` has found, which is
-    freed with the model.
+    The function does not drop calls in `torch.compile` and `torch.export` graphs, which may run again, measured times
+    (see `lensor.wisdom.forget`), plans to which you hold references, and the layout of a model found by
+    `lensor.optim.KFAC`, which is freed with the model.
 
     Example:
         >>> import lensor
@@ -151,7 +153,7 @@ def clear_caches() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Another thread of the parent may have held a lock during the fork.
+    # A different thread of the parent may have held a lock during the fork.
     for cache in list(_caches):
         cache._renew_lock()
 

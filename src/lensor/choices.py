@@ -1,50 +1,50 @@
-"""The choices of arguments, as types; `words(Approx)` returns the choices themselves."""
+"""The allowed values of arguments, as `Literal` types; `words(Approx)` returns the values themselves."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, get_args
 
 Approx: TypeAlias = Literal["expand", "reduce"]
-"""How a Kronecker factor treats positions: as examples, or summed first."""
+"""Whether a Kronecker factor treats positions as separate examples, or sums over them first."""
 
 Bias: TypeAlias = Literal["joint", "separate"]
-"""Whether weight and bias share a block."""
+"""Whether weight and bias share a block or have separate blocks."""
 
 Effort: TypeAlias = Literal["estimate", "measure", "remember"]
-"""How a plan is chosen: by estimates, by measurements, or by earlier measurements."""
+"""How a plan is chosen: by estimates, by measurements, or by previous measurements."""
 
 Fisher: TypeAlias = Literal["type-2", "mc", "empirical"]
 """The exact Hessian of the loss, samples from the model's distribution, or gradients of the loss itself."""
 
 FactorFisher: TypeAlias = Literal["type-2", "mc", "empirical", "forward-only"]
-"""`Fisher`, or no backward pass: B is the identity."""
+"""The choices of `Fisher`, or "forward-only": no backward pass, with the identity as B."""
 
 FactorNormalisation: TypeAlias = Literal["paper", "curvlinops", "singd", "backpack", "asdl", "kfac-jax", "kfac-pytorch"]
-"""The library whose normalisation the factors of one layer have."""
+"""The library whose normalisation is used for the factors of one layer."""
 
 ModelNormalisation: TypeAlias = Literal[
     "paper", "curvlinops", "singd", "asdl", "nngeometry", "kfac-jax", "kfac-pytorch", "laplace"
 ]
-"""The library whose normalisation the factors of a model have."""
+"""The library whose normalisation is used for the factors of a model."""
 
 Form: TypeAlias = Literal["factor", "root"]
-"""A Kronecker factor itself, or a matrix whose Gram matrix it is."""
+"""A Kronecker factor itself, or a root, whose Gram matrix is the factor."""
 
 Method: TypeAlias = Literal["cholesky", "eigen", "woodbury"]
 """How damped factors are inverted."""
 
 Nonfinite: TypeAlias = Literal["raise", "skip"]
-"""How an optimizer treats a gradient that is not finite."""
+"""How an optimizer handles a gradient that is not finite."""
 
 PaddingMode: TypeAlias = Literal["zeros", "circular", "reflect", "replicate"]
-"""The values outside the input."""
+"""How values outside the input are defined."""
 
 Scheme: TypeAlias = Literal["bernoulli", "fixed", "blocks", "importance"]
-"""How positions are drawn."""
+"""How positions are sampled."""
 
 
 def words(choice: Any) -> tuple[str, ...]:
-    """The choices of a `Literal` type.
+    """Return the choices of a `Literal` type.
 
     Example:
         >>> from lensor.choices import Approx, words

@@ -1,4 +1,4 @@
-"""The command line `lensor` and its commands."""
+"""The `lensor` command line and its commands."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from lensor import __version__
 _MISSING = "lensor: {name} is not installed: install lensor[cli]"
 
 _OF_BENCH = ("bench", "reproduce", "conformance")
-"""The commands of lensor-bench."""
+"""The commands that the lensor-bench package provides."""
 
 _INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells: 128 plus the signal's number."""
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def _drop_output() -> None:
-    """Discard unwritten output, instead of failing again when Python exits."""
+    """Discard unwritten output, so that flushing it does not fail again when Python exits."""
     if sys.stdout is not None:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_app() -> Any:
-    """Make the application with its commands.
+    """Create the application with its commands.
 
     Raises:
         ModuleNotFoundError: if typer or rich is not installed.

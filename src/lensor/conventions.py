@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 
 class Convention(NamedTuple):
-    """Powers of (batch size, number of positions) for the input factor and the output factor, by `approx`.
+    """Powers of (batch size, number of positions) for the input and the output factor, keyed by `approx`.
 
-    A factor that the library does not define has no entry. `grouped`: whether each group has a separate factor.
+    Factors that the library does not define have no entry. `grouped` is True if each group has a separate factor.
     """
 
     input: Mapping[str, tuple[int, int]]
@@ -22,12 +22,12 @@ class Convention(NamedTuple):
 
 
 class ModelConvention(NamedTuple):
-    """Powers for the factors of a whole model, whose output factors include the reduction of the model's loss.
+    """Powers for the factors of a whole model, whose output factors include the loss reduction.
 
     Args:
-        positions: powers of the number of positions for the input and the output factor, by `approx`.
-        examples: powers of the number of examples for the output factor, by the loss's reduction.
-        outputs: power of the number of model outputs for the input factor; the output factor gets the inverse.
+        positions: powers of the number of positions for the input and the output factor, keyed by `approx`.
+        examples: powers of the number of examples for the output factor, keyed by the loss reduction.
+        outputs: power of the number of model outputs for the input factor; the output factor uses the inverse power.
     """
 
     positions: Mapping[str, tuple[int, int]]
@@ -50,7 +50,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     # A = Σ p pᵀ/(N·O³), B = Σ g gᵀ/(N·O³).
     "kfac-pytorch": Convention({"expand": (0, -3)}, {"expand": (-1, -2)}),
 }
-"""The conventions by library name."""
+"""The conventions, keyed by library name."""
 
 MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
     "paper": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}),
@@ -69,4 +69,4 @@ MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
     # A = Σ p pᵀ/N, B of the summed loss.
     "laplace": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}, {"mean": 1, "sum": 0}),
 }
-"""The conventions for factors of whole models, by library name."""
+"""The conventions for factors of whole models, keyed by library name."""

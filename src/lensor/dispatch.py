@@ -1,7 +1,7 @@
-"""From a call of a function to a plan: build the network once for given shapes and options, and cache the call.
+"""From a function call to a plan: build the network once for given shapes and options, and cache the prepared call.
 
-While a framework captures a graph, a call becomes a constant of the graph, or a function for all sizes if its sizes
-are symbolic.
+While a framework captures a graph, a call becomes a constant in the graph, or, if its sizes are symbolic, a function
+that works for all sizes.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Request(NamedTuple):
-    """The network that a call evaluates, from its shapes and hyper-parameters."""
+    """The network that a call evaluates, built from its shapes and hyper-parameters."""
 
     network: AnyNetwork
-    shapes: Mapping[str, Shape]  # of the network's operands, in the order of the call's arrays
-    unbatched: bool = False  # drop the result's batch axis
-    conjugate: tuple[str, ...] = ()  # operands that a derivative conjugates
-    spec: ConvSpec | None = None  # of the convolution, if the result has the memory format of the framework's own
+    shapes: Mapping[str, Shape]  # shapes of the network's operands, in the order of the call's arrays
+    unbatched: bool = False  # whether to drop the result's batch axis
+    conjugate: tuple[str, ...] = ()  # operands to conjugate, for a derivative
+    spec: ConvSpec | None = None  # given if the result takes the memory format of the framework's convolution
 
 
 class _Call(NamedTuple):
-    """A request that is ready to run."""
+    """A prepared request that is ready to run."""
 
     run_plan: Callable[..., Array]  # takes the arrays in the caller's order
     adapt: tuple[Callable[[Array], Array] | None, ...] | None
     unbatched: bool
 
     def run(self, arrays: Sequence[Array]) -> Array:
-        """The result for arrays in the order of the call."""
+        """Compute the result for arrays in the order of the call."""
         if self.adapt is not None:
             arrays = [array if f is None else f(array) for f, array in zip(self.adapt, arrays, strict=True)]
         result = self.run_plan(*arrays)
@@ -51,23 +51,23 @@ _calls = Cache(maxsize=4096)
 
 
 class Operation:
-    """The recipe of a public function: `build` makes a request of the arrays' shapes and the other arguments."""
+    """The recipe for a public function: `build` creates a request from the arrays' shapes and the other arguments."""
 
     def __init__(self, arguments: Sequence[str], build: Callable[..., Request], real: bool) -> None:
         self.arguments = arguments
         self.build = build
         self.name = build.__name__
-        self.real = real  # defined for real numbers only
+        self.real = real  # whether the operation is defined for real numbers only
 
     def __call__(self, arrays: tuple[Array, ...], *options: Any) -> Array:
-        """The result for arrays in the order of the arguments."""
+        """Compute the result for arrays in the order of the arguments."""
         if kernels.is_capturing():
             if kernels.is_symbolic(arrays, options) and not _is_limited():
                 return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
             return self.captured(arrays, options)
         try:
             call = _calls.peek(self.key(arrays, options, _parts))
-        except (AttributeError, TypeError, RuntimeError):  # not plain arrays, or traced sizes
+        except (AttributeError, TypeError, RuntimeError):  # the arrays are not plain arrays, or their sizes are traced
             call = None
         if call is None:
             if (override := kernels.override_of(*arrays)) is not None:
@@ -80,11 +80,11 @@ class Operation:
         return call.run(arrays)
 
     def padded(self, arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
-        """The arrays, with None for those that the call omits."""
+        """The arrays, with None for optional arrays that the call omits."""
         return arrays + (None,) * (len(self.arguments) - len(arrays))
 
     def key(self, arrays: Sequence[Array], options: tuple, parts: Callable[[Array], tuple]) -> tuple:
-        """Everything a call depends on; the options enter as text, since 1, 1.0 and True are equal."""
+        """The cache key of a call; it contains the options as text, since 1, 1.0 and True compare equal."""
         settings = planner.current()
         key = (self, repr(options), settings)
         for array in arrays:
@@ -92,13 +92,13 @@ class Operation:
         return key
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
-        """The cached call for these arrays and options; create it if it is new."""
+        """The cached call for these arrays and options, prepared if it is new."""
         key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, _device(array)))
         call = _calls.get(key)
         if call is None:
             call = self.prepare(arrays, options)
             if not kernels.backend_of(arrays[0]).is_traced(arrays[0]):
-                _calls.put(key, call)  # nothing is measured while tracing: a later call may find a better plan
+                _calls.put(key, call)  # tracing does not measure plans, so a later call may find a better one
         return call
 
     def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
@@ -107,7 +107,7 @@ class Operation:
         return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
 
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
-        """Check the arguments and compile their network."""
+        """Check the arguments, build their network and plan it."""
         options = tuple(map(_frozen, options))
         named = dict(zip(self.arguments, arrays, strict=False))
         is_complex = check_arrays(named, self.real)
@@ -130,16 +130,16 @@ _operations: dict[str, Operation] = {}
 
 
 def operation(name: str, arrays: tuple[Array, ...], *options: Any) -> Array:
-    """Run the operation of that name; graphs of torch.fx call this function."""
+    """Run the operation with this name; torch.fx graphs call this function."""
     return _operations[name](tuple(arrays), *options)
 
 
 class _CapturedCalls:
-    """The calls in captured graphs, as attributes, so that a framework finds new ones while it traces."""
+    """The calls in captured graphs, stored as attributes so that a framework finds new calls while it traces."""
 
 
 _captured_calls = _CapturedCalls()
-"""A graph only stores the name of a call, so each call stays here until the process ends."""
+"""A graph stores only the name of a call, so each call is kept here until the process ends."""
 
 _captured_names = Cache(maxsize=4096)
 
@@ -148,7 +148,7 @@ _captured_numbers = itertools.count()
 
 @kernels.constant_in_graphs
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
-    """The name of a call in `_captured_calls`, computed from constants alone."""
+    """Return the name of a call in `_captured_calls`, using constants only."""
     settings = planner.untimed(planner.current())
     key = (operation, kinds, repr(options), settings)
     name = _captured_names.get(key)
@@ -156,7 +156,7 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
         with planner.planning(effort=settings.effort):
             call = _operations[operation].prepare(arrays, options)
-        name = f"call_{next(_captured_numbers)}"  # each thread gets another number
+        name = f"call_{next(_captured_numbers)}"  # each thread gets a different number
         setattr(_captured_calls, name, call)
         _captured_names.put(key, name)
     return name
@@ -164,12 +164,12 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
 
 @kernels.constant_in_graphs
 def _is_limited() -> bool:
-    """Whether a memory limit is set; it applies to a plan, and plans have known sizes."""
+    """Whether a memory limit is set; checking it requires a plan, and thus known sizes."""
     return planner.current().max_bytes is not None
 
 
 def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
-    """The plan as a function of arrays in the order of `names`; it checks nothing."""
+    """The plan as a function of arrays in the order of `names`, which does not check its arguments."""
     backend = kernels.backend_of(like)
     ready = runtime.runnable(plan, backend)
     call = ready.unchecked if spec is None else backend.formatted(ready, spec)
@@ -180,7 +180,7 @@ def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | 
 
 
 def recipe(*arguments: str, real: bool = False) -> Callable[[Callable[..., Request]], Operation]:
-    """Turn a function from shapes (named by `arguments`) and options to a request into an operation."""
+    """Turn a function that maps shapes (named by `arguments`) and options to a request into an operation."""
 
     def register(build: Callable[..., Request]) -> Operation:
         operation = _operations[build.__name__] = Operation(arguments, build, real)
@@ -196,7 +196,7 @@ def _adapter(found: Shape, wanted: Shape, conjugate: bool) -> Callable[[Array], 
 
 
 def shape_of(array: Array) -> Shape:
-    """The shape as plain ints."""
+    """The shape of an array as a tuple of plain ints."""
     return tuple(operator.index(size) for size in array.shape)
 
 
@@ -208,7 +208,7 @@ _parts = operator.attrgetter("shape", "dtype", "device")
 
 
 def _frozen(option: Any) -> Any:
-    """Convert lists to tuples, which can be part of a key."""
+    """Convert lists to tuples, so that the option can be part of a cache key."""
     if isinstance(option, Sequence) and not isinstance(option, str):
         return tuple(_frozen(part) for part in option)
     return option
@@ -219,7 +219,7 @@ def _dtype_name(array: Array) -> str:
 
 
 def check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
-    """Raise TypeError or ValueError unless the arrays fit together; return whether they are complex."""
+    """Raise TypeError or ValueError unless the arrays are compatible; return whether they are complex."""
     (first, *others), names = arrays.items(), {name: _dtype_name(array) for name, array in arrays.items()}
     for name, dtype in names.items():
         if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):

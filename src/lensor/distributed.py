@@ -1,7 +1,7 @@
 """Evaluation of one network on all ranks of a torch.distributed group: each rank computes its part of one index.
 
-A network restricted to a part of one index is again a network, with its own plan. The ranks exchange only the results
-of the parts.
+A network restricted to a part of one index is again a network, with its own plan. The ranks exchange only their partial
+results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lensor.runtime import require_operands
 def evaluate(
     net: AnyNetwork, *, group: dist.ProcessGroup | None = None, index: str | None = None, **operands: Any
 ) -> Any:
-    """Evaluate a network together: every rank of the group calls this, and every rank gets the whole result.
+    """Evaluate a network on all ranks of a group; every rank must call this function and gets the whole result.
 
     Use this for a network that is too large or too slow for one device; use `lensor.curvature.kfac` or
     `lensor.optim.KFAC` with `group` for data-parallel curvature.
@@ -28,7 +28,7 @@ def evaluate(
     Args:
         net: the network; the same on every rank.
         group: the ranks; all ranks by default.
-        index: the index that is split into parts; by default the one with the fewest flops per rank.
+        index: the index to split into parts; by default the index that results in the fewest flops per rank.
         operands: the whole operands, the same on every rank: tensors on a device that the group's backend supports. An
             int gives the size of an index that no operand determines.
 
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def _index(net: AnyNetwork, count: int, arrays: dict[str, Any], asked: str | None) -> str | None:
-    """The index that is split into parts; None if the network has none."""
+    """The index to split into parts; None if the network has no suitable index."""
     known = sliceable(net) if arrays else []
     if asked is not None:
         if asked not in known:
@@ -98,9 +98,9 @@ def _combined(
     like: torch.Tensor,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """The whole result from this rank's part, which is None if it has none."""
+    """The whole result, from the parts of all ranks; this rank's part is None if it has none."""
     axis = axis_of(net, index)
-    # Collectives exchange tensors of equal shape, so pad the parts to the longest, which is the last one.
+    # Collectives exchange tensors of equal shape, so pad all parts to the size of the longest, which is the last one.
     shape = [size or 0 for size in parts[-1].output_shape]
     padded = like.new_zeros(shape)
     if mine is not None:

@@ -1,4 +1,4 @@
-"""Errors that Lensor raises beyond the built-in TypeError and ValueError."""
+"""Errors that Lensor raises in addition to the built-in TypeError and ValueError."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LensorError(Exception):
-    """Base class of Lensor's errors; each of them also subclasses a built-in error.
+    """Base class of Lensor's errors, each of which also subclasses a built-in error.
 
     Example:
         >>> import lensor
@@ -22,11 +22,11 @@ class LensorError(Exception):
 
 
 class SubscriptsError(LensorError, ValueError):
-    """Subscripts or a network's text that do not parse; the message marks the place with a caret.
+    """Subscripts or the text of a network do not parse; a caret in the message marks the place.
 
     Args:
-        reason: the reason.
-        text: the whole text.
+        reason: description of the problem.
+        text: the text that does not parse.
         position: offset of the error in `text`.
 
     Example:
@@ -42,7 +42,7 @@ class SubscriptsError(LensorError, ValueError):
 
     def __init__(self, reason: str, text: str, position: int) -> None:
         self.reason, self.text, self.position = reason, text, position
-        # The caret is below the line that contains the error, indented with the tabs of that line.
+        # Put the caret below the line that contains the error, indented with the same tabs as this line.
         end = text.find("\n", position)
         shown = (text if end < 0 else text[:end]).split("\n")
         before = text[:position].rpartition("\n")[2]
@@ -54,7 +54,7 @@ class SubscriptsError(LensorError, ValueError):
 
 
 class NetworkError(LensorError, ValueError):
-    """A network that violates the grammar of `Network.check`, or a transform's arguments that would.
+    """A network violates the grammar of `Network.check`, or would do so after a transform with these arguments.
 
     Example:
         >>> import lensor
@@ -67,7 +67,7 @@ class NetworkError(LensorError, ValueError):
 
 
 def require_type(value: Any, name: str, *kinds: type) -> None:
-    """Raise TypeError, naming the argument, unless `value` is an instance of one of `kinds`."""
+    """Raise a TypeError that names the argument unless `value` is an instance of one of `kinds`."""
     if not isinstance(value, kinds):
         names = [kind.__name__ for kind in kinds]
         expected = " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
@@ -84,14 +84,14 @@ def require_choice(name: str, found: str, choices: Sequence[str]) -> None:
         ValueError: approx is 'kfc', expected one of 'expand', 'reduce'
 
     Raises:
-        ValueError: if it is not; the message lists the choices.
+        ValueError: if the argument is not one of `choices`; the message lists them.
     """
     if found not in choices:
         raise ValueError(f"{name} is {found!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def require_share(found: Any, what: str, error: type[ValueError] = ValueError) -> Fraction:
-    """Convert a number with 0 < found <= 1 to a fraction.
+    """Convert a number to a fraction, after checking that 0 < found <= 1.
 
     Example:
         >>> from lensor.errors import require_share
@@ -102,7 +102,7 @@ def require_share(found: Any, what: str, error: type[ValueError] = ValueError) -
         ValueError: keep is 1.5, expected a number with 0 < keep <= 1
 
     Raises:
-        ValueError: for any other value; `error` replaces the class.
+        ValueError: if `found` is anything else; pass `error` to raise a different class.
     """
     number = float(found) if isinstance(found, Real) and not isinstance(found, bool) else 0.0
     if not 0 < number <= 1:

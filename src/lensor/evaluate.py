@@ -1,4 +1,4 @@
-"""Evaluation: planning a network for arrays, and running the cached plan."""
+"""Evaluation: planning a network for given arrays, and running the cached plan."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def compile(
         shapes: the shape of every operand.
         sizes: sizes of indices that no operand determines.
         like: an array with the framework, dtype and device of the operands, for measuring candidates.
-        settings: effort and memory limit; those of `lensor.planning` by default.
+        settings: effort and memory limit; by default, those set with `lensor.planning`.
 
     Raises:
         TypeError: if an operand is missing or unknown.
-        ValueError: if shapes or sizes do not fit the network, or no plan fits the memory limit.
+        ValueError: if shapes or sizes do not match the network, or if no plan meets the memory limit.
     """
     if sizes:
         net = net.bind(sizes)
@@ -75,7 +75,7 @@ def compile(
 
 
 def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:
-    """Raise TypeError for a compiler's symbolic sizes, which cannot be part of a cache key."""
+    """Raise TypeError if a shape contains a compiler's symbolic sizes, which cannot be part of a cache key."""
     for name, shape in shapes.items():
         if any(type(size).__name__ == "SymInt" for size in shape):
             raise TypeError(
@@ -87,7 +87,7 @@ def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:
 def _derived(
     plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings, in_channels_last: bool
 ) -> Callable[[Sequence[Any], Any], Any]:
-    """Plan the VJP or JVP of a plan's network; return it as a function of the plan's operands and a direction."""
+    """Plan the VJP or JVP of a plan's network; return a function of the plan's operands and a direction."""
     net = plan.network
     assert net is not None
     direction = "V"
@@ -106,9 +106,9 @@ def _derived(
 
 
 def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetwork:
-    """The network with all sizes bound to those of the operands' shapes."""
+    """Bind all sizes of a network, given the shapes of its operands."""
     require_operands(net.operand_names, shapes)
-    # A name means the same index in all terms of a sum: a size that a term's operands leave open comes from the others.
+    # A name means the same index in all terms of a sum, so a size unknown in one term may come from another term.
     sizes: dict[str, int | None] = dict(net.sizes)
     for term in net.terms:
         held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
@@ -129,7 +129,7 @@ def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetw
 
 
 def _occurrences(term: Network) -> list[tuple[str, tuple]]:
-    """(name, the legs of its array's axes) of every operand; the vector of a selection has only the second leg."""
+    """A (name, legs of the array) pair for each operand; a selection's vector has only the second leg."""
     return [
         (node.name, node.legs[1:] if isinstance(node, Select) else node.legs)
         for node in term.nodes
@@ -138,23 +138,23 @@ def _occurrences(term: Network) -> list[tuple[str, tuple]]:
 
 
 def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
-    """An array with the framework, dtype and device of the operands; not a vector of positions."""
+    """An operand that represents their framework, dtype and device, not a position vector; None if there is none."""
     chosen = net.selections
     return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
 
 
 def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
-    """Plan the network for operands given as arrays or shapes; int keywords give sizes of indices.
+    """Plan the network for operands given as arrays or shapes; int keywords set index sizes.
 
-    Use it to inspect a plan and its costs; calling the network plans it too.
+    Use this method to inspect a plan and its costs; to evaluate the network, call it, which also plans it.
 
     Args:
         net: the network.
-        effort: `"estimate"` chooses the candidate with the least estimated cost. `"measure"` times the candidates once
-            on operands of these shapes, with the dtype and device of the arrays (float32 NumPy arrays if only shapes
-            are given). `"remember"` uses the times in `lensor.wisdom`.
-        max_bytes: the most memory that the plan may need in addition to its operands.
-        operands: an array or a shape for every operand; an int for an index whose size no operand determines.
+        effort: `"estimate"` chooses the candidate with the lowest estimated cost. `"measure"` times the candidates once
+            on operands with these shapes and the dtype and device of the given arrays (float32 NumPy arrays if only
+            shapes are given). `"remember"` uses the times stored in `lensor.wisdom`.
+        max_bytes: the maximum memory that the plan may use in addition to its operands.
+        operands: an array or a shape for each operand; an int for each index whose size no operand determines.
 
     Example:
         >>> import lensor
@@ -164,7 +164,7 @@ def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | N
 
     Raises:
         TypeError: if an operand is missing or unknown.
-        ValueError: if shapes do not fit the network, for an unknown effort, or if no plan fits the memory limit.
+        ValueError: if shapes do not match the network, the effort is unknown, or no plan meets the memory limit.
     """
     with planning(effort=effort, max_bytes=max_bytes):
         settings = current()
@@ -183,7 +183,7 @@ def _shape_of(name: str, value: Any) -> tuple[int, ...]:
 
 
 def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Separate keywords into operands and sizes: a name that is an index and not an operand gives a size."""
+    """Separate keywords into operands and sizes: a name that is an index but not an operand sets a size."""
     arrays, sizes = {}, {}
     names = net.operand_names
     for name, value in given.items():
@@ -196,11 +196,11 @@ def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, An
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> Any:
-    """Evaluate a network on arrays of one framework.
+    """Evaluate a network on arrays from one framework.
 
     Raises:
-        TypeError: for operands that are missing or unknown, or have two frameworks, two dtypes or an integer dtype.
-        ValueError: if shapes or sizes do not fit the network.
+        TypeError: if operands are missing or unknown, differ in framework or dtype, or have an integer dtype.
+        ValueError: if shapes or sizes do not match the network.
     """
     require_operands(net.operand_names, operands)
     backend_of(*operands.values())
@@ -209,7 +209,7 @@ def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, i
 
 
 def call(net: AnyNetwork, /, **operands: Any) -> Any:
-    """Evaluate the network on arrays of one framework; int keywords give sizes of indices that no array determines.
+    """Evaluate the network on arrays from one framework; int keywords set index sizes that no array determines.
 
     Example:
         >>> import lensor, numpy as np
@@ -223,10 +223,10 @@ def call(net: AnyNetwork, /, **operands: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- einsum
 def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
-    """Evaluate subscripts on arrays of one framework and index patterns.
+    """Evaluate einsum-like subscripts on arrays from one framework and index patterns.
 
     Spaces separate legs. `(g c)` is an axis with two indices, and `1` is an axis of length 1. An index repeated within
-    one operand takes its diagonal. `...` denotes axes that operands share. Indices that are not in the output are
+    one operand selects the diagonal. `...` stands for axes that operands share. Indices that are not in the output are
     summed.
 
     Args:
@@ -241,9 +241,10 @@ def einsum(subscripts: str, /, *operands: Any, **sizes: int) -> Any:
         array([3., 6., 9.])
 
     Raises:
-        SubscriptsError: if the subscripts do not parse; the message marks the place with a caret.
-        ValueError: if an index has two sizes, or a size is unknown.
-        TypeError: for operands that are not arrays, or arrays of two frameworks.
+        SubscriptsError: if the subscripts do not parse; a caret marks the place.
+        ValueError: if an index has conflicting sizes, or its size is unknown.
+        TypeError: if an operand is neither an array nor an index pattern, or if the arrays come from different
+            frameworks.
     """
     if not isinstance(subscripts, str):
         raise TypeError(f"subscripts is of type {type(subscripts).__name__}, expected a str as the first argument")

@@ -1,12 +1,13 @@
 """Convolutions, their derivatives and their curvature as functions of arrays.
 
-Names and order of the arguments follow `torch.nn.functional` and `torch.nn.grad`. All arrays of a call belong to one
-framework, NumPy or torch, and so does the result. The number N of spatial dimensions follows from the weight's shape,
-else from the length of `kernel_size`, else from the input's shape, which must then have a batch axis. `padding` is an
-int, "same", "valid", one int per dimension, or one (left, right) pair per dimension.
+Argument names and their order follow `torch.nn.functional` and `torch.nn.grad`. All arrays passed to a function must
+come from one framework, NumPy or torch; the result comes from the same framework. The number N of spatial dimensions is
+taken from the weight's shape, else from the length of `kernel_size`, else from the input's shape, which must then
+include a batch axis. `padding` is an int, "same", "valid", one int per dimension, or one (left, right) pair per
+dimension.
 
-Each function builds the network of its operation from shapes and hyper-parameters alone and evaluates it. The plan is
-cached: a later call with the same shapes and hyper-parameters only runs it.
+Each function builds the network for its operation from shapes and hyper-parameters alone and evaluates it. The plan is
+cached, so a later call with the same shapes and hyper-parameters reuses it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ SHARED = {
     "padding_mode": '"zeros", "circular", "reflect" or "replicate".',
     "weight_size": "full shape of the weight, [c_out, c_in/groups, *kernel_size].",
 }
-"""Descriptions of arguments that several functions share."""
+"""Descriptions of arguments that appear in several functions."""
 
 
 def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None:
@@ -66,7 +67,7 @@ def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None
 
 
 def _sizes(name: str, sizes: Any) -> Shape:
-    """Check a full shape that is given as an argument."""
+    """Convert a full shape that was passed as an argument to a tuple of ints."""
     try:
         return tuple(operator.index(size) for size in sizes)
     except TypeError:
@@ -79,7 +80,7 @@ def _check_divides(groups: int, name: str, found: Shape, channels: int) -> None:
 
 
 def _is_unbatched(name: str, shape: Shape, dims: int, layout: str = "c_in, *input_size") -> bool:
-    """Whether a shape lacks the batch axis; raise ValueError unless it has N+1 or N+2 axes."""
+    """Return whether a shape lacks the batch axis; raise ValueError unless it has N+1 or N+2 axes."""
     if len(shape) not in (dims + 1, dims + 2):
         raise ValueError(
             f"{name} has shape {shape} with {len(shape)} axes, expected {dims + 2} axes [batch, {layout}] or"
@@ -97,7 +98,7 @@ def _check_batched(name: str, shape: Shape, dims: int) -> None:
 
 
 def _spec(input_name: str, input_size: Shape, in_channels: int, out_channels: int, **hyper: Any) -> ConvSpec:
-    """Create a spec; if a spatial size is 0, the error names the argument that it comes from."""
+    """Create a spec; if a spatial size is 0, raise an error that names `input_name`."""
     if 0 in input_size:
         raise ValueError(f"{input_name} has spatial size {input_size}, expected at least 1 in every dimension")
     return ConvSpec(in_channels, out_channels, input_size, **hyper)
@@ -109,7 +110,7 @@ def _check_not_empty(input: Shape) -> None:
 
 
 class _Layer(NamedTuple):
-    """A convolution with the shapes of its input and output, including the batch axis."""
+    """A convolution, with the full shapes of its input and output, including the batch axis."""
 
     spec: ConvSpec
     input: Shape
@@ -117,7 +118,7 @@ class _Layer(NamedTuple):
     unbatched: bool
 
     def check_cotangent(self, name: str, found: Shape) -> None:
-        """Raise ValueError unless `found` is the output's shape, without the batch axis if the input has none."""
+        """Raise ValueError unless `found` is the output shape, without a batch axis if the input is unbatched."""
         layout = "[c_out, *output_size]" if self.unbatched else "[batch, c_out, *output_size]"
         _check_shape(name, found, self.output[self.unbatched :], layout)
 
@@ -142,7 +143,7 @@ def _layer(
     batched: bool = False,
     bias: bool = False,
 ) -> _Layer:
-    """The convolution of an input with a weight of these shapes; errors call them `names`."""
+    """The convolution of an input and a weight with these shapes; error messages refer to them as `names`."""
     input_name, weight_name = names
     if len(weight) < 3:
         raise ValueError(
@@ -179,14 +180,14 @@ def _layer(
 
 
 def _dims_of(kernel_size: Size, input: Shape) -> int:
-    """N from the length of `kernel_size`, else from the input's shape, which has a batch axis."""
+    """Take N from the length of `kernel_size`, else from the input's shape, assumed to include a batch axis."""
     return len(kernel_size) if isinstance(kernel_size, Sequence) else len(input) - 2
 
 
 def _patches(
     input: Shape, kernel_size: Size, groups: int = 1, *, batched: bool = False, **hyper: Any
 ) -> tuple[ConvSpec, Shape, bool]:
-    """The spec of an operation without a weight, the input's shape with a batch axis, and whether it had none."""
+    """The spec for an operation without a weight, the batched input shape, and whether the input is unbatched."""
     dims = _dims_of(kernel_size, input)
     if batched or dims < 1:
         _check_batched("input", input, dims)
@@ -194,13 +195,13 @@ def _patches(
     groups = as_positive(groups, "groups")
     channels = input[-dims - 1]
     _check_divides(groups, "input", input, channels)
-    # The number of output channels does not matter here.
+    # The number of output channels does not affect the result.
     spec = _spec("input", input[-dims:], channels, groups, kernel_size=kernel_size, groups=groups, **hyper)
     return spec, (1, *input) if unbatched else input, unbatched
 
 
 def _join_positions(net: AnyNetwork) -> AnyNetwork:
-    """Join the spatial output legs into one, as in torch's unfold."""
+    """Join the spatial output legs into one, as `torch.nn.functional.unfold` does."""
     first, second, *positions = net.output
     legs = (first, second, tuple(itertools.chain(*positions)))
     return net.regroup(" ".join(f"({' '.join(leg)})" if len(leg) != 1 else leg[0] for leg in legs))
@@ -245,8 +246,8 @@ def conv(
         [batch, c_out, *output_size], without the batch axis if the input has none.
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `n (g c_in) i, i o k, (g c_out) c_in k -> n (g c_out) o`, plus the bias (Hayashi et al., 2019; table 1 of the
@@ -315,7 +316,7 @@ def conv_transpose(
 ) -> Array:
     """Transposed convolution in N dimensions, with zero padding only.
 
-    Use `conv_input_vjp` instead if you know the input size of the convolution to be transposed.
+    If you know the input size of the convolution that you want to transpose, use `conv_input_vjp` instead.
 
     Example:
         >>> import numpy, lensor
@@ -328,14 +329,14 @@ def conv_transpose(
         weight: [c_in, c_out/groups, *kernel_size].
         bias: [c_out].
         padding: an int, one int or one (left, right) pair per dimension.
-        output_padding: one int, or one per dimension, smaller than the stride or the dilation.
+        output_padding: one int, or one per dimension, less than the larger of stride and dilation.
 
     Returns:
         [batch, c_out, *output_size], without the batch axis if the input has none.
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `(g c_in) c_out k, i o k, n (g c_in) o -> n (g c_out) i`: the input VJP of a convolution (table 1 of the
@@ -365,7 +366,7 @@ def unfold(
     *,
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """The patches of an input (im2col).
+    """Extract the patches of an input (im2col).
 
     Example:
         >>> import numpy, lensor
@@ -374,14 +375,14 @@ def unfold(
                 [1., 2., 3., 4.]]])
 
     Args:
-        input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` has one int per dimension.
+        input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` is a sequence.
 
     Returns:
         [batch, c_in·ΠK, ΠO], without the batch axis if the input has none.
 
     Raises:
         TypeError: if the dtype is not floating-point.
-        ValueError: if shape and hyper-parameters do not fit together.
+        ValueError: if the shape and hyper-parameters are incompatible.
 
     Equation:
         `n c_in i, i o k -> n (c_in k) o` (table 1 of the paper).
@@ -390,7 +391,11 @@ def unfold(
 
 
 def _fold_dims(output_size: Size, kernel_size: Size, count: Callable[[int], Sequence[int]], positions: int) -> int:
-    """N from the given lengths, else the N with the right number of positions (2, as in torch, if several have it)."""
+    """Take N from the length of a sequence, else find the N that gives this number of positions.
+
+    If `output_size` or `kernel_size` is a sequence, N is its length. Otherwise, N is the first of 2 (as in torch), 1,
+    3, 4, ... for which the number of patches equals `positions`, or 2 if there is none.
+    """
     for size in (output_size, kernel_size):
         if isinstance(size, Sequence):
             return len(size)
@@ -472,7 +477,7 @@ def fold(
 
     Raises:
         TypeError: if the dtype is not floating-point.
-        ValueError: if shape and hyper-parameters do not fit together.
+        ValueError: if the shape and hyper-parameters are incompatible.
 
     Equation:
         `n (c k) o, i o k -> n c i`.
@@ -505,7 +510,7 @@ def unfold_transpose(
     output_padding: Size = 0,
     dilation: Size = 1,
 ) -> Array:
-    """The patches that a transposed convolution multiplies with its kernel, with zero padding only.
+    """Extract the patches that a transposed convolution multiplies by its kernel, with zero padding only.
 
     Example:
         >>> import numpy, lensor
@@ -514,9 +519,9 @@ def unfold_transpose(
                 [0., 1., 0., 2.]]])
 
     Args:
-        input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` has one int per dimension.
+        input: [batch, c_in, *input_size], or [c_in, *input_size] if `kernel_size` is a sequence.
         padding: an int, one int or one (left, right) pair per dimension.
-        output_padding: one int, or one per dimension, smaller than the stride or the dilation.
+        output_padding: one int, or one per dimension, less than the larger of stride and dilation.
 
     Returns:
         [batch, c_in·ΠK, ΠI], where I is the output size of the transposed convolution, without the batch axis if the
@@ -524,7 +529,7 @@ def unfold_transpose(
 
     Raises:
         TypeError: if the dtype is not floating-point.
-        ValueError: if shape and hyper-parameters do not fit together.
+        ValueError: if the shape and hyper-parameters are incompatible.
 
     Equation:
         `n c_in o, i o k -> n (c_in k) i`.
@@ -555,7 +560,7 @@ def conv_input_vjp(
 ) -> Array:
     """Gradient of a convolution with respect to its input.
 
-    Use it instead of `conv_transpose` if you know the input size.
+    If you know the input size, use this function instead of `conv_transpose`.
 
     Example:
         >>> import numpy, lensor
@@ -572,8 +577,8 @@ def conv_input_vjp(
         An array of shape `input_size`; complex weights are conjugated, as in torch.
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `(g c_out) c_in k, i o k, n (g c_out) o -> n (g c_in) i` (table 1 of the paper).
@@ -617,8 +622,8 @@ def conv_weight_vjp(
         An array of shape `weight_size`; a complex input is conjugated, as in torch.
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k` (table 1 of the paper).
@@ -662,8 +667,8 @@ def conv_weight_vjp_per_example(
         [batch, *weight_size]; a complex input is conjugated, as in torch.
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`: the weight VJP without the sum over `n`.
@@ -675,7 +680,7 @@ def conv_weight_vjp_per_example(
 def _convert(
     net: AnyNetwork, side: str, approx: Approx, convention: FactorNormalisation, groups: int, positions: int
 ) -> tuple[AnyNetwork, bool]:
-    """Convert the paper's factor to another convention; also return whether that changes it."""
+    """Rescale the paper's factor to a different convention; also return whether the scale changed."""
     require_choice("convention", convention, tuple(CONVENTIONS))
     known = CONVENTIONS[convention]
     powers = getattr(known, side).get(approx)
@@ -729,7 +734,7 @@ def _kfac_input_factor(
     if form == "root":
         if scaled:
             raise ValueError(f"form='root' with convention={convention!r}, expected convention='paper'")
-        # The scale of a network is rational; this one is the double nearest to 1/√batch.
+        # A network's scale is rational, so use the double nearest to 1/√batch.
         net = ops.kfac_input_root(spec).scaled(Fraction(shape[0] ** -0.5))
     return Request(net, {"X": shape})
 
@@ -750,7 +755,7 @@ def kfac_input_factor(
     form: Form = "factor",
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """Input-based Kronecker factor of KFAC for a convolution, one for each group.
+    """Input-based KFAC factor of a convolution, one for each group.
 
     Example:
         >>> import numpy, lensor
@@ -763,19 +768,20 @@ def kfac_input_factor(
 
     Args:
         input: [batch, c_in, *input_size].
-        approx: "expand" (KFC) sums the outer products of all patches, "reduce" those of each example's mean patch.
+        approx: "expand" (KFC) sums the outer products of all patches, "reduce" those of the examples' mean patches.
         transposed: whether the convolution is transposed (zero padding only).
         output_padding: output padding of a transposed convolution.
         convention: normalisation. "paper" divides by the batch size only; "curvlinops", "singd", "backpack", "asdl",
-            "kfac-jax" and "kfac-pytorch" follow these libraries, for one group, no bias and this batch as the data.
-        form: "factor", or, with "reduce", "root": the mean patches over √batch, so that `root.mT @ root` is the factor.
+            "kfac-jax" and "kfac-pytorch" match these libraries, for one group and no bias, with this batch as the data
+            set.
+        form: "factor", or, with "reduce", "root": the mean patches divided by √batch; `root.mT @ root` is the factor.
 
     Returns:
         [groups, d, d] with d = c_in/groups·ΠK, or the root [groups, batch, d].
 
     Raises:
         TypeError: if the dtype is not real floating-point.
-        ValueError: if shapes, hyper-parameters or choices do not fit together, or if the batch is empty.
+        ValueError: if shapes, hyper-parameters or choices are incompatible, or if the batch is empty.
 
     Equation:
         `n (g c) i, i o k, n (g c_) i_, i_ o k_ -> g (c k) (c_ k_)`/N. For "reduce" the second copy has `o_`, and the
@@ -814,7 +820,7 @@ def kfac_output_factor(
     convention: FactorNormalisation = "paper",
     padding_mode: PaddingMode = "zeros",
 ) -> Array:
-    """Gradient-based Kronecker factor of KFAC for a convolution, one for each group.
+    """Gradient-based KFAC factor of a convolution, one for each group.
 
     Example:
         >>> import numpy, lensor
@@ -822,19 +828,19 @@ def kfac_output_factor(
         (2, 3, 3)
 
     Args:
-        grad_output: [v, batch, c_out, *output_size]: a square root of the loss Hessian, or gradients, propagated to
-            the layer's output; includes the loss's reduction.
-        approx: "expand" averages the outer products of all vectors over positions; "reduce" first sums each example's
-            vectors over positions.
+        grad_output: [v, batch, c_out, *output_size]: a square root of the loss Hessian, or gradients, backpropagated to
+            the layer's output; must include the loss reduction.
+        approx: "expand" averages the outer products of all vectors over the positions; "reduce" first sums each
+            vector over the positions.
         convention: as in `kfac_input_factor`; "singd" does not define this factor.
-        padding_mode: does not affect this factor; lets you pass the same arguments to both factors.
+        padding_mode: has no effect on this factor; accepted so that you can pass the same arguments to both functions.
 
     Returns:
         [groups, c_out/groups, c_out/groups].
 
     Raises:
         TypeError: if the dtype is not real floating-point.
-        ValueError: if shapes or choices do not fit together.
+        ValueError: if shapes or choices are incompatible.
 
     Equation:
         `v n (g c) o, v n (g c_) o -> g c c_`/O. For "reduce" the second copy has `o_`, and there is no factor 1/O
@@ -873,15 +879,16 @@ def ggn_diagonal(
 
     Args:
         input: [batch, c_in, *input_size].
-        sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian propagated to the layer's output.
-        per_example: whether to keep the batch axis instead of summing over it.
+        sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian, backpropagated to the layer's
+            output.
+        per_example: whether to return one diagonal per example instead of their sum.
 
     Returns:
         An array of shape `weight_size`, or [batch, *weight_size].
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not real floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not real floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: the sum
@@ -911,7 +918,7 @@ def ggn_gram(
 ) -> Array:
     """Gram matrix of a convolution's weight GGN: the layer's empirical NTK.
 
-    It has the non-zero eigenvalues of the GGN, and is smaller if v·batch is less than the number of weights.
+    Its non-zero eigenvalues are those of the GGN. It is smaller than the GGN if v·batch < the number of weights.
 
     Example:
         >>> import numpy, lensor
@@ -921,14 +928,15 @@ def ggn_gram(
 
     Args:
         input: [batch, c_in, *input_size].
-        sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian propagated to the layer's output.
+        sqrt_ggn: [v, batch, c_out, *output_size]: a square root of the loss Hessian, backpropagated to the layer's
+            output.
 
     Returns:
         [v·batch, v·batch]: the inner products of the per-example weight VJPs of all vectors.
 
     Raises:
-        TypeError: if the arrays have different frameworks or dtypes, or a dtype that is not real floating-point.
-        ValueError: if shapes or hyper-parameters do not fit together.
+        TypeError: if the arrays differ in framework or dtype, or if the dtype is not real floating-point.
+        ValueError: if shapes or hyper-parameters are incompatible.
 
     Equation:
         `n (g c_in) i, i o k, v n (g c_out) o, m (g c_in) i_, i_ o_ k, w m (g c_out) o_ -> (v n) (w m)`.

@@ -1,7 +1,7 @@
-"""Binds the functions of later stages as methods of networks, sums and plans.
+"""Binding of functions from other modules as methods of networks, sums and plans.
 
-A method is a function whose first argument is the network. To add one, write the function in its stage, list it here,
-and add its signature to `lensor.network.verbs`; a test compares the two.
+A method is a function whose first argument is the network. To add a method, write the function in its module, list it
+here, and add its signature to `lensor.network.verbs`; a test compares the two signatures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The index pattern: which input position each (output position, kernel position) pair of a convolution reads.
 
-Notation of the rules: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P], with input size I, output size O, kernel size K,
-stride S, left padding P and dilation D. A position outside [0, I) reads zero (`padding_mode="zeros"`) or the value that
-the mode pads with.
+Notation: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P], with input size I, output size O, kernel size K, stride S, left
+padding P and dilation D. At a position outside [0, I), the pattern reads zero (`padding_mode="zeros"`) or the value
+that the padding mode defines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _fitted = Cache(maxsize=4096)
 
 
 def as_integer(value: Any, name: str) -> int:
-    """Convert `value` to an int; raise TypeError, naming the argument, for anything else, including booleans."""
+    """Convert an integer to an int; for any other value, including bools, raise a TypeError that names the argument."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)
@@ -38,7 +38,7 @@ def as_integer(value: Any, name: str) -> int:
 
 
 def as_positive(value: Any, name: str) -> int:
-    """Convert `value` to an int of at least 1."""
+    """Convert `value` to an int and check that it is at least 1."""
     number = as_integer(value, name)
     if number < 1:
         raise ValueError(f"{name} is {number}, expected a positive integer")
@@ -46,7 +46,7 @@ def as_positive(value: Any, name: str) -> int:
 
 
 def as_padding_mode(value: Any) -> PaddingMode:
-    """Return `value`; raise ValueError unless it is one of torch's padding modes."""
+    """Return `value`; raise ValueError unless it is a padding mode of torch."""
     if value not in PADDING_MODES:
         expected = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode is {value!r}, expected one of {expected}")
@@ -61,11 +61,11 @@ class IndexPattern:
         input_size: number of input positions I.
         kernel_size: number of kernel positions K.
         stride: step S between output positions.
-        padding: padding of both sides, or (left, right); negative padding crops.
+        padding: padding on both sides, or a (left, right) pair; negative padding crops.
         dilation: step D between kernel positions.
         padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`, as in torch.
-        output_size: number of output positions O; None for 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋. A number pins
-            O; reads outside the input then give zero.
+        output_size: number of output positions O; None for 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋. With an
+            explicit O, reads outside the padded input give zero (zeros mode only).
 
     Example:
         >>> import lensor
@@ -80,11 +80,11 @@ class IndexPattern:
         (5, 3, 3)
 
     Raises:
-        TypeError: for sizes that are not integers.
-        ValueError: for sizes that are not positive, a kernel larger than the padded input, reflect padding that is not
+        TypeError: for a size that is not an integer.
+        ValueError: for a size that is not positive, a kernel larger than the padded input, reflect padding that is not
             smaller than the input, circular padding larger than the input, circular padding that crops one side and
-            wraps the other (torch would wrap the cropped input), or, in modes other than zeros, an output size that
-            reads outside the padded input.
+            wraps the other (torch would wrap the cropped input), or, in modes other than zeros, an output size for
+            which the pattern would read outside the padded input.
     """
 
     input_size: int
@@ -120,7 +120,7 @@ class IndexPattern:
             self._check_mode()
 
     def _fitting_output_size(self) -> int:
-        """O = 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; ValueError if the kernel does not fit."""
+        """O = 1 + ⌊(I + P_left + P_right − D(K−1) − 1)/S⌋; raise ValueError if the kernel is too large."""
         padded, span = self.input_size + sum(self.padding), self.dilation * (self.kernel_size - 1) + 1
         if span > padded:
             raise ValueError(
@@ -155,13 +155,13 @@ class IndexPattern:
     # ------------------------------------------------------------------------------------------------- properties
     @property
     def _needed_right(self) -> int:
-        """The right padding that the last read requires: (O−1)S + D(K−1) + 1 − I − P_left."""
+        """The right padding needed for the last read: (O−1)S + D(K−1) + 1 − I − P_left."""
         reach = (self.output_size - 1) * self.stride + self.dilation * (self.kernel_size - 1)
         return reach + 1 - self.input_size - self.padding[0]
 
     @property
     def _is_inside(self) -> bool:
-        """Whether v[o,k] ≡ 1 in zeros mode: every position is in [0, I)."""
+        """Whether every (o, k) reads a position in [0, I), so v[o,k] ≡ 1 even in zeros mode."""
         return self.padding[0] <= 0 and self._needed_right <= 0
 
     @property
@@ -179,7 +179,7 @@ class IndexPattern:
 
     @property
     def kind(self) -> str:
-        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`; only a label.
+        """`"dense"` (K=S, P=0, D=1, I=O·S), `"down-sampling"` (S>K, P=0, D=1) or `"general"`; a label only.
 
         Example:
             >>> import lensor
@@ -194,12 +194,12 @@ class IndexPattern:
 
     @property
     def is_crop(self) -> bool:
-        """Whether K=1: Π[i,o] = [i = o·S − P] slices, pads, crops or embeds."""
+        """Whether K=1: the pattern Π[i,o] = [i = o·S − P] only slices, pads, crops or spreads an axis."""
         return self.kernel_size == 1
 
     @property
     def is_selection(self) -> bool:
-        """Deprecated: `is_crop`.
+        """Deprecated: use `is_crop`.
 
         Example:
             >>> import lensor
@@ -240,9 +240,9 @@ class IndexPattern:
 
     # ----------------------------------------------------------------------------------------------------- arrays
     def reads(self) -> np.ndarray:
-        """The input position that each (o, k) reads, or −1 for zero: read-only int64 [output_size, kernel_size].
+        """The input position that each (o, k) reads, −1 for zero; a read-only int64 array [output_size, kernel_size].
 
-        This is k·D + o·S − P, mapped by the padding mode.
+        The position is k·D + o·S − P, mapped into the input by the padding mode.
 
         Example:
             >>> import lensor
@@ -265,7 +265,7 @@ class IndexPattern:
         return reads
 
     def reading(self) -> Reading:
-        """A compact form of `reads`: the sum k·D + o·S − P, followed by the padding mode as a piecewise line.
+        """A compact form of `reads`: k·D + o·S − P, followed by a piecewise linear map for the padding mode.
 
         Example:
             >>> import lensor
@@ -283,7 +283,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
             found = [Piece(at * size, (at + 1) * size, 1, -at * size) for at in periods]
         elif self.padding_mode == "replicate":
             found = [Piece(low, 0, 0, 0), Piece(0, size, 1, 0), Piece(size, stop, 0, size - 1)]
-        else:  # reflect about the first and the last position, at most once
+        else:  # reflect at the first and the last position, at most once
             found = [Piece(low, 0, -1, 0), Piece(0, size, 1, 0), Piece(size, stop, -1, 2 * (size - 1))]
         cut = (Piece(max(piece.start, low), min(piece.stop, stop), *piece[2:]) for piece in found)
         outer = tuple(piece for piece in cut if piece.start < piece.stop)
@@ -291,7 +291,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return Reading(affine(shape[0], self.stride), affine(shape[1], self.dilation, low), outer, shape)
 
     def line(self) -> Line:
-        """The input position that each output position of a crop (K = 1) reads, as a piecewise line.
+        """The input position that each output position of a crop (K = 1) reads, as a piecewise linear map.
 
         Example:
             >>> import lensor
@@ -299,7 +299,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
             (Piece(start=0, stop=4, slope=1, offset=0), Piece(start=4, stop=6, slope=-1, offset=6))
 
         Raises:
-            ValueError: for a larger kernel.
+            ValueError: if the kernel size is not 1.
         """
         if self.kernel_size != 1:
             raise ValueError(f"kernel_size is {self.kernel_size}, expected 1 for a line of reads")
@@ -307,7 +307,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return after(outer, affine(self.output_size, self.stride, -self.padding[0]))
 
     def span(self) -> tuple[int, int]:
-        """The first output position of a crop (K = 1) that reads something, and the number of those that do.
+        """The start and length of the range of output positions at which a crop (K = 1) reads the input.
 
         Example:
             >>> import lensor
@@ -315,13 +315,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
             (1, 4)
 
         Raises:
-            ValueError: for a larger kernel.
+            ValueError: if the kernel size is not 1.
         """
         line = self.line()
         return (line[0].start, line[-1].stop - line[0].start) if line else (0, 0)
 
     def columns(self) -> list[tuple[int, ...]]:
-        """A key of the reads of each kernel position: keys are equal iff the reads at all output positions are.
+        """A key for each kernel position; equal iff two kernel positions read the same inputs at all outputs.
 
         Example:
             >>> import lensor
@@ -330,7 +330,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
             [0, 1]
 
         Raises:
-            ValueError: if the pattern reads padding of a mode other than zeros.
+            ValueError: if the pattern reads padding in a mode other than zeros.
         """
         if self.padding_mode != "zeros" and not self._is_inside:
             raise ValueError(f"padding_mode is {self.padding_mode!r}, expected 'zeros': call split_padding() first")
@@ -353,9 +353,9 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return self.summed((), np.dtype(bool))
 
     def summed(self, legs: Sequence[int], dtype: np.dtype | type = np.int64) -> np.ndarray:
-        """Π summed over some of its legs (0: i, 1: o, 2: k); the other legs keep this order.
+        """Sum Π over some of its legs (0: i, 1: o, 2: k); the remaining legs stay in this order.
 
-        The sum needs memory for the result and a few lines of reads.
+        This needs memory only for the result and a few vectors of reads, since Π is not materialized.
 
         Example:
             >>> import lensor
@@ -383,7 +383,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return found.astype(dtype)
 
     def _by_kernel_position(self, summed: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-        """Π, or its sum over i or o, filled in one kernel position at a time."""
+        """Compute Π, or its sum over i or o, one kernel position at a time."""
         sizes = [self.input_size, self.output_size, self.kernel_size]
         array = np.zeros([size for leg, size in enumerate(sizes) if leg not in summed], dtype)
         reading, outputs = self.reading(), np.arange(self.output_size)
@@ -399,7 +399,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return array
 
     def _times_read(self) -> np.ndarray:
-        """Σ_{o,k} Π, int64 [input_size]: counts k ≡ (i+P)/g·(D/g)⁻¹ mod S/g with 0 ≤ i+P−kD ≤ (O−1)S."""
+        """Σ_{o,k} Π, int64 [input_size]: the number of k ≡ (i+P)/g·(D/g)⁻¹ mod S/g with 0 ≤ i+P−kD ≤ (O−1)S."""
         padding, inner = self.split_padding()
         if padding is not None:
             found = np.zeros(self.input_size, np.int64)
@@ -415,9 +415,9 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return np.where(places % g == 0, np.maximum(0, (high - first) // stride + 1), 0)
 
     def constant_sum(self, legs: Sequence[int]) -> int | None:
-        """The value of Π summed over some of its legs (0: i, 1: o, 2: k) if it is constant, else None.
+        """The value of the sum of Π over some of its legs (0: i, 1: o, 2: k) if the sum is constant, else None.
 
-        It is found from vectors along the legs, without computing the whole sum.
+        The check uses vectors along the legs and does not compute the whole sum.
 
         Example:
             >>> import lensor
@@ -440,12 +440,12 @@ Piece(start=4, stop=5, slope=0, offset=3))
 
     def _constant_over_outputs(self) -> int | None:
         """The value of m[i,k] = Σ_o Π if it is constant, else None."""
-        if self.padding_mode == "zeros":  # m is binary
+        if self.padding_mode == "zeros":  # m is 0 or 1
             return 1 if (self.counts() == self.input_size).all() else None
         times, rest = divmod(self.output_size, self.input_size)
         if rest or not times:
             return None
-        # In circular mode, the reads of all kernel positions are equal up to a rotation.
+        # In circular mode, the reads of all kernel positions are rotations of each other.
         for k in range(1 if self.padding_mode == "circular" else self.kernel_size):
             reads = self.reading().at(np.arange(self.output_size), np.array(k))
             if _the_one(np.bincount(reads, minlength=self.input_size)) is None:
@@ -455,7 +455,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
     def counts(self) -> np.ndarray:
         """n[k] = Σ_{i,o} Π, int64 [kernel_size] (rule 17).
 
-        It is max(0, min(O−1, ⌊(I−1+P−kD)/S⌋) − max(0, ⌈(P−kD)/S⌉) + 1) in zeros mode, and O in the others.
+        In zeros mode, n[k] = max(0, min(O−1, ⌊(I−1+P−kD)/S⌋) − max(0, ⌈(P−kD)/S⌉) + 1); else n[k] = O.
 
         Example:
             >>> import lensor
@@ -469,7 +469,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return np.maximum(0, high - low + 1)
 
     def _limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each k, the first and the last o that read inside the input; high < low if none does (zeros mode)."""
+        """The first and the last o that read inside the input, for each k; high < low if there is none (zeros mode)."""
         shift = self.padding[0] - np.arange(self.kernel_size, dtype=np.int64) * self.dilation
         low = np.maximum(0, -(-shift // self.stride))
         high = np.minimum(self.output_size - 1, (self.input_size - 1 + shift) // self.stride)
@@ -477,7 +477,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
 
     # --------------------------------------------------------------------------------------------------- algebra
     def swap(self) -> IndexPattern:
-        """Swap kernel and output: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], with O pinned to K (rule 4).
+        """Swap the kernel and output legs: Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o], with O set to K (rule 4).
 
         Example:
             >>> import lensor
@@ -493,7 +493,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         )
 
     def normalize(self) -> IndexPattern:
-        """The same pattern in normal form: hyper-parameters without effect get a fixed value (rules 7, 8).
+        """The same pattern in normal form: hyper-parameters without effect take fixed values (rules 7, 8).
 
         The right padding is (O−1)S + D(K−1) + 1 − I − P_left; D=1 if K=1; S=1 if O=1; the mode is zeros if all reads
         are inside the input; a pattern that reads nothing has S = D = 1 and P_left = −I.
@@ -515,10 +515,11 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return self._replace(stride=stride, padding=(left, right), dilation=dilation, padding_mode=mode)
 
     def compose(self, inner: IndexPattern) -> tuple[IndexPattern, IndexPattern] | None:
-        """Two convolutions as one: Σ_j Π1[i,j,k]·Π2[j,o,l] = Σ_m Π12[i,o,m]·ΠK[m,l,k], or None (rule 23).
+        """Merge two convolutions: Σ_j Π1[i,j,k]·Π2[j,o,l] = Σ_m Π12[i,o,m]·ΠK[m,l,k], or None (rule 23).
 
-        Here self is Π1, `inner` is Π2, Π12 = Π(I, D1(K1−1)+D2·S1(K2−1)+1, S1·S2, P1+S1·P2, 1) and
-        ΠK[m,l,k] = [m = k·D1 + l·D2·S1]. None unless all reads of Π2 are inside (v2 ≡ 1) and both are in zeros mode.
+        Here Π1 is this pattern, Π2 is `inner`, Π12 = Π(I, D1(K1−1)+D2·S1(K2−1)+1, S1·S2, P1+S1·P2, 1) and
+        ΠK[m,l,k] = [m = k·D1 + l·D2·S1]. The result is None unless Π2 reads only inside its input (v2 ≡ 1) and Π1 reads
+        no padding in a mode other than zeros.
 
         Example:
             >>> import lensor
@@ -529,7 +530,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
 
         Raises:
             TypeError: if `inner` is not an IndexPattern.
-            ValueError: if the input size of `inner` is not the output size of this pattern.
+            ValueError: if the input size of `inner` differs from this pattern's output size.
         """
         require_type(inner, "inner", IndexPattern)
         if inner.input_size != self.output_size:
@@ -554,13 +555,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
 
     @classmethod
     def from_reads(cls, reads: np.ndarray | Reading, input_size: int) -> IndexPattern | None:
-        """The zeros-mode pattern with exactly these reads, or None if there is none.
+        """Find the zeros-mode pattern with exactly these reads; None if there is none.
 
-        If the reads do not determine a step (no line has two of them), a small one that fits is taken.
+        If the reads do not determine a step (no line contains two reads), a small step that fits is chosen.
 
         Args:
-            reads: the input position that each (output position, kernel position) reads, −1 for none; an array, or
-                a `Reading`, whose time and memory grow only with its longer leg.
+            reads: the input position that each (output position, kernel position) reads, −1 for none: an array, or a
+                `Reading`, for which time and memory grow only with the longer leg.
             input_size: number of input positions.
 
         Example:
@@ -580,7 +581,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return None if steps is None else pattern(steps).normalize()
 
     def fitted(self) -> IndexPattern | None:
-        """The zeros-mode pattern with the same reads, or None; patterns with equal reads give the same one.
+        """The zeros-mode pattern with the same reads, or None; equal reads give the same pattern.
 
         Example:
             >>> import lensor
@@ -591,9 +592,9 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return found[0]
 
     def split_padding(self) -> tuple[IndexPattern | None, IndexPattern]:
-        """Split into padding and reads: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
+        """Split off the padding: Π_mode[i,o,k] = Σ_j R[i,j]·Π(L,K,S,0,D)[j,o,k].
 
-        R = Π_mode(I,1,1,(P_left,P_right),1) and L = I+P_left+P_right. In zeros mode, (None, the pattern itself).
+        R = Π_mode(I,1,1,(P_left,P_right),1) and L = I+P_left+P_right. In zeros mode, return (None, self).
 
         Example:
             >>> import lensor
@@ -607,10 +608,10 @@ Piece(start=4, stop=5, slope=0, offset=3))
         return padding, self._replace(input_size=padding.output_size, padding=(0, 0), padding_mode="zeros")
 
     def gcd_split(self) -> tuple[IndexPattern, IndexPattern] | None:
-        """Factor out the gcd g of stride and dilation: Π[i,o,k] = Σ_j [i=a+gj]·Π'[j,o,k], or None (rule 11).
+        """Factor out g = gcd(stride, dilation): Π[i,o,k] = Σ_j [i=a+gj]·Π'[j,o,k], or None (rule 11).
 
-        a = (−P) mod g and Π' = Π(·, K, S/g, (P+a)/g, D/g) with O pinned. None if g=1, K=1 or O=1, or if the pattern
-        reads nothing, or reads padding of a mode other than zeros.
+        Here a = (−P) mod g and Π' = Π(·, K, S/g, (P+a)/g, D/g), with the same O. The result is None if g=1, K=1 or O=1,
+        if the pattern reads nothing, or if it reads padding in a mode other than zeros.
 
         Example:
             >>> import lensor
@@ -678,13 +679,13 @@ _FIELDS = ("input_size", "kernel_size", "stride", "padding", "dilation", "paddin
 
 
 def _the_one(vector: np.ndarray) -> int | None:
-    """The common value of all entries if there is one and it is positive, else None."""
+    """The value of all entries if they are equal and positive, else None."""
     value = int(vector[0])
     return value if value > 0 and bool((vector == value).all()) else None
 
 
 def _as_sides(padding: Any) -> tuple[int, int]:
-    """Padding as (left, right)."""
+    """Convert the padding to a (left, right) pair."""
     if isinstance(padding, Sequence) and not isinstance(padding, str):
         if len(padding) != 2:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Running plans: one straight-line function that calls a backend's function for each step."""
+"""Execution of plans: each plan becomes one straight-line function that calls a backend function for each step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lensor.plan.memory import last_uses, layouts
 
 
 def run(plan: Plan, operands: Mapping[str, Any]) -> Any:
-    """Run a plan on arrays of one framework."""
+    """Run a plan on arrays from one framework."""
     return runnable(plan, backend_of(*operands.values()))(operands)
 
 
 def runnable(plan: Plan, backend: Backend) -> Runnable:
-    """The plan with the functions of a backend, created once."""
+    """Return the runnable form of a plan for a backend, created once."""
     found = plan.compiled.get(backend.name)
     if found is None:
         found = plan.compiled[backend.name] = Runnable(plan, backend)
@@ -28,32 +28,32 @@ def runnable(plan: Plan, backend: Backend) -> Runnable:
 
 
 class Runnable:
-    """A plan with the functions of one backend.
+    """A plan compiled to the functions of one backend.
 
     A call with a mapping first checks names, shapes, dtypes and devices. `unchecked` takes the arrays in the order of
-    the plan's operands and checks nothing. `steps` runs the plan's steps only; if a framework records derivatives,
-    `unchecked` makes it record the network's derivatives instead of those of the steps.
+    the plan's operands and does not check them. `unrecorded` runs only the plan's steps; if a framework records
+    derivatives, `unchecked` makes it record the network's derivatives instead of the derivatives of the steps.
 
-    Results are row-major arrays that share no memory with others. In `channels_last`, results and derivatives that have
-    positions are in torch's memory format of that name.
+    Results are row-major arrays that share no memory with other arrays. With `channels_last`, results and derivatives
+    with spatial positions use torch's memory format of this name.
     """
 
     def __init__(self, plan: Plan, backend: Backend, in_channels_last: bool = False) -> None:
         self.plan, self.backend, self.in_channels_last = plan, backend, in_channels_last
         self.inputs = [step for step in plan.steps if isinstance(step, s.Input)]
         self.names = [step.operand for step in self.inputs]
-        self.steps = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last))
+        self.unrecorded = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last))
         if plan.deriver is not None and self.names:
-            self.unchecked = backend.differentiable(self.steps, self.derivative, _needs(plan.network, self.names))
+            self.unchecked = backend.differentiable(self.unrecorded, self.derivative, _needs(plan.network, self.names))
         self._derivatives: dict[tuple, Callable[..., Any]] = {}
 
     @cached_property
     def channels_last(self) -> Runnable:
-        """The same plan with results in torch's memory format channels_last."""
+        """The same plan, with results in torch's channels_last memory format."""
         return self if self.in_channels_last else Runnable(self.plan, self.backend, in_channels_last=True)
 
     def __call__(self, operands: Mapping[str, Any]) -> Any:
-        """Check the operands and run."""
+        """Check the operands and run the plan."""
         if len(operands) != len(self.names) or any(name not in operands for name in self.names):
             require_operands(self.names, operands)
         arrays = [operands[name] for name in self.names]
@@ -75,12 +75,12 @@ class Runnable:
         return self.unchecked(*arrays)
 
     def derivative(self, kind: str, place: int, arrays: Sequence[Any], direction: Any) -> Any:
-        """Evaluate the network's VJP or JVP with respect to the operand at `place`; plan it at the first call.
+        """Evaluate the network's VJP or JVP with respect to the operand at `place`; planned on the first call.
 
         Args:
             kind: "vjp" or "jvp".
             place: position of the operand in `arrays`.
-            arrays: the operands, in order; None for those that the derivative does not need.
+            arrays: the operands, in order; None for operands that the derivative does not need.
             direction: the cotangent or the tangent.
         """
         assert self.plan.deriver is not None
@@ -100,7 +100,7 @@ class Runnable:
 
 
 def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """For each operand, the places of the operands that the derivative with respect to it needs."""
+    """For each operand, the places of the operands that are needed for the derivative with respect to it."""
     found: list[set[str]] = [set() for _ in names]
     for term in net.terms if net is not None else ():
         held = [node.name for node in term.nodes if isinstance(node, Operand)]
@@ -113,10 +113,10 @@ def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...
 
 
 def one_sum(plan: Plan) -> s.Step | None:
-    """The only computing step of a plan, if it may run in half precision, since frameworks accumulate it precisely.
+    """The only computing step of a plan, if frameworks accumulate it precisely enough to run in half precision.
 
-    None for other plans: intermediate results, between steps or before scaling, may overflow even if the result does
-    not. A product plus an operand (a bias) counts as one step.
+    The result is None for other plans, since intermediate results, between steps or before scaling, may overflow
+    even if the final result does not. A product plus an operand (a bias) counts as one step.
     """
     computed = [step for step in plan.steps if step.computes]
     if len(computed) == 2 and computed[0].is_product and isinstance(computed[1], s.Add):
@@ -127,9 +127,9 @@ def one_sum(plan: Plan) -> s.Step | None:
 
 
 def bytes_needed(plan: Plan, itemsize: int) -> int:
-    """The bytes that a plan needs in addition to operands and patterns, for operands of `itemsize` bytes per entry.
+    """The bytes that a plan needs in addition to operands and patterns, for operands with `itemsize` bytes per entry.
 
-    Several steps in half precision are computed in single precision, with copies of the operands.
+    Half-precision plans with several steps run in single precision, which requires copies of the operands.
     """
     if itemsize != 2 or one_sum(plan) is not None or _only_moves(plan):
         return plan.peak_size * itemsize
@@ -138,7 +138,7 @@ def bytes_needed(plan: Plan, itemsize: int) -> int:
 
 
 def _widened(plan: Plan, backend: Backend, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The plan's function, in single precision for operands in half precision, because sums in half soon overflow."""
+    """The plan's function, which widens half-precision operands to single precision, as sums in half may overflow."""
     return run if _only_moves(plan) else backend.widened(run, one_sum(plan))
 
 
@@ -147,9 +147,9 @@ def _only_moves(plan: Plan) -> bool:
 
 
 def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> Callable[..., Any]:
-    """One function of the operands, with one line per step; it drops values after their last use.
+    """Compile a plan to one function with one line per step; the function deletes values after their last use.
 
-    Steps without operands (patterns, ones) take dtype and device from the first operand.
+    Steps without operands (patterns, ones) use the dtype and device of the first operand.
     """
     steps = plan.steps
     names = [f"v{place}" for place, step in enumerate(steps) if isinstance(step, s.Input)]
@@ -166,7 +166,7 @@ def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> C
         lines.append(f"    like = {values[0]}")
         like = "like"
     last = last_uses(steps, plan.result)
-    kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # the caller holds them anyway
+    kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # held by the caller
     for place, step in enumerate(steps):
         if isinstance(step, s.Input):
             continue
@@ -190,9 +190,9 @@ def _returned(plan: Plan) -> str:
         if not step.is_view:
             return f"settled({result})"
         if not step.takes or step.overlaps:
-            break  # an operand or a constant; entries that overlap, or that a framework does not allow to write
+            break  # an operand or constant, or a view with overlapping or read-only entries
         if values[place].copied:
-            # A copy if the operands are in row-major order; otherwise it may be a view of them.
+            # The value is a copy if the operands are in row-major order; otherwise it may be a view of them.
             operands = [f"v{at}" for at, step in enumerate(plan.steps) if isinstance(step, s.Input)]
             return f"owned({', '.join([result, *operands])})"
         place = step.takes[0]
@@ -200,7 +200,7 @@ def _returned(plan: Plan) -> str:
 
 
 def require_operands(expected: Sequence[str], found: Mapping[str, Any]) -> None:
-    """Raise TypeError unless exactly the expected operands are given."""
+    """Raise TypeError unless exactly the expected operands were given."""
     for name in expected:
         if name not in found:
             raise TypeError(f"operand {name!r} is missing, expected all of {list(expected)}: found {sorted(found)}")

@@ -14,24 +14,25 @@ Sides = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class ConvSpec:
-    """The hyper-parameters of a convolution or transposed convolution in any number of spatial dimensions, as in torch.
+    """The hyper-parameters of a convolution or transposed convolution in any number of spatial dimensions.
 
-    `input_size` determines the number of spatial dimensions: an int means one, `()` a linear layer. Each other size is
-    one int, or one per dimension. All sizes are stored as tuples, padding as one (left, right) pair per dimension.
+    The arguments follow torch. `input_size` determines the number of spatial dimensions: an int means one dimension,
+    `()` a linear layer. Each other size is one int, or one int per dimension. All sizes are stored as tuples, the
+    padding as one (left, right) pair per dimension.
 
     Args:
-        in_channels: channels of the input, in all groups together.
-        out_channels: channels of the output, in all groups together.
+        in_channels: number of input channels, over all groups.
+        out_channels: number of output channels, over all groups.
         input_size: spatial size of the input.
         kernel_size: spatial size of the kernel.
         stride: step between output positions.
         padding: an int, one int or one (left, right) pair per dimension, `"valid"` or `"same"`.
         dilation: step between kernel positions.
-        groups: number of channel groups; divides both numbers of channels.
+        groups: number of channel groups; must divide `in_channels` and `out_channels`.
         padding_mode: `"zeros"`, `"circular"`, `"reflect"` or `"replicate"`.
-        bias: whether there is a bias.
+        bias: whether the convolution adds a bias.
         transposed: whether the convolution is transposed (zero padding only).
-        output_padding: added to the output size of a transposed convolution.
+        output_padding: number of positions added to the output of a transposed convolution.
 
     Example:
         >>> import lensor
@@ -42,11 +43,11 @@ class ConvSpec:
         ConvSpec(4, 8, (28, 28), 3, stride=2, padding=1, groups=2)
 
     Raises:
-        TypeError: for sizes that are not integers, and flags that are not bools.
-        ValueError: for hyper-parameters that torch rejects too: sizes that are not positive, tuples with a length
-            other than that of `input_size`, groups that do not divide the channels, negative padding, a kernel larger
-            than the padded input, `"same"` with a stride, too large reflect or circular padding, output_padding out of
-            its range, and a transposed convolution with `"same"`, `"valid"` or a padding mode.
+        TypeError: for a size that is not an integer, or a flag that is not a bool.
+        ValueError: for hyper-parameters that torch also rejects: a size that is not positive, a tuple whose length
+            differs from the number of spatial dimensions, groups that do not divide the channels, negative padding, a
+            kernel larger than the padded input, `"same"` with a stride, reflect or circular padding that is too large,
+            `output_padding` out of range, or a transposed convolution with `"same"`, `"valid"` or a padding mode.
     """
 
     in_channels: int
@@ -104,7 +105,7 @@ class ConvSpec:
         put(self, "_patterns", tuple(make(d) for d in range(self.ndim)))
 
     def _as_padding(self, padding: Any) -> tuple[Sides, ...]:
-        """Padding as one (left, right) pair per dimension."""
+        """Convert the padding to one (left, right) pair per dimension."""
         if isinstance(padding, str):
             return self._named_padding(padding)
         if not _is_sequence(padding):
@@ -123,7 +124,7 @@ class ConvSpec:
         return tuple(sides)
 
     def _named_padding(self, name: str) -> tuple[Sides, ...]:
-        """`"valid"` pads nothing; `"same"` pads D(K−1) in total, the smaller half on the left."""
+        """`"valid"` adds no padding; `"same"` adds D(K−1) in total, with the smaller half on the left."""
         if name not in ("same", "valid"):
             raise ValueError(f"padding is {name!r}, expected integers, 'same' or 'valid'")
         if self.transposed:
@@ -189,7 +190,7 @@ class ConvSpec:
     def patterns(self) -> tuple[IndexPattern, ...]:
         """One index pattern per spatial dimension.
 
-        For a transposed convolution, I is its output size, and O is pinned to its input size.
+        For a transposed convolution, I is its output size, and O is set to its input size.
 
         Example:
             >>> import lensor
@@ -220,7 +221,8 @@ class ConvSpec:
     def kind(self) -> str:
         """`"dense"`, `"down-sampling"`, `"mixed-dense"` or `"general"`; only a label.
 
-        All patterns are dense, all are dense or down-sampling, some are, or none is.
+        "dense" means that all patterns are dense, "down-sampling" that all are dense or down-sampling, "mixed-dense"
+        that only some of them are, and "general" that none is.
 
         Example:
             >>> import lensor
@@ -261,7 +263,7 @@ class ConvSpec:
     # ------------------------------------------------------------------------------------------------- from torch
     @classmethod
     def from_module(cls, module: Any, input_size: int | Sequence[int] = ()) -> ConvSpec:
-        """The specification of a torch convolution, transposed convolution or linear layer, or of a subclass instance.
+        """Create the spec of a torch convolution, transposed convolution or linear layer, or of a subclass instance.
 
         Args:
             module: `torch.nn.Conv1d` to `Conv3d`, `ConvTranspose1d` to `ConvTranspose3d`, or `Linear`.
@@ -276,9 +278,10 @@ class ConvSpec:
 
         Raises:
             TypeError: for any other module.
-            ValueError: if the module has another number of spatial dimensions, or is lazy and has had no input yet.
+            ValueError: if `input_size` has the wrong number of dimensions, or if a lazy module has not been initialised
+                yet.
         """
-        # Comparing class names avoids an import of torch.
+        # Compare class names to avoid importing torch.
         names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.")}
         if not names & {"_ConvNd", "Linear"}:
             raise TypeError(
@@ -333,7 +336,7 @@ def _both(side: int) -> Sides:
 
 
 def _short(sizes: tuple) -> Any:
-    """One int for a tuple of equal ints."""
+    """Abbreviate a tuple of equal ints to one int."""
     return sizes[0] if sizes and isinstance(sizes[0], int) and len(set(sizes)) == 1 else sizes
 
 
@@ -342,7 +345,7 @@ def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _as_flag(value: Any, name: str) -> bool:
-    # NumPy's bool is accepted too; 0 and 1 are not.
+    # NumPy bools are also accepted; 0 and 1 are not.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}, expected a bool")
     return bool(value)
@@ -356,7 +359,7 @@ def _as_natural(value: Any, name: str) -> int:
 
 
 def _each(name: str, value: Any, ndim: int, check: Callable[[Any, str], int]) -> tuple[int, ...]:
-    """One checked entry per dimension."""
+    """Check a size and return one entry per dimension."""
     if not _is_sequence(value):
         return (check(value, name),) * ndim
     if len(value) != ndim:

@@ -372,7 +372,7 @@ def test_contraction_errors() -> None:
     with pytest.raises(ValueError, match="the number of operands is 1, expected 2"):
         lensor.contraction("n i, i o -> n o", "X")
     with pytest.raises(
-        SubscriptsError, match=r"'\.\.\.' is in the subscripts of a network, expected indices"
+        SubscriptsError, match=r"subscripts of a network contain '\.\.\.', expected explicit indices"
     ) as caught:
         lensor.contraction("n ... -> n ...", "X")
     assert_points_at(caught.value, "n ... -> n ...", "  ^")

@@ -359,3 +359,8 @@ def test_old_names_are_deprecated() -> None:
             assert getattr(ops, old) is getattr(ops, new)
     with pytest.raises(AttributeError, match="no attribute 'weight'"):
         ops.weight  # noqa: B018
+
+
+def test_every_operation_has_an_oracle() -> None:
+    known = {name.partition(",")[0] for name in OPERATIONS}
+    assert set(ops.__all__) <= known

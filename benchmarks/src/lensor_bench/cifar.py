@@ -1,4 +1,4 @@
-"""CIFAR-100 from the user's folder: the distributed files, in their binary or Python version."""
+"""Reads CIFAR-100 from the user's folder, in the binary or the Python version in which it is distributed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cifar100(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         pictures, labels = _binary(path) if path.suffix == ".bin" else _pickled(path)
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever error a damaged file causes
+    except Exception as error:  # any error that a damaged file causes
         raise CommandError(f"{path} is not CIFAR-100: {in_one_line(error)}") from None
     if len(labels) == 0 or len(labels) != len(pictures) or not (labels.min() >= 0 and labels.max() < 100):
         raise CommandError(f"{path} is not CIFAR-100: expected a label below 100 for each of {len(pictures)} images")

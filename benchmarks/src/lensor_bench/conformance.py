@@ -1,6 +1,6 @@
 """The conformance matrix: whether a library is right, wrong, or refuses, for each quantity and hyper-parameter.
 
-A cell contains several convolutions and is right only if every result equals that of `definitions`, in float64. The
+A cell covers several convolutions and is right only if every result equals the one from `definitions`, in float64. The
 libraries are called as their users would call them (`libraries`).
 """
 
@@ -27,7 +27,7 @@ from lensor_bench.libraries import LIBRARIES, Library
 from lensor_bench.measure import relative_error
 
 TOLERANCE = 1e-6
-"""Maximum relative error that counts as rounding: a scale may be a number in single precision."""
+"""Maximum relative error that counts as rounding; it allows for scales in single precision."""
 
 RIGHT, WRONG, REFUSES, NONE = "right", "wrong", "refuses", "n/a"
 SYMBOLS = {RIGHT: "✓", WRONG: "✗", REFUSES: "!", NONE: "–"}
@@ -52,7 +52,7 @@ QUANTITIES = {
     "unfold": "unfold",
     "fold": "fold",
 }
-"""The rows, and their names in tables."""
+"""The quantities, which are the rows, and their names in tables."""
 
 
 # -------------------------------------------------------------------------------------------------------------- columns
@@ -174,7 +174,7 @@ COLUMNS: Mapping[str, tuple[Convolution, ...]] = {
         _conv(2, 3, (4, 3, 4), (2, 2, 2), padding=1, bias=True),
     ),
 }
-"""The hyper-parameters, with their convolutions."""
+"""The hyper-parameters, which are the columns, with their convolutions."""
 
 MEANINGS = {
     "unread inputs": "strides that leave positions of the input unread",
@@ -188,7 +188,7 @@ MEANINGS = {
 """Explanations of some column names."""
 
 WITH_BIAS = ("forward", "transposed_forward", "kfac_expand", "kfac_reduce")
-"""Quantities that a bias changes; in an input factor it is the last row and column."""
+"""Quantities that depend on whether there is a bias; in an input factor, the bias is the last row and column."""
 
 
 def cases(quantity: str, column: str) -> tuple[Convolution, ...]:
@@ -216,8 +216,8 @@ class Answer:
     Args:
         conv: the convolution.
         status: "right", "wrong" or "refuses".
-        error: the largest difference divided by the largest entry; infinite for another shape or NaN.
-        message: the error that was raised, or the difference in shape.
+        error: the largest difference divided by the largest entry; infinite for a wrong shape or NaN.
+        message: the error that the library raised, or the difference in shape.
     """
 
     conv: Convolution
@@ -236,13 +236,13 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """Wrong if any case is wrong, else refuses if any is refused, else right; n/a without cases."""
+        """Wrong if any case is wrong, otherwise refuses if any is refused, otherwise right; n/a without cases."""
         found = {answer.status for answer in self.answers}
         return next((status for status in (WRONG, REFUSES, RIGHT) if status in found), NONE)
 
     @property
     def error(self) -> float:
-        """The largest error of its cases."""
+        """The largest error among the cases."""
         return max((answer.error for answer in self.answers), default=0.0)
 
     def having(self, status: str) -> list[Answer]:
@@ -252,7 +252,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The cells of a library."""
+    """All cells for one library."""
 
     library: Library
     cells: tuple[Cell, ...]
@@ -291,7 +291,7 @@ class Matrix:
         return found
 
     def refusals(self) -> list[tuple[str, ...]]:
-        """Errors and where they occur, with the number of cases; messages that differ only in numbers are merged."""
+        """Errors, where they occur, and in how many cases; messages that differ only in numbers are merged."""
         places: dict[str, tuple[str, dict[str, list[str]]]] = {}
         for cell in self.cells:
             alike: dict[str, list[str]] = {}
@@ -319,7 +319,7 @@ def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = library.ways[quantity](case).detach()
-    except ImportError as error:  # not an answer
+    except ImportError as error:  # this is not the library's answer
         known = f"{library.name} {library.version} is not supported, expected another version"
         raise CommandError(f"{known}: {in_one_line(error)}") from error
     except Exception as error:  # any other error is the library's answer
@@ -382,7 +382,7 @@ def command(matrices: Sequence[Matrix], file: str) -> str:
 
 
 def markdown(matrices: Sequence[Matrix], file: str) -> str:
-    """The page, for a file with this name."""
+    """The page as Markdown, for a file with this name."""
     counts = ([str(matrix.counts[status]) for status in SYMBOLS] for matrix in matrices)
     names = ((matrix.library.name, matrix.library.version) for matrix in matrices)
     count = len({conv for column in COLUMNS.values() for conv in column})
@@ -413,7 +413,7 @@ HEADER = ("library", "version", "quantity", "hyper_parameter", "convolution", "s
 
 
 def csv_rows(matrices: Iterable[Matrix]) -> Iterator[tuple[Any, ...]]:
-    """One row per case, and one per cell without cases."""
+    """One CSV row per case, and one per cell without cases."""
     for matrix in matrices:
         library = matrix.library
         for cell in matrix.cells:

@@ -1,13 +1,13 @@
-"""The paper's figure 8: errors of sampled gradients against the share of the input that is kept.
+"""The paper's figure 8: the error of sampled gradients as a function of the fraction of the input that is kept.
 
 The model is the untrained All-CNN-C without dropout. For the gradients of all kernels, flattened into one vector g, and
-their sampled proxies ĝ, the figure shows ‖ĝ − g‖ / ‖g‖: mean and standard deviation over initialisations of the model
-and the batch. In addition to the paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) by Bernoulli
-sampling, it shows other indices and schemes, and the error against the time of the backward pass. The time is measured
-for the first seed, alternately with that of the exact backward pass.
+their sampled proxies ĝ, the figure shows the mean and standard deviation of ‖ĝ − g‖ / ‖g‖ over initialisations of the
+model and the batch. In addition to the paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) with Bernoulli
+sampling, it shows other indices and schemes, and plots the error against the time of the backward pass. The time is
+measured for the first seed, alternately with the exact backward pass.
 
-Times are warm: they exclude planning for the drawn counts. A training step by Bernoulli or importance sampling draws
-new counts at each step, and plans for those that it has not seen.
+Times are warm: they exclude planning for the drawn counts. With Bernoulli or importance sampling, training draws new
+counts at each step, and each new count needs a plan.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ OTHERS = (
     (EXAMPLES, "fixed"),
     (EXAMPLES, "importance"),
 )
-"""(indices, scheme): each index is kept at the same rate; the rates' product is the share of the input."""
+"""(indices, scheme): every index has the same keep rate; the product of the rates is the kept fraction of the input."""
 
 _ROUNDS = 3
-"""Number of timed rounds of a backward pass and the exact one."""
+"""Number of rounds in which a sampled and the exact backward pass are timed."""
 
 REAL, SYNTHETIC, CIFAR = "crops of pictures", "normal numbers", "CIFAR-100"
 
@@ -63,11 +63,11 @@ class Settings:
 
     Args:
         batch: batch size.
-        shares: kept shares of the input, for the paper's two curves.
-        few: kept shares, for the other indices and schemes.
+        shares: kept fractions of the input, for the paper's two curves.
+        few: kept fractions, for the other indices and schemes.
         seeds: number of initialisations of the model and the batch, for the paper's curves.
         others: number of initialisations, for the other indices and schemes.
-        cifar: a folder with CIFAR-100, to measure it as well; None to leave it out.
+        cifar: a folder with CIFAR-100, to measure on it as well; None to skip it.
     """
 
     batch: int = 128
@@ -79,18 +79,18 @@ class Settings:
 
     @classmethod
     def quick(cls, cifar: Path | None = None) -> Settings:
-        """Settings with small batches and few shares."""
+        """Settings with small batches and few fractions."""
         return cls(16, (0.1, 0.35, 0.75), (0.25, 0.75), seeds=3, others=1, cifar=cifar)
 
     @property
     def data(self) -> tuple[str, ...]:
-        """The names of the data."""
+        """The names of the data sets."""
         return (REAL, SYNTHETIC) if self.cifar is None else (REAL, SYNTHETIC, CIFAR)
 
 
 @dataclass(frozen=True)
 class Made(Machine):
-    """The setting of points: threads of torch, in addition to the machine and the versions."""
+    """The setting in which points are measured: the machine, the versions, and the number of torch threads."""
 
     threads: int
 
@@ -109,11 +109,11 @@ class Point:
         batch: batch size.
         indices: sampled indices, joined by spaces.
         scheme: sampling scheme.
-        share: kept share of the input.
+        share: kept fraction of the input.
         seed: seed of model and batch.
         error: ‖ĝ − g‖ / ‖g‖.
         seconds: time of the backward pass without planning; NaN if it was not timed.
-        exact_seconds: time of the exact backward pass, measured alternately.
+        exact_seconds: time of the exact backward pass, measured alternately with the sampled one.
         made: the setting of the measurement.
     """
 
@@ -183,7 +183,7 @@ def _backward(loss: Tensor, kernels: list[Tensor]) -> Tensor:
 
 
 def _timed(sampled: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Seconds of the sampled and the exact backward pass, timed alternately; one draw, planned beforehand."""
+    """Seconds for the sampled and the exact backward pass, timed alternately; one draw, planned beforehand."""
     calls = [partial(_backward, *_forward(one, x, y)) for one in (sampled, model)]
     for call in calls:
         call()
@@ -192,7 +192,7 @@ def _timed(sampled: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> tuple[
 
 
 def _wanted(settings: Settings) -> Iterator[tuple[str, int, list[tuple[tuple[str, ...], str, float]]]]:
-    """The (indices, scheme, share) of all points, for each data and seed."""
+    """Yield each data set and seed with the (indices, scheme, share) of all its points."""
     for seed in range(settings.seeds):
         for data in settings.data:
             found = [(indices, scheme, share) for indices, scheme in PAPER for share in settings.shares]
@@ -211,7 +211,7 @@ def wanted_keys(settings: Settings) -> set[tuple[object, ...]]:
 
 
 def run(settings: Settings, made: Made, known: Sequence[Point]) -> Iterator[Point]:
-    """Measure the missing points, with the threads of `made`, which the points record."""
+    """Measure the missing points with the number of threads in `made`, which the points record."""
     require("torch", "skimage")
     done = {point.key for point in known}
     batches = _data(settings)
@@ -253,11 +253,11 @@ _KINDS = {
     **dict.fromkeys(("batch", "seed", "cores", "threads"), int),
     **dict.fromkeys(("share", "error", "seconds", "exact_seconds"), float),
 }
-"""Types of columns that are not text."""
+"""The types of columns that do not contain text."""
 
 
 def read(path: Path, made: Made) -> list[Point]:
-    """Read the points that an earlier run wrote; none if there is no file.
+    """Read the points that a previous run wrote; none if there is no file.
 
     An unfinished last line is ignored and removed.
 
@@ -266,8 +266,8 @@ def read(path: Path, made: Made) -> list[Point]:
         made: the setting of new points.
 
     Raises:
-        CommandError: if the file has another format, is damaged, or has points of another setting; it is left
-            unchanged.
+        CommandError: if the file has a different format, is damaged, or contains points with a different setting; the
+            file is left unchanged.
     """
     require_regular(path)
     if not path.exists():
@@ -277,7 +277,7 @@ def read(path: Path, made: Made) -> list[Point]:
     lines = csv.DictReader(io.StringIO(whole.decode("utf-8", "replace"), newline=""))
     if tuple(lines.fieldnames or ()) != HEADER:
         raise CommandError(
-            f"{path} is not a file of this version of `lensor reproduce crs`: remove it, or give another --out"
+            f"{path} is not a file of this version of `lensor reproduce crs`: remove it, or specify a different --out"
         )
     try:
         points = [_point(line) for line in lines]
@@ -287,7 +287,7 @@ def read(path: Path, made: Made) -> list[Point]:
         if point.made != made:
             raise CommandError(
                 f"{path} was measured with other threads, on another machine or with other versions"
-                f" ({difference(point.made, made)}): give another --out"
+                f" ({difference(point.made, made)}): specify a different --out"
             )
     if whole != data:
         with path.open("r+b") as file:
@@ -302,7 +302,7 @@ def _point(line: dict[str, str]) -> Point:
 
 
 def append(path: Path, point: Point) -> None:
-    """Append a point to a file, which is made if it does not exist."""
+    """Append a point to a file, which is created if it does not exist."""
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         record = asdict(point)
@@ -321,9 +321,9 @@ def errors(points: Sequence[Point], data: str, indices: Sequence[str], scheme: s
 
 
 def equal_share(points: Sequence[Point], data: str, channels: float = 0.75) -> float | None:
-    """The share of positions with the same mean error as a share of channels; None if the curves do not determine it.
+    """The fraction of positions with the same mean error as a fraction of channels; None if it cannot be determined.
 
-    Between measured shares log(error) is interpolated linearly.
+    Between measured fractions, log(error) is interpolated linearly.
     """
     reference = errors(points, data, *PAPER[0]).get(channels)
     curve = [(share, math.log(statistics.mean(values))) for share, values in errors(points, data, *PAPER[1]).items()]
@@ -337,7 +337,7 @@ def equal_share(points: Sequence[Point], data: str, channels: float = 0.75) -> f
 
 
 def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
-    """Rows of text: data, indices, scheme, share, error with standard deviation, backward time / exact time."""
+    """Rows of text: data, indices, scheme, kept fraction, error with standard deviation, backward time / exact time."""
     groups: dict[tuple[str, str, str, float], list[Point]] = {}
     for point in points:
         groups.setdefault((point.data, point.indices, point.scheme, point.share), []).append(point)
@@ -352,7 +352,7 @@ def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
 
 
 def _time(points: Sequence[Point]) -> float:
-    """The median of backward times divided by the exact ones; NaN if none was timed."""
+    """The median ratio of sampled to exact backward time; NaN if no time was measured."""
     found = [point.seconds / point.exact_seconds for point in points if not math.isnan(point.seconds)]
     return statistics.median(found) if found else math.nan
 
@@ -361,7 +361,7 @@ HEADINGS = ("data", "indices", "scheme", "share kept", "error", "warm backward, 
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
-    """Plot error against share for each data and all schemes, and against time; with the setting."""
+    """Plot the error against kept fraction and time, for each data set and all schemes, with the setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

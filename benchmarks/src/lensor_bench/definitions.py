@@ -1,8 +1,9 @@
 """Explicit definitions of a convolution's quantities: slow, and without any of Lensor's code.
 
-Hyper-parameters are resolved independently. Forward passes are torch's own convolutions on input that
-`torch.nn.functional.pad` has padded, derivatives are torch's automatic ones, Jacobians are full arrays. Patches use
-none of these: each entry is gathered from the input position that the kernel position reads there, one by one.
+Hyper-parameters are resolved independently. Forward passes are torch's own convolutions on input padded by
+`torch.nn.functional.pad`, derivatives come from torch's automatic differentiation, and Jacobians are full arrays.
+Patches use none of these: each entry is gathered individually from the input position that a kernel position reads for
+an output position.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Convolution:
         input_size: spatial size of the input.
         kernel_size: one int per dimension.
         stride: one int for all dimensions, or one per dimension.
-        padding: an int, "same", one int or one (left, right) pair per dimension.
+        padding: an int, "same", or one int or (left, right) pair per dimension.
         dilation: as `stride`.
         groups: number of channel groups.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
@@ -63,7 +64,7 @@ class Convolution:
 
     @cached_property
     def sides(self) -> tuple[tuple[int, int], ...]:
-        """The left and right padding; for "same" the odd entry is on the right."""
+        """The left and right padding; for "same", an odd entry is added on the right."""
         if self.padding == "same":
             totals = [d * (k - 1) for d, k in zip(self.each(self.dilation), self.kernel_size, strict=True)]
             return tuple((total // 2, total - total // 2) for total in totals)
@@ -136,7 +137,7 @@ def weight_jacobian(conv: Convolution, x: Tensor, weight: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- by explicit patches
 def sources(conv: Convolution, d: int) -> Tensor:
-    """The input position that each kernel position reads for each output position, I if none: [K, O]."""
+    """The input position that each kernel position reads for each output position, or I if it reads none: [K, O]."""
     size, stride, dilation = conv.input_size[d], conv.each(conv.stride)[d], conv.each(conv.dilation)[d]
     left, _ = conv.sides[d]
     table = torch.empty(conv.kernel_size[d], conv.output_size[d], dtype=torch.long)
@@ -185,13 +186,13 @@ def _grouped_patches(conv: Convolution, x: Tensor) -> Tensor:
 class Case:
     """A convolution with random operands in float64.
 
-    The vectors at the convolution's output come from one net, so that libraries that take a net and a loss can get the
-    same ones: a sigmoid, a linear layer, and the sum of squared differences from a target. `V` is the loss gradient,
-    `S` the square root of the loss Hessian.
+    The vectors at the convolution's output come from one small net, so that libraries that take a net and a loss get
+    the same vectors: a sigmoid, a linear layer, and the sum of squared differences from a target. `V` is the loss
+    gradient, `S` the square root of the loss Hessian.
 
     Args:
         conv: the convolution.
-        X: [n, c_in, *I], the input, always with a batch axis, even if `conv` is called without.
+        X: [n, c_in, *I], the input; it always has a batch axis, even if `conv` is called without one.
         W: the weight.
         b: [c_out], the bias; None if there is none.
         head: [columns, c_out·ΠO], the weight of the linear layer.
@@ -306,7 +307,7 @@ DEFINITIONS: Mapping[str, Callable[[Case], Tensor]] = {
 """The quantities, by name; Kronecker factors at the paper's scale, one per group."""
 
 WITHOUT_BATCH = ("forward", "transposed_forward", "input_vjp", "weight_vjp", "unfold", "fold")
-"""Quantities that are defined for an input without batch axis."""
+"""Quantities that are defined for an input without a batch axis."""
 
 
 def expected(quantity: str, case: Case) -> Tensor:

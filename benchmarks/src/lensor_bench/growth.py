@@ -17,7 +17,7 @@ from lensor_bench.results import Row, Setting
 from lensor_bench.settings import Settings
 
 MODEL = "growth"
-"""Name in the net column."""
+"""Entry in the net column."""
 
 _BATCH, _IMAGE, _CHANNELS, _KERNEL = 8, 28, 64, 3
 
@@ -28,9 +28,9 @@ class Axis:
 
     Args:
         name: name of the size.
-        values: its values, including that of the base.
-        make: the convolution for a value.
-        of: the value of a row.
+        values: the values of the size, including the base value.
+        make: function that creates the convolution for a value.
+        of: function that returns the value for a row.
     """
 
     name: str
@@ -74,7 +74,7 @@ def sittings(settings: Settings) -> Iterator[tuple[Settings, tuple[Layer, ...]]]
 
 
 def along(rows: Sequence[Row], axis: Axis) -> list[Row]:
-    """The rows of one panel, in the order of its size: those of its values and of the base's batch."""
+    """The rows of one panel, sorted by the panel's size."""
     specs = {axis.make(value) for value in axis.values}
     found = [row for row in rows if row.layer.spec in specs and (axis.name == "batch" or row.setting.batch == _BATCH)]
     return sorted(found, key=axis.of)
@@ -94,11 +94,11 @@ _STYLES: tuple[Any, ...] = (
 
 
 def plot(rows: Sequence[Row], settings: Collection[Setting], path: Path) -> None:
-    """Plot time (above) and memory besides operands and result (below): one column per size, one line per way.
+    """Plot time (above) and extra memory (below), with one column per size and one line per implementation.
 
     Args:
-        rows: of a results file.
-        settings: settings of the rows to show; a file may contain other dtypes or threads.
+        rows: the rows of a results file.
+        settings: settings of the rows to show; a file may also contain rows with other dtypes or numbers of threads.
         path: the file.
 
     Raises:

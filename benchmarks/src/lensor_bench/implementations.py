@@ -1,4 +1,4 @@
-"""Implementations of the operations: the standard way, contraction of the unsimplified network, Lensor, and peers."""
+"""Implementations of the operations: the standard one, contraction of the unsimplified network, Lensor, and peers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lensor_bench.standard import Operands
 
 @dataclass(frozen=True, eq=False)
 class Implementation:
-    """A way to compute operations.
+    """An implementation of the operations.
 
     Args:
         name: name of the implementation.
-        ways: for each supported operation, a function that makes the call to time.
+        ways: for each supported operation, a function that prepares the call to time.
         package: name of the package for pip.
         module: name of its Python module.
     """
@@ -128,4 +128,4 @@ IMPLEMENTATIONS = {
         Implementation("opacus", {"per_example_weight_vjp": peers.opacus_per_example_weight_vjp}, "opacus", "opacus"),
     )
 }
-"""The implementations, by name; the first is the reference for results and times."""
+"""The implementations, by name; the first one is the reference for results and times."""

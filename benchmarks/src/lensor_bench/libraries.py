@@ -1,7 +1,7 @@
-"""The quantities of one convolution by Lensor and by other libraries, each called as its users would call it.
+"""The quantities of one convolution, computed by Lensor and other libraries, each called as its users would call it.
 
 Hyper-parameters are passed on unchanged, and a library for torch's modules gets a real module, even with
-hyper-parameters that it does not support. Results are converted to one shape and one scale, but not changed otherwise.
+hyper-parameters that it does not support. Results are converted to a common shape and scale, but not changed otherwise.
 Any error that a library raises is its answer.
 """
 
@@ -33,7 +33,7 @@ class Library:
         module: name of its Python module.
         ways: for each supported quantity, a function of a case.
         called: a description of the calls, and of the convention from which its Kronecker factors are converted.
-        lacks: whether the library has no function for a quantity and a convolution.
+        lacks: function that returns whether the library has no function for a quantity and a convolution.
     """
 
     name: str
@@ -151,7 +151,7 @@ def _lensor_lacks(quantity: str, conv: Convolution) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------- einconv
 def _einconv_hyper(conv: Convolution, *but: str) -> dict[str, Any]:
-    """The hyper-parameters; a padding mode only if it is not zeros, since einconv has no such argument."""
+    """The hyper-parameters, with a padding mode only if it is not zeros, since einconv has no such argument."""
     hyper = _hyper(conv)
     if conv.padding_mode == "zeros":
         del hyper["padding_mode"]
@@ -171,7 +171,7 @@ def _einconv_unfold(case: Case) -> Tensor:
 
 
 def _einconv(expression: str, arguments: Callable[[Case], tuple[Any, ...]]) -> Way:
-    """Make an expression and contract it."""
+    """Create an expression and contract it."""
 
     def way(case: Case) -> Tensor:
         make = import_module(f"einconv.expressions.convNd_{expression}").einsum_expression

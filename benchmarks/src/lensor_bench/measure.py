@@ -1,13 +1,13 @@
 """Times of several calls, measured together, and the memory of a call.
 
-Times: all calls run in one process, interleaved, after a warm-up; the results are minimum and median. A call starts
-with the caches that the previous call leaves, so the order changes between rounds until each call has followed each
-other one. GPU times are from device events.
+Times: all calls run in one process, interleaved, after a warm-up; the results are the minimum and the median. A call
+starts with the caches that the previous call leaves, so the order changes between rounds until each call has followed
+every other one. GPU times are from device events.
 
 Memory on the CPU is the peak of torch's allocator while one call runs, from the allocations and releases that torch's
-profiler records, ordered by time. It includes the result but not the operands, and is the same in every run. It does
-not include memory that matrix-product libraries allocate outside of torch, for any implementation. GPU memory is from
-torch's own statistics.
+profiler records, ordered by time. It includes the result but not the operands, and is the same in every run. For all
+implementations, it excludes memory that matrix-product libraries allocate outside torch. GPU memory is from torch's own
+statistics.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def peak_bytes(call: Call) -> tuple[int, torch.Tensor]:
 
 
 def extra_bytes(call: Call, device: torch.device) -> tuple[int, torch.Tensor]:
-    """Peak memory besides operands and result, including what the first call leaves for later calls; and the result.
+    """The peak memory besides operands and result, including memory that the first call retains, and the result.
 
-    The call runs twice. Memory that the first call leaves behind (cached constants) counts as if it were allocated
-    again. Memory that only the first call needs (planning, and the runs of effort="measure") does not count.
+    The call runs twice. Memory that the first call retains (cached constants) counts as if it were allocated again.
+    Memory that only the first call needs (planning, and the runs of effort="measure") does not count.
     """
     traced = _traced if device.type == "cpu" else _cuda_traced
     _, alive, result = traced(call)
@@ -121,12 +121,12 @@ def interleaved(
 ) -> list[Times]:
     """Time warm calls, interleaved.
 
-    A call whose time is used up leaves the rounds. The first call, which the others are compared with, stays to the
-    end, so that it has at least as many rounds as the others.
+    A call that has used up its time is left out of further rounds. The first call, with which the others are compared,
+    runs in all rounds, so that it has at least as many as the others.
 
     Args:
         calls: the calls to time.
-        seconds: total time of each call over all rounds.
+        seconds: time budget of each call over all rounds.
         least: minimum number of rounds, regardless of time.
         most: maximum number of rounds.
         device: device of the calls; the CPU by default.
@@ -152,7 +152,7 @@ def interleaved(
 
 
 def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:
-    """Orders of calls in which each call follows each other one equally often.
+    """Orders of calls in which each call follows every other one equally often.
 
     Example:
         >>> from lensor_bench.measure import balanced_orders

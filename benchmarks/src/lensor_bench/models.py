@@ -56,11 +56,11 @@ class Measured:
 
     Args:
         model: name of the model.
-        way: the factors and the library.
-        seconds: the shortest total time, or None if it does not run.
+        way: the kind of factors, and the library.
+        seconds: the shortest total time, or None if the library does not support the model.
         beyond: the total time minus one forward and backward pass.
         peak: peak memory besides model and data, in bytes.
-        message: the reason why it does not run, or the difference from curvlinops' factors.
+        message: the reason why there is no time, or the difference from curvlinops' factors.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Measured:
 def measure(
     names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int
 ) -> Iterator[Measured]:
-    """Time each model's ways, interleaved: the empirical Fisher of the mean cross entropy.
+    """Time all ways for each model, interleaved, for the empirical Fisher of the mean cross entropy.
 
     Raises:
         CommandError: for an unknown model or a missing package.
@@ -91,7 +91,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     data = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
     loss = nn.CrossEntropyLoss()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no library has factors for normalisation
+        warnings.simplefilter("ignore")  # no library supports normalisation layers
         layers = layers_of(model)
     plain = [layer for layer in layers if layer.groups == 1]
 
@@ -122,7 +122,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     failed: dict[str, str] = {}
     if _installed("curvlinops"):
         ways |= {f"curvlinops, {approx}": _curvlinops(model, loss, layers, data, approx) for approx in _APPROX}
-    if len(plain) < len(layers):  # curvlinops averages a layer's groups first, which is less work
+    if len(plain) < len(layers):  # curvlinops averages the groups of a layer first, which is less work
         ways["lensor, expand, ungrouped layers"] = own("expand", some=plain)
         if _installed("curvlinops"):
             ways["curvlinops, expand, ungrouped layers"] = _curvlinops(model, loss, plain, data, "expand")
@@ -134,7 +134,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
             call()
             peaks[way] = _peak(call)
             results[way] = call()
-        except Exception as error:  # any error of a library for a model that it does not support
+        except Exception as error:  # any error that a library raises for an unsupported model
             failed[way] = in_one_line(error, 120)
             del ways[way]
     messages = {
@@ -218,7 +218,7 @@ def _backpack(make: Callable[[], nn.Module], loss: nn.Module, data: tuple[Tensor
 
 
 def _compared(own: KroneckerFactors | None, theirs: Any) -> str:
-    """The largest difference from curvlinops' factors, over layers with one group, which it supports."""
+    """The largest difference from curvlinops' factors, over the layers with one group, which curvlinops supports."""
     if own is None or theirs is None:
         return ""
     own = own.in_convention("curvlinops")

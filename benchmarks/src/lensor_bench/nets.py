@@ -18,7 +18,7 @@ def three_c_three_d(classes: int = 10) -> nn.Module:
         >>> three_c_three_d()(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    # For even sizes ceil_mode equals "same": one more position on the right, which the maximum ignores.
+    # For even sizes, ceil_mode is equivalent to "same": it adds one position on the right, which the maximum ignores.
     model = nn.Sequential(
         *(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),

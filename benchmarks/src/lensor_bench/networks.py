@@ -1,8 +1,8 @@
-"""Unsimplified networks, contracted as in the paper: patterns are dense tensors, pairs follow a path of opt_einsum.
+"""Unsimplified networks, contracted as in the paper: pairwise along opt_einsum's path, with patterns as dense tensors.
 
-Only the contraction is timed; the path and the patterns are made before. `simplified` contracts the network after
-Lensor's rules, which is the paper's second way: crops of an operand become slices. Neither uses windows, convolutions
-or lags.
+Only the contraction is timed; the path and the patterns are computed beforehand. `simplified` contracts the network
+that Lensor's rules have simplified, the paper's second implementation, in which crops of an operand become slices.
+Neither uses windows, convolutions or lags.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 
 def network(operation: str, simplified: bool) -> Callable[[Operands, ConvSpec], Callable[[], Tensor]]:
-    """Contract an operation's network, as written or simplified."""
+    """Prepare the contraction of an operation's network, as written or simplified."""
 
     def way(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
         shapes = {name: tuple(array.shape) for name, array in given.items()}
@@ -43,7 +43,7 @@ def network(operation: str, simplified: bool) -> Callable[[Operands, ConvSpec], 
 
 
 def _sliced(net: Network) -> tuple[list[Node], dict[int, dict[str, tuple[str, slice]]]]:
-    """The nodes without crops that are slices of operands, and {place: {index: (new index, slice)}} of the operands."""
+    """The nodes except crops that slice operands, and the slices: {operand's place: {index: (new index, slice)}}."""
     nodes, slices = list(net.nodes), {}
     for node in net.nodes:
         if not isinstance(node, Pattern) or not node.pattern.is_crop or node.pattern.padding_mode != "zeros":
@@ -64,7 +64,7 @@ def _sliced(net: Network) -> tuple[list[Node], dict[int, dict[str, tuple[str, sl
 
 
 def _contraction(net: Network, given: Operands, like: Tensor, slicing: bool) -> Callable[[], Tensor]:
-    """Prepare a contraction: operands get one axis per index, the result one axis per group."""
+    """Prepare a contraction that gives operands one axis per index, and the result one axis per group."""
     sizes = {index: size for index, size in net.sizes.items() if size is not None}
     nodes, slices = _sliced(net) if slicing else (list(net.nodes), {})
     letters = {index: opt_einsum.get_symbol(at) for at, index in enumerate(sizes)}

@@ -26,12 +26,12 @@ _TRANSPOSED = ConvSpec(4, 4, (6, 6), 3, transposed=True)
 
 @dataclass(frozen=True)
 class Overhead:
-    """Times of one warm function, in microseconds.
+    """Times of one function after a warm-up, in microseconds.
 
     Args:
         name: the function.
-        gradient: whether its first array requires a gradient.
-        raw: time of the torch calls of its plan alone.
+        gradient: whether the function's first array requires a gradient.
+        raw: time of the plan's torch calls alone.
         call: time of the function.
     """
 
@@ -48,7 +48,7 @@ class Overhead:
 
 @dataclass(frozen=True)
 class _Case:
-    """A function of named arrays, in the order of its arguments, and the network that it evaluates."""
+    """A function, its arrays by name in the order of its arguments, and the network that it evaluates."""
 
     network: AnyNetwork
     function: Callable[..., Any]
@@ -77,7 +77,7 @@ CASES = {
     "ggn_diagonal": _Case(ops.ggn_diagonal(_SPEC), lambda x, s: F.ggn_diagonal(x, _W, s), {"X": _X, "S": _S}),
     "ggn_gram": _Case(ops.ggn_gram(_SPEC), lambda x, s: F.ggn_gram(x, _W, s), {"X": _X, "S": _S}),
 }
-"""Small calls, so that the added time is visible."""
+"""The calls to measure, which are small, so that the added time is visible."""
 
 
 def measure(seconds: float = _SECONDS) -> Iterable[Overhead]:
@@ -88,7 +88,7 @@ def measure(seconds: float = _SECONDS) -> Iterable[Overhead]:
             arrays = {name: torch.randn(shape, generator=made) for name, shape in case.shapes.items()}
             next(iter(arrays.values())).requires_grad_(gradient)
             ready = runnable(compile(case.network, case.shapes, like=next(iter(arrays.values()))), load("torch"))
-            raw = partial(ready.steps, *(arrays[name] for name in ready.names))
+            raw = partial(ready.unrecorded, *(arrays[name] for name in ready.names))
             call = partial(case.function, *arrays.values())
             pair = interleaved([_repeated(raw), _repeated(call)], seconds / 2, most=_ROUNDS)
             yield Overhead(name, gradient, *(1e6 * times.minimum / _CALLS for times in pair))

@@ -1,4 +1,4 @@
-"""The same operations by other libraries, called as their users or their own code would call them."""
+"""The same operations in other libraries, called as their users or their own code would call them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lensor_bench.standard import Operands
 
 Tensor = torch.Tensor
 Way = Callable[[Operands, ConvSpec], Callable[[], Tensor]]
-"""Makes a call from operands and a convolution; raises NotImplementedError for unsupported cases."""
+"""Prepares a call from operands and a convolution; raises NotImplementedError for unsupported cases."""
 
 
 # ------------------------------------------------------------------------------------------------------------ einconv
@@ -33,7 +33,7 @@ def _einconv_expression(operation: str, given: Operands, spec: ConvSpec) -> tupl
 
 
 def einconv(operation: str) -> Way:
-    """Make, simplify and contract the expression at every call."""
+    """Create, simplify and contract the expression at every call."""
 
     def way(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -46,7 +46,7 @@ def einconv(operation: str) -> Way:
 
 
 def einconv_contract(operation: str) -> Way:
-    """Contract an expression that is made and simplified beforehand: the remaining cost for a caller that keeps it."""
+    """Contract an expression created and simplified beforehand: the remaining cost for a caller that reuses it."""
 
     def way(given: Operands, spec: ConvSpec) -> Callable[[], Tensor]:
         equation, operands, shape = _einconv_expression(operation, given, spec)

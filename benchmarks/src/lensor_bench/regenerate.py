@@ -1,7 +1,7 @@
 """Regenerate the catalogue: `python -m lensor_bench.regenerate [FILE]`, with torchvision installed.
 
-Any build of torchvision works, such as that of `pip install --no-deps torchvision`: models run on the meta device, so
-that none of its compiled operators is called.
+Any build of torchvision works, such as the one from `pip install --no-deps torchvision`: models run on the meta device,
+so none of torchvision's compiled operators is called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {"inceptionv3": {"init_weights": False}}
 
 
 def declare_operators() -> None:
-    """Declare the operators that torchvision needs at import if its compiled part does not load."""
+    """Declare the operators that torchvision needs at import, in case its compiled part does not load."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         with suppress(RuntimeError):  # already declared
@@ -34,11 +34,11 @@ def declare_operators() -> None:
 
 
 _libraries: list[torch.library.Library] = []
-"""Reference to the library: its operators disappear with it."""
+"""Keeps the library alive, because its operators disappear with it."""
 
 
 def factory_of(net: Net) -> Callable[[], Any]:
-    """The function that makes a net of the catalogue.
+    """The function that creates a net of the catalogue.
 
     Raises:
         CommandError: if torchvision is needed and cannot be imported.

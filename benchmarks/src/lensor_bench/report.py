@@ -1,4 +1,4 @@
-"""Reports from a results file: a summary by operation and kind, the worst cases with physical limits, plots."""
+"""Reports from a results file: a summary by operation and kind, the worst cases with physical limits, and plots."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Summary:
         kind: the kind of the convolutions, or "all".
         implementation: the implementation that was timed.
         ratios: one ratio per convolution.
-        others: number of convolutions without a ratio: the result was wrong or missing.
+        others: number of convolutions without a ratio, because the result was wrong or missing.
         target: the desired median.
     """
 
@@ -53,7 +53,7 @@ class Summary:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The cells of its table row."""
+        """The cells of the summary's table row."""
         values = [ratio.value for ratio in self.ratios]
         memory = [ratio.memory for ratio in self.ratios if ratio.memory is not None]
         counted = str(len(values)) + (f" (+{self.others} without)" if self.others else "")
@@ -76,9 +76,10 @@ class Options:
     """Options of a summary.
 
     Args:
-        against: the implementation whose time is 1, or "fastest": for each convolution the fastest except Lensor.
+        against: the reference implementation, whose time is 1; "fastest" for the fastest except Lensor, per
+            convolution.
         targets: desired medians by (operation, kind), with the kind "all" for all kinds.
-        slack: seconds by which a slower time counts as equal.
+        slack: number of seconds by which a time may be longer and still count as equal.
         roof: maximum flops and maximum bytes of operands and result per second, which bound times from below; None to
             omit the bounds.
     """
@@ -140,7 +141,8 @@ def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
         base = bases.get(_case(row))
         if row.found.minimum is None or base is None or not base.found.minimum:
             continue
-        # Rows of another session (a peer added later) are compared through the standard's time in each session.
+        # Compare rows of different sessions (for a peer added later) through the standard implementation's time in each
+        # session.
         drift = 1.0
         if row.found.standard_minimum and base.found.standard_minimum:
             drift = base.found.standard_minimum / row.found.standard_minimum
@@ -153,7 +155,7 @@ def ratios(rows: Sequence[Row], options: Options) -> dict[Row, Ratio]:
 
 
 def summaries(rows: Sequence[Row], options: Options) -> list[Summary]:
-    """One summary for each operation, kind (and all kinds together) and implementation, in this order."""
+    """One summary per operation, kind (and all kinds together) and implementation, in this order."""
     known = ratios(rows, options)
     compared = [row for row in rows if row.implementation != options.against]
     found = []
@@ -191,7 +193,7 @@ def _line(cells: Iterable[object]) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Iterable[object]], text: int) -> Iterable[str]:
-    """A table whose first `text` columns are text, and whose others are numbers."""
+    """A Markdown table whose first `text` columns contain text and whose other columns contain numbers."""
     yield _line(headings)
     yield _line("---" if at < text else "---:" for at in range(len(headings)))
     yield from map(_line, rows)
@@ -233,7 +235,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
 
 
 def without_time(rows: Iterable[Row]) -> list[str]:
-    """A section on rows without a time, with the reasons; empty if all have one."""
+    """A section on rows without a time, with the reasons; empty if all rows have a time."""
     cells = [
         (row.operation, row.implementation, row.layer.label, row.found.status, row.found.message)
         for row in rows
@@ -254,7 +256,7 @@ def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
     """A section on the minimum time of the machine, compared with Lensor's: medians over convolutions.
 
     Args:
-        rows: of a results file.
+        rows: the rows of a results file.
         roof: maximum flops and maximum bytes per second.
     """
     found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
@@ -284,7 +286,7 @@ def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
 
 
 def physical_limit(operation: Operation, spec: ConvSpec, batch: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Lower bounds of the time: (flops of the plan with the fewest, bytes of operands and result together).
+    """Quantities that bound the time from below: (flops of the cheapest plan, bytes of operands and result).
 
     Example:
         >>> import lensor
@@ -300,7 +302,7 @@ def physical_limit(operation: Operation, spec: ConvSpec, batch: int, columns: in
 
 
 def _limit(row: Row) -> tuple[int, int]:
-    """The fewest flops, and the bytes of operands and result."""
+    """The `physical_limit` for a row."""
     setting = row.setting
     size = _ITEMSIZES[setting.dtype]
     return physical_limit(OPERATIONS[row.operation], row.layer.spec, setting.batch, setting.columns, size)
@@ -382,7 +384,7 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
 
 
 def _ticks(boxes: Iterable[Summary], memory: bool) -> tuple[float, ...]:
-    """Positions of labels in a decade of a logarithmic axis: the wider the range, the fewer."""
+    """Positions of labels within a decade of a logarithmic axis; the wider the range, the fewer labels."""
     values = [ratio.memory if memory else ratio.value for box in boxes for ratio in box.ratios]
     positive = [value for value in values if value]
     decades = math.log10(max(positive) / min(positive)) if positive else 0.0

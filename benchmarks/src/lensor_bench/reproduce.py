@@ -1,9 +1,9 @@
 """The paper's figures and tables, each by one command, with the paper's results for comparison.
 
 `study` needs no measurement: it counts the convolutions of the nine nets by kind. `runtime`, `speedups` and `memory`
-are three views of one results file, `runs.csv`. It contains the standard way, the contraction of the unsimplified and
-of the simplified network, and Lensor's plan, for every distinct convolution. `crs` has a separate file, `crs.csv`. A
-command does not repeat the measurements of an earlier one.
+are three views of one results file, `runs.csv`. It contains the standard implementation, the contractions of the
+unsimplified and the simplified network, and Lensor's plan, for every distinct convolution. `crs` has a separate file,
+`crs.csv`. A command does not repeat measurements from previous commands.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lensor_bench.crs import Point
 
 FIGURES = ("study", "runtime", "speedups", "memory", "crs")
-"""The reproducible figures, besides "all"."""
+"""The figures that can be reproduced; "all" selects all of them."""
 
 _MEASURED = ("runtime", "speedups", "memory")
 OPTIONS = {
@@ -38,7 +38,7 @@ OPTIONS = {
     "quick": (*_MEASURED, "crs"),
     "cifar": ("crs",),
 }
-"""The figures that an option applies to."""
+"""The figures that each option applies to."""
 
 TN, SIMPLIFIED, PLANNED = "network", "network-simplified", "lensor"
 IMPLEMENTATIONS = (TN, SIMPLIFIED, PLANNED)
@@ -55,7 +55,7 @@ CENSUS = {
     "inceptionv3": {"general": (20, 12), "dense": (40, 19), "mixed-dense": (34, 12)},
     "mobilenetv2": {"general": (18, 11), "dense": (34, 19)},
 }
-"""The paper's hyper-parameter study: (convolutions, unique ones) of each kind."""
+"""The paper's hyper-parameter study: the numbers of (all, distinct) convolutions of each kind."""
 
 CLAIMS = {
     "forward": "simplified, dense: median slightly above 1; general: simplification changes nothing",
@@ -68,12 +68,12 @@ CLAIMS = {
 
 _BEST = 10
 _QUICK = 4
-"""Number of convolutions of each kind in a quick run."""
+"""Number of convolutions per kind in a quick run."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """The output of a figure.
+    """The result of writing a figure.
 
     Args:
         title: title of the figure.
@@ -87,7 +87,7 @@ class Written:
 
 
 def figures(asked: Sequence[str]) -> tuple[str, ...]:
-    """The figures with the given names; "all" is every figure.
+    """Look up figures by name; "all" selects every figure.
 
     Raises:
         CommandError: for an unknown name.
@@ -97,20 +97,20 @@ def figures(asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def needed(names: Iterable[str]) -> tuple[str, ...]:
-    """The operations that some figures need measurements of."""
+    """The operations for which the figures need measurements."""
     if "runtime" in names:
         return PAPER_OPERATIONS
     return ("kfac_reduce",) if {"speedups", "memory"} & set(names) else ()
 
 
 def settings(operations: Sequence[str], given: Settings, quick: bool) -> Settings:
-    """The settings for figures: a quick run repeats less."""
+    """The settings for figures; a quick run has fewer repeats."""
     found = replace(given, operations=tuple(operations), implementations=IMPLEMENTATIONS)
     return replace(found, seconds=min(given.seconds, 0.05), repeats=min(given.repeats, 5)) if quick else found
 
 
 def layers(quick: bool) -> tuple[Layer, ...]:
-    """The distinct convolutions of the nine nets; for a quick run a few small ones of each kind."""
+    """The distinct convolutions of the nine nets, or, for a quick run, a few small ones of each kind."""
     every = merged(layer for net in PAPER for layer in layers_of(net))
     if not quick:
         return every
@@ -210,7 +210,8 @@ def runtime(rows: Sequence[Row], out: Path, options: str) -> Written:
     cells = [one.cells[:7] for one in found]
     text = [
         *_opening("Run times", "runtime", options, rows),
-        "Shortest times divided by those of the standard way, from the same interleaved rounds; below 1 is faster."
+        "Shortest times divided by those of the standard implementation, from the same interleaved rounds; below 1 is"
+        " faster."
         f" `{TN}` contracts the network unsimplified, `{SIMPLIFIED}` after simplification, both with patterns as"
         f" dense tensors along opt_einsum's path; `{PLANNED}` is what `lensor` runs. Convolutions that occur in two"
         " nets are measured once, so there are fewer than the sum of the nets' unique ones.",
@@ -285,7 +286,7 @@ def speedups(rows: Sequence[Row], out: Path, options: str) -> Written:
 
 # ------------------------------------------------------------------------------------------------------------- memory
 def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
-    """The memory of KFAC-reduce besides its operand and its result."""
+    """The memory of KFAC-reduce, excluding operand and result."""
     mine = [row for row in rows if row.operation == "kfac_reduce" and row.found.status == OK]
     if not any(row.implementation == STANDARD for row in mine):
         raise CommandError("the results have no memory of KFAC-reduce, expected some: measure it first")
@@ -314,14 +315,15 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
         *_opening("Memory of KFAC-reduce", "memory", options, rows),
         "Peak memory besides the operand, minus the size of the result: temporary memory that is released before the"
         " result is allocated does not count as far as it fits into the result's memory. The paper, on an Nvidia T4"
-        f" with larger batches: up to 3 GiB less than the standard way. Here, with a batch of {batch}, the largest"
-        f" saving on one convolution, and how many of {len(specs)} convolutions need more than the standard way:",
+        f" with larger batches: up to 3 GiB less than the standard implementation. Here, with a batch of {batch}, the"
+        f" largest saving on one convolution, and how many of {len(specs)} convolutions need more than the standard"
+        " implementation:",
         "",
         *(f"- `{name}`: {saved[name] / 2**20:,.0f} MiB saved, {more[name]} need more" for name in IMPLEMENTATIONS),
         "",
         "![memory](memory.png)",
         "",
-        f"The {_BEST} convolutions for which the standard way needs most; all are in `memory.csv`.",
+        f"The {_BEST} convolutions for which the standard implementation needs most; all are in `memory.csv`.",
         "",
         *table(headings, cells[:_BEST], 3),
     ]
@@ -330,7 +332,7 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
         values = [max(bytes_of.get((name, spec), math.nan) / 2**20, 2**-10) for spec in specs]
         axis.plot(range(len(specs)), values, ".", color="black" if name == STANDARD else f"C{at - 1}", label=name)
     axis.set_yscale("log")
-    axis.set_xlabel("convolutions, by memory of the standard way")
+    axis.set_xlabel("convolutions, by memory of the standard implementation")
     axis.set_ylabel("MiB besides operand, minus the result")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -390,9 +392,9 @@ def write(
     """Write figures to a folder, one after another.
 
     Args:
-        names: names of figures.
-        rows: measurements for them.
-        points: measurements for `crs`.
+        names: names of the figures to write.
+        rows: the measurements for all other figures.
+        points: the measurements for `crs`.
         out: the folder.
         options: options of the command, which the pages show.
 

@@ -1,9 +1,9 @@
 """Results files: one CSV row for each operation, convolution and implementation, written as soon as it is measured.
 
-A row contains what was measured, the machine and the versions, so that it can be read on its own. Rows are appended in
-one piece and flushed to the disk, so finished rows survive any end of a run. A last line without a line end is an
-unfinished row of a killed run and is ignored. Any other invalid line is damage: the file is rejected and left
-unchanged.
+A row contains the measurement, the machine and the versions, so it can be interpreted without other rows. Rows are
+appended in a single write and flushed to disk, so finished rows survive even if the run is killed. A last line without
+a line end is an unfinished row from a killed run and is ignored. Any other invalid line counts as damage: the file is
+rejected and left unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STATUSES = (OK, "wrong", "refused", "failed")
 
 @dataclass(frozen=True)
 class Machine:
-    """The origin of a row."""
+    """The machine and the versions that produced a row."""
 
     machine: str
     cores: int
@@ -42,7 +42,7 @@ class Machine:
 
     @property
     def label(self) -> str:
-        """The origin in one line."""
+        """The machine and the versions in one line."""
         return f"{self.machine}, {self.cores} CPUs; Python {self.python}, torch {self.torch}, lensor {self.lensor}"
 
 
@@ -52,10 +52,10 @@ class Setting:
 
     Args:
         batch: batch size.
-        columns: columns of the square root of the GGN.
+        columns: number of columns of the square root of the GGN.
         dtype: dtype of the operands.
         device: "cpu" or "cuda".
-        threads: threads of torch.
+        threads: number of torch threads.
     """
 
     batch: int
@@ -71,16 +71,16 @@ class Found:
 
     Args:
         status: "ok", "wrong" (the result differs from the standard's), "refused" or "failed".
-        message: the reason why it is not "ok".
+        message: the reason why the status is not "ok".
         error: the largest difference from the standard's result, divided by the largest entry.
-        repeats: number of times.
+        repeats: number of timed rounds.
         minimum: the shortest time.
         median: the median time.
         standard_minimum: the standard's shortest time.
         standard_median: the standard's median time.
-        extra_bytes: peak memory besides the operands, minus the size of the result.
+        extra_bytes: peak memory in bytes besides the operands, minus the size of the result.
         standard_extra_bytes: the same for the standard.
-        result_bytes: size of the result.
+        result_bytes: size of the result in bytes.
     """
 
     status: str
@@ -188,7 +188,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _scan(path: Path) -> tuple[list[Row], int]:
-    """The rows of a file, and their length in bytes."""
+    """The rows of a file, and their total length in bytes."""
     data = read_bytes(path)
     whole = finished(data)
     try:
@@ -223,14 +223,14 @@ class ResultsFile:
     """A results file for writing.
 
     Args:
-        path: the file; made with its header if it does not exist.
+        path: the file; it is created with a header if it does not exist.
         resume: whether to continue an existing file.
 
-    A file that another process has changed in the meantime is left unchanged: no row is lost or repeated.
+    A file that another process has changed in the meantime is not written to, so no row is lost or repeated.
 
     Raises:
-        CommandError: if the file cannot be written, exists while `resume` is not set, is damaged or not a results
-            file, or comes from another machine or other versions.
+        CommandError: if the file cannot be written, exists while `resume` is not set, is damaged or not a results file,
+            or comes from a different machine or different versions.
     """
 
     def __init__(self, path: Path, machine: Machine, resume: bool) -> None:
@@ -242,7 +242,7 @@ class ResultsFile:
             held = path.read_bytes() if path.exists() else b""
             if held == header or not header.startswith(held):
                 self._length = self._go_on(machine, resume)
-            else:  # new, or a run was killed while it wrote the header
+            else:  # the file is new, or a run was killed while writing the header
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"")
                 self._length = 0
@@ -250,21 +250,21 @@ class ResultsFile:
 
     def _go_on(self, machine: Machine, resume: bool) -> int:
         if not resume:
-            raise CommandError(f"{self.path} exists: continue it with --resume, or give another --out")
+            raise CommandError(f"{self.path} exists: continue it with --resume, or specify a different --out")
         before = self.path.stat().st_size
         self.rows, length = _scan(self.path)
         for row in self.rows:
             if row.machine != machine:
                 raise CommandError(
                     f"{self.path} was measured on another machine or with other versions"
-                    f" ({difference(row.machine, machine)}): give another --out"
+                    f" ({difference(row.machine, machine)}): specify a different --out"
                 )
         if length < before and self.path.stat().st_size == before:
             os.truncate(self.path, length)
         return length
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows to the disk in one piece."""
+        """Write rows to disk in a single write."""
         text = io.StringIO()
         new = list(rows)
         write_rows(text, (_record(row).values() for row in new))

@@ -40,11 +40,11 @@ class Case:
 
 
 class Bench:
-    """A run: its cases, in order, and their measurement.
+    """A benchmark run: its cases, in order, and their measurement.
 
     Args:
         settings: settings of the measurement.
-        layers: the convolutions, instead of those of the nets.
+        layers: the convolutions to measure instead of those of the nets.
 
     Raises:
         CommandError: for an unknown name (the message lists the known ones), a peer that is not installed, or a device
@@ -67,17 +67,17 @@ class Bench:
         self.machine = here(self.device)
 
     def pending(self, results: ResultsFile) -> list[tuple[Case, tuple[Implementation, ...]]]:
-        """The cases with missing rows, each with the implementations of these rows.
+        """The cases with missing rows, each with the implementations for which a row is missing.
 
         Raises:
-            CommandError: if the file has rows of another version of an implementation.
+            CommandError: if the file has rows from a different version of an implementation.
         """
         versions = {one.name: one.version for one in self.implementations}
         for row in results.rows:
             if row.version != versions.get(row.implementation, row.version):
                 raise CommandError(
                     f"{results.path} was measured with {row.implementation} {row.version}, here"
-                    f" {versions[row.implementation]}: give another --out"
+                    f" {versions[row.implementation]}: specify a different --out"
                 )
         done = {row.key for row in results.rows}
         found = []
@@ -96,7 +96,7 @@ class Bench:
                 results.append(self.measure(case, missing))
 
     def measure(self, case: Case, implementations: Sequence[Implementation]) -> list[Row]:
-        """Measure one case; the row of an implementation that fails or is wrong records this."""
+        """Measure one case; if an implementation fails or is wrong, its row says so."""
         gc.collect()
         with torch.no_grad():
             found = self._measure(case, implementations)
@@ -113,11 +113,11 @@ class Bench:
             return {one.name: _failure(error) for one in implementations}
         for one in dict.fromkeys((IMPLEMENTATIONS[STANDARD], *implementations)):
             if one.name != STANDARD and expected is None:
-                found[one.name] = Found("failed", "the standard way has no result to compare with")
+                found[one.name] = Found("failed", "the standard implementation has no result to compare with")
                 continue
             try:
                 if one.package == "lensor":
-                    lensor.clear_caches()  # constants of another effort setting also count for this one
+                    lensor.clear_caches()  # so that constants cached earlier also count for this setting
                 call = one.ways[name](operands, spec)
                 extra, result = extra_bytes(call, self.device)
             except Exception as error:
@@ -151,7 +151,7 @@ class Bench:
         if not calls:
             return found
         try:
-            for call in calls.values():  # plans may have left the cache since they were made
+            for call in calls.values():  # plans may have been evicted from the cache since they were created
                 call()
             times = interleaved(
                 tuple(calls.values()),
@@ -166,7 +166,7 @@ class Bench:
             if not failed or first in failed:
                 return found | dict.fromkeys(calls, _failure(error))
             return self._timed({name: calls[name] for name in calls if name not in failed}, found | failed)
-        first = next(iter(calls))  # the standard way: without it there is no timing
+        first = next(iter(calls))  # the standard implementation: without it, nothing is timed
         standard = times[0]
         for name, mine in zip(calls, times, strict=True):
             found[name] = replace(
@@ -191,7 +191,7 @@ def here(device: torch.device) -> Machine:
 
 
 def _raised(call: Call) -> Exception | None:
-    """The exception that a call raises when it runs again."""
+    """The exception that a call raises when it runs once more, or None."""
     try:
         call()
     except Exception as error:
@@ -200,13 +200,13 @@ def _raised(call: Call) -> Exception | None:
 
 
 def _failure(error: Exception) -> Found:
-    """The row's result for an implementation that raised."""
+    """The result for an implementation that raised an exception."""
     status = "refused" if isinstance(error, NotImplementedError) else "failed"
     return Found(status, in_one_line(error))
 
 
 def _implementations(asked: Sequence[str]) -> tuple[Implementation, ...]:
-    """The standard way and the requested implementations."""
+    """The standard implementation and the requested implementations."""
     names = choose("implementation", asked, IMPLEMENTATIONS)
     found = [IMPLEMENTATIONS[name] for name in names]
     for one in found if asked else ():
@@ -219,13 +219,13 @@ def _device(name: str) -> torch.device:
     known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     (name,) = choose("device", [name], known)
     if name == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # compute in full float32
     return torch.device(name)
 
 
 @contextmanager
 def _memory_limit(device: torch.device) -> Iterator[None]:
-    """Limit allocations to the free memory, on Linux: an exception instead of a killed process."""
+    """On Linux, limit allocations to the free memory, so that a call raises an exception instead of being killed."""
     info = Path("/proc/meminfo")
     if device.type != "cpu" or not info.exists():
         yield

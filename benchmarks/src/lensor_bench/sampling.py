@@ -1,7 +1,7 @@
-"""Costs and savings of sampled backpropagation: memory and time of a step, times of weight gradients, training.
+"""Costs and savings of sampled backpropagation: memory and time of a step, time of weight gradients, and training.
 
-The model is All-CNN-C without dropout on a batch of 32×32 images. Weight gradients are those of the 3×3 convolutions of
-ResNet-18. Training uses small CNNs on the digits of scikit-learn and on crops of photographs.
+The model is All-CNN-C without dropout on a batch of 32×32 images. Weight gradients are measured for the 3×3
+convolutions of ResNet-18. Training uses small CNNs on the digits of scikit-learn and on crops of photographs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from lensor_bench.training import TASKS, Task, step_seconds, training_step, vali
 
 KEEPS = (0.75, 0.5, 0.25, 0.1)
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
-"""Channels and input size of general 3×3 convolutions."""
+"""Number of channels and input size of the general 3×3 convolutions."""
 
 TRAINED = (1.0, 0.5, 0.25)
-"""Shares of the positions to keep in training."""
+"""Fractions of the positions to keep in training."""
 
 STEPS, GRADIENTS, TRAINING, PLOT = "steps.csv", "gradients.csv", "training.csv", "training.png"
 """The files in the output folder."""
 
 _SEGMENTS = 3
-"""Number of segments of a checkpointed model."""
+"""Number of segments in a checkpointed model."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class StepRow:
 
     Args:
         way: name of the way.
-        saved: bytes kept for the backward pass.
+        saved: number of bytes stored for the backward pass.
         peak: peak memory besides parameters and inputs, in bytes.
-        ratio: its time divided by torch's.
+        ratio: the time of the step divided by the time of torch's.
     """
 
     way: str
@@ -61,7 +61,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """One sampled weight gradient: its time divided by the exact one's, the faster of torch's and Lensor's."""
+    """One sampled weight gradient, with its time divided by that of the faster exact one, torch's or Lensor's."""
 
     layer: str
     indices: str
@@ -72,7 +72,7 @@ class GradientRow:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One validation of one run."""
+    """One validation during a run."""
 
     task: str
     keep: float
@@ -90,7 +90,7 @@ def _spatial(keep: float) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------------------- steps
 def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRow]:
-    """Memory and time of a training step of All-CNN-C: torch's, checkpointed, sampled."""
+    """Measure memory and time of a training step of All-CNN-C: with torch, with checkpoints, and sampled."""
     require("torch")
     torch.manual_seed(0)
     model = all_cnn_c()
@@ -113,7 +113,7 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
     with using(threads):
         calls = {name: partial(step, one) for name, one in ways.items()}
         for call in calls.values():
-            call()  # makes plans
+            call()  # create the plans
         times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
         rows = []
         for (name, call), found in zip(calls.items(), times, strict=True):
@@ -123,7 +123,7 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
 
 
 class _Checkpointed(nn.Module):
-    """A sequence in segments that are recomputed in the backward pass."""
+    """A sequential model whose segments are recomputed in the backward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Checkpointed(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterator[GradientRow]:
-    """Times of sampled weight gradients of general convolutions, each interleaved with the exact one."""
+    """Time sampled weight gradients of general convolutions, each interleaved with the exact gradient."""
     require("torch")
     with using(threads):
         for channels, size in LAYERS:
@@ -172,7 +172,8 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
 def train(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
     """Train on the tasks of `lensor bench training` with AdamW, keeping 1, 0.5 and 0.25 of the positions ("fixed").
 
-    Seconds are steps times the time of a step, which is measured for all rates, interleaved, before the runs.
+    Seconds are the number of steps times the time of one step, which is measured before the runs, interleaved for all
+    rates.
 
     Raises:
         CommandError: for an unknown task or a missing package.
@@ -204,7 +205,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _run(task: Task, model: nn.Module, seed: int, steps: int, batch: int) -> Iterator[tuple[int, float, float]]:
-    """Step, validation loss and accuracy, after every twentieth step."""
+    """Yield step, validation loss and accuracy after every twentieth step."""
     generator, optimizer = torch.Generator().manual_seed(seed), _optimizer(model)
     x, y = task.train
     for at in range(steps + 1):
@@ -225,7 +226,7 @@ def write_csv(rows: Sequence[Any], path: Path) -> Path:
 
 
 def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
-    """A row per task and keep rate: final accuracy, steps and seconds to one point below the exact runs', peak."""
+    """One row per task and keep rate: final accuracy, steps and seconds to nearly the exact accuracy, peak memory."""
     found = []
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
@@ -252,7 +253,7 @@ def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
 
 
 SUMMARY = ("task", "keep", "accuracy at the end", "runs there", "steps", "seconds", "peak of a step, MiB")
-"""Columns of `summary`: "there" is one point below the final accuracy of the exact runs."""
+"""The columns of `summary`; "there" means one point below the final accuracy of the exact runs."""
 
 
 def plot(rows: Sequence[TrainingRow], path: Path) -> Path:

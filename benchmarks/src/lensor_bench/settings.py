@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures, and how.
+    """The settings of a run: what it measures, and how.
 
     Args:
         operations: names of operations; all if empty.
         nets: names of catalogue nets; the paper's if empty.
-        implementations: names besides the standard; Lensor's and the installed peers' if empty.
-        kinds: kinds of convolutions; all if empty.
+        implementations: names of implementations besides the standard one; Lensor and the installed peers if empty.
+        kinds: kinds of convolutions to measure; all if empty.
         batch: batch size.
-        columns: columns of the square root of the GGN.
+        columns: number of columns of the square root of the GGN.
         dtype: dtype of the operands.
-        threads: threads of torch.
+        threads: number of torch threads.
         device: "cpu" or "cuda".
-        limit: maximum number of convolutions; the first ones are measured.
+        limit: maximum number of convolutions to measure, from the first on.
         repeats: maximum number of rounds.
-        seconds: time for each implementation, in at least three rounds.
+        seconds: time budget for each implementation, spent in at least three rounds.
     """
 
     operations: tuple[str, ...] = ()

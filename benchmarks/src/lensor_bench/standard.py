@@ -1,10 +1,12 @@
-"""The standard way of each operation: the implementation that one writes with torch alone.
+"""The standard implementation of each operation, as you would write it with torch alone.
 
-- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, for the single gradient. The input of
-  input_vjp and the weight of weight_vjp exist as after a forward pass; they are made before timing.
-- kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, for reduce the mean over positions, and one matrix
-  product per group. If torch has no unfold (one or three dimensions, transposed convolutions), `Tensor.unfold` along
-  each axis; for transposed convolutions on the input with zeros between its positions.
+- forward, input_vjp, weight_vjp: torch's convolution and its backward pass, for the one gradient that is needed. As
+  after a forward pass, the input of input_vjp and the weight of weight_vjp already exist; they are created before
+  timing.
+- kfac_expand, kfac_reduce: pad, `torch.nn.functional.unfold`, the mean over positions (for reduce), and one matrix
+  product per group. Where torch's unfold does not apply (one or three dimensions, transposed convolutions),
+  `Tensor.unfold` along each axis replaces it; for transposed convolutions, zeros are first inserted between the input's
+  positions.
 - per_example_weight_vjp: `torch.func.vmap` over torch's weight gradient. This equals `vmap(grad(...))` without its
   forward pass.
 - ggn_diagonal: unfold, an einsum for Jᵀ S of every example and column, squares, and a sum.
@@ -23,7 +25,7 @@ Operands = Mapping[str, Tensor]
 
 
 def _padded(x: Tensor, spec: ConvSpec) -> tuple[Tensor, tuple[int, ...]]:
-    """The input, padded if torch's operators cannot pad it, and the remaining padding for these."""
+    """The input, padded if torch's operators cannot pad it, and the padding that is left to these operators."""
     if spec.padding_mode == "zeros" and _is_even(spec):
         return x, tuple(left for left, _ in spec.padding)
     if spec.transposed:
@@ -47,7 +49,7 @@ def forward(given: Operands, spec: ConvSpec) -> Tensor:
 
 
 def kept_input(v: Tensor, spec: ConvSpec) -> Tensor:
-    """The input that a forward pass keeps, padded if torch's operators cannot pad it; with arbitrary entries.
+    """The input that a forward pass stores, padded if torch's operators cannot pad it; its entries are arbitrary.
 
     torch's backward pass uses only its shape, but copies an input that is not contiguous.
     """
@@ -61,7 +63,7 @@ def _is_even(spec: ConvSpec) -> bool:
 
 
 def input_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient with respect to the input, for zero padding only. X is the kept input."""
+    """The gradient with respect to the input, for zero padding only. X is the stored input."""
     if spec.padding_mode != "zeros":
         raise NotImplementedError(f"padding_mode is {spec.padding_mode!r}, expected 'zeros' for the input VJP")
     even = _is_even(spec)
@@ -79,13 +81,13 @@ def kept_weight(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient with respect to the weight. W is the kept weight."""
+    """The gradient with respect to the weight. W is the stored weight."""
     x, padding = _padded(given["X"], spec)
     return _gradient(1, x, given["W"], given["V"], spec, padding)
 
 
 def per_example_weight_vjp(given: Operands, spec: ConvSpec) -> Tensor:
-    """The gradient with respect to the weight for every example. W is the kept weight."""
+    """The gradient with respect to the weight for every example. W is the stored weight."""
 
     def one(x: Tensor, v: Tensor) -> Tensor:
         return weight_vjp({"X": x[None], "W": given["W"], "V": v[None]}, spec)
@@ -147,7 +149,7 @@ def ggn_diagonal(given: Operands, spec: ConvSpec) -> Tensor:
     s = s.reshape(columns, batch, spec.groups, spec.out_channels // spec.groups, -1)
     roots = torch.einsum("vngol,ngkl->vngok", s, patches(given["X"], spec))  # one matrix product for each n and g
     found = roots.square_().sum((0, 1))
-    if spec.transposed:  # its weight has the input channels first
+    if spec.transposed:  # the weight has the input channels first
         found = found.unflatten(2, (spec.in_channels // spec.groups, -1)).transpose(1, 2)
     return found.reshape(spec.weight_shape)
 
@@ -156,4 +158,4 @@ WAYS = {
     way.__name__: way
     for way in (forward, input_vjp, weight_vjp, kfac_expand, kfac_reduce, per_example_weight_vjp, ggn_diagonal)
 }
-"""The standard way of each operation."""
+"""The standard implementation of each operation."""

@@ -1,4 +1,4 @@
-"""The cost of a training step with KFAC compared with one of plain gradient descent."""
+"""The cost of a training step with KFAC, compared with a step of plain gradient descent."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lensor_bench.models import CLASSES, MODELS
 from lensor_bench.nets import all_cnn_c
 
 INTERVAL = 10
-"""Steps between inversions of dense factors; a timed call makes this many steps."""
+"""Number of steps between inversions of dense factors, and number of steps in a timed call."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, its batch and image size.
+    """A model with its batch size and image size.
 
     Args:
-        make: function that makes the model.
+        make: function that creates the model.
         batch: batch size.
         size: height and width of the images.
     """
@@ -47,12 +47,12 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "KFAC, reduce": {"approx": "reduce", "factor_interval": INTERVAL, "inverse_interval": INTERVAL},
     "KFAC, expand": {"factor_interval": INTERVAL, "inverse_interval": INTERVAL},
 }
-"""The optimizers; the last two recompute factors and inverses at every tenth step."""
+"""The optimizers; the last two update factors and inverses only at every tenth step."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a training step, averaged over the steps from one inversion to the next."""
+    """Seconds per training step, averaged over the steps from one inversion to the next."""
 
     model: str
     optimizer: str
@@ -61,7 +61,7 @@ class StepTime:
 
 
 def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) -> Iterator[StepTime]:
-    """Time each optimizer's steps and those of gradient descent, interleaved.
+    """Time the steps of each optimizer and of gradient descent, interleaved.
 
     Raises:
         CommandError: for an unknown model or a missing package.
@@ -78,12 +78,12 @@ def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) ->
 
 
 def _steps(setup: Setup, options: Mapping[str, Any] | None) -> Callable[[], Tensor]:
-    """A call with the steps from one inversion to the next, including one inversion."""
+    """A call that runs the steps from one inversion to the next, including one inversion."""
     torch.manual_seed(0)
     model, loss = setup.make().train(), nn.CrossEntropyLoss()
     x, y = torch.randn(setup.batch, 3, setup.size, setup.size), torch.randint(CLASSES, (setup.batch,))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # normalisation has no factors
+        warnings.simplefilter("ignore")  # normalisation layers have no factors
         optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
             if options is None

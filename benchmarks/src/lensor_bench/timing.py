@@ -24,13 +24,13 @@ def timings_of(
     """Measure operations on convolutions, with a progress bar.
 
     Args:
-        layers: convolutions, without biases.
+        layers: the convolutions, without biases.
         ops: names of operations.
         options: settings of the measurement.
         shown: console for the progress bar.
 
     Returns:
-        The times, and lines on the measurement.
+        The times, and lines that describe the measurement.
     """
     settings = Settings(
         operations=tuple(ops),

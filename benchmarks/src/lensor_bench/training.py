@@ -1,9 +1,10 @@
 """Training on real data: KFAC and its forward-only variant, compared with tuned gradient descent and AdamW.
 
-The data of both tasks come with packages: the digits of scikit-learn, and 32×32 crops of scikit-image's photographs,
-with the photograph as label. Validation crops come from a part of each photograph that training does not use. Every
-optimizer is tuned on the first seed over a grid of the same size, then run with all seeds. Seconds are steps times the
-time of a step, which is measured for all optimizers of a task, interleaved, after all runs.
+The data of both tasks are included in packages: the digits of scikit-learn, and 32×32 crops of scikit-image's
+photographs, where the label is the photograph. Validation crops come from a part of each photograph that training does
+not use. Every optimizer is tuned on the first seed over a grid of the same size, then run with all seeds. Seconds are
+the number of steps times the time of one step, which is measured after all runs, interleaved for all optimizers of a
+task.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ PICTURES = (
 
 _SIDE, _CROPS, _HELD_OUT = 32, 200, 50
 _EVERY = 10
-"""Steps between validations."""
+"""Number of steps between validations."""
 _BLOCK, _ROUNDS = 10, 7
-"""Steps in a timed block, a multiple of all update intervals, and number of blocks."""
+"""Number of steps in a timed block (a multiple of all update intervals), and number of blocks."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data, [n, channels, height, width] and labels, with a model.
+    """Images [n, channels, height, width] with labels, and a model.
 
     Args:
         train: inputs and labels for training.
         validate: inputs and labels for validation.
-        model: function that makes the model.
+        model: function that creates the model.
     """
 
     train: tuple[Tensor, Tensor]
@@ -56,7 +57,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Point:
-    """One validation of one run.
+    """One validation during a run.
 
     Args:
         task: name of the task.
@@ -66,7 +67,7 @@ class Point:
         step: number of steps so far.
         seconds: time of these steps.
         loss: validation loss.
-        accuracy: share of correctly classified validation examples.
+        accuracy: fraction of correctly classified validation examples.
     """
 
     task: str
@@ -189,7 +190,7 @@ def run(names: Sequence[str], steps: int, seeds: int, batch: int, threads: int) 
 def step_seconds(
     task: Task, runs: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], batch: int
 ) -> dict[str, float]:
-    """Seconds of a training step of each model with its optimizer, from the shortest block; blocks are interleaved."""
+    """Seconds per training step of each model with its optimizer, from the shortest block; blocks are interleaved."""
     x, y = task.train[0][:batch], task.train[1][:batch]
 
     def block(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -197,13 +198,13 @@ def step_seconds(
 
     calls = [partial(block, *one) for one in runs.values()]
     for call in calls:
-        call()  # makes plans
+        call()  # create the plans
     times = interleaved(calls, 0.0, _ROUNDS)
     return {name: found.minimum / _BLOCK for name, found in zip(runs, times, strict=True)}
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    """Take one step with the cross-entropy of a batch, which is returned."""
+    """Take one step on the cross-entropy of a batch, and return the cross-entropy."""
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
@@ -237,7 +238,7 @@ def _train(
 
 
 def validated(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """The cross-entropy (infinite if it is not finite), and the share of correctly classified examples."""
+    """The cross-entropy (infinity if it is not finite), and the fraction of correctly classified examples."""
     model.eval()
     with torch.no_grad():
         outputs = model(data[0])
@@ -248,10 +249,10 @@ def validated(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, flo
 
 
 def reached(points: Sequence[Point], task: str) -> list[tuple[str, ...]]:
-    """A table of each optimizer's steps and seconds to the best loss of tuned SGD or AdamW.
+    """A table of the steps and seconds that each optimizer needs to reach the best loss of tuned SGD or AdamW.
 
-    The target is the lower of the two optimizers' mean best losses. A run counts from its first validation at or below
-    the target; entries are medians over seeds.
+    The target is the lower of the two optimizers' mean best losses. A run reaches the target at its first validation at
+    or below it; entries are medians over seeds.
     """
     own = [point for point in points if point.task == task]
     optimizers = list(dict.fromkeys(point.optimizer for point in own))
@@ -293,7 +294,7 @@ def reached(points: Sequence[Point], task: str) -> list[tuple[str, ...]]:
 
 
 HEADINGS = ("optimizer", "tuned to", "best loss", "accuracy", "runs there", "steps", "seconds", "ms a step")
-"""Columns of `reached`: "there" is the best loss of SGD and AdamW."""
+"""The columns of `reached`; "there" means at the best loss of SGD and AdamW."""
 
 
 def write(points: Sequence[Point], folder: Path) -> list[Path]:

@@ -50,11 +50,11 @@ class Batch:
 
     @property
     def outputs(self) -> Tensor:
-        """The outputs as one tensor."""
+        """The model's only output tensor; see `one_tensor`."""
         return one_tensor(self.returned)
 
     def check(self, roots: Any) -> None:
-        """Raise unless every use of the parameters up to the roots is captured; see `Capture.check`."""
+        """Raise unless every use of the parameters in the graph of the roots was captured; see `Capture.check`."""
         self.capture.check(roots, self.shared)
 
     def root(self, loss: nn.Module, targets: Any) -> LossRoot:
@@ -66,7 +66,7 @@ class Batch:
             return LossRoot(loss, outputs, targets, self.size, axis)
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
-        """The loss of everything that the model returned, or of one output tensor for torch's own losses."""
+        """The loss of the value that the model returned; torch's own losses receive its only output tensor."""
         outputs = self.returned
         if is_torchs(loss):
             outputs = self.outputs
@@ -106,7 +106,7 @@ class Batch:
             )
 
     def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
-        """Columns at the layers' outputs, [v, batch, channels, *positions], a few at a time."""
+        """Propagate columns to the layers' outputs; yields a few at a time, as [v, batch, channels, *positions]."""
         while chunk := list(itertools.islice(columns, _AT_ONCE)):
             found = [self.capture.gradients(self.outputs, column, keep=True) for column in chunk]
             yield {use: torch.stack([one[use] for one in found]) for use in self.capture.uses}
@@ -120,7 +120,7 @@ class Batch:
         return sum_of(over_positions(vectors[use]) for use in uses)
 
     def ordered(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A mapping from parameter names to values, in the order of the layers."""
+        """Merge two mappings by parameter name, in the order of the layers."""
         both = weights | biases
         return {name: both[name] for name in self.capture.targets.parameters if name in both}
 
@@ -164,7 +164,7 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 
 
 def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
-    """The layers with a trainable parameter, without frozen biases; every layer if the user named layers."""
+    """The layers with trainable parameters, without frozen biases; all layers, unchanged, if the user named them."""
     if asked is not None:
         return found
     biases = [layer.module.bias for layer in found]
@@ -181,13 +181,13 @@ def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
 
 
 def add_parts(found: dict[str, Tensor], parts: dict[str, Tensor], share: float) -> None:
-    """Add `share` times each part to the tensor of the same name."""
+    """Add `share` times each part to the tensor with the same name."""
     for name, part in parts.items():
         found[name] = part * share if name not in found else found[name].add_(part, alpha=share)
 
 
 MEANS = ("mean", "batchmean")
-"""Reductions that divide by the batch's count."""
+"""Reductions that divide the sum of a batch's losses by a count."""
 
 
 def share_of(loss: Any, batch: Batch, targets: Any) -> float:
@@ -223,15 +223,15 @@ def propagated(
     given: Given,
     complete: bool = False,
 ) -> Iterator[tuple[Batch, dict[Use, Tensor]]]:
-    """One batch and the gradients at its layers' outputs, for use within the `with` block.
+    """Run one batch and yield it with the gradients at its layers' outputs.
 
     Args:
         model: the model.
         loss: any callable of (outputs, targets).
         data: one pair (inputs, targets).
         layers: names of modules.
-        strict: whether parametrised layers of other kinds are an error.
-        given: the user's batch_axis.
+        strict: whether to raise an error for parametrised layers of unsupported kinds.
+        given: the batch_axis that the user specified.
         complete: whether every trainable parameter must belong to a supported layer, unless `layers` is given.
     """
     model = unwrapped(model)
@@ -251,7 +251,7 @@ def propagated(
 
 
 def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
-    """Raise unless a root exists for the loss and the choices."""
+    """Raise unless the loss Hessian has a square root for these choices."""
     require_loss(loss)
     require_choice("fisher", fisher, words(Fisher))
     if mc_samples < 1:
@@ -259,7 +259,7 @@ def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
 
 
 def _refuse_hooks(targets: Targets) -> None:
-    """Raise for parameters with a user's hook: its effect is defined for the summed gradient only."""
+    """Raise for parameters with a hook from the user: the hook's effect is defined for the summed gradient only."""
     for name, parameter in targets.parameters.items():
         if any(not type(hook).__module__.startswith("lensor.") for hook in (parameter._backward_hooks or {}).values()):
             raise ValueError(
@@ -269,7 +269,7 @@ def _refuse_hooks(targets: Targets) -> None:
 
 
 def refuse_mixing(model: nn.Module) -> None:
-    """Raise for layers that normalise by statistics of the batch, which mix the examples."""
+    """Raise for layers that normalise with batch statistics, because these layers mix the examples."""
     mixing = [
         name
         for name, module in model.named_modules()
@@ -280,5 +280,5 @@ def refuse_mixing(model: nn.Module) -> None:
 
 
 def gradients_of(use: Use, x: Tensor, v: Tensor) -> Tensor:
-    """The weight gradient of every example; a linear map is computed as a convolution."""
+    """The weight gradient of every example; linear maps are computed as convolutions."""
     return network(ops.conv_weight_vjp_per_example, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)

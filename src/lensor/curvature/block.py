@@ -20,16 +20,16 @@ class Block:
     """One block of the curvature: kron(B, A) for every group, for a weight, a bias, or both together.
 
     Rows are in the row-major order of `[groups, rows of B, rows of A]`. For a convolution this is the order of the
-    weight, `g c_out (c_in k)`. For a transposed convolution too, c_out comes first within a group.
+    weight, `g c_out (c_in k)`. For a transposed convolution, c_out also comes first within a group.
 
     Args:
         names: the parameters, the weight first.
         shape: the shape of the first parameter.
         transposed: whether the weight has the input channels first.
-        formed: A [groups, d, d], or None if only its root is kept.
+        formed: A [groups, d, d], or None if only its root is stored.
         root: [groups, n, d] with A = rootᵀ root, or None.
         B: [groups, c, c].
-        positions: number of spatial positions of the layer's output; 0 if batches differ in it.
+        positions: number of spatial positions of the layer's output; 0 if it differs between batches.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ class Block:
 
     @property
     def A(self) -> Tensor:
-        """The input factor, [groups, d, d]; computed at each access if only its root is kept."""
+        """The input factor, [groups, d, d]; computed at each access if only its root is stored."""
         if self.formed is not None:
             return self.formed
         assert self.root is not None
@@ -84,7 +84,7 @@ class Block:
         return dict(zip(self.names, (self.shape, (self.groups * self.B.shape[1],)), strict=False))
 
     def to_rows(self, vectors: Vectors) -> Tensor:
-        """Convert parameter values to [..., groups, rows of B, rows of A]; leading axes are kept."""
+        """Convert parameter values to [..., groups, rows of B, rows of A]; leading axes are preserved."""
         first = vectors[self.names[0]]
         front = first.shape[: first.ndim - len(self.shape)]
         c = self.B.shape[1]
@@ -110,7 +110,7 @@ class Block:
         return {self.names[0]: rows.reshape(*front, *self.shape)} | found
 
     def product(self, rows: Tensor) -> Tensor:
-        """The product of kron(B, A) and vectors in row form."""
+        """Multiply kron(B, A) by vectors in row form."""
         rows = self.B @ rows
         if self.formed is not None:
             return rows @ self.formed
@@ -140,7 +140,7 @@ def require_alike(name: str, one: Block, other: Block | None) -> None:
     """Raise unless the factors of both blocks can be added.
 
     Raises:
-        ValueError: with the difference.
+        ValueError: if the blocks differ; the message states how.
     """
 
     def text(block: Block | None) -> str:
@@ -157,10 +157,10 @@ def require_alike(name: str, one: Block, other: Block | None) -> None:
 
 
 def block_of(name: str, state: Any) -> Block:
-    """Read a block from its part of a state.
+    """Restore a block from its entry in a state.
 
     Raises:
-        ValueError: with the defect.
+        ValueError: if the entry is invalid; the message states why.
     """
 
     def damaged(what: str) -> ValueError:

@@ -24,11 +24,11 @@ from lensor.spec import ConvSpec
 
 @dataclass(eq=False)
 class Use:
-    """One call of a layer's function with its weight.
+    """One call of a layer function with the layer's weight.
 
     Args:
         layer: the layer that owns the weight.
-        call: the arguments of the function; the only tensors are the parameters.
+        call: the function's arguments, with an empty tensor in place of the input.
         weight: the weight's name.
         bias: the bias's name, or None if the call has no bias or the bias is not requested.
         batch: the number of examples.
@@ -46,7 +46,7 @@ class Use:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the call is a linear map; its positions are all axes except the examples and the features."""
+        """Whether the call is a linear map, whose positions are all axes except those of the examples and features."""
         return self.call.kind == "linear"
 
     @property
@@ -70,7 +70,7 @@ class Use:
         return ConvSpec(channels, channels, tuple(gradient.shape[2:]), kernel, groups=self.groups)
 
     def as_examples(self, x: Tensor) -> Tensor:
-        """A view of a linear map's input or output with its positions as examples; the channels come last."""
+        """A view of a linear map's input or output that treats every position as an example; the channels come last."""
         return x.movedim(1, -1).flatten(0, -2) if self.is_linear and x.ndim > 2 else x
 
     def as_convolution(self, x: Tensor) -> Tensor:
@@ -91,17 +91,17 @@ OnInput = Callable[[Use, Tensor], None]
 
 
 class Capture(Watch):
-    """One forward pass: passes each layer's input on at once, and can propagate gradients to the outputs later.
+    """Watches one forward pass: reports each layer's input as it runs, and can later propagate vectors backwards.
 
     Args:
         targets: the parameters whose uses are captured.
-        on_input: called with a use and its input [batch, channels, *positions] when the layer runs. Half precision is
-            widened to single precision, here and below.
+        on_input: called with a use and its input [batch, channels, *positions] when the layer runs. Half-precision
+            tensors are converted to single precision, here and for `on_output`.
         batch: the number of examples.
         layout: the position of the examples in the layers' inputs, from `Capture.layout_of`.
-        given: the user's batch_axis.
-        on_output: called with a use and the gradient at its output when something propagates through the graph.
-        ordered: whether it matters which rows belong to which example.
+        given: the batch_axis that the user specified.
+        on_output: called with a use and the gradient at its output in every backward pass through the graph.
+        ordered: whether the caller needs to know which rows belong to which example.
         independent: whether each example must be computed independently of the others, in the given order.
     """
 
@@ -131,7 +131,7 @@ class Capture(Watch):
     def layout_of(
         model: nn.Module, inputs: Inputs, targets: Targets, batch: int, given: Given, remember: bool = False
     ) -> Layout | None:
-        """The layout of a model, or None if the user gives it; see `find_layout`.
+        """The layout of a model, or None if the user specified the batch axis; see `find_layout`.
 
         Raises:
             ValueError: if the layout cannot be found.
@@ -149,7 +149,7 @@ class Capture(Watch):
             ) from error
 
     def by_parameter(self, biases: bool = False) -> dict[str, list[Use]]:
-        """The uses of every weight, or of every bias."""
+        """A mapping from the name of every weight (or bias) to its uses."""
         found: dict[str, list[Use]] = {}
         for use in self.uses:
             name = use.bias if biases else use.weight
@@ -178,7 +178,7 @@ class Capture(Watch):
         if not out.requires_grad and torch.is_grad_enabled():  # everything before this layer is frozen
             out = out.detach().requires_grad_().clone()  # the next function may write into it, but not into a leaf
         elif out._is_view():
-            # An in-place write removes a view from the graph, but not other tensors that share memory.
+            # An in-place write would remove a view from the graph; it does not remove other tensors that share memory.
             out = torch.ops.aten._unsafe_view(out, out.shape)
         if out.requires_grad:
             self._edges[use] = get_gradient_edge(out)
@@ -267,7 +267,8 @@ class Capture(Watch):
             if strangers:
                 others[name] = self._others.get(name) or str(strangers[0].name())
         for use, nodes in self._kept.items():
-            # Another use may take the result of a call on a parameter (a transpose, a cast).
+            # Code outside the layer may use a tensor that the layer's call computed from a parameter (a transpose, a
+            # cast).
             for node in nodes:
                 strangers = [one for one in self._reached.consumers.get(node, ()) if one not in known]
                 if strangers:
@@ -300,10 +301,10 @@ class Capture(Watch):
         return self.targets.parameters[name].requires_grad and self.recorded
 
     def require_gradients(self, uses: Iterable[Use]) -> None:
-        """Raise for layers at whose outputs no gradient is available.
+        """Raise for layers whose output gradients are not available.
 
         Raises:
-            ValueError: with the names of the layers.
+            ValueError: if there are such layers; the message names them.
         """
         missing = [use.layer.name for use in uses if use not in self._edges]
         if missing:
@@ -320,10 +321,10 @@ class Capture(Watch):
 
         Args:
             outputs: the model's outputs, or a value computed from them.
-            vector: a vector of the same shape.
+            vector: a tensor of the same shape.
             keep: whether the graph is needed again.
             again: whether the result will be differentiated.
-            only: one use, instead of all.
+            only: the only use to propagate to; all uses unless given.
         """
         uses = self.uses if only is None else [only]
         self.require_gradients(uses)
@@ -353,7 +354,7 @@ class Capture(Watch):
         return result
 
     def _require_unused(self, use: Use) -> None:
-        """Raise if a layer's output left the graph; a gradient is zero only if the outputs do not depend on it."""
+        """Raise if a layer's output was replaced in the graph: its gradient is then unknown, not zero."""
         reached = self._reached.nodes if self._reached is not None else set()
         if self._edges[use].node not in reached and any(node in reached for node in self._nodes[use]):
             raise ValueError(
@@ -363,7 +364,7 @@ class Capture(Watch):
 
 
 class KeptInputs(Capture):
-    """A capture that keeps the layers' inputs."""
+    """A capture that stores the layers' inputs."""
 
     def __init__(self, targets: Targets, batch: int, layout: Layout | None, given: Given) -> None:
         super().__init__(targets, self._keep, batch, layout, given)
@@ -385,19 +386,19 @@ def computing(like: Tensor) -> Iterator[None]:
 
 
 def own(inputs: Any) -> Any:
-    """Clone tensors made under `torch.inference_mode`, so that gradients can pass through them."""
+    """Clone tensors created under `torch.inference_mode`, so that gradients can pass through them."""
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, inputs)
 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Run a model uncompiled, and restore its statistics afterwards."""
+    """Run a model uncompiled within the `with` block, and restore its tensors afterwards."""
     with torch.inference_mode(False), eagerly(), aside(), undisturbed(model):
         yield
 
 
 def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True) -> Any:
-    """The model's outputs as it returns them.
+    """Run the model and return what it returns.
 
     Args:
         model: the model.
@@ -411,7 +412,7 @@ def run(model: nn.Module, inputs: Inputs, capture: Capture, record: bool = True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile` and DistributedDataParallel; parameter names refer to it."""
+    """The model inside `torch.compile` and DistributedDataParallel wrappers; parameter names refer to this model."""
     while isinstance(model, nn.Module):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

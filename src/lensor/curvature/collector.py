@@ -1,4 +1,4 @@
-"""Sums from which Kronecker factors are formed, batch by batch."""
+"""Accumulates, batch by batch, the sums from which Kronecker factors are formed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from lensor.curvature.watching import Targets
 
 @dataclass
 class Sums:
-    """Sums of one layer: A times the examples, roots of A while they have fewer rows than A, B, and positions.
+    """The sums for one layer, over all examples: A, or its roots while they have fewer rows than A; B; and positions.
 
-    `positions` is the number of the output's positions, or 0 if batches differ in it; `ones` is the sum of positions
-    over the examples.
+    `positions` is the number of output positions, or 0 if it differs between batches; `ones` is the total number of
+    positions over all examples.
     """
 
     roots: list[Tensor] | None
@@ -41,12 +41,12 @@ class Sums:
     ones: int = 0
 
     def add_positions(self, positions: int, examples: int) -> None:
-        """Add the positions of some examples."""
+        """Record the number of positions per example, for a number of examples."""
         self.positions = positions if self.positions in (None, positions) else 0
         self.ones += positions * examples
 
     def condense(self) -> None:
-        """Form A from the roots as soon as they have as many rows as columns."""
+        """Form A from the roots as soon as the roots have at least as many rows as columns."""
         if self.roots and sum(root.shape[1] for root in self.roots) >= self.roots[0].shape[2]:
             formed = torch.cat(self.roots, 1)
             formed = formed.mT @ formed
@@ -54,7 +54,7 @@ class Sums:
             self.roots = []
 
     def merge(self, other: Sums) -> None:
-        """Add the sums of another object, which must not be used afterwards."""
+        """Add the sums of another object, which must not be used after this call."""
         self.a = other.a if self.a is None else self.a if other.a is None else self.a.add_(other.a)
         self.b = other.b if self.b is None else self.b if other.b is None else self.b.add_(other.b)
         if self.roots is not None:
@@ -70,9 +70,9 @@ class Collector:
     Args:
         layers: the layers.
         approx: "expand" or "reduce".
-        joint: whether a block holds both weight and bias.
+        joint: whether weight and bias share a block.
         fisher: the replacement for the loss Hessian; "forward-only" makes B the identity.
-        keep_graph: whether other code propagates through the graph afterwards.
+        keep_graph: whether to keep the graph for later backward passes by other code.
     """
 
     approx: Approx
@@ -126,12 +126,12 @@ class Collector:
             self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root)
 
     def count(self, batch: int, normaliser: float) -> None:
-        """Add a batch's examples and the divisor of its mean loss."""
+        """Add a batch's number of examples and the divisor of its mean loss."""
         self.examples += batch
         self.weight += normaliser
 
     def merge(self, other: Collector) -> None:
-        """Add the sums of another collector for the same layers, which must not be used afterwards."""
+        """Add the sums of another collector for the same layers, which must not be used after this call."""
         self.count(other.examples, other.weight)
         self.outputs = other.outputs
         for name, sums in self.sums.items():
@@ -186,7 +186,7 @@ class Collector:
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(self, reduction: str, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
-        """The factors of all batches, and of all ranks of a group."""
+        """The factors over all batches and, if a group is given, over all of its ranks."""
         blocks: dict[str, Block] = {}
         if group is not None:
             gather(self, group)
@@ -219,14 +219,15 @@ def output_axis(
     """The position of the examples in the model's outputs.
 
     Args:
-        layout: the layout of the model, or None if the user gives the first axis.
+        layout: the layout of the model, or None if the user specified the batch axis.
         returned: the value that the model returned.
         outputs: the output tensor that the loss takes.
         batch: the number of examples.
         independent: whether each example must be computed independently of the others, in the given order.
 
     Raises:
-        ValueError: if the examples are not in the first axis, or if the order of several rows per example is unknown.
+        ValueError: if the examples are not along the first axis, or if the order of several rows per example is
+            unknown.
     """
     shape = tuple(outputs.shape)
     found = BatchAxis(0, shape[0] // max(batch, 1)) if shape else None

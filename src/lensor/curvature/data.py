@@ -1,4 +1,4 @@
-"""Users' forms of data, inputs and outputs."""
+"""Reads data, inputs and outputs in the forms that users pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 Inputs = Any
-"""Inputs of a model: a tensor, a tuple of positional arguments, or a mapping of named ones."""
+"""Inputs of a model: a tensor, a tuple of positional arguments, or a mapping of named arguments."""
 
 
 class Arguments(NamedTuple):
@@ -58,7 +58,7 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def over_positions(v: Tensor, front: int = 2) -> Tensor:
-    """Sum over positions, the axes after the first `front`; the last of these holds the channels."""
+    """Sum over the positions: all axes after the first `front`, the last of which holds the channels."""
     return v.flatten(front).sum(front) if v.ndim > front else v
 
 
@@ -95,7 +95,7 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
 
 
 def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
-    """Pairs (inputs, targets): those of a loader, or the single given one.
+    """Yield the (inputs, targets) pairs of a loader, or the single pair that was given.
 
     Raises:
         TypeError: if `data` is anything else.
@@ -122,5 +122,5 @@ def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
 
 
 def _is_pair(inputs: Any, targets: Any) -> bool:
-    """Whether two objects are inputs and targets, rather than two pairs of these."""
+    """Whether two objects are the inputs and targets of one batch, rather than two (inputs, targets) pairs."""
     return isinstance(targets, Tensor) or targets is None or not isinstance(inputs, (tuple, list))

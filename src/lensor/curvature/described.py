@@ -7,10 +7,10 @@ SHARED = {
     "loss": "as for `kfac`.",
     "data": "a pair (inputs, targets), or an iterable of pairs.",
     "fisher": '"type-2", "mc" or "empirical", as for `kfac`.',
-    "layers": "names of modules; all known layers unless given.",
-    "strict": "whether parametrised layers of other kinds are an error instead of a warning.",
+    "layers": "names of modules; all supported layers unless given.",
+    "strict": "whether parametrised layers of unsupported kinds raise an error instead of a warning.",
     "mc_samples": 'number of draws per example, for "mc".',
     "generator": "random generator for the draws.",
-    "batch_axis": "axis of the examples in the layers' inputs, as for `kfac`; a trial pass finds it unless given.",
+    "batch_axis": "axis of the examples in the layers' inputs, as for `kfac`; a trial pass determines it unless given.",
 }
 """Descriptions by the argument's name."""

@@ -12,8 +12,8 @@ from torch import Tensor
 def gather(collected: Any, group: dist.ProcessGroup) -> None:
     """Replace a Collector's sums by the sums over all ranks, on every rank.
 
-    While all roots together have fewer rows than columns, the ranks concatenate them, as a single process would.
-    Otherwise they sum A.
+    If all roots together have fewer rows than columns, the ranks concatenate them, as a single process would. Otherwise
+    they sum A.
 
     Args:
         collected: the Collector; changed in place.
@@ -28,7 +28,7 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
     for sums, ones in zip(layers, counts[2:].tolist(), strict=True):
         sums.ones = round(ones)
         if sums.positions and sums.positions * collected.examples != sums.ones:
-            sums.positions = 0  # ranks differ
+            sums.positions = 0  # it differs between ranks
         elif sums.positions is None:
             sums.positions = 0
         if sums.b is not None:

@@ -42,7 +42,7 @@ def ekfac(
         factors: the result of `kfac` for this model.
 
     Returns:
-        An operator like the factors, with the same eigenvectors and corrected eigenvalues.
+        An operator with the eigenvectors of the factors and corrected eigenvalues.
 
     Example:
         >>> import torch
@@ -58,7 +58,8 @@ def ekfac(
         ValueError: for an unknown choice, a layer that does not run exactly once, or a model that mixes examples.
 
     Equation:
-        Λ = Σ_n,v (Q_Bᵀ G Q_A)², where G is the gradient of an example's column as a matrix (George et al., 2018).
+        Λ = Σ_n,v (Q_Bᵀ G Q_A)², where G is the weight gradient of one example for one column, as a matrix (George et
+        al., 2018).
     """
     modules = [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"]
     model = unwrapped(model)

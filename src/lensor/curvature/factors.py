@@ -85,13 +85,13 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
         Args:
             damping: λ > 0.
-            method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of roots where they are kept). "cholesky":
-                (B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹ with π² = (tr A/d)/(tr B/c) (Martens & Grosse, 2015), by Cholesky
-                decompositions. "woodbury": the same, with A inverted through its root; exactly (c A + λI)⁻¹ where B is
-                c times the identity.
+            method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of the roots where they are stored).
+                "cholesky": (B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹ with π² = (tr A/d)/(tr B/c) (Martens & Grosse, 2015), by
+                Cholesky decompositions. "woodbury": the same, with A inverted through its root; exactly (c A + λI)⁻¹
+                where B is c times the identity.
 
         Raises:
-            ValueError: for a damping that is not positive, an unknown method, or "woodbury" without a kept root.
+            ValueError: for a damping that is not positive, an unknown method, or "woodbury" without a stored root.
             torch.linalg.LinAlgError: if a damped factor is not positive definite in its dtype.
         """
         return Inverse(self._blocks, damping, method)
@@ -145,7 +145,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         """Raise if a factor contains NaN or infinity.
 
         Raises:
-            FloatingPointError: with the factor's name.
+            FloatingPointError: if a factor is not finite; the message names the factor.
         """
         for name, block in self.items():
             for which, tensor in block.tensors().items():
@@ -154,13 +154,13 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
     # ------------------------------------------------------------------------------------------------- other versions
     def in_convention(self, convention: ModelNormalisation) -> KroneckerFactors:
-        """The same factors in another library's normalisation.
+        """The same factors in the normalisation of a different library.
 
         Args:
             convention: "paper", "curvlinops", "singd", "asdl", "nngeometry", "kfac-jax", "kfac-pytorch" or "laplace".
                 `docs/conventions.md` lists their scales. The product of the factors is the same, except for "kfac-jax"
-                (divided by the positions), "kfac-pytorch" (divided by their fifth power and N²) and "laplace" (of the
-                summed loss).
+                (divided by the number of positions), "kfac-pytorch" (divided by N² and by the fifth power of the number
+                of positions) and "laplace" (for the summed loss).
 
         Raises:
             ValueError: for an unknown convention, or one that does not define these factors.
@@ -207,7 +207,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         names = ("approx", "convention", "reduction")
         if self.shapes != other.shapes or any(getattr(self, name) != getattr(other, name) for name in names):
             raise ValueError("other has different parameters, approx, convention or reduction, expected the same")
-        for name, block in self._blocks.items():  # check all of them before changing the first
+        for name, block in self._blocks.items():  # check all blocks before changing the first
             require_alike(name, block, other._blocks.get(name))
         for name, block in self._blocks.items():
             new = other[name]
@@ -244,10 +244,10 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             model: if given, the factors' parameters must match this model's in name and shape.
 
         Raises:
-            ValueError: if the state has an unknown version, is damaged, or belongs to another model.
+            ValueError: if the state has an unknown version, is damaged, or belongs to a different model.
         """
         if not isinstance(state, Mapping) or state.get("version") != 1 or not isinstance(state.get("blocks"), Mapping):
-            raise ValueError("state is not readable, expected one that state_dict of this version returned")
+            raise ValueError("cannot read state, expected a state returned by this version's state_dict")
         names = ("approx", "examples", "convention", "reduction", "outputs")
         missing = [name for name in names if name not in state]
         if missing:

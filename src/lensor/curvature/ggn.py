@@ -38,7 +38,7 @@ def ggn_diagonal(
 ) -> dict[str, Tensor]:
     """The diagonal of the generalised Gauss-Newton matrix of the loss over all data.
 
-    Use this when you need single entries; use `ggn_mini_blocks` for the blocks of a filter, kernel or position.
+    Use this when the diagonal entries suffice; use `ggn_mini_blocks` for one block per filter, kernel or position.
 
     Args:
 
@@ -114,7 +114,7 @@ def ggn_mini_blocks(
         (use,) = uses
         x = batch.capture.inputs[use]
         found = network(ops.ggn_mini_blocks, use.spec(x), block)(X=x, S=stacks[use])
-        # Omit the size-1 kernel axes of linear maps with positions and of frames.
+        # Omit the kernel axes of size 1 that linear maps with positions and layers with frames have.
         kernel = use.weight_shape[2:]
         front, rest = {
             "filter": (found.shape[:1], found.shape[1:]),
@@ -139,7 +139,7 @@ def _of_roots(
     weights: Callable[[Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Sums over columns of the root and over all examples: `weights` for the weights, the diagonal for biases."""
+    """Sums over all columns and examples: the results of `weights` for the weights, the diagonal for the biases."""
     check_roots(loss, fisher, mc_samples)
     model = unwrapped(model)
     watched = Targets(layers_of(model, layers, strict, shared=shared))

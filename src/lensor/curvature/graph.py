@@ -37,12 +37,12 @@ def _listed(slots: Any) -> tuple[str, ...]:
 
 
 def inner_nodes(output: Tensor, arguments: Iterable[Any], parameters: Iterable[Tensor]) -> set[Node]:
-    """The nodes that one call added: those between its output and the nodes of its arguments.
+    """The nodes that one call added to the graph, between its output and its arguments.
 
     Args:
         output: the value that the call returned.
         arguments: the call's arguments.
-        parameters: arguments whose nodes (casts that other calls may share) belong to the call.
+        parameters: arguments whose own nodes (casts, which other calls may share) also count as added by the call.
     """
     own = {id(one) for one in parameters}
     outside = {one.grad_fn for one in arguments if isinstance(one, Tensor) and id(one) not in own}
@@ -76,7 +76,7 @@ def leading_to(nodes: set[Node], parameters: Iterable[Tensor]) -> set[Node]:
 class Reached:
     """The part of the graph that is reachable from some tensors.
 
-    `consumers` maps each node to the nodes that take its value.
+    `consumers` maps each node to the nodes that use its value.
 
     Args:
         roots: the tensors.

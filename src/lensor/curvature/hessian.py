@@ -38,11 +38,11 @@ def hessian_diagonal(
     `samples`, Hutchinson's estimate at the layers' outputs takes one product with H per draw and layer; it is unbiased.
 
     Args:
-        loss: any loss of (outputs, targets) that can be differentiated twice; for several batches, one of torch's own
-            with `reduction` "mean", "batchmean" or "sum".
-        data: a pair (inputs, targets), or an iterable of pairs. For a mean, the total loss is the batches' losses
-            averaged over examples.
-        samples: number of draws; exact unless given.
+        loss: any loss of (outputs, targets) that can be differentiated twice; for several batches, it must be one of
+            torch's own losses with `reduction` "mean", "batchmean" or "sum".
+        data: a pair (inputs, targets), or an iterable of pairs. With a mean reduction, the total loss is the mean over
+            the examples of all batches.
+        samples: number of random draws; without it, the diagonal is exact.
         generator: random generator for the signs.
 
     Returns:
@@ -109,7 +109,7 @@ def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tens
 
 
 def _directions(like: Tensor, samples: int | None, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Unit vectors of one example, placed in all examples at once, or random signs."""
+    """Yield each unit vector of one example's output, repeated for all examples, or random signs."""
     if samples is not None:
         for _ in range(samples):
             signs = torch.randint(2, like.shape, generator=generator, device=like.device)

@@ -20,7 +20,7 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[re
 
 
 class EigenFactors(Operator):
-    """Q_B ⊗ Q_A times a diagonal matrix times the transpose of Q_B ⊗ Q_A, for every block.
+    """Blocks as eigendecompositions: Q_B ⊗ Q_A times a diagonal matrix times the transpose of Q_B ⊗ Q_A.
 
     Args:
         blocks: the blocks.
@@ -99,7 +99,7 @@ class Inverse(Operator):
 
 @dataclass(frozen=True, eq=False)
 class _Eigen:
-    """Q_B ⊗ Q_A times `over` times the transpose; rows outside of Q_A's span are divided by `damping` if it is set."""
+    """Q_B ⊗ Q_A times `over` times the transpose; rows outside Q_A's span are divided by `damping` if it is set."""
 
     q_a: Tensor
     q_b: Tensor
@@ -143,7 +143,7 @@ class _Cholesky:
 
 @dataclass(frozen=True, eq=False)
 class _Woodbury:
-    """A's damped inverse through its root; `b` is B's damped inverse, or one number per group where B is plain."""
+    """A's damped inverse through its root; `b` is B's damped inverse, or one number per group if B is c · I."""
 
     root: Tensor
     inner: Tensor
@@ -177,11 +177,11 @@ _WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
     "cholesky": _Cholesky,
     "woodbury": _Woodbury,
 }
-"""Solvers of a block, by method name."""
+"""The class that solves with a block, by method name."""
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
-    """The damping of the diagonals of A and of B, [groups, 1, 1] each."""
+    """The damping to add to the diagonals of A and of B, each [groups, 1, 1]."""
     a = block.root.square().sum((1, 2)) if block.root is not None else traces_of(block.A)
     mean_a, mean_b = a / block.d, traces_of(block.B) / block.B.shape[1]
     ratio = (mean_a / mean_b).sqrt()

@@ -43,9 +43,10 @@ def kfac(
     """Kronecker-factored approximation of the generalised Gauss-Newton matrix, in one pass over the data.
 
     For every group of every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and
-    linear layer, kron(B, A) approximates the diagonal block for the loss as given: its mean or sum over all data. The
-    model does not change: no gradient is accumulated, and normalisation statistics are restored. Calls are intercepted
-    inside of each layer, so the effect of your hooks is included, in any order. A compiled model runs uncompiled.
+    linear layer, kron(B, A) approximates the diagonal block of the loss as given, that is, of its mean or sum over all
+    data. The model does not change: no gradient is accumulated, and normalisation statistics are restored. Calls are
+    intercepted inside each layer, so the effects of your hooks are included, in any order. A compiled model runs
+    uncompiled.
 
     For training, use `lensor.optim.KFAC`, which reuses your backward pass.
 
@@ -53,20 +54,20 @@ def kfac(
         model: the model; its training or evaluation mode is kept.
         loss: `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum"; class
             weights, label smoothing, `ignore_index` and `pos_weight` are supported.
-        data: a pair (inputs, targets) of tensors, or an iterable of pairs, such as a DataLoader. Inputs that are a
-            tuple or a mapping are the model's arguments.
+        data: a pair (inputs, targets) of tensors, or an iterable of pairs, such as a DataLoader. A tuple or mapping of
+            inputs is passed as the model's positional or named arguments.
         approx: "expand" treats the positions of a layer as examples, "reduce" sums over them first.
         fisher: "type-2": the exact Hessian of the loss with respect to the outputs, one backward pass per output;
             "mc": sampled from the model's own distribution, unbiased; "empirical": gradients of the loss itself;
             "forward-only": B is the identity, without a backward pass.
         bias: "separate": one block for each bias; "joint": one block for weight and bias, with the bias last in A.
-        convention: "paper" (A is divided by N, and B of "expand" by O), or another library's normalisation: see
-            `KroneckerFactors.in_convention`.
+        convention: "paper" (A is divided by N, and B of "expand" by O), or the normalisation of a different library:
+            see `KroneckerFactors.in_convention`.
         check_finite: whether to raise for factors that are not finite; this synchronises with the device.
-        group: torch.distributed ranks that each have a part of the data; all get the factors of the whole data.
+        group: torch.distributed ranks that each hold a part of the data; every rank gets the factors for all data.
         batch_axis: axis of the examples in the layers' inputs: an axis, "outer" or "inner" (the examples share the
-            first axis with other rows), or a mapping from layer names to these. A trial pass with another number of
-            examples finds it unless given, so give it for a model that cannot run such a pass.
+            first axis with other rows), or a mapping from layer names to these. Unless you specify it, a trial pass
+            with a different number of examples determines it, so specify it for a model that cannot run such a pass.
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`

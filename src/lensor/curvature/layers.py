@@ -1,4 +1,4 @@
-"""Selects the layers of a model that have curvature."""
+"""Selects the layers of a model for which curvature is computed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Layer:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear layer; its positions are the axes between the batch and the features."""
+        """Whether this is a linear layer, whose positions are the axes between batch and features."""
         return isinstance(self.module, nn.Linear)
 
     @property
@@ -66,12 +66,12 @@ def layers_of(
     shared: bool = False,
     trainable: bool = False,
 ) -> list[Layer]:
-    """The layers of a model that have curvature, in the order of `model.named_modules()`.
+    """The layers of a model for which curvature is computed, in the order of `model.named_modules()`.
 
     Args:
         model: the model.
-        layers: names of modules; all known layers unless given.
-        strict: whether parametrised layers of other kinds are an error instead of a warning.
+        layers: names of modules; all supported layers unless given.
+        strict: whether parametrised layers of unsupported kinds raise an error instead of a warning.
         shared: whether layers may share a parameter.
         trainable: whether the result must contain exactly the model's parameters that require a gradient, unless
             `layers` is given.
@@ -79,13 +79,13 @@ def layers_of(
     Raises:
         TypeError: if `model` is not a module.
         ValueError: for an unknown name, for tied weights unless `shared`, for a model without layers, for complex
-            parameters, or, if `strict` or `trainable`, for parametrised layers of other kinds.
+            parameters, or, if `strict` or `trainable`, for parametrised layers of unsupported kinds.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     found: list[Layer] = []
     unknown: list[str] = []
-    # Attention uses the parameters of its last linear layer without calling this layer.
+    # Attention uses the parameters of its last linear layer without calling that layer.
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -130,7 +130,7 @@ def layers_of(
 
 
 def _depth() -> int:
-    """The stack level of the first caller outside of Lensor, for warnings."""
+    """The stack level of the first caller outside Lensor, for warnings."""
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("lensor.", "contextlib")):
         frame, level = frame.f_back, level + 1
@@ -138,10 +138,10 @@ def _depth() -> int:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer computes the same as torch's layer from a weight and a bias that are parameters.
+    """Whether a layer computes the same function as torch's layer, with parameters as its weight and bias.
 
-    This excludes subclasses with another forward pass (standardised weights, other padding) and parametrised layers:
-    these are different functions of their parameters.
+    This excludes subclasses with a different forward pass (standardised weights, different padding) and parametrised
+    layers, which are different functions of their parameters.
     """
     own = {key for key, _ in module.named_parameters(recurse=False)}
     if "weight" not in own or not own <= {"weight", "bias"} or (module.bias is not None) != ("bias" in own):
@@ -154,7 +154,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_changed(module: nn.Module, method: str) -> bool:
-    """Whether an object overrides a method of its class; a copy of a watched object does not."""
+    """Whether an object overrides a method of its class; Lensor's own replacement of `forward` does not count."""
     own = vars(module).get(method)
     if own is None or getattr(own, "watches", False):
         return False

@@ -9,11 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 Key = tuple[str, int]
-"""A call: the weight's name, and the number of earlier calls with this weight."""
+"""A call: the weight's name, and the number of previous calls with this weight."""
 
 
 Given = int | str | Mapping[str, int | str] | None
-"""A user's batch_axis: an axis, "outer" or "inner", for all layers or by layer name."""
+"""The batch_axis that a user specifies: an axis, "outer" or "inner", for all layers or by layer name."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class BatchAxis:
         rows: number of rows along the axis per example.
         order: whether the examples are the "outer" or the "inner" index of the shared axis, if `rows` is not 1; None if
             unknown.
-        independent: whether an example's rows were equal among different other examples; None if rows of different
-            examples are too close to distinguish.
+        independent: whether an example's rows stayed the same when the other examples changed; None if the rows of
+            different examples are too similar to distinguish.
     """
 
     axis: int
@@ -35,7 +35,7 @@ class BatchAxis:
     independent: bool | None = True
 
     def first(self, x: Tensor, batch: int) -> Tensor:
-        """A view with the examples as first axis, followed by their rows unless there is one row each."""
+        """A view with the examples as first axis, followed by an axis of rows if there are several per example."""
         if self.rows == 1:
             return x.movedim(self.axis, 0)
         if self.order == "inner":
@@ -49,7 +49,7 @@ class Layout:
 
     Args:
         calls: the number of axes and the position of the examples, by call. None for a single example or an empty
-            batch: all rows belong to it.
+            batch, where the layout is obvious.
         outputs: the position of the examples in each output tensor.
     """
 
@@ -58,16 +58,16 @@ class Layout:
 
 
 def only_axis(shape: Sequence[int], batch: int) -> BatchAxis:
-    """The position of the examples in a batch of one example or none."""
+    """The position of the examples in a batch with at most one example."""
     return BatchAxis(0, shape[0]) if batch else BatchAxis(list(shape).index(0) if 0 in shape else 0)
 
 
 class NoLayoutError(ValueError):
-    """The model cannot run with another number of examples."""
+    """The model cannot run with a different number of examples."""
 
 
 def given_axis(given: Given, name: str, shape: Sequence[int], batch: int) -> BatchAxis | None:
-    """The user's position of the examples in a layer's input; None if the user gives none for this layer.
+    """The position of the examples in a layer's input that the user specified; None if there is none for this layer.
 
     Raises:
         ValueError: if the position does not fit the shape.

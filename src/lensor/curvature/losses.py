@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from lensor.choices import FactorFisher
 from lensor.curvature.layout import BatchAxis
 
-"""Choices of the replacement for the Hessian of the loss with respect to the outputs."""
-
 
 class LossRoot:
     """A square root of the loss Hessian of one batch.
@@ -30,7 +28,7 @@ class LossRoot:
     Args:
         loss: an nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss, with reduction "mean" or "sum".
         outputs: the model's outputs for the batch, with a graph if gradients are requested.
-        targets: the targets; None if they are not available and every example counts the same.
+        targets: the targets; None if they are not available, in which case every example has the same weight.
         examples: number of examples.
         axis: position of the examples in the outputs. Outputs may have several rows per example; the examples are
             outermost by default.
@@ -40,7 +38,7 @@ class LossRoot:
         ValueError: for an unsupported reduction, or a shape that does not fit.
 
     Attributes:
-        normaliser: Z; zero if no target of the batch counts in the mean.
+        normaliser: Z; zero if no target in the batch contributes to the mean.
     """
 
     def __init__(
@@ -166,7 +164,7 @@ class LossRoot:
         return found
 
     def _diagonal_root(self) -> Tensor:
-        """The root of a diagonal Hessian: that of the squared error or the binary cross entropy."""
+        """The root of a diagonal Hessian, for the squared error or the binary cross entropy."""
         if isinstance(self.loss, nn.MSELoss):
             return torch.full_like(self.f, 2**0.5)
         p = self.f.sigmoid()

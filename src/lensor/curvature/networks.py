@@ -1,4 +1,4 @@
-"""Cached networks of layers, one for each specification."""
+"""Cached networks for layers, one per specification."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def empirical_ntk(
         inputs: a batch: a tensor, a tuple of arguments or a mapping.
 
     Returns:
-        [batch, batch, c, c]: J Jᵀ, with the first example and output as row, the second ones as column.
+        [batch, batch, c, c]: J Jᵀ; the first example and the first output form its row, the second ones its column.
 
     Example:
         >>> import torch

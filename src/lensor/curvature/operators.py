@@ -19,7 +19,7 @@ class Operator(ABC):
     """A symmetric block-diagonal operator on the parameters of a model's layers.
 
     Operands are mappings from parameter names to tensors with the parameters' shapes, after any number of leading axes
-    (for a matrix–matrix product), or one tensor with all parameters flattened in order in its last axis.
+    (for a matrix–matrix product), or one tensor whose last axis contains all parameters, flattened in order.
 
     Args:
         blocks: the blocks, by the name of their first parameter.
@@ -33,18 +33,18 @@ class Operator(ABC):
         return f"{type(self).__name__}({self._options()}{count} block{'s' * (count != 1)})"
 
     def __copy__(self) -> Self:
-        """A new operator on the same tensors; replacing its blocks does not affect this one."""
+        """A new operator that shares the tensors; replacing its blocks does not affect the original."""
         found = object.__new__(type(self))
         vars(found).update({name: dict(one) if isinstance(one, dict) else one for name, one in vars(self).items()})
         return found
 
     def _options(self) -> str:
-        """The options of the operator for its repr."""
+        """The operator's options, as its repr shows them."""
         return ""
 
     @abstractmethod
     def _times(self, name: str, rows: Tensor) -> Tensor:
-        """The product of one block and vectors in row form."""
+        """Multiply one block by vectors in row form."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -61,7 +61,7 @@ class Operator(ABC):
 
         Raises:
             TypeError: for an operand that is neither a tensor nor a mapping of tensors of the factors' dtype.
-            KeyError: if a parameter is missing or not known.
+            KeyError: if a parameter is missing or unknown.
             ValueError: for a shape that does not fit.
         """
         if isinstance(vectors, Tensor):
@@ -77,7 +77,7 @@ class Operator(ABC):
         """Convert a tensor with all parameters in its last axis to a mapping.
 
         Raises:
-            ValueError: if that axis has another size.
+            ValueError: if the last axis has a different size.
         """
         if vector.shape[-1:] != (self.size,):
             raise ValueError(

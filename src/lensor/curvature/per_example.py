@@ -33,8 +33,8 @@ def per_example_gradients(
     Use `per_example_gradient_norms` if you need only the norms.
 
     Args:
-        loss: any callable of (outputs, targets) that is a sum or mean over examples. It gets everything that the model
-            returns; torch's own losses get one tensor, such as `outputs.logits`.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the
+            model returns; torch's own losses receive one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
 
     Returns:
@@ -76,14 +76,15 @@ def per_example_gradient_norms(
     This needs less memory than `per_example_gradients`, because the gradients need not exist at the same time.
 
     Args:
-        loss: any callable of (outputs, targets) that is a sum or mean over examples. It gets everything that the model
-            returns; torch's own losses get one tensor, such as `outputs.logits`.
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the
+            model returns; torch's own losses receive one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
-        strict: has no effect: trainable parameters of other kinds of layers are an error unless `layers` is given.
+        strict: has no effect here: trainable parameters in layers of unsupported kinds always raise an error unless
+            `layers` is given.
 
     Returns:
         A mapping from the name of each trainable weight and bias (or of all in `layers`) to a tensor [batch]. The norm
-        of the whole gradient is the square root of the sum of squares over all of them.
+        of the whole gradient is the square root of the sum of squares over all parameters.
 
     Example:
         >>> import torch

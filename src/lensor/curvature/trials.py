@@ -35,8 +35,8 @@ from lensor.curvature.watching import (
 from lensor.nn.calls import LayerCall
 
 _ROUNDINGS, _ROUNDINGS_OF_HALF = 1e3, 12
-"""The rows of an example in two passes may differ by this many rounding errors of the largest entry. In half precision
-it is the root mean square that counts, because every rounding matters."""
+"""The rows of an example in two passes may differ by this many rounding errors of the largest entry. In half precision,
+the bound uses the root mean square instead of the largest entry, because every rounding error counts."""
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
 _known_lock = threading.Lock()
@@ -45,13 +45,13 @@ _known_lock = threading.Lock()
 
 @dataclass
 class _Seen:
-    """A record of one pass: shapes, and tensors that are multiplied with a vector along some axes to save memory."""
+    """A record of one pass: shapes, and tensors contracted with a vector along some axes to save memory."""
 
     shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
     accuracies: dict[Key, float] = field(default_factory=dict)
     coarse: set[Key] = field(default_factory=set)
-    """Tensors in half precision, in which rows of different examples may compare equal."""
+    """The keys of tensors in half precision, where rows of different examples may compare equal."""
 
     def add(self, key: Key, x: Tensor, whole: bool) -> None:
         """Record a tensor.
@@ -59,7 +59,7 @@ class _Seen:
         Args:
             key: the tensor's key.
             x: the tensor.
-            whole: whether to multiply all axes except the first with a vector, instead of the last one only.
+            whole: whether to contract all axes except the first with a vector, instead of the last axis only.
         """
         self.shapes[key] = tuple(x.shape)
         if not x.is_floating_point() or not x.numel():
@@ -98,11 +98,11 @@ _BY_VALUES |= {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float
 
 
 _BY_VALUES |= {Tensor.numpy, torch._VF._pack_padded_sequence, torch._VF.unique_dim}  # pyright: ignore
-"""Functions whose result's shape, or Python number, depends on values."""
+"""Functions for which the values of a tensor determine the shape of the result, or a Python number."""
 
 
 def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> bool:
-    """Whether the shape of the result, or the program's next step, depends on the values of a tensor."""
+    """Whether the shape of the result, or the control flow that follows, depends on the values of a tensor."""
     if function is torch.Tensor.__getitem__:
         index = arguments[1] if isinstance(arguments[1], tuple) else (arguments[1],)
         return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in index)
@@ -114,18 +114,18 @@ def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[An
 
 
 class _Trial(Watch):
-    """Records the layers' inputs. Dropout is off, and half precision is computed in single precision.
+    """Records the layers' inputs. Dropout is off, and half precision is replaced by single precision.
 
     Args:
         targets: the parameters whose calls are recorded.
-        wide: whether to widen half precision; functions that write into a tensor get it unchanged.
+        wide: whether to convert half precision to single precision, except for functions that write into a tensor.
     """
 
     def __init__(self, targets: Targets, wide: bool) -> None:
         super().__init__(targets)
         self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
         self.by_values = False
-        """Whether shapes may depend on values, so that examples may have different numbers of rows."""
+        """Whether shapes may depend on values, in which case examples may have different numbers of rows."""
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         """The result of a function."""
@@ -163,7 +163,7 @@ def _widened(x: Any) -> Any:
 
 
 def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool = False) -> Layout:
-    """Find the position of the examples by trial passes.
+    """Determine the position of the examples with trial passes.
 
     Args:
         model: the model.
@@ -171,10 +171,11 @@ def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, 
         targets: the parameters whose calls are recorded.
         batch: the number of examples.
         remember: whether to cache the layout for later inputs of this form. This is safe for the axes of a model whose
-            attributes do not change, but the owner of each row may depend on values of parameters and inputs.
+            attributes do not change, but which example each row belongs to may depend on the values of parameters and
+            inputs.
 
     Raises:
-        NoLayoutError: if the model does not run with another number of examples.
+        NoLayoutError: if the model does not run with a different number of examples.
         ValueError: if the size of more than one axis depends on the number of examples.
     """
     if batch < 2:
@@ -200,7 +201,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
-    """The cache key of a layout: the modules and their modes, the layers, the inputs except for the batch size."""
+    """The cache key of a layout: modules and modes, layers, and the form of the inputs without the batch size."""
     modules = tuple(
         (
             *(id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)),
@@ -274,7 +275,7 @@ class _Finder:
         return {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
 
     def _compared(self, one: list[int], two: list[int]) -> Layout:
-        """The layout according to two passes."""
+        """Determine the layout by comparing two passes."""
         a, b = self._pass(one), self._pass(two)
         if list(a.shapes) != list(b.shapes):
             raise NoLayoutError("the model calls different layers for a different number of examples")
@@ -298,9 +299,9 @@ class _Finder:
         return Layout(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
 
     def _checked(self, layout: Layout) -> Layout:
-        """Check a layout by passes with all examples.
+        """Check a layout with passes over all examples.
 
-        Where shapes depend on values, the few examples of the earlier passes may have equal numbers of rows by chance.
+        Where shapes depend on values, the few examples of the previous passes may have equal numbers of rows by chance.
         Passes with all examples, in two orders, reveal this.
         """
         every = list(range(self.batch))
@@ -330,7 +331,7 @@ class _Finder:
         )
 
     def _pass(self, places: list[int]) -> _Seen:
-        """Run a pass with some of the examples, without effects on the model and on random generators."""
+        """Run a pass with some of the examples, without side effects on the model or the random generators."""
         inputs = self._each(lambda x: x[places])
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         trial = _Trial(self.targets, self.wide)
@@ -338,12 +339,12 @@ class _Finder:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
             stack.callback(random.setstate, random.getstate())
             stack.callback(np.random.set_state, np.random.get_state())
-            # Keep a checkpoint around the model from counting the tensors that this pass saves.
+            # Prevent an activation checkpoint around the model from counting the tensors that this pass saves.
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
             stack.enter_context(eagerly())
             stack.enter_context(undisturbed(self.model))
             stack.enter_context(forgotten(list(self.model.modules())))
-            # Cached weights of autocasting would connect the graphs of two passes.
+            # Weights cached by autocast would connect the graphs of two passes.
             stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
             for kind in self._autocasts() if self.wide else ():
@@ -374,7 +375,7 @@ class _Finder:
         return bool(found) and all(found)
 
     def _noisy(self) -> Inputs:
-        """The inputs with noise on floating-point tensors."""
+        """The inputs with noise added to floating-point tensors."""
         generator = torch.Generator().manual_seed(0)
 
         def noisy(x: Tensor) -> Tensor:
@@ -443,7 +444,7 @@ def _are_equal(values: Tensor) -> bool:
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether an error is a bug of this package rather than an error of the model on other examples."""
+    """Whether an error is a bug in this module, rather than an error that the model raises for different examples."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, (AttributeError, KeyError, NameError)) and frames[-1].filename == __file__
 

@@ -1,4 +1,4 @@
-"""Watching the calls of a model's layer functions in one thread, without changing the model."""
+"""Watches the calls of a model's layer functions in one thread, without changing the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Targets:
     """The parameters of some layers, looked up by identity.
 
     Args:
-        layers: the layers. Layers that share a parameter are one target, named after the first layer.
+        layers: the layers. A parameter that several layers share is one target, named after the first of these layers.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -48,7 +48,7 @@ class Targets:
 class Watch(TorchFunctionMode):
     """Sees every call of a torch function in the current thread while it is active.
 
-    It intercepts a layer's function where the layer calls it, so that hooks on modules run outside of it, in any order.
+    It intercepts a layer's function where the layer calls it, so hooks on modules run before or after it, in any order.
     It does not see calls in other threads.
 
     Args:
@@ -68,7 +68,7 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Handle one call."""
         named = named or {}
-        if depth() > self._depth:  # Lensor itself runs the model inside of the watched run
+        if depth() > self._depth:  # Lensor itself runs the model inside the watched run
             return function(*arguments, **named)
         call = layer_call(function, arguments, named)
         if call is not None and id(call.weight) in self.targets.weights:
@@ -102,7 +102,7 @@ class Watch(TorchFunctionMode):
         return function(*arguments, **named)
 
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
-        """Handle a call with one of the weights; the result replaces the call's."""
+        """Handle a call with one of the weights; the return value replaces the result of the call."""
         raise NotImplementedError
 
     def on_other(self, name: str, function: str) -> None:
@@ -176,7 +176,7 @@ _DATA = vars(torch._C.TensorBase)["data"]
 
 
 class _Kept:
-    """Contents of a model's parameters, buffers and attribute tensors from before functions wrote into them."""
+    """Saved contents of a model's parameters, buffers and attribute tensors, from before functions wrote into them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -185,7 +185,7 @@ class _Kept:
         self._data: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, tensor: Any, data: bool) -> None:
-        """Save the contents of a tensor of the model; with `data`, also save its reference to memory."""
+        """Save the contents of a tensor of the model; with `data`, also save which memory it refers to."""
         if not isinstance(tensor, Tensor):
             return
         if self._owners is None:
@@ -247,7 +247,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model within `Preserving`, then restore its parameters, buffers and attribute tensors.
 
     Unchanged tensors are not written, because a graph may need them. The buffers of models in training mode are
-    compared, because normalisation updates its statistics without torch functions or version counters.
+    compared with copies, because normalisation layers update their statistics without calling torch functions or
+    changing version counters.
     """
     training = any(module.training for module in model.modules())
     before = {name: buffer.detach().clone() for name, buffer in (model.named_buffers() if training else ())}
@@ -266,7 +267,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo what a trial run writes into the attributes of modules, and into lists and dictionaries among them."""
+    """Restore the attributes of modules after a trial run, including the contents of lists and dictionaries."""
     known = [(module, dict(vars(module)), _copies(module)) for module in modules]
     try:
         yield
@@ -286,7 +287,7 @@ def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Attributes that are lists or dictionaries, with copies; this includes torch's dictionary of buffers."""
+    """The attributes that are lists or dictionaries, with copies, including torch's dictionary of buffers."""
     return [(value, value.copy()) for value in vars(module).values() if type(value) in (list, dict)]
 
 
@@ -307,8 +308,8 @@ _inside = 0
 def eagerly() -> Iterator[None]:
     """Run compiled models, and compiled parts of models, uncompiled.
 
-    The setting is torch's own and applies to all threads: compiled models in other threads run uncompiled meanwhile,
-    with the same results.
+    The setting belongs to torch and applies to all threads: meanwhile, compiled models in other threads also run
+    uncompiled, with the same results.
 
     """
     global _stance, _inside

@@ -1,8 +1,8 @@
 """Diagrams of networks, sums, simplifications and plans, as SVG, PNG and TikZ.
 
 In the paper's notation, tensors are rounded boxes, index patterns are hexagons, and indices are lines with their names.
-An index of more than two nodes is a dot. An output leg is an open end, or a black triangle if it groups indices. This
-package needs networkx, and matplotlib for PNG: `lensor[draw]`.
+An index shared by more than two nodes is a dot. An output leg is an open end, or a black triangle if it groups indices.
+This package needs networkx, and matplotlib for PNG: `lensor[draw]`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from lensor.draw.scene import Scene
 
 FORMATS = (".svg", ".png", ".tex")
-"""File endings that a drawing can be saved with."""
+"""Supported file extensions of a saved drawing."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A diagram, which notebooks display.
+    """A diagram; notebooks display it.
 
     Args:
-        scene: its shapes and their positions.
-        title: its description as text.
+        scene: the shapes and their positions.
+        title: a description as text.
 
     Example:
         >>> import lensor
@@ -76,7 +76,7 @@ class Drawing:
         """Write the drawing to a file.
 
         Args:
-            path: the file; its ending, .svg, .png or .tex, determines the format; ~ is the home folder.
+            path: the file; its extension, .svg, .png or .tex, determines the format; ~ is the home folder.
 
         Example:
             >>> import lensor, tempfile
@@ -86,7 +86,7 @@ class Drawing:
             'sum.svg'
 
         Raises:
-            ValueError: for another ending, or, for .tex, a name with a character that TeX does not support.
+            ValueError: for a different extension, or, for .tex, a name with a character that TeX does not support.
             ImportError: if matplotlib is missing, for PNG.
             OSError: if the file cannot be written, or its folder does not exist.
         """
@@ -115,16 +115,16 @@ def draw(
     """Draw a network, a sum, a plan, or several networks with arrows between them.
 
     Use this for figures; `print(net)` and `print(plan)` give the text form. The layout is deterministic. Planar
-    networks are drawn without crossings, others with few (see `Drawing.crossings`). The two halves of a Kronecker
-    factor are mirrored; halves that share more may not be.
+    networks are drawn without crossings, other networks with few (see `Drawing.crossings`). The two halves of a
+    Kronecker factor are mirrored; halves with more nodes in common may not be.
 
     Args:
         what: the network or plan; a sequence of networks gives one diagram with arrows between them: before and after.
         path: a file to write the drawing to: .svg, .png or .tex.
-        shade: parts to draw on a shaded area, at every occurrence: a network, such as the unfolded input inside of a
-            factor, or several; for a single network also sets of node numbers.
-        cut: name or names of operands to cut out. They become ghosts with dashed lines: the arguments of a Jacobian,
-            whose legs these lines are.
+        shade: one or more parts to shade at every occurrence, given as networks, such as the unfolded input inside a
+            factor. If you draw a single network, also sets of node numbers.
+        cut: name or names of operands to cut out: the arguments of a Jacobian. They are drawn as ghosts, and their
+            dashed lines are legs of the Jacobian.
 
     Returns:
         The drawing, with `svg` and `tikz`; notebooks display it.
@@ -141,8 +141,9 @@ def draw(
         >>> conv_weight_jacobian = lensor.draw(lensor.ops.conv(spec), cut=["W"])
 
     Raises:
-        TypeError: for another type.
-        ValueError: for an empty sequence, another file ending, or nodes, networks or operands that do not occur.
+        TypeError: for an object of a different type.
+        ValueError: for an empty sequence, an unsupported file extension, or nodes, networks or operands that do not
+            occur.
         FileNotFoundError: if the folder of the file does not exist.
         ImportError: if networkx is missing, or matplotlib for PNG.
     """
@@ -215,7 +216,7 @@ def _listed_names(cut: Any) -> Collection[str]:
 
 
 def _told(found: Any) -> str:
-    """A description of a found object for errors: its text if that is short."""
+    """A description of an object for error messages: the object's text if that is short."""
     text = repr(found)
     kind = type(found).__name__
     return f"a {kind}" if isinstance(found, (Verbs, Plan)) or len(text) > 60 else f"{text} of type {kind}"

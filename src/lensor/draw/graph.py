@@ -1,9 +1,9 @@
-"""A network as a graph for drawing: vertices with a shape, lines with labels.
+"""A network as a graph for drawing, with shapes as vertices and labelled lines between them.
 
-An index of two nodes is a line between them. An index of more nodes is a dot with a line to each (a hyperindex), and so
-is a delta. An index that a node has twice is a loop (a trace), or two lines from the node to the dot (a diagonal).
-An output leg is an open end; a leg that groups indices is a triangle at which their lines meet. Operands that are cut
-out, the arguments of a Jacobian, remain as ghosts: their lines are legs of the Jacobian.
+An index shared by two nodes is a line between them. An index shared by more nodes (a hyperindex) is a dot with a line
+to each node, and so is a delta. An index that appears twice on a node is a loop (a trace), or two lines from the node
+to the dot (a diagonal). An output leg is an open end; a leg that groups indices is a triangle where their lines meet.
+Operands that are cut out, the arguments of a Jacobian, remain as ghosts, whose lines are legs of the Jacobian.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Vertex:
 
     Args:
         shape: one of the shapes of this module.
-        text: the text inside of it.
-        node: the number of the network's node, if the vertex is a node.
+        text: the text inside the vertex.
+        node: the number of the node in the network, if the vertex represents a node.
     """
 
     shape: str
@@ -47,8 +47,8 @@ class Line:
     Args:
         first: the start vertex.
         second: the end vertex.
-        indices: names of its indices.
-        times: number of parallel lines: the number of legs of the first vertex with one of the indices.
+        indices: names of the indices on the line.
+        times: number of parallel lines, which is the number of legs of the first vertex that carry one of the indices.
     """
 
     first: int
@@ -58,7 +58,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The names, separated by spaces; the first and the last if there are many."""
+        """The names, separated by spaces; if there are many, only the first and the last."""
         many = len(self.indices) > _MOST_NAMES
         return f"{self.indices[0]} … {self.indices[-1]}" if many else " ".join(self.indices)
 
@@ -76,7 +76,7 @@ class Graph:
         return len(self.vertices) - 1
 
     def join(self, first: int, second: int, index: str, times: int = 1) -> None:
-        """Join two vertices by an index; indices of the same vertices share a line."""
+        """Join two vertices by an index; all indices between the same vertices share a line."""
         for line in self.lines:
             if {line.first, line.second} == {first, second}:
                 line.indices, line.times = (*line.indices, index), max(line.times, times)
@@ -84,7 +84,7 @@ class Graph:
         self.lines.append(Line(first, second, (index,), times))
 
     def loop(self, vertex: int, index: str) -> None:
-        """Join a vertex with itself; all its traces share one loop."""
+        """Join a vertex to itself; all traces of a vertex share one loop."""
         near = self.neighbours()[vertex]
         turn = next((other for other in near if self.vertices[other].shape == LOOP), None)
         self.join(vertex, self.add(Vertex(LOOP)) if turn is None else turn, index, 2)
@@ -119,7 +119,7 @@ def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, st
     Args:
         net: the network.
         cut: operands that are cut out.
-        names: names of the patterns; by default those in the network's text.
+        names: names for the patterns; by default as in the network's text.
     """
     graph, holders = Graph(), dict[str, list[int]]()
     names = pattern_names([net]) if names is None else names
@@ -147,14 +147,14 @@ def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, st
             holders.setdefault(index, []).append(end)
     for index, vertices in holders.items():
         times = Counter(vertices)
-        if len(vertices) == 1:  # an index of one node that is summed over
+        if len(vertices) == 1:  # a summed index on one node only
             graph.join(vertices[0], graph.add(Vertex(DOT)), index)
         elif len(vertices) == 2 and len(times) == 1:
             graph.loop(vertices[0], index)
         elif len(vertices) == 2:
             graph.join(vertices[0], vertices[1], index)
         else:
-            # A delta that has the index serves as its dot.
+            # A delta with this index serves as the index's dot.
             dot = next((one for one in times if graph.vertices[one].shape == DOT), None)
             dot = graph.add(Vertex(DOT)) if dot is None else dot
             for one in times:

@@ -1,17 +1,17 @@
 """Positions of the vertices of a drawing.
 
-The layout minimises stress: distances in the drawing should equal distances in the graph. A planar graph starts from
-Tutte's drawing of an embedding, where every vertex is the mean of its neighbours, for several outer faces; open ends
-point into the widest gaps. Vertices then move towards their optimal positions only as far as no line is crossed. If a
+The layout minimises stress: distances in the drawing should equal distances in the graph. The layout of a planar graph
+starts from Tutte drawings, where every vertex is at the mean of its neighbours, for several choices of the outer face;
+open ends point into the widest gaps. Vertices then move towards their optimal positions, but never across a line. If a
 graph is not suitable for this, the layout starts from a circle, from layers and from random positions, and majorisation
-minimises its stress. The two halves of a symmetric network are mirrored and move together. Layouts are ranked by
-crossings, then space, symmetry and stress.
+minimises its stress. The two halves of a symmetric network are mirrored and move together. Layouts are ranked by their
+number of crossings, then by space, symmetry and stress.
 
-A nearly planar graph is made planar first: lines are inserted as long as it stays planar, each remaining line crosses
-as few lines as possible, and every crossing becomes a vertex of four lines. The result is drawn as a planar graph. Its
-inserted vertices then become crossings again, of lines that are straight where this adds no crossing, and bent
-elsewhere. A graph with many crossings has straight lines only. Larger graphs get fewer moves; the result is
-deterministic.
+A nearly planar graph is made planar first: lines are inserted as long as the graph stays planar, each remaining line
+then crosses as few lines as possible, and every crossing becomes a vertex with four lines. The result is drawn as a
+planar graph. The inserted vertices then become crossings again; lines are straight where this adds no crossing, and
+bent elsewhere. A graph with many crossings is drawn with straight lines only. Larger graphs get fewer moves; the result
+is deterministic.
 """
 
 from __future__ import annotations
@@ -34,41 +34,43 @@ Route = tuple[int, ...]
 """The numbers of the points on a line."""
 
 _Bent = tuple[tuple[int, int, int, float], Positions, list[Route]]
-"""The cost of a drawing with bends (less is better), its points, and the routes of its lines."""
+"""The cost of a drawing with bends (lower is better), its points, and the routes of its lines."""
 
 _ROUNDS = 150
-"""Rounds of majorisation."""
+"""Number of majorisation rounds."""
 
 _CLEAR = 0.28
 """Minimum distance between a vertex and lines that do not end at it."""
 
 _MOVES, _FEWEST_MOVES, _WORK = 40, 6, 20_000
-"""Rounds of moves without crossings; the work limit on rounds × vertices² reduces them in large graphs."""
+"""Maximum and minimum number of rounds that move vertices without crossings; the limit on rounds × vertices² reduces
+the number for large graphs."""
 
 _ANNEALED, _ATTEMPTS, _OPTIONS = 3, 350, 8
-"""Number of best but unclear layouts that are annealed, moves for each, and options for each move."""
+"""Number of layouts that are annealed (the best ones, if even the best has crossings or touching vertices), number of
+moves for each, and number of options for each move."""
 
 _CROSSING = 3
-"""Cost of a crossing, relative to that of a vertex on a line."""
+"""Cost of a crossing, relative to the cost of a vertex on a line."""
 
 _FACES = 3
 """Number of faces that are tried as the outer face."""
 
 _ORDERS, _LINES, _CUT, _CUT_LENGTH = 12, 400, 2, 0.6
-"""Number of orders in which lines are inserted into a planar graph, the limit on lines inserted in total, number of
-results that are drawn, and desired length of pieces."""
+"""Number of orders in which lines are inserted into a planar graph, limit on the total number of inserted lines, number
+of results that are drawn, and desired length of the pieces."""
 
 _MOST_MAPPINGS, _MOST_MATCHES = 400, 20_000
-"""Maximum number of symmetries of a graph, and of comparisons of vertices to find them."""
+"""Maximum number of symmetries of a graph to examine, and of vertex comparisons to find them."""
 
 _MOST_CUTS = 20
-"""Maximum number of cuts of lines; above it, a graph is drawn with straight lines that cross."""
+"""Maximum number of places where lines are cut; above it, a graph is drawn with straight lines that cross."""
 
 _MOST_WORK = 8_000_000
-"""Maximum number of pairs of vertices and lines that are examined to improve a layout; more would take seconds."""
+"""Maximum number of pairs of vertices and lines to examine while improving a layout; more would take seconds."""
 
 _RADIAL, _LEG_GAP = 12, 0.35
-"""A vertex that has only open ends, and more than this number, has them on a circle, with this distance."""
+"""If a vertex has only open ends, and more than this number, they are placed on a circle, this distance apart."""
 
 
 @dataclass(frozen=True)
@@ -149,21 +151,21 @@ def _straight(graph: Graph, part: Sequence[int], ends: np.ndarray) -> Positions:
 
 
 def _radial(count: int, hub: int) -> Positions:
-    """All other vertices on a circle around one vertex."""
+    """Place all other vertices on a circle around one vertex."""
     angles = 2 * np.pi * np.arange(count - 1) / (count - 1)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1) * (count - 1) * _LEG_GAP / (2 * np.pi)
     return np.insert(circle, hub, 0.0, axis=0)
 
 
 def _distances(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray:
-    """The lengths of shortest paths; lines to open ends and dots are shorter."""
+    """The lengths of the shortest paths; lines to open ends and dots are shorter than other lines."""
     shapes = [graph.vertices[vertex].shape for vertex in part]
     lengths = [0.75 if {shapes[a], shapes[b]} & {END, GROUP, DOT, LOOP} else 1.0 for a, b in ends]
     return _shortest(len(part), ends, lengths)
 
 
 def _shortest(count: int, ends: np.ndarray, lengths: Sequence[float]) -> np.ndarray:
-    """[vertices, vertices]: the lengths of shortest paths."""
+    """[vertices, vertices]: the lengths of the shortest paths."""
     found = np.full((count, count), np.inf)
     np.fill_diagonal(found, 0.0)
     found[ends[:, 0], ends[:, 1]] = found[ends[:, 1], ends[:, 0]] = lengths
@@ -192,7 +194,7 @@ def _starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator
     for _ in range(6):
         yield order.normal(size=(count, 2)) * count / 4
     layers = np.zeros((count, 2))
-    # From one of the vertices that are farthest from the first: a chain starts straight and stays straight.
+    # Start from one of the vertices farthest from the first vertex: a chain then starts straight and stays straight.
     depth = _depths(count, ends, int(_depths(count, ends, 0).argmax()))
     for level in range(depth.max() + 1):
         own = np.flatnonzero(depth == level)
@@ -238,11 +240,11 @@ def _stress(place: Positions, wanted: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------- symmetry
 class _TooManyMatchesError(Exception):
-    """Finding the symmetries of a graph takes too long."""
+    """Raised when finding the symmetries of a graph would take too long."""
 
 
 def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray | None:
-    """The symmetry of the graph that is its own inverse and moves most vertices; None if there is none."""
+    """The self-inverse symmetry of the graph that moves the most vertices; None if there is none."""
     named = nx.Graph()
     for at, vertex in enumerate(part):
         one = graph.vertices[vertex]
@@ -269,7 +271,7 @@ def _mirror(graph: Graph, part: Sequence[int], ends: np.ndarray) -> np.ndarray |
 
 
 def _mirrored(place: Positions, mirror: np.ndarray) -> Positions:
-    """The positions, made symmetric about the best axis, which becomes vertical."""
+    """Make the positions symmetric about the best axis, which becomes vertical."""
     place = place - place.mean(0)
     moved = place - place[mirror]
     values, vectors = np.linalg.eigh(moved.T @ moved)
@@ -280,7 +282,7 @@ def _mirrored(place: Positions, mirror: np.ndarray) -> Positions:
 
 
 def _turned(place: Positions, symmetric: bool) -> Positions:
-    """The positions, rotated to be wide rather than high; a symmetry axis stays vertical or becomes horizontal."""
+    """Rotate the positions to be wide rather than tall; a symmetry axis stays vertical or becomes horizontal."""
     place = place - place.mean(0)
     if symmetric:
         high, wide = np.ptp(place[:, 1]), np.ptp(place[:, 0])
@@ -320,7 +322,7 @@ def _meets_last(ends: np.ndarray, place: Positions) -> bool:
 
 
 def _clearances(ends: np.ndarray, place: Positions, only: int | None = None) -> np.ndarray:
-    """[..., vertices, lines]: distances of vertices, or of a single one, to lines that do not end there."""
+    """[..., vertices, lines]: distances from all vertices, or from a single one, to lines that do not end there."""
     numbers = np.arange(place.shape[-2]) if only is None else np.array([only])
     a, b = place[..., None, ends[:, 0], :], place[..., None, ends[:, 1], :]
     along, points = b - a, place[..., numbers, None, :]
@@ -332,7 +334,7 @@ def _clearances(ends: np.ndarray, place: Positions, only: int | None = None) -> 
 
 
 def _gaps(place: Positions) -> np.ndarray:
-    """[..., vertices, vertices]: distances; a large value for a vertex and itself."""
+    """[..., vertices, vertices]: distances between vertices; a large value on the diagonal."""
     return np.linalg.norm(place[..., :, None, :] - place[..., None, :, :], axis=-1) + 9 * np.eye(place.shape[-2])
 
 
@@ -343,7 +345,7 @@ def _touching(ends: np.ndarray, place: Positions) -> int:
 
 
 def _work(place: Positions, ends: np.ndarray) -> int:
-    """Number of pairs that are examined to judge one layout."""
+    """Number of pairs to examine when judging one layout."""
     return (len(place) + len(ends)) ** 2
 
 
@@ -386,9 +388,9 @@ def _relaxed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.
 
 
 def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np.ndarray | None) -> Positions:
-    """Random moves, with decreasing length and temperature, to reduce crossings and touching vertices at low stress.
+    """Reduce crossings, touching vertices and stress by random moves with decreasing length and temperature.
 
-    A move is drawn from several options for a vertex; options with lower cost are more likely (a heat bath).
+    Each move of a vertex is drawn from several options; options with a lower cost are more likely (a heat bath).
     """
     random = np.random.default_rng(0)
 
@@ -417,9 +419,9 @@ def _annealed(place: Positions, wanted: np.ndarray, ends: np.ndarray, mirror: np
 
 # -------------------------------------------------------------------------------------------------------- planar starts
 def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> Iterator[tuple[Positions, bool]]:
-    """Tutte's drawings for several outer faces, and whether they are symmetric; none for a graph that is not planar.
+    """Tutte drawings for several outer faces, and whether each is symmetric; none for a graph that is not planar.
 
-    If parts that hang on one vertex would collapse, the drawing is on a grid.
+    If parts attached at a single vertex would collapse to a point, a grid drawing is used instead.
     """
     degree = np.bincount(ends.ravel(), minlength=count)
     leaves = [at for at in range(count) if degree[at] == 1 and count > 2]
@@ -457,7 +459,7 @@ def _planar_starts(count: int, ends: np.ndarray, mirror: np.ndarray | None) -> I
 def _tutte(
     core: nx.Graph, faces: Sequence[list[int]], outer: list[int], count: int, mirror: np.ndarray | None
 ) -> Positions | None:
-    """Place every vertex at the mean of its neighbours, with a regular polygon as outer face."""
+    """Place every vertex at the mean of its neighbours, with the outer face as a regular polygon."""
     place = np.zeros((count, 2))
     angles = 2 * np.pi * np.arange(len(outer)) / len(outer)
     if mirror is not None:
@@ -534,7 +536,7 @@ def _with_leaves(place: Positions, leaves: Sequence[int], ends: np.ndarray, mirr
 
 # ------------------------------------------------------------------------------------------------------- planarisations
 def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Route]] | None:
-    """The points of a part that is not planar, with bends after its vertices, and the routes of its lines.
+    """The points of a part that is not planar (vertices, then bends), and the routes of its lines.
 
     None if the part has so many crossings that bends would not help.
     """
@@ -557,7 +559,7 @@ def _bent(wanted: np.ndarray, ends: Sequence[Route]) -> tuple[Positions, list[Ro
 
 
 def _improved(move: Callable[..., Positions], points: Positions, routes: Sequence[Route], wanted: np.ndarray) -> _Bent:
-    """Points after moves that reduce stress, the remaining bends, and the cost of the drawing."""
+    """Reduce stress by moves and remove unnecessary bends; returns the cost, the points and the routes."""
     count, pieces = len(wanted), _pieces(routes)
     lengths = [float(wanted[a, b]) if max(a, b) < count else _CUT_LENGTH for a, b in pieces]
     points = move(points, _shortest(len(points), pieces, lengths), pieces, None)
@@ -575,14 +577,14 @@ def _bends(routes: Iterable[Route]) -> int:
 
 
 def _faults(points: Positions, routes: Sequence[Route]) -> tuple[int, int, int]:
-    """Crossings, including those where both lines bend; touching vertices; bends."""
+    """The numbers of crossings (including those where both lines bend), touching vertices and bends."""
     both = sum(times - 1 for times in Counter(vertex for route in routes for vertex in route[1:-1]).values())
     pieces = _pieces(routes)
     return _crossings(pieces, points) + both, _touching(pieces, points) + both, _bends(routes)
 
 
 def _straightened(points: Positions, routes: Sequence[Route], count: int) -> tuple[Positions, list[Route]]:
-    """Points and routes without unnecessary bends: at most one line bends at a cut."""
+    """Remove unnecessary bends from points and routes; at each cut, at most one line still bends."""
     routes = list(routes)
     for bend in range(len(points) - 1, count - 1, -1):
         lines = [at for at, route in enumerate(routes) if bend in route]
@@ -594,7 +596,7 @@ def _straightened(points: Positions, routes: Sequence[Route], count: int) -> tup
 
 
 def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[int]) -> tuple[Positions, list[Route]]:
-    """Points and routes if some lines no longer bend at a point; the point is removed if no line bends there."""
+    """Make some lines no longer bend at a point; the point is removed if no other line bends there."""
     routes = [tuple(vertex for vertex in route if vertex != bend or at not in lines) for at, route in enumerate(routes)]
     if any(bend in route for route in routes):
         return points, routes
@@ -603,9 +605,9 @@ def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[in
 
 
 def _cut_lines(count: int, ends: Sequence[Route], order: Sequence[int]) -> list[Route] | None:
-    """Routes of lines through new vertices where they cut others: a maximal planar part, then the remaining lines.
+    """Route lines through new vertices where they cut others: first a maximal planar part, then the remaining lines.
 
-    None if there are too many cuts.
+    Returns None if there are too many cuts.
     """
     graph, left = nx.empty_graph(count), []
     routes = [list(pair) for pair in ends]

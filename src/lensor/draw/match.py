@@ -1,4 +1,4 @@
-"""Occurrences of a network inside of another one, for shading."""
+"""Occurrences of one network inside another, for shading."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lensor.network import Group, Network, Node, Operand, Pattern
 
 
 def occurrences(net: Network, part: Network) -> list[frozenset[int]]:
-    """The sets of a network's nodes that equal another network, in operand names, patterns and connections.
+    """The sets of nodes in a network that match another network in operand names, patterns and connections.
 
-    Index names may differ, and an index that the part keeps may be a group of indices in the network. No other node of
-    the network may have an index that the part sums over.
+    Index names may differ, and an output index of the part may correspond to a group of indices in the network. Indices
+    that the part sums over must not appear on other nodes of the network.
 
     Example:
         >>> import lensor
@@ -33,7 +33,7 @@ def occurrences(net: Network, part: Network) -> list[frozenset[int]]:
 def _assigned(
     net: Network, part: Network, kept: set[str], nodes: list[int], names: dict[str, Group]
 ) -> Iterator[tuple[list[int], dict[str, Group]]]:
-    """Match the nodes of the part one by one with nodes of the network; yields nodes and the mapping of indices."""
+    """Match the part's nodes one by one to nodes of the network; yields the nodes and the mapping of indices."""
     if len(nodes) == len(part.nodes):
         yield nodes, names
         return
@@ -48,7 +48,7 @@ def _assigned(
 
 
 def _pairs(wanted: Group, found: Group, kept: set[str]) -> list[tuple[str, Group]]:
-    """The mapping of a leg's indices: to one index each, or of one kept index to the whole leg."""
+    """Map each index of a leg to one index, or a leg's single output index to the whole leg."""
     if _may_group(wanted, kept):
         return [(wanted[0], found)]
     return [(index, (other,)) for index, other in zip(wanted, found, strict=True)]

@@ -1,8 +1,8 @@
 """Plans as diagrams: steps in layers, from the operands on the left to the result on the right.
 
-A value that a later layer uses passes through a separate place in every layer between. Barycentre sweeps choose the
-order in a layer; heights are as close to those of neighbours as the spacing allows. Inside of a layer lines are
-horizontal, so that they cross no step; all crossings are between layers.
+A value that a later layer uses has its own place in each layer in between. Barycentre sweeps choose the order within a
+layer; heights are as close to the heights of neighbours as the spacing allows. Within a layer lines are horizontal and
+do not cross steps; all crossings are between layers.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ARROW = "arrow"
 """The shape of an arrowhead, which shows the direction of values."""
 
 _LEAST, _MOST = 22.0, 90.0
-"""Minimum and maximum space between two layers, depending on the slope of lines."""
+"""Minimum and maximum space between two layers; the slope of the lines determines the actual space."""
 
 _HEAD, _TAIL = 9.0, 5.0
-"""Space for an arrowhead before a step, which has this size, and for the line before it slants."""
+"""Space before a step for the arrowhead (also its size), and after a step for the line before it slants."""
 
 _ABOVE, _BELOW, _THIN = 16.0, 28.0, 8.0
-"""Space above and below the middle of a step with the shape under it, and of a passing line."""
+"""Space above and below the middle of a step (with the shape text under it), and around a passing line."""
 
 _SWEEPS = 13
 
 
 @dataclass(eq=False)
 class _Place:
-    """A step in its layer, or, without a step, a value that passes through it."""
+    """A step in its layer or, without a step, a value that passes through the layer."""
 
     layer: int
     step: int | None = None
@@ -65,7 +65,7 @@ class _Place:
 
 
 def scene_of_plan(plan: Plan) -> Scene:
-    """Draw a plan; steps that only view memory differently (reshape, transpose) are omitted."""
+    """Draw a plan; steps that only reinterpret memory (reshape, transpose) are omitted."""
     takes = _shown(plan)
     layers = _layers(takes)
     _order(layers)
@@ -90,7 +90,7 @@ def _shown(plan: Plan) -> dict[int, list[int]]:
 
 
 def _layers(takes: Mapping[int, Sequence[int]]) -> list[list[_Place]]:
-    """Each step after its inputs, operands right before their first use; all uses of a value share a line."""
+    """Put each step after its inputs, and operands right before their first use; all uses of a value share a line."""
     depth: dict[int, int] = {}
     for at, sources in takes.items():
         depth[at] = 1 + max((depth[one] for one in sources), default=-1)
@@ -116,7 +116,7 @@ def _layers(takes: Mapping[int, Sequence[int]]) -> list[list[_Place]]:
 
 
 def _order(layers: list[list[_Place]]) -> None:
-    """Sort every layer by the mean of its neighbours, forward and backward; keep the order with fewest crossings."""
+    """Sort every layer by the mean of its neighbours, in both directions; keep the order with the fewest crossings."""
     best, least = [list(layer) for layer in layers], _inversions(layers)
     for sweep in range(_SWEEPS):
         forth = sweep % 2 == 0
@@ -149,7 +149,7 @@ def _rows(layers: Sequence[Sequence[_Place]]) -> dict[_Place, int]:
 
 
 def _inversions(layers: Sequence[Sequence[_Place]]) -> int:
-    """Number of line crossings in this order: pairs of lines where one starts above and ends below the other."""
+    """Number of crossings in this order: pairs of lines where one line starts above and ends below the other."""
     row, count = _rows(layers), 0
     for layer in layers:
         starts, ends = np.array([(row[one], row[after]) for one in layer for after in one.after]).reshape(-1, 2).T
@@ -158,7 +158,7 @@ def _inversions(layers: Sequence[Sequence[_Place]]) -> int:
 
 
 def _raise(layers: Sequence[Sequence[_Place]]) -> None:
-    """Set the heights: every place as close to the mean of its neighbours as its layer allows."""
+    """Set the height of every place as close to the mean of its neighbours as its layer allows."""
     for layer in layers:
         _settle(layer, [0.0] * len(layer))
     for sweep in range(_SWEEPS):
@@ -169,11 +169,11 @@ def _raise(layers: Sequence[Sequence[_Place]]) -> None:
 
 
 def _settle(layer: Sequence[_Place], wanted: Sequence[float]) -> None:
-    """The closest heights to the desired ones in this order and with spacing: isotonic regression."""
+    """Set the heights closest to the desired ones that preserve order and spacing, by isotonic regression."""
     offsets = [0.0]
     for one, other in itertools.pairwise(layer):
         offsets.append(offsets[-1] + one.below + other.above)
-    blocks: list[tuple[float, int]] = []  # mean and number of places of each touching block
+    blocks: list[tuple[float, int]] = []  # mean and number of places for each block of touching places
     for goal, offset in zip(wanted, offsets, strict=True):
         mean, count = goal - offset, 1
         while blocks and blocks[-1][0] > mean:
@@ -186,7 +186,7 @@ def _settle(layer: Sequence[_Place], wanted: Sequence[float]) -> None:
 
 
 def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
-    """Boxes, shapes under them, horizontal lines inside of layers and slanted lines between layers."""
+    """Draw boxes with shape texts under them, horizontal lines within layers, and slanted lines between layers."""
     boxes: dict[_Place, Box] = {}
     labels: list[Label] = []
     sides: dict[_Place, tuple[float, float]] = {}
@@ -234,7 +234,7 @@ def _scene(plan: Plan, layers: Sequence[Sequence[_Place]]) -> Scene:
 
 
 def _texts(plan: Plan, step: int) -> tuple[str, str]:
-    """The text of a step, and its shape."""
+    """The text of a step, and the shape of its result."""
     what = plan.steps[step]
     name = what.settings() if isinstance(what, Input) else what.name
     return name, "×".join(map(str, plan.shapes[step])) or "scalar"

@@ -18,29 +18,30 @@ UNIT = 58.0
 """Length in points of a line of length 1."""
 
 LETTER, SMALL = 7.6, 5.6
-"""Widths of letters in nodes and at lines."""
+"""Widths of letters in nodes and in line labels."""
 
 HEIGHT, LABEL = 24.0, 11.0
 _ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.27, 0.73, 0.2, 0.8, 0.14, 0.86)
 """Possible positions of a label along its line."""
 
 _STRETCHES = (1.0, 1.2, 1.45, 1.75, 2.1, 2.6, 3.2)
-"""Maximum lengthening of a leg to fit its label at its end."""
+"""Factors by which a leg may be lengthened to fit its label at its end."""
 
 BRIDGE = 6.0
 """Reach of a bridge on both sides of a crossing."""
 
 _APART, _PIECES = 16.0, 12
-"""Distance of parallel lines in their middle; number of straight pieces of a bent line."""
+"""Distance between parallel lines at their middle; number of straight pieces in a bent line."""
 
 _GROWTH, _TRIES = 1.1, 18
-"""Factor and maximum number of enlargements of a drawing until no label covers anything."""
+"""Factor by which a drawing is enlarged until no label covers anything, and maximum number of enlargements."""
 
 _BOX_GAP, _LABEL_GAP = 3.0, 1.0
 """Space between vertices, and between labels and everything else."""
 
 _PADS = (10.0, 8.0, 6.0, 4.5, 3.0, 2.0, 1.0)
-"""Reach of a shade beyond its vertices and lines, unless it would meet others."""
+"""Possible distances that a shade extends beyond its vertices and lines; smaller ones are used to avoid other
+vertices."""
 
 _WORSE = 10
 """Cost of overlapping boxes, or of a line through a vertex, relative to a line under a label."""
@@ -59,7 +60,7 @@ class Box:
     height: float
 
     def overlaps(self, other: Box, gap: float = 0.0) -> bool:
-        """Whether the distance of two boxes is below a gap."""
+        """Whether the distance between two boxes is below a gap."""
         apart = abs(self.x - other.x) >= (self.width + other.width) / 2 + gap
         return not apart and abs(self.y - other.y) < (self.height + other.height) / 2 + gap
 
@@ -71,8 +72,8 @@ class Shape:
     Args:
         kind: one of the shapes of `lensor.draw.graph`.
         box: its rectangle.
-        text: the text inside of it.
-        node: the number of the network's node, if the vertex is a node.
+        text: the text inside the vertex.
+        node: the number of the node in the network, if the vertex represents a node.
         angle: direction of a triangle, in radians.
     """
 
@@ -92,8 +93,8 @@ class Segment:
         y1: y of the start.
         x2: x of the end.
         y2: y of the end.
-        dashed: whether it leads to an operand that is cut out.
-        line: the number of its line in the graph of its network.
+        dashed: whether the line leads to an operand that is cut out.
+        line: the number of the line in the network's graph.
     """
 
     x1: float
@@ -108,7 +109,7 @@ class Segment:
         return replace(self, x1=self.x1 + x, y1=self.y1 + y, x2=self.x2 + x, y2=self.y2 + y)
 
     def around(self, x: float, y: float, reach: float) -> Segment:
-        """The piece of the line around one of its points."""
+        """The piece of the line around a point on it."""
         length = math.hypot(self.x2 - self.x1, self.y2 - self.y1)
         ux, uy = reach * (self.x2 - self.x1) / length, reach * (self.y2 - self.y1) / length
         return replace(self, x1=x - ux, y1=y - uy, x2=x + ux, y2=y + uy)
@@ -125,7 +126,7 @@ class Shade:
     pieces: tuple[tuple[Point, ...], ...]
 
     MARGIN: ClassVar[float] = 4.0
-    """Writers extend the area by this on all sides, with round corners."""
+    """Distance by which writers extend the area on all sides, with round corners."""
 
     @property
     def box(self) -> Box:
@@ -146,7 +147,7 @@ class Shade:
 
 @dataclass(frozen=True)
 class Label:
-    """A text next to or on a line, with the line's number; large texts are signs between networks."""
+    """A text on or next to a line, with the line's number; large texts are signs between networks."""
 
     text: str
     box: Box
@@ -208,7 +209,7 @@ class Scene:
 
 
 def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
-    """Lay out a graph, large enough for its labels to cover nothing; otherwise at the size where they cover least.
+    """Lay out a graph at the first size where its labels cover nothing, or else at the size where they cover least.
 
     Args:
         graph: the graph.
@@ -229,7 +230,7 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
 
 
 def _growing(graph: Graph, layout: Layout) -> Iterator[_Placing]:
-    """Scenes of increasing size, up to the first without faults."""
+    """Yield scenes of increasing size, up to the first one without faults."""
     for growth in range(_TRIES):
         scale = UNIT * _GROWTH**growth * np.array([1.0, -1.0])  # downwards, as on a page
         found = _at_scale(graph, layout.place * scale, [bends * scale for bends in layout.bends])
@@ -257,9 +258,9 @@ class _Placing:
     Args:
         graph: the graph to draw.
         shapes: its vertices.
-        paths: the points of each line, and of all its parallels.
+        paths: the points of each line and of all lines parallel to it.
         labels: the labels placed so far.
-        faults: the amount of unwanted covering.
+        faults: a measure of how much labels, boxes and lines cover each other.
     """
 
     graph: Graph
@@ -269,7 +270,7 @@ class _Placing:
     faults: int = 0
 
     def boxes(self, without: Collection[int] = ()) -> np.ndarray:
-        """[boxes, 4]: the vertices except some, and the labels."""
+        """[boxes, 4]: the boxes of the labels and of all vertices except those in `without`."""
         shapes = [shape.box for at, shape in enumerate(self.shapes) if at not in without and shape.kind != LOOP]
         return _array([*shapes, *(label.box for label in self.labels)])
 
@@ -288,7 +289,7 @@ class _Placing:
         )
 
     def put_label(self, at: int) -> None:
-        """Put the label of a line where it covers least; the first such position wins."""
+        """Put the label of a line where it covers least, at the first such position."""
         line = self.graph.lines[at]
         size = (SMALL * len(line.label) + 3, LABEL)
         end = next((end for end in (line.first, line.second) if self.graph.vertices[end].shape == END), None)
@@ -315,7 +316,7 @@ class _Placing:
 
 
 def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Placing:
-    """The scene with vertices and bends at these points."""
+    """The scene with the vertices and bends at the given points."""
     paths = [_paths(graph, line, place, bent) for line, bent in zip(graph.lines, bends, strict=True)]
     found = _Placing(graph, _shapes(graph, place), paths)
     boxes = found.boxes()
@@ -324,7 +325,7 @@ def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Pl
         foreign = found.boxes({line.first, line.second})
         found.faults += _WORSE * int(_cuts(found.pieces([at]), foreign).sum())
 
-    # First legs, whose labels have one position; then short lines, which have the fewest positions.
+    # Place labels of legs first, because these have one position, then those of short lines, which have few.
     def order(at: int) -> tuple[bool, float, int]:
         line = graph.lines[at]
         is_leg = END in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
@@ -336,7 +337,7 @@ def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Pl
 
 
 def _shapes(graph: Graph, place: Positions) -> list[Shape]:
-    """All vertices at their points; triangles point away from their lines."""
+    """Shapes for all vertices, at their points; triangles point away from their lines."""
     near, shapes = graph.neighbours(), []
     for at, vertex in enumerate(graph.vertices):
         angle = 0.0
@@ -350,7 +351,7 @@ def _shapes(graph: Graph, place: Positions) -> list[Shape]:
 
 
 def _paths(graph: Graph, line: Line, place: Positions, bends: Positions) -> list[Positions]:
-    """The points of a line, or of several parallel ones; a loop turns at its vertex."""
+    """The points of a line, or of several parallel lines; a loop turns at the LOOP vertex."""
     start, stop = place[line.first], place[line.second]
     along = stop - start
     across = np.array([-along[1], along[0]])
@@ -396,7 +397,7 @@ def meetings(segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, 
 
 
 def _boxes_on(paths: Sequence[Positions], size: tuple[float, float]) -> Iterator[Box]:
-    """Boxes on lines, then next to them."""
+    """Yield label boxes on the lines, then next to them."""
     spots = []
     for share in _ALONG:
         for path in paths:
@@ -412,7 +413,7 @@ def _boxes_on(paths: Sequence[Positions], size: tuple[float, float]) -> Iterator
 
 
 def _beyond(near: Box, end: Box, size: tuple[float, float]) -> Iterator[tuple[tuple[float, ...], Box]]:
-    """Legs of increasing length, with the boxes after their ends."""
+    """Yield legs of increasing length, with a label box beyond each end."""
     length = math.hypot(end.x - near.x, end.y - near.y) or 1.0
     ux, uy = (end.x - near.x) / length, (end.y - near.y) / length
     reach = min(size[0] / 2 / max(abs(ux), 1e-6), size[1] / 2 / max(abs(uy), 1e-6)) + 3
@@ -427,13 +428,13 @@ def _array(boxes: Iterable[Box]) -> np.ndarray:
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray, gap: float) -> np.ndarray:
-    """[boxes, others]: whether the distance of two boxes is below a gap."""
+    """[boxes, others]: whether the distance between two boxes is below a gap."""
     apart = np.abs(boxes[:, None, :2] - others[None, :, :2])
     return np.all(apart < (boxes[:, None, 2:] + others[None, :, 2:]) / 2 + gap, axis=-1)
 
 
 def _cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:
-    """[boxes, lines]: whether the distance of a line and a box is below a gap."""
+    """[boxes, lines]: whether the distance between a line and a box is below a gap."""
     start, step = lines[None, :, :2], lines[None, :, 2:] - lines[None, :, :2]
     step = np.where(np.abs(step) < 1e-9, 1e-9, step)
     centre, half = boxes[:, None, :2], boxes[:, None, 2:] / 2 + gap
@@ -455,10 +456,10 @@ def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
-    """The hull of some nodes; if it meets others, a shape for each node and thick bands along their lines."""
+    """The hull of some nodes; if it meets other vertices, one shape per node and thick bands along their lines."""
     graph, near = scene.graph, scene.graph.neighbours()
     own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
-    # Include dots and groups between the nodes, and their loops. A dot with one line is an index summed outside.
+    # Include dots and groups between the nodes, and the nodes' loops. A dot with one line is an index summed outside.
     own |= {
         at
         for at, vertex in enumerate(graph.vertices)
@@ -503,7 +504,7 @@ def _band(one: np.ndarray, other: np.ndarray, half: float) -> np.ndarray:
 
 
 def _hull(points: np.ndarray) -> tuple[Point, ...]:
-    """The corners of the convex hull, with the same orientation for all hulls."""
+    """The corners of the convex hull; all hulls have the same orientation."""
 
     def chain(points: Iterable[Point]) -> list[Point]:
         found: list[Point] = []

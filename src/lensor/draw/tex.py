@@ -15,11 +15,11 @@ _COMMANDS = (
 )
 _LETTERS = "αβγδϵεζηθϑικλμνξπϖρϱσςτυϕφχψωΓΔΘΛΞΠΣΥΦΨΩ×→·…ℓ"
 _MATHS = {letter: "\\" + command for letter, command in zip(_LETTERS, _COMMANDS.split(), strict=True)}
-# TeX has no commands for capitals that look like Latin ones.
+# TeX has no commands for Greek capitals that look like Latin ones.
 _MATHS |= {greek: rf"\mathrm{{{latin}}}" for greek, latin in zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABEZHIKMNOPTX", strict=True)}
 _MATHS |= {mark: "\\" + mark for mark in "_&%#${}"}
 _MATHS |= {"ο": "o", "−": "-", "\\": r"\backslash", "^": r"\hat{}", "~": r"\sim", "\u00b5": r"\mu"}
-"""Characters that TeX's mathematics mode needs a command for."""
+"""Characters for which TeX's math mode needs a command."""
 
 _ACCENTS = {
     "\u0300": r"\grave",
@@ -47,13 +47,13 @@ def raised(power: int) -> str:
 
 
 def tex(text: str, renaming: str) -> str:
-    r"""A text for TeX: each of its words in mathematics mode.
+    r"""Convert text for TeX, with each word in math mode.
 
     Text after an underscore, and digits at the end of a name, become subscripts; underscores at the end become primes.
 
     Args:
         text: names, a scale, or sizes.
-        renaming: the verb that renames such names, for the error.
+        renaming: the method that renames such names, for the error message.
 
     Example:
         >>> from lensor.draw.tex import tex
@@ -105,7 +105,7 @@ def _upright(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """The characters in mathematics mode; KeyError for one that TeX does not support."""
+    """The characters in math mode; KeyError for a character that TeX does not support."""
     found: list[str] = []
     for letter in unicodedata.normalize("NFD", text):
         if letter in _ACCENTS and found:

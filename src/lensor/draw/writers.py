@@ -18,7 +18,7 @@ _DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--sel
 
 STYLE = (
     f".lensor{_LIGHT}@media (prefers-color-scheme:dark){{.lensor{_DARK}}}"
-    # In a page with its own theme switch, as in furo and in Jupyter, that choice has priority.
+    # On a page with its own theme switch, as in furo and Jupyter, the page's theme has priority.
     f"body[data-theme=light] .lensor,[data-jp-theme-light=true] .lensor{_LIGHT}"
     f"body[data-theme=dark] .lensor,[data-jp-theme-light=false] .lensor{_DARK}"
     ".lensor .paper{fill:var(--paper)}"
@@ -49,7 +49,7 @@ _SHADE = "#e4e8ee"
 
 
 def is_shaded(scene: Scene, box: Box) -> bool:
-    """Whether the centre of a box is on a shade, so that the area cleared around it has the shade's colour."""
+    """Whether the centre of a box is on a shade; the area cleared around the box then gets the shade's colour."""
     middle = Box(box.x, box.y, 1.0, 1.0)
     return any(shade.overlaps(middle) for shade in scene.shades)
 
@@ -89,7 +89,7 @@ def svg(scene: Scene, title: str) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
-    # An opaque background keeps it readable on a light page in a dark system, and vice versa.
+    # An opaque background keeps the diagram readable on a light page in a dark system, and vice versa.
     parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
     parts += [_svg_shade(shade) for shade in scene.shades]
     parts += [_svg_line(one, "line") for one in scene.segments]
@@ -255,7 +255,7 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     for label in scene.labels:
         _text(axis, label, ink, families, _SHADE if is_shaded(scene, label.box) else "white")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # `_families` warns once for all
+        warnings.filterwarnings("ignore", "Glyph")  # `_families` warns once for all glyphs
         figure.savefig(path, dpi=dpi, facecolor="white", format="png")
 
 
@@ -272,7 +272,7 @@ def _patch(patches: Any, box: Box, face: str, edge: str, radius: float) -> Any:
 
 
 def _families(text: str) -> list[str]:
-    """The fonts for a text: the monospaced one, and, for characters that it lacks, others on this machine."""
+    """The fonts for a text: the monospaced font and, for characters missing from it, other fonts on this machine."""
     from matplotlib import font_manager
 
     found, lacking = ["monospace"], set(text)

@@ -1,8 +1,8 @@
 """The convolutions of fourteen CNNs as data: the paper's nine and five more.
 
-The catalogue has two inputs per net: that of the paper's census (256² for ImageNet) and that of its timings (224²).
-Convolutions of a net that agree in all hyper-parameters, input size and bias count as one; counted so, the census of
-the nine nets equals that of the paper. The data is `catalogue.csv`, written by
+The catalogue has two input sizes per net: one for the paper's census (256² for ImageNet) and one for its timings
+(224²). Convolutions of a net with the same hyper-parameters, input size and bias count as one; counted this way, the
+census of the nine nets equals the paper's. The data is in `catalogue.csv`, which is written by
 `python -m lensor_bench.regenerate`.
 """
 
@@ -26,9 +26,9 @@ class Net:
 
     Args:
         name: name in the catalogue.
-        factory: import path of the function that makes the net.
-        census: input of the paper's census, [c_in, *input_size].
-        speed: input of timings.
+        factory: import path of the function that creates the net.
+        census: input shape for the paper's census, [c_in, *input_size].
+        speed: input shape for timings.
         paper: whether the net is one of the paper's nine.
     """
 
@@ -79,7 +79,7 @@ def _held() -> dict[tuple[str, Shape], tuple[Layer, ...]]:
 
 
 def layers_of(name: str, input_shape: Sequence[int] | None = None) -> tuple[Layer, ...]:
-    """The unique convolutions of a catalogue net, for its timing input by default.
+    """The distinct convolutions of a catalogue net, for its timing input by default.
 
     Example:
         >>> from lensor.inspect.catalogue import layers_of
@@ -90,16 +90,16 @@ def layers_of(name: str, input_shape: Sequence[int] | None = None) -> tuple[Laye
 
     Raises:
         CommandError: for an unknown net.
-        KeyError: for an input that is not in the catalogue.
+        KeyError: for an input shape that is not in the catalogue.
     """
     (name,) = choose("net", [name], NETS)
     return _held()[name, tuple(input_shape or NETS[name].speed)]
 
 
 def merged(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """Merge convolutions that differ only in bias or net, without bias.
+    """Merge convolutions that differ only in bias or net; the results have no bias.
 
-    The model name of a merged convolution lists all nets, joined by `+`.
+    The model name of a merged convolution lists all of its nets, joined by `+`.
 
     Example:
         >>> from lensor.inspect.catalogue import layers_of, merged

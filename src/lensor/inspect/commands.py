@@ -100,7 +100,7 @@ def _explain(
     html: Path | None,
     times: bool | None,
 ) -> None:
-    """Measure the convolutions of a model unless `times` is False, print the results, and write the page if asked."""
+    """Measure the convolutions of a model unless `times` is False, print the results, and optionally write the page."""
     require("torch", *(["jinja2"] if html is not None else []))
     from lensor.inspect.explain import explained, totals
 
@@ -172,7 +172,7 @@ def _shown(shapes: Shapes) -> str:
 
 
 def _find(model: str, shapes: Shapes) -> tuple[tuple[Layer, ...], Shapes]:
-    """The unique convolutions of a model, and the shapes of its inputs."""
+    """The distinct convolutions of a model, and the shapes of its inputs."""
     if model.endswith(".pt2"):
         if shapes:
             raise CommandError(f"--input-shape is {_shown(shapes)}, expected none: {model} has fixed sizes")

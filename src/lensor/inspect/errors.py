@@ -13,7 +13,7 @@ _PACKAGES = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
-"""Packages whose name differs from their module's."""
+"""Packages whose name differs from the name of their module."""
 
 
 class CommandError(Exception):
@@ -21,7 +21,7 @@ class CommandError(Exception):
 
 
 def choose(what: str, asked: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Select known names, ignoring case, in the order asked; all of them if none is asked.
+    """Select known names, ignoring case, in the order requested; all of them if none are requested.
 
     Example:
         >>> from lensor.inspect.errors import choose

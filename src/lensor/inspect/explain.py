@@ -20,7 +20,7 @@ class Timing:
     """The shortest times of one operation of one convolution, in seconds.
 
     Args:
-        standard: time of the implementation with torch alone; None if it failed.
+        standard: time of the standard implementation, which uses torch alone; None if it failed.
         lensor: time of Lensor; None if it failed.
         trouble: the reason for a missing time; empty if no time is missing.
     """
@@ -71,7 +71,7 @@ class Explanation:
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """The shortest times of the standard implementation and of Lensor; None unless both exist."""
+        """The shortest times of the standard implementation and Lensor; None unless both were measured."""
         if self.timing is None or self.timing.standard is None or self.timing.lensor is None:
             return None
         return self.timing.standard, self.timing.lensor
@@ -83,18 +83,18 @@ class Explanation:
 
     @property
     def trouble(self) -> str:
-        """The reason for a missing time; empty if there is a time, or none was measured."""
+        """The reason for a missing time; empty if both times exist or nothing was measured."""
         return "" if self.timing is None else self.timing.trouble
 
 
 @dataclass(frozen=True)
 class Total:
-    """One operation of the whole model: the sum over all convolutions, each times its count.
+    """One operation for the whole model: sums over all convolutions, each weighted by its count.
 
     Args:
         operation: name of the operation.
-        flops: flops of all plans.
-        seconds: times of the standard implementation and of Lensor, if measured.
+        flops: total flops of all plans.
+        seconds: total times of the standard implementation and Lensor, if measured.
         missing: number of convolutions without a time, which `seconds` excludes.
     """
 
@@ -120,7 +120,7 @@ def explained(
     """Explain each operation of each convolution, in order.
 
     Args:
-        layers: convolutions, without biases.
+        layers: the convolutions, without biases.
         ops: names of operations.
         batch: batch size of the plans.
         columns: number of columns of the square root of the GGN.
@@ -150,7 +150,7 @@ def explained(
 
 
 def totals(explanations: Iterable[Explanation]) -> list[Total]:
-    """The sums over a model, for each operation."""
+    """The totals over a model, one for each operation."""
     found: dict[str, list[Explanation]] = {}
     for one in explanations:
         found.setdefault(one.operation, []).append(one)

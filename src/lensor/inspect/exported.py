@@ -1,9 +1,9 @@
-"""Reads the convolutions of a program that `torch.export` saved.
+"""Reads the convolutions from a program that `torch.export` saved.
 
 Such a file is a zip archive. The graph is JSON; weights, constants and sample inputs are separate members, some of them
-pickles. `torch.export.load` would unpickle those, evaluate the expressions of symbolic sizes and load compiled
-libraries, each of which can run arbitrary code. This module reads the graph's JSON only. It unpickles, evaluates,
-imports and loads nothing, and it rejects a file that contains more than tensors and plain values.
+pickles. `torch.export.load` would unpickle them, evaluate expressions for symbolic sizes and load compiled libraries;
+each of these steps can run arbitrary code. This module reads the graph's JSON only. It never unpickles, evaluates,
+imports or loads anything, and it rejects files that contain more than tensors and plain values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lensor.spec import ConvSpec
 
 _CONVOLUTIONS = {f"conv{dims}d": False for dims in (1, 2, 3)} | {f"conv_transpose{dims}d": True for dims in (1, 2, 3)}
 _CONVOLUTIONS["_convolution_mode"] = False
-"""ATen's functions, and whether they are transposed; `convolution` and `_convolution` have an argument for this."""
+"""ATen's convolution functions, and whether each is transposed; `convolution` and `_convolution` have an argument for
+this."""
 
 _ANY_CONVOLUTION = re.compile(r"(?:^|_)conv(?:olution)?(?:\d|_|$)")
 
@@ -39,7 +40,7 @@ _SCHEMA = 8
 """The supported major version of the graph's JSON schema."""
 
 _MOST = 2**28
-"""Maximum size of a graph in bytes; the largest models need a tenth of it."""
+"""Maximum size of a graph in bytes; the largest models need a tenth of this."""
 
 _OLD_GRAPH = "serialized_exported_program.json"
 
@@ -47,8 +48,8 @@ _OLD_GRAPH = "serialized_exported_program.json"
 def exported(path: Path) -> tuple[list[Layer], tuple[int, ...]]:
     """The distinct convolutions of an exported program, and the shape of one example of its first input.
 
-    Sizes are those of the export. Exported programs pad in a separate step for padding modes other than zeros; the
-    convolution after it has no padding. Convolutions inside of `torch.no_grad` and autocast blocks are included.
+    Sizes are those at export. For padding modes other than zeros, an exported program pads in a separate step, so the
+    convolution itself has no padding. Convolutions inside `torch.no_grad` and autocast blocks are included.
 
     The file is read but not run: no part of it is unpickled or evaluated.
 
@@ -58,7 +59,7 @@ def exported(path: Path) -> tuple[list[Layer], tuple[int, ...]]:
     Raises:
         CommandError: if the file does not exist, is not an exported program, or lacks a size of a convolution; if it
             contains compiled code, objects of custom classes or pickles of more than tensors and plain values, which
-            could run code when the program is loaded; or if a convolution runs inside of control flow.
+            could run code when the program is loaded; or if a convolution runs inside control flow.
     """
     if not path.is_file():
         raise CommandError(f"{path} does not exist, expected a file that torch.export.save wrote")
@@ -81,7 +82,7 @@ def exported(path: Path) -> tuple[list[Layer], tuple[int, ...]]:
 
 # ------------------------------------------------------------------------------------------------------------- archive
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The archive's members by path, without their common folder."""
+    """The archive's members, by path relative to their common folder."""
     infos = {info.filename: info for info in archive.infolist()}
     if _OLD_GRAPH in infos:
         return infos
@@ -106,7 +107,7 @@ def _refuse_code(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zip
     """Raise for a file with parts that could run code when torch loads it.
 
     Raises:
-        CommandError: with the first such part.
+        CommandError: if there is such a part; the message names the first one.
     """
     pickled = _pickled(archive, members)
     for name, member in members.items():
@@ -128,7 +129,7 @@ def _refuse_code(path: Path, archive: zipfile.ZipFile, members: Mapping[str, zip
 
 
 def _pickled(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> set[str]:
-    """Weights and constants that the archive's own tables mark as pickles."""
+    """The weights and constants that the archive's tables mark as pickles."""
     found = set()
     for name, member in members.items():
         if re.fullmatch(r"data/(weights|constants)/.*_config\.json", name):
@@ -155,7 +156,7 @@ def _unsafe(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
 # --------------------------------------------------------------------------------------------------------------- graph
 @dataclass(frozen=True)
 class _Node:
-    """A node of a graph: the operator with its namespace, the arguments by name, and its tensors' sizes."""
+    """A node of a graph: the operator with its namespace, the arguments by name, and the sizes of the tensors."""
 
     record: Mapping[str, Any]
     graph: Mapping[str, Any]
@@ -178,7 +179,7 @@ class _Node:
         return next(iter(_split(stack)[1:2]), "") or self.name
 
     def argument(self, name: str) -> Any:
-        """A number, string or list of numbers; None if it is missing or None."""
+        """The value of an argument: a number, string or list of numbers; None if the argument is missing or None."""
         found = [one["arg"] for one in self.record["inputs"] if one["name"] == name]
         if not found:
             return None
@@ -210,7 +211,7 @@ class _Node:
 
 
 def _split(text: str) -> list[str]:
-    """Split text at commas outside of parentheses and brackets."""
+    """Split text at commas outside parentheses and brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")
@@ -239,7 +240,7 @@ def _convolutions(program: Mapping[str, Any], model: str) -> tuple[list[Layer], 
 
 
 def _nodes(graph: Mapping[str, Any]) -> Iterator[_Node]:
-    """The nodes of a graph and of the graphs that run inside of it, in order.
+    """The nodes of a graph and of the graphs nested inside it, in order.
 
     Raises:
         CommandError: for a convolution in data-dependent control flow.

@@ -24,14 +24,15 @@ _ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_pad
 FUNCTIONS = {f"conv{dims}d": _ORDER for dims in (1, 2, 3)} | {
     f"conv_transpose{dims}d": _ORDER_TRANSPOSED for dims in (1, 2, 3)
 }
-"""torch's functions, and the order of their arguments."""
+"""torch's convolution functions, and the order of their arguments."""
 
 
 def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tuple[Layer, torch.Tensor]]:
     """The distinct convolutions of a model in the order in which they run, each with its first input.
 
-    This finds convolutions and transposed convolutions of any number of dimensions, as modules and as calls of torch's
-    functions; one that runs twice counts twice. On the meta device it costs neither memory nor time.
+    This finds convolutions and transposed convolutions of any number of dimensions, both as modules and as calls of
+    torch's functions; a convolution that runs twice counts twice. On the meta device this takes almost no memory or
+    time.
 
     Example:
         >>> import torch
@@ -70,7 +71,7 @@ def record(model: torch.nn.Module, name: str, *inputs: torch.Tensor) -> list[tup
 
 
 class _Calls(TorchFunctionMode):
-    """The convolutions found so far; also records function calls outside of torch's modules."""
+    """The convolutions found so far; also records function calls outside torch's modules."""
 
     def __init__(self, model: str) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class _Calls(TorchFunctionMode):
 
 
 def spec_of(x: Sequence[int], weight: Sequence[int], given: Mapping[str, Any], transposed: bool) -> ConvSpec:
-    """The convolution of a call, from the shapes of input and weight and the other arguments, under torch's names."""
+    """The convolution of a call, from the shapes of input and weight and from the other arguments by torch's names."""
     dims, groups = len(weight) - 2, given.get("groups", 1)
     hyper = {key: _each(given[key], dims) for key in ("stride", "padding", "dilation") if given.get(key) is not None}
     more = {"transposed": True, "output_padding": _each(given.get("output_padding", 0), dims)} if transposed else {}
@@ -114,20 +115,20 @@ def spec_of(x: Sequence[int], weight: Sequence[int], given: Mapping[str, Any], t
 
 
 def _each(value: int | str | Sequence[int], dims: int) -> str | tuple[int, ...]:
-    """A hyper-parameter for each dimension; a list of one number applies to all."""
+    """One value of a hyper-parameter per dimension; a list with one number applies to all dimensions."""
     if isinstance(value, (str, int)):
         return value if isinstance(value, str) else (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)
 
 
 def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shapes: Sequence[int]) -> list[Layer]:
-    """The distinct convolutions of the model that `factory` makes, in evaluation mode, for inputs of these shapes.
+    """The distinct convolutions of the model that `factory` creates, in evaluation mode, for inputs of these shapes.
 
-    The model is made and run on the meta device, or on the CPU if that fails. Inputs are zeros of the parameters'
-    dtype, or integers if the model does not accept those.
+    The model is created and run on the meta device, or on the CPU if that fails. Inputs are zeros with the dtype of the
+    parameters, or with an integer dtype if the model does not accept these.
 
     Args:
-        factory: function that makes the model.
+        factory: function that creates the model.
         name: name of the model.
         input_shapes: shape of one example for each argument of the model, without a batch axis.
 
@@ -138,7 +139,7 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
         [Layer(model='net', name='', spec=ConvSpec(1, 2, (9,), 3, bias=True), count=1)]
 
     Raises:
-        CommandError: if the model cannot be made or run, with the reason in one line.
+        CommandError: if the model cannot be created or run; the message states the reason in one line.
     """
     failed: BaseException | None = None
     for device, integers in (("meta", False), ("cpu", False), ("cpu", True)):
@@ -163,7 +164,7 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
 
 
 def import_factory(path: str) -> Callable[..., Any]:
-    """The model factory at an import path `pkg.mod:name`; a module there is wrapped in a function.
+    """The model factory at an import path `pkg.mod:name`; a module object there is wrapped in a function.
 
     The current folder is searched as well.
 

@@ -13,10 +13,10 @@ from lensor.inspect.errors import CommandError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Convert an OSError in the `with` block, while writing a file or folder, to a one-line error.
+    """Convert an OSError raised while the `with` block writes a file or folder to a one-line error.
 
     Raises:
-        CommandError: for an OSError inside.
+        CommandError: if the block raises an OSError.
     """
     try:
         yield
@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_regular(path: Path) -> None:
-    """Raise if the path of a file that is read and written is a device, a pipe or a folder.
+    """Raise if a path for a file to read and write is a device, a pipe or a folder.
 
     Raises:
         CommandError: if the path exists and is not a regular file.
@@ -40,7 +40,7 @@ def read_bytes(path: Path) -> bytes:
     """Read the contents of a file or pipe; devices, which may be endless, are rejected.
 
     Raises:
-        CommandError: if it cannot be read.
+        CommandError: if the path cannot be read.
     """
     try:
         if path.is_char_device() or path.is_block_device():
@@ -61,7 +61,7 @@ def refuse_early(path: Path) -> None:
 
 
 def refuse_folder_early(out: Path, names: Sequence[str]) -> None:
-    """Make a folder for files of the given names, or raise, before any measurement."""
+    """Create a folder for files with the given names before any measurement, or raise if this is not possible."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):

@@ -1,4 +1,4 @@
-"""Convolutions of a model, and CSV tables of them."""
+"""The convolutions of a model, and CSV tables that list them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Layer:
     Args:
         model: name of the model.
         name: path of the first module with this convolution.
-        spec: hyper-parameters, input size and bias. Convolutions that agree in these count as one.
-        count: how often the model runs the convolution for one input.
+        spec: hyper-parameters, input size and bias. Convolutions with the same specification count as one.
+        count: number of times that the model runs the convolution for one input.
     """
 
     model: str
@@ -41,17 +41,17 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The spec's kind, and whether the convolution is depthwise."""
+        """The kind of the convolution, including whether it is depthwise."""
         return f"{self.spec.kind}, depthwise" if is_depthwise(self.spec) else self.spec.kind
 
 
 def is_depthwise(spec: ConvSpec) -> bool:
-    """Whether each channel is a separate group."""
+    """Whether the convolution has one input channel per group."""
     return spec.groups == spec.in_channels > 1
 
 
 def label(spec: ConvSpec) -> str:
-    """A convolution in a few characters.
+    """A short text for a convolution.
 
     Example:
         >>> import lensor
@@ -98,7 +98,7 @@ def without_bias(spec: ConvSpec) -> ConvSpec:
 
 
 def census(layers: Iterable[Layer]) -> dict[str, tuple[int, int]]:
-    """The total and the unique number of convolutions of each kind that occurs.
+    """The total number of convolutions, and the number of distinct ones, for each kind that occurs.
 
     Example:
         >>> import lensor
@@ -123,7 +123,7 @@ SPEC_COLUMNS = (
     *("kind", "in_channels", "out_channels", "input_size", "output_size", "kernel_size", "stride", "padding"),
     *("dilation", "groups", "bias", "padding_mode", "transposed", "output_padding"),
 )
-"""The columns of a specification."""
+"""The columns that describe a specification."""
 
 COLUMNS = ("net", "input_shape", "name", "count", *SPEC_COLUMNS)
 """The columns of a table of convolutions."""
@@ -166,7 +166,7 @@ def integer(row: Mapping[str, str], name: str) -> int:
     """Parse the integer in a column of a row.
 
     Raises:
-        ValueError: for anything else, with the column's name.
+        ValueError: for anything else; the message names the column.
     """
     try:
         return int(row[name])

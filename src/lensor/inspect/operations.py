@@ -18,8 +18,8 @@ class Operation:
 
     Args:
         name: name of the operation.
-        operands: names of its operands, from X, W, V (a cotangent) and S (columns of cotangents).
-        network: function that returns its tensor network.
+        operands: names of its operands, out of X, W, V (a cotangent) and S (columns of cotangents).
+        network: function that returns the tensor network of the operation.
     """
 
     name: str
@@ -56,7 +56,7 @@ OPERATIONS = {
         Operation("ggn_diagonal", ("X", "S"), ops.ggn_diagonal),
     )
 }
-"""The operations, by name; kfac_expand is KFC."""
+"""The operations, by name; kfac_expand is also known as KFC."""
 
 PAPER_OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_reduce")
 """The five operations that the paper measures."""
@@ -74,12 +74,12 @@ class Measuring:
 
     Args:
         batch: batch size.
-        columns: columns of the square root of the GGN.
+        columns: number of columns of the square root of the GGN.
         dtype: dtype of the operands.
-        threads: threads of torch.
+        threads: number of torch threads.
         device: "cpu" or "cuda".
         repeats: maximum number of rounds.
-        seconds: time for each implementation, in at least three rounds.
+        seconds: time budget for each implementation, spent in at least three rounds.
     """
 
     batch: int = 8

@@ -27,7 +27,7 @@ EVEN = 1.05
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text, its sort key ("" comes last), and its style."""
+    """A table cell: its text, its sort key ("" comes last), and its style."""
 
     text: str
     value: str | float
@@ -58,8 +58,8 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
     Args:
         explanations: the explanations to show.
         model: name of the model.
-        lead: a line on the model's input.
-        settings: lines on the measurement.
+        lead: a line about the model's input.
+        settings: lines about the measurement.
     """
     environment = Environment(
         loader=PackageLoader("lensor.inspect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -98,13 +98,13 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
 def _diagram(net: AnyNetwork, text: str, drawn: dict[str, Markup]) -> Markup:
     """The diagram of a network; networks with the same text are drawn once."""
     if text not in drawn:
-        # Inside of a page an SVG element needs no namespace, which would be an external address.
+        # Inside a page, an SVG element needs no namespace, which would look like an external address.
         drawn[text] = Markup(draw(net).svg.replace(' xmlns="http://www.w3.org/2000/svg"', ""))
     return drawn[text]
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in milliseconds with three digits.
+    """Format a time in milliseconds with three digits.
 
     Example:
         >>> from lensor.inspect.page import milliseconds
@@ -115,7 +115,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def millions(count: float) -> str:
-    """A count in millions with three digits.
+    """Format a count in millions with three digits.
 
     Example:
         >>> from lensor.inspect.page import millions
@@ -126,7 +126,7 @@ def millions(count: float) -> str:
 
 
 def pace(ratio: float) -> str:
-    """The style of a ratio: "slow", "fast" or none."""
+    """The style of a ratio: "slow", "fast" or empty."""
     return "slow" if ratio > EVEN else "fast" if ratio < 1 / EVEN else ""
 
 

@@ -1,4 +1,4 @@
-"""The table of simplification rules, each with an example before and after it fires, and the example's cost."""
+"""The table of simplification rules, each with an example before and after the rule fires, and the example's cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDENTITIES = {
 
 
 def network_of(example: Example) -> Network:
-    """The network of an example, its batch size bound."""
+    """The network of an example, with its batch size bound."""
     if example.spec:
         in_channels, out_channels, input_size, kernel_size = example.spec
         spec = ConvSpec(in_channels, out_channels, (input_size,), kernel_size, **example.hyper)
@@ -44,7 +44,7 @@ def network_of(example: Example) -> Network:
 
 
 def firings(net: Network) -> Iterator[tuple[Rule, Network, Network]]:
-    """(rule, network before, network after) of every step of a simplification, as the engine performs it."""
+    """Yield (rule, network before, network after) for each step of a simplification, as the engine performs it."""
     while True:
         found = ((rule, rule.apply(net)) for phase in PHASES for rule in phase)
         rule, after = next(((rule, after) for rule, after in found if after is not None), (None, None))
@@ -68,13 +68,13 @@ def first_firing(rule: Rule, example: Example) -> tuple[Network, Network]:
 
 
 def plan_of(net: Network) -> plan.Plan:
-    """The plan of a network whose sizes are all bound."""
+    """The plan for a network whose sizes are all bound."""
     shapes: dict[str, Any] = {name: tuple(map(net.group_size, legs)) for name, legs in net.operand_legs.items()}
     return net.plan(**shapes)
 
 
 def dense_flops(net: Network) -> int:
-    """Flops of the unsimplified network, with patterns as arrays, contracted pairwise along opt_einsum's path."""
+    """Flops to contract the unsimplified network, with patterns as arrays, pairwise along opt_einsum's path."""
     total = 0
     for term in net.terms:
         symbols = {index: get_symbol(at) for at, index in enumerate(term.sizes)}

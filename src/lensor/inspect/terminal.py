@@ -14,7 +14,7 @@ from lensor.inspect.errors import CommandError
 from lensor.inspect.text import printable
 
 WIDE = 150
-"""Width of tables without a terminal."""
+"""Width of tables if the output is not a terminal."""
 
 
 class _Plain(Console):
@@ -37,12 +37,12 @@ def console(**options: Any) -> Console:
 
 
 def names_of(given: list[str] | None) -> tuple[str, ...]:
-    """The names in options such as `--ops a,b --ops c`."""
+    """The names that options such as `--ops a,b --ops c` contain."""
     return tuple(name.strip() for one in given or () for name in one.split(",") if name.strip())
 
 
 def stop(message: str) -> typer.Exit:
-    """Print an error in one line and return the exit to raise."""
+    """Print an error in one line and return the exit exception to raise."""
     console(stderr=True).print(f"lensor: {printable(message)}", style="red", highlight=False, soft_wrap=True)
     return typer.Exit(1)
 

@@ -1,7 +1,7 @@
 """Safe output of text from users' models, files and errors in terminals and tables.
 
-A module name, an error message or a path may contain anything: escape sequences of terminals, marks that reverse the
-direction of writing, line ends, or text that a spreadsheet reads as a formula.
+A module name, an error message or a path may contain anything: terminal escape sequences, marks that reverse the
+writing direction, line ends, or text that a spreadsheet reads as a formula.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from typing import IO, Any
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of control characters: control and format characters, lone surrogates, line and paragraph separators."""
+"""Unicode categories to escape: control and format characters, lone surrogates, line and paragraph separators."""
 
 _FORMULA = re.compile("'*[=+\\-@＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Escape the characters that would control a terminal, as Python does.
+    r"""Escape, in Python's notation, the characters that would control a terminal.
 
     Args:
         text: any text.

@@ -1,4 +1,4 @@
-"""Kernels: the array frameworks that run the steps of a plan; each is loaded when it is first used."""
+"""Kernels: the array frameworks that run the steps of plans; each is loaded on first use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOADED: dict[str, Backend] = {}
 
 
 def load(name: str) -> Backend:
-    """The backend of that name, `"numpy"` or `"torch"`."""
+    """Return the backend with this name, `"numpy"` or `"torch"`."""
     backend = _LOADED.get(name)
     if backend is None:
         if name not in ("numpy", "torch"):
@@ -25,11 +25,11 @@ def load(name: str) -> Backend:
 
 
 def name_of(array: Any) -> str:
-    """The name of the framework that an array belongs to.
+    """Return the name of the framework to which an array belongs.
 
     Raises:
-        TypeError: if it is not an array of NumPy or torch, or if its meaning is not given by its entries: a masked
-            array, a matrix, or another subclass of NumPy's arrays; a sparse, nested, quantized or masked tensor.
+        TypeError: if it is not a NumPy or torch array, or if its entries alone do not define its meaning: a masked
+            array, a matrix or another subclass of NumPy arrays, or a sparse, nested, quantized or masked tensor.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
@@ -74,10 +74,10 @@ def _why_not_array(array: Any) -> str:
 
 
 def backend_of(*arrays: Any) -> Backend:
-    """The backend of all the arrays.
+    """Return the backend for all the given arrays.
 
     Raises:
-        TypeError: if they belong to two frameworks, or to one that is not supported (see `name_of`).
+        TypeError: if they belong to different frameworks, or to a framework that is not supported (see `name_of`).
     """
     names = dict.fromkeys(name_of(array) for array in arrays)
     if len(names) > 1:
@@ -86,10 +86,10 @@ def backend_of(*arrays: Any) -> Backend:
 
 
 def override_of(*arrays: Any) -> Callable[..., Any] | None:
-    """The override of a function of arrays, by torch's protocol, if one of the arrays is a proxy.
+    """Return the `__torch_function__` override for a call if one of the arrays is a proxy, else None.
 
-    The proxies of torch.fx record the function and its arguments. Call the override with the function, the tuple of its
-    arguments, and its keyword arguments.
+    torch.fx proxies record the function and its arguments. Call the override with the function, the tuple of its
+    positional arguments, and its keyword arguments.
     """
     torch = sys.modules.get("torch")
     if torch is None:
@@ -109,14 +109,14 @@ def is_capturing() -> bool:
 
 
 def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
-    """Whether a graph is being captured and a size of the arrays or in the options is symbolic."""
+    """Whether a size of the arrays or in the options is symbolic, because a graph is being captured."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         sizes = itertools.chain(options, *(array.shape for array in arrays), *filter(_is_sequence, options))
         if not any(isinstance(size, torch.SymInt) for size in sizes):
-            return False  # ordinary calls avoid importing the compiler's modules
+            return False  # ordinary calls do not import the compiler's modules
     from lensor.kernels.torch import symbolic
 
     return symbolic.is_symbolic(arrays, options)
@@ -127,16 +127,16 @@ def _is_sequence(option: Any) -> bool:
 
 
 def for_all_sizes(operation: str) -> Callable[..., Any]:
-    """An operation of `lensor.functional`, by its name there, for symbolic sizes."""
+    """Return the version of a `lensor.functional` operation that supports symbolic sizes."""
     from lensor.kernels.torch import symbolic
 
     return symbolic.OPERATIONS[operation]
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let compilers call a function of constants while they capture a graph, and use its result as a constant.
+    """Let compilers call a function of constants while they capture a graph, and treat its result as a constant.
 
-    It does the same as `torch.compiler.assume_constant_result`, without importing torch.
+    This is equivalent to `torch.compiler.assume_constant_result`, but does not import torch.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

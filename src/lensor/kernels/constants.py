@@ -1,4 +1,4 @@
-"""Cached materialized patterns, the source of the constants of all backends."""
+"""A cache of materialized patterns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _kept = Cache(maxsize=256)
 
 
 def materialize_summed(pattern: IndexPattern, summed: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The pattern summed over some legs (0: i, 1: o, 2: k) as a read-only array."""
+    """Materialize a pattern, summed over some legs (0: i, 1: o, 2: k), as a read-only array."""
 
     def make() -> np.ndarray:
         array = pattern.summed(summed, dtype)

@@ -1,4 +1,4 @@
-"""The NumPy kernels, which are the reference."""
+"""The NumPy kernels, which serve as the reference."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _gram(step: s.Gram) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
-    """Compute by definition, with patches as strided views and one product; the reference for sums over lags."""
+    """Compute the definition with strided views of patches and one product, as a reference for sums over lags."""
     dims, multiply = len(step.patterns), _matmul(step)
 
     def patch_gram(x: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Use patches as strided views and one einsum per call; the adjoint adds shifted slices."""
+    """Use strided views of patches and one einsum per call; the input gradient adds shifted slices."""
     dims, groups = len(step.stride), step.groups
     spatial = list(range(4, 4 + dims))
     kernel = list(range(4 + dims, 4 + 2 * dims))
@@ -279,13 +279,13 @@ class NumpyBackend:
         return self.copy(array)
 
     def settled(self, array: Any, *, channels_last: bool = False) -> Any:
-        return array  # NumPy's functions keep the memory order of their arrays, and its reshape copies
+        return array  # NumPy functions preserve the memory order of their arguments, and reshape copies
 
     def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
         return ready.unchecked
 
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
-        def call(*arrays: np.ndarray) -> np.ndarray:  # NumPy accumulates many sums in half precision, even in one step
+        def call(*arrays: np.ndarray) -> np.ndarray:  # NumPy accumulates in half precision even inside one step
             if all(array.dtype != np.float16 for array in arrays):
                 return run(*arrays)
             wide = [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]

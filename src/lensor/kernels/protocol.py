@@ -1,4 +1,4 @@
-"""The interface of backends: checks of arrays, and a function for every kind of step."""
+"""The interface of backends: checks of arrays, and a function for each kind of step."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from lensor.spec import ConvSpec
 
 
 class Backend(Protocol):
-    """An array framework."""
+    """An array framework that runs the steps of plans."""
 
     name: str
     steps: Mapping[type[Step], Callable[[Any], Callable[..., Any]]]
-    """For each kind of step, a function from a step to the function that runs it. The functions of `Constant`, `Fill`
-    and `Identity` steps take a reference array, which determines dtype and device."""
+    """For each kind of step, a function that maps a step to the function that runs it. For `Constant`, `Fill` and
+    `Identity` steps, the latter takes a reference array, which determines dtype and device."""
 
     def kind(self, array: Any) -> tuple:
-        """Everything that plans depend on in addition to shapes: framework, dtype and device."""
+        """The properties besides shapes on which plans depend: framework, dtype and device."""
         ...
 
     def describe(self, kind: Sequence[Any]) -> str:
-        """Everything that times depend on in addition to the processor: framework, dtype, device, threads."""
+        """A description of what times depend on besides the processor: framework, dtype, device and threads."""
         ...
 
     def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
-        """Check that all arrays have one floating or complex dtype and one device.
+        """Check that all arrays have the same floating-point or complex dtype and the same device.
 
         Raises:
-            TypeError: for integer dtypes, or two dtypes.
-            ValueError: for two devices.
+            TypeError: if a dtype is an integer dtype, or if the dtypes differ.
+            ValueError: if the devices differ.
         """
         ...
 
     def check_positions(self, array: Any, name: str, below: int) -> None:
-        """Check a vector of positions; values are checked only if they are known.
+        """Check a vector of positions; its values are checked only if they are known.
 
         Raises:
-            TypeError: if its dtype is not an integer dtype with which the framework indexes.
-            ValueError: if an entry is negative or not below `below`.
+            TypeError: if its dtype is not an integer dtype that the framework accepts for indexing.
+            ValueError: if an entry is negative, or is not less than `below`.
         """
         ...
 
     def default_reference(self) -> Any:
-        """The reference array of a network without operands, in double precision."""
+        """The reference array for a network without operands, in double precision."""
         ...
 
     def is_complex(self, array: Any) -> bool:
@@ -56,19 +56,19 @@ class Backend(Protocol):
         ...
 
     def copy(self, array: Any, *, channels_last: bool = False) -> Any:
-        """A copy of the array in row-major order, or in torch's memory format channels_last."""
+        """Copy an array into row-major order, or into torch's channels_last memory format."""
         ...
 
     def owned(self, array: Any, *others: Any, channels_last: bool = False) -> Any:
-        """The array in this memory order; copied if it shares memory with one of the others."""
+        """The array in this memory order, copied if it shares memory with one of the others."""
         ...
 
     def settled(self, array: Any, *, channels_last: bool = False) -> Any:
-        """An array that shares no memory with others, in this order and writable; copied only if necessary."""
+        """A writable array in this memory order that shares no memory with other arrays, copied only if necessary."""
         ...
 
     def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
-        """The function of a plan, with results in the memory format of the framework's own convolution.
+        """The function of a plan, with results in the memory format that the framework's convolution would use.
 
         Args:
             ready: the plan with the backend's functions, a `lensor.runtime.Runnable`.
@@ -77,11 +77,11 @@ class Backend(Protocol):
         ...
 
     def widened(self, run: Callable[..., Any], one_sum: Step | None) -> Callable[..., Any]:
-        """A function of arrays that computes float16 operands in float32 and returns float16.
+        """Wrap a function so that it computes in float32 for float16 operands and returns float16.
 
         Args:
             run: the function.
-            one_sum: the only computing step of the plan, for which the framework may accumulate in float32 itself, or
+            one_sum: the only computing step of the plan, for which the framework may itself accumulate in float32, or
                 None.
         """
         ...
@@ -92,18 +92,18 @@ class Backend(Protocol):
         derivative: Callable[[str, int, Sequence[Any], Any], Any],
         needs: Sequence[Sequence[int]],
     ) -> Callable[..., Any]:
-        """A function of arrays with given derivatives, if the framework records derivatives.
+        """Give a function derivatives, if the framework records derivatives.
 
         Args:
             run: the function.
-            derivative: `derivative(kind, place, arrays, direction)`, the VJP ("vjp") or JVP ("jvp") with respect to the
-                array at `place`.
-            needs: for each place, the places of the arrays that this derivative needs; the others may be None.
+            derivative: `derivative(kind, place, arrays, direction)`, computes the VJP ("vjp") or JVP ("jvp") with
+                respect to the array at `place`.
+            needs: for each place, the places of the arrays that its derivative needs; the other arrays may be None.
         """
         ...
 
     def can_run(self, steps: Sequence[Step], kind: Sequence[Any]) -> bool:
-        """Whether the framework has all the steps for this dtype."""
+        """Whether the framework supports all the steps for this dtype."""
         ...
 
     def itemsize(self, kind: Sequence[Any]) -> int:
@@ -115,11 +115,11 @@ class Backend(Protocol):
         ...
 
     def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
-        """An array of random entries, for timing."""
+        """An array with random entries, for timing."""
         ...
 
     def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
-        """An array with this shape, dtype and device that takes no memory."""
+        """An array with this shape, dtype and device that does not allocate memory for its entries."""
         ...
 
     def synchronize(self) -> None:
@@ -127,5 +127,5 @@ class Backend(Protocol):
         ...
 
     def is_traced(self, array: Any) -> bool:
-        """Whether the array cannot be used for timing: it is traced, compiled or batched, or has no memory."""
+        """Whether the array is unsuitable for timing because it is traced, compiled or batched, or has no data."""
         ...

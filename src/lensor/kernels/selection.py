@@ -1,4 +1,4 @@
-"""Reading arrays through patterns at positions known only at run time, for all frameworks."""
+"""Reading of arrays through patterns at positions that are known only at run time, for all frameworks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def read_at(
     everywhere: Callable[[int], Any],
     where: Callable[[Any, Any, Any], Any],
 ) -> Any:
-    """The flat positions to read within the axes, in the order of the result; the product of their sizes for none.
+    """The flat positions to read within the axes, in the order of the result; the axes' total size means no entry.
 
     Args:
         step: the step.
         positions: the vectors of positions, one per axis.
-        everywhere: the framework's range(n), as a vector.
-        where: the framework's choice between two arrays, or an array and a number.
+        everywhere: function that returns 0, ..., n − 1 as an array of the framework.
+        where: the framework's elementwise choice between two arrays, or an array and a number.
     """
     count, flat, inside, total = len(step.axes), 0, True, 1
     for at, axis in enumerate(step.axes):
@@ -47,7 +47,7 @@ def in_mode(places: Any, size: int, mode: str, where: Callable[[Any, Any, Any], 
 
 
 def _position(axis: s.Through, at: dict[int, Any], where: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
-    """The position of the target leg for positions of the other two, and whether it exists."""
+    """The position on the target leg for positions on the other two legs, and whether it exists."""
     pattern, left = axis.pattern, axis.pattern.padding[0]
     if axis.target == 0:
         place = at[2] * pattern.dilation + at[1] * pattern.stride - left

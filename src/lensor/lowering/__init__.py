@@ -1,4 +1,4 @@
-"""Lowering of simplified networks to plans: each of the `STRATEGIES` is a list of stages that change one state."""
+"""Lowering of simplified networks to plans: each strategy is a list of stages that modify a shared state."""
 
 from lensor.lowering.alternatives import candidates, compare_paths
 from lensor.lowering.assemble import lower, lower_in_parts

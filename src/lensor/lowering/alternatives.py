@@ -1,4 +1,4 @@
-"""Candidate plans, and the costs of other contraction paths."""
+"""Candidate plans, and the costs of alternative contraction paths."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lensor.plan import steps as s
 from lensor.plan.paths import PATHS, PathCost, PathCosts, feynman, has_best_path
 
 _PARTS_OF_SQUARES = 32
-"""A sum of squares is divided into at most this many parts."""
+"""Maximum number of parts into which a sum of squares is divided."""
 
 
 def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
-    """All different candidate plans of a network with known sizes.
+    """List the distinct candidate plans for a network with known sizes.
 
     Args:
         net: the network.
-        in_parts: whether to include plans that divide an index into parts for speed; in half precision, every part
-            that is added loses digits.
+        in_parts: whether to include plans that divide an index into parts for speed; in half precision, adding the
+            parts loses accuracy.
     """
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
@@ -36,11 +36,11 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             plans.setdefault(plan.steps, plan)
         else:
             larger.append(plan)
-    if not plans:  # no plan avoids a table: take the smallest
+    if not plans:  # every plan needs a table that is too large: take the plan with the smallest
         plan = min(larger, key=lambda plan: max(tables(plan)))
         plans[plan.steps] = plan
     for plan in list(plans.values()):
-        # An array that is squared and summed can be computed in parts, which stay in fast memory.
+        # An array that is squared and summed can be computed in parts that fit into fast memory.
         squares = in_parts and any(isinstance(step, s.SumSquares) for step in plan.steps)
         index = summed_by_all(net) if squares else None
         if index is not None:
@@ -51,22 +51,22 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
 
 
 def tables(plan: Plan) -> list[int]:
-    """The sizes of the materialized patterns."""
+    """The numbers of entries of the materialized patterns."""
     return [
         math.prod(shape) for step, shape in zip(plan.steps, plan.shapes, strict=True) if isinstance(step, s.Constant)
     ]
 
 
 def fits(plan: Plan) -> bool:
-    """Whether no materialized pattern has more entries than operands and result."""
+    """Whether each materialized pattern is within the size limit given by the operands and the result."""
     sizes = [math.prod(step.size) for step in plan.steps if isinstance(step, s.Input)]
     return max(tables(plan), default=0) <= largest_table([*sizes, math.prod(plan.shape)])
 
 
 def compare_paths(plan: Plan) -> PathCosts:
-    """The costs of a plan's network on several paths with materialized patterns, and of the plan itself.
+    """The costs of a plan's network for several contraction paths with materialized patterns, and of the plan itself.
 
-    The optimal path is omitted if it would take too long to find.
+    The optimal path is omitted if finding it would take too long.
     """
     assert plan.network is not None
     simplified = plan.network.simplify()

@@ -1,4 +1,4 @@
-"""Lowering a network to a plan: lower each term by the stages of a strategy, and add the terms."""
+"""Lowering of a network to a plan: lower each term with the stages of a strategy, then add the terms."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
 def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
     """Lower a network to a plan that divides an index into parts, to use less memory.
 
-    Results for the parts of a summed index are added; those of an output index, which must be the first of its leg, are
-    concatenated.
+    If the index is summed, the results for its parts are added. If it is an output index, it must be the first index of
+    its leg, and the results are concatenated.
     """
     program = Program()
     axis = axis_of(net, index)
@@ -49,7 +49,7 @@ def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) 
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
     for prepare in strategy.prepare:
         net = prepare(net)
-    # A factor that several terms share multiplies their sum.
+    # If several terms share a factor, multiply their sum by it.
     factors = Counter(term.scale.factor for term in net.terms)
     common, count = factors.most_common(1)[0]
     later = common if common and count > 1 else _ONE
@@ -68,7 +68,7 @@ def _lower_term(program: Program, term: Network, strategy: Strategy, later: Frac
 
 
 def _zeros(state: State) -> int:
-    """Zeros that depend on every operand, so that the gradient of every operand is zero."""
+    """Zeros that depend on every operand, so that the gradient with respect to each operand is zero."""
     state.factor = _ONE
     waiting, state.selections = state.selections, []
     for selection in waiting:
@@ -86,7 +86,7 @@ def _zeros(state: State) -> int:
 
 
 def _finish(state: State, tensor: Tensor) -> int:
-    """The value of a term: order its axes as in the output, scale it, add the axes that only ones have, and group."""
+    """Finish a term: order its axes as in the output, scale it, add the axes of ones, and group the axes into legs."""
     program, value = state.program, tensor.value
     order = [index for index in state.term.output_indices if index in tensor.indices]
     value = program.transpose(value, [tensor.indices.index(index) for index in order])
@@ -109,7 +109,7 @@ def _added(program: Program, values: Sequence[int]) -> int:
 def _pruned(
     net: AnyNetwork, program: Program, result: int, strategy: Strategy, parts: tuple[str, int] | None = None
 ) -> Plan:
-    """A plan of the steps that the result needs, and of all vectors of positions, which are checked even if unused."""
+    """A plan with the steps that the result needs, and with all position vectors, which are checked even if unused."""
     needed = set()
     todo = [result, *(place for place, step in enumerate(program.steps) if isinstance(step, s.Positions))]
     while todo:
@@ -129,7 +129,7 @@ def _pruned(
 
 
 def _is_owned(steps: Sequence[s.Step], value: int, user: int, result: int) -> bool:
-    """Whether a value was computed for one step only: it is not an operand or pattern, and no other step uses it."""
+    """Whether a step may overwrite a value: it is not an operand or pattern, and no other step uses it."""
     while True:
         users = [at for at, step in enumerate(steps) if value in step.takes]
         if users != [user] or value == result:

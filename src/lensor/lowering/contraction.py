@@ -15,17 +15,17 @@ from lensor.plan import steps as s
 from lensor.plan.paths import find_path
 
 Meeting: TypeAlias = Callable[[State, Tensor, Pattern, set[str]], Tensor | None]
-"""The product of a tensor and a pattern that keeps some indices; None if it does not apply."""
+"""A function that multiplies a tensor by a pattern, keeping the given indices; None if it does not apply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """How a strategy contracts what remains after its stages.
+    """How a strategy contracts the tensors and patterns that remain after its stages.
 
     Args:
-        meetings: contractions of a tensor with a pattern that do not materialize it, tried in order.
+        meetings: contractions of a tensor with a pattern that do not materialize the pattern, tried in order.
         products: special products of two tensors, tried in order before the general one.
-        halves: whether two equal halves are contracted alike, so that one computation serves both.
+        halves: whether to contract two equal halves of a term along the same path, so that they share one computation.
         path: source of the contraction path, as in `find_path`.
     """
 
@@ -36,7 +36,7 @@ class Contraction:
 
 
 def contract(state: State, way: Contraction) -> Tensor:
-    """Contract everything to one tensor with the indices of the output, except those that only ones have."""
+    """Contract everything to one tensor with the output indices, except those that appear only on ones."""
     items = [*state.tensors, *state.patterns]
     wanted = [index for index in state.open if index not in state.expanded]
     if not items:
@@ -61,7 +61,7 @@ def _joined(
     path: Sequence[tuple[int, ...]],
     wanted: set[str],
 ) -> Tensor:
-    """Contract the items along a path; indices in `wanted` are kept."""
+    """Contract the items along a path, keeping the indices in `wanted`."""
     items = list(items)
     for places in path:
         taken = [items[at] for at in places]
@@ -86,7 +86,7 @@ def _path(state: State, way: Contraction, items: Sequence[Tensor | Pattern], wan
 
 
 def _as_tensor(state: State, item: Tensor | Pattern, loose: Sequence[int] = ()) -> Tensor:
-    """Materialize a pattern, summed over the legs `loose`; return a tensor as it is."""
+    """Materialize a pattern, summed over the legs in `loose`; return a tensor unchanged."""
     if isinstance(item, Tensor):
         return item
     value = state.program.add(s.Constant((), item.pattern, tuple(loose)))
@@ -95,7 +95,7 @@ def _as_tensor(state: State, item: Tensor | Pattern, loose: Sequence[int] = ()) 
 
 
 def _pair(state: State, way: Contraction, one: Tensor | Pattern, two: Tensor | Pattern, needed: set[str]) -> Tensor:
-    """Contract two items; indices in `needed` are kept."""
+    """Contract two items, keeping the indices in `needed`."""
     for tensor, pattern in ((one, two), (two, one)):
         if isinstance(tensor, Tensor) and isinstance(pattern, Pattern):
             for meet in way.meetings:

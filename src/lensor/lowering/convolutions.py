@@ -1,4 +1,4 @@
-"""Contracting pairs of tensors through patterns with the framework's convolution."""
+"""Contraction of pairs of tensors through patterns, using the framework's convolution."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lensor.network import Group, Pattern
 from lensor.plan import steps as s
 
 _MOST_DIMENSIONS = 3
-"""The most dimensions of a framework's convolution."""
+"""Maximum number of spatial dimensions of a framework's convolution."""
 
 
 def convolve(state: State) -> None:
-    """Contract pairs of tensors that patterns connect, with the framework's convolution and its gradients."""
+    """Contract pairs of tensors connected by patterns, using the framework's convolution and its gradients."""
     _apply(state, gradients=True)
 
 
 def convolve_forward(state: State) -> None:
-    """Contract as `convolve`, but replace weight gradients by forward convolutions with kernel and output swapped."""
+    """Contract like `convolve`, but replace weight gradients by forward convolutions with kernel and output swapped."""
     _apply(state, gradients=False)
 
 
@@ -34,9 +34,9 @@ def _apply(state: State, gradients: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Tie:
-    """A pattern that connects two tensors, with its legs on the first and on the second.
+    """A pattern that connects two tensors, with the leg that it shares with each of them.
 
-    The first tensor has the input leg, or else the output leg.
+    The leg shared with the first tensor is the input leg, or the output leg if neither tensor has the input leg.
     """
 
     node: Pattern
@@ -47,12 +47,12 @@ class _Tie:
 
     @property
     def free(self) -> Leg:
-        """The leg that neither tensor has."""
+        """The leg that appears on neither tensor."""
         return Leg.third(self.first, self.second)
 
 
 def _tie(state: State, node: Pattern) -> _Tie | None:
-    """The tensors on the two summed legs of a pattern, if there are exactly two."""
+    """The two tensors on summed legs of a pattern; None unless there are exactly two."""
     if node.pattern.padding_mode != "zeros" or not all(node.legs) or has_repeats(node):
         return None
     ends: list[tuple[Tensor, Leg]] = []
@@ -71,7 +71,7 @@ def _tie(state: State, node: Pattern) -> _Tie | None:
 
 
 def _ties(state: State, node: Pattern) -> list[_Tie] | None:
-    """The tie of a pattern, and all others between the same two tensors in the same roles."""
+    """The tie of a pattern, together with all ties between the same tensors in the same roles."""
     mine = _tie(state, node)
     if mine is None:
         return None
@@ -80,7 +80,8 @@ def _ties(state: State, node: Pattern) -> list[_Tie] | None:
     flat = [index for tie in same for leg in tie.node.legs for index in leg]
     if len(set(flat)) < len(flat) or len(same) > _MOST_DIMENSIONS:
         return None
-    # If all input legs are free, the first tensor has the output legs; no other mixture is a convolution.
+    # If one input leg is free, all must be: then the output legs are on the first tensor. Other mixtures are not
+    # convolutions.
     adjoint = mine.free == Leg.INPUT
     return None if adjoint and any(tie.free != Leg.INPUT for tie in same) else same
 
@@ -90,11 +91,11 @@ class _Dimension:
     """One spatial dimension of a convolution step.
 
     Args:
-        first: the indices of the first tensor.
-        second: the indices of the second tensor.
-        out: the indices of the result.
+        first: the first tensor's indices in this dimension.
+        second: the second tensor's indices in this dimension.
+        out: the result's indices in this dimension.
         stride: stride, as in frameworks.
-        padding: padding of both sides.
+        padding: padding on both sides.
         dilation: dilation of the kernel.
         result: the size of the result.
         shift: start and length of the range to which the first tensor is padded or cropped before the convolution.
@@ -113,7 +114,7 @@ class _Dimension:
 
 
 def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
-    """Contract two tensors through patterns in one step."""
+    """Contract two tensors through patterns in one step; return False if this is not possible."""
     one, two = ties[0].one, ties[0].two
     spatial = {index for tie in ties for leg in tie.node.legs for index in leg}
     rest = [tensor for tensor in state.tensors if tensor is not one and tensor is not two]
@@ -128,7 +129,7 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     inner = [index for index in shared if index not in needed]
     free_one = [index for index in one.indices if index not in shared and index not in spatial]
     free_two = [index for index in two.indices if index not in shared and index not in spatial]
-    adjoint = ties[0].first == Leg.OUTPUT  # the output leg plays the role of the input
+    adjoint = ties[0].first == Leg.OUTPUT  # the output leg takes the place of the input
     gradient = ties[0].second == Leg.OUTPUT and gradients
     found = [_dimension(tie, adjoint, gradient) for tie in ties]
     dimensions = [one for one in found if one is not None]
@@ -137,7 +138,7 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     room = _MOST_DIMENSIONS - len(dimensions)
     whole = _whole_axes(one, spatial, inner if gradient else free_one, room)
     if whole:
-        # Use a kernel of size 1 along other axes, since moving them into the batch would cost copies.
+        # Use kernels of size 1 along these axes, since moving the axes into the batch would require copies.
         dimensions += [_whole(state.sizes[index], index, gradient) for index in whole]
         dimensions.sort(key=lambda dimension: one.indices.index(dimension.first[0]))
         inner, free_one = ([index for index in pool if index not in whole] for pool in (inner, free_one))
@@ -180,27 +181,27 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
 
 
 def _whole_axes(tensor: Tensor, spatial: set[str], pool: list[str], room: int) -> list[str]:
-    """Indices of the pool among the last axes of a tensor, next to its spatial ones; empty if there are too many."""
+    """Indices from `pool` on the last axes of a tensor, next to its spatial axes; empty if more than `room`."""
     tail = list(itertools.takewhile(lambda index: index in spatial or index in pool, reversed(tensor.indices)))
     found = [index for index in tail if index in pool]
     return found if len(found) <= room and len(found) < len(pool) else []
 
 
 def _whole(size: int, index: str, gradient: bool) -> _Dimension:
-    """A dimension with a kernel of size 1; for a gradient, one that is summed completely."""
+    """A dimension with a kernel of size 1; for a gradient, a dimension that is summed completely."""
     if gradient:
         return _Dimension((index,), (index,), (), 1, 0, 1, 1)
     return _Dimension((index,), (), (index,), 1, 0, 1, size)
 
 
 def _dimension(tie: _Tie, adjoint: bool, gradient: bool) -> _Dimension | None:
-    """The dimension of a convolution step for a tie; None if frameworks have no such convolution."""
+    """The dimension of a convolution step for a tie; None if frameworks do not support it."""
     pattern, legs = tie.node.pattern, tie.node.legs
     groups = legs[tie.first], legs[tie.second], legs[tie.free]
     if (tie.first == Leg.OUTPUT) != adjoint:
         return None
     if not adjoint and (tie.second == Leg.OUTPUT) != gradient:
-        pattern = pattern.swap()  # the tensor with the positions is the kernel
+        pattern = pattern.swap()  # use the tensor on the output leg as the kernel
     size, kernel, positions = pattern.input_size, pattern.kernel_size, pattern.output_size
     stride, dilation, left = pattern.stride, pattern.dilation, pattern.padding[0]
     length = length_of(pattern)

@@ -1,4 +1,4 @@
-"""Crops: patterns with kernel size 1, which slice, pad, crop or spread an axis without arithmetic."""
+"""Crops: patterns with kernel size 1, which slice, pad, crop or spread an axis without arithmetic operations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lensor.plan import steps as s
 
 
 def read_crops(state: State) -> None:
-    """Read every crop from the tensors with its input leg, or defer it until everything is contracted."""
+    """Apply every crop to the tensors that carry its input leg, or defer it until everything is contracted."""
     _apply(state, late=False)
 
 
 def read_crops_late(state: State) -> None:
-    """Read crops as `read_crops`, but defer a crop that reads from only one of two copies.
+    """Apply crops like `read_crops`, but defer a crop that applies to only one of two copies of a tensor or pattern.
 
-    Both copies can then share one computation.
+    The two copies can then share one computation.
     """
     _apply(state, late=True)
 
@@ -36,16 +36,16 @@ def _apply(state: State, late: bool) -> None:
 
 
 def _order(state: State, node: Pattern) -> tuple[bool, int]:
-    """Crops to one position first, then by axis, so that copies of an operand are read in the same order."""
+    """Sort crops to one position first, then by axis, so that copies of an operand are cropped in the same order."""
     i, o, _ = node.legs
     places = [tensor.indices.index(index) for tensor in state.tensors for index in i if index in tensor.indices]
     return bool(o), min(places, default=0)
 
 
 def carriers(state: State, node: Pattern, repeats: bool = False) -> list[Tensor] | None:
-    """The tensors with the input leg of a pattern, if no other tensor, pattern or output has it.
+    """The tensors that carry the input leg of a pattern; None if another pattern or the output also contains it.
 
-    With `repeats` they may also have the other legs.
+    With `repeats`, the tensors may also carry the other legs of the pattern.
     """
     i, o, k = node.legs
     if not i or has_repeats(node) or set(i) & set(state.open) or state.patterns_on(i, node):
@@ -56,7 +56,7 @@ def carriers(state: State, node: Pattern, repeats: bool = False) -> list[Tensor]
 
 
 def _gather(state: State, node: Pattern) -> bool:
-    """Read a crop from the tensors with its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
+    """Apply a crop to the tensors that carry its input leg: Σ_i f(i) g(i) [i = r(o)] = f(r(o)) g(r(o))."""
     i, o, _ = node.legs
     holders = carriers(state, node, repeats=True)
     if holders is None or node.pattern.is_zero:
@@ -69,7 +69,7 @@ def _gather(state: State, node: Pattern) -> bool:
 
 
 def read(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
-    """Read the positions of an axis that a crop reads."""
+    """Apply a crop to an axis of a value."""
     if pattern.padding_mode != "zeros":
         return state.program.along(s.Gather((value,), axis, pattern))
     low, count = pattern.span()
@@ -81,7 +81,7 @@ def read(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
 
 
 def _exchange(state: State, group: Group, new: Group, at_end: bool = False) -> None:
-    """Replace the indices of one group by those of another in the output."""
+    """Replace the indices of one group by those of a new group in the output."""
     at = len(state.open) if at_end and not group else state.open.index(group[0])
     rest = [index for index in state.open if index not in group]
     at -= sum(index in group for index in state.open[:at])
@@ -89,7 +89,7 @@ def _exchange(state: State, group: Group, new: Group, at_end: bool = False) -> N
 
 
 def _put_off(state: State, node: Pattern) -> bool:
-    """Defer a crop from the output until everything is contracted."""
+    """Defer a crop whose input leg is in the output until everything is contracted."""
     pattern, (i, o, _) = node.pattern, node.legs
     if pattern.is_zero or not i or len({*i, *o}) < len((*i, *o)):
         return False
@@ -108,7 +108,7 @@ def _put_off(state: State, node: Pattern) -> bool:
 
 
 def _read_late(state: State, node: Pattern) -> bool:
-    """Defer a crop of the result, so that two copies of one part share a computation."""
+    """Defer a crop whose output leg is in the output, so that two copies of a part share one computation."""
     pattern, (i, o, _) = node.pattern, node.legs
     if not i or len({*i, *o}) < len((*i, *o)) or pattern.is_zero or set(i) & set(state.open):
         return False
@@ -124,7 +124,7 @@ def _read_late(state: State, node: Pattern) -> bool:
 
 
 def _is_one_sided(state: State, crop: Pattern) -> bool:
-    """Whether a crop reads from one copy of a tensor or pattern, and there is another copy."""
+    """Whether a crop applies to one copy of a tensor or pattern but not to another copy."""
     read = set(crop.legs[0])
     tensors: dict[bool, set[int]] = {True: set(), False: set()}
     patterns: dict[bool, set[IndexPattern]] = {True: set(), False: set()}
@@ -137,7 +137,7 @@ def _is_one_sided(state: State, crop: Pattern) -> bool:
 
 
 def finish_late(state: State, tensor: Tensor) -> Tensor:
-    """Apply the deferred crops, the last one first."""
+    """Apply the deferred crops in reverse order."""
     for late in reversed(state.late):
         if late.reads:
             value, axis, rest = state.merged(tensor, late.before)
@@ -148,10 +148,10 @@ def finish_late(state: State, tensor: Tensor) -> Tensor:
 
 
 def spread(state: State, tensor: Tensor, pattern: IndexPattern, before: Group, after: Group) -> Tensor:
-    """The adjoint of `read`: put the positions of one group into the positions of another that a crop reads."""
+    """The adjoint of `read`: move the entries along `before` to the positions of `after` that the crop reads."""
     if before:
         value, axis, rest = state.merged(tensor, before)
-    else:  # put one number into one position
+    else:  # put a single entry at one position
         value, axis, rest = tensor.value, len(tensor.indices), tensor.indices
         value = state.program.reshape(value, (*state.shape(rest), 1))
     if pattern.padding_mode != "zeros":

@@ -1,4 +1,4 @@
-"""Finding two halves of a term that are equal up to index names."""
+"""The search for two halves of a term that are equal up to index names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lensor.network import Pattern, indices_of
 Item: TypeAlias = Tensor | Pattern
 
 _LARGEST = 24
-"""Two equal halves are searched among at most this many tensors and patterns."""
+"""Maximum number of tensors and patterns in a term for which two equal halves are searched."""
 
 _MOST_PAIRS = 2_000
-"""The search for two equal halves tries at most this many pairs of items."""
+"""Maximum number of pairs of items that the search tries."""
 
 
 def two_halves(items: Sequence[Item], wanted: Sequence[str]) -> tuple[list[Item], list[Item]] | None:
@@ -42,7 +42,7 @@ def two_halves(items: Sequence[Item], wanted: Sequence[str]) -> tuple[list[Item]
 
 
 def _what(item: Item) -> tuple[object, list[int]]:
-    """The content of an item without names: its value or pattern, and the grouping of its indices."""
+    """A description of an item without index names: its value or pattern, and the number of indices on each leg."""
     if isinstance(item, Pattern):
         return item.pattern, [len(leg) for leg in item.legs]
     return item.value, [len(item.indices)]
@@ -53,7 +53,7 @@ def _flat(item: Item) -> list[str]:
 
 
 def _extended(there: dict[str, str], one: Item, two: Item, wanted: Sequence[str]) -> dict[str, str] | None:
-    """Extend the bijection from the names of the first half to those of the second by two more items."""
+    """Extend the bijection between the index names of the two halves by one more pair of items; None if impossible."""
     there = dict(there)
     for a, b in zip(_flat(one), _flat(two), strict=True):
         if there.setdefault(a, b) != b or (a in wanted) != (b in wanted):

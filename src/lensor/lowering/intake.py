@@ -1,4 +1,4 @@
-"""The first stage: convert the nodes of a term to tensors, patterns and selections."""
+"""The first stage, which converts the nodes of a term to tensors, patterns and selections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lensor.plan import steps as s
 
 
 def take_nodes(state: State) -> None:
-    """Add all nodes of the term to the state, except ones on an index that another node has."""
+    """Add all nodes of the term to the state, except ones whose index also appears on another node."""
     held = {index for node in state.term.nodes if not isinstance(node, Ones) for index in indices_of(node)}
     for node in state.term.nodes:
         if not (isinstance(node, Ones) and node.index in held):

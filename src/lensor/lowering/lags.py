@@ -1,4 +1,4 @@
-"""Gram matrices of patches by lags, without forming patches."""
+"""Gram matrices of patches, computed from lags without forming the patches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lensor.network import Pattern
 from lensor.plan import steps as s
 
 _MOST_OFFSETS = 512
-"""Larger kernels than this do not use lags, since each pair of kernel positions is a call."""
+"""Maximum kernel size for which lags are used, since each pair of kernel positions requires a call."""
 
 
 def take_patch_grams(state: State) -> None:
-    """Contract two copies of a tensor whose patterns share their output positions, without forming patches."""
+    """Contract two copies of a tensor whose patterns share an output leg, without forming patches."""
     while any(
         one.value == two.value and _patch_gram(state, one, two)
         for at, one in enumerate(state.tensors)
@@ -31,13 +31,13 @@ class _Twins:
 
     @property
     def indices(self) -> list[str]:
-        """All indices of both patterns, with those of the output leg once."""
+        """All indices of both patterns; those of the shared output leg are listed once."""
         legs = (*self.first.legs, self.second.legs[0], self.second.legs[2])
         return [index for leg in legs for index in leg]
 
 
 def _twins(state: State, one: Tensor, two: Tensor, node: Pattern) -> _Twins | None:
-    """A pattern with its twin, if they are contracted only with the two tensors."""
+    """A pattern and its twin, if both are contracted only with the two tensors, else None."""
     (i, o, k), pattern = node.legs, node.pattern
     twin = next((t for t in state.patterns if t is not node and t.legs[1] == o and t.pattern == pattern), None)
     if twin is None or not set(i) <= set(one.indices) or not i or not k or not o:

@@ -1,4 +1,4 @@
-"""Products of two tensors: elementwise, as a matrix product, or as a Gram matrix."""
+"""Products of two tensors: elementwise products, matrix products and Gram matrices."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lensor.lowering.state import State, Tensor
 from lensor.plan import steps as s
 
 Product: TypeAlias = Callable[[State, Tensor, Tensor, Sequence[str], Sequence[str]], Tensor | None]
-"""A product of two tensors with batch indices, which are kept, and contracted indices; None if it does not apply."""
+"""A function that multiplies two tensors, given the batch (kept) and contracted indices, or returns None."""
 
 
 def multiply(state: State, ways: Sequence[Product], a: Tensor, b: Tensor, needed: set[str]) -> Tensor:
-    """Multiply two tensors; keep the indices in `needed` and contract the other shared indices."""
+    """Multiply two tensors, keeping the shared indices in `needed` and contracting the others."""
     shared = [index for index in a.indices if index in b.indices]
     batch = [index for index in shared if index in needed]
     contracted = [index for index in shared if index not in needed]
@@ -53,7 +53,7 @@ def _product(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracte
 
 
 def _is_result(state: State, *groups: Sequence[str]) -> bool:
-    """Whether the indices are in the order of the result, ignoring those that do not affect the memory layout."""
+    """Whether the indices are in the order of the result, ignoring indices that do not affect the memory layout."""
     found, wanted = (
         [index for index in order if state.sizes[index] != 1 and index not in state.expanded]
         for order in (itertools.chain(*groups), state.open)
@@ -62,7 +62,7 @@ def _is_result(state: State, *groups: Sequence[str]) -> bool:
 
 
 def _as_wanted(state: State, tensor: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> list[str]:
-    """The free indices of a factor, in the order of the result if the product is larger than the factor."""
+    """The free indices of a factor, in the order of the result if they are at least as large as the contracted ones."""
     free = [index for index in tensor.indices if index not in batch and index not in contracted]
     larger = state.size(free) >= state.size(contracted)
     return sorted(free, key=state.open.index) if larger and set(free) <= set(state.open) else free
@@ -71,7 +71,7 @@ def _as_wanted(state: State, tensor: Tensor, batch: Sequence[str], contracted: S
 def _operand(state: State, tensor: Tensor, batch: Sequence[str], free: Sequence[str], contracted: Sequence[str]) -> int:
     """The tensor as [batch, free, contracted], or as a transposed view if its axes are [batch, contracted, free].
 
-    Both factors of a product have this form, so that the two copies in a Gram matrix share it.
+    Both factors of a product use this form, so that the two factors of a Gram matrix are the same value.
     """
     front = [state.size(batch)] if batch else []
     if list(tensor.indices) == [*batch, *contracted, *free] and contracted and free:
@@ -81,9 +81,9 @@ def _operand(state: State, tensor: Tensor, batch: Sequence[str], free: Sequence[
     return state.matrix(tensor, [*batch, *free, *contracted], (*front, state.size(free), state.size(contracted)))
 
 
-# ----------------------------------------------------------------------- products without copies to merge axes
+# ----------------------------------------------------------------------- products that avoid copies for merging axes
 def broadcast(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> Tensor | None:
-    """Free indices on both sides of the contracted ones: turn those before them into batch axes of both factors."""
+    """If free indices surround the contracted ones, turn those in front into batch axes of both factors."""
     return _broadcast(state, a, b, batch, contracted) or _broadcast(state, b, a, batch, contracted)
 
 
@@ -100,7 +100,7 @@ def _broadcast(
     indices = (*front, *free, *after)
     last = set(indices) == set(state.open) and list(indices) != sorted(indices, key=state.open.index)
     if last and state.size(indices) > state.size(big.indices):
-        return None  # reordering the result would cost more than the copy that is saved
+        return None  # reordering the result would cost more than the copy that this avoids
     own = [index for index in front if index in batch]
     axes = tuple(state.size(group) if held else 1 for held, group in blocks)
     left = state.matrix(small, [*own, *free, *inner], (*axes, state.size(free), state.size(inner)))
@@ -111,7 +111,7 @@ def _broadcast(
 
 
 def added_up(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> Tensor | None:
-    """Contracted indices on both sides of the free ones: add one product for each position of those before."""
+    """If contracted indices surround the free ones, add one product for each value of those in front."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.indices, b.indices, strict=False))
     front = [index for index, _ in pairs]
     inner = [index for index in contracted if index not in front]

@@ -1,4 +1,4 @@
-"""Selections: positions that are known only at run time, as in sampled backpropagation."""
+"""Selections of positions that are known only at run time, as in sampled backpropagation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lensor.network import Group, Ones, Pattern, indices_of
 from lensor.plan import steps as s
 
 _ROW = 16
-"""Rows of at least this many entries are read as a whole at the chosen positions."""
+"""Minimum number of entries in a row for which whole rows are read at the chosen positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """An axis of a tensor that is read through a pattern, at chosen positions of another leg.
+    """An axis of a tensor that is read through a pattern, at chosen positions of another leg of the pattern.
 
     Args:
         node: the pattern.
-        target: the leg that is read from tensors.
-        chosen: the leg with the chosen positions.
-        selection: the selection that chooses them.
+        target: the leg of the pattern that is an axis of the tensor.
+        chosen: the leg whose positions are chosen.
+        selection: the selection that chooses these positions.
     """
 
     node: Pattern
@@ -32,17 +32,17 @@ class _Reading:
 
     @property
     def axis(self) -> Group:
-        """The indices that are read."""
+        """The indices of the axis that is read."""
         return self.node.legs[self.target]
 
 
 def read_chosen(state: State) -> None:
-    """Read tensors with all positions at the chosen ones; if this is not possible, place the chosen entries instead."""
+    """Read tensors at the chosen positions where possible; otherwise put the chosen entries into zeros."""
     _apply(state, placed=False)
 
 
 def place_chosen(state: State) -> None:
-    """Place the chosen entries at their positions, with zeros at the others."""
+    """Put the chosen entries at their positions in an array of zeros."""
     _apply(state, placed=True)
 
 
@@ -54,7 +54,7 @@ def _apply(state: State, placed: bool) -> None:
         full, chosen = selection.full, selection.chosen
         others = [leg for one in waiting for leg in (one.full, one.chosen)]
         if full and not set(full) & set(state.open) and not _is_held(state, full, others):
-            # Every chosen position is one of all positions: Σ_i [i = p_j] = 1.
+            # No other node uses the full index, and Σ_i [i = p_j] = 1.
             for index in chosen:
                 if not _is_held(state, (index,), others):
                     take(state, Ones(index))
@@ -77,14 +77,14 @@ def _apply(state: State, placed: bool) -> None:
 
 
 def _is_held(state: State, group: Group, others: Sequence[Group]) -> bool:
-    """Whether an index of a group is in a tensor, in a pattern, or among other legs."""
+    """Whether an index of a group appears on a tensor, on a pattern, or in `others`."""
     return bool(state.tensors_on(group) or state.patterns_on(group) or any(set(group) & set(leg) for leg in others))
 
 
 def _readings(
     state: State, selection: Selection, others: Sequence[Group], before: Sequence[_Reading]
 ) -> list[_Reading] | None:
-    """Readings through all patterns with the full index; None if a node with this index cannot be read at positions."""
+    """Readings through all patterns on the selection's full index; None if one of its nodes cannot be read this way."""
     full, inner = selection.full, set(selection.full)
     taken = inner.union(*others)
     holders, held = state.tensors_on(full), state.patterns_on(full)
@@ -106,7 +106,7 @@ def _readings(
 
 
 def _target(state: State, node: Pattern, chosen: Leg, taken: set[str], gone: Sequence[Pattern]) -> Leg | None:
-    """The leg of a pattern that can be read from tensors alone if the positions of another leg are chosen."""
+    """If positions of the leg `chosen` are selected, the leg of the pattern that only tensors share, or None."""
     ways = {Leg.INPUT: (Leg.OUTPUT,), Leg.OUTPUT: (Leg.INPUT,), Leg.KERNEL: (Leg.INPUT, Leg.OUTPUT)}
     for target in ways[chosen]:
         if target == Leg.OUTPUT and node.pattern.padding_mode != "zeros":
@@ -125,9 +125,9 @@ def _target(state: State, node: Pattern, chosen: Leg, taken: set[str], gone: Seq
 def _read(state: State, tensor: Tensor, readings: Sequence[_Reading]) -> Tensor:
     """Read a tensor through patterns, at chosen positions of another leg of each pattern.
 
-    If the innermost of its other axes is long enough, it stays last, so that whole rows are read instead of single
-    entries. Chosen positions then come before kernel positions, for a product over them, unless another pattern reads
-    the rows first.
+    If the innermost of the remaining axes is long enough, it stays last, so that whole rows are read instead of single
+    entries. The chosen positions then precede the kernel positions, ready for a product over the kernel positions,
+    unless another pattern reads the rows first.
     """
     readings = sorted(readings, key=lambda reading: tensor.indices.index(reading.axis[0]))
     axes = [reading.axis for reading in readings]
@@ -151,7 +151,7 @@ def _read(state: State, tensor: Tensor, readings: Sequence[_Reading]) -> Tensor:
 
 
 def place(state: State, selection: Selection) -> None:
-    """Put the selected entries into zeros if one tensor has them; otherwise add the selection as a matrix."""
+    """Put the selected entries into zeros if they are on one tensor only; otherwise add the selection as a matrix."""
     full, chosen, program = selection.full, selection.chosen, state.program
     size = state.size(full)
     holders = state.tensors_on(chosen)

@@ -1,4 +1,4 @@
-"""Dividing an index of a network into parts."""
+"""Division of an index of a network into parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lensor.network import AnyNetwork, Operand, indices_of
 
 
 def sliceable(net: AnyNetwork) -> list[str]:
-    """The indices that can be divided into parts, the largest first."""
+    """The indices that can be divided into parts, largest first."""
     leading = {leg[0] for leg in net.output if leg}
     known = net.sizes
     fits = [
@@ -22,16 +22,17 @@ def sliceable(net: AnyNetwork) -> list[str]:
 
 
 def summed_by_all(net: AnyNetwork) -> str | None:
-    """The largest summed index that every operand has, or None."""
+    """The largest summed index that appears on every operand, or None."""
     held = [set(indices_of(node)) for term in net.terms for node in term.nodes if isinstance(node, Operand)]
     found = [index for index in sliceable(net) if index not in net.output_indices and all(index in one for one in held)]
     return found[0] if found else None
 
 
 def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
-    """Networks for `count` parts of an index of about equal size, or one per position if it has fewer.
+    """Networks for `count` parts of about equal size of an index, or for each of its positions if there are fewer.
 
-    The value of the network is the sum of theirs if the index is summed, else their concatenation along `axis_of`.
+    If the index is summed, the value of the network is the sum of their values; otherwise it is their concatenation
+    along `axis_of(net, index)`.
     """
     size = net.sizes[index] or 0
     count = min(count, size)
@@ -40,7 +41,7 @@ def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
 
 
 def axis_of(net: AnyNetwork, index: str) -> int | None:
-    """The axis of the result whose first index this is; None if it is summed."""
+    """The axis of the result that starts with this index; None if the index is summed."""
     if index not in net.output_indices:
         return None
     return next(axis for axis, leg in enumerate(net.output) if leg[:1] == (index,))

@@ -1,4 +1,4 @@
-"""The state of a strategy's stages: the tensors and patterns of one term that remain to be contracted."""
+"""The state that a strategy's stages modify: the tensors and patterns of one term that remain to be contracted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensor.plan import Program
 from lensor.plan import steps as s
 
 _SMALL_TABLE = 1 << 16
-"""A materialized pattern may have this many entries even if the operands are smaller."""
+"""Number of entries that a materialized pattern may always have, even if the operands are smaller."""
 
 
 class Leg(IntEnum):
@@ -26,14 +26,14 @@ class Leg(IntEnum):
 
     @staticmethod
     def third(one: Leg, two: Leg) -> Leg:
-        """The third leg, other than the two given."""
+        """The remaining leg, given the other two."""
         (found,) = set(Leg) - {one, two}
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A value of the program, with one index per axis."""
+    """A value of the program, with an index for each axis."""
 
     value: int
     indices: tuple[str, ...]
@@ -45,8 +45,8 @@ class Selection:
 
     Args:
         positions: the program's value for the vector of positions.
-        full: the indices of all positions.
-        chosen: the indices of the chosen positions.
+        full: the indices of the leg from which positions are chosen.
+        chosen: the indices of the leg with the chosen positions.
     """
 
     positions: int
@@ -56,13 +56,13 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """A deferred crop, which is applied after all contractions and replaces one group of the result by another.
+    """A deferred crop, which is applied after all contractions and replaces a group of indices of the result.
 
     Args:
         pattern: the crop.
-        before: the group that it replaces.
+        before: the group that the crop replaces.
         after: the new group.
-        reads: whether it reads positions of the result; otherwise it puts the result into positions.
+        reads: whether the crop is applied to the result; if False, its adjoint is applied.
     """
 
     pattern: IndexPattern
@@ -75,7 +75,7 @@ class State:
     """The state of lowering one term.
 
     The program computes the term without the factor `later` of its scale. Change `tensors` and `patterns` only through
-    the methods, which maintain the map from indices to the tensors and patterns that have them.
+    the methods, which maintain the map from each index to the tensors and patterns on which it appears.
     """
 
     def __init__(self, program: Program, term: Network, later: Fraction = Fraction(1)) -> None:
@@ -109,7 +109,7 @@ class State:
         self.set(patterns=(*self.patterns, pattern))
 
     def replace(self, tensor: Tensor, new: Tensor) -> None:
-        """Replace a tensor by another."""
+        """Replace one tensor by a new one."""
         self.set(tensors=(new if one is tensor else one for one in self.tensors))
 
     def drop(self, *patterns: Pattern) -> None:
@@ -129,26 +129,26 @@ class State:
         return set().union(*(one for one, _ in found)), set().union(*(one for _, one in found))
 
     def tensors_on(self, indices: Iterable[str]) -> list[Tensor]:
-        """The tensors that have at least one of the indices."""
+        """The tensors on which at least one of the indices appears."""
         return [self.tensors[at] for at in sorted(self._held(indices)[0])]
 
     def patterns_on(self, indices: Iterable[str], *without: Pattern) -> list[Pattern]:
-        """The patterns that have at least one of the indices, except those in `without`."""
+        """The patterns on which at least one of the indices appears, except those in `without`."""
         found = [self.patterns[at] for at in sorted(self._held(indices)[1])]
         return [one for one in found if all(one is not other for other in without)]
 
     def used_elsewhere(self, group: Group, node: Pattern) -> bool:
-        """Whether an index of the group is in the output, in a tensor, or in another pattern."""
+        """Whether an index of the group appears in the output, on a tensor, or on a pattern other than `node`."""
         return bool(set(group) & set(self.open) or self.tensors_on(group) or self.patterns_on(group, node))
 
     def needed_beside(self, *taken: Tensor | Pattern) -> set[str]:
-        """The indices of the output, and of all tensors and patterns except those given."""
+        """The indices of the output and of all tensors and patterns except those in `taken`."""
         rest = [one for one in (*self.tensors, *self.patterns) if all(one is not other for other in taken)]
         return set(self.open).union(*map(kept_indices, rest))
 
     # ------------------------------------------------------------------------------------------------------- patterns
     def is_large(self, node: Pattern, loose: Iterable[int]) -> bool:
-        """Whether a pattern, materialized and summed over the legs `loose`, is larger than operands and result."""
+        """Whether a pattern, summed over the legs in `loose`, exceeds the size limit for materialized patterns."""
         sizes = (node.pattern.input_size, node.pattern.output_size, node.pattern.kernel_size)
         return math.prod(size for leg, size in enumerate(sizes) if leg not in loose) > self.limit
 
@@ -162,24 +162,24 @@ class State:
         return math.prod(self.shape(indices))
 
     def matrix(self, tensor: Tensor, order: Sequence[str], shape: tuple[int, ...]) -> int:
-        """The tensor with its axes in another order, reshaped."""
+        """Transpose a tensor to the given order of indices and reshape it."""
         value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])
         return self.program.reshape(value, shape)
 
     def merged(self, tensor: Tensor, group: Group) -> tuple[int, int, tuple[str, ...]]:
-        """The tensor with the axes of a group merged into one: (value, that axis, the other indices)."""
+        """Merge a tensor's axes of a group into one axis; return the value, the merged axis and the other indices."""
         rest = [index for index in tensor.indices if index not in group]
         at = sum(index not in group for index in tensor.indices[: tensor.indices.index(group[0])])
         flat = (*self.shape(rest[:at]), self.size(group), *self.shape(rest[at:]))
         return self.matrix(tensor, [*rest[:at], *group, *rest[at:]], flat), at, tuple(rest)
 
     def ungrouped(self, value: int, before: Sequence[str], group: Group, after: Sequence[str]) -> Tensor:
-        """Split the axis of a group in a value into one axis per index."""
+        """Split the axis of a group into one axis per index."""
         indices = (*before, *group, *after)
         return Tensor(self.program.reshape(value, self.shape(indices)), indices)
 
     def shifted(self, value: int, axis: int, start: int, length: int) -> int:
-        """Positions start to start + length − 1 of an axis, with zeros outside it."""
+        """Take positions start to start + length − 1 of an axis, with zeros outside the axis."""
         size = self.program.shapes[value][axis]
         low, high = max(start, 0), min(start + length, size)
         if (low, high) != (0, size):
@@ -189,7 +189,7 @@ class State:
         return value
 
     def without_repeats(self, value: int, indices: Sequence[str]) -> Tensor:
-        """A value with the given indices; axes with the same index are replaced by their diagonal."""
+        """Create a tensor from a value and its indices; take the diagonal of axes with the same index."""
         names = list(indices)
         while len(set(names)) < len(names):
             index = next(index for index in names if names.count(index) > 1)
@@ -200,7 +200,7 @@ class State:
         return Tensor(value, tuple(names))
 
     def summed(self, tensor: Tensor, needed: set[str]) -> Tensor:
-        """The tensor summed over the indices that are not needed."""
+        """Sum a tensor over the indices that are not in `needed`."""
         axes = tuple(axis for axis, index in enumerate(tensor.indices) if index not in needed)
         if not axes:
             return tensor
@@ -214,17 +214,17 @@ def kept_indices(item: Tensor | Pattern) -> tuple[str, ...]:
 
 
 def loose_legs(node: Pattern, used: set[str]) -> tuple[int, ...]:
-    """The legs of a pattern that nothing else has; the pattern is summed over them when it is materialized."""
+    """The legs of a pattern without an index in `used`; a materialized pattern is summed over these legs."""
     repeated = len(kept_indices(node)) < sum(len(leg) for leg in node.legs)
     loose = tuple(leg for leg, group in enumerate(node.legs) if group and not used & set(group))
     return () if repeated or len(loose) == len(Leg) else loose
 
 
 def has_repeats(node: Pattern) -> bool:
-    """Whether an index occurs twice in the legs of a pattern."""
+    """Whether an index occurs more than once in the legs of a pattern."""
     return len(set(indices_of(node))) < sum(len(leg) for leg in node.legs)
 
 
 def largest_table(sizes: Iterable[int]) -> int:
-    """The most entries of a materialized pattern, for operands and a result of these sizes."""
+    """Maximum number of entries of a materialized pattern, for operands and a result of these sizes."""
     return max(_SMALL_TABLE, sum(sizes))

@@ -1,6 +1,7 @@
-"""The strategies: each is a list of stages, and a way to contract what remains after them.
+"""The strategies: each is a list of stages, and a way to contract the tensors and patterns that remain.
 
-To add one, write a stage in a new file, and add a line here. `Strategy.applies` avoids unnecessary lowering.
+To add a strategy, write a stage in a new file and add a line here. Use `Strategy.applies` to avoid unnecessary
+lowering.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class Strategy:
     """One way to lower a network.
 
     Args:
-        name: its name in plans.
-        stages: functions applied to each term, in order, before the rest is contracted.
-        contraction: how the rest is contracted.
-        prepare: functions that rewrite the whole simplified network before the stages, in order.
-        applies: whether the strategy may give a better plan than earlier ones, for the simplified network.
+        name: name of the strategy in plans.
+        stages: functions applied to each term, in order, before the remaining tensors and patterns are contracted.
+        contraction: how the remaining tensors and patterns are contracted.
+        prepare: functions that rewrite the whole simplified network, in order, before the stages run.
+        applies: whether the strategy may yield a better plan for the simplified network than the strategies before it.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Strategy:
 
 
 def dense(name: str, path: str = "auto") -> Strategy:
-    """A strategy that materializes patterns and contracts pairwise along a path of `find_path`."""
+    """A strategy that materializes patterns and contracts pairwise along a path from `find_path`."""
     return Strategy(name, (read_chosen, read_crops), Contraction(path=path), (compose,), _has_patterns)
 
 
@@ -96,6 +97,6 @@ STRATEGIES = (
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
     Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
 )
-"""The strategies; each network is lowered by all that apply to it."""
+"""All strategies; a network is lowered with each strategy that applies to it."""
 
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}

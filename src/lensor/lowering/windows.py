@@ -1,4 +1,4 @@
-"""Products with patterns that are not materialized: patches as strided views, and sums of patches."""
+"""Products with patterns that are not materialized, computed from strided views of patches and from sums of patches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lensor.plan import steps as s
 
 
 def split_modes(state: State) -> None:
-    """Split the padding from patterns in modes other than zeros that would be too large if materialized."""
+    """Split off the padding of patterns in modes other than zeros that would be too large if materialized."""
     found: list[Pattern] = []
     for node in state.patterns:
         (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()
@@ -27,7 +27,7 @@ def split_modes(state: State) -> None:
 
 
 def read_windows(state: State) -> None:
-    """Read patches as strided views for each pattern whose input leg is summed and whose other legs are used."""
+    """Replace each pattern whose input leg is summed and whose other legs are used by strided views of patches."""
     for node in state.patterns:
         pattern, (i, o, k) = node.pattern, node.legs
         holders = carriers(state, node)
@@ -44,17 +44,17 @@ def read_windows(state: State) -> None:
 
 
 def length_of(pattern: IndexPattern) -> int:
-    """The number of positions from the first to the last that a pattern reads."""
+    """The number of positions from the first to the last position that a pattern reads."""
     return (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1
 
 
 def _reads_nothing(pattern: IndexPattern) -> bool:
-    """Whether the range of positions that a pattern reads is outside its input."""
+    """Whether all positions that a pattern reads are outside its input."""
     return -pattern.padding[0] >= pattern.input_size or length_of(pattern) <= pattern.padding[0]
 
 
 def _window(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
-    """The patches along an axis as a view, with kernel positions last."""
+    """View the patches along an axis, with the kernel positions on the last axis."""
     value = state.shifted(value, axis, -pattern.padding[0], length_of(pattern))
     step = s.Window((value,), axis, pattern.output_size, pattern.kernel_size, pattern.stride, pattern.dilation)
     return state.program.add(step)
@@ -62,7 +62,7 @@ def _window(state: State, value: int, axis: int, pattern: IndexPattern) -> int:
 
 # ------------------------------------------------------------------------------ products of a tensor and a pattern
 def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -> Tensor | None:
-    """Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices; None if the product is another."""
+    """Compute Σ_{o,k} Π[i,o,k] z[o,k] by adding shifted slices; None if the product has a different form."""
     pattern, (i, o, k) = node.pattern, node.legs
     held, summed = set(tensor.indices), {*o, *k}
     if pattern.padding_mode != "zeros" or not o or not k or summed & needed or set(i) & held:
@@ -71,7 +71,7 @@ def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -
         return None
     missing = [leg for leg in (o, k) if not set(leg) & held]
     if len(missing) == 1 and i and state.is_large(node, loose_legs(node, needed | held)):
-        # Σ_k Π[i,o,k] is too large to materialize: use equal patches instead, which take no memory.
+        # Σ_k Π[i,o,k] is too large to materialize, so expand z to equal patches, which takes no memory.
         indices = (*tensor.indices, *missing[0])
         value = state.program.reshape(tensor.value, (*state.shape(tensor.indices), *[1] * len(missing[0])))
         tensor = Tensor(state.program.add(s.Expand((value,), state.shape(indices))), indices)
@@ -91,7 +91,7 @@ def overlap_add(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -
 
 
 def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str]) -> Tensor | None:
-    """The product with a pattern that is too large to materialize, by views and copies; None if this is impossible."""
+    """Multiply by a pattern that is too large to materialize, using views and copies; None if this is not possible."""
     pattern, (i, o, k) = node.pattern, node.legs
     held = set(tensor.indices)
     if not i or has_repeats(node) or pattern.is_zero:
@@ -121,7 +121,7 @@ def without_table(state: State, tensor: Tensor, node: Pattern, needed: set[str])
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A pattern whose kernel leg is in a tensor; each output position becomes a row."""
+    """A pattern whose kernel leg is on a tensor; each output position becomes a row."""
 
     pattern: IndexPattern
     input: Group
@@ -130,10 +130,10 @@ class _Rows:
 
 
 def _shifted_rows(state: State, tensor: Tensor, way: _Rows) -> Tensor:
-    """Σ_k Π[i,o,k] z[k]: rows of zeros with z, shifted by the stride from row to row.
+    """Σ_k Π[i,o,k] z[k]: row o contains z, shifted by o times the stride, and zeros elsewhere.
 
-    The rows are built with an extra length of one stride, concatenated, and cut into rows of the right length, which
-    shifts each row by the stride.
+    One row with z at its start is padded to the length of a result row plus the stride, and repeated. Concatenating
+    the copies and cutting them into rows of the final length then shifts each row by the stride.
     """
     program, pattern = state.program, way.pattern
     stride, rows, length = pattern.stride, pattern.output_size, length_of(pattern)

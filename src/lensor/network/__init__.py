@@ -1,4 +1,4 @@
-"""Networks: their nodes, sums, texts and canonical forms."""
+"""Networks, with their nodes, sums, text forms and canonical forms."""
 
 from lensor.network.network import Firing, Network
 from lensor.network.nodes import (

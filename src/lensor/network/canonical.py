@@ -1,13 +1,13 @@
-"""Canonical forms: one key for all networks that differ only by index names and the order of their nodes.
+"""Canonical forms: one key for all networks that differ only in index names and the order of their nodes.
 
-The algorithm colours the indices by their properties without names (size, place in the output, places in nodes) and
-refines the colours by those of the neighbours until nothing changes. It breaks ties by trying every index of the first
-tied class and keeping the smallest key. Interchangeable indices are numbered in any order, and automorphisms that the
-search finds prune branches that would repeat an earlier one. If the graph falls into pieces without the indices that
-have a unique colour, each piece is searched separately, so that networks of many equal parts stay cheap.
+The algorithm colours the indices by their properties other than names (size, place in the output, places in nodes) and
+refines each colour by the colours of the neighbours until nothing changes. It breaks ties by trying every index of the
+first tied class and choosing the smallest key. Interchangeable indices are numbered in any order, and automorphisms
+found by the search prune branches that would repeat a previous branch. If the graph falls into pieces once the indices
+with a unique colour are removed, each piece is searched separately, so networks with many equal parts stay cheap.
 
-Refinement takes O(E log E) steps for E legs. The search is bounded: a network whose ties are not broken within
-`EFFORT` steps is equal only to networks with the same names.
+Refinement takes O(E log E) steps for E legs. The search is bounded: if the ties of a network are not broken within
+`EFFORT` steps, the network equals only networks with the same names.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from lensor.network.network import Network
 
 EFFORT = 3_000_000
-"""The number of legs that the search for one network's key visits before it gives up."""
+"""Number of legs that the search for one network's key may visit before it gives up."""
 
 _LARGE = 64
-"""In nodes with more legs than this, only indices of a delta count as interchangeable."""
+"""In nodes with more legs than this, only the indices of a delta are treated as interchangeable."""
 
 Label = tuple[int, ...]
-"""Numbers that describe an index's place in a node; equal for indices that the node does not distinguish."""
+"""Numbers that describe the place of an index in a node; equal for indices that the node does not distinguish."""
 
 
 class _TooSymmetricalError(Exception):
@@ -36,7 +36,7 @@ class _TooSymmetricalError(Exception):
 
 
 def _encode(node: Any, colour: dict[str, int]) -> tuple:
-    """A node with its indices replaced by numbers."""
+    """Describe a node by a tuple in which numbers replace its indices."""
     legs = tuple(tuple(colour[index] for index in leg) for leg in node.legs)
     kind = type(node).__name__
     if kind == "Delta":
@@ -51,7 +51,7 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
             return ("Shift", *sorted(ends))
         if p.kernel_size == 1 and p.padding_mode != "zeros":
             return ("Reads", p.input_size, tuple(progressions(p.line())), legs)  # the steps may be ambiguous
-        # The output size is given, so the right padding is irrelevant.
+        # The output size is explicit, so the right padding is irrelevant.
         return (
             kind,
             p.input_size,
@@ -67,7 +67,7 @@ def _encode(node: Any, colour: dict[str, int]) -> tuple:
 
 
 def _legs(node: Any) -> tuple[tuple, list[tuple[str, Label]]]:
-    """A node without its indices, and (index, label) for each of them."""
+    """A node without its indices, and an (index, label) pair for each of them."""
     blank = _encode(node, _Zeros())
     if type(node).__name__ == "Delta":
         return blank, [(index, ()) for index in node.indices]
@@ -79,14 +79,14 @@ def _legs(node: Any) -> tuple[tuple, list[tuple[str, Label]]]:
 
 
 class _Zeros(dict[str, int]):
-    """A mapping that gives every index the number 0."""
+    """A mapping from every index to 0."""
 
     def __missing__(self, index: str) -> int:
         return 0
 
 
 class _Facts:
-    """The data that all searches of one network share."""
+    """The data shared by all searches in one network."""
 
     def __init__(self, net: Network) -> None:
         self.net, self.effort = net, EFFORT
@@ -95,11 +95,11 @@ class _Facts:
         self.legs = {id(node): _legs(node) for node in net.nodes}
 
     def known(self, index: str) -> tuple:
-        """The properties of an index that do not involve names."""
+        """The properties of an index other than its name."""
         return (self.net.sizes[index], self.places.get(index), self.powers.get(index, 0))
 
     def start(self, nodes: Sequence[Any], indices: Sequence[str]) -> dict[str, int]:
-        """Initial colours: the properties of an index, and its place among its interchangeable indices."""
+        """Initial colours: the properties of an index, and its place among the indices interchangeable with it."""
         holders: dict[str, list[Any]] = {index: [] for index in indices}
         for node in nodes:
             for index in dict.fromkeys(i for leg in node.legs for i in leg):
@@ -111,8 +111,8 @@ class _Facts:
             own, numbers[index] = numbers[index], -1
             alike = [self.known(index)]
             for inside in (False, True):
-                # Two indices are interchangeable if swapping them turns the nodes of one into those of the other, or
-                # if the same deltas have both.
+                # Two indices are interchangeable if swapping them exchanges the nodes that they appear on, or if they
+                # appear on the same deltas.
                 found = sorted(map(repr, (self.beside(node, numbers, inside) for node in holders[index])))
                 alike.append(tuple(found))
             numbers[index] = own
@@ -125,7 +125,7 @@ class _Facts:
 
     @staticmethod
     def beside(node: Any, numbers: dict[str, int], inside: bool) -> tuple:
-        """A node without one of its indices (whose number is −1); with `inside`, a delta as a whole."""
+        """Describe a node except for the index numbered −1; with `inside`, describe a delta only by its identity."""
         large = len(node.legs) > _LARGE
         if type(node).__name__ == "Delta" and (inside or large):
             return ("Delta", id(node))
@@ -140,14 +140,14 @@ def _ranked(keys: dict[str, Any]) -> dict[str, int]:
 
 
 class _Partition:
-    """A partition of vertices into ordered cells; the number of a cell is the number of vertices in earlier cells."""
+    """A partition of vertices into ordered cells; a cell's number is the number of vertices in the cells before it."""
 
     def __init__(self, colour: list[int], cells: dict[int, dict[int, None]]) -> None:
         self.colour, self.cells = colour, cells
 
     @staticmethod
     def of(keys: Sequence[Any]) -> _Partition:
-        """The partition of vertices by their keys, in the order of the keys."""
+        """Partition the vertices by their keys, in the order of the keys."""
         cells: dict[Any, dict[int, None]] = {}
         for vertex, key in enumerate(keys):
             cells.setdefault(key, {})[vertex] = None
@@ -163,7 +163,7 @@ class _Partition:
         return _Partition(list(self.colour), {start: dict(cell) for start, cell in self.cells.items()})
 
     def alone(self, vertex: int) -> int:
-        """Move a vertex into a separate cell before the rest of its cell; return the vertex's cell."""
+        """Move a vertex into a separate cell before the rest of its cell; return the number of its new cell."""
         start = self.colour[vertex]
         rest = self.cells[start]
         del rest[vertex]
@@ -173,7 +173,7 @@ class _Partition:
         return start
 
     def split(self, start: int, groups: Sequence[list[int]]) -> list[int]:
-        """Split groups of vertices off a cell, in order, after its rest; return the numbers of all resulting cells."""
+        """Split groups of vertices off a cell into new cells after it, in order; return the numbers of its parts."""
         cell = self.cells[start]
         moved = groups if sum(map(len, groups)) < len(cell) else groups[1:]
         at = start + len(cell) - sum(map(len, moved))
@@ -194,8 +194,8 @@ class _Search:
     Args:
         facts: data that all searches of the network share.
         nodes: the nodes of the part.
-        indices: the indices of the part, which the search numbers.
-        labels: numbers, all negative, of the other indices of the nodes.
+        indices: the indices of the part, to which the search assigns numbers.
+        labels: negative numbers of the nodes' other indices.
     """
 
     def __init__(self, facts: _Facts, nodes: list[Any], indices: list[str], labels: dict[str, int]) -> None:
@@ -225,7 +225,7 @@ class _Search:
         self.descend(partition, sorted(partition.cells), ())
 
     def refine(self, partition: _Partition, cells: Iterable[int]) -> None:
-        """Split cells until all members of a cell have equally many neighbours of each kind in every cell.
+        """Split cells until all members of a cell have the same number of neighbours of each kind in every cell.
 
         Splitting starts from `cells`.
         """
@@ -255,7 +255,7 @@ class _Search:
                     continue
                 found = partition.split(cell, [groups[key] for key in sorted(groups)])
                 if cell not in held:
-                    # The largest part follows from the others.
+                    # Splitting by the other parts also covers the largest one.
                     found.remove(max(found, key=lambda part: len(partition.cells[part])))
                 waiting.extend(part for part in found if part not in held)
                 held.update(found)
@@ -291,13 +291,13 @@ class _Search:
             self.descend(chosen, [chosen.alone(vertex)], (*fixed, index))
 
     def pieces(self, alone: list[str]) -> list[tuple[list[Any], list[str]]]:
-        """The connected parts after removing some indices."""
+        """The connected parts that remain if the indices in `alone` are removed."""
         return _connected([node for node in self.nodes if node.legs], set(self.indices).difference(alone))
 
     def numbered(
         self, alone: list[str], pieces: list[tuple[list[Any], list[str]]], partition: _Partition
     ) -> dict[str, int]:
-        """Numbers for all indices: first those with a unique colour, then piece by piece."""
+        """Number all indices: first those with a unique colour, then those of each piece."""
         labels = {**self.labels, **{index: -1 - len(self.labels) - at for at, index in enumerate(alone)}}
         found = []
         for nodes, indices in pieces:
@@ -339,7 +339,7 @@ class _Search:
 
 
 def _connected(nodes: list[Any], indices: set[str]) -> list[tuple[list[Any], list[str]]]:
-    """(nodes, indices) of each part that `indices` connect; nodes without any of them are omitted."""
+    """A (nodes, indices) pair for each part connected by `indices`; nodes without such an index are omitted."""
     holders: dict[str, list[int]] = {}
     held = [
         [index for index in dict.fromkeys(i for leg in node.legs for i in leg) if index in indices] for node in nodes
@@ -367,7 +367,7 @@ def _connected(nodes: list[Any], indices: set[str]) -> list[tuple[list[Any], lis
 
 
 def _parts(net: Network) -> list[tuple[list[Any], list[str]]]:
-    """Nodes and indices of each connected part; nodes without indices and indices without nodes are parts too."""
+    """A (nodes, indices) pair for each connected part, including nodes without indices and indices without nodes."""
     parts = _connected(list(net.nodes), set(net.sizes))
     held = {index for _, indices in parts for index in indices}
     bare = [([node], []) for node in net.nodes if not any(node.legs)]
@@ -377,8 +377,8 @@ def _parts(net: Network) -> list[tuple[list[Any], list[str]]]:
 def canonical_form(net: Network) -> tuple[tuple, dict[str, int]]:
     """The smallest key of a network over all consistent numberings of its indices, and the numbering.
 
-    Connected parts are numbered separately and sorted, so that the cost is linear in the number of equal parts. The key
-    of a network that is too symmetrical includes its names.
+    Connected parts are numbered separately and sorted, so the cost is linear in the number of equal parts. If a network
+    is too symmetrical for the search, its key includes its names.
     """
     try:
         return _searched(net)

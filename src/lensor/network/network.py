@@ -1,8 +1,8 @@
 """Tensor networks: nodes with grouped legs, output legs, index sizes and an exact scale.
 
-A network is the product of its nodes, summed over all indices that are not in its output, times its scale. It is
-symbolic and immutable, and does not depend on an array framework. Index names are labels: two networks that differ only
-by index names or by the order of their nodes are equal.
+A network denotes the product of its nodes, summed over all indices that are not in its output, times its scale. It is
+symbolic, immutable and independent of array frameworks. Index names are labels: two networks that differ only in index
+names or in the order of their nodes are equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lensor.pattern import IndexPattern
 
 @dataclass(frozen=True, slots=True)
 class Firing:
-    """One entry of a trace: the rule that fired, and the network before and after it as text."""
+    """One entry of a trace: the rule that was applied, and the text of the network before and after it."""
 
     rule: str
     number: str
@@ -63,12 +63,12 @@ class Network(Verbs):
     Args:
         nodes: operands, index patterns, deltas and ones.
         output: one group of indices per axis of the result; each index at most once.
-        dimensions: (index, size) pairs, sorted; a size of None is bound when the network is planned.
-        scale: factor of the sum.
+        dimensions: sorted (index, size) pairs; a size of None is determined when the network is planned.
+        scale: factor that multiplies the sum.
         trace: the simplifications that led to this network; not part of its identity.
 
     Raises:
-        NetworkError: if the parts do not fit together (see `check`).
+        NetworkError: if the parts are inconsistent (see `check`).
     """
 
     nodes: tuple[Node, ...]
@@ -88,7 +88,7 @@ class Network(Verbs):
         scale: Scale = UNIT,
         trace: tuple[Firing, ...] = (),
     ) -> Network:
-        """Create a network from its parts; `sizes` may contain more indices than the network.
+        """Create a network from its parts; `sizes` may include indices that the network does not use.
 
         Example:
             >>> import lensor
@@ -97,7 +97,7 @@ class Network(Verbs):
             X[n i] -> i
 
         Raises:
-            NetworkError: if an index has no entry in `sizes`, or the parts do not fit together (see `check`).
+            NetworkError: if an index is missing from `sizes`, or if the parts are inconsistent (see `check`).
             ValueError: if the scale has a negative power of an index of size 0.
         """
         nodes, output = tuple(nodes), tuple(output)
@@ -112,10 +112,10 @@ class Network(Verbs):
         known = tuple(sorted((index, sizes[index]) for index in used))
         return Network(nodes, output, known, scale.bind(sizes), trace)
 
-    # ------------------------------------------------------------------ reading it
+    # ------------------------------------------------------------------ properties
     @cached_property
     def sizes(self) -> Mapping[str, int | None]:
-        """The size of every index, None if it is bound when the network is planned; read-only.
+        """Read-only map from each index to its size; None if the size is determined when the network is planned.
 
         Example:
             >>> import lensor
@@ -126,7 +126,7 @@ class Network(Verbs):
 
     @cached_property
     def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand; read-only.
+        """Read-only map from each operand to the legs of its first occurrence.
 
         Example:
             >>> import lensor
@@ -141,7 +141,7 @@ class Network(Verbs):
 
     @cached_property
     def holders(self) -> Mapping[str, frozenset[int]]:
-        """The places of the nodes that have each index, −1 for the output; read-only.
+        """Read-only map from each index to the positions of its nodes in `nodes`, with −1 for the output.
 
         Example:
             >>> import lensor
@@ -159,7 +159,7 @@ class Network(Verbs):
 
     @property
     def selections(self) -> frozenset[str]:
-        """The names of the selections, whose operands are vectors of positions (see `Select`).
+        """The names of the operands that are selections, which are vectors of positions (see `Select`).
 
         Example:
             >>> import lensor
@@ -172,7 +172,7 @@ class Network(Verbs):
     def operands(self) -> tuple[str | IndexPattern, ...]:
         """Operand names and index patterns in the order of `subscripts`.
 
-        A delta is "δ", ones are "1", and a selection S is "select S".
+        A delta appears as "δ", ones as "1", and a selection S as "select S".
 
         Example:
             >>> import lensor
@@ -204,7 +204,7 @@ class Network(Verbs):
 
     @property
     def output_indices(self) -> tuple[str, ...]:
-        """All indices of the output, leg by leg.
+        """The indices of all output legs, in order.
 
         Example:
             >>> import lensor
@@ -226,7 +226,7 @@ class Network(Verbs):
         return tuple(dict.fromkeys(i for node in self.nodes for i in indices_of(node) if i not in open_))
 
     def group_size(self, group: Group) -> int | None:
-        """The product of the sizes in a group, None if one is unknown.
+        """The product of the sizes of a group's indices; None if one of the sizes is unknown.
 
         Example:
             >>> import lensor
@@ -235,14 +235,14 @@ class Network(Verbs):
             (12, None)
 
         Raises:
-            KeyError: for an index that the network does not have.
+            KeyError: for an index that is not in the network.
         """
         sizes = [self.sizes[index] for index in group]
         return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
-        """The size of each output leg, None if it is not yet known.
+        """The size of each output leg, None if not yet known.
 
         Example:
             >>> import lensor
@@ -251,9 +251,9 @@ class Network(Verbs):
         """
         return tuple(self.group_size(leg) for leg in self.output)
 
-    # ------------------------------------------------------------------ making others
+    # ------------------------------------------------------------------ new networks
     def replace(self, **parts: Any) -> Network:
-        """Replace some parts of the network; the mapping `sizes` gives new sizes.
+        """Create a network with some parts replaced; `sizes` is a mapping that updates the sizes.
 
         Example:
             >>> import lensor
@@ -264,8 +264,8 @@ class Network(Verbs):
             2
 
         Raises:
-            NetworkError: if the new parts do not fit together (see `check`).
-            TypeError: for a part that a network does not have.
+            NetworkError: if the new parts are inconsistent (see `check`).
+            TypeError: for an argument that does not name a part of a network.
         """
         sizes = {**self.sizes, **parts.pop("sizes", {})}
         parts = {"nodes": self.nodes, "output": self.output, "scale": self.scale, "trace": self.trace} | parts
@@ -276,7 +276,8 @@ class Network(Verbs):
     ) -> Network:
         """Replace each index in `mapping` by a group of indices everywhere.
 
-        Different indices stay different; with `join`, indices that get the same name become one.
+        Different indices must stay different, unless `join` is True: then indices with the same new name are
+        identified.
 
         Example:
             >>> import lensor
@@ -285,7 +286,7 @@ class Network(Verbs):
             X[n (a b)] -> (a b)
 
         Raises:
-            NetworkError: if a new index has no size, if two indices would get the same name without `join`, or if the
+            NetworkError: if a new index has no size, if two indices would have the same name without `join`, or if the
                 new network violates the grammar (see `check`).
         """
         if not join:
@@ -306,9 +307,9 @@ class Network(Verbs):
                 source[new] = index
 
     def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
-        """A name for a new index: `base`, followed by enough `_` to be new.
+        """Return an unused index name: `base`, followed by as many `_` as needed.
 
-        If you need several names, pass the earlier ones as `taken`.
+        If you need several names, pass the previous ones as `taken`.
 
         Example:
             >>> import lensor
@@ -319,12 +320,13 @@ class Network(Verbs):
 
     # ------------------------------------------------------------------ the grammar
     def check(self) -> None:
-        """Raise NetworkError unless the parts fit together.
+        """Raise NetworkError unless the parts are consistent.
 
-        The grammar: an index is an identifier and has a size, and known sizes are not negative. An output index occurs
-        once in the output and at least once in a node. The legs of a pattern have its sizes. A delta joins at least two
-        different indices of one size. All occurrences of an operand have the same number of axes, with equal sizes if
-        known.
+        The grammar: an index is an identifier and has a size; known sizes are not negative. An output index occurs once
+            in
+        the output and at least once in a node. The sizes of a pattern's legs match the pattern. A delta joins at least
+        two different indices of the same size. All occurrences of an operand have the same number of axes, and the
+        sizes of these axes are equal where known.
 
         Example:
             >>> import lensor
@@ -337,7 +339,7 @@ class Network(Verbs):
             output index 'n' occurs 2 times in the output, expected once
 
         Raises:
-            NetworkError: naming the first part that violates the grammar.
+            NetworkError: if a part violates the grammar; the message names the first such part.
         """
         sizes = self.sizes
         held = {index for node in self.nodes for index in indices_of(node)}
@@ -392,7 +394,7 @@ class Network(Verbs):
     # ------------------------------------------------------------------ identity
     @cached_property
     def canonical(self) -> tuple:
-        """A key that is the same for all networks that are equal up to names and order.
+        """A key that is equal for all networks that differ only in names and order.
 
         Example:
             >>> import lensor
@@ -404,7 +406,7 @@ class Network(Verbs):
 
     @property
     def canonical_order(self) -> Mapping[str, int]:
-        """The number of every index in the canonical form; read-only."""
+        """Read-only map from each index to its number in the canonical form."""
         return MappingProxyType(self._canonical[1])
 
     @cached_property
@@ -425,7 +427,7 @@ class Network(Verbs):
 
     @property
     def exact(self) -> tuple:
-        """A key for this network that includes names and order.
+        """A key for this network that includes index names and the order of nodes.
 
         Example:
             >>> import lensor
@@ -437,7 +439,7 @@ class Network(Verbs):
 
     @property
     def terms(self) -> tuple[Network, ...]:
-        """The network itself as the only term, as in a sum.
+        """A tuple that contains only this network, for code that also handles sums.
 
         Example:
             >>> import lensor

@@ -1,4 +1,4 @@
-"""The nodes of networks: operands, index patterns, deltas and ones, with the index groups of their legs."""
+"""The nodes of networks: operands, index patterns, deltas and ones, with a group of indices for each leg."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensor.errors import NetworkError
 from lensor.pattern import IndexPattern
 
 Group: TypeAlias = tuple[str, ...]
-"""The indices of one leg, slowest first, as in einops; the empty group is an axis of length 1."""
+"""The indices of one leg, slowest first, as in einops; an empty group means an axis of length 1."""
 
 _RESERVED = re.compile(r"δ|delta|Π\d+")
 
@@ -29,7 +29,7 @@ class Operand:
         X[n (c i)] -> n
 
     Raises:
-        NetworkError: if the name is not an identifier, or denotes a delta or an index pattern in texts.
+        NetworkError: if the name is not an identifier, or is reserved for deltas or index patterns in the text form.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Select(Operand):
-    """A selection at run time, [i = positions[j]] with legs (i, j); you supply the positions.
+    """A selection [i = positions[j]] with legs (i, j), whose positions you supply at run time.
 
-    Transforms and rules treat it as an operand. Its array is an integer vector with the length of the second leg, and
-    its entries are positions in the first. Plans do not depend on its values.
+    Transforms and rules treat it as an operand. Its array is an integer vector with one entry per position of the
+    second leg; each entry is a position in the first leg. Plans do not depend on the values.
 
     Example:
         >>> import lensor, numpy as np
@@ -60,7 +60,7 @@ class Select(Operand):
         array([[3., 1.]])
 
     Raises:
-        NetworkError: if the name is not valid for an operand, or if there are not two legs.
+        NetworkError: if the name is not a valid operand name, or if the number of legs is not 2.
     """
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ Node: TypeAlias = Operand | Pattern | Delta | Ones
 
 
 def indices_of(node: Node) -> Iterator[str]:
-    """All indices of a node, leg by leg, including repetitions."""
+    """Iterate over the indices of a node, leg by leg, including repetitions."""
     for leg in node.legs:
         yield from leg
 
@@ -147,7 +147,7 @@ def _relabel_group(group: Group, mapping: Mapping[str, Group]) -> Group:
 
 
 def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
-    """Replace each index of a node by a group of indices; a delta or ones may become several nodes, or none."""
+    """Replace each index of a node by a group of indices; a delta or ones may yield several nodes, or none."""
     match node:
         case Operand():
             return (replace(node, legs=tuple(_relabel_group(leg, mapping) for leg in node.legs)),)
@@ -167,9 +167,9 @@ def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
 
 
 def new_name(base: str, used: set[str]) -> str:
-    """Return a new name, `base` followed by enough `_`, and add it to `used`.
+    """Return an unused name, `base` followed by as many `_` as needed, and add it to `used`.
 
-    Pass the same set to get several new names.
+    To generate several names, pass the same set each time.
 
     Example:
         >>> used = {"c", "c_"}

@@ -1,4 +1,4 @@
-"""The exact factor of a network."""
+"""The exact scale factor of a network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lensor.network.nodes import Group
 class Scale:
     """A rational number times integer powers of index sizes, e.g. 1/(N·O²) for an unknown batch size N.
 
-    A power refers to the size of an index in this network. Transforms that shorten an index first replace its power by
-    a number.
+    A power refers to the size that its index has in this network. Transforms that shorten an index first replace its
+    power by a number.
 
     Example:
         >>> import lensor
@@ -50,7 +50,7 @@ class Scale:
         return scale
 
     def bind(self, sizes: Mapping[str, int | None]) -> Scale:
-        """Replace powers of indices with known sizes by numbers.
+        """Evaluate the powers of indices whose sizes are known.
 
         Example:
             >>> import lensor

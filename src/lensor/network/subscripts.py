@@ -11,7 +11,7 @@ from lensor.network.network import Network
 from lensor.network.nodes import Delta, Group, Node, Ones, Operand, Pattern, Select, new_name
 from lensor.pattern import IndexPattern, as_integer
 
-# A possible name extends to white space or a mark; only identifiers are names.
+# A candidate name extends to the next space or punctuation mark; only identifiers are accepted as names.
 _NAME = r"[^\s\d\[\](),+^=./-][^\s\[\](),+^=./-]*"
 
 _TOKEN = re.compile(
@@ -28,7 +28,7 @@ class _Token:
 
 
 def _tokenize(text: str, end: int, expected: str) -> list[_Token]:
-    """The tokens of the text up to `end`; an error lists `expected`."""
+    """Split the text up to `end` into tokens; error messages list `expected`."""
     tokens, at = [], 0
     end = len(text[:end].rstrip())
     while at < end:
@@ -66,7 +66,7 @@ class _Reader:
         return SubscriptsError(f"found {found}, expected {expected}", self.text, token.position)
 
     def group(self, ellipsis: bool) -> Group | None:
-        """One leg: a name, `1`, `...` if allowed, or names in parentheses; None if no leg starts here."""
+        """Read one leg: a name, `1`, `...` if allowed, or names in parentheses; None if no leg starts here."""
         if name := self.take(kind="name"):
             return (name.text,)
         if self.next.kind == "number" and self.next.text == "1":
@@ -97,7 +97,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class Subscripts:
-    """Parsed subscripts: the legs of every operand and of the output."""
+    """Parsed subscripts: the legs of each operand and of the output."""
 
     text: str
     operands: tuple[tuple[Group, ...], ...]
@@ -108,12 +108,12 @@ class Subscripts:
 def parse_subscripts(text: str) -> Subscripts:
     """Parse `"n (g c) i, i o k -> n o"`: spaces separate legs, commas separate operands, parentheses enclose groups.
 
-    An index repeated within one operand takes its diagonal, `1` or `()` is an axis of length 1, and `...` denotes axes
-    that all operands with a `...` share.
+    An index repeated within one operand selects the diagonal. `1` or `()` is an axis of length 1. `...` stands for axes
+    shared by all operands that contain `...`.
 
     Raises:
-        SubscriptsError: for text that does not parse, a missing `->`, an index repeated in the output, or an output
-            index that no operand has; a caret marks the place.
+        SubscriptsError: if the text does not parse, `->` is missing, an index is repeated in the output, or an output
+            index does not appear on any operand; a caret marks the place.
     """
     if not isinstance(text, str):
         raise TypeError(f"subscripts is of type {type(text).__name__}, expected a str")
@@ -160,7 +160,7 @@ def parse_subscripts(text: str) -> Subscripts:
 
 
 def with_spaces(text: str) -> str:
-    """A hint for an error if a text looks like the subscripts of NumPy or torch: the text with spaces."""
+    """If a text looks like NumPy or torch subscripts, return a hint that shows the text with spaces, else ""."""
     parts = [part.split() for part in re.split(r",|->", text)]
     if not all(len(names) <= 1 and all(name.isalpha() for name in names) for names in parts):
         return ""
@@ -173,7 +173,7 @@ def with_spaces(text: str) -> str:
 
 
 def expand_ellipsis(parsed: Subscripts, ranks: Sequence[int | None]) -> Subscripts:
-    """Replace every `...` by indices for the remaining axes of its operand, aligned at the last axes."""
+    """Replace each `...` by indices for the remaining axes of its operand, aligned at the last axis."""
     extra = {
         at: rank - (len(legs) - 1)
         for at, (legs, rank) in enumerate(zip(parsed.operands, ranks, strict=True))
@@ -208,11 +208,12 @@ def infer_sizes(
     """Infer the sizes of indices from shapes.
 
     Args:
-        legs_and_shapes: (name for errors, legs, size of each leg or None) of each array or pattern.
-        known: sizes that are already known.
+        legs_and_shapes: a (name, legs, sizes) triple for each array or pattern; a size may be None; errors use the
+            name.
+        known: known index sizes.
 
     Raises:
-        ValueError: if an index has two sizes, a group does not divide its axis, or the number of axes is wrong.
+        ValueError: if an index has conflicting sizes, a group does not divide its axis, or the number of axes is wrong.
     """
     sizes: dict[str, int | None] = dict(known)
     open_ = []
@@ -262,8 +263,8 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
 
     Args:
         subscripts: subscripts as in `lensor.einsum`.
-        operands: for each operand its name, an IndexPattern, `"δ"` or `"delta"` (Kronecker delta), or `"1"` (ones).
-        sizes: sizes of indices that no pattern determines; missing sizes are bound when the network is planned.
+        operands: for each operand, a name, an IndexPattern, `"δ"` or `"delta"` (Kronecker delta), or `"1"` (ones).
+        sizes: sizes of indices that no pattern determines; missing sizes are determined when the network is planned.
 
     Example:
         >>> import lensor
@@ -273,8 +274,8 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
 
     Raises:
         SubscriptsError: if the subscripts do not parse.
-        NetworkError, ValueError, TypeError: if operands, sizes and subscripts do not fit together, or an operand has
-            a name of index patterns in texts: Π1, Π2, ...
+        NetworkError, ValueError, TypeError: if operands, sizes and subscripts are inconsistent, or if an operand has a
+            name that is reserved for index patterns (Π1, Π2, ...).
     """
     parsed = parse_subscripts(subscripts)
     sizes = {index: as_integer(size, f"the size of index {index!r}") for index, size in sizes.items()}
@@ -284,7 +285,8 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
         )
     if any("..." in leg for legs in parsed.operands for leg in legs):
         raise SubscriptsError(
-            "'...' is in the subscripts of a network, expected indices: names of operands do not determine axes",
+            "subscripts of a network contain '...', expected explicit indices: operand names do not determine the"
+            " number of axes",
             subscripts,
             subscripts.index("..."),
         )
@@ -304,7 +306,7 @@ def contraction(subscripts: str, /, *operands: str | IndexPattern, **sizes: int)
 
 
 def spread_over_deltas(nodes: Sequence[Node], sizes: dict[str, int | None]) -> dict[str, int | None]:
-    """Add the sizes of indices that deltas join to indices of known size."""
+    """Infer the sizes of indices that deltas join to indices of known size."""
     sizes = dict(sizes)
     held: dict[str, list[Delta]] = {}
     for node in nodes:
@@ -322,7 +324,7 @@ def spread_over_deltas(nodes: Sequence[Node], sizes: dict[str, int | None]) -> d
 
 
 def make_node(operand: str | IndexPattern, legs: tuple[Group, ...], text: str, start: int) -> Node:
-    """Create a node from its name or pattern and its legs; errors point at `start` in `text`."""
+    """Create a node from its name or pattern and its legs; errors point to position `start` in `text`."""
     if isinstance(operand, IndexPattern):
         if len(legs) != 3:
             raise SubscriptsError(f"an index pattern has {len(legs)} legs, expected 3 (i, o, k)", text, start)
@@ -349,5 +351,5 @@ def make_node(operand: str | IndexPattern, legs: tuple[Group, ...], text: str, s
 
 
 def format_legs(legs: Iterable[Group]) -> str:
-    """Legs as subscripts."""
+    """Format legs as subscripts."""
     return " ".join(leg[0] if len(leg) == 1 else f"({' '.join(leg)})" for leg in legs)

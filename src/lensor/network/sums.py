@@ -18,7 +18,7 @@ from lensor.pattern import IndexPattern
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sum(Verbs):
-    """A sum of networks with the same output, such as a convolution with bias or a derivative by the product rule.
+    """A sum of networks with the same output, such as a convolution with bias or a product-rule derivative.
 
     Example:
         >>> import lensor
@@ -43,7 +43,7 @@ class Sum(Verbs):
         self._require_aligned()
 
     def _require_aligned(self) -> None:
-        """Check that an output index of one term has the same place and size in every other term that has it."""
+        """Check that each output index has the same place and size in all terms that contain it."""
         outputs: dict[str, tuple[tuple[int, int], int | None]] = {}
         for term in self.terms:
             for index, place in _places(term).items():
@@ -70,17 +70,17 @@ class Sum(Verbs):
 
     @property
     def output_indices(self) -> tuple[str, ...]:
-        """All indices of the output, leg by leg."""
+        """The indices of all output legs, in order."""
         return self.terms[0].output_indices
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
-        """The size of each output leg, None if it is not yet known."""
+        """The size of each output leg, None if not yet known."""
         return self.terms[0].output_shape
 
     @property
     def sizes(self) -> Mapping[str, int | None]:
-        """The sizes of the indices of all terms, read-only; a size that is known in one term is known in the sum."""
+        """Read-only map from each index of any term to its size; a size known in one term is known in the sum."""
         sizes: dict[str, int | None] = {}
         for term in self.terms:
             for index, size in term.dimensions:
@@ -95,7 +95,7 @@ class Sum(Verbs):
 
     @property
     def selections(self) -> frozenset[str]:
-        """The names of the selections, whose operands are vectors of positions.
+        """The names of the operands that are selections, which are vectors of positions.
 
         Example:
             >>> import lensor
@@ -107,7 +107,7 @@ class Sum(Verbs):
 
     @property
     def operand_legs(self) -> Mapping[str, tuple[Group, ...]]:
-        """The legs of the first occurrence of every operand; read-only."""
+        """Read-only map from each operand to the legs of its first occurrence."""
         legs: dict[str, tuple[Group, ...]] = {}
         for term in self.terms:
             for name, found in term.operand_legs.items():
@@ -125,14 +125,14 @@ class Sum(Verbs):
         return tuple(firing for term in self.terms for firing in term.trace)
 
     def check(self) -> None:
-        """Raise NetworkError unless every term is well-formed and the outputs agree.
+        """Raise NetworkError unless every term is well formed and the outputs match.
 
         Example:
             >>> import lensor
             >>> lensor.ops.conv(lensor.ConvSpec(1, 1, 5, 2, bias=True)).check()
 
         Raises:
-            NetworkError: naming the first part that violates the grammar of `Network.check`, or outputs that differ.
+            NetworkError: if a term violates the grammar of `Network.check`, or if the outputs differ.
         """
         for term in self.terms:
             term.check()
@@ -140,9 +140,9 @@ class Sum(Verbs):
 
     @cached_property
     def canonical(self) -> tuple:
-        """A key that is the same for all sums that are equal up to names and order."""
+        """A key that is equal for all sums that differ only in names and order."""
         keys = [term.canonical for term in self.terms]
-        # A size known in one term also applies to other terms by name: record which indices of which terms share it.
+        # Terms share index names: record which summed indices of unknown size appear in several terms.
         shared: dict[str, list[tuple[str, int]]] = {}
         texts = [repr(key) for key in keys]
         for term, text in zip(self.terms, texts, strict=True):
@@ -155,7 +155,7 @@ class Sum(Verbs):
 
     @property
     def exact(self) -> tuple:
-        """A key for this sum that includes names and order."""
+        """A key for this sum that includes index names and the order of nodes and terms."""
         return tuple(term.exact for term in self.terms)
 
     def __eq__(self, other: object) -> bool:
@@ -176,7 +176,7 @@ class Sum(Verbs):
 
 
 def add(net: AnyNetwork, other: Any) -> AnyNetwork:
-    """The sum of two networks with the same output shape; adding 0 is allowed, so that Python's `sum` works.
+    """Add two networks with the same output shape; adding 0 is allowed, so that Python's `sum` works.
 
     Example:
         >>> import lensor
@@ -190,7 +190,7 @@ def add(net: AnyNetwork, other: Any) -> AnyNetwork:
     """
     if isinstance(other, (Network, Sum)):
         return sum_of((*net.terms, *other.terms))
-    if type(other) is int and other == 0:  # where Python's sum starts
+    if type(other) is int and other == 0:  # the start value of Python's sum
         return net
     raise TypeError(
         f"the other summand is {other!r} of type {type(other).__name__}, expected a network: to multiply by a number,"
@@ -199,7 +199,7 @@ def add(net: AnyNetwork, other: Any) -> AnyNetwork:
 
 
 def _places(term: Network) -> dict[str, tuple[int, int]]:
-    """The leg of every output index, and its place in the leg."""
+    """Map each output index to its leg and its place in the leg."""
     return {index: (leg, at) for leg, group in enumerate(term.output) for at, index in enumerate(group)}
 
 
@@ -207,11 +207,11 @@ AnyNetwork: TypeAlias = Network | Sum
 
 
 def sum_of(terms: Sequence[Network]) -> AnyNetwork:
-    """The sum of networks, with output indices named as in the first term; a single term is returned as it is.
+    """Add networks, naming output indices as in the first term; a single term is returned unchanged.
 
-    A leg that is grouped or split differently from that of the first term keeps separate indices, with names that no
-    other term has. Summed indices with the name of an output index are renamed. A name means the same index in all
-    terms, so summed indices with the same name get the same new name.
+    If a leg is grouped differently from the same leg of the first term, its indices stay separate and are renamed if
+    another term uses their names. Summed indices with the name of an output index are also renamed. Since a name
+    denotes the same index in all terms, summed indices with the same name are renamed alike.
 
     Raises:
         NetworkError: if the terms' output shapes differ.
@@ -245,7 +245,7 @@ def sum_of(terms: Sequence[Network]) -> AnyNetwork:
 
 
 def _aligned(term: Network, first: Network) -> dict[str, str]:
-    """Map the output indices of a term to those of the first in the same places, if their sizes are compatible."""
+    """Map the output indices of a term to those in the same places of the first term, if their sizes are compatible."""
     found: dict[str, str] = {}
     for leg, wanted in zip(term.output, first.output, strict=False):
         sizes = [(term.sizes[one], first.sizes[other]) for one, other in zip(leg, wanted, strict=False)]

@@ -1,4 +1,4 @@
-"""Conversion of a whole network to text and back."""
+"""Conversion of networks to text and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lensor.network.subscripts import (
 from lensor.network.sums import AnyNetwork, sum_of
 from lensor.pattern import IndexPattern, as_integer
 
-# The parts of a legend's entries; a name may be any token, including a Python keyword.
+# The parts of an entry in a legend; a name may be any token, including a Python keyword.
 _ENTRY = re.compile(rf"\s*(?P<name>{_NAME})\s*=\s*")
 
 _SIZE = re.compile(r"-?\d+(?!\w|\.)")
@@ -32,7 +32,7 @@ _PATTERN = re.compile(r"IndexPattern\s*\((?:[^()]|\([^()]*\))*\)")
 
 
 def _pattern_names(terms: Sequence[Network]) -> dict[tuple, str]:
-    """Names Π1, Π2, ... for all patterns; copies that differ only by `_` after their indices share one name."""
+    """Name all patterns Π1, Π2, ...; copies that differ only in trailing `_` of index names share a name."""
     names: dict[tuple, str] = {}
     for term in terms:
         for node in term.nodes:
@@ -42,7 +42,7 @@ def _pattern_names(terms: Sequence[Network]) -> dict[tuple, str]:
 
 
 def pattern_names(terms: Sequence[Network]) -> dict[Pattern, str]:
-    """The name of every pattern node in the text of these terms."""
+    """Map each pattern node to its name in the text of these terms."""
     names = _pattern_names(terms)
     return {node: names[_pattern_key(node)] for term in terms for node in term.nodes if isinstance(node, Pattern)}
 
@@ -74,7 +74,7 @@ def _format_term(term: Network, names: Mapping[tuple, str]) -> str:
 
 
 def _tell_apart(terms: Sequence[Network]) -> list[Network]:
-    """Rename indices so that each name has one size in all terms, as a `where` clause requires."""
+    """Rename indices so that each name has the same size in all terms, as a `where` clause requires."""
     used = {index for term in terms for index in term.sizes}
     names: dict[tuple[str, int | None], str] = {}
     seen: set[str] = set()
@@ -93,9 +93,9 @@ def _tell_apart(terms: Sequence[Network]) -> list[Network]:
 
 
 def to_text(net: AnyNetwork, legend: bool = False) -> str:
-    """A network as text: `X[n i1] Π1[i1 o1 k1] W[k1] -> n o1`, with terms joined by `+`, each after its scale.
+    """Format a network as `X[n i1] Π1[i1 o1 k1] W[k1] -> n o1`, with terms joined by `+`, each preceded by its scale.
 
-    With `legend`, a `where` clause adds all patterns and sizes, so that `parse` can restore the network.
+    With `legend`, a `where` clause lists all patterns and sizes, so that `parse` can restore the network.
     """
     terms = _tell_apart(net.terms) if legend else net.terms
     names = _pattern_names(terms)
@@ -116,7 +116,7 @@ def to_text(net: AnyNetwork, legend: bool = False) -> str:
 
 
 def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
-    """The index patterns of a network, by their names in its text.
+    """The index patterns of a network, keyed by their names in its text.
 
     Example:
         >>> import lensor
@@ -127,9 +127,10 @@ def patterns_of(net: AnyNetwork) -> dict[str, IndexPattern]:
 
 
 def _find_legend(text: str) -> tuple[int, int]:
-    """The end of a network's body and the start of its legend in a text; both are the text's end if it has no legend.
+    """Find the end of a network's body and the start of its legend; both are the end of the text if it has no legend.
 
-    `where` may also be the name of an index, so the legend starts at one after the last arrow that an entry follows.
+    Since `where` may also name an index, the legend starts at the first `where` after the last arrow that precedes
+    an entry.
     """
     behind = max(text.rfind("->"), 0)
     found = re.compile(rf"(?<!\w)where\s+(?={_NAME}\s*=)").search(text, behind)
@@ -139,7 +140,7 @@ def _find_legend(text: str) -> tuple[int, int]:
 
 
 def _read_legend(text: str, at: int) -> tuple[dict[str, int | None], dict[str, IndexPattern]]:
-    """Read sizes and patterns from the `name=value` entries of `text`, from position `at` to its end."""
+    """Read sizes and patterns from the `name=value` entries in `text[at:]`."""
     sizes: dict[str, int | None] = {}
     patterns: dict[str, IndexPattern] = {}
 
@@ -187,7 +188,7 @@ def parse(
     Args:
         text: `X[n i1] Π1[i1 o1 k1] -> n o1 k1`, with terms joined by `+`, optionally with a `where` clause.
         sizes: sizes of indices that neither a pattern nor the `where` clause determines.
-        patterns: the index patterns by name; each of these names denotes a pattern in the text.
+        patterns: the index patterns by name; in the text, each of these names denotes its pattern.
 
     Example:
         >>> import lensor
@@ -196,8 +197,8 @@ def parse(
         1/2 X[n i] Π1[i o k] -> n o 4
 
     Raises:
-        SubscriptsError: if the text does not parse; the message marks the place with a caret.
-        NetworkError, ValueError: if the parts do not fit together.
+        SubscriptsError: if the text does not parse; a caret marks the place.
+        NetworkError, ValueError: if the parts are inconsistent.
     """
     if not isinstance(text, str):
         raise TypeError(f"text is of type {type(text).__name__}, expected a str")
@@ -293,7 +294,7 @@ def _assemble(
 
 
 def subscripts_of(net: AnyNetwork) -> str:
-    """The einsum string for `operands`, with terms of a sum joined by `+`.
+    """The einsum subscripts for `operands`, with the terms of a sum joined by `+`.
 
     Example:
         >>> import lensor
@@ -307,5 +308,5 @@ def subscripts_of(net: AnyNetwork) -> str:
 
 
 def text_to_parse(net: AnyNetwork) -> str:
-    """The call of `parse` that restores the network, with a legend of its sizes and patterns."""
+    """The `parse` call that restores the network, including all sizes and patterns."""
     return f"parse({to_text(net, legend=True)!r})"

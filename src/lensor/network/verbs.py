@@ -1,6 +1,6 @@
-"""Signatures of the network methods that later stages define, for readers and type checkers.
+"""Signatures of network methods that other modules define, for readers and type checkers.
 
-`lensor.methods` binds each method to its function. A test compares the signatures here with those of the functions.
+`lensor.methods` binds each method to its function. A test compares these signatures with those of the functions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Verbs:
-    """The base class of networks and of sums of networks, with the methods of both."""
+    """The base class of networks and sums of networks, which declares the methods that both share."""
 
     if TYPE_CHECKING:
-        # texts and sums
+        # text and sums
         subscripts: str
         patterns: dict[str, IndexPattern]
 

@@ -1,4 +1,4 @@
-"""Calls of layer functions: torch's, Lensor's, and others that register themselves."""
+"""Reads calls of layer functions: torch's, Lensor's, and others registered with `register_layer_function`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LayerCall:
         input: the input as it was passed.
         weight: the weight.
         bias: the bias, or None.
-        stride: and the following: hyper-parameters as they were passed; a linear map has none.
+        stride: stride; this and the following hyper-parameters are as they were passed, and unused for a linear map.
         padding: zeros, "same", "valid", ints or pairs.
         dilation: spacing of the kernel entries.
         groups: number of channel groups.
@@ -50,7 +50,7 @@ class LayerCall:
     def spec(self, input_size: Sequence[int]) -> ConvSpec:
         """The convolution for inputs [batch, c_in, *input_size].
 
-        A linear map is a convolution with kernel size 1, or without spatial dimensions. Further spatial dimensions
+        A linear map is a convolution with kernel size 1, or without spatial dimensions. Additional spatial dimensions
         before those of the kernel get kernel size 1.
         """
         first, second = self.weight.shape[:2]
@@ -79,7 +79,7 @@ class LayerCall:
 
 
 def _each(value: Any, dims: int) -> tuple:
-    """One entry per dimension; torch also takes one entry for all."""
+    """One entry per dimension; torch also accepts a single entry for all dimensions."""
     if not isinstance(value, (tuple, list)):
         return (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)

@@ -34,9 +34,9 @@ _MIXINS = (layers.Convolution, layers.TransposedConvolution)
 def convert(model: Model, inplace: bool = False) -> Model:
     """Make Lensor compute every convolution and transposed convolution of a torch model.
 
-    A converted module becomes an instance of a Lensor subclass of its class. Everything else stays: parameters,
-    state_dict, hooks, mode, device, dtype and parametrizations; a module used in several places stays one module.
-    Subclasses with their own computation stay unchanged, with a warning that names them.
+    A converted module becomes an instance of a Lensor subclass of its class. Everything else stays the same:
+    parameters, state_dict, hooks, mode, device, dtype and parametrizations. A module used in several places remains one
+    module. Subclasses that override the computation stay unchanged, and a warning names them.
 
     Example:
         >>> import torch, lensor.nn
@@ -53,7 +53,7 @@ def convert(model: Model, inplace: bool = False) -> Model:
 
     Raises:
         TypeError: if `model` is not a torch module.
-        ValueError: if a lazy convolution has not seen an input, or if the model cannot be copied.
+        ValueError: if a lazy convolution has not received an input yet, or if the model cannot be copied.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -87,7 +87,7 @@ def _convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
 
 
 def copied(model: Model) -> Model:
-    """A deep copy; ValueError for a tensor that is the result of a computation that the copy cannot repeat."""
+    """A deep copy; ValueError if a tensor results from a computation that the copy cannot repeat."""
     memo: dict[int, Any] = {}
     again: list[tuple[str, str, Callable[[torch.nn.Module], torch.Tensor]]] = []
     for name, module in model.named_modules():
@@ -123,7 +123,7 @@ def _computed(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[torch.nn
 
 @functools.lru_cache(maxsize=256)
 def _converted_class(cls: type) -> type | None:
-    """Lensor's subclass of a convolution class; None if the class has its own computation."""
+    """Lensor's subclass of a convolution class; None if the class overrides the computation."""
     if cls in _LENSOR:
         return _LENSOR[cls]
     base = next((base for base in _LENSOR if issubclass(cls, base)), None)
@@ -136,7 +136,7 @@ def _converted_class(cls: type) -> type | None:
 
 
 class _Rebuilt:
-    """Pickles and copies an object of a class that `_converted_class` made, through its original class."""
+    """Pickles and copies an instance of a class that `_converted_class` created, through its original class."""
 
     _made_from: type
 
@@ -150,7 +150,7 @@ def _new(cls: type) -> Any:
 
 
 def with_base(parametrized: type, base: type) -> type:
-    """Rebuild the class that torch's parametrizations made for a module, on another base.
+    """Rebuild the class that torch's parametrizations created for a module, with a different base.
 
     This returns a new class instead of changing the bases, because torch lets copies of a module share the class.
     """

@@ -20,7 +20,7 @@ Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 
 
 def _dimensions(dims: int | None, **sizes: Any) -> int:
-    """The number of dimensions from the length of the first sequence argument, else from `dims`."""
+    """The number of dimensions: the length of the first argument that is a sequence, or else `dims`."""
     for name, size in sizes.items():
         if isinstance(size, Sequence) and not isinstance(size, str):
             if dims is not None and dims != len(size):
@@ -73,7 +73,7 @@ def convolve(
     groups: int,
     padding_mode: PaddingMode,
 ) -> Tensor:
-    """The convolution of a layer. Like torch's own functions, modes and tensor subclasses can override it."""
+    """The convolution of a layer. Torch function modes and tensor subclasses can override it."""
     if has_torch_function_variadic(input, weight):
         arguments = (input, weight, bias, stride, padding, dilation, groups, padding_mode)
         return handle_torch_function(convolve, (input, weight), *arguments)
@@ -100,17 +100,17 @@ def convolve_transposed(
 
 
 def typed(forward: Forward) -> Forward:
-    """Annotate a method with torch's tensor type itself instead of its name, because torch.fx keeps annotations."""
+    """Annotate a method with torch's tensor type instead of the type's name, because torch.fx copies annotations."""
     names = forward.__annotations__
     names.update({name: Tensor for name, kind in names.items() if kind == "Tensor"})
     return forward
 
 
 class Leaf:
-    """Mixin before a module's class that makes the module a leaf of torch.fx graphs, like torch's own layers.
+    """Mixin that makes a module a leaf of torch.fx graphs, like torch's own layers; list it before the module's class.
 
-    Tracers recognise torch's modules as leaves by their names, and trace through others. That would freeze the hooks,
-    the mode and the parametrized values at the time of tracing.
+    Tracers recognise torch's modules as leaves by their names, and trace through all other modules. Tracing through a
+    layer would freeze its hooks, mode and parametrized values.
     """
 
     def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ class Leaf:
 
 
 class Convolution(Leaf):
-    """Mixin before torch's class that makes Lensor compute a convolution."""
+    """Mixin that makes Lensor compute a convolution; list it before torch's class."""
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
@@ -134,10 +134,10 @@ class Convolution(Leaf):
 
 
 class TransposedConvolution(Leaf):
-    """Mixin before torch's class that makes Lensor compute a transposed convolution."""
+    """Mixin that makes Lensor compute a transposed convolution; list it before torch's class."""
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Apply the layer; `output_size` is the spatial size to reach by a choice of `output_padding`."""
+        """Apply the layer; `output_size` is the desired spatial size, which determines `output_padding`."""
         output_padding = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
         return convolve_transposed(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
@@ -145,7 +145,7 @@ class TransposedConvolution(Leaf):
 
 
 def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
-    """The output padding that gives a spatial size; ValueError if no output padding does."""
+    """The output padding that results in a spatial size; ValueError if there is none."""
     dims = len(module.kernel_size)
     size = tuple(output_size)
     if len(size) == input.ndim:
@@ -425,7 +425,7 @@ class UnfoldNd(_Patches):
 
 
 class FoldNd(_Patches):
-    """Fold patches (col2im): the sum of the patches at their positions, in any number of spatial dimensions.
+    """Fold patches into an image (col2im), summing them at their positions, in any number of spatial dimensions.
 
     Example:
         >>> import torch, lensor.nn

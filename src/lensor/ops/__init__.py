@@ -1,4 +1,4 @@
-"""Operations: functions from a ConvSpec to a network, each derived from `conv` or `unfold` by transforms."""
+"""Operations: functions that map a ConvSpec to a network, each derived from `conv` or `unfold` by transforms."""
 
 import warnings
 from typing import Any

@@ -1,7 +1,7 @@
 """The indices of the operands of convolutions and transposed convolutions.
 
-A transposed convolution is the input VJP of a convolution and takes its index names from this convolution: its input
-has the indices (g c_out) o, its output (g c_in) i.
+A transposed convolution is the input VJP of a convolution and uses the index names of this convolution: its input has
+the indices (g c_out) o, and its output has the indices (g c_in) i.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Legs:
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """The sizes of all indices; the batch index n does not have one yet."""
+        """The sizes of all indices; the size of the batch index n is not yet known."""
         spec = self.spec
         sizes: dict[str, int | None] = {"n": None, "g": spec.groups}
         sizes[self.channels[0]] = spec.in_channels // spec.groups
@@ -80,7 +80,7 @@ class Legs:
         return sizes
 
     def network(self, nodes: Sequence[Node], output: Sequence[Group]) -> Network:
-        """A network with these indices."""
+        """Create a network with these indices."""
         return Network.make(nodes, output, self.sizes)
 
 

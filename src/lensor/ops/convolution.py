@@ -1,4 +1,4 @@
-"""Convolution and its matrix forms: the networks from which all others are derived."""
+"""Convolution and its matrix forms: the networks from which all other networks are derived."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def convolution_matrix(spec: ConvSpec) -> Network:
 def unfold(spec: ConvSpec) -> Network:
     """The patches of the input (im2col): X [n, c_in, *input_size] -> [n, c_in·ΠK, *output_size].
 
-    Table 1 of the paper: `n c_in i, i o k -> n (c_in k) o`. For a transposed spec, the same as `unfold_transpose`.
+    Table 1 of the paper: `n c_in i, i o k -> n (c_in k) o`. For a transposed spec, this is the same network as
+        `unfold_transpose`.
 
     Example:
         >>> import lensor
@@ -59,7 +60,7 @@ def unfold(spec: ConvSpec) -> Network:
 def fold(spec: ConvSpec) -> Network:
     """Sum overlapping patches (col2im): V [n, c_in·ΠK, *output_size] -> [n, c_in, *input_size].
 
-    `n (c_in k) o, i o k -> n c_in i`, the adjoint of `unfold` in every padding mode.
+    This is the adjoint of `unfold` in every padding mode, `n (c_in k) o, i o k -> n c_in i`.
 
     Example:
         >>> import lensor
@@ -92,7 +93,7 @@ def unfolded_kernel(spec: ConvSpec) -> Network:
 
 
 def conv_transpose(spec: ConvSpec) -> AnyNetwork:
-    """Transposed convolution: `conv` for a transposed spec, otherwise the transpose (input VJP) of the convolution.
+    """Transposed convolution: `conv` for a transposed spec, else the transpose (input VJP) of the convolution.
 
     For a spec that is not transposed: X [n, c_out, *output_size], W -> [n, c_in, *input_size], with
     `(g c_out) c_in k, i o k, n (g c_out) o -> n (g c_in) i`.
@@ -113,9 +114,9 @@ def conv_transpose(spec: ConvSpec) -> AnyNetwork:
 
 
 def unfold_transpose(spec: ConvSpec) -> Network:
-    """The patches of a transposed convolution: X -> [n, channels·ΠK, *its output positions].
+    """The patches of a transposed convolution: X -> [n, channels·ΠK, *output positions].
 
-    `n c_out o, i o k -> n (c_out k) i`. For a spec that is not transposed, the patches of the convolution's transpose.
+    `n c_out o, i o k -> n (c_out k) i`. For a spec that is not transposed, use the transpose of its convolution.
 
     Example:
         >>> import lensor

@@ -1,4 +1,4 @@
-"""Curvature: Kronecker factors, GGN diagonals, blocks and Gram matrices, Hessian backpropagation (paper, §3.3)."""
+"""Curvature: Kronecker factors, GGN diagonals, blocks and Gram matrices, and Hessian backpropagation (paper, §3.3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _copies(indices: Sequence[str]) -> list[str]:
 
 
 def _patches(spec: ConvSpec) -> tuple[Network, list[str]]:
-    """The patches of each group, `n g (c k) o`, and the indices of a patch."""
+    """The patches for each group, `n g (c k) o`, and the indices of a patch."""
     legs = Legs(spec)
     channel, positions = legs.channels[0], legs.positions[1]
     patches: Network = unfold(spec).split(channel, {"g": spec.groups, channel: None})
@@ -30,11 +30,11 @@ def _patches(spec: ConvSpec) -> tuple[Network, list[str]]:
 
 
 def _patches_with_one(spec: ConvSpec) -> tuple[AnyNetwork, list[str]]:
-    """The patches with a constant 1 at the end, `n g d o`, and the index of a patch."""
+    """The patches, each with a constant 1 appended, `n g d o`, and the index of a patch."""
     patches, rows = _patches(spec)
     positions = Legs(spec).positions[1]
     size = prod(patches.sizes[index] or 0 for index in rows)
-    # Patches go to rows 0 to d − 1 of the joint factor, the constant 1 to row d.
+    # Entries of a patch are in rows 0 to d − 1 of the joint factor, and the constant 1 is in row d.
     embed = IndexPattern(size + 1, 1, padding=(0, -1), output_size=size)
     last = IndexPattern(size + 1, 1, padding=(-size, 0), output_size=1)
     output = (("n",), ("g",), ("d",), *((index,) for index in positions))
@@ -54,9 +54,10 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
     reduce (patches are first averaged over positions): `o_` in the second copy, ×1/(N·O²). Figure 5 of the paper.
 
     Args:
-        spec: the convolution; if it is transposed, there is one patch of the input for each output position.
+        spec: the convolution; if it is transposed, the factor is formed from one patch of the input per output
+            position.
         approx: `"expand"` or `"reduce"`.
-        bias: whether to add a last row and column for the bias, for a joint factor of weight and bias.
+        bias: whether to append a row and column for the bias, which gives a joint factor for weight and bias.
 
     Example:
         >>> import lensor
@@ -66,7 +67,7 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
 
     Raises:
         TypeError: if `spec` is not a ConvSpec.
-        ValueError: for an unknown approx.
+        ValueError: if `approx` is unknown.
     """
     require_choice("approx", approx, words(Approx))
     patches, rows = _patches_with_one(spec) if bias else _patches(spec)
@@ -78,7 +79,7 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
 
 
 def kfac_input_root(spec: ConvSpec) -> Network:
-    """The patches averaged over positions, R: X -> [groups, n, d], so that RᵀR is N times the reduce factor.
+    """The patches averaged over positions, R: X -> [groups, n, d], such that RᵀR is N times the reduce factor.
 
     Example:
         >>> import lensor
@@ -106,7 +107,7 @@ def kfac_output_factor(spec: ConvSpec, approx: Approx = "expand") -> Network:
 
     Raises:
         TypeError: if `spec` is not a ConvSpec.
-        ValueError: for an unknown approx.
+        ValueError: if `approx` is unknown.
     """
     require_choice("approx", approx, words(Approx))
     legs = Legs(spec)
@@ -147,7 +148,7 @@ def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
 def ggn_gram(spec: ConvSpec) -> Network:
     """The Gram matrix of the weight's GGN, the layer's empirical NTK: X, S -> [(v n), (w m)].
 
-    The operands of `ggn_diagonal`, with w and m in the second copy, summed over the weight's indices.
+    The nodes are those of `ggn_diagonal`, with indices w and m in the second copy. The weight's indices are summed.
 
     Example:
         >>> import lensor
@@ -167,9 +168,9 @@ def ggn_mini_blocks(spec: ConvSpec, block: str = "filter") -> Network:
 
     Args:
         spec: the convolution.
-        block: `"filter"`: one block per first channel of the weight, `(g c_out) (c_in k) (c_in_ k_)`; `"kernel"`: one
-            per pair of channels, `(g c_out) c_in k k_`; `"position"`: one per group and kernel position,
-            `g k (c_out c_in) (c_out_ c_in_)`.
+        block: `"filter"` for one block per first channel of the weight, `(g c_out) (c_in k) (c_in_ k_)`; `"kernel"` for
+            one block per pair of channels, `(g c_out) c_in k k_`; `"position"` for one block per group and kernel
+            position, `g k (c_out c_in) (c_out_ c_in_)`.
 
     Example:
         >>> import lensor
@@ -178,7 +179,7 @@ def ggn_mini_blocks(spec: ConvSpec, block: str = "filter") -> Network:
 
     Raises:
         TypeError: if `spec` is not a ConvSpec.
-        ValueError: for an unknown block.
+        ValueError: if `block` is unknown.
     """
     roots = _per_example_roots(spec)
     kernel = Legs(spec).kernel
@@ -226,7 +227,7 @@ def _flat(legs: Sequence[Group]) -> list[str]:
 def _squared_jacobian_against(
     jacobian: Network, rows: Sequence[Group], result: Sequence[Group], spec: ConvSpec
 ) -> Network:
-    """Σ_rows J² V: square a Jacobian elementwise and contract its rows with an operand V in output space."""
+    """Σ_rows J² V: square a Jacobian elementwise and contract its rows with an operand V that has the output's legs."""
     squared = jacobian.merge(jacobian, share=jacobian.output_indices, output=format_legs(jacobian.output))
     legs = Legs(spec).output
     vector = Network.make([Operand("V", legs)], legs, {**Legs(spec).sizes})
@@ -236,8 +237,8 @@ def _squared_jacobian_against(
 def hessian_diagonal_input(spec: ConvSpec) -> Network:
     """The Hessian diagonal backpropagated to the input (BL89, HesScale): W, V [n, c_out, *O] -> [n, c_in, *I].
 
-    This is the input VJP with the entries of the Jacobian squared. With zero padding A(W)² = A(W²). In other modes two
-    kernel positions may read the same input position, so the network keeps both patterns (they share i and o).
+    This is the input VJP with squared Jacobian entries. With zero padding, A(W)² = A(W²). In other padding modes, two
+    kernel positions may read the same input position, so the network contains both patterns, which share i and o.
 
     Example:
         >>> import lensor

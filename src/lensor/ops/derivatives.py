@@ -24,7 +24,7 @@ def conv_weight_vjp(spec: ConvSpec) -> Network:
 
 
 def conv_weight_vjp_per_example(spec: ConvSpec) -> Network:
-    """The weight gradient of each example: X, V -> [n, *weight shape].
+    """The weight gradient for each example: X, V -> [n, *weight shape].
 
     `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
 
@@ -84,7 +84,7 @@ def conv_input_jvp(spec: ConvSpec) -> Network:
 
 
 def conv_weight_jacobian(spec: ConvSpec) -> Network:
-    """The Jacobian with respect to the weight: X -> [n, c_out, *output_size, *weight shape]; it is [X]ᵀ ⊗ I.
+    """The Jacobian with respect to the weight: [X]ᵀ ⊗ I, X -> [n, c_out, *output_size, *weight shape].
 
     `n (g c_in) i, i o k, g g_, c_out c_out_ -> n (g c_out) o (g_ c_out_) c_in k` (figure 3b of the paper).
 
@@ -103,7 +103,7 @@ def conv_input_jacobian(spec: ConvSpec) -> Network:
     """The Jacobian with respect to the input: W -> [n, c_out, *output_size, n, c_in, *input_size].
 
     `(g c_out) c_in k, i o k, g g_, n n_ -> n (g c_out) o n_ (g_ c_in) i` (figure 3c of the paper). No operand
-    determines the batch size, so pass n=... to the network.
+    determines the batch size, so pass `n=...` when you call the network.
 
     Example:
         >>> import lensor, numpy as np

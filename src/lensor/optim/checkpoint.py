@@ -1,4 +1,4 @@
-"""Reading Kronecker blocks from an optimizer's state."""
+"""Reads Kronecker blocks from an optimizer's state."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def as_parameters(blocks: Mapping[str, Block], names: Mapping[str, Tensor]) -> d
 def require_same_form(
     blocks: Mapping[str, Block], layers: Iterable[Layer], names: Mapping[str, Tensor], joint: bool
 ) -> None:
-    """Raise unless blocks belong to an optimizer's parameters.
+    """Raise unless the blocks match an optimizer's parameters.
 
     Args:
         blocks: the blocks.
         layers: the layers with factors.
         names: the trained parameters, by name.
-        joint: whether weight and bias share a block.
+        joint: whether the optimizer uses one block for weight and bias.
 
     Raises:
-        ValueError: for blocks of other parameters, shapes or forms.
+        ValueError: if the blocks have different parameters, shapes or forms.
     """
     own = {layer.weight: layer for layer in layers}
     for name, block in blocks.items():

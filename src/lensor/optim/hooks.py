@@ -21,15 +21,15 @@ class Follower(Protocol):
     """An object that follows a model."""
 
     def collects(self) -> bool:
-        """Whether to collect from a forward pass that begins now."""
+        """Whether to collect factors from a forward pass that starts now."""
         ...
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run a forward pass and collect from it."""
+        """Run a forward pass and collect factors from it."""
         ...
 
     def leave(self) -> None:
-        """Discard a forward pass whose outputs did not arrive."""
+        """Discard a forward pass whose outputs were never received."""
         ...
 
     def after(self, out: Any) -> None:
@@ -48,7 +48,7 @@ def attach(follower: Follower, model: nn.Module) -> RemovableHandle:
     model.__dict__["forward"] = watched
     weakref.finalize(follower, _detach, weakref.ref(model), watched, handle)
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # code that was compiled earlier does not call the hooks
+        torch._dynamo.reset()  # previously compiled code does not call the hooks
     return handle
 
 
@@ -60,7 +60,7 @@ def move_to_end(model: nn.Module, handle: RemovableHandle) -> None:
 
 
 def _detach(model: weakref.ref[nn.Module], watched: _Watched, handle: RemovableHandle) -> None:
-    """Restore a model as it was before it was followed, unless its forward method has been replaced since."""
+    """Remove the hook and restore the model's forward method, unless the method has been replaced since."""
     handle.remove()
     found = model()
     if found is not None and vars(found).get("forward") is watched:
@@ -71,7 +71,7 @@ def _detach(model: weakref.ref[nn.Module], watched: _Watched, handle: RemovableH
 
 
 class OnGradient:
-    """A hook of a weight, called before or after a gradient is added to the weight's gradient."""
+    """A hook on a weight, called before or after a gradient is added to the weight's `grad`."""
 
     def __init__(self, follower: weakref.ref[F], weight: str, call: Callable[[F, str], None]) -> None:
         self.follower, self.weight, self.call = follower, weight, call
@@ -96,7 +96,7 @@ class _Watched:
         if not torch.compiler.is_dynamo_compiling():
             return self.run(arguments, named)
         model = self.model()
-        if model is not None and (not model.training or torch.compiler.is_exporting()):  # collect nothing
+        if model is not None and (not model.training or torch.compiler.is_exporting()):  # do not collect factors
             return (self.before or partial(type(model).forward, model))(*arguments, **named)
         return _run_outside(self, arguments, named)
 
@@ -107,7 +107,7 @@ class _Watched:
         return getattr(method, "__code__", None)
 
     def run(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run the forward pass, followed if the follower collects."""
+        """Run the forward pass, through the follower if it collects factors."""
         model, follower = self.model(), self.follower()
         assert model is not None
         forward = self.before if self.before is not None else partial(type(model).forward, model)

@@ -18,7 +18,7 @@ from lensor.curvature.inverses import Inverse
 
 @dataclass(eq=False)
 class Inversion:
-    """The current inverses.
+    """The current inverses of an optimizer's blocks.
 
     Args:
         method: "cholesky", "eigen", or "woodbury" (for blocks with roots; "cholesky" for others).
@@ -45,7 +45,7 @@ class Inversion:
         self.solvers = {name: self._solver(name) for name, rank in self._owners().items() if rank == me}
 
     def keep(self, blocks: dict[str, Block]) -> None:
-        """Keep the inverses of these blocks only."""
+        """Discard the inverses of all other blocks."""
         self.blocks = blocks
         self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
 

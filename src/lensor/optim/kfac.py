@@ -28,7 +28,7 @@ from lensor.optim.tracking import Tracker, generator_from
 
 
 def _of(part: str, name: str, doc: str) -> Any:
-    """A property that refers to an attribute of a part of the optimizer."""
+    """A property that forwards to an attribute of one part of the optimizer."""
 
     def read(self: KFAC) -> Any:
         return getattr(getattr(self, part), name)
@@ -42,11 +42,12 @@ def _of(part: str, name: str, doc: str) -> Any:
 class KFAC(torch.optim.Optimizer):
     """Gradient descent with gradients multiplied by the damped inverse of Kronecker factors.
 
-    The optimizer collects factors while the model runs in training mode; you need no closure and do not change the
+    The optimizer collects factors while the model runs in training mode; you need neither a closure nor changes to the
     training loop. A forward pass counts if a backward pass through it adds to the `grad` of the layers' weights. Calls
     of `torch.autograd.grad` do not count, nor does a forward pass whose gradients are differentiated (a gradient
-    penalty). Parameters without factors (normalisation, embeddings) are updated by the plain gradient. A model that is
-    compiled as a whole runs uncompiled while factors are collected; with `fullgraph=True` the compiler raises an error.
+    penalty). Parameters without factors (normalisation, embeddings) are updated with the plain gradient. A model that
+    is compiled as a whole runs uncompiled while factors are collected; with `fullgraph=True` the compiler raises an
+    error.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
@@ -58,28 +59,28 @@ class KFAC(torch.optim.Optimizer):
         damping: the multiple of the identity that is added to the curvature.
         weight_decay: a step shrinks the parameters by `lr · weight_decay`, independently of the curvature.
         kl_clip: upper bound on lr²·Σ step·gradient, the squared length of a step in the curvature's norm; longer steps
-            are shortened to it. None for no bound.
+            are scaled down to it. None for no bound.
         approx: "expand" or "reduce".
         fisher: "empirical" reuses your backward pass; "mc" and "type-2" run additional backward passes during the
             forward pass; "forward-only" needs no backward pass: B is the identity.
         bias: "joint" or "separate".
         method: inversion method: "cholesky", "eigen", or "woodbury" (for blocks with roots; "cholesky" for others).
         ema: weight of the old factors at an update; 0 uses the new factors only.
-        factor_interval: steps between updates of factors.
-        inverse_interval: steps between inversions.
-        accumulation_steps: backward passes per step, each with the mean loss divided by this number (a sum is not
-            divided).
-        layers: names of modules with factors; all known layers unless given. A bias that is not trained is not in its
-            block.
+        factor_interval: number of steps between updates of the factors.
+        inverse_interval: number of steps between inversions.
+        accumulation_steps: number of backward passes per step, each with the mean loss divided by this number (a sum is
+            not divided).
+        layers: names of the modules that get factors; all supported layers unless given. Blocks omit biases that are
+            not trained.
         params: parameter groups with separate options (lr, momentum, damping, weight_decay); one group unless given.
         mc_samples: number of draws per example, for "mc".
         seed: seed of the draws.
         nonfinite: response to a gradient or factor with NaN or infinity: "raise" a FloatingPointError, or "skip" the
             step; both leave parameters and state unchanged.
         grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
-        group: torch.distributed ranks that train together: factors are summed over them, inversions are shared.
-        batch_axis: axis of the examples in the layers' inputs, as for `lensor.curvature.kfac`; a trial pass finds it
-            unless given.
+        group: torch.distributed ranks that train together; they sum the factors and share the inversions.
+        batch_axis: axis of the examples in the layers' inputs, as for `lensor.curvature.kfac`; a trial pass determines
+            it unless given.
 
     Example:
         >>> import torch
@@ -189,7 +190,7 @@ class KFAC(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------------------------------------- trained parameters
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; layers of the model that become trained get factors from then on.
+        """Add a parameter group; layers whose weights it contains get factors from now on.
 
         Raises:
             ValueError: for an invalid option, or a layer that cannot have factors.
@@ -221,7 +222,7 @@ class KFAC(torch.optim.Optimizer):
             elif self._asked is not None:
                 raise ValueError(f"layer {layer.name!r} has a weight outside of params, expected a trained one")
         self.tracker.watch(found, named)
-        if self.factors is not None:  # parameters that are not trained any more have no factors
+        if self.factors is not None:  # parameters that are no longer trained have no factors
             self.factors = self.factors._with(self._still_trained(self.factors))
             self.inversion.keep(self._still_trained(self.inversion.blocks))
 
@@ -241,7 +242,7 @@ class KFAC(torch.optim.Optimizer):
         self.tracker.attach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients and the factors collected with them; keep passes that await their backward pass."""
+        """Clear gradients and the factors collected with them, but keep passes that still await their backward pass."""
         self.tracker.take()
         super().zero_grad(set_to_none)
 
@@ -257,7 +258,8 @@ class KFAC(torch.optim.Optimizer):
             The result of the closure, or None.
 
         Raises:
-            FloatingPointError: if a gradient or factor is not finite and nonfinite="raise"; it names the parameter.
+            FloatingPointError: if a gradient or factor is not finite and nonfinite="raise"; the message names the
+                parameter.
             torch.linalg.LinAlgError: if a damped factor is not positive definite because the damping is too small.
         """
         found = None
@@ -324,10 +326,10 @@ class KFAC(torch.optim.Optimizer):
         return found
 
     def _require_outputs(self, pending: Collector) -> None:
-        """Raise if a weight has a gradient but none arrived at its layer's output: its factor is not zero.
+        """Raise if a weight has a gradient but its layer's output received none: B is then unknown, not zero.
 
         Raises:
-            ValueError: with the name of the weight.
+            ValueError: if there is such a weight; the message names it.
         """
         if self.fisher == "forward-only":
             return
@@ -340,13 +342,13 @@ class KFAC(torch.optim.Optimizer):
                 )
 
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
-        """The error for the first gradient or factor that is not finite; the same on every rank."""
+        """The error message for the first gradient or factor that is not finite, or ""; the same on every rank."""
         flags = [(name, p.grad) for name, p in self.tracker.names.items() if p.grad is not None]
         if new is not None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
-        # A sum of absolute values is finite if and only if all are; this gives one number per tensor.
+        # The 1-norm gives one number per tensor, which is finite if all entries are.
         good = torch.stack([torch.linalg.vector_norm(tensor, 1).isfinite() for _, tensor in flags])
         if self.group is not None:
             kept = good.to(torch.int32)
@@ -373,7 +375,7 @@ class KFAC(torch.optim.Optimizer):
         return found[block.names[0]]
 
     def _clip(self, directions: Mapping[int, Tensor]) -> Tensor | None:
-        """The factor of the steps that keeps lr²·Σ step·gradient below the bound."""
+        """The scale of the steps that keeps lr²·Σ step·gradient within the bound; None without a bound."""
         if self.kl_clip is None:
             return None
         parts = [
@@ -402,11 +404,11 @@ class KFAC(torch.optim.Optimizer):
         return {**super().state_dict(), "kfac": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state: the same steps follow, bit for bit on a CPU with estimated plans.
+        """Restore a state; the steps that follow are then the same, bit for bit on a CPU with estimated plans.
 
         Raises:
             KeyError: if the state is not from this class.
-            ValueError: if the state belongs to another model, or to other choices of approx and bias.
+            ValueError: if the state belongs to a different model, or to different choices of approx and bias.
         """
         if "kfac" not in state_dict:
             raise KeyError("the state has no entry 'kfac', expected a state of lensor.optim.KFAC")
@@ -456,7 +458,7 @@ _OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hoo
 
 
 def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> KroneckerFactors:
-    """The average where both have a block; the new block otherwise, for layers that are newly trained."""
+    """Average the blocks that both contain; for newly trained layers, use the new block."""
     both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
     if len(both) == len(old) == len(new):
         return old.ema_(new, decay)

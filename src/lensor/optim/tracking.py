@@ -37,8 +37,8 @@ class Tracker:
         approx: "expand" or "reduce".
         fisher: "empirical", "mc", "type-2" or "forward-only".
         joint: whether weight and bias share a block.
-        factor_interval: steps between updates of factors.
-        accumulation_steps: backward passes per step.
+        factor_interval: number of steps between updates of the factors.
+        accumulation_steps: number of backward passes per step.
         mc_samples: number of draws per example, for "mc".
         seed: seed of the draws.
         grad_scaler: the GradScaler in use.
@@ -62,7 +62,7 @@ class Tracker:
     layers: list[Layer] = field(default_factory=list)
     names: dict[str, Tensor] = field(default_factory=dict)
     refresh: Callable[[], None] | None = None
-    """Called before each collected pass, because parameters may have been frozen since the last one."""
+    """Called before each collected pass, because parameters may have been frozen since the previous one."""
 
     def __post_init__(self) -> None:
         self.pending: Collector | None = None
@@ -80,7 +80,7 @@ class Tracker:
         self._handle = attach(self, self.model)
 
     def watch(self, layers: list[Layer], names: Mapping[str, Tensor]) -> None:
-        """Collect factors of these layers.
+        """Collect factors for these layers.
 
         Args:
             layers: the layers.
@@ -109,7 +109,7 @@ class Tracker:
 
     # ---------------------------------------------------------------------------------------------------- forward pass
     def collects(self) -> bool:
-        """Whether to collect from a forward pass that begins now."""
+        """Whether to collect factors from a forward pass that starts now."""
         return (
             self.model.training
             and torch.is_grad_enabled()
@@ -122,12 +122,12 @@ class Tracker:
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the model's forward pass while watching its layers."""
         if any(layer.module.weight is not self.names[layer.weight] for layer in self.layers):
-            return forward(*arguments, **named)  # with other weights, as by torch.func.functional_call
+            return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
         if self.refresh is not None:
             self.refresh()
         inputs = Arguments(arguments, named)
         batch, targets = size_of(inputs), Targets(self.layers)
-        remember = self.approx == "expand"  # which treats rows alike, whichever example they belong to
+        remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
         layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis, remember)
         one = _Pass(Collector(self.layers, self.approx, self.joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
@@ -152,7 +152,7 @@ class Tracker:
         return out
 
     def leave(self) -> None:
-        """Discard a pass whose outputs did not arrive: a direct call of `model.forward`."""
+        """Discard a pass whose outputs were never received: a direct call of `model.forward`."""
         if not depth() and not getattr(self._thread, "inside", False):
             self._thread.running = None
 
@@ -191,7 +191,7 @@ class Tracker:
         return found
 
     def _arrive(self, weight: str) -> None:
-        """Handle a gradient that is about to be added to a weight's, unless `torch.autograd.grad` returns it.
+        """Handle a gradient just before it is added to a weight's `grad`, unless `torch.autograd.grad` returns it.
 
         If you discarded the previous gradient (deleted it, or filled it with zeros), this also discards the factors
         that were collected with it.
@@ -227,9 +227,9 @@ class Tracker:
             one.used_in = self.pending
 
     def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
-        """Add the gradient at a layer's output from your backward pass: an example's own times √normaliser."""
+        """Add the gradient at a layer's output from your backward pass, rescaled to a column of the root."""
         if one.used_in is not self.pending or self.pending is None:
-            return  # its step has been made or discarded
+            return  # its step has been taken or discarded
         scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
         mean = self.loss.reduction == "mean"
         factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
@@ -286,7 +286,7 @@ class _Backward:
 
     Args:
         reached: the forward passes that it has gone through.
-        waiting: gradients at outputs, by weight name.
+        waiting: gradients at the layers' outputs, by weight name.
     """
 
     reached: list[_Pass] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The memory layout of a plan's values: strides, views, and the peak size."""
+"""The memory layout of a plan's values: strides, views and peak size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensor.plan import steps as s
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """The layout of one value: its strides, the value whose memory it uses, and whether it takes memory itself."""
+    """The layout of one value: its strides, the value whose memory it uses, and whether it allocates memory."""
 
     strides: s.Strides
     source: int
@@ -19,7 +19,7 @@ class Value:
 
 
 def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
-    """The layout of every value of a program with operands in row-major order."""
+    """The layout of each value of a program, for operands in row-major order."""
     values: list[Value] = []
     for place, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
         own = Value(s.contiguous(shape), place, bool(step.takes) or not step.is_view)
@@ -35,7 +35,7 @@ def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
 
 
 def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
-    """For each value, the place of the last step that takes it."""
+    """For each value, the place of the last step that uses it."""
     last = list(range(len(steps)))
     for place, step in enumerate(steps):
         for at in step.takes:
@@ -45,7 +45,7 @@ def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
 
 
 def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> int:
-    """The most entries alive at once, with the result but without operands and patterns."""
+    """Maximum number of entries alive at once, including the result but not operands and patterns."""
     values = layouts(steps, shapes)
     last = list(range(len(values)))
     for place, until in enumerate(last_uses(steps, result)):
@@ -64,9 +64,9 @@ def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -
 
 
 def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> list[int]:
-    """The entries that each step reads and writes: its operands and its result, or 0 if the result is a view.
+    """The number of entries that each step reads and writes (its operands and result); 0 if the result is a view.
 
-    The last step includes copying the result into row-major order if it has another.
+    The last step includes copying the result into row-major order, if it is not already in this order.
     """
     values = layouts(steps, shapes)
     found = [
@@ -78,7 +78,7 @@ def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> li
 
 
 def put_in_order(shapes: Sequence[s.Shape], values: Sequence[Value], result: int) -> int:
-    """The entries of a result that must be copied into row-major order; 0 if it is in that order."""
+    """The number of entries to copy to put a result into row-major order; 0 if it already is in this order."""
     shape = shapes[result]
     ordered = all(
         size == 1 or found == wanted

@@ -1,4 +1,4 @@
-"""Contraction paths: how to find them, and a comparison of their costs."""
+"""Contraction paths: finding them, and comparing their costs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from opt_einsum import paths
 from lensor.network import AnyNetwork, Network
 
 PATHS = ("left to right", "greedy", "optimal")
-"""The paths that `Plan.compare` lists in addition to Feynman's and the planner's."""
+"""The paths that `Plan.compare` lists in addition to Feynman's path and the plan."""
 
 _MOST_FOR_OPT_EINSUM = 8
-"""The path of a network with more tensors than this comes from cotengra, if it is installed."""
+"""For networks with more tensors than this, cotengra finds the path if it is installed."""
 
 _MOST_FOR_ALL_TREES = 7
-"""Up to this many tensors, all trees are tried; for more, dynamic programming finds the best without outer products."""
+"""Up to this many tensors, all trees are tried; beyond, dynamic programming finds the best without outer products."""
 
 _MOST_CONNECTED_SETS = 600
-"""The optimal path is searched only for networks with at most this many connected sets of tensors, which cost time."""
+"""The optimal path is searched only if a network has at most this many connected sets of tensors."""
 
 
 def has_best_path(net: AnyNetwork) -> bool:
-    """Whether the optimal path of a network can be found in bounded time, by the number of connected sets of nodes.
+    """Whether the optimal path can be found in bounded time, judged by the number of connected sets of nodes.
 
     Example:
         >>> import lensor
@@ -60,7 +60,7 @@ def _has_few_connected_sets(term: Network) -> bool:
 def find_path(
     inputs: Sequence[frozenset[str]], output: frozenset[str], sizes: Mapping[str, int], order: str = "auto"
 ) -> list[tuple[int, ...]]:
-    """The contraction path as a list of pairs, as in `opt_einsum.contract_path`.
+    """Find a contraction path, as a list of pairs in the format of `opt_einsum.contract_path`.
 
     Args:
         inputs: the indices of each tensor.
@@ -76,10 +76,10 @@ def find_path(
     if len(inputs) < 2:
         return []
     if order == "left to right":
-        # Each result goes to the end; the next pair is the result and the first remaining tensor.
+        # Each result is appended at the end, so the next pair is the first remaining tensor and the last result.
         return [(0, 1), *((0, left - 1) for left in range(len(inputs) - 1, 1, -1))]
-    # opt_einsum identifies intermediates with equal indices, although the remaining sums may differ: an index of size
-    # 1 per input, which stays in the output, distinguishes them.
+    # opt_einsum identifies intermediates with equal indices, although their remaining sums may differ. To distinguish
+    # them, add one index of size 1 per input, which stays in the output.
     marks = [f"input {at}" for at in range(len(inputs))]
     told_apart = [own | {mark} for own, mark in zip(inputs, marks, strict=True)]
     every: dict[str, int] = {**sizes, **dict.fromkeys(marks, 1)}
@@ -100,7 +100,7 @@ def find_path(
 
 
 def _pairs(path: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
-    """The path without its steps of one tensor, which only sum indices of that tensor alone."""
+    """Drop the path's single-tensor steps, which only sum over indices of one tensor."""
     theirs, ours = list(range(count)), list(range(count))
     pairs = []
     for step, places in enumerate(path):
@@ -116,12 +116,12 @@ def _pairs(path: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class PathCost:
-    """The cost of a network on one contraction path.
+    """The cost of a network for one contraction path.
 
     Args:
-        name: `"Feynman"` for all sums as nested loops, one of `PATHS`, or `"planner"` for the plan.
-        flops: additions and multiplications.
-        peak_size: the most entries alive at once, with the result but without operands and patterns.
+        name: `"Feynman"` (all sums as nested loops), one of `PATHS`, or `"planner"` (the plan).
+        flops: number of additions and multiplications.
+        peak_size: maximum number of entries alive at once, including the result but not operands and patterns.
     """
 
     name: str
@@ -131,7 +131,7 @@ class PathCost:
 
 @dataclass(frozen=True, slots=True)
 class PathCosts:
-    """The costs of one network on several paths; prints as a table.
+    """The costs of one network for several paths; prints as a table.
 
     Args:
         rows: one `PathCost` per path.
@@ -156,7 +156,7 @@ class PathCosts:
 
 
 def feynman(net: AnyNetwork) -> PathCost:
-    """The cost of all sums as nested loops over all indices, without intermediates."""
+    """The cost of computing all sums as nested loops over all indices, without intermediate results."""
     flops = sum(_loops(term) * max(len(term.nodes), 1) for term in net.terms)
     return PathCost("Feynman", flops, math.prod(size or 0 for size in net.output_shape))
 

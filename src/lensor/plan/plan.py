@@ -1,7 +1,7 @@
-"""Plans: sequences of named steps, with their costs.
+"""Plans: sequences of named steps with their costs.
 
-A step is data: an operation and the earlier values it takes. The kernels of a backend run steps; this module does not
-depend on an array framework.
+A step is data: an operation and the previous values that it uses. The kernels of a backend run the steps; this module
+does not depend on an array framework.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lensor.plan.steps import Input, Shape, Step
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A candidate as of when the plan was chosen; times in seconds."""
+    """A candidate, as recorded when the plan was chosen; times are in seconds."""
 
     name: str
     flops: int
@@ -37,7 +37,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A network that is ready to run: a sequence of named steps, with their costs.
+    """A network that is ready to run: a sequence of named steps with their costs.
 
     Example:
         >>> import lensor
@@ -47,18 +47,19 @@ class Plan:
         ...
 
     Args:
-        subscripts: the simplified network as text.
-        steps: the steps in order; each refers to the values of earlier steps by their place.
+        subscripts: the text of the simplified network.
+        steps: the steps in order; each step refers to the values of previous steps by their place.
         shapes: the shape of each step's value.
         result: the place of the result.
         strategy: the name of the strategy that created the plan.
-        parts: the index that the plan processes in parts, and the number of parts; None if it is not divided.
-        candidates: every plan that was considered, with its estimated and measured time.
+        parts: the index that the plan processes in parts, and the number of parts; None if the plan does not divide an
+            index.
+        candidates: all plans that were considered, with their estimated and measured times.
         reason: why this plan was chosen.
         itemsize: bytes per entry.
         network: the network that was planned, before simplification.
         runner: runs the plan on operands by name.
-        comparer: computes the costs of the network on other paths.
+        comparer: computes the costs of the network for other contraction paths.
         deriver: plans a derivative for a backend: `deriver(plan, backend, kind, operand, like)`, where `kind` is "vjp"
             or "jvp".
     """
@@ -77,11 +78,11 @@ class Plan:
     comparer: Callable[[Plan], PathCosts] | None = field(default=None, repr=False)
     deriver: Callable[..., Any] | None = field(default=None, repr=False)
     compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    """The compiled function for each backend; not part of the plan's state."""
+    """The compiled function for each backend; not saved with the plan."""
 
     @property
     def name(self) -> str:
-        """The strategy, with the parts if there are several.
+        """The name of the strategy, including the parts if the plan divides an index.
 
         Example:
             >>> import lensor
@@ -101,7 +102,7 @@ class Plan:
         return self.shapes[self.result]
 
     def step_flops(self, place: int) -> int:
-        """Additions and multiplications of one step.
+        """Number of additions and multiplications in one step.
 
         Example:
             >>> import lensor
@@ -110,14 +111,14 @@ class Plan:
             [('operand', 0), ('operand', 0), ('matmul', 48)]
 
         Raises:
-            IndexError: for a place that the plan does not have.
+            IndexError: if the plan has no step at this place.
         """
         step = self.steps[place]
         return step.flops([self.shapes[at] for at in step.takes], self.shapes[place])
 
     @property
     def flops(self) -> int:
-        """Additions and multiplications of all steps (a multiply-add counts 2).
+        """Number of additions and multiplications in all steps (a multiply-add counts as 2).
 
         Example:
             >>> import lensor
@@ -131,7 +132,7 @@ class Plan:
         return moved(self.steps, self.shapes, self.result)
 
     def step_bytes(self, place: int) -> int:
-        """Bytes that one step reads and writes; 0 for a view.
+        """Number of bytes that one step reads and writes; 0 for a view.
 
         Example:
             >>> import lensor
@@ -140,13 +141,13 @@ class Plan:
             [0, 0, 104]
 
         Raises:
-            IndexError: for a place that the plan does not have.
+            IndexError: if the plan has no step at this place.
         """
         return self._moved[place] * self.itemsize
 
     @property
     def bytes(self) -> int:
-        """Bytes that all steps read and write; views count as 0.
+        """Number of bytes that all steps read and write; views count as 0.
 
         Example:
             >>> import lensor
@@ -157,7 +158,7 @@ class Plan:
 
     @cached_property
     def peak_size(self) -> int:
-        """The most entries alive at once, with the result but without operands and patterns.
+        """Maximum number of entries alive at once, including the result but not operands and patterns.
 
         Example:
             >>> import lensor
@@ -167,20 +168,21 @@ class Plan:
         return peak_size(self.steps, self.shapes, self.result)
 
     def __call__(self, /, **operands: Any) -> Any:
-        """Run the plan on arrays of one framework.
+        """Run the plan on arrays from one framework.
 
         Raises:
-            TypeError, ValueError: if operands are missing or unknown, or do not have the shapes of the plan.
+            TypeError, ValueError: if operands are missing or unknown, or if their shapes differ from those of the plan.
         """
         return self._require(self.runner)(self, operands)
 
     def compare(self) -> PathCosts:
-        """Compare the plan with other contraction paths.
+        """Compare the costs of the plan with those of other contraction paths.
 
-        The table lists Feynman's path (all sums as nested loops, without intermediates), the left-to-right, greedy and
-        optimal pairwise paths of the simplified network with its patterns materialized, and this plan. A multiply-add
-        counts as 2 flops. The peak size is the most entries alive at once, with the result but without operands and
-        patterns. The optimal path is omitted if many tensors share indices, since it would take too long to find.
+        The table lists Feynman's path (all sums as nested loops, without intermediate results), the left-to-right,
+        greedy and optimal pairwise paths for the simplified network with materialized patterns, and this plan. A
+        multiply-add counts as 2 flops. The peak size is the maximum number of entries alive at once, including the
+        result but not operands and patterns. If many tensors share indices, the optimal path is omitted, since finding
+        it would take too long.
 
         Example:
             >>> import lensor

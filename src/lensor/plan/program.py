@@ -24,7 +24,7 @@ from lensor.plan.steps import (
 
 
 class Program:
-    """Steps under construction, with hash-consing: a step that exists already is not added again."""
+    """Steps under construction, with hash-consing: a step that already exists is not added again."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -42,7 +42,7 @@ class Program:
         return place
 
     def along(self, step: Slice | Pad | Gather) -> int:
-        """Add a step along one axis; such steps are sorted by their axes, so that equal values are shared."""
+        """Add a step along one axis; consecutive such steps are sorted by axis, so that equal values are shared."""
         before = self.steps[step.takes[0]]
         if not isinstance(before, (Slice, Pad, Gather)) or before.axis <= step.axis:
             return self.add(step)
@@ -50,21 +50,21 @@ class Program:
         return self.add(replace(before, takes=(inner,)))
 
     def reshape(self, value: int, size: Shape) -> int:
-        """The value with another shape; the value itself if it has this shape."""
+        """Reshape a value; return the value itself if it already has this shape."""
         before = self.steps[value]
         if isinstance(before, Reshape):
             (value,) = before.takes
         return value if self.shapes[value] == size else self.add(Reshape((value,), size))
 
     def transpose(self, value: int, order: Sequence[int]) -> int:
-        """The value with its axes in another order; the value itself if the order is the same."""
+        """Permute the axes of a value; return the value itself if the order does not change."""
         order, before = tuple(order), self.steps[value]
         if isinstance(before, Transpose):
             order, (value,) = tuple(before.order[axis] for axis in order), before.takes
         return value if order == tuple(range(len(order))) else self.add(Transpose((value,), order))
 
     def scaled(self, value: int, factor: Fraction) -> int:
-        """The value times a number; a product includes the factor for free, an outer product at little cost."""
+        """Multiply a value by a number; a matrix product includes the factor for free, an outer product cheaply."""
         step = self.steps[value]
         match step:
             case MatMul() | Gram() | PatchGram():

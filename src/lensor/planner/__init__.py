@@ -1,4 +1,4 @@
-"""The planner: estimates or measures candidates for the machine, remembers the times, and chooses the best."""
+"""The planner, which estimates or measures candidate plans, stores measured times, and chooses the best plan."""
 
 from lensor.planner.choice import choose, measure
 from lensor.planner.cost import estimate

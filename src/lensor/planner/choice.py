@@ -1,4 +1,4 @@
-"""Choosing a plan among candidates, by estimates or measurements, within a memory limit."""
+"""The choice of a plan among candidates by estimates or measurements, within a memory limit."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from lensor.planner.settings import Settings
 from lensor.runtime import Runnable, bytes_needed, run
 
 _HOPELESS = 5.0
-"""A candidate whose estimate is more than this many times the best is never run."""
+"""A candidate is never run if its estimate exceeds the best estimate by more than this factor."""
 
 _BUDGET = 50
-"""Measuring takes about as long as this many runs of the fastest candidate."""
+"""Measuring takes about as much time as this many runs of the fastest candidate."""
 
 _SLOW_START, _SLOW = 4.0, 1.5
-"""A candidate that is this many times slower than the fastest is dropped: after the first run (a warm-up), or later."""
+"""A candidate is dropped if it is this many times slower than the fastest: after the warm-up run, and later."""
 
 _SLICED = 3
-"""To meet a memory limit, indices are sliced in this many strategies, those that need the least memory."""
+"""To meet a memory limit, indices are divided for this many strategies, namely those that need the least memory."""
 
 _PARTS = 64
-"""No index is divided into more parts than this."""
+"""Maximum number of parts into which an index is divided."""
 
 
 def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, kind: Sequence[Any] = ()) -> Plan:
-    """Choose the best plan of a network with known sizes.
+    """Choose the best plan for a network with known sizes.
 
     Args:
         net: the network.
         settings: effort and memory limit.
-        backend: the backend for timing candidates; None to only estimate.
+        backend: the backend for timing candidates; None to use estimates only.
         kind: the operands' dtype and device, as given by the backend.
 
     Raises:
-        ValueError: if no candidate fits the memory limit.
+        ValueError: if no candidate meets the memory limit.
     """
     itemsize = backend.itemsize(kind) if backend is not None else 8
     plans = [
@@ -80,7 +80,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
 
 
 def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
-    """The reason why a candidate was chosen."""
+    """Describe why a candidate was chosen."""
     limit = "" if settings.max_bytes is None else f" within {settings.max_bytes:,} bytes"
     if len(known) == 1:
         return f"the only candidate{limit}"
@@ -91,10 +91,10 @@ def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
 def _within(
     net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int
 ) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
-    """The plans that fit a memory limit, and the smallest plan.
+    """The plans that meet a memory limit, and the smallest plan.
 
-    If none of `found` fits, the plans divide an index into as few parts as necessary. If these do not fit either, the
-    list is empty.
+    If no plan in `found` meets the limit, the returned plans divide an index into as few parts as necessary. If no
+    such plan meets the limit either, the list is empty.
     """
     smallest = min(found, key=lambda pair: pair[0].peak_size)
     fits = [(plan, seconds) for plan, seconds in found if bytes_needed(plan, itemsize) <= limit]
@@ -103,7 +103,7 @@ def _within(
     result = math.prod(found[0][0].shape)
     frugal = sorted(found, key=lambda pair: pair[0].peak_size)
     strategies = [BY_NAME[name] for name in dict.fromkeys(plan.strategy for plan, _ in frugal)][:_SLICED]
-    # The result counts too: if it is too large, no plan fits.
+    # The limit includes the result, so if the result is too large, no plan meets the limit.
     for index in sliceable(net) if result * itemsize <= limit else ():
         size = min(net.sizes[index] or 0, _PARTS)
         for strategy in strategies:
@@ -124,7 +124,7 @@ def _within(
 def _times(
     net: AnyNetwork, found: list[tuple[Plan, float]], backend: Backend, kind: Sequence[Any], may_measure: bool
 ) -> list[float | None]:
-    """The time of each plan, measured earlier or now; None for plans that were not worth measuring."""
+    """The measured time of each plan, from a previous or a new measurement; None for plans without a time."""
     key, where = wisdom.key_of(net, backend, kind)
     known = wisdom.recall(key)
     names = [plan.name for plan, _ in found]
@@ -138,9 +138,9 @@ def _times(
 def measure(
     plans: Sequence[Plan], estimates: Sequence[float], backend: Backend, kind: Sequence[Any]
 ) -> list[float | None]:
-    """The shortest time of each plan in interleaved runs on random operands; None for plans that are too slow.
+    """Time plans in interleaved runs on random operands; return the shortest time of each, None if it is too slow.
 
-    The total time is about `_BUDGET` runs of the fastest plan; a plan with a time has run at least twice.
+    The total time is about that of `_BUDGET` runs of the fastest plan. A plan with a time has run at least twice.
     """
     inputs = {step.operand: step for plan in plans for step in plan.steps if isinstance(step, s.Input)}
     arrays = {

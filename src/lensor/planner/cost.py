@@ -1,4 +1,4 @@
-"""The cost model: estimates the time of a plan from flops, bytes moved and a few machine constants."""
+"""The cost model, which estimates the time of a plan from flops, bytes moved and a few machine constants."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lensor.plan.memory import moved as moved_entries
 from lensor.planner.profile import Machine
 
 _SHORT_RUN = 16
-"""Each entry copied in runs shorter than this costs `SCATTERED` extra entries."""
+"""Each entry copied in runs shorter than this costs as much as moving `SCATTERED` extra entries."""
 
 _NEAR = 1 << 23
 """Values with fewer bytes than this stay in the cache, which halves the cost of moving them."""
 
 _FRESH, _FAULTS = 1 << 26, 3
-"""Arrays of at least this many bytes use new memory from the system, and writing them takes this many times as long."""
+"""Arrays with at least `_FRESH` bytes use new memory from the system, which takes `_FAULTS` times as long to write."""
 
 
 def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
-    """The estimated seconds of a plan: flops at each step's rate, bytes moved, and calls."""
+    """Estimate the time of a plan in seconds, from flops at each step's rate, bytes moved, and calls."""
     values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes, plan.result)
     total = 0.0
     for place, step in enumerate(plan.steps):
@@ -48,7 +48,7 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
 
 
 def _run(plan: Plan, values: Sequence[Value], place: int) -> int:
-    """The number of entries that are contiguous in memory when a value is read in the order of its axes."""
+    """The length of the contiguous runs, in entries, when a value is read in the order of its axes."""
     run = 1
     for size, stride in zip(reversed(plan.shapes[place]), reversed(values[place].strides), strict=True):
         if size > 1:

@@ -1,4 +1,4 @@
-"""The machine constants used for estimates."""
+"""The machine constants on which estimates are based."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Constants of a machine, in units per second (seconds for `call`).
+    """The constants of a machine: rates per second, and the duration of a call.
 
     Args:
-        products: flops of a large matrix product.
-        convolutions: flops of a framework's convolution with many channels.
-        bytes: bytes copied (read and written).
-        call: seconds of one small operation.
+        products: flops per second of a large matrix product.
+        convolutions: flops per second of a framework's convolution with many channels.
+        bytes: bytes read or written per second in a copy.
+        call: duration of a small operation in seconds.
 
     Example:
         >>> import lensor
@@ -42,13 +42,13 @@ class Machine:
 
 
 _TYPICAL = Machine(products=100e9, convolutions=95e9, bytes=8e9)
-"""Rates of two server cores in single precision; estimates are the same on all machines until `calibrate`."""
+"""Rates of two server cores in single precision; all machines use these constants unless you call `calibrate`."""
 
 _machine = _TYPICAL
 
 
 def machine() -> Machine:
-    """The constants used for estimates: typical ones, or those that `calibrate` measured.
+    """Return the constants used for estimates: typical constants, or those measured by `calibrate`.
 
     Example:
         >>> import lensor
@@ -59,9 +59,9 @@ def machine() -> Machine:
 
 
 def calibrate() -> Machine:
-    """Measure the constants of this machine (about 30 ms, with NumPy) and use them in this process from now on.
+    """Measure the constants of this machine with NumPy (about 30 ms) and use them for the rest of the process.
 
-    Plans that were chosen earlier do not change. Without a calibration, estimates are deterministic.
+    Previously chosen plans do not change. Without calibration, estimates are deterministic.
 
     Example:
         >>> import lensor
@@ -79,7 +79,7 @@ def calibrate() -> Machine:
 
 @cache
 def processor() -> str:
-    """The name of the processor, if the system provides it."""
+    """The name of the processor, or of its architecture if the system does not provide the name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

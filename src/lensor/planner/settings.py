@@ -1,4 +1,4 @@
-"""Settings of the planner: effort and a memory limit."""
+"""The settings of the planner: effort and memory limit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Settings:
     """Settings for choosing plans.
 
     Args:
-        effort: `"estimate"`: use the cost model; `"measure"`: time candidates once on your shapes; `"remember"`: use
-            the times in `lensor.wisdom`, else the cost model, without timing.
-        max_bytes: the most memory that a plan may need, with the result but without operands and patterns.
-        preferred_bytes: prefer plans that need at most this memory; if there are none, take the smallest.
-        known: the state of `lensor.wisdom` that a choice by `"remember"` depends on.
+        effort: `"estimate"` uses the cost model, `"measure"` times the candidates once on your shapes, and `"remember"`
+            uses the times in `lensor.wisdom` if there are any, else the cost model, without timing.
+        max_bytes: the maximum memory that a plan may need, including the result but not operands and patterns.
+        preferred_bytes: prefer plans that need at most this much memory; if there are none, use the smallest.
+        known: the state of `lensor.wisdom`, on which the choice depends for `"remember"`.
     """
 
     effort: Effort = "estimate"
@@ -46,13 +46,13 @@ def current() -> Settings:
 
 
 def untimed(settings: Settings) -> Settings:
-    """The settings without timing: `"measure"` becomes `"remember"`."""
+    """Replace `"measure"` by `"remember"`, so that no plans are timed."""
     return settings if settings.effort != "measure" else replace(settings, effort="remember", known=wisdom.generation())
 
 
 @contextmanager
 def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> Iterator[Settings]:
-    """Set how plans are chosen inside the `with` block; a setting that you omit keeps its outer value.
+    """Set how plans are chosen inside the `with` block; omitted settings keep their outer values.
 
     Example:
         >>> import lensor
@@ -61,8 +61,8 @@ def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> I
         'measure'
 
     Raises:
-        ValueError: for an unknown effort or a limit below 1.
-        TypeError: for a limit that is not an integer.
+        ValueError: if the effort is unknown or the limit is less than 1.
+        TypeError: if the limit is not an integer.
     """
     before = _settings.get()
     settings = replace(
@@ -76,7 +76,7 @@ def planning(*, effort: Effort | None = None, max_bytes: int | None = None) -> I
 
 @contextmanager
 def preferring(max_bytes: int) -> Iterator[None]:
-    """Prefer plans that need at most this memory; if there are none, take the smallest."""
+    """Prefer plans that need at most this much memory; if there are none, use the smallest."""
     with _set(replace(_settings.get(), preferred_bytes=max_bytes)):
         yield
 

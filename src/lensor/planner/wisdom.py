@@ -1,9 +1,9 @@
-"""Measured times of plans, kept for this process and, on request, in a file.
+"""Measured times of plans, stored in this process and, on request, in a file.
 
-`planning(effort="measure")` times the candidates of a network once. The times are kept here, so that a plan that was
-dropped from the cache need not be measured again; with a file, another process need not measure either. A file may
-contain the times of several machines, devices and thread counts: each entry says where it was measured, and only
-applies there.
+`planning(effort="measure")` times the candidates for a network once. The times are stored here, so a plan that was
+dropped from the cache need not be measured again. If you save them to a file, other processes can reuse them. A file
+may contain times for several machines, devices and thread counts: each entry states where it was measured and applies
+only there.
 
 Example:
     >>> import lensor, tempfile, pathlib
@@ -37,18 +37,18 @@ from lensor.network import AnyNetwork, to_text
 from lensor.planner.profile import processor
 
 _FORMAT = 1
-"""The format version of the files; a file with another version is not read."""
+"""The version of the file format; files with a different version are not read."""
 
 _MOST = 200
-"""The most characters of an error's reason, which may quote the file."""
+"""Maximum number of characters in the reason for an error, which may quote the file."""
 
 
 class WisdomWarning(UserWarning):
-    """A file of measured times that could not be used."""
+    """A file of measured times could not be used."""
 
 
 class WisdomError(LensorError, ValueError):
-    """A file that `save` does not change, because its content is not readable as measured times."""
+    """`save` did not change a file because its content is not readable as measured times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ class Measured:
 
     Args:
         network: the text of the network.
-        where: processor, framework, dtype, device and threads.
-        seconds: the shortest time of each timed strategy.
+        where: processor, framework, dtype, device and number of threads.
+        seconds: the shortest time of each timed plan, by its name.
 
     Example:
         >>> import lensor
@@ -78,31 +78,31 @@ _generation = 0
 
 
 def generation() -> int:
-    """A number that changes whenever times are added or forgotten."""
+    """Return a number that changes whenever times are added or forgotten."""
     return _generation
 
 
 def key_of(net: AnyNetwork, backend: Backend, kind: Sequence[Any]) -> tuple[str, str]:
-    """The key of a network with known sizes on a backend, and where it is measured: (key, where)."""
+    """Return the key of a network with known sizes on a backend, and a description of where it is measured."""
     where = f"{processor()}, {backend.describe(kind)}"
     return hashlib.sha256(f"{net.canonical!r} {where}".encode()).hexdigest(), where
 
 
 def recall(key: str) -> Mapping[str, float]:
-    """The known times for a key, by strategy; empty if there are none."""
+    """Return the known times for a key, by name of the plan; empty if there are none."""
     found = _known.get(key)
     return {} if found is None else found.seconds
 
 
 def record(key: str, net: AnyNetwork, where: str, seconds: Mapping[str, float]) -> None:
-    """Keep measured times."""
+    """Store measured times."""
     _update({key: Measured(to_text(net, legend=True), where, {**recall(key), **seconds})})
 
 
 def forget() -> None:
     """Forget all measured times.
 
-    Files do not change, and cached plans are kept until you call `lensor.clear_caches()`.
+    Files are not changed, and cached plans remain cached until you call `lensor.clear_caches()`.
 
     Example:
         >>> import lensor
@@ -118,7 +118,7 @@ def forget() -> None:
 
 
 def entries() -> tuple[Measured, ...]:
-    """All known times, for inspection.
+    """Return all known times, for inspection.
 
     Example:
         >>> import lensor
@@ -145,11 +145,13 @@ def _update(new: Mapping[str, Measured]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def save(path: str | os.PathLike[str]) -> int:
-    """Add the known times to a file, and return the number of entries in it.
+    """Add the known times to a file, and return the number of entries in the file.
 
     Other processes may save to and load from the same file at any time: the file is replaced as a whole, and writers
-    wait for each other (on systems without file locks the last one wins). If writing fails, for instance because the
-    disk is full, the file does not change. A symbolic link is preserved, and the file keeps its mode.
+        wait
+    for each other (on systems without file locks, the last writer wins). If writing fails, for instance because the
+    disk is full, the file does not change. If the path is a symbolic link, the link is preserved. The file keeps its
+    mode.
 
     Args:
         path: the file; its folder must exist and allow new files.
@@ -162,8 +164,8 @@ def save(path: str | os.PathLike[str]) -> int:
 
     Raises:
         OSError: if the file cannot be written, or is not a regular file.
-        WisdomError: if the file's content is not readable as measured times: it is damaged, has another format version,
-            or belongs to another program. The file does not change.
+        WisdomError: if the file's content is not readable as measured times, because it is damaged, has a different
+            format version, or belongs to another program. The file does not change.
     """
     path = os.path.realpath(os.fsdecode(path))  # replace the target of a link, not the link
     with _named(path), _locked(path):
@@ -184,16 +186,16 @@ def save(path: str | os.PathLike[str]) -> int:
             for key, one in known.items()
         }
         text = json.dumps({"lensor wisdom": _FORMAT, "measured": choices}, indent=1, ensure_ascii=False)
-        # Unpaired surrogates are escaped, as in JSON.
+        # Escape unpaired surrogates, as in JSON.
         _replace(path, text.encode("utf-8", "backslashreplace"), before)
     return len(known)
 
 
 def load(path: str | os.PathLike[str]) -> int:
-    """Load the times in a file, and return the number of entries in it.
+    """Load the times stored in a file, and return the number of entries in the file.
 
-    If the file is damaged or has another format version, a `WisdomWarning` is issued and nothing is loaded. Plans that
-    were measured in this process do not change.
+    If the file is damaged or has a different format version, a `WisdomWarning` is issued and nothing is loaded. Plans
+    that were measured in this process do not change.
 
     Args:
         path: a file written by `save`.
@@ -224,7 +226,7 @@ class _Unreadable(Exception):
 
 
 def _content(path: str) -> tuple[bytes, os.stat_result]:
-    """The content and state of a regular file; reading anything else, such as a pipe or device, might never end.
+    """Read the content and state of a regular file; reading a pipe or device, for example, might never end.
 
     Raises:
         OSError: if the file cannot be read, or is not a regular file.
@@ -243,7 +245,7 @@ def _content(path: str) -> tuple[bytes, os.stat_result]:
 
 
 def _replace(path: str, data: bytes, before: os.stat_result | None) -> None:
-    """Write a file as a whole: write a new file next to it, with its mode and owner, and rename it when complete."""
+    """Replace a file as a whole: write a new file with the same mode and owner next to it, then rename the new file."""
     name = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
@@ -252,7 +254,7 @@ def _replace(path: str, data: bytes, before: os.stat_result | None) -> None:
             file.flush()
             os.fsync(file.fileno())
             if before is not None and hasattr(os, "fchown"):
-                with suppress(OSError):  # only root may give a file away
+                with suppress(OSError):  # only root may change the owner
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
                 os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
         os.replace(name, path)
@@ -263,10 +265,10 @@ def _replace(path: str, data: bytes, before: os.stat_result | None) -> None:
 
 
 def _parse(data: bytes) -> dict[str, Measured]:
-    """The entries in a file's content.
+    """Parse the entries in a file's content.
 
     Raises:
-        _Unreadable: with the reason.
+        _Unreadable: if the content is not readable as measured times; the message gives the reason.
     """
     try:
         content = json.loads(data.decode())
@@ -290,7 +292,7 @@ def _entry(one: Mapping[str, Any]) -> Measured:
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Make errors of temporary files name the file to be written."""
+    """Make errors for temporary files name the file to be written."""
     try:
         yield
     except OSError as error:
@@ -301,14 +303,14 @@ def _named(path: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Wait for other writers of a file."""
+    """Lock a file, waiting for other writers."""
     try:
         import fcntl
     except ImportError:
         yield
         return
     folder, name = os.path.split(path)
-    # Follow no link and truncate nothing: in a shared folder, others may have created the file.
+    # Do not follow links or truncate the file: in a shared folder, others may have created it.
     flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     lock = os.path.join(folder, f".{name}.lock")
     try:
@@ -316,7 +318,7 @@ def _locked(path: str) -> Iterator[None]:
     except PermissionError:  # the file belongs to another user
         handle = os.open(lock, flags & ~os.O_CREAT | os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

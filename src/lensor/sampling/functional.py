@@ -34,12 +34,13 @@ Scheme: TypeAlias = str | Mapping[str, str]
 """One scheme for all indices, or one per index."""
 
 _SMALL = 1 << 22
-"""Memory in bytes that a weight gradient may use in any case."""
+"""Memory in bytes that a weight gradient may always use, however small its operands are."""
 
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _Chosen: TypeAlias = tuple[tuple[str, Fraction, int], ...]
-"""Index of the network, keep rate, and the step to which numbers of positions are rounded up."""
+"""For each sampled index: its name in the network, the keep rate, and the step to which the number of positions is
+rounded up."""
 
 _sampled_networks, _maps, _specs = Cache(1024), Cache(1024), Cache(1024)
 
@@ -50,7 +51,7 @@ class BilinearMap:
 
     Args:
         network: the network of the map.
-        names: the users' names of X's indices, in order.
+        names: the users' names for X's indices, in order.
         conv_input_vjp: a function (shape of x, weight, grad_output) -> gradient of x.
         channels: the channel axis of the output.
     """
@@ -95,7 +96,7 @@ def _at(
 
 
 def take_part(array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, positions: Tensor) -> Tensor:
-    """The array at some positions of an index; updates the index's size in `sizes`."""
+    """Select some positions of an index from an array; updates the index's size in `sizes`."""
     found = _at(array, legs, sizes, lambda flat, axis: flat.index_select(axis, positions), index)
     sizes[index] = len(positions)
     return found
@@ -104,7 +105,7 @@ def take_part(array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index
 def put_part(
     array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, positions: Tensor, size: int
 ) -> Tensor:
-    """The inverse of `take_part`: the array at some positions of a larger index, zeros elsewhere."""
+    """The adjoint of `take_part`: write an array to some positions of a larger index, with zeros elsewhere."""
 
     def put(flat: Tensor, axis: int) -> Tensor:
         whole = flat.new_zeros((*flat.shape[:axis], size, *flat.shape[axis + 1 :]))
@@ -116,7 +117,7 @@ def put_part(
 
 
 def _sampled(gradient: Network, chosen: Sequence[tuple[str, Fraction]], sizes: Mapping[str, int]) -> Network:
-    """The network of the weight gradient for an input that is already sampled."""
+    """The network of the weight gradient whose input operand is already sampled."""
 
     def make() -> Network:
         net = gradient
@@ -128,7 +129,7 @@ def _sampled(gradient: Network, chosen: Sequence[tuple[str, Fraction]], sizes: M
 
 
 class _Sampled(torch.autograd.Function):
-    """Exact output and input gradient; a weight gradient from a part of the input, and only this part is kept.
+    """Exact output and input gradient; the weight gradient uses, and the graph stores, only a part of the input.
 
     The part is a separate operand that is a function of the input, so the weight gradient can be differentiated.
     """
@@ -162,7 +163,8 @@ class _Sampled(torch.autograd.Function):
         _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         others = [axis for axis in range(grad.ndim) if axis != bilinear.channels % grad.ndim]
         with torch.autocast(grad.device.type, enabled=False):
-            # The weight gradient first: its temporaries are freed before the large input gradient is allocated.
+            # Compute the weight gradient first, so that its temporaries are freed before the large input gradient is
+            # allocated.
             weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
             if weight_grad is not None and ctx.channels_last:
                 weight_grad = in_channels_last(weight_grad)
@@ -181,8 +183,8 @@ def _weight_gradient(
 ) -> Tensor:
     """The sampled weight gradient: evaluate the network on the part, and insert zeros for sampled weight indices.
 
-    Sampling is for saving memory, so plans that need at most twice the memory of the whole input and the gradient are
-    preferred.
+    Because sampling is meant to save memory, this prefers plans that need at most twice the memory of the whole input
+    and the output gradient, plus that of the weight.
     """
     if not part.numel():
         return grad.new_zeros(tuple(shapes[1]))
@@ -209,7 +211,7 @@ def _weight_gradient(
 
 
 def _with_zeros(array: Tensor, axis: int, count: int) -> Tensor:
-    """The array with `count` zeros appended to an axis."""
+    """Append `count` zeros to an axis of an array."""
     return torch.nn.functional.pad(array, (*[0, 0] * (array.ndim - 1 - axis), 0, count)) if count else array
 
 
@@ -257,8 +259,8 @@ def apply(
 def _step(size: int, keep: Fraction) -> int:
     """The step to which drawn counts are rounded up: their standard deviation.
 
-    Every count would need a separate plan: with two indices, hundreds per layer. With this rounding an index has about
-    six, at the cost of half a standard deviation of zeros.
+    Without rounding, every count would need a separate plan: hundreds per layer with two sampled indices. Rounding
+    leaves about six counts per index, at the cost of padding with half a standard deviation of zeros on average.
     """
     return max(1, math.ceil(math.sqrt(size * keep * (1 - keep))))
 
@@ -270,14 +272,14 @@ def is_exporting() -> bool:
 
 
 def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
-    """Call with a batch axis: an input with `dims` axes or more has one, an input with fewer is a single example."""
+    """Call with a batch axis; an input with fewer than `dims` axes is a single example and gets one for the call."""
     return call(x) if x.ndim >= dims else call(x[None])[0]
 
 
 def _norms(x: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], index: str) -> Tensor:
     """The norm of the entries at each position of an index, up to a common factor; always finite.
 
-    A position with values that are not finite gets more than the sum of all finite norms, so that it is kept.
+    A position with non-finite values gets a norm larger than the sum of all finite norms, so that it is kept.
     """
     flat = [name for leg in legs for name in leg]
     x = x.detach().reshape([sizes[name] for name in flat]).double()
@@ -328,12 +330,12 @@ def schemes_of(scheme: Scheme, names: Sequence[str]) -> dict[str, Any]:
 
 
 def names_of(dims: int) -> tuple[str, ...]:
-    """The users' names of the indices of a convolution's input."""
+    """The users' names for the indices of a convolution's input."""
     return ("n", "g", "c_in", *(f"i{axis}" for axis in range(1, dims + 1)))
 
 
 def convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
-    """A convolution or transposed convolution as a map of its input and weight."""
+    """A convolution or transposed convolution as a bilinear map of input and weight."""
     return _maps.get_or_make((spec, padding), lambda: _convolution(spec, padding))
 
 
@@ -386,7 +388,7 @@ def conv(
 ) -> Tensor:
     """A convolution with exact output and input gradient, and an unbiased weight gradient from a part of the input.
 
-    Only the sampled part of the input is kept for the backward pass. This lowers a model's memory only if nothing else
+    Only the sampled part of the input is kept for the backward pass. This reduces a model's memory only if nothing else
     keeps the input: see `convert`.
 
     Args:
@@ -398,8 +400,8 @@ def conv(
         dilation: one int, or one per dimension.
         groups: number of channel groups.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
-        keep: share of positions to keep, by index of the input: n (examples), g (groups), c_in (channels of a group,
-            the same in every group), i1, i2, ... (positions); other indices are kept whole.
+        keep: fraction of positions to keep, by index of the input: n (examples), g (groups), c_in (channels of a group,
+            the same in every group), i1, i2, ... (positions); the other indices are kept whole.
         scheme: sampling scheme, one of `SCHEMES`, or one per index.
         generator: a CPU generator; torch's by default.
 
@@ -465,7 +467,7 @@ def conv_transpose(
     scheme: Scheme = "bernoulli",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A transposed convolution with an unbiased weight gradient from a part of the input; otherwise exact, as `conv`.
+    """A transposed convolution with an unbiased weight gradient from a sampled part of the input; otherwise exact.
 
     Args:
         input: [batch, c_in, *input_size] or [c_in, *input_size].
@@ -476,7 +478,7 @@ def conv_transpose(
         output_padding: one int, or one per dimension.
         groups: number of channel groups.
         dilation: one int, or one per dimension.
-        keep: share of positions to keep, by index of the input, as in `conv`.
+        keep: fraction of positions to keep, by index of the input, as in `conv`.
         scheme: sampling scheme, one of `SCHEMES`, or one per index.
         generator: a CPU generator; torch's by default.
 
@@ -533,14 +535,14 @@ def linear(
     scheme: Scheme = "bernoulli",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A linear map with an unbiased weight gradient from a part of the input; otherwise exact.
+    """A linear map with an unbiased weight gradient from a sampled part of the input; otherwise exact.
 
     Args:
         input: [batch, ..., c_in] or [c_in].
         weight: [c_out, c_in].
         bias: [c_out] or None; its gradient is exact.
-        keep: share of positions to keep, by index of the input: n (the first axis), i1, i2, ... (axes between the first
-            and the last), c_in (the last axis).
+        keep: fraction of positions to keep, by index of the input: n (the first axis), i1, i2, ... (axes between the
+            first and the last), c_in (the last axis).
         scheme: sampling scheme, one of `SCHEMES`, or one per index.
         generator: a CPU generator; torch's by default.
 
@@ -574,8 +576,8 @@ def _in_graph(keep: Keep, scheme: Scheme, generator: torch.Generator | None) -> 
     """The sampling options as arguments that a torch.fx graph can contain."""
     if generator is not None:
         raise TypeError(
-            "generator is a torch.Generator, expected None in a graph of torch.fx: trace a model that has the layer as"
-            " a submodule, or leave generator out to draw from torch's own"
+            "generator is a torch.Generator, expected None in a torch.fx graph: trace a model that contains the layer"
+            " as a submodule, or omit generator to use torch's default one"
         )
     scheme = scheme if isinstance(scheme, str) else dict(scheme)
     return {"keep": {name: float(rate) for name, rate in keep.items()}, "scheme": scheme}

@@ -42,10 +42,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class Sampled(Leaf):
-    """Mixin before a module's class that samples the weight gradient in training mode.
+    """Mixin that samples the weight gradient in training mode; list it before the module's class.
 
     Args:
-        keep: share of positions to keep, by index of the input; other arguments are the module's own.
+        keep: fraction of positions to keep, by index of the input; other arguments are the module's own.
         scheme: sampling scheme, one of `lensor.sampling.SCHEMES`, or one per index.
         generator: a CPU generator; torch's by default.
 
@@ -96,7 +96,7 @@ class Sampled(Leaf):
         raise NotImplementedError
 
     def _as_function(self, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
-        """Compute the training-mode output by a function of `lensor.sampling`."""
+        """Compute the training-mode output with a function from `lensor.sampling`."""
         raise NotImplementedError
 
     def _sampling(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Sampled(Leaf):
     def _sample_uncompiled(
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
-        """Run without tracing: the number of draws depends on sizes and chance, which a graph would fix."""
+        """Run without tracing: the number of kept positions depends on sizes and chance, and a graph would fix it."""
         if not batched:
             return self._sample(
                 lambda x, weight, bias: forward(x[0], weight, bias)[None], x[None], weight, bias, *more, batched=True
@@ -140,7 +140,7 @@ class Sampled(Leaf):
 def sampled_layer(
     module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
 ) -> Tensor:
-    """Compute a sampled layer; modes can override it like torch's own functions."""
+    """Compute a sampled layer; torch function modes can override this function like torch's own."""
     return module._sample(forward, x, weight, bias, *more, batched=batched)
 
 
@@ -160,7 +160,7 @@ register_layer_function(sampled_layer, _read_sampled)
 
 
 def _map(module: Any, x: Tensor, output_padding: Sequence[int] | None = None) -> BilinearMap:
-    """The map of a convolution, or, with `output_padding`, of a transposed convolution."""
+    """The bilinear map of a convolution or, if `output_padding` is given, of a transposed convolution."""
     dims = len(module.kernel_size)
     spec = spec_of(
         module.in_channels,
@@ -214,7 +214,7 @@ class SampledTransposedConvolution(_OfConvolution):
         return conv_transpose(x, weight, bias, *options, **self._sampling())
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Apply the layer; `output_size` is the spatial size to reach by a choice of `output_padding`."""
+        """Apply the layer; `output_size` is the desired spatial size, which determines `output_padding`."""
         dims = len(self.kernel_size)
         chosen = self.output_padding if output_size is None else output_padding_of(self, input, output_size)
         function = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[dims - 1]
@@ -321,7 +321,7 @@ class Linear(Sampled, torch.nn.Linear):
 
 
 class _Rectified(torch.autograd.Function):
-    """max(x, 0) that keeps where the result is 0, one byte per entry, instead of the result."""
+    """max(x, 0) that stores, in one byte per entry, where the result is 0, instead of the result itself."""
 
     generate_vmap_rule = True
 
@@ -340,10 +340,10 @@ class _Rectified(torch.autograd.Function):
 
 
 class ReLU(Leaf, torch.nn.ReLU):
-    """`torch.nn.ReLU` that keeps one byte per entry for its backward pass, instead of its result.
+    """`torch.nn.ReLU` that stores one byte per entry for its backward pass, instead of its result.
 
-    Use it before sampled layers: torch's ReLU keeps its result, which is the next layer's input, so sampling that input
-    would save no memory. Values and gradients are the same; `inplace=True` also writes to the input.
+    Use it before sampled layers: torch's ReLU stores its result, which is the next layer's input, so sampling that
+    input would save no memory. Values and gradients are the same; `inplace=True` also writes to the input.
 
     Example:
         >>> import torch, lensor.sampling
@@ -370,7 +370,7 @@ _SAMPLED: dict[type, type] = {
     torch.nn.Linear: Linear,
 }
 _MOST_AXES = 64
-"""The limit of torch's axes; the number of an input's axes is unknown before it arrives."""
+"""torch's maximum number of axes; how many a linear layer's input has is unknown before the first call."""
 
 _LAYERS = (_ConvNd, torch.nn.Linear)
 
@@ -387,16 +387,18 @@ def convert(
     """Convert a model so that weight gradients of convolutions and linear layers are sampled in training mode.
 
     Outputs and the gradients of inputs and biases stay exact; parameters and state_dict stay the same. Evaluation mode
-    does not change. A layer samples the indices of `keep` that it has. A module used in several places stays one.
+    does not change. Each layer samples those indices in `keep` that its input has. A module used in several places
+    remains one module.
 
     Args:
         model: any torch module.
         keep: keep rates by index, for all layers; or a mapping from layer names to keep rates, for these layers only.
-            To sample the positions (i1, ...) of a linear layer, name the layer: their number depends on its inputs.
+            To sample the positions (i1, ...) of a linear layer, name the layer, because the number of its position axes
+            depends on its inputs.
         scheme: sampling scheme, one of `lensor.sampling.SCHEMES`, or one per index.
         generator: a CPU generator; torch's by default.
-        activations: whether to replace every torch.nn.ReLU by `lensor.sampling.ReLU`, which keeps one byte per entry;
-            otherwise the layer inputs that follow a ReLU are kept whole for its backward pass.
+        activations: whether to replace every torch.nn.ReLU by `lensor.sampling.ReLU`, which stores one byte per entry;
+            otherwise each torch.nn.ReLU stores its whole result, the next layer's input, for its backward pass.
         inplace: whether to change `model` itself instead of a copy.
 
     Returns:
@@ -410,8 +412,8 @@ def convert(
 
     Raises:
         TypeError: if `model` is not a torch module, or keep is not a mapping.
-        ValueError: for a keep rate outside (0, 1], an unknown scheme, an index that no layer has, an unknown layer
-            name, a lazy module, or a model that cannot be copied.
+        ValueError: for a keep rate outside (0, 1], an unknown scheme, an index that no layer's input has, an unknown
+            layer name, a lazy module, or a model that cannot be copied.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -450,7 +452,7 @@ def _require_known(what: str, names: Iterable[str], known: Collection[str]) -> N
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Convolutions and linear layers, each once; a warning names those with their own computation."""
+    """Convolutions and linear layers, each once; a warning names layers whose class overrides the computation."""
     for name, module in model.named_modules():
         if not isinstance(module, _LAYERS):
             continue
@@ -467,14 +469,14 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _sampled_class(cls: type) -> type | None:
-    """The sampled class for a layer of torch or of Lensor; None for other classes."""
+    """The sampled class for a layer class of torch or Lensor; None for other classes."""
     base = next((base for base in cls.__mro__ if base in _SAMPLED), None)
     own = base is not None and (cls is base or cls is getattr(nn, base.__name__, None))
     return _SAMPLED[base] if own and base is not None else None
 
 
 def _names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The indices that a layer certainly has; the positions of a linear layer depend on its inputs."""
+    """The indices that a layer's input always has; the position axes of a linear layer depend on its inputs."""
     if isinstance(module, torch.nn.Linear):
         return ("n", "c_in")
     assert isinstance(module, _ConvNd)

@@ -1,4 +1,4 @@
-"""Memory that a model keeps for its backward pass, and keep rates that fit a budget."""
+"""Memory that a model stores for its backward pass, and keep rates that fit a memory budget."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _STEPS = 64
 
 
 def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
-    """The bytes that a forward pass keeps for the backward pass, without parameters and buffers.
+    """The bytes that a forward pass stores for the backward pass, without parameters and buffers.
 
-    Memory that tensors share counts once. Normalisation statistics and torch's random generator are restored.
+    Memory shared between tensors counts once. Normalisation statistics and torch's random generator are restored.
 
     Args:
         model: the model, in its current mode.
@@ -51,10 +51,10 @@ def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
 def recommend(
     model: torch.nn.Module, inputs: Inputs, max_bytes: int, *, indices: Sequence[str] = ("i1", "i2")
 ) -> dict[str, float]:
-    """Keep rates with which a training step keeps at most `max_bytes` for its backward pass.
+    """Keep rates at which a training step stores at most `max_bytes` for its backward pass.
 
-    Every index gets the same rate. The bytes are those of `saved_bytes` for the converted model with the scheme
-    "fixed", whose counts are not random; "bernoulli" keeps the same number on average.
+    Every index gets the same rate. Memory is measured by `saved_bytes` for the converted model with the scheme "fixed",
+    whose counts are not random; "bernoulli" keeps the same number of positions on average.
 
     Args:
         model: the unconverted model; it is not changed.
@@ -73,7 +73,7 @@ def recommend(
 
     Raises:
         TypeError: if indices is not a sequence of names, or max_bytes is not a positive int.
-        ValueError: if the budget is too small even at the lowest keep rate, or if no layer has the indices.
+        ValueError: if the budget is too small even at the lowest keep rate, or if no layer's input has the indices.
     """
     if isinstance(indices, str) or not indices:
         raise TypeError(f"indices is {indices!r}, expected a sequence of index names, e.g. ('i1', 'i2')")

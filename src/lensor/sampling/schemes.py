@@ -1,4 +1,4 @@
-"""Sampling schemes, which choose the kept positions of an index; all are unbiased."""
+"""Sampling schemes, which choose the positions of an index to keep; all are unbiased."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lensor.errors import require_choice, require_share
 
 SCHEMES = words(Scheme)
 """bernoulli: each position independently, as in the paper; fixed: a fixed number of positions, without replacement;
-blocks: a fixed number of neighbours, cyclically; importance: each independently, with probability ∝ its norm."""
+blocks: a fixed number of neighbouring positions, cyclically; importance: each position independently, with probability
+∝ its norm."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def draw(
 
     Args:
         size: number of positions.
-        keep: the share to keep: the probability of each position ("bernoulli"), its mean over positions ("importance"),
-            or the share from which the count is rounded ("fixed", "blocks"; at least one).
+        keep: the fraction to keep: the probability of each position ("bernoulli"), its mean over positions
+            ("importance"), or the fraction of the size that is rounded to a count of at least one ("fixed", "blocks").
         scheme: one of `SCHEMES`.
         norms: for "importance", one norm per position; positions of norm zero are never kept.
         generator: a CPU generator; torch's by default.
@@ -77,8 +78,8 @@ def draw(
         (4, Fraction(1, 2))
 
     Raises:
-        ValueError: for a keep rate outside (0, 1], an unknown scheme, or norms that are missing, have another size, or
-            are negative or not finite.
+        ValueError: for a keep rate outside (0, 1], an unknown scheme, or norms that are missing, have the wrong size,
+            or are negative or not finite.
 
     Equation:
         §5.2 of the paper: Σ_i a_i b_i ≈ Σ_i z_i/p a_i b_i with z_i ~ Bernoulli(p); in general z_i over its mean.
@@ -101,12 +102,12 @@ def draw(
 
 
 def _uniform(size: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Numbers in [0, 1); without a generator, drawn so that compilers can trace symbolic sizes."""
+    """Random numbers in [0, 1); without a generator, compilers can trace the draw with symbolic sizes."""
     return torch.rand((size,), dtype=dtype) if generator is None else torch.rand(size, dtype=dtype, generator=generator)
 
 
 def inclusion(norms: Tensor, keep: Fraction) -> Tensor:
-    """Probabilities ∝ norms, clipped to 1, whose sum is `keep` times the count (as far as the norms allow)."""
+    """Probabilities ∝ norms, clipped to 1, whose sum is `keep` times the number of norms, as far as the norms allow."""
     wanted = norms.numel() * float(keep)
     ordered = norms.double().sort(descending=True).values
     if wanted >= int((ordered > 0).sum()):

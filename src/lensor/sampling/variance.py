@@ -1,4 +1,4 @@
-"""The variance of sampled networks: for every scheme a tensor network."""
+"""The variance of sampled networks, computed as a tensor network for every scheme."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def second_moments(
         norms: for "importance", the norm of each position.
 
     Returns:
-        [size, size], float64; the mean of every z_i is 1.
+        The moments, [size, size], in float64; the mean of every z_i is 1.
 
     Example:
         >>> import lensor.sampling
@@ -63,8 +63,8 @@ def variance(net: Network, moments: Mapping[str, Tensor], **operands: Tensor) ->
     """The variance of a sampled network, summed over all entries of its result: E‖ĝ‖² − ‖g‖².
 
     Args:
-        net: the network to be sampled, without sampling.
-        moments: the `second_moments` of the scheme, by sampled index.
+        net: the network before sampling.
+        moments: the `second_moments` of each sampled index, by index.
         operands: operands of the network.
 
     Example:

@@ -1,4 +1,4 @@
-"""Simplification: applies rules until none applies, and traces the rules that fired."""
+"""Simplification: apply rules until none applies, and record the rules that fired."""
 
 from lensor.simplification.engine import PHASES, Rule, simplify
 

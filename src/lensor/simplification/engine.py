@@ -1,8 +1,8 @@
-"""The engine: applies the rules of each phase until none applies, with a trace, and collects like terms of a sum.
+"""The engine, which applies rules phase by phase until none applies, records a trace, and adds like terms of a sum.
 
-The rules of a phase fire only if no rule of an earlier phase applies, so that cheap normal forms (deltas, squeezed
-indices, normalised patterns) come before decompositions of patterns. The order within a phase is irrelevant: tests
-apply the rules in random order and compare the results.
+A rule fires only if no rule of a previous phase applies, so cheap normal forms (deltas, squeezed indices, normalised
+patterns) come before decompositions of patterns. The order within a phase does not matter: tests apply the rules in
+random order and compare the results.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _simplified = Cache(maxsize=1024)
 
 
 def simplify(net: AnyNetwork) -> AnyNetwork:
-    """Apply all simplification rules; the result has the same value, and its `trace` lists the rules that fired.
+    """Apply all simplification rules; the value stays the same, and the result's `trace` lists the rules that fired.
 
-    Its cheapest plan has no more flops than that of the original network, except for the known gaps in `docs/limits.md`
-    (19 of 1,000 random networks, most with sub-tensors of one half of a Gram matrix).
+    The cheapest plan of the result needs no more flops than that of the original network, except for the known gaps in
+    `docs/limits.md` (19 of 1,000 random networks, most with sub-tensors of one half of a Gram matrix).
 
     Example:
         >>> import lensor
@@ -45,12 +45,12 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
 
 
 def apply_rules(net: Network, shuffle: random.Random | None = None) -> Network:
-    """Apply all phases to one network until no rule applies, with rules in random order if `shuffle` is given."""
+    """Apply all phases to one network until no rule applies; with `shuffle`, try the rules in random order."""
     return run_phases(net, PHASES, shuffle)
 
 
 def run_phases(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None = None) -> Network:
-    """Apply some phases to one network until no rule applies."""
+    """Apply the given phases to one network until no rule applies."""
     for _ in range(_LIMIT):
         fired = _fire_once(net, phases, shuffle)
         if fired is None:
@@ -71,7 +71,7 @@ def _fire_once(net: Network, phases: Sequence[RuleList], shuffle: random.Random 
 
 
 def _collect(terms: Sequence[Network]) -> AnyNetwork:
-    """Add terms that differ only by a rational factor."""
+    """Add terms that differ only in a rational factor."""
     kept: dict[tuple, Network] = {}
     for term in terms:
         unit = term.replace(scale=Scale(powers=term.scale.powers))

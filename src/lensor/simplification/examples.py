@@ -1,6 +1,6 @@
 """Worked examples of the simplification rules, as data; `lensor rules` generates docs/simplification.md from them.
 
-An example is an operation (by its name in `lensor.ops`) with a convolution and optional transforms, or a network in
+An example is either an operation (a name in `lensor.ops`) with a convolution and optional transforms, or a network in
 text form. `lensor.inspect.rules` evaluates the examples.
 """
 
@@ -16,10 +16,10 @@ class Example:
     """One network to simplify.
 
     Args:
-        operation: a name in `lensor.ops`, or the text of a network with its sizes and patterns.
-        spec: (in_channels, out_channels, input_size, kernel_size); empty for text.
+        operation: a name in `lensor.ops`, or the text form of a network with its sizes and patterns.
+        spec: (in_channels, out_channels, input_size, kernel_size); empty for a text form.
         hyper: the other parameters of the spec.
-        then: transforms, each a name and its arguments.
+        then: transforms, each given by its name and arguments.
         arguments: the other arguments of the operation.
     """
 
@@ -77,7 +77,7 @@ RULE_EXAMPLES: Mapping[str, Example] = {
     "dense or block pattern into regrouping": Example("conv", (4, 8, 9, 3), {"stride": 3}),
     "dense or block pattern after the swap into regrouping": Example("conv", (4, 8, 9, 3), {"dilation": 3}),
 }
-"""For each rule, by name, a network on which it fires."""
+"""Maps each rule's name to a network to which the rule applies."""
 
 CASES: Mapping[str, Example] = {
     "K=1, S=2, odd I": Example("conv", (4, 8, 9, 1), {"stride": 2}),

@@ -1,7 +1,7 @@
-"""Simplification rules of the index-pattern algebra, each with its algebra in the docstring.
+"""Simplification rules for index patterns; each docstring states the identity that the rule applies.
 
-Notation: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P]. A crop is a pattern with kernel size 1, [i = o·S − P]: a slice,
-crop, padding or embedding, which costs no arithmetic.
+Notation: Π(I,K,S,P,D)[i,o,k] = [i = k·D + o·S − P]. A crop is a pattern with kernel size 1, [i = o·S − P]; it slices,
+crops, pads or spreads an axis and costs no arithmetic.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from lensor.transforms.indices import contract_deltas, equate
 
 
 def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
-    """(node, pattern, legs) of every index pattern that rules may change.
+    """Iterate over (node, pattern, legs) for each index pattern that rules may change.
 
-    A zeros-mode pattern with a leg that is selected at run time stays whole unless it is the identity, since plans read
-    through it at the selected positions. In other padding modes they do not, so it is split like any other.
+    If positions of a zeros-mode pattern's leg are selected at run time, rules leave the pattern whole unless it is the
+    identity, since plans read through it at the selected positions. Plans do not read through patterns in other padding
+    modes, so rules split these patterns as usual.
     """
     chosen = {index for node in net.nodes if isinstance(node, Select) for index in node.legs[0]}
     for at, node in enumerate(net.nodes):
@@ -41,14 +42,14 @@ def _legs_at(net: Network, at: int) -> tuple[Group, Group, Group]:
 
 
 def swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: object) -> Network:
-    """Replace some nodes by others, at the place of the first."""
+    """Remove the nodes at `drop`, and insert the nodes `put` at the place of the first removed node."""
     nodes = [node for at, node in enumerate(net.nodes) if at not in drop]
     place = min(drop)
     return net.replace(nodes=(*nodes[:place], *put, *nodes[place:]), **parts)
 
 
 def only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
-    """Whether the indices of the group occur only in the listed nodes."""
+    """Whether the indices of the group occur only on the listed nodes."""
     return all(net.holders[index].issubset(nodes) for index in group)
 
 
@@ -59,7 +60,7 @@ def apart(legs: Sequence[Group]) -> bool:
 
 
 def fresh_beside(net: Network, group: Group, what: str) -> str:
-    """A name for a new index derived from a group; a copy keeps its `_` at the end."""
+    """A name for a new index derived from a group; trailing `_`, which mark copies, stay at the end."""
     base = group[0].rstrip("_") if group else ""
     return net.fresh(f"{base}_{what}{'_' * (len(group[0]) - len(base))}" if group else what)
 
@@ -67,7 +68,7 @@ def fresh_beside(net: Network, group: Group, what: str) -> str:
 # ------------------------------------------------------------------------------------------------------ normal forms
 @rule("irrelevant parameters normalised", "7, 8")
 def normalise(net: Network) -> Network | None:
-    """D is irrelevant for K=1, S for O=1; the right padding follows from O; an unused padding mode becomes zeros."""
+    """D has no effect if K=1, nor S if O=1; the right padding follows from O; an unused padding mode becomes zeros."""
     for at, pattern, legs in pattern_nodes(net):
         normal = pattern.fitted() or pattern.normalize()
         if normal != pattern:
@@ -77,7 +78,7 @@ def normalise(net: Network) -> Network | None:
 
 @rule("one output position: kernel and output swapped", "4, 7")
 def swap_single_output(net: Network) -> Network | None:
-    """Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o]: for O=1 the swapped pattern is a crop."""
+    """Π(I,K,S,P,D)[i,o,k] = Π(I,O,D,P,S)[i,k,o]: for O=1, the swapped pattern is a crop."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.output_size == 1 and pattern.kernel_size > 1:
             return swap_nodes(net, [at], [Pattern(pattern.swap().normalize(), (i, k, o))])
@@ -86,7 +87,7 @@ def swap_single_output(net: Network) -> Network | None:
 
 @rule("one input position: read the other way round", "7")
 def swap_single_input(net: Network) -> Network | None:
-    """For I=1 and K=1, [0 = o·S − P] is 1 for one o only: replace it by the crop to this position of o."""
+    """For I=1 and K=1, [0 = o·S − P] is 1 at a single o: replace the pattern by the crop to this position of o."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.input_size == 1 and pattern.is_crop and pattern.output_size > 1 and not k:
             place, count = pattern.span()
@@ -116,7 +117,7 @@ def split_one_hot(net: Network) -> Network | None:
 
 @rule("pattern at one position of a leg", "8")
 def at_one_position(net: Network) -> Network | None:
-    """e_a[x] Π[i,x,k] = e_a[x] Π(I,K,1,P−a·S,D)[i,0,k]; the same for the legs k (by the swap) and i (P+a)."""
+    """e_a[x] Π[i,x,k] = e_a[x] Π(I,K,1,P−a·S,D)[i,0,k]; the same for the legs k (after a swap) and i (with P+a)."""
     for one, place, x in one_hots(net):
         for at, pattern, legs in pattern_nodes(net):
             if at == one or pattern.padding_mode != "zeros" or legs.count((x,)) != 1 or not apart(legs):
@@ -132,7 +133,7 @@ def at_one_position(net: Network) -> Network | None:
 
 
 def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
-    """(node, position, index) of every pattern that is 1 at exactly one position of one index."""
+    """Iterate over (node, position, index) for each pattern that is 1 at exactly one position of one index."""
     for at, pattern, (x, o, k) in pattern_nodes(net):
         if len(x) == 1 and not o and not k and not pattern.is_zero:
             yield at, pattern.line()[0].offset, x[0]
@@ -140,7 +141,7 @@ def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
 
 @rule("one position of a shared index: one of each holder's own", "8")
 def part_holders(net: Network) -> Network | None:
-    """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands need not share an index that is fixed to one position."""
+    """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands need not share an index with a fixed position."""
     for one, _, x in one_hots(net):
         holders = [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and x in indices_of(node)]
         tied = x in net.output_indices or any(
@@ -157,7 +158,7 @@ def part_holders(net: Network) -> Network | None:
 
 @rule("crop summed over its input: a mask", "16")
 def mask(net: Network) -> Network | None:
-    """Σ_i [i = o·S − P] is 1 for each o that reads something: replace the crop by the shortest shift with this sum."""
+    """Σ_i [i = o·S − P] is 1 where o reads an input, else 0: replace the crop by the shortest shift with this sum."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if not pattern.is_crop or k or not i or not only_in(net, i, [at]) or not apart((i, o)):
             continue
@@ -176,14 +177,14 @@ def mask(net: Network) -> Network | None:
 
 @rule("pattern that reads nothing: the network is zero", "8")
 def zero(net: Network) -> Network | None:
-    """A pattern that reads only padding is 0, and so is the product."""
+    """A pattern that reads only padding is 0, so the product is 0."""
     if net.scale.factor == 0 or not any(pattern.is_zero for _, pattern, _ in pattern_nodes(net)):
         return None
     nodes: list[Node] = []
     sizes: dict[str, int | None] = {}
 
     def loose(leg: Group) -> Group:
-        """One new index for a leg of known size, since only the size matters."""
+        """Replace a leg of known size by one new index, since only the size matters."""
         size = net.group_size(leg)
         if size is None or not leg:
             return leg
@@ -195,7 +196,7 @@ def zero(net: Network) -> Network | None:
         if isinstance(node, Operand):
             nodes.append(replace(node, legs=tuple(loose(leg) for leg in node.legs)))
         elif isinstance(node, Delta) and net.sizes[node.indices[0]] is None:
-            nodes.append(node)  # it determines a size
+            nodes.append(node)  # needed to determine a size
     output = tuple(loose(leg) for leg in net.output)
     held = {index for node in nodes for index in indices_of(node)}
     nodes += [Ones(index) for leg in output for index in leg if index not in held]
@@ -204,12 +205,12 @@ def zero(net: Network) -> Network | None:
 
 @rule("identity pattern contracted", "1, 7")
 def identity(net: Network) -> Network | None:
-    """Π[i,o] = δ[i,o] for K=1, S=1, P=0, O=I. The case K=I, P=0, O=1 has this form after the swap."""
+    """Π[i,o] = δ[i,o] for K=1, S=1, P=0, O=I. K=I, P=0, O=1 has this form after the swap."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if not pattern.is_identity or k:
             continue
         rest = swap_nodes(net, [at], [Ones(index) for index in dict.fromkeys((*i, *o))])
-        after = equate(rest, o, i)  # keep the names of the output or kernel side
+        after = equate(rest, o, i)  # keep the index names of the output or kernel leg
         if after is not None:
             return contract_deltas(after)
     return None
@@ -218,9 +219,9 @@ def identity(net: Network) -> Network | None:
 # -------------------------------------------------------------------------------------------------------- contractions
 @rule("crop composed with a pattern", "23")
 def compose_crop(net: Network) -> Network | None:
-    """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] if all reads of Π2 are inside; the same for k.
+    """Σ_j Π1[i,j,k] Π2[j,o] = Π(I, K, S1·S2, P1+S1·P2, D1)[i,o,k] if Π2 reads only inside its input; the same for k.
 
-    The rule compares reads to decide whether the composition is one pattern.
+    The rule compares reads to decide whether a single pattern expresses the composition.
     """
     for two, selection, (j, o, unit) in pattern_nodes(net):
         if not selection.is_crop or unit or not j:
@@ -233,7 +234,7 @@ def compose_crop(net: Network) -> Network | None:
             elif kernel == j:
                 legs, how = (i, positions, o), "kernel"
             elif kernel == () and len(j) == 1 and positions[:1] == j and len(positions) > 1:
-                # The block rule has split the pattern's positions into (j, within): restore the pattern.
+                # The block rule has split the pattern's output positions into (j, within), so restore the pattern.
                 legs, how = (i, o, positions[1:]), "blocks"
             elif kernel == o == () and len(j) == 1 and positions[-1:] == j and len(positions) > 1:
                 legs, how = (i, positions[:-1], ()), "within"  # one position within the blocks
@@ -249,7 +250,7 @@ _composed = Cache(maxsize=4096)
 
 
 def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPattern | None:
-    """The pattern restricted by a crop of its output, of its kernel, of blocks of its output, or within the blocks."""
+    """Restrict a pattern by a crop of its output, its kernel, the blocks of its output, or positions inside blocks."""
 
     def make() -> tuple[IndexPattern | None]:
         reading, picked = pattern.reading(), selection.line()
@@ -274,9 +275,9 @@ def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPa
 
 @rule("padding or cropping composed with a pattern", "8, 23")
 def compose_shift(net: Network) -> Network | None:
-    """Σ_j Π1[i,j] Π2[j,o,k] = Π(I, K, S2, P1+P2, D2)[i,o,k] for a Π1 with stride 1 (padding is a shift).
+    """Σ_j Π1[i,j] Π2[j,o,k] = Π(I, K, S2, P1+P2, D2)[i,o,k] if Π1 has stride 1 (it pads or crops).
 
-    A Π1 with a larger stride is not composed, since the gcd rule produces this form.
+    If Π1 has a larger stride, the rule does not apply, since the gcd rule produces this form.
     """
     for one, shift, (i, j, unit) in pattern_nodes(net):
         if not shift.is_crop or unit or shift.stride != 1 or not j:
@@ -285,7 +286,7 @@ def compose_shift(net: Network) -> Network | None:
             if one == two or inputs != j or not only_in(net, j, [one, two]) or not apart((i, j, o, k)):
                 continue
             if shift.padding_mode != "zeros" and shift.stride == 1 and not pattern.is_crop:
-                continue  # a padding mode that was split from its pattern stays split
+                continue  # padding that was split off its pattern stays separate
             fitted = read_through(shift, pattern) or _in_mode(shift, pattern)
             if fitted is not None:
                 return swap_nodes(net, [one, two], [Pattern(fitted, (i, o, k))])
@@ -293,7 +294,7 @@ def compose_shift(net: Network) -> Network | None:
 
 
 def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern | None:
-    """The composition of a crop and a pattern that reads it, as a zeros-mode pattern, or None."""
+    """The composition of a crop with a pattern on its output, as a zeros-mode pattern, or None."""
 
     def make() -> tuple[IndexPattern | None]:
         reading = pattern.reading().through(selection.line())
@@ -303,7 +304,7 @@ def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern
 
 
 def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | None:
-    """The composition of a padding in a mode and a crop inside it, as one crop in this mode, or None."""
+    """The composition of padding in a mode with a crop inside it, as one crop in this mode, or None."""
     if shift.padding_mode == "zeros" or not selection.reads_everywhere:
         return None
     left = shift.padding[0] + selection.padding[0]
@@ -330,7 +331,7 @@ def crop_input(net: Network) -> Network | None:
                 continue
             longer = pattern.is_crop and pattern.stride == 1 and pattern.output_size > crop.output_size
             if longer and pattern.reads_everywhere:
-                continue  # both are crops: compose the shorter into the longer
+                continue  # both are crops: compose_crop handles this case
             shorter = IndexPattern(
                 crop.output_size,
                 pattern.kernel_size,
@@ -345,7 +346,7 @@ def crop_input(net: Network) -> Network | None:
 
 @rule("two patterns that share two legs", "19")
 def two_shared_legs(net: Network) -> Network | None:
-    """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'] for any two shared legs; in modes other than zeros only for (o,k)."""
+    """Π[i,o,k] Π[i,o,k'] = Π[i,o,k] δ[k,k'] for any two shared legs; only for (o,k) in modes other than zeros."""
     found = list(pattern_nodes(net))
     for a, (_one, pattern, legs) in enumerate(found):
         for two, other, others in found[a + 1 :]:
@@ -366,7 +367,7 @@ def two_shared_legs(net: Network) -> Network | None:
 
 @rule("pattern and one position of itself", "19")
 def with_own_position(net: Network) -> Network | None:
-    """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: i and o determine k; the same for one position of o."""
+    """Π[i,o,k] Π[i,o,a] = e_a[k] Π[i,o,a]: i and o determine k; the same for a position of o."""
     for two, part, (i, x, unit) in pattern_nodes(net):
         if not part.is_crop or unit or not i or not x or part.padding_mode != "zeros" or part.is_zero:
             continue
@@ -386,9 +387,9 @@ def with_own_position(net: Network) -> Network | None:
 
 @rule("leg sum that is constant", "16, 17")
 def constant_leg_sum(net: Network) -> Network | None:
-    """If the sum of a pattern over the legs that nothing else has is constant, it is a number times ones.
+    """If a pattern's sum over the legs that no other node carries is constant, replace the sum by a number times ones.
 
-    E.g. Σ_i Π = [0 ≤ kD + oS − P < I] is always 1 without padding, so that the pattern disappears.
+    For example, Σ_i Π = [0 ≤ kD + oS − P < I] is always 1 without padding, so the pattern disappears.
     """
     for at, pattern, legs in pattern_nodes(net):
         loose = [place for place in range(3) if only_in(net, legs[place], [at])]
@@ -407,12 +408,12 @@ def constant_leg_sum(net: Network) -> Network | None:
 # ------------------------------------------------------------------------------------------------------ decompositions
 @rule("padding mode split from its pattern", "modes")
 def split_mode(net: Network) -> Network | None:
-    """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], where R pads the input in its mode."""
+    """Π_mode[i,o,k] = Σ_j R[i,j] Π(L,K,S,0,D)[j,o,k], where R pads the input in the pattern's mode."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode == "zeros" or pattern.is_crop:
             continue
         if any(only_in(net, leg, [at]) for leg in (o, k)):
-            continue  # a leg sum, which is one matrix in every mode
+            continue  # summed over a leg, the pattern is one matrix in every mode
         if set(i) & set(net.output_indices) and not _scatter_gains(net, at, pattern):
             continue
         padding, inner = pattern.split_padding()
@@ -425,7 +426,7 @@ def split_mode(net: Network) -> Network | None:
 
 
 def _scatter_gains(net: Network, at: int, pattern: IndexPattern) -> bool:
-    """Whether summing patches on the padded input and then folding back the padding is cheaper than the pattern."""
+    """Whether summing patches into the padded input and then folding back the padding is cheaper."""
     _, o, k = _legs_at(net, at)
     if set(net.output_indices) & {*o, *k} or any(
         {*o, *k} & {*a, *b, *c} for n, _, (a, b, c) in pattern_nodes(net) if n != at
@@ -437,7 +438,7 @@ def _scatter_gains(net: Network, at: int, pattern: IndexPattern) -> bool:
 
 @rule("common divisor of stride and dilation taken out", "11")
 def common_divisor(net: Network) -> Network | None:
-    """For g = gcd(S,D) > 1 only i = a + g·j is read, with a = (−P) mod g and Π = Π(·,K,S/g,(P+a)/g,D/g)[j,o,k]."""
+    """For g = gcd(S,D) > 1, only i = a + g·j with a = (−P) mod g is read: Π = Π(·,K,S/g,(P+a)/g,D/g)[j,o,k]."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode != "zeros":
             continue
@@ -446,7 +447,7 @@ def common_divisor(net: Network) -> Network | None:
             continue
         every, inner = parts
         if every.normalize().stride == 1:
-            continue  # one position remains, which a shift expresses as well
+            continue  # only one position remains, so this is a shift
         j = fresh_beside(net, i, "every")
         put = [Pattern(every.normalize(), (i, (j,), ())), Pattern(inner.normalize(), ((j,), o, k))]
         return swap_nodes(net, [at], put, sizes={j: inner.input_size})
@@ -455,7 +456,7 @@ def common_divisor(net: Network) -> Network | None:
 
 @rule("dense or block pattern into regrouping", "6")
 def block(net: Network) -> Network | None:
-    """For K ≤ S, D=1: pad P on the left, pad or crop to O·S, view as (O, S), keep k < K; includes rules 1 to 3."""
+    """For K ≤ S, D=1: pad P on the left, pad or crop to O·S, view as (O, S), take k < K; includes rules 1 to 3."""
     for at, pattern, legs in pattern_nodes(net):
         if _blocks(pattern) and not _spreads(net, pattern, legs):
             return _into_blocks(net, at, pattern, legs)
@@ -464,7 +465,7 @@ def block(net: Network) -> Network | None:
 
 @rule("dense or block pattern after the swap into regrouping", "4, 6")
 def swapped_block(net: Network) -> Network | None:
-    """For O ≤ D, S=1: the block rule for the pattern with kernel and output swapped."""
+    """For O ≤ D, S=1: apply the block rule to the pattern with kernel and output swapped."""
     for at, pattern, (i, o, k) in pattern_nodes(net):
         if pattern.padding_mode == "zeros" and not _blocks(pattern) and _blocks(pattern.swap()):
             if _spreads(net, pattern.swap(), (i, k, o)):
@@ -474,7 +475,7 @@ def swapped_block(net: Network) -> Network | None:
 
 
 def _spreads(net: Network, pattern: IndexPattern, legs: tuple[Group, Group, Group]) -> bool:
-    """Whether blocks of S positions, of which only K < S are used, would need an array."""
+    """Whether blocks of S positions, of which only K < S are used, would have to be stored in an array."""
     open_ = set(net.output_indices)
     return pattern.kernel_size < pattern.stride and bool(open_ & {*legs[0]}) and bool(open_ & {*legs[1], *legs[2]})
 

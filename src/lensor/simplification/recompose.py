@@ -1,7 +1,7 @@
-"""The inverse of decompositions: restores whole patterns, for strategies that need them.
+"""The inverse of the decompositions, which restores whole patterns for strategies that need them.
 
 Simplification decomposes patterns into regrouping, crops and smaller patterns, which suits views and matrix products. A
-framework's convolution, or a materialized pattern, uses the whole pattern in one step, where its parts would need an
+framework's convolution and a materialized pattern handle the whole pattern in one step, where its parts would need an
 intermediate array.
 """
 
@@ -32,7 +32,7 @@ from lensor.transforms.indices import equate
 
 @rule("crop taken into the pattern that reads it", "11, modes")
 def compose_input(net: Network) -> Network | None:
-    """Σ_j Π1[i,j] Π2[j,o,k] = Π[i,o,k] if the composed reads are those of one pattern."""
+    """Σ_j Π1[i,j] Π2[j,o,k] = Π[i,o,k] if a single pattern has the composed reads."""
     for one, outer, (i, j, unit) in pattern_nodes(net):
         if not outer.is_crop or unit or not j:
             continue
@@ -46,7 +46,7 @@ def compose_input(net: Network) -> Network | None:
 
 
 def _composed(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
-    """The composition of a crop and a zeros-mode pattern that reads it, as one pattern, or None."""
+    """The composition of a crop with a zeros-mode pattern on its output, as one pattern, or None."""
     if inner.padding_mode != "zeros":
         return None
     fitted = read_through(outer, inner)
@@ -59,7 +59,7 @@ _in_mode = Cache(maxsize=4096)
 
 
 def _composed_in_mode(outer: IndexPattern, inner: IndexPattern) -> IndexPattern | None:
-    """The composition as one pattern in the padding mode of the crop, or None."""
+    """The composition as one pattern in the crop's padding mode, or None."""
     stride, dilation = outer.stride * inner.stride, outer.stride * inner.dilation
     left = outer.padding[0] + outer.stride * inner.padding[0]
     length = (inner.output_size - 1) * stride + dilation * (inner.kernel_size - 1) + 1
@@ -74,7 +74,7 @@ def _composed_in_mode(outer: IndexPattern, inner: IndexPattern) -> IndexPattern 
 
 @rule("regrouping taken back into a pattern", "6")
 def compose_blocks(net: Network) -> Network | None:
-    """Π1[i,(o s)] Π2[s,k] = Π[i,o,k] and Π1[i,(o k)] = Π[i,o,k], if the reads are those of one pattern."""
+    """Π1[i,(o s)] Π2[s,k] = Π[i,o,k] and Π1[i,(o k)] = Π[i,o,k], if a single pattern has these reads."""
     for one, view, (i, positions, unit) in pattern_nodes(net):
         if not view.is_crop or unit or len(positions) < 2:
             continue
@@ -100,7 +100,7 @@ def compose_blocks(net: Network) -> Network | None:
 
 @rule("equal positions of copies: one index", "8")
 def share_position(net: Network) -> Network | None:
-    """e_a[x] f(x) e_a[y] g(y) = e_a[x] f(x) g(x), if f = g, or copies of f and g share an index in these places."""
+    """e_a[x] f(x) e_a[y] g(y) = e_a[x] f(x) g(x) if f = g or copies of f and g share an index in these places."""
     places = {index: _places(net, index) for index in net.sizes}
     found = [(at, place, x) for at, place, x in one_hots(net) if _only_operands(net, x, at)]
     for at, (_, place, x) in enumerate(found):
@@ -115,20 +115,20 @@ def share_position(net: Network) -> Network | None:
 
 
 def _only_operands(net: Network, index: str, one_hot: int) -> bool:
-    """Whether only operands and one pattern have an index."""
+    """Whether an index appears only on operands and on the pattern `one_hot`."""
     holders = [node for at, node in enumerate(net.nodes) if at != one_hot and index in indices_of(node)]
     return index not in net.output_indices and all(isinstance(node, Operand) for node in holders)
 
 
 def _places(net: Network, index: str) -> set[tuple[str, int]]:
-    """(operand, place among its indices) for each occurrence of an index."""
+    """An (operand, place among its indices) pair for each occurrence of an index on an operand."""
     operands = [node for node in net.nodes if isinstance(node, Operand)]
     return {(node.name, at) for node in operands for at, held in enumerate(indices_of(node)) if held == index}
 
 
 @rule("part of a pattern's kernel: the whole pattern and a crop", "23")
 def widen(net: Network) -> Network | None:
-    """Π'[i,o,k] = Σ_l Π[i',o',l] [l = k·s + a], if Π includes the reads of Π', from another copy of the operand."""
+    """Π'[i,o,k] = Σ_l Π[i',o',l] [l = k·s + a] if Π, on another copy of the operand, includes all reads of Π'."""
     for one, wide, (i, _, _) in pattern_nodes(net):
         for two, part, (j, o, k) in pattern_nodes(net):
             sizes = (wide.input_size, wide.output_size) == (part.input_size, part.output_size)
@@ -149,13 +149,13 @@ def widen(net: Network) -> Network | None:
 
 
 def _names(net: Network, group: Group) -> set[str]:
-    """The operands that have an index of the group."""
+    """The operands on which an index of the group appears."""
     return {node.name for node in net.nodes if isinstance(node, Operand) and set(group) & set(indices_of(node))}
 
 
 @rule("regrouping as a pattern", "6")
 def undo_blocks(net: Network) -> Network | None:
-    """f(.., (o k), ..) = Σ_i f(.., i, ..) Π[i,o,k] with S = K, if o and k each occur in exactly one other place."""
+    """f(.., (o k), ..) = Σ_i f(.., i, ..) Π[i,o,k] with S = K, if o and k each occur in one other place."""
     for place, legs in _all_legs(net):
         for number, leg in enumerate(legs):
             for split in range(1, len(leg)):
@@ -203,7 +203,7 @@ def undo_unit_kernel(net: Network) -> Network | None:
 
 
 def _axis(net: Network, leg: Group, node: int) -> tuple[int | None, str] | None:
-    """(the crop that reads a leg of an operand into the output, or None, and the index) of a spatial axis, or None."""
+    """For a spatial axis, the crop from the axis to the output (None if there is none) and the index; else None."""
     if len(leg) != 1 or not net.sizes[leg[0]]:
         return None
     holders = [at for at, other in enumerate(net.nodes) if at != node and leg[0] in indices_of(other)]
@@ -219,12 +219,12 @@ def _axis(net: Network, leg: Group, node: int) -> tuple[int | None, str] | None:
 
 
 def _all_legs(net: Network) -> list[tuple[int | None, tuple[Group, ...]]]:
-    """(node, its legs) of every operand, and (None, the legs) of the output."""
+    """A (node, legs) pair for each operand, and (None, legs) for the output."""
     return [*((at, node.legs) for at, node in enumerate(net.nodes) if isinstance(node, Operand)), (None, net.output)]
 
 
 def _other_places(net: Network, group: Group, place: int | None) -> int | str | None:
-    """The only operand, other than `place`, with all indices of a group, or "output"; None unless it is unique."""
+    """The single operand, or "output", other than `place` that contains a group's indices; None if it is not unique."""
     found: list[int | str] = [
         at for at, node in enumerate(net.nodes) if at != place and set(group) & {*indices_of(node)}
     ]
@@ -274,7 +274,7 @@ def compose(net: AnyNetwork) -> AnyNetwork:
 
 
 def undo(net: AnyNetwork) -> AnyNetwork:
-    """Restore all patterns, including those that regrouping had replaced, for steps that work on whole axes.
+    """Restore all patterns, including those replaced by regrouping, for steps that work on whole axes.
 
     Example:
         >>> import lensor
@@ -288,5 +288,5 @@ def undo(net: AnyNetwork) -> AnyNetwork:
 
 
 def share(net: AnyNetwork) -> AnyNetwork:
-    """Make the copies of an operand in a simplified network equal again, even if only part of the result is needed."""
+    """Make the copies of an operand equal again after simplification, even if only part of the result is needed."""
     return sum_of([run_phases(term, (SHARING_RULES,)) for term in net.terms])

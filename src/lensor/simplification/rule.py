@@ -1,4 +1,4 @@
-"""Rules: a name, the number of an identity, and a function that applies it once or returns None."""
+"""Rules: each has a name, the number of an identity, and a function that applies it once or returns None."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Rule:
 
     Args:
         name: a short description.
-        number: its number in the index-pattern algebra, or "structural" for rules of all networks.
-        apply: returns the network after one application, or None if the rule does not apply.
+        number: number of the identity in the index-pattern algebra, or "structural" for rules that apply to all
+            networks.
+        apply: function that applies the rule once, or returns None if it does not apply.
     """
 
     name: str
@@ -24,7 +25,7 @@ class Rule:
     apply: Callable[[Network], Network | None]
 
     def __reduce__(self) -> tuple:
-        # The decorator replaces the function by the rule, so the function's name refers to the rule.
+        # The decorator replaces the function by the rule, so the function's name in its module refers to the rule.
         return _find, (self.apply.__module__, self.apply.__name__)
 
 
@@ -36,5 +37,5 @@ RuleList = tuple[Rule, ...]
 
 
 def rule(name: str, number: str) -> Callable[[Callable[[Network], Network | None]], Rule]:
-    """Turn a function into the rule that it applies."""
+    """Turn a function into a rule."""
     return lambda function: Rule(name, number, function)

@@ -1,4 +1,4 @@
-"""Rules for all networks: deltas, ones, indices of size 1, parallel indices."""
+"""Rules that apply to all networks: deltas, ones, indices of size 1 and parallel indices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lensor.transforms.indices import contract_deltas
 
 @rule("index of size 1 squeezed", "structural")
 def squeeze(net: Network) -> Network | None:
-    """Replace an index of size 1 by the empty group, an axis of length 1."""
+    """Replace an index of size 1 by the empty group, which means an axis of length 1."""
     ones = {index: () for index, size in net.sizes.items() if size == 1}
     if not ones:
         return None
-    # A delta over such indices is 1.
+    # A delta over indices of size 1 equals 1.
     nodes = [node for node in net.nodes if not (isinstance(node, Delta) and node.indices[0] in ones)]
     mapping: dict[str, Group] = dict(ones)
     held = {index for node in nodes for index in indices_of(node)}
@@ -35,7 +35,7 @@ def delta(net: Network) -> Network | None:
 
 @rule("ones dropped", "structural")
 def ones(net: Network) -> Network | None:
-    """Ones on an index that another node has are 1; a sum over ones alone is the size of the index."""
+    """Drop ones whose index also appears on another node; replace a sum over ones alone by the size of the index."""
     if not any(isinstance(node, Ones) for node in net.nodes):
         return None
     holders = Counter(index for node in net.nodes for index in set(indices_of(node)))
@@ -52,7 +52,7 @@ def ones(net: Network) -> Network | None:
 
 
 def _neighbours(legs: Iterable[Group], first: str, second: str) -> bool:
-    """Whether the two indices are adjacent in this order wherever one of them occurs."""
+    """Whether two indices are adjacent, in this order, wherever either of them occurs."""
     for leg in legs:
         for at, index in enumerate(leg):
             if index == first and leg[at + 1 : at + 2] != (second,):
@@ -64,7 +64,7 @@ def _neighbours(legs: Iterable[Group], first: str, second: str) -> bool:
 
 @rule("parallel indices merged", "structural")
 def merge_parallel(net: Network) -> Network | None:
-    """Merge two indices that are adjacent wherever they occur; the size is the product of their sizes."""
+    """Merge two indices that are adjacent wherever they occur into one index with the product of their sizes."""
     legs = [leg for node in net.nodes if not isinstance(node, (Delta, Ones)) for leg in node.legs]
     legs += net.output
     fixed = {index for node in net.nodes if isinstance(node, (Delta, Ones)) for index in indices_of(node)}

@@ -1,4 +1,4 @@
-"""Transforms of networks, one file per family: derivatives, composition and batching, sub-tensors, names."""
+"""Transforms of networks, with one file for each family: derivatives, composition and batching, sub-tensors, names."""
 
 from lensor.transforms.access import block_diagonal, diagonal, keep, narrow, sample, select, slice
 from lensor.transforms.composition import batch, components, merge, substitute

@@ -1,4 +1,4 @@
-"""Helpers of all transforms: distributing over sums, and checking arguments."""
+"""Helpers for all transforms: applying them to the terms of sums, and checking arguments."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ P = ParamSpec("P")
 def transform(
     function: Callable[Concatenate[Network, P], AnyNetwork | None],
 ) -> Callable[Concatenate[AnyNetwork, P], Any]:
-    """Apply a transform of networks to each term of a sum.
+    """Turn a transform of networks into one that also applies to each term of a sum.
 
-    The transform returns None for a term that is zero; if all terms are zero, the call raises NetworkError.
+    The transform returns None if its term becomes zero. If all terms become zero, the call raises NetworkError.
     """
 
     @wraps(function)
@@ -50,7 +50,7 @@ def require_index(net: AnyNetwork, index: str, where: Iterable[str] | None = Non
 
 
 def require_size(net: AnyNetwork, index: str) -> int:
-    """Return the size of an index; raise NetworkError if it is unknown, or if the terms of a sum differ in it."""
+    """Return the size of an index; raise NetworkError if it is unknown, or if it differs between the terms of a sum."""
     known = dict.fromkeys(term.sizes[index] for term in net.terms if term.sizes.get(index) is not None)
     if len(known) > 1:
         raise NetworkError(f"index {index!r} has sizes {[*known]} in the terms of the sum, expected one size")

@@ -1,4 +1,4 @@
-"""Sub-tensors: diagonals, slices and samples of indices, and keeping a summed index."""
+"""Sub-tensors: diagonals, slices and samples of indices, and results without the sum over an index."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lensor.transforms.indices import contract_deltas, refine
 
 
 def _without(output: tuple[Group, ...], index: str) -> tuple[Group, ...]:
-    """The output without an index; a leg that consists of this index alone is removed."""
+    """Remove an index from the output, including its leg if the leg contains only this index."""
     return tuple(tuple(i for i in leg if i != index) for leg in output if leg != (index,))
 
 
 @transform
 def diagonal(net: Network, first: str, second: str) -> Network:
-    """The diagonal of two output indices of equal size: `first` remains in the output, and `second` is removed.
+    """Take the diagonal of two output indices of equal size: `first` remains in the output, `second` is removed.
 
-    Use `block_diagonal` for diagonal blocks.
+    To take diagonal blocks, use `block_diagonal`.
 
     Example:
         >>> import lensor
@@ -42,7 +42,7 @@ def diagonal(net: Network, first: str, second: str) -> Network:
         X[n i] X[n i] -> i
 
     Raises:
-        NetworkError: if one is not an output index, or if their sizes differ.
+        NetworkError: if one of them is not an output index, or if their sizes differ.
     """
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
@@ -61,7 +61,7 @@ def diagonal(net: Network, first: str, second: str) -> Network:
 
 @transform
 def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Network:
-    """The diagonal blocks of size `block_size` of two output indices: `first` becomes (block, position within).
+    """Take the diagonal blocks of two output indices: `first` becomes two legs, the block and the position in it.
 
     Example:
         >>> import lensor
@@ -69,7 +69,8 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
         X[n (i_block i)] X[n (i_block j)] -> i_block i j
 
     Raises:
-        NetworkError: if one is not an output index, if their sizes differ, or if the block size does not divide them.
+        NetworkError: if one of them is not an output index, their sizes differ, or the block size does not divide the
+            sizes.
     """
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
@@ -101,7 +102,7 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
 
 
 def _pick(net: Network, index: str, start: int, step: int, count: int) -> Network:
-    """Keep positions start, start + step, ... of an index, with a crop."""
+    """Restrict an index to positions start, start + step, ... by a crop."""
     size = require_size(net, index)
     crop = IndexPattern(
         size, 1, stride=step, padding=(-start, start + (count - 1) * step + 1 - size), output_size=count
@@ -118,7 +119,7 @@ def _pick(net: Network, index: str, start: int, step: int, count: int) -> Networ
 
 
 def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> AnyNetwork:
-    """Restrict an index to positions start, start + step, ... below stop; a summed index is summed over these only.
+    """Restrict an index to positions start, start + step, ... below stop; if it is summed, sum over these only.
 
     Example:
         >>> import lensor
@@ -127,8 +128,8 @@ def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> 
         (3, 'X[n () i1] Π1[i1 o1 k1] W[() () k1] -> n () o1')
 
     Raises:
-        NetworkError: for an unknown index, for one without a size or with different sizes in the terms of a sum, or if
-            the range of positions is empty or exceeds the index.
+        NetworkError: if the index is unknown, has no size, or has different sizes in the terms of a sum, or if the
+            range of positions is empty or exceeds the size.
     """
     require_index(net, index)
     size = require_size(net, index)
@@ -143,7 +144,7 @@ def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> 
 
 
 def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
-    """Restrict an index to positions start to start + length − 1, as in torch.narrow; see `slice`.
+    """Restrict an index to positions start to start + length − 1, like `torch.narrow`; see `slice`.
 
     Example:
         >>> import lensor
@@ -151,8 +152,8 @@ def narrow(net: AnyNetwork, index: str, start: int, length: int) -> AnyNetwork:
         4
 
     Raises:
-        NetworkError: for an unknown index, for one without a size or with different sizes in the terms of a sum, or if
-            the range of positions is empty or exceeds the index.
+        NetworkError: if the index is unknown, has no size, or has different sizes in the terms of a sum, or if the
+            range of positions is empty or exceeds the size.
     """
     return net.slice(index, start, as_integer(start, "start") + as_integer(length, "length"))
 
@@ -166,8 +167,8 @@ def select(net: AnyNetwork, index: str, position: int) -> AnyNetwork:
         X[n i_full] Π1[i_full () ()] -> n
 
     Raises:
-        NetworkError: for an unknown index, for one without a size or with different sizes in the terms of a sum, or if
-            the position is out of range.
+        NetworkError: if the index is unknown, has no size, or has different sizes in the terms of a sum, or if the
+            position is out of range.
     """
     require_index(net, index)
     size = require_size(net, index)
@@ -188,21 +189,21 @@ def sample(
     weights: str | None = None,
     stored: Sequence[str] = (),
 ) -> AnyNetwork:
-    """Restrict an index to positions that you give at run time, for sampling.
+    """Restrict an index to positions that you pass at run time, for sampling.
 
     If each position is kept with probability `keep`, this is the paper's unbiased column-row sampling. For a summed
-    index, the expectation of the result is the whole sum. For an output index, it is the whole tensor, after scattering
-    the result into zeros at its positions.
+    index, the expected result is the full sum. For an output index, it is the full tensor if you scatter the result
+    into an array of zeros at the sampled positions.
 
-    Use `slice` for positions that are known in advance.
+    If the positions are known in advance, use `slice`.
 
     Args:
-        net: the network; in a sum, terms without the index do not change.
-        index: any index; its name now denotes the sampled positions, and `{index}_full` all positions.
-        keep: probability by which the result is divided; None does not divide.
+        net: the network; in a sum, terms without the index are left unchanged.
+        index: any index; its name then denotes the sampled positions, and `{index}_full` denotes all positions.
+        keep: probability by which the result is divided; None for no division.
         positions: name of the operand with the positions, an integer vector; `{index}_positions` by default.
-        weights: optional name of an operand with one factor per kept position.
-        stored: operands with the index that you pass as sub-tensors at these positions, already sampled.
+        weights: optional name of an operand that contains one factor per sampled position.
+        stored: operands with this index that you pass already restricted to the sampled positions.
 
     Example:
         >>> import lensor
@@ -211,8 +212,8 @@ def sample(
         4 X[n (g c_in) i1] Π1[i1_full o1 k1] V[n (g c_out) o1] select i1_positions[i1_full i1] -> (g c_out) c_in k1
 
     Raises:
-        NetworkError: for an unknown index, a keep outside (0, 1], a name that is in use, or stored operands without
-            the index.
+        NetworkError: if the index is unknown, `keep` is outside (0, 1], a new name is already in use, or a stored
+            operand does not have the index.
     """
     require_index(net, index)
     share = None if keep is None else require_share(keep, "keep", NetworkError)
@@ -256,7 +257,7 @@ def _sampled(
 
 @transform
 def keep(net: Network, index: str, position: int = 0) -> Network:
-    """Do not sum over an index: it becomes an output leg at `position`.
+    """Keep a summed index instead of summing over it: the index becomes the output leg at `position`.
 
     Example:
         >>> import lensor
@@ -264,7 +265,8 @@ def keep(net: Network, index: str, position: int = 0) -> Network:
         X[n (g c_in) i1] Π1[i1 o1 k1] V[n (g c_out) o1] -> n (g c_out) c_in k1
 
     Raises:
-        NetworkError: if it is not a summed index, or the position is not between 0 and the number of output legs.
+        NetworkError: if the index is not a summed index, or the position is not between 0 and the number of output
+            legs.
     """
     require_index(net, index, net.inner_indices, "summed index")
     legs = list(net.output)

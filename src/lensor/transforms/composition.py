@@ -14,7 +14,7 @@ from lensor.transforms.indices import contract_deltas, equate
 
 
 def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None = None) -> AnyNetwork:
-    """Add a leading index to some operands and to the output, as in vmap: one result per position of the index.
+    """Add a leading index to some operands and to the output, like vmap: there is one result per position of the index.
 
     Example:
         >>> import lensor
@@ -22,8 +22,8 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
         X[n (g c_in) i1] Π1[i1 o1 k1] V[v n (g c_out) o1] -> v (g c_out) c_in k1
 
     Raises:
-        NetworkError: if the index exists already, or an operand does not exist.
-        TypeError: if `operands` is one name instead of a sequence of names.
+        NetworkError: if the index already exists, an operand does not exist, or an operand is a selection.
+        TypeError: if `operands` is a single name instead of a sequence of names.
     """
     if isinstance(operands, str):
         raise TypeError(f"operands is the str {operands!r}, expected a sequence of names")
@@ -48,9 +48,9 @@ def batch(net: AnyNetwork, index: str, operands: Sequence[str], size: int | None
 
 
 def _apart(net: AnyNetwork, other: Any, keep: Sequence[str] = ()) -> Any:
-    """Rename (by `_`) the indices of `other` that `net` has too, except those in `keep`.
+    """Append `_` to the indices of `other` whose names also appear in `net`, except those in `keep`.
 
-    An index keeps one name in all terms of a sum.
+    An index has the same new name in all terms of a sum.
     """
     used = {*net.sizes, *other.sizes}
     names = {index: new_name(index, used) for index in other.sizes if index not in keep and index in net.sizes}
@@ -58,10 +58,10 @@ def _apart(net: AnyNetwork, other: Any, keep: Sequence[str] = ()) -> Any:
 
 
 def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork:
-    """Replace an operand by a network, e.g. W by a CP, Tucker or tensor-train kernel.
+    """Replace an operand by a network, such as a weight by a CP, Tucker or tensor-train kernel.
 
-    Each output leg of the network is matched to a leg of the operand; indices are split if their groups differ.
-    Operands with equal names are the same array.
+    Each output leg of the network is matched with a leg of the operand. If their groups differ, indices are split.
+    Operands with equal names denote the same array.
 
     Example:
         >>> import lensor
@@ -71,7 +71,7 @@ def substitute(net: AnyNetwork, operand: str, network: AnyNetwork) -> AnyNetwork
         X[n c_in i1] Π1[i1 o1 k1] A[c_out r] B[c_in r] C[k1 r] -> n c_out o1
 
     Raises:
-        NetworkError: if the operand does not exist, or the legs do not fit.
+        NetworkError: if the operand does not exist, or if its legs and the network's output do not match.
     """
     require_operand(net, operand)
     require_type(network, "network", Network, Sum)
@@ -116,7 +116,7 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
             scale=net.scale * inner.scale,
             sizes=inner.sizes,
         )
-        # A second copy of the operand, which is dropped in the end, identifies its legs with the network's.
+        # Add a temporary copy of the operand with the network's legs, to identify its legs with the operand's.
         twin = Operand(mark, inner.output)
         joined = joined.replace(nodes=(*joined.nodes, twin))
         for place in range(len(legs)):
@@ -138,15 +138,15 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
 
 
 def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output: str | None = None) -> AnyNetwork:
-    """The product of two networks that share some indices.
+    """Multiply two networks that share some indices.
 
-    An index of `other` that is not shared but has a name of an index of `net` is renamed by appending `_`.
+    If an index of `other` is not shared but has the same name as an index of `net`, `_` is appended to its name.
 
     Args:
         net: the first factor.
-        other: the second factor; operands with equal names are the same array.
-        share: indices of both factors that are identified; a shared index that is not in `output` is summed.
-        output: output legs of the product, as subscripts; by default those of `net`, followed by those of `other`
+        other: the second factor; operands with equal names denote the same array.
+        share: indices that both factors have in common; a shared index that is not in `output` is summed.
+        output: output legs of the product, as subscripts; by default the legs of `net`, followed by those of `other`
             without the shared indices.
 
     Example:
@@ -156,7 +156,8 @@ def merge(net: AnyNetwork, other: AnyNetwork, share: Sequence[str] = (), output:
         X[n c_in i1] Π1[i1 o1 k1] X[n c_in_ i1_] Π1[i1_ o1 k1_] -> (c_in k1) (c_in_ k1_)
 
     Raises:
-        NetworkError: if a shared index is missing in one factor or has two sizes, or if an output index is unknown.
+        NetworkError: if a factor lacks a shared index, the sizes of a shared index differ, or an output index is
+            unknown.
     """
     require_type(other, "other", Network, Sum)
     if isinstance(share, str):
@@ -188,7 +189,7 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
 
 
 def components(net: AnyNetwork) -> tuple[Network, ...]:
-    """The connected parts of a network, which is their outer product; the first part has the scale.
+    """Split a network into its connected parts, whose outer product it is; the first part includes the scale.
 
     Example:
         >>> import lensor
@@ -198,7 +199,7 @@ def components(net: AnyNetwork) -> tuple[Network, ...]:
         δ[c_out c_out_] -> c_out c_out_
 
     Raises:
-        NetworkError: for a sum of networks.
+        NetworkError: if `net` is a sum of networks.
     """
     if not isinstance(net, Network):
         raise NetworkError("net is a Sum, expected a Network: call components on the terms of the sum")

@@ -25,10 +25,10 @@ def _require_new(net: Network, name: str, argument: str) -> None:
 
 
 def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...] = ()) -> Network:
-    """Remove the operand at node `at`; its legs follow `output`, with deltas to the indices of `output` that it has.
+    """Remove the operand at node `at` and append its legs to `output`, with deltas for indices already in `output`.
 
     Equation 7 of the paper: ∂/∂[A]_S' replaces A by the delta between S and a copy S'. An index that is not in the
-    output needs no copy: summing over it contracts the delta.
+    output needs no copy, since summing over it contracts the delta.
     """
     operand = net.nodes[at]
     taken = {index for leg in output for index in leg}
@@ -55,8 +55,8 @@ def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...
 def jacobian(net: Network, operand: str) -> AnyNetwork | None:
     """The Jacobian with respect to an operand, with the output legs followed by the operand's legs.
 
-    If the operand occurs more than once, the result is a sum with one term per occurrence, by the product rule. Use
-    `vjp` or `jvp` if you only need products with a vector.
+    If the operand occurs more than once, the result is a sum with one term per occurrence, by the product rule. If you
+    only need products with a vector, use `vjp` or `jvp`.
 
     Example:
         >>> import lensor
@@ -73,7 +73,7 @@ def jacobian(net: Network, operand: str) -> AnyNetwork | None:
 
 @transform
 def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
-    """The vector-Jacobian product: the Jacobian contracted with a new operand `cotangent` in output space.
+    """The vector-Jacobian product: the Jacobian contracted with a new operand `cotangent` with the legs of the output.
 
     Example:
         >>> import lensor

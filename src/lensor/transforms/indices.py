@@ -1,4 +1,4 @@
-"""Identifying, splitting and contracting indices: the building blocks of other transforms and of the passes."""
+"""Identifying, splitting and contracting indices: the building blocks of transforms and simplification rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lensor.network import Delta, Group, Network, Ones, indices_of
 
 
 def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Network:
-    """Split indices: replace each key by the group of its parts everywhere, and split its partners in deltas alike.
+    """Split indices: replace each index by the group of its parts, and split the indices joined to it by deltas alike.
 
     Args:
         net: the network.
@@ -33,10 +33,10 @@ def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Netwo
 
 
 def equate(net: Network, left: Group, right: Group) -> Network | None:
-    """Identify two groups of equal size, and split indices if the groups' boundaries differ.
+    """Identify two groups of equal size, splitting indices where the boundaries of the groups differ.
 
-    A delta joins two output indices that are identified. Returns None if the boundaries of the groups have no common
-    refinement: sizes 4·6 and 8·3 have one, 2·3 and 3·2 do not.
+    Identified output indices are joined by a delta. Returns None if the boundaries of the two groups have no common
+    refinement: groups with sizes 4·6 and 8·3 have one, groups with sizes 2·3 and 3·2 do not.
     """
     while True:
         a, b = list(left), list(right)
@@ -66,7 +66,7 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
             before = net
             net = refine(net, split)
             swap = {big: tuple(parts)}
-            # The groups may also contain a delta partner of the split index.
+            # The groups may also contain an index that shares a delta with the split index.
             if len(net.sizes) > len(before.sizes) + 1:
                 return _equate_after_split(net, left, right, swap)
             left = tuple(new for index in left for new in swap.get(index, (index,)))
@@ -78,14 +78,14 @@ def equate(net: Network, left: Group, right: Group) -> Network | None:
         sizes = {}
         for one, other in pairs:
             sizes[one] = sizes[other] = net.sizes[one] if net.sizes[one] is not None else net.sizes[other]
-        # All pairs at once: an index may occur in several of them.
+        # Add all deltas at once, since an index may occur in several pairs.
         return contract_deltas(net.replace(nodes=(*net.nodes, *(Delta(pair) for pair in pairs)), sizes=sizes))
 
 
 def _equate_after_split(after: Network, left: Group, right: Group, swap: Mapping[str, Group]) -> Network | None:
     gone = (set(left) | set(right)) - set(after.sizes) - set(swap)
     if gone:
-        return None  # the groups contain a delta partner, which this function does not split
+        return None  # this function does not split indices that share a delta with the split index
     return equate(
         after,
         tuple(new for index in left for new in swap.get(index, (index,))),
@@ -96,8 +96,8 @@ def _equate_after_split(after: Network, left: Group, right: Group, swap: Mapping
 def contract_deltas(net: Network) -> Network:
     """Contract every delta as far as possible.
 
-    Σ_b δ[a,b] f(b) = f(a): all indices that deltas join become one index, the first of them in the output. A delta
-    remains only between two or more output indices, and other nodes have only the first of these.
+    Σ_b δ[a,b] f(b) = f(a): all indices that deltas join become one index, named after the first of them in the output.
+    A delta remains only between two or more output indices; other nodes then carry only the first of these indices.
     """
     deltas = [node for node in net.nodes if isinstance(node, Delta)]
     if not deltas:
@@ -125,10 +125,10 @@ def contract_deltas(net: Network) -> Network:
 
 
 def _classes(deltas: Sequence[Delta]) -> list[list[str]]:
-    """The classes of indices that deltas join, directly or indirectly; each starts with the index that names it."""
+    """The classes of indices that deltas join, directly or indirectly; each starts with its representative."""
     classes: dict[int, list[str]] = {}
     named: dict[int, str] = {}
-    where: dict[str, int] = {}  # smaller classes move into the largest, under a number that preserves their order
+    where: dict[str, int] = {}  # smaller classes are merged into the largest, under a number that preserves their order
     alias: dict[int, int] = {}
     for number, delta in enumerate(deltas):
         hit = sorted({alias[where[index]] for index in delta.indices if index in where})

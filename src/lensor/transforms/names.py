@@ -1,4 +1,4 @@
-"""Names, groups, sizes and the scale: transforms that do not change how a network computes its result."""
+"""Names, groups, sizes and scale: transforms that leave the nodes and sums of a network unchanged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lensor.transforms.indices import refine
 
 
 def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
-    """Rename indices, given as a mapping or as keywords old=new.
+    """Rename indices, given as a mapping or as keywords `old="new"`.
 
-    Use `rename_operands` for arrays.
+    To rename operands, use `rename_operands`.
 
     Example:
         >>> import lensor
@@ -26,7 +26,7 @@ def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names
         X[n pixel] -> pixel
 
     Raises:
-        NetworkError: for an unknown index, or if two indices would get the same name.
+        NetworkError: if an index is unknown, or if two indices would have the same name.
     """
     names = {**(mapping or {}), **names}
     for old in names:
@@ -51,7 +51,7 @@ def rename(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names
 
 
 def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /, **names: str) -> AnyNetwork:
-    """Rename operands, given as a mapping or as keywords old=new.
+    """Rename operands, given as a mapping or as keywords `old="new"`.
 
     Example:
         >>> import lensor
@@ -59,8 +59,8 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
         images[n i] -> i
 
     Raises:
-        NetworkError: for an unknown operand, for a name that is not valid for an operand, or if two operands would get
-            the same name.
+        NetworkError: if an operand is unknown, a new name is not a valid operand name, or two operands would have the
+            same name.
     """
     names = {**(mapping or {}), **names}
     for old in names:
@@ -84,9 +84,9 @@ def rename_operands(net: AnyNetwork, mapping: Mapping[str, str] | None = None, /
 
 @transform
 def regroup(net: Network, output: str) -> Network:
-    """Permute and group the output legs, as given by the subscripts `output` with the same indices.
+    """Permute and group the output legs as in the subscripts `output`, which contain the same indices.
 
-    Use `group` and `ungroup` to change single legs.
+    To change single legs, use `group` and `ungroup`.
 
     Example:
         >>> import lensor
@@ -106,7 +106,7 @@ def regroup(net: Network, output: str) -> Network:
 
 @transform
 def group(net: Network, *indices: str) -> Network:
-    """Group output indices into one leg, slowest first, at the place of the first.
+    """Group output indices into one leg, slowest first, at the place of the first of them.
 
     Example:
         >>> import lensor
@@ -114,7 +114,7 @@ def group(net: Network, *indices: str) -> Network:
         X[n i] Y[n j] -> (i j) n
 
     Raises:
-        NetworkError: for an unknown output index, an index that is given twice, or no index.
+        NetworkError: if an index is not an output index or is repeated, or if there is no index.
     """
     if not indices:
         raise NetworkError(f"indices is empty, expected the indices of the new leg, some of {[*net.output_indices]}")
@@ -134,7 +134,7 @@ def group(net: Network, *indices: str) -> Network:
 
 @transform
 def ungroup(net: Network, index: str) -> Network:
-    """Split the output leg with `index` into one leg per index.
+    """Split the output leg that contains `index` into one leg per index.
 
     Example:
         >>> import lensor
@@ -142,7 +142,7 @@ def ungroup(net: Network, index: str) -> Network:
         X[n i] Y[n j] -> i j
 
     Raises:
-        NetworkError: for an unknown output index.
+        NetworkError: if `index` is not an output index.
     """
     require_index(net, index, net.output_indices, "output index")
     legs: list[Group] = []
@@ -153,7 +153,7 @@ def ungroup(net: Network, index: str) -> Network:
 
 @transform
 def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
-    """Split an index into a group of new indices, slowest first; one size may be None and is inferred.
+    """Split an index into a group of new indices, slowest first; one size may be None, to be inferred.
 
     Example:
         >>> import lensor
@@ -161,8 +161,8 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
         X[n (g c)] -> (g c) n
 
     Raises:
-        NetworkError: for an unknown index or one without a size, names that are in use, or sizes whose product is not
-            the size of the index.
+        NetworkError: if the index is unknown or has no size, a new name is already in use, or the product of the sizes
+            is not the size of the index.
     """
     require_index(net, index)
     size = require_size(net, index)
@@ -182,7 +182,7 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
 
 
 def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: int) -> AnyNetwork:
-    """Set the sizes of indices without one, given as a mapping or as keywords.
+    """Set the sizes of indices without a size, given as a mapping or as keywords.
 
     Example:
         >>> import lensor
@@ -190,9 +190,9 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
         {'i': 2, 'n': 3}
 
     Raises:
-        NetworkError: for an unknown index, or one that has another size.
-        TypeError: for a size that is not an integer.
-        ValueError: for size 0 of an index that is averaged over.
+        NetworkError: if an index is unknown or already has a different size.
+        TypeError: if a size is not an integer.
+        ValueError: if an index over which the network averages has size 0.
     """
     given = {
         index: as_integer(size, f"the size of index {index!r}") for index, size in {**(sizes or {}), **named}.items()
@@ -213,7 +213,7 @@ def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: in
 
 @transform
 def scaled(net: Network, factor: Fraction | int | float | str = 1, powers: Mapping[str, int] | None = None) -> Network:
-    """Multiply the network by a rational number and integer powers of index sizes.
+    """Multiply the network by a rational number and by integer powers of index sizes.
 
     Example:
         >>> import lensor
@@ -221,8 +221,8 @@ def scaled(net: Network, factor: Fraction | int | float | str = 1, powers: Mappi
         1/2 n^-1 X[n i] -> i
 
     Raises:
-        NetworkError: for the power of an unknown index, or a factor that is not a finite number.
-        TypeError: for a power that is not an integer.
+        NetworkError: if an index is unknown, or if the factor is not a finite number.
+        TypeError: if a power is not an integer.
     """
     whole = {index: as_integer(power, f"the power of {index!r}") for index, power in (powers or {}).items()}
     for index in whole:

@@ -80,7 +80,7 @@ _COLOURS = {"right": "green", "wrong": "bold red", "refuses": "yellow", "n/a": "
 
 
 def _print_matrix(matrix: Matrix, shown: Console) -> None:
-    """Print a library's table, in parts if it is wider than the console, then wrong results and refusals."""
+    """Print a library's table, split into parts if it is wider than the console, then wrong results and refusals."""
     from lensor_bench.conformance import COLUMNS, QUANTITIES, SYMBOLS
 
     library, rows = matrix.library, list(matrix.rows())
@@ -104,7 +104,7 @@ def _print_matrix(matrix: Matrix, shown: Console) -> None:
 
 
 def _parts(names: list[str], width: int) -> list[list[str]]:
-    """Column headings in parts that fit a width; each is as wide as its longest word plus a margin."""
+    """Split column headings into parts that fit a width; each column is as wide as its longest word plus a margin."""
     parts: list[list[str]] = [[]]
     left = width
     for name in names:

@@ -58,7 +58,7 @@ def reproduce(
 
 
 def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, cifar: Path | None, options: str) -> None:
-    """Measure what the figures still need, and write them with the options of the command."""
+    """Measure what the figures still need, and write the figures with the options of the command."""
     shown = console()
     rows: list[Row] = []
     operations = needed(names)
@@ -82,7 +82,7 @@ def _reproduce(names: Sequence[str], given: Settings, out: Path, quick: bool, ci
 
 
 def _crs_points(given: Settings, out: Path, quick: bool, cifar: Path | None, shown: Console) -> Sequence[CrsPoint]:
-    """Measure the missing errors of sampled gradients; return all that the settings ask for."""
+    """Measure the missing errors of sampled gradients; return all points that the settings require."""
     require("torch", "matplotlib", "skimage")
     import torch
 

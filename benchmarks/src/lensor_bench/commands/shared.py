@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def given_options(context: typer.Context) -> dict[str, object]:
-    """The options that the user gave for a command, by name."""
+    """The options that the user passed to a command, by name."""
     return {
         name: value
         for name, value in context.params.items()
@@ -25,18 +25,19 @@ def given_options(context: typer.Context) -> dict[str, object]:
 
 
 def shown_options(given: dict[str, object], without: Sequence[str]) -> str:
-    """Options as the user gave them, each after a space."""
+    """Options as the user passed them, each preceded by a space."""
     kept = {name: value for name, value in given.items() if name not in without}
     return "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in kept.items())
 
 
 def measure(benches: Sequence[Bench], results: ResultsFile, shown: Console) -> None:
-    """Measure with a progress bar."""
+    """Run measurements with a progress bar."""
     columns = (
         *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
         *(TextColumn("left"), TimeRemainingColumn()),
     )
-    # Costs of convolutions differ much, so estimate the remaining time from half an hour, not from the last seconds.
+    # The costs of convolutions vary widely, so estimate the remaining time from the last half hour, not from the last
+    # seconds.
     with Progress(*columns, console=shown, speed_estimate_period=1800) as progress:
         total = sum(len(bench.pending(results)) for bench in benches)
         task = progress.add_task("", total=total)

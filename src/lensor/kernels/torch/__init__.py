@@ -1,4 +1,4 @@
-"""The torch backend: the steps of plans, their derivatives, and support for the graphs of compilers."""
+"""The torch backend: steps of plans, derivatives, and support for graph compilers."""
 
 from lensor.kernels.torch.backend import BACKEND
 

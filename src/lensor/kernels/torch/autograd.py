@@ -1,4 +1,4 @@
-"""Planned derivatives in torch's autograd, transforms and forward mode."""
+"""Planned derivatives for torch's autograd, function transforms and forward mode."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch._C import _is_any_autocast_enabled
 
 
 class Derivatives:
-    """A function and its derivatives, for `_Planned`."""
+    """A function and its planned derivatives, as used by `_Planned`."""
 
     def __init__(self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]) -> None:
         self.run, self.derivative, self.needs = run, derivative, needs
         self.unneeded: dict[tuple[bool, ...], tuple[int, ...]] = {}
 
     def kept(self, arrays: tuple[torch.Tensor, ...], asked: tuple[bool, ...]) -> Sequence[torch.Tensor | None]:
-        """The operands that the requested derivatives need, None for the others; `asked` starts with that of `self`."""
+        """The operands needed for the requested derivatives, None for the others; `asked[0]` refers to `self`."""
         unneeded = self.unneeded.get(asked)
         if unneeded is None:
             needed = {at for place, wanted in enumerate(asked[1:]) if wanted for at in self.needs[place]}
@@ -29,7 +29,7 @@ class Derivatives:
 
 
 class _Planned(torch.autograd.Function):
-    """A function with planned derivatives; it only saves the operands that they need."""
+    """A function with planned derivatives, which saves only the operands that the derivatives need."""
 
     @staticmethod
     def forward(ctx: Any, own: Derivatives, *arrays: torch.Tensor) -> torch.Tensor:
@@ -51,11 +51,11 @@ class _Planned(torch.autograd.Function):
 
 
 record = super(torch.autograd.Function, _Planned).apply  # pyright: ignore[reportAttributeAccessIssue]
-"""`_Planned.apply` without its preparations for transforms, which take most of its time."""
+"""`_Planned.apply` without its setup for function transforms, which takes most of its time."""
 
 
 class Transformed(_Planned):
-    """The same function in the form that the transforms of torch.func require, and with forward mode."""
+    """The same function in the form that torch.func transforms require, with support for forward mode."""
 
     generate_vmap_rule = True
 
@@ -67,7 +67,7 @@ class Transformed(_Planned):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.own, *arrays = inputs
         ctx.casts = casts_of(next(array for array in arrays if not is_positions(array)))
-        ctx.save_for_backward(*arrays)  # all, because torch requires the same for both modes
+        ctx.save_for_backward(*arrays)  # save all arrays, since torch requires the same arrays for both modes
         ctx.save_for_forward(*arrays)
 
     @staticmethod
@@ -82,7 +82,7 @@ class Transformed(_Planned):
 
 
 class _Casts(NamedTuple):
-    """The state of autocast, to restore it later, and the dtype of the operands."""
+    """The autocast state, to be restored later, and the dtype of the operands."""
 
     device: str
     to: torch.dtype
@@ -98,7 +98,7 @@ def is_positions(x: torch.Tensor) -> bool:
 
 
 def casts_of(x: torch.Tensor) -> _Casts | None:
-    """The state of autocast for a tensor's device, or None if it is off."""
+    """The autocast state for a tensor's device, or None if autocast is off."""
     if not _is_any_autocast_enabled():
         return None
     device = x.device.type
@@ -108,7 +108,7 @@ def casts_of(x: torch.Tensor) -> _Casts | None:
 
 
 def uncast(device: str) -> AbstractContextManager[Any]:
-    """A context without autocast, which would compute products in half precision again."""
+    """A context that disables autocast, which would otherwise compute products in half precision again."""
     if not _is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

@@ -38,7 +38,8 @@ class TorchBackend:
                 raise TypeError(f"{name} has dtype {array.dtype}, expected a floating or complex dtype")
             if array.dtype.itemsize < 2:
                 raise TypeError(
-                    f"{name} has dtype {array.dtype}, expected one of at least 16 bits: torch only stores it"
+                    f"{name} has dtype {array.dtype}, expected a dtype of at least 16 bits: torch supports this one for"
+                    " storage only"
                 )
             if array.dtype != arrays[0].dtype:
                 raise TypeError(
@@ -103,7 +104,7 @@ class TorchBackend:
         return call
 
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
-        # On CPUs, torch accumulates derivatives of convolutions over examples in half precision.
+        # On CPUs, torch accumulates convolution gradients over examples in half precision.
         only_on_cpu = isinstance(one_sum, s.Convolution) and one_sum.kind != "forward"
         if one_sum is not None and not only_on_cpu:
             return run
@@ -134,7 +135,7 @@ class TorchBackend:
 
         def call(*arrays: torch.Tensor) -> torch.Tensor:
             if torch.compiler.is_compiling():
-                return run(*arrays)  # the compiler fuses its own derivatives with the rest of the graph
+                return run(*arrays)  # the compiler derives the steps itself and fuses them with the graph
             for array in arrays:
                 if array.requires_grad or is_functorch_wrapped_tensor(array):
                     return recorded(arrays)
@@ -145,7 +146,7 @@ class TorchBackend:
         return call
 
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
-        # torch has no complex transposed convolution on every device.
+        # Some devices do not support complex transposed convolutions in torch.
         return not (kind[1].is_complex and any(isinstance(step, s.Convolution) for step in steps))
 
     def itemsize(self, kind: Sequence[Any]) -> int:
@@ -159,7 +160,7 @@ class TorchBackend:
         return torch.randn(*shape, generator=generator).to(device=kind[2], dtype=kind[1])
 
     def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
-        """A tensor with this shape that takes no memory."""
+        """A tensor with this shape that does not allocate memory for its entries."""
         return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
 
     def synchronize(self) -> None:

@@ -1,4 +1,4 @@
-"""Constants of plans, cached for eager use and stored in graphs of torch.compile."""
+"""Constants of plans, cached for eager execution and stored in torch.compile graphs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _constants = Cache(maxsize=256, weigh=lambda entry: entry[1].nbytes)
 
 
 class Constant:
-    """A tensor that does not depend on operands, created once per dtype and device.
+    """A tensor that does not depend on the operands, created once for each dtype and device.
 
-    It is created again at each call under a mode that would wrap it (fake tensors, transforms). While torch.compile
-    traces, it is a constant of the graph.
+    Under a mode that would wrap the tensor (fake tensors, function transforms), each call creates it again. While
+    torch.compile traces, the tensor is a constant of the graph.
     """
 
     def __init__(self, key: Hashable, make: Callable[[], torch.Tensor]) -> None:
@@ -51,7 +51,7 @@ _numbered: weakref.WeakValueDictionary[int, Constant] = weakref.WeakValueDiction
 
 
 class _Captured:
-    """The constants in graphs, as attributes, so that torch.compile finds new ones while it traces."""
+    """The constants in graphs, stored as attributes so that torch.compile finds new constants while it traces."""
 
 
 _captured = _Captured()
@@ -59,7 +59,7 @@ _captured = _Captured()
 
 @torch.compiler.assume_constant_result
 def _captured_constant(number: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The name of a constant in `_captured`."""
+    """Store a constant in `_captured` and return its name."""
     name = f"constant_{number}_{dtype}_{device}".replace(".", "_").replace(":", "_")
     setattr(_captured, name, _numbered[number].kept(dtype, device))
     return name

@@ -1,4 +1,4 @@
-"""Memory of tensors: the memory format channels_last, and tensors that only provide a shape."""
+"""Memory of tensors: the channels_last memory format, and tensors that only provide a shape."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lensor.kernels.torch.tensors import is_plain
 from lensor.spec import ConvSpec
 
 _nothing = mmap.mmap(-1, mmap.PAGESIZE, access=mmap.ACCESS_COPY)
-"""Addresses that are never read or written, and therefore take no memory."""
+"""An address range that is never read or written, and therefore occupies no memory."""
 
 
 def shape_only(size: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """A tensor that only provides its shape to torch's convolutions, which would copy an expanded one.
+    """Create a tensor that only provides its shape to torch's convolutions, which would copy an expanded tensor.
 
-    A tensor from the allocator would take memory in the cache that the result could use.
+    A tensor from the allocator could occupy cached memory that the result could use.
     """
     global _nothing
     if like.device.type != "cpu" or type(like) is not torch.Tensor or torch.compiler.is_compiling():
@@ -34,24 +34,24 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def format_of(x: torch.Tensor, channels_last: bool) -> torch.memory_format:
-    """The memory format of results: channels_last if requested and defined for this number of axes."""
+    """The memory format for results: channels_last if requested and defined for this number of axes."""
     return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format) if channels_last else torch.contiguous_format
 
 
 def in_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in the memory format channels_last; unchanged under a transform, where the format is unknown."""
+    """Convert a tensor to channels_last; return it unchanged under a transform, where its format is unknown."""
     return x.contiguous(memory_format=format_of(x, True)) if is_plain(x) else x
 
 
 def is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
-    """Whether torch's convolution of an input and a weight, or of one of them, has a result in channels_last."""
+    """Whether torch's convolution with this input and weight, or with one of them given, returns channels_last."""
     if torch.compiler.is_compiling() or len(arrays) == 1:
         return any(map(suggests_channels_last, arrays))
     if not all(map(is_plain, arrays)):
         return False  # the format is unknown under a transform
     x, weight = arrays
     padding = [max(sides) for sides in spec.padding]
-    if spec.padding_mode == "circular":  # torch pads first, into row-major order
+    if spec.padding_mode == "circular":  # torch first pads the input into row-major order
         x = x.new_empty(x.shape)
     if not suggests_channels_last(x) and not suggests_channels_last(weight):
         return False
@@ -61,7 +61,7 @@ def is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
 
 
 def suggests_channels_last(x: torch.Tensor) -> bool:
-    """Whether torch treats an array with 4 or 5 axes as channels_last, which strides do not always determine."""
+    """Whether torch treats an array with 4 or 5 axes as channels_last, resolving ambiguous strides as torch does."""
     strides, sizes = x.stride(), x.shape
     least = 0
     if strides[1] == 0:

@@ -1,4 +1,4 @@
-"""The steps of plans in torch; each consists of torch operators that are differentiable to any order."""
+"""The steps of plans in torch, written with torch operators that are differentiable to any order."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _window(step: s.Window) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def window(x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
-            # torch's derivative of a strided view has no batching rule.
+            # The derivative of a strided view has no batching rule in torch.
             first = torch.arange(step.positions, device=x.device) * step.stride
             reads = (first[:, None] + torch.arange(step.kernel, device=x.device) * step.dilation).flatten()
             x = x.index_select(step.axis, reads).unflatten(step.axis, (step.positions, step.kernel))
@@ -89,7 +89,7 @@ def _overlap_add(step: s.OverlapAdd) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 _MOST_RUNS = 8
-"""Positions in at most this many runs are read as slices and concatenated, which is faster than single reads."""
+"""Up to this many runs of positions are read as slices and concatenated, which is faster than indexing."""
 
 
 def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -100,7 +100,7 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _reads(selection: IndexPattern, like: torch.Tensor) -> torch.Tensor:
-    """The input position that each output position of a crop reads, in any mode except zeros."""
+    """The input position that each output position of a crop reads, in any padding mode except zeros."""
     places = torch.arange(selection.output_size, device=like.device) * selection.stride - selection.padding[0]
     return in_mode(places, selection.input_size, selection.padding_mode, torch.where)
 
@@ -153,11 +153,11 @@ def _add(step: s.Add) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 _MANY = 256
-"""More terms than this are squared into separate memory before they are summed."""
+"""If there are more terms than this, all squares are stored before they are summed."""
 
 
 def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Add squares term by term, without storing them; all at once for many terms, or if writing is not allowed."""
+    """Add squares term by term without storing them, or all at once for many terms or if writing is not allowed."""
     axes = step.axes
 
     def sum_squares(x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Multiply in row-major order, where torch would use the order of the factors; the next step is often a view."""
+    """Multiply into row-major order, since the next step is often a view; torch would use the order of the factors."""
     if (a.is_contiguous() and b.is_contiguous()) or not (may_write(a) and may_write(b)):
         return a * b
     shape = [q if p == 1 else p for p, q in zip(a.shape, b.shape, strict=True)]
@@ -199,17 +199,17 @@ def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], t
 
 
 _BLOCK = 192
-"""A Gram matrix with at least this many rows is halved; smaller blocks do not outweigh the overhead of a call."""
+"""A Gram matrix with at least this many rows is halved; for fewer rows, the call overhead exceeds the savings."""
 
 _LONG = 512
-"""With shorter rows, writing the result takes most of the time, so computing one triangle saves nothing."""
+"""For shorter rows, writing the result takes most of the time, so computing a single triangle saves nothing."""
 
 _WIDE = 1024
-"""Gram matrices with more rows than this are also halved for shorter rows, but less often."""
+"""Gram matrices with at least this many rows are also halved if the rows are shorter, but fewer times."""
 
 
 def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Multiply halves of the rows recursively; all rows at once if this gains nothing or writing is not allowed."""
+    """Multiply halves of the rows recursively, or all rows at once if this saves nothing or writing is not allowed."""
     multiply = _matmul(step)
     factor = float(step.factor)
 
@@ -244,14 +244,14 @@ def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: f
 
 
 Lags = dict[s.Shape, torch.Tensor]
-"""For each lag, a matrix of products of channels, [g, block, block]."""
+"""For each lag, the products of channels, [g, block, block]."""
 
 
 def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Compute products for all lags, one pair of channel blocks at a time, followed by the corrections for borders.
+    """Compute the products for all lags, one pair of channel blocks at a time, followed by the border corrections.
 
-    Channels are last, and positions form one row with zeros after each axis, so that a lag is an offset in the row. In
-    addition to the result, the row and the products of two blocks for all lags are alive.
+    Channels are on the last axis, and the positions form one row with zeros after each axis, so a lag is an offset in
+    the row. In addition to the result, the row and the products of two blocks for all lags are in memory.
     """
     dims, kernel, pad, factor = len(step.patterns), step.kernel, step.pad, float(step.factor)
     dilation = tuple(pattern.dilation for pattern in step.patterns)
@@ -260,7 +260,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
     places = {border: _places(border, whole.offsets) for border in (whole, *borders)}
 
     def of_rows(row: torch.Tensor, strides: Sequence[int], one: slice, two: slice) -> Lags:
-        """Σ x[i] x[i + lag] of two channel blocks for every lag: [g, block, block]."""
+        """Compute Σ x[i] x[i + lag] for two channel blocks and every lag: [g, block, block]."""
         length = row.shape[1]
         found: Lags = {}
         for lag in lags:
@@ -276,7 +276,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         return found
 
     def of_lines(body: torch.Tensor, sizes: Sequence[int], one: slice, two: slice, border: s.Border) -> Lags:
-        """The same sums over the positions of a border, for the lags that it needs."""
+        """Compute the same sums over the positions of a border, for the lags that the border affects."""
         own, around = body[..., one], body[..., two]
         fixed = dict(border.fixed)
         free = [axis for axis in range(dims) if axis not in fixed]
@@ -296,7 +296,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         return dict(zip(every, products.unflatten(2, (math.prod(border.count), -1)).unbind(2), strict=True))
 
     def collect(found: Lags, border: s.Border, views: Any, entries: dict[tuple[int, int], torch.Tensor]) -> None:
-        """Put the products for every pair of offsets into the result's views, or into `entries` without views."""
+        """Write the products for every pair of offsets to the result's views, or to `entries` if `views` is None."""
         for k, second, lag in places[border]:
             if views is None:
                 known = entries.get((k, second))
@@ -310,7 +310,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         n, g, c, *sizes = x.shape
         writes = may_write(x)
         x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *positions, c]
-        if writes:  # torch's padding need not be in row-major order
+        if writes:  # torch's padding does not always return row-major order
             body = x.new_zeros((g, n, *map(sum, zip(sizes, pad, strict=True)), c))
             body[(slice(None), slice(None), *map(slice, sizes))] = x
         else:
@@ -344,7 +344,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _places(border: s.Border, offsets: Sequence[s.Shape]) -> list[tuple[int, int, s.Shape]]:
-    """Every pair of offsets (k, l) that a border affects, as their places and their lag."""
+    """For each pair of offsets (k, l) that a border affects, the places of k and l and their lag."""
     numbers = {k: at for at, k in enumerate(offsets)}
     return [
         (numbers[k], at, tuple(b - a for a, b in zip(k, second, strict=True)))
@@ -358,7 +358,7 @@ def _padded(x: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tenso
 
 
 def _spread(x: torch.Tensor, axis: int, size: int, start: int, every: int, count: int) -> torch.Tensor:
-    """`count` positions of an axis, start, start + every, ..., with zeros outside 0 to size − 1."""
+    """Take `count` positions start, start + every, ... of an axis, with zeros outside 0 to size − 1."""
     low = min(max(-(start // every), 0), count)
     high = max(min((size - 1 - start) // every + 1, count), low)
     if high == low:

@@ -1,10 +1,10 @@
-"""The public operations for symbolic sizes, as compositions of torch's operators.
+"""The public operations for symbolic sizes, composed of torch operators.
 
 While torch captures a graph for all sizes (`torch.export` with dynamic shapes, `torch.compile` after a size has
-changed, `torch.jit.trace`), planning is impossible, since a plan has known sizes. Each function here has the name, the
-arguments and the result of an operation of `lensor.functional`, and works for all sizes. Kernel sizes, strides,
-paddings, dilations and groups are numbers. Numbers of examples, channels and positions may be symbolic, and the
-functions put no more constraints on them than torch's own layers do.
+changed, `torch.jit.trace`), planning is not possible, since a plan requires known sizes. Each function here has the
+name, arguments and result of an operation in `lensor.functional`, and works for all sizes. Kernel sizes, strides,
+paddings, dilations and groups are numbers. The numbers of examples, channels and positions may be symbolic, and the
+functions impose no more constraints on them than torch's own layers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _TRANSPOSED = (
 )
 _MODES = {"zeros": "constant"}
 _MOST = 1 << 40
-"""A spatial size that is larger than all hyper-parameters."""
+"""A spatial size larger than any hyper-parameter."""
 
 
 def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
-    """Whether a size of an array, or a size in the options, is symbolic."""
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # here every size is symbolic
+    """Whether a size of an array or a size in the options is symbolic."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # while tracing, every size is symbolic
         return True
     for array in arrays:
         for size in array.shape:
@@ -62,7 +62,7 @@ def _is_known(option: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------- hyper-parameters
 class _Hyper(NamedTuple):
-    """Hyper-parameters, with one entry per dimension."""
+    """Hyper-parameters with one entry per dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -104,7 +104,7 @@ def _checked(
     transposed: bool,
     output_padding: Any,
 ) -> tuple:
-    """Normalise hyper-parameters; they raise the same errors as with known sizes."""
+    """Normalise hyper-parameters, raising the same errors as for known sizes."""
     spec = ConvSpec(
         int(groups) if groups > 0 else 1,
         int(groups) if groups > 0 else 1,
@@ -156,7 +156,7 @@ def _hyper(
 
 
 def _numbers(option: Any) -> Any:
-    """Replace symbolic values in an option by their numbers, to which the graph is then specialised."""
+    """Replace symbolic values in an option by numbers, which specialises the graph to these numbers."""
     if isinstance(option, str):
         return option
     if isinstance(option, Sequence):
@@ -194,7 +194,7 @@ def _padded(x: Tensor, h: _Hyper) -> Tensor:
         widths = [width for sides in reversed(h.padding) for width in sides]
         return torch.nn.functional.pad(x, widths, _MODES.get(h.mode, h.mode))
     for axis, (left, right) in enumerate(h.padding, start=2):
-        # torch pads at most three axes in these modes, so pad one at a time and flatten the others before it.
+        # torch pads at most three axes in these modes, so pad one axis at a time and flatten the other axes.
         rows = x.movedim(axis, -1)
         found = torch.nn.functional.pad(rows.reshape(1, -1, x.shape[axis]), (left, right), h.mode)
         x = found.reshape(*rows.shape[:-1], found.shape[-1]).movedim(-1, axis)
@@ -202,7 +202,7 @@ def _padded(x: Tensor, h: _Hyper) -> Tensor:
 
 
 def _without_padding(x: Tensor, h: _Hyper) -> Tensor:
-    """The adjoint of `_padded`, which adds up all reads of a position."""
+    """The adjoint of `_padded`, which sums all reads of each position."""
     for axis, (left, right) in enumerate(h.padding, start=2):
         if not left and not right:
             continue
@@ -236,7 +236,7 @@ def _stuffed(x: Tensor, axis: int, step: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ convolutions
 def _every(x: Tensor, k: int, h: _Hyper, count: Any) -> Tensor:
-    """[batch, channels, size, ...] of a padded input to [batch·o, channels, ...], for position k of the first axis."""
+    """Map a padded input [batch, channels, size, ...] to [batch·o, channels, ...] for position k of the first axis."""
     start = k * h.dilation[0]
     return x[:, :, start : start + (count - 1) * h.stride[0] + 1 : h.stride[0]].movedim(2, 1).flatten(0, 1)
 
@@ -247,7 +247,7 @@ def _inner(h: _Hyper) -> _Hyper:
 
 
 def _convolved(x: Tensor, w: Tensor, h: _Hyper) -> Tensor:
-    """The convolution of a padded input; torch has up to three dimensions, others are sums over kernel positions."""
+    """Convolve a padded input; beyond torch's three dimensions, sum over kernel positions of the first dimension."""
     convolve = _CONVOLUTIONS[w.ndim - 2] if w.ndim <= 5 else None
     if convolve is not None:
         return convolve(x, w, None, h.stride, 0, h.dilation, h.groups)
@@ -257,7 +257,7 @@ def _convolved(x: Tensor, w: Tensor, h: _Hyper) -> Tensor:
 
 
 def _spread(v: Tensor, w: Tensor, h: _Hyper) -> Tensor:
-    """The transposed convolution without padding: (O−1)·S + D·(K−1) + 1 positions in each dimension."""
+    """The transposed convolution without padding, with (O−1)·S + D·(K−1) + 1 positions in each dimension."""
     convolve = _TRANSPOSED[w.ndim - 2] if w.ndim <= 5 else None
     if convolve is not None:
         return convolve(v, w, None, h.stride, 0, 0, h.groups, h.dilation)
@@ -271,7 +271,7 @@ def _spread(v: Tensor, w: Tensor, h: _Hyper) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, v: Tensor, size: Sizes, h: _Hyper, groups: Any) -> Tensor:
-    """The weight gradient of the convolution of a padded input, for real numbers."""
+    """The weight gradient of a convolution with a padded input, for real numbers."""
     if len(size) <= 5:
         like, dims = x.new_empty(tuple(size)), len(size) - 2
         return torch.ops.aten.convolution_backward(
@@ -284,7 +284,7 @@ def _weight_gradient(x: Tensor, v: Tensor, size: Sizes, h: _Hyper, groups: Any) 
 
 
 def _bilinear(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """Apply a bilinear function of real tensors to real or complex ones."""
+    """Apply a bilinear function of real tensors to real or complex tensors."""
     if not a.is_complex():
         return function(a, b)
     real = function(a.real, b.real) - function(a.imag, b.imag)
@@ -369,19 +369,19 @@ def _windows(x: Tensor, h: _Hyper) -> Tensor:
 
 
 def _windows_of_transposed(x: Tensor, h: _Hyper) -> Tensor:
-    """The patches of a transposed convolution's input: reversed windows of the input with zeros inserted."""
+    """The patches of a transposed convolution: reversed windows of its input with zeros inserted."""
     for axis, span in enumerate(h.span, start=2):
         at = axis - 2
         (left, right), more = h.padding[at], h.output_padding[at]
         x = _between(_stuffed(x, axis, h.stride[at]), axis, span, span + more)
-        # Keep as many positions as the output has, plus the span.
+        # Keep as many positions as there are outputs, plus the span.
         x = x.narrow(axis, left, x.shape[axis] - left - right)
         x = x.unfold(axis, span + 1, 1)[..., :: h.dilation[at]].flip(-1)
     return x
 
 
 def _as_columns(windows: Tensor, dims: int) -> Tensor:
-    """[batch, channels, *positions, *kernel] to [batch, channels·ΠK, positions]."""
+    """Convert [batch, channels, *positions, *kernel] to [batch, channels·ΠK, positions]."""
     kernel, positions = range(2 + dims, 2 + 2 * dims), range(2, 2 + dims)
     return windows.permute(0, 1, *kernel, *positions).flatten(2 + dims).flatten(1, 1 + dims)
 
@@ -480,7 +480,7 @@ def conv_input_vjp(
         raise ValueError(f"input_size has {input_size[1]} channels, expected {w.shape[1] * h.groups} for the weight")
     found = _spread(v, w.conj(), h)
     for axis, whole in enumerate(h.padded(size), start=2):
-        if h.stride[axis - 2] > 1:  # add the positions at the end that the kernel does not reach
+        if h.stride[axis - 2] > 1:  # add the positions at the end that no kernel covers
             found = _between(found, axis, 0, whole - found.shape[axis])
     return _without_padding(found, h)
 
@@ -493,7 +493,7 @@ def _prepared(
     vectors: int = 0,
     batched: bool = True,
 ) -> tuple[Tensor, _Hyper]:
-    """The padded input and the hyper-parameters of a weight gradient; raise ValueError unless the cotangent fits."""
+    """The padded input and the hyper-parameters for a weight gradient; check the cotangent's shape."""
     stride, padding, dilation, groups, padding_mode = options
     dims = _dims_of_weight("weight_size", weight_size)
     _require_axes("input", x.ndim, dims, batched)
@@ -520,7 +520,7 @@ def conv_weight_vjp(x: Tensor, v: Tensor, weight_size: Sizes, *options: Any) -> 
 
 
 def conv_weight_vjp_per_example(x: Tensor, v: Tensor, weight_size: Sizes, *options: Any) -> Tensor:
-    """`lensor.functional.conv_weight_vjp_per_example`, with the examples as groups of one example."""
+    """`lensor.functional.conv_weight_vjp_per_example`, with each example treated as separate groups."""
     x, h = _prepared(x, v.shape, weight_size, options)  # type: ignore[arg-type]
     batch = x.shape[0]
     size = (batch * weight_size[0], *weight_size[1:])
@@ -623,7 +623,7 @@ def kfac_output_factor(
 
 
 def _roots(x: Tensor, s: Tensor, weight_size: Sizes, options: tuple) -> Tensor:
-    """Weight gradients of each example and vector, [v, batch, groups, c_out/groups, c_in/groups·ΠK]."""
+    """The weight gradients for each example and vector, [v, batch, groups, c_out/groups, c_in/groups·ΠK]."""
     x, h = _prepared(x, s.shape, weight_size, options, vectors=1)
     dims = len(h.kernel)
     patches = _as_columns(_windows(x, h), dims).reshape(x.shape[0], h.groups, weight_size[1] * h.patch, -1)
@@ -659,4 +659,4 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "_ggn_diagonal": ggn_diagonal,
     "_ggn_gram": ggn_gram,
 }
-"""The functions, by the name of the operation in `lensor.functional`."""
+"""The functions, keyed by the name of the operation's recipe in `lensor.functional`."""

@@ -1,4 +1,4 @@
-"""Kinds of tensors: plain, wrapped by transforms, views."""
+"""Kinds of tensors: plain tensors, tensors wrapped by transforms, and views."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_l
 
 
 def may_write(x: torch.Tensor) -> bool:
-    """Whether steps may write into new arrays: no gradient is recorded, and nothing is traced or batched."""
+    """Whether steps may write into new arrays, because no gradient is recorded and nothing is traced or batched."""
     if x.requires_grad and torch.is_grad_enabled():
         return False
     return is_plain(x)
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether the tensor is not traced, compiled or batched by a transform."""
+    """Whether a tensor is neither traced, compiled nor batched by a transform."""
     if torch.compiler.is_compiling():
         return False
     return not is_functorch_wrapped_tensor(x) and not is_legacy_batchedtensor(x)
 
 
 def of_all_levels(x: torch.Tensor) -> torch.Tensor:
-    """The tensor inside all wrappers of transforms."""
+    """The tensor inside all wrappers added by transforms."""
     while is_functorch_wrapped_tensor(x):
         x = get_unwrapped(x)
     return x
 
 
 def unviewed(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in the same memory, but not as a view: torch cannot write into a view from a custom function."""
+    """The same memory as a tensor that is not a view, since torch cannot write into a custom function's view."""
     if torch.compiler.is_compiling() or x.requires_grad or not of_all_levels(x)._is_view():
         return x
     return x.detach() if is_plain(x) else torch.ops.aten._unsafe_view(x, x.shape)

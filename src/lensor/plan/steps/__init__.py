@@ -1,6 +1,6 @@
-"""The steps of plans, one file per kind; `Step` describes their interface.
+"""The steps of plans, with one file per kind; `Step` defines their interface.
 
-To add a step, define it in one of these files, and add a function that runs it to each backend.
+To add a step, define it in one of these files and add a function that runs it to each backend.
 """
 
 from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, Strides, contiguous, with_axis

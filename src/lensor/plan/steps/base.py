@@ -10,7 +10,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 def with_axis(shape: Shape, axis: int, *sizes: int) -> Shape:
-    """A shape with one axis replaced by axes of the given sizes."""
+    """Replace one axis of a shape by axes of the given sizes."""
     return (*shape[:axis], *sizes, *shape[axis + 1 :])
 
 
@@ -21,8 +21,8 @@ class Laid(NamedTuple):
     """The memory layout of an array.
 
     Args:
-        shape: its shape.
-        strides: for each axis, entries from one position to the next.
+        shape: shape of the array.
+        strides: for each axis, the number of entries from one position to the next.
     """
 
     shape: Shape
@@ -30,11 +30,11 @@ class Laid(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """The speed of a step, as a share of a rate of the machine.
+    """The speed of a step, as a fraction of a machine's rate.
 
     Args:
-        of: "products" or "convolutions", as in `Machine`.
-        share: the share of this rate that the step reaches.
+        of: the rate of `Machine` to use, "products" or "convolutions".
+        share: the fraction of this rate that the step reaches.
     """
 
     of: str
@@ -42,7 +42,7 @@ class Rate(NamedTuple):
 
 
 SCATTERED = 3
-"""Each entry that is copied in short runs costs this many extra entries."""
+"""Each entry copied in short runs costs as much as moving this many extra entries."""
 
 
 def contiguous(shape: Shape) -> Strides:
@@ -56,9 +56,9 @@ def contiguous(shape: Shape) -> Strides:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: a name, the values it takes, and (in subclasses) its settings.
+    """One step: its name, the values that it uses, and (in subclasses) its settings.
 
-    Its methods provide everything that the planner and the runtime need, so that neither depends on the step's type.
+    The methods provide everything that the planner and the runtime need, so neither depends on the type of a step.
     Sizes are in entries.
     """
 
@@ -66,21 +66,21 @@ class Step:
     is_view: ClassVar[bool] = False
     """Whether the result is a view of the first operand, if its strides allow it."""
     overlaps: ClassVar[bool] = False
-    """Whether several entries of the view may share one place in memory."""
+    """Whether several entries of the view may share the same memory."""
     computes: ClassVar[bool] = True
-    """Whether entries of the result are sums or products; otherwise they are entries of operands, zeros or ones."""
+    """Whether the result's entries are sums or products; if not, they are copied from operands, or zeros or ones."""
     adds_in_several: ClassVar[bool] = False
-    """Whether kernels sum in several operations, each of which rounds."""
+    """Whether kernels compute a sum in several operations, each of which rounds."""
     is_product: ClassVar[bool] = False
-    """Whether adding a bias to the result does not round more than the step alone."""
+    """Whether a bias can be added to the result without more rounding than in the step alone."""
     takes: tuple[int, ...]
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape of the result for operands of these shapes."""
+        """The shape of the result for operands with these shapes."""
         raise NotImplementedError
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
-        """Additions and multiplications (a multiply-add counts as 2)."""
+        """Number of additions and multiplications (a multiply-add counts as 2)."""
         return 0
 
     def settings(self) -> str:
@@ -94,7 +94,7 @@ class Step:
         return False
 
     def owning(self) -> Step | None:
-        """The same step, overwriting the first operand; None if it cannot. Used if no other step takes the operand."""
+        """The same step, overwriting the first operand; None if impossible. Used if no other step uses the operand."""
         return None
 
     def strides(self, taken: Laid, result: Shape) -> Strides | None:
@@ -102,11 +102,11 @@ class Step:
         return None
 
     def copies(self, taken: Sequence[Laid]) -> tuple[int, int]:
-        """Entries that frameworks copy first: (in total, alive at once)."""
+        """Number of entries that frameworks copy first: (in total, alive at once)."""
         return 0, 0
 
     def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
-        """Entries alive while the step runs, in addition to operands and result."""
+        """Number of entries alive while the step runs, in addition to operands and result."""
         return self.copies(taken)[1]
 
     # --------------------------------------------------------------------------------------------------------- time
@@ -115,7 +115,7 @@ class Step:
         return Rate("products", 1 / 16)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
-        """Entries moved in addition to reading the operands once and writing the result once."""
+        """Number of entries moved in addition to reading the operands once and writing the result once."""
         return 0
 
     def rewrites(self, shapes: Sequence[Shape], result: Shape) -> float:
@@ -123,5 +123,5 @@ class Step:
         return 0
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """The number of calls of the framework."""
+        """The number of framework calls."""
         return 1

@@ -10,18 +10,18 @@ from typing import ClassVar
 from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, contiguous
 
 _LARGE_KERNEL = 196
-"""For more kernel positions than this, frameworks have no fast algorithm."""
+"""Frameworks have no fast algorithm for more kernel positions than this."""
 
 _WIDE_KERNEL = 8
-"""Kernels with at least this many positions are slower if they are larger than the output."""
+"""Convolutions whose kernel has at least this many positions are slower if the kernel is larger than the output."""
 
 _POSITIONS = 300
-"""A weight gradient reaches its rate with at least this many positions in all examples together."""
+"""A weight gradient reaches its full rate with at least this many positions, over all examples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Convolution(Step):
-    """A framework's convolution or one of its gradients: contracts two of input, kernel and output to the third.
+    """A framework's convolution or one of its gradients: contracts two of (input, kernel, output) to the third.
 
     forward: [N, G·Cin, *I], [G·Cout, Cin, *K] -> [N, G·Cout, *O];
     input_grad: [N, G·Cout, *O], [G·Cout, Cin, *K] -> [N, G·Cin, *I];
@@ -49,7 +49,7 @@ class Convolution(Step):
         return 2 * math.prod(b) * math.prod(result[1:])
 
     def kernel(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape [G·Cout, Cin, *K] of the kernel, which is an operand or the result."""
+        """The shape of the kernel, [G·Cout, Cin, *K]; the kernel is an operand or the result."""
         return self.size if self.kind == "weight_grad" else shapes[1]
 
     def settings(self) -> str:
@@ -66,7 +66,7 @@ class Convolution(Step):
         return Rate("convolutions", self._share(shapes, result))
 
     def _share(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """Frameworks reach their rate even with few channels, but not with few per group or with huge kernels."""
+        """The fraction of the convolution rate reached: low for few channels per group or huge kernels."""
         channels, inner, *kernel = self.kernel(shapes)
         share = 0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0
         if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
@@ -74,7 +74,7 @@ class Convolution(Step):
         if self.kind == "weight_grad":  # sums over few positions are slow
             share *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
             share *= 0.1 if self.groups == 1 == inner else 1.0
-            share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # each thread works on one example or group
+            share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # each thread processes one example or group
             line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
             share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
         if self.groups == 1:

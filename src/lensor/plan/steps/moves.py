@@ -1,4 +1,4 @@
-"""Steps that copy entries to other places, without computing."""
+"""Steps that only copy entries to other places."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lensor.pattern import IndexPattern
 from lensor.plan.steps.base import Laid, Shape, Step, with_axis
 
 _SINGLE = 4
-"""Each scattered read of a single entry costs this many extra entries."""
+"""Each scattered read of a single entry costs as much as moving this many extra entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Pad(Step):
 
 @dataclass(frozen=True, slots=True)
 class Stuff(Step):
-    """Insert zeros between the positions of an axis (embedding with a stride, the adjoint of a strided slice)."""
+    """Insert zeros between the positions of an axis (the adjoint of a strided slice)."""
 
     name: ClassVar[str] = "embed"
     computes: ClassVar[bool] = False
@@ -52,7 +52,7 @@ class Stuff(Step):
 
 @dataclass(frozen=True, slots=True)
 class Gather(Step):
-    """Read the positions of an axis that a crop reads, in any padding mode; all reads are inside."""
+    """Apply a crop in any padding mode to an axis; all its reads are inside the axis."""
 
     name: ClassVar[str] = "gather"
     computes: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class Gather(Step):
         return with_axis(shapes[0], self.axis, self.pattern.output_size)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """The positions it reads, as consecutive runs (start, step, length) with equal steps, which may be 0."""
+        """The positions read, as consecutive runs (start, step, length) with a constant step, which may be 0."""
         return progressions(self.pattern.line())
 
     def settings(self) -> str:
@@ -72,7 +72,7 @@ class Gather(Step):
 
 @dataclass(frozen=True, slots=True)
 class Pick(Step):
-    """Read the positions of an axis that the second operand, a vector, lists."""
+    """Read an axis at the positions listed in the second operand, a vector."""
 
     name: ClassVar[str] = "pick"
     computes: ClassVar[bool] = False
@@ -87,14 +87,14 @@ class Pick(Step):
 
 @dataclass(frozen=True, slots=True)
 class Through:
-    """One axis of a `Read`: the leg of a pattern that is read, at given positions of the other two legs.
+    """One axis of a `Read`, which is a leg of a pattern and is read at given positions of the other two legs.
 
     Args:
         pattern: the pattern.
-        target: the leg (0: i, 1: o, 2: k) that is the axis.
-        first: the leg with all its positions.
-        second: the leg with the chosen positions.
-        positions: the place, among the step's operands, of the vector of chosen positions.
+        target: the leg (0: i, 1: o, 2: k) that corresponds to the axis.
+        first: the leg of which all positions are used.
+        second: the leg whose positions are chosen.
+        positions: the place of the vector of chosen positions among the step's operands.
     """
 
     pattern: IndexPattern
@@ -111,13 +111,13 @@ class Through:
 
 @dataclass(frozen=True, slots=True)
 class Read(Step):
-    """Read neighbouring axes through one pattern each, with zeros where a pattern reads nothing.
+    """Read adjacent axes, each through a pattern, with zeros where a pattern does not read an entry.
 
     Args:
-        takes: the array and the vectors of positions.
+        takes: the array, followed by the vectors of positions.
         axes: how each axis is read.
-        axis: the first of the axes.
-        chosen_first: whether the axes of the chosen legs come before those of the other legs in the result, or after.
+        axis: the first of the adjacent axes.
+        chosen_first: whether the result's axes for the chosen legs precede those for the other legs.
     """
 
     name: ClassVar[str] = "read"

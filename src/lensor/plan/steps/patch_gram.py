@@ -1,4 +1,4 @@
-"""Gram matrices of patches, computed without forming patches."""
+"""Gram matrices of patches, computed without forming the patches."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from lensor.pattern import IndexPattern
 from lensor.plan.steps.base import Laid, Rate, Shape, Step
 
 _CALLS_PER_CORRECTION = 12
-"""The number of small operations per excluded position of a patch Gram matrix."""
+"""Number of small operations per correction of a patch Gram matrix."""
 
 _LAG_BLOCK = 256
-"""Channels per block: small blocks need less memory, large ones have faster products."""
+"""Channels per block: small blocks need less memory, large blocks have faster products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Border:
-    """Input positions that some kernel offsets exclude, since they read them at no output position.
+    """Input positions excluded by some kernel offsets, which do not read these positions at any output.
 
     Args:
-        fixed: (axis, position) for every axis with one fixed position; the other axes include all positions.
-        sign: sign of the correction.
+        fixed: an (axis, position) pair for each axis with a fixed position; all positions of the other axes are
+            included.
+        sign: sign with which the correction is added.
         offsets: the kernel offsets k that exclude the positions.
-        low: the lowest lag l − k along each axis for these k.
+        low: the lowest lag l − k along each axis, for these k.
         count: the number of lags along each axis.
     """
 
@@ -42,9 +43,9 @@ class Border:
 class PatchGram(Step):
     """Products of all patch entries, summed over batch and positions: [n, g, c, *I] -> [g, c, *K, c, *K].
 
-    For patterns of stride 1, without forming patches: Σ_o Π[i,o,k] Π[j,o,l] = [j − i = (l−k)·D]·m[i,k] (rule 20), so
-    entry (k, l) is the autocorrelation at lag (l−k)·D minus the positions that m excludes. There is one matrix product
-    per lag, up to sign, on rows separated by zeros, and thin products for the excluded rows.
+    The step requires stride 1 and does not form patches: Σ_o Π[i,o,k] Π[j,o,l] = [j − i = (l−k)·D]·m[i,k] (rule 20), so
+    entry (k, l) is the autocorrelation at lag (l−k)·D without the positions that m excludes. The step computes one
+    matrix product for each lag (up to sign) on rows separated by zeros, and thin products for the excluded rows.
     """
 
     name: ClassVar[str] = "patch gram"
@@ -64,7 +65,7 @@ class PatchGram(Step):
 
     @property
     def pad(self) -> Shape:
-        """The zeros after each axis: the largest lag."""
+        """The number of zeros appended to each axis, which is the largest lag."""
         return tuple(pattern.dilation * (pattern.kernel_size - 1) for pattern in self.patterns)
 
     def lags(self) -> list[Shape]:
@@ -72,7 +73,7 @@ class PatchGram(Step):
         return list(product(*(range(1 - k, k) for k in self.kernel)))
 
     def excluded(self) -> list[dict[int, list[int]]]:
-        """For each axis, excluded input positions mapped to the kernel positions k that exclude them (m[i,k] = 0)."""
+        """For each axis, a map from excluded input positions i to the kernel positions k with m[i,k] = 0."""
         found: list[dict[int, list[int]]] = []
         for pattern in self.patterns:
             axis: dict[int, list[int]] = {}
@@ -95,7 +96,7 @@ class PatchGram(Step):
         return total
 
     def blocks(self, channels: int) -> int:
-        """The number of channel blocks; the products of two blocks are alive for all lags at once."""
+        """The number of channel blocks; the products of two blocks for all lags are alive at once."""
         return -(-channels // _LAG_BLOCK)
 
     def borders(self) -> list[Border]:
@@ -116,7 +117,7 @@ class PatchGram(Step):
         return f"{len(self.lags())} lags, {' '.join(str(pattern) for pattern in self.patterns)}"
 
     def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
-        """The padded row of positions, and products of two channel blocks for all lags, or for a border."""
+        """Entries of the padded row, and of the products of two channel blocks for all lags or for a border."""
         n, g, c, *sizes = taken[0].shape
         row = n * g * c * math.prod(size + pad for size, pad in zip(sizes, self.pad, strict=True))
         if c == 1:
@@ -140,7 +141,7 @@ class PatchGram(Step):
         return Rate("products", 0.7 * (0.03 if channels == 1 else min(1.0, channels / 16)))
 
     def rewrites(self, shapes: Sequence[Shape], result: Shape) -> float:
-        # Every entry of the result is written once for every border that affects it, one pair of offsets per call.
+        # Each entry of the result is written once for each border that affects it, one pair of offsets per call.
         return 1 + sum(len(border.offsets) for border in self.borders()) / math.prod(self.kernel)
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:

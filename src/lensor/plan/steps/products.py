@@ -45,7 +45,7 @@ class MatMul(Step):
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         (*_, m, k), (*_, n) = shapes
-        # Products with a short side do not reach the rate of large ones.
+        # Products with a short side do not reach the rate of large products.
         return Rate("products", min(1.0, m / 16, n / 16, max(k / 16, 0.1)))
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
@@ -54,7 +54,7 @@ class MatMul(Step):
 
 @dataclass(frozen=True, slots=True)
 class Gram(Step):
-    """The Gram matrices of rows, [*b, m, k] -> [*b, m, m]; they are symmetric, so one triangle suffices."""
+    """The Gram matrices of rows, [*b, m, k] -> [*b, m, m]; they are symmetric, so computing one triangle suffices."""
 
     name: ClassVar[str] = "gram"
     is_product: ClassVar[bool] = True
@@ -79,15 +79,15 @@ class Gram(Step):
 
 
 _SMALL_PRODUCT = 400
-"""Batched products with fewer multiplications run entry by entry, on operands with any strides."""
+"""Batched products with fewer multiplications run entry by entry and accept operands with any strides."""
 
 
 def product_copies(one: Laid, two: Laid) -> tuple[int, int]:
-    """Entries that frameworks copy to multiply [batch, m, k] and [batch, k, n]: (in total, alive at once).
+    """Number of entries that frameworks copy to multiply [batch, m, k] and [batch, k, n]: (in total, alive at once).
 
-    Frameworks multiply over one batch axis, with matrices that have one contiguous axis. An operand with batch axes
-    that do not merge, because of their strides or because one is repeated, is copied with all repetitions. Matrices
-    with overlapping or gapped rows are copied one by one.
+    Frameworks multiply over a single batch axis and require matrices with a contiguous axis. An operand whose batch
+    axes cannot be merged, because of their strides or because an axis is repeated, is copied with all repetitions.
+    Matrices with overlapping or gapped rows are copied one at a time.
     """
     (a, a_strides), (b, b_strides) = one, two
     rank = max(len(a), len(b)) - 2
@@ -111,11 +111,11 @@ def product_copies(one: Laid, two: Laid) -> tuple[int, int]:
 
 
 _KEPT = 1 << 18
-"""A matrix with at most this many entries stays in the cache for a whole batch."""
+"""A matrix with at most this many entries stays in the cache while a batch is processed."""
 
 
 def _repeated(shapes: Sequence[Shape]) -> int:
-    """Entries of a factor that is read again for each batch element of the other, if it is too large for the cache."""
+    """Number of entries of a factor read again for each batch element of the other, if too large for the cache."""
     batches = [math.prod(shape[:-2]) for shape in shapes]
     sizes = [math.prod(shape) for shape in shapes]
     most = max(batches)

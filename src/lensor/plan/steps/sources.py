@@ -56,7 +56,7 @@ class Constant(Step):
 
 @dataclass(frozen=True, slots=True)
 class Fill(Step):
-    """An array whose entries are one number."""
+    """An array with all entries equal to one number."""
 
     name: ClassVar[str] = "fill"
     computes: ClassVar[bool] = False
@@ -69,7 +69,7 @@ class Fill(Step):
 
 @dataclass(frozen=True, slots=True)
 class Identity(Step):
-    """The identity matrix of a delta between two output indices."""
+    """The identity matrix for a delta between two output indices."""
 
     name: ClassVar[str] = "identity matrix"
     computes: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Steps that sum or scale."""
+"""Steps that sum or scale entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
 
 @dataclass(frozen=True, slots=True)
 class ScatterAdd(Step):
-    """The adjoint of `Gather`: add each position of an axis to the position that a crop reads there."""
+    """The adjoint of `Gather`: add each entry along an axis to the position that the crop reads there."""
 
     name: ClassVar[str] = "scatter-add"
     adds_in_several: ClassVar[bool] = True
@@ -33,7 +33,7 @@ class ScatterAdd(Step):
 
 @dataclass(frozen=True, slots=True)
 class Put(Step):
-    """The adjoint of `Pick`: add an axis to the positions, of an axis of size `size`, that the second operand lists."""
+    """The adjoint of `Pick`: add an axis into an axis of size `size` at the positions listed in the second operand."""
 
     name: ClassVar[str] = "put"
     adds_in_several: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class Put(Step):
 
 @dataclass(frozen=True, slots=True)
 class OverlapAdd(Step):
-    """The adjoint of `Window`: sum overlapping patches, given by an axis of positions and the last axis (kernel)."""
+    """The adjoint of `Window`: sum overlapping patches, with positions on `axis` and the kernel on the last axis."""
 
     name: ClassVar[str] = "overlap-add"
     adds_in_several: ClassVar[bool] = True
@@ -114,7 +114,7 @@ class Add(Step):
 
     name: ClassVar[str] = "add"
     owned: bool = False
-    """Whether no other step uses the first array, so that the second may be added to it in place."""
+    """Whether no other step uses the first array, so that the second array may be added to it in place."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
@@ -132,7 +132,7 @@ class Add(Step):
 
 @dataclass(frozen=True, slots=True)
 class Multiple(Step):
-    """A number times an array."""
+    """The product of a number and an array."""
 
     name: ClassVar[str] = "scale"
     adds_in_several: ClassVar[bool] = True

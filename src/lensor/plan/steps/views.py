@@ -11,7 +11,7 @@ from lensor.plan.steps.base import Laid, Shape, Step, Strides, contiguous, with_
 
 @dataclass(frozen=True, slots=True)
 class Reshape(Step):
-    """The same entries with another shape."""
+    """The same entries with a different shape."""
 
     name: ClassVar[str] = "reshape"
     is_view: ClassVar[bool] = True
@@ -27,7 +27,7 @@ class Reshape(Step):
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Step):
-    """The axes in another order."""
+    """The same array with its axes in a different order."""
 
     name: ClassVar[str] = "transpose"
     is_view: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class Slice(Step):
 
 @dataclass(frozen=True, slots=True)
 class Window(Step):
-    """The patches along an axis as a strided view: the axis holds the positions, and a new last axis the kernel."""
+    """The patches along an axis as a strided view, with positions on this axis and the kernel on a new last axis."""
 
     name: ClassVar[str] = "window"
     is_view: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class Diagonal(Step):
 
 @dataclass(frozen=True, slots=True)
 class Expand(Step):
-    """Repeat axes of length 1, to the shape `size`."""
+    """Repeat axes of length 1 to obtain the shape `size`."""
 
     name: ClassVar[str] = "expand"
     is_view: ClassVar[bool] = True
@@ -130,11 +130,11 @@ class Expand(Step):
 
 
 def viewed(shape: Shape, strides: Strides, new: Shape) -> Strides | None:
-    """The strides of a reshape as a view; None if entries must be copied."""
+    """The strides of an array reshaped as a view; None if its entries must be copied."""
     if 0 in shape:
         return contiguous(new)
     axes = [(size, step) for size, step in zip(shape, strides, strict=True) if size != 1]
-    blocks: list[tuple[int, int]] = []  # (size, fastest stride) of runs of axes that merge
+    blocks: list[tuple[int, int]] = []  # (size, fastest stride) for each run of axes that can be merged
     for size, step in axes:
         if blocks and blocks[-1][1] == size * step:
             blocks[-1] = (blocks[-1][0] * size, step)

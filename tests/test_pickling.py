@@ -282,7 +282,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "shape": (in_block(shape=[4, 2, 5, 3]), r"expected factors for a parameter of shape \(4, 2, 5, 3\)"),
     "transposed": (in_block(transposed=True, shape=[4, 3, 6, 1]), "expected factors for a parameter"),
     "names": (in_block(names=["1.weight"]), r"has the parameters \('1\.weight',\)"),
-    "twice": (lambda state: state["blocks"]["4.weight"].update(names=["4.weight", "0.bias"]), "has duplicates"),
+    "twice": (lambda state: state["blocks"]["4.weight"].update(names=["4.weight", "0.bias"]), "contains duplicates"),
 }
 
 

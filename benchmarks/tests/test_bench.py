@@ -491,10 +491,10 @@ def test_damage_is_told_by_its_line(tmp_path: Path) -> None:
     for old, new in (("general", "dense"), ("9x8", "9x"), (",3,1,1,", ",x,1,1,"), (",ok,", ",okk,")):
         assert old in text
         file.path.write_text(text.replace(old, new), encoding="utf-8")
-        with pytest.raises(CommandError, match="damaged in line 2"):
+        with pytest.raises(CommandError, match="corrupt at line 2"):
             read(file.path)
     file.path.write_text(text + text.splitlines(keepends=True)[1], encoding="utf-8")
-    with pytest.raises(CommandError, match=r"damaged in line 4 \(the measurement occurs in an earlier line"):
+    with pytest.raises(CommandError, match=r"corrupt at line 4 \(the measurement occurs in an earlier line"):
         read(file.path)
     with pytest.raises(ValueError, match=r"minimum is -1.0, expected at least 0"):
         Found(OK, minimum=-1.0)
@@ -623,7 +623,7 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
         (["--device", "tpu"], "device is 'tpu', expected one of cpu"),
         (["report", "no-such-file.csv"], "cannot read no-such-file.csv: No such file"),
         (["report", "README.md"], "README.md is not a results file"),
-        (["report", "r.csv", "--roof", "1", "2"], "--roof is given without --out"),
+        (["report", "r.csv", "--roof", "1", "2"], "--roof requires --out"),
         (["report", "r.csv", "--roof", "0", "2", "--out", "o"], "--roof is 0 2, expected two positive numbers"),
         (["--ops", "forward", "growth", "out"], "--ops before growth is ignored: give options after the command"),
         (["models", "--csv", "."], "cannot write .: it is a folder"),
@@ -719,7 +719,7 @@ def test_growth_measures_plots_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
     axes_of = shown[0].axes
     assert [axis.get_ylabel().partition(",")[0] for axis in (axes_of[0], axes_of[4])] == [
         "shortest time",
-        "memory beside operands and result",
+        "memory besides operands and result",
     ]
     for column, axis in enumerate(axes):
         mine = [row for row in growth.along(rows, axis) if row.implementation == "lensor"]

@@ -243,7 +243,7 @@ def test_a_foreign_or_damaged_file_of_points_is_refused_and_kept(tmp_path: Path)
     for text, message in (
         ("a,b\n1,2\n", "is not a file of"),
         (older, "is not a file of this version of `lensor reproduce crs`: remove it, or specify a different --out"),
-        (f"{','.join(crs.HEADER)}\ncrops of pictures,8\n", "is damaged in line 2"),
+        (f"{','.join(crs.HEADER)}\ncrops of pictures,8\n", "is corrupt at line 2"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(CommandError, match=message):

@@ -169,7 +169,7 @@ def _is_limited() -> bool:
 
 
 def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
-    """The plan as a function of arrays in the order of `names`, which does not check its arguments."""
+    """The plan as a function that takes arrays in the order of `names` and does not check them."""
     backend = kernels.backend_of(like)
     ready = runtime.runnable(plan, backend)
     call = ready.unchecked if spec is None else backend.formatted(ready, spec)
@@ -225,7 +225,7 @@ def check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
         if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):
             raise TypeError(f"{name} has dtype {dtype}, expected a floating-point dtype")
         if dtype.startswith(("float8", "float4")):
-            raise TypeError(f"{name} has dtype {dtype}, expected one of at least 16 bits: frameworks only store it")
+            raise TypeError(f"{name} has dtype {dtype}, expected a dtype of at least 16 bits: this one is for storage")
         if real and dtype.startswith(("complex", "clongdouble")):
             raise TypeError(f"{name} has complex dtype {dtype}, expected a real dtype: curvature is not defined for it")
     for name, array in others:

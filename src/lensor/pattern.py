@@ -302,7 +302,7 @@ Piece(start=4, stop=5, slope=0, offset=3))
             ValueError: if the kernel size is not 1.
         """
         if self.kernel_size != 1:
-            raise ValueError(f"kernel_size is {self.kernel_size}, expected 1 for a line of reads")
+            raise ValueError(f"kernel_size is {self.kernel_size}, expected 1 (one read per output position)")
         outer = self.reading().outer
         return after(outer, affine(self.output_size, self.stride, -self.padding[0]))
 

@@ -69,7 +69,7 @@ class Runnable:
         self.backend.check(values, names)
         if values and not self.backend.can_run(self.plan.steps, self.backend.kind(values[0])):
             raise TypeError(
-                f"operands have dtype {values[0].dtype}, for which {self.backend.name} lacks steps of this plan: pass"
+                f"operands have dtype {values[0].dtype}, in which {self.backend.name} cannot run this plan: pass"
                 " arrays of this dtype, not shapes, to net.plan"
             )
         return self.unchecked(*arrays)

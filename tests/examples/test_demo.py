@@ -173,7 +173,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    with pytest.raises(DemoError, match=r"needs matplotlib: pip install lensor\[demo\]"):
+    with pytest.raises(DemoError, match=r"matplotlib is not installed: pip install lensor\[demo\]"):
         run(Settings.quick(tmp_path), Console(file=io.StringIO()))
 
 

@@ -162,7 +162,7 @@ def test_a_damaged_cell_is_named(column: str, value: str, message: str, tmp_path
     header, cells = csv.reader(path.read_text(encoding="utf-8").splitlines())
     cells[header.index(column)] = value
     path.write_text(f"{','.join(header)}\n{','.join(cells)}\n", encoding="utf-8")
-    with pytest.raises(CommandError, match=rf"r\.csv is damaged in line 2 \({message}.*\); it was left unchanged"):
+    with pytest.raises(CommandError, match=rf"r\.csv is corrupt at line 2 \({message}.*\); it was left unchanged"):
         read(path)
 
 

@@ -236,7 +236,7 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """Wrong if any case is wrong, otherwise refuses if any is refused, otherwise right; n/a without cases."""
+        """`wrong` if any case is wrong, else `refuses` if any is refused, else `right`; `n/a` without cases."""
         found = {answer.status for answer in self.answers}
         return next((status for status in (WRONG, REFUSES, RIGHT) if status in found), NONE)
 
@@ -322,7 +322,7 @@ def ask(library: Library, quantity: str, conv: Convolution) -> Answer:
     except ImportError as error:  # this is not the library's answer
         known = f"{library.name} {library.version} is not supported, expected another version"
         raise CommandError(f"{known}: {in_one_line(error)}") from error
-    except Exception as error:  # any other error is the library's answer
+    except Exception as error:  # any other error counts as the library's result
         return Answer(conv, REFUSES, message=in_one_line(error, None))
     if found.shape != right.shape:
         return Answer(conv, WRONG, math.inf, f"shape {tuple(found.shape)}, expected {tuple(right.shape)}")

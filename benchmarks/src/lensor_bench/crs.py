@@ -282,7 +282,7 @@ def read(path: Path, made: Made) -> list[Point]:
     try:
         points = [_point(line) for line in lines]
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
-        raise CommandError(f"{path} is damaged in line {lines.line_num}: repair or remove it") from None
+        raise CommandError(f"{path} is corrupt at line {lines.line_num}: repair or remove it") from None
     for point in points:
         if point.made != made:
             raise CommandError(

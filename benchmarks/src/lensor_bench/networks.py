@@ -1,8 +1,8 @@
 """Unsimplified networks, contracted as in the paper: pairwise along opt_einsum's path, with patterns as dense tensors.
 
-Only the contraction is timed; the path and the patterns are computed beforehand. `simplified` contracts the network
-that Lensor's rules have simplified, the paper's second implementation, in which crops of an operand become slices.
-Neither uses windows, convolutions or lags.
+Only the contraction is timed; the path and the patterns are computed beforehand. `simplified`, the paper's second
+implementation, contracts the network after simplification by Lensor's rules; crops of an operand become slices. Neither
+uses windows, convolutions or lags.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def network(operation: str, simplified: bool) -> Callable[[Operands, ConvSpec], 
 
 
 def _sliced(net: Network) -> tuple[list[Node], dict[int, dict[str, tuple[str, slice]]]]:
-    """The nodes except crops that slice operands, and the slices: {operand's place: {index: (new index, slice)}}."""
+    """The nodes without crops that only slice operands; these slices: {operand position: {index: (index, slice)}}."""
     nodes, slices = list(net.nodes), {}
     for node in net.nodes:
         if not isinstance(node, Pattern) or not node.pattern.is_crop or node.pattern.padding_mode != "zeros":

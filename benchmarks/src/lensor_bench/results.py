@@ -209,7 +209,7 @@ def _scan(path: Path) -> tuple[list[Row], int]:
             rows.append(row)
     except (CommandError, csv.Error, TypeError, ValueError) as error:
         raise CommandError(
-            f"{path} is damaged in line {reader.line_num + 1} ({error}); it was left unchanged"
+            f"{path} is corrupt at line {reader.line_num + 1} ({error}); it was left unchanged"
         ) from None
     return rows, len(whole)
 

@@ -264,7 +264,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         found = cls(blocks, *(state[name] for name in names))
         every = [name for block in blocks.values() for name in block.names]
         if len(set(every)) < len(every):
-            raise ValueError(f"the state of Kronecker factors is damaged: {every} has duplicates, expected none")
+            raise ValueError(f"the state of the Kronecker factors is invalid: {every} contains duplicates")
         if model is not None:
             known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
             for name, shape in found.shapes.items():

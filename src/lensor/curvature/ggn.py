@@ -139,7 +139,7 @@ def _of_roots(
     weights: Callable[[Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Sums over all columns and examples: the results of `weights` for the weights, the diagonal for the biases."""
+    """Sums over all columns and examples: of what `weights` computes for weights, and of squares for biases."""
     check_roots(loss, fisher, mc_samples)
     model = unwrapped(model)
     watched = Targets(layers_of(model, layers, strict, shared=shared))

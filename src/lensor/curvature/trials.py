@@ -302,7 +302,7 @@ class _Finder:
         """Check a layout with passes over all examples.
 
         Where shapes depend on values, the few examples of the previous passes may have equal numbers of rows by chance.
-        Passes with all examples, in two orders, reveal this.
+        To detect this, the model is run on all examples in two different orders, and the results are compared.
         """
         every = list(range(self.batch))
         turned = every[::-1]

@@ -216,7 +216,7 @@ def spec_of(row: dict[str, str]) -> ConvSpec:
     )
     for name, found in (("kind", spec.kind), ("output_size", format_sizes(spec.output_size))):
         if row[name] != found:
-            raise ValueError(f"{name} is {row[name]}, expected {found} from the other columns")
+            raise ValueError(f"{name} is {row[name]}, but the other columns imply {found}")
     return spec
 
 

@@ -25,7 +25,7 @@ class _Plain(Console):
 
 
 def console(**options: Any) -> Console:
-    """A console for text of any origin, wide if it is not a terminal; arguments as for `rich.console.Console`.
+    """A console that prints untrusted text safely; it is wide if the output is not a terminal.
 
     Example:
         >>> from lensor.inspect.terminal import console

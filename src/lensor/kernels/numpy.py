@@ -251,9 +251,7 @@ class NumpyBackend:
             if not np.issubdtype(array.dtype, np.inexact):
                 raise TypeError(f"{name} has dtype {array.dtype}, expected a floating or complex dtype")
             if array.dtype != arrays[0].dtype:
-                raise TypeError(
-                    f"{name} has dtype {array.dtype}, expected {arrays[0].dtype} as {names[0]} has: one dtype for all"
-                )
+                raise TypeError(f"{name} has dtype {array.dtype}, expected {arrays[0].dtype}, the dtype of {names[0]}")
 
     def check_positions(self, array: Any, name: str, below: int) -> None:
         if not np.issubdtype(array.dtype, np.integer):

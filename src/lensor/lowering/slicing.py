@@ -29,7 +29,7 @@ def summed_by_all(net: AnyNetwork) -> str | None:
 
 
 def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
-    """Networks for `count` parts of about equal size of an index, or for each of its positions if there are fewer.
+    """Split an index into `count` parts of about equal size, or into its positions: one network per part.
 
     If the index is summed, the value of the network is the sum of their values; otherwise it is their concatenation
     along `axis_of(net, index)`.

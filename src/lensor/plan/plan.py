@@ -202,7 +202,7 @@ class Plan:
     @staticmethod
     def _require(tool: Callable[..., Any] | None) -> Callable[..., Any]:
         if tool is None:
-            raise TypeError("the plan has steps only, expected one from network.plan(...), which can run")
+            raise TypeError("this plan contains only steps and cannot run, expected a plan from network.plan(...)")
         return tool
 
     def __getstate__(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def sampled_layer(
 def _read_sampled(
     module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
 ) -> LayerCall:
-    """The call of the exact layer; sampling changes only the weight gradient."""
+    """Call the exact layer; sampling changes only the weight gradient."""
     if isinstance(module, Linear):
         return LayerCall("linear", x, weight, bias)
     hyper = module.stride, module.padding, module.dilation, module.groups, module.padding_mode

@@ -21,9 +21,9 @@ from lensor.transforms.indices import contract_deltas, equate
 def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
     """Iterate over (node, pattern, legs) for each index pattern that rules may change.
 
-    If positions of a zeros-mode pattern's leg are selected at run time, rules leave the pattern whole unless it is the
-    identity, since plans read through it at the selected positions. Plans do not read through patterns in other padding
-    modes, so rules split these patterns as usual.
+    If positions of a zeros-mode pattern's leg are selected at run time, the rules do not split the pattern unless it is
+    the identity: the plan needs the complete pattern to look up the selected positions. Plans do not read through
+    patterns in other padding modes, so rules split these patterns as usual.
     """
     chosen = {index for node in net.nodes if isinstance(node, Select) for index in node.legs[0]}
     for at, node in enumerate(net.nodes):
@@ -304,7 +304,7 @@ def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern
 
 
 def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | None:
-    """The composition of padding in a mode with a crop inside it, as one crop in this mode, or None."""
+    """Compose a padding and a crop of its result into one crop with the padding's mode; None if impossible."""
     if shift.padding_mode == "zeros" or not selection.reads_everywhere:
         return None
     left = shift.padding[0] + selection.padding[0]

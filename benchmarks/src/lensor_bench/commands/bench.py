@@ -83,7 +83,7 @@ def report(
         if roof is not None and min(roof) <= 0:
             raise CommandError(f"--roof is {roof[0]:g} {roof[1]:g}, expected two positive numbers")
         if roof is not None and out is None:
-            raise CommandError("--roof is given without --out, expected a folder for report.md: give --out FOLDER")
+            raise CommandError("--roof requires --out FOLDER, the folder for report.md")
         rates = None if roof is None else (roof[0] * 1e9, roof[1] * 1e9)
         options = Options(against, tuple(map(parse_target, target or ())), slack * 1e-6, rates)
         rows = read(file)

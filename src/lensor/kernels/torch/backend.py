@@ -42,9 +42,7 @@ class TorchBackend:
                     " storage only"
                 )
             if array.dtype != arrays[0].dtype:
-                raise TypeError(
-                    f"{name} has dtype {array.dtype}, expected {arrays[0].dtype} as {names[0]} has: one dtype for all"
-                )
+                raise TypeError(f"{name} has dtype {array.dtype}, expected {arrays[0].dtype}, the dtype of {names[0]}")
             if array.device != arrays[0].device:
                 raise ValueError(f"{name} is on {array.device}, expected {arrays[0].device} as {names[0]} is")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,18 +33,7 @@ def timings_of(
     Returns:
         The times, and lines that describe the measurement.
     """
-    settings = Settings(
-        operations=tuple(ops),
-        implementations=("lensor",),
-        batch=options.batch,
-        columns=options.columns,
-        dtype=options.dtype,
-        threads=options.threads,
-        device=options.device,
-        repeats=options.repeats,
-        seconds=options.seconds,
-    )
-    bench = Bench(settings, layers)
+    bench = Bench(Settings(tuple(ops), implementations=("lensor",), **asdict(options)), layers)
     with TemporaryDirectory() as folder:
         results = ResultsFile(Path(folder) / "rows.csv", bench.machine, resume=False)
         measure([bench], results, shown)

@@ -16,7 +16,8 @@ from lensor.inspect.catalogue import NETS, layers_of, merged
 from lensor.inspect.errors import CommandError, choose, require
 from lensor.inspect.files import refuse_early, writing
 from lensor.inspect.layers import COLUMNS, KINDS, Layer, census, format_sizes, label, parse_sizes, write_layers
-from lensor.inspect.operations import DTYPES, OPERATIONS, PAPER_OPERATIONS, Measuring
+from lensor.inspect.operations import DEVICES, DTYPES, OPERATIONS, PAPER_OPERATIONS, Measuring
+from lensor.inspect.options import Batch, Columns, Debug, Device, Dtype, Kinds, Repeats, Seconds, Threads
 from lensor.inspect.terminal import console, names_of, reported
 from lensor.inspect.text import digits, printable
 
@@ -37,7 +38,7 @@ def convs(
     model: Annotated[str, typer.Argument(help=MODEL)],
     input_shape: Annotated[list[str] | None, typer.Option(help=INPUT)] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the convolutions to this CSV file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the convolutions of a CNN from the catalogue, or of any torch model that can be imported."""
     with reported(debug):
@@ -55,21 +56,19 @@ def explain(
         list[str] | None,
         typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}; by default {', '.join(PAPER_OPERATIONS)}."),
     ] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, from {', '.join(KINDS)}.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
-    columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
-    ] = 0.1,
+    kinds: Kinds = None,
+    batch: Batch = 8,
+    columns: Columns = 4,
+    dtype: Dtype = "float32",
+    threads: Threads = 2,
+    device: Device = "cpu",
+    repeats: Repeats = 20,
+    seconds: Seconds = 0.1,
     times: Annotated[
         bool | None,
         typer.Option("--times/--no-times", help="Whether to measure; by default if lensor-bench is installed."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show the network, simplified network, plan and time of each convolution of a model."""
     options = Measuring(batch, columns, dtype, threads, device, repeats, seconds)
@@ -106,6 +105,7 @@ def _explain(
 
     ops, wanted = choose("operation", ops, OPERATIONS), choose("kind", kinds, KINDS)
     choose("dtype", [options.dtype], DTYPES)
+    choose("device", [options.device], DEVICES)
     if times is None:
         times = find_spec("lensor_bench") is not None
     elif times:

@@ -64,6 +64,9 @@ PAPER_OPERATIONS = ("forward", "input_vjp", "weight_vjp", "kfac_expand", "kfac_r
 STANDARD = "standard"
 """The reference implementation for results and times."""
 
+DEVICES = ("cpu", "cuda")
+"""The devices of operands."""
+
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 """Dtypes of operands."""
 

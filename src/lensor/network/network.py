@@ -323,8 +323,8 @@ class Network(Verbs):
         """Raise NetworkError unless the parts are consistent.
 
         The grammar: an index is an identifier and has a size; known sizes are not negative. An output index occurs once
-        in the output and at least once in a node. The sizes of a pattern's legs match the pattern. A delta joins at least
-        two different indices of the same size. All occurrences of an operand have the same number of axes, and the
+        in the output and at least once in a node. The sizes of a pattern's legs match the pattern. A delta joins at
+        least two different indices of the same size. All occurrences of an operand have the same number of axes, and the
         sizes of these axes are equal where known.
 
         Example:

@@ -12,8 +12,8 @@ from rich.table import Column, Table
 from lensor.inspect.catalogue import NETS
 from lensor.inspect.errors import CommandError, require
 from lensor.inspect.files import refuse_folder_early, writing
-from lensor.inspect.layers import KINDS
 from lensor.inspect.operations import OPERATIONS, STANDARD
+from lensor.inspect.options import Batch, Columns, Debug, Device, Dtype, Kinds, Repeats, Resume, Seconds, Threads
 from lensor.inspect.terminal import console, names_of, reported, stop
 from lensor_bench.commands.shared import given_options, measure
 from lensor_bench.report import HEADINGS, Options, parse_target, settings_of, summaries, write
@@ -35,20 +35,18 @@ def bench(
             " (without making the expression), backpack, opacus."
         ),
     ] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help=f"Kinds of convolutions, from {', '.join(KINDS)}.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
-    columns: Annotated[int, typer.Option(min=1, help="Columns of the GGN's square root.")] = 4,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    kinds: Kinds = None,
+    batch: Batch = 8,
+    columns: Columns = 4,
+    dtype: Dtype = "float32",
+    threads: Threads = 2,
+    device: Device = "cpu",
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of convolutions.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
-    ] = 0.3,
+    repeats: Repeats = 20,
+    seconds: Seconds = 0.3,
     out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a results file and skip its rows.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    resume: Resume = False,
+    debug: Debug = False,
 ) -> None:
     """Measure operations × convolutions × implementations. Lists: a,b,c, or repeat the option."""
     if context.invoked_subcommand is not None:
@@ -76,7 +74,7 @@ def report(
         tuple[float, float] | None,
         typer.Option(help="Maximum Gflop/s and GB/s of the machine: report.md shows the resulting bounds."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Make a Markdown report with plots from a results file."""
     with reported(debug):
@@ -99,15 +97,13 @@ def growth(
     out: Annotated[Path, typer.Argument(help="Folder for growth.csv and growth.png.")],
     ops: Annotated[list[str] | None, typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}.")] = None,
     impl: Annotated[list[str] | None, typer.Option(help="Implementations, besides standard.")] = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
-    ] = 0.3,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a results file and skip its rows.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    dtype: Dtype = "float32",
+    threads: Threads = 2,
+    device: Device = "cpu",
+    repeats: Repeats = 20,
+    seconds: Seconds = 0.3,
+    resume: Resume = False,
+    debug: Debug = False,
 ) -> None:
     """Measure and plot how time and memory grow with batch, image, channels and kernel."""
     settings = Settings(

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lensor.inspect.errors import CommandError, choose, require
 from lensor.inspect.files import refuse_early, writing
+from lensor.inspect.options import Debug
 from lensor.inspect.terminal import console, names_of, reported, stop
 from lensor.inspect.text import printable
 
@@ -31,7 +32,7 @@ def conformance(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every case to this CSV file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Check whether Lensor, or another library, is right or wrong or refuses, for each quantity and hyper-parameter.
 

@@ -12,19 +12,20 @@ from rich.table import Column, Table
 
 from lensor.inspect.errors import choose, require
 from lensor.inspect.files import refuse_early, refuse_folder_early, writing
+from lensor.inspect.options import Batch, Debug, Repeats, Threads
 from lensor.inspect.terminal import console, names_of, reported
 from lensor.inspect.text import digits, write_rows
 
 
 def models(
     names: Annotated[list[str] | None, typer.Argument(help="Models; an unknown one lists them.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    batch: Batch = 8,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 10,
+    threads: Threads = 2,
+    repeats: Repeats = 10,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 5.0,
     csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Measure Kronecker factors of whole models, compared with curvlinops and BackPACK if they are installed."""
     with reported(debug):
@@ -33,10 +34,10 @@ def models(
 
 def steps(
     names: Annotated[list[str] | None, typer.Argument(help="From resnet18, all-cnn-c.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 3,
+    threads: Threads = 2,
+    repeats: Repeats = 3,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one optimizer.")] = 20.0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Measure the cost of a training step with KFAC compared with one of plain gradient descent."""
     with reported(debug):
@@ -48,9 +49,9 @@ def training(
     tasks: Annotated[list[str] | None, typer.Option(help="Tasks, from digits, crops.")] = None,
     steps: Annotated[int, typer.Option(min=10, help="Steps of a run.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each optimizer.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 128,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    batch: Batch = 128,
+    threads: Threads = 2,
+    debug: Debug = False,
 ) -> None:
     """Train on real data: KFAC compared with tuned SGD and AdamW, plotted."""
     with reported(debug):
@@ -62,10 +63,10 @@ def sampling(
     steps: Annotated[int, typer.Option(min=20, help="Steps of a training run.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Training runs for each keep rate.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of steps and of training.")] = 128,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 5,
+    threads: Threads = 2,
+    repeats: Repeats = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 2.0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Measure sampled backpropagation: memory and time of steps and gradients, and training, plotted."""
     with reported(debug):

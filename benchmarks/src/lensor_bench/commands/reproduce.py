@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lensor.inspect.errors import CommandError, require
 from lensor.inspect.files import writing
+from lensor.inspect.options import Batch, Debug, Device, Dtype, Repeats, Seconds, Threads
 from lensor.inspect.terminal import console, reported
 from lensor_bench.commands.shared import given_options, measure, shown_options
 from lensor_bench.reproduce import FIGURES, OPTIONS, QUICK_RUNS, RUNS, figures, needed
@@ -32,18 +33,16 @@ def reproduce(
     figure: Annotated[list[str], typer.Argument(help=f"From {', '.join(FIGURES)}, all.")],
     out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and Markdown.")] = Path("reproduced"),
     quick: Annotated[bool, typer.Option("--quick", help="A few convolutions of each kind, few repeats.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 20,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to time each implementation; at least three rounds.")
-    ] = 0.2,
+    batch: Batch = 8,
+    dtype: Dtype = "float32",
+    threads: Threads = 2,
+    device: Device = "cpu",
+    repeats: Repeats = 20,
+    seconds: Seconds = 0.2,
     cifar: Annotated[
         Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs also measures.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Reproduce the paper's figures and tables, with its results: study, runtime, speedups, memory, crs, all."""
     settings = Settings(batch=batch, dtype=dtype, threads=threads, device=device, repeats=repeats, seconds=seconds)

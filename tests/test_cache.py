@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 import lensor
-from lensor import ConvSpec, IndexPattern, ops
+from lensor import IndexPattern, ops
 from lensor.cache import Cache
-from tests.support.cases import assert_close, bound, operands_of
-
-SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
-
-
-def tensors(operands: dict[str, np.ndarray], **options: Any) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(array, **options) for name, array in operands.items()}
-
-
-def live_caches() -> list[Cache]:
-    return [thing for thing in gc.get_objects() if type(thing) is Cache]
+from tests.support.cases import SPEC, assert_close, bound, live_caches, operands_of, tensors
 
 
 # -------------------------------------------------------------------------------------------------------------- caches

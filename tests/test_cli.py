@@ -6,24 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import lensor
 from lensor import cli
 from lensor.inspect import rules
 from lensor.simplification import PHASES
 from lensor.simplification.examples import CASES, RULE_EXAMPLES, Example
+from tests.support.command import invoke
 from tests.support.dense import evaluate_dense
 
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

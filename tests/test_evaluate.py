@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import threading
@@ -15,25 +14,13 @@ import pytest
 import torch
 
 import lensor
-from lensor import ConvSpec, IndexPattern, ops
-from lensor.cache import Cache
+from lensor import IndexPattern, ops
 from lensor.kernels import load
 from lensor.lowering import STRATEGIES, candidates, lower
 from lensor.plan.steps import SumSquares
 from lensor.runtime import run
-from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of
+from tests.support.cases import BUILDERS, SMALL, SPEC, SPECS, assert_close, bound, live_caches, operands_of, tensors
 from tests.support.dense import evaluate_dense
-
-SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
-SMALL = ConvSpec(2, 2, (5,), 3, stride=2, padding=1, groups=2)
-
-
-def tensors(operands: dict[str, np.ndarray], **options: Any) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(array, **options) for name, array in operands.items()}
-
-
-def live_caches() -> list[Cache]:
-    return [thing for thing in gc.get_objects() if type(thing) is Cache]
 
 
 # --------------------------------------------------------------------------------------------------- threads and forks

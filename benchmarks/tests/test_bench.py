@@ -48,6 +48,7 @@ from lensor import cli
 from lensor.inspect import CommandError, Layer
 from lensor.inspect.layers import KINDS
 from lensor.inspect.operations import OPERATIONS, STANDARD
+from tests.support.command import invoke
 from tests.support.dense import evaluate_dense
 
 CPU = torch.device("cpu")
@@ -60,10 +61,6 @@ SPECS = [
     lensor.ConvSpec(4, 4, (9, 9), 3, padding=2, dilation=2, groups=4),
     lensor.ConvSpec(4, 8, (6, 7), 1, stride=2),
 ]
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 def operands(operation: str, spec: lensor.ConvSpec) -> dict[str, torch.Tensor]:

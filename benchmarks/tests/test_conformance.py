@@ -16,18 +16,13 @@ from lensor_bench.commands.conformance import _parts
 from lensor_bench.conformance import COLUMNS, NONE, QUANTITIES, REFUSES, RIGHT, WRONG, Cell, Matrix, examine
 from lensor_bench.definitions import Case, Convolution
 from lensor_bench.libraries import LIBRARIES, Library
-from typer.testing import CliRunner
 
-from lensor import cli
 from lensor.inspect import CommandError
 from tests.support import oracles
+from tests.support.command import invoke
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 EVERY = list(dict.fromkeys(conv for column in COLUMNS.values() for conv in column))
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,16 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import lensor
-from lensor import cli
 from lensor.inspect import CommandError, catalogue
 from lensor.inspect.catalogue import NETS, PAPER, layers_of, merged
 from lensor.inspect.extract import convolutions, import_factory, record
 from lensor.inspect.layers import Layer, census
+from tests.support.command import invoke
 
 TORCHVISION = Path(sys.prefix) / "torchvision"
 """Where `make peers` puts it: out of the way of what would import it."""
@@ -37,10 +35,6 @@ CENSUS = {
     "mobilenetv2": {"general": (18, 11), "dense": (34, 19)},
 }
 SUMS = {"general": (142, 60), "dense": (147, 52), "mixed-dense": (34, 12), "down-sampling": (6, 6)}
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 # ------------------------------------------------------------------------------------------------------------- census

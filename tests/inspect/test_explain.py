@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import lensor
 from examples.demo.models import build
-from lensor import cli
 from lensor.inspect import CommandError, Layer
 from lensor.inspect.explain import Timing, explained, totals
 from lensor.inspect.exported import exported
 from lensor.inspect.operations import OPERATIONS, PAPER_OPERATIONS
 from lensor.inspect.page import HEADINGS, cells, page
+from tests.support.command import invoke
 
 LAYERS = [
     Layer("net", "first", lensor.ConvSpec(3, 8, (12, 12), 3, padding=1), 2),
@@ -26,10 +25,6 @@ LAYERS = [
 ]
 OPS = ("forward", "kfac_reduce")
 FAST = ("--batch", "1", "--threads", "1", "--seconds", "0", "--repeats", "1")
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 TIMINGS = {(name, layer.spec): Timing(2.0, 0.5) for layer in LAYERS for name in OPS}

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import lensor
-from lensor import cli
 from lensor.inspect import CommandError
 from lensor.inspect.exported import exported
+from tests.support.command import invoke
 
 Members = dict[str, bytes]
 
@@ -71,10 +70,6 @@ def by_torch(value: Any, zipped: bool = True) -> bytes:
     file = io.BytesIO()
     torch.save(value, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 @pytest.fixture(scope="module")

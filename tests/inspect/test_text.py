@@ -20,12 +20,11 @@ from lensor_bench import crs
 from lensor_bench.report import Options, markdown
 from lensor_bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from torch import nn
-from typer.testing import CliRunner
 
 import lensor
-from lensor import cli
 from lensor.inspect import CommandError, Layer
 from lensor.inspect.text import cell, from_cell, printable, write_rows
+from tests.support.command import invoke
 
 HOSTILE = (
     *("[red]x[/red]", "[/]", "\x1b[31mesc\x1b]0;title\x07", "=HYPERLINK(1)", "@sum", "-1", "+a", "a\rb\nc"),
@@ -46,10 +45,6 @@ class Named(nn.Module):
         for module in self._modules.values():
             x = module(x)  # pyright: ignore[reportOptionalCall]
         return x
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 def steers(text: str) -> list[str]:

@@ -12,15 +12,8 @@ from torch.func import grad
 import lensor
 from lensor import ConvSpec, ops
 from lensor.lowering import STRATEGIES, lower
-from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of
+from tests.support.cases import BUILDERS, SMALL, SPEC, SPECS, assert_close, bound, operands_of, tensors
 from tests.support.dense import evaluate_dense
-
-SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
-SMALL = ConvSpec(2, 2, (5,), 3, stride=2, padding=1, groups=2)
-
-
-def tensors(operands: dict[str, np.ndarray], **options: Any) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(array, **options) for name, array in operands.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

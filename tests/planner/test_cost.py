@@ -67,7 +67,9 @@ def test_no_constant_of_the_machine_lowers_the_estimate(op: str, spec: str) -> N
 def test_a_larger_batch_takes_longer(op: str) -> None:
     net = getattr(ops, op)(ConvSpec(8, 8, (16, 16), 3, padding=1))
     times = [{plan.strategy: estimate(plan, MACHINE) for plan in candidates(bound(net, batch))} for batch in (1, 4, 16)]
-    for strategy in set(times[0]) & set(times[1]) & set(times[2]):
+    common = set(times[0]) & set(times[1]) & set(times[2])
+    assert common
+    for strategy in common:
         one, four, sixteen = (found[strategy] for found in times)
         assert one < four < sixteen
 

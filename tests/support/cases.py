@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 import lensor
 from lensor import ConvSpec, Delta, Sum, ops
+from lensor.cache import Cache
 
 SPECS = {
     "1-d": ConvSpec(4, 6, 9, 3, stride=2, padding=1, groups=2),
@@ -34,6 +36,13 @@ BUILDERS: dict[str, Callable[[ConvSpec], Any]] = {
 }
 
 
+SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
+"""One convolution in which all sizes differ."""
+
+SMALL = ConvSpec(2, 2, (5,), 3, stride=2, padding=1, groups=2)
+"""A convolution for checks that run it often."""
+
+
 def bound(net: Any, batch: int = 2) -> Any:
     """The network with every unknown size set to `batch`."""
     return net.bind({index: batch for index, size in net.sizes.items() if size is None})
@@ -47,6 +56,18 @@ def operands_of(net: Any, seed: int = 0) -> dict[str, np.ndarray]:
         for name, legs in term.operand_legs.items():
             shapes[name] = tuple(term.group_size(leg) for leg in legs)
     return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def live_caches() -> list[Cache]:
+    """Every cache of this process."""
+    return [thing for thing in gc.get_objects() if type(thing) is Cache]
+
+
+def tensors(operands: dict[str, np.ndarray], **options: Any) -> dict[str, Any]:
+    """The operands as tensors of torch."""
+    import torch
+
+    return {name: torch.tensor(array, **options) for name, array in operands.items()}
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:

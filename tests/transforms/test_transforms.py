@@ -14,10 +14,9 @@ from torch.func import hessian, jacrev, jvp, vjp, vmap
 import lensor
 from lensor import ConvSpec, NetworkError, ops
 from lensor.lowering import candidates
-from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of
+from tests.support.cases import BUILDERS, SPEC, SPECS, assert_close, bound, operands_of
 from tests.support.dense import evaluate_dense
 
-SPEC = ConvSpec(4, 6, (6, 5), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
 SMALL = ConvSpec(2, 4, (4, 3), (3, 2), stride=(2, 1), padding=(1, 0), groups=2)
 RNG = np.random.default_rng(0)
 X = torch.tensor(RNG.standard_normal((2, 4, 6, 5)))

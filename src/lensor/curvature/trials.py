@@ -1,4 +1,11 @@
-"""Trial passes on a few examples, which find the position of the batch in a model's tensors."""
+"""Trial passes on a few examples, which find the position of the batch in a model's tensors.
+
+The sizes in one pass cannot distinguish [batch, time, channels] from [time, batch, channels] if both sizes are equal.
+Two passes can, one with three and one with two of the examples, in a different order: the axis whose size changes is
+the axis of the examples, and the values of an example's rows are the same in both passes. The values also distinguish
+[batch · time, channels] from [time · batch, channels], and show whether a model mixes examples or changes their
+order.
+"""
 
 from __future__ import annotations
 

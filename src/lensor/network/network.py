@@ -324,8 +324,8 @@ class Network(Verbs):
 
         The grammar: an index is an identifier and has a size; known sizes are not negative. An output index occurs once
         in the output and at least once in a node. The sizes of a pattern's legs match the pattern. A delta joins at
-        least two different indices of the same size. All occurrences of an operand have the same number of axes, and the
-        sizes of these axes are equal where known.
+        least two different indices of the same size. All occurrences of an operand have the same number of axes, and
+        the sizes of these axes are equal where known.
 
         Example:
             >>> import lensor

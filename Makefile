@@ -1,11 +1,11 @@
-# One virtual environment of its own, .venv, serves every target; it is made anew when what it holds changes.
+# All targets use the virtual environment .venv. It is rebuilt when its requirements change.
 #
-#   make test      lint and all but the slow tests; `make test-all` runs the slow ones, too
-#   make peers     the libraries that tests compare Lensor with, into .venv; `make test` installs them itself
-#   make browser   Debian's Chromium, for the tests of pages; needs root
-#   make tex       Debian's TeX, for the tests of TikZ pictures; needs root
+#   make test      linters and all tests except the slow ones; `make test-all` runs these, too
+#   make peers     install the libraries that tests compare Lensor with into .venv; `make test` does this
+#   make browser   install Debian's Chromium for the tests of pages; needs root
+#   make tex       install Debian's TeX for the tests of TikZ diagrams; needs root
 #
-# Both `make test` and CI fail if a test is skipped that is not listed in tests/support/skips.py.
+# `make test` and CI fail if a test is skipped that tests/support/skips.py does not list.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.made
@@ -23,9 +23,10 @@ $(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo,dev]" -e ./benchmarks
 	touch $@
 
-# BackPACK asks for torchvision and does not import it; none fits the CPU build of torch, and one that does not fit
-# breaks transformers. curvlinops asks for BackPACK. So these two come alone, and what else they need before them.
-# One test reads torchvision's models, which needs no more than its Python files, in a process of its own.
+# BackPACK requires torchvision but does not import it. No torchvision fits the CPU build of torch, and one that does
+# not fit breaks transformers. curvlinops requires BackPACK. Both are therefore installed without their dependencies,
+# after the packages that they import. One test reads torchvision's models in a separate process; it needs only the
+# Python files of torchvision.
 $(PEERS): $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt einconv einops linear_operator opacus scipy tqdm unfoldNd
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch curvlinops-for-pytorch
@@ -50,16 +51,16 @@ test-all: lint $(PEERS)
 	$(BIN)/python -m tests.sweeps.operations
 	$(PYTEST)
 
-# The site, in docs/_build; a warning is an error.
+# Build the site in docs/_build; a warning is an error.
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
-# Where these two are not installed, the tests that need them are skipped.
+# If these two are not installed, the tests that need them are skipped.
 browser:
 	$(APT) update
 	$(APT) install --no-install-recommends chromium chromium-driver >/dev/null
 
-# The class `standalone` of LaTeX is in the large package; it brings TikZ, too.
+# The large package contains the LaTeX class `standalone` and TikZ.
 tex:
 	$(APT) update
 	$(APT) install --no-install-recommends texlive-latex-extra >/dev/null

@@ -100,7 +100,7 @@ def test_any_order_ends_in_the_same_network(seed: int, order: int) -> None:
 
 
 def patterns_left(net: Any) -> list[Pattern]:
-    """Patterns that are no selections."""
+    """Patterns that are not crops."""
     nodes = [node for term in net.simplify().terms for node in term.nodes]
     return [node for node in nodes if isinstance(node, Pattern) and not node.pattern.is_crop]
 
@@ -412,7 +412,7 @@ def test_reduce_sums_patterns_over_positions_first(dims: int) -> None:
 
 
 def test_input_vjp_of_down_sampling_is_an_embedding() -> None:
-    """K1 S2: zero-filling and a matrix product, no pattern besides the selection into the output."""
+    """K1 S2: zero-filling and a matrix product, no pattern besides the crop into the output."""
     net = bound(ops.conv_input_vjp(ConvSpec(2, 3, (9, 8), 1, stride=2))).simplify()
     patterns = [node.pattern for node in net.nodes if isinstance(node, Pattern)]
     assert [(p.input_size, p.output_size, p.stride) for p in patterns] == [(9, 5, 2), (8, 4, 2)]

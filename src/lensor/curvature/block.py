@@ -164,7 +164,7 @@ def block_of(name: str, state: Any) -> Block:
     """
 
     def damaged(what: str) -> ValueError:
-        return ValueError(f"the state of Kronecker factors is damaged: block {name} {what}")
+        return ValueError(f"the state of the Kronecker factors is invalid: block {name} {what}")
 
     try:
         block = Block(

@@ -251,14 +251,14 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         names = ("approx", "examples", "convention", "reduction", "outputs")
         missing = [name for name in names if name not in state]
         if missing:
-            raise ValueError(f"the state of Kronecker factors is damaged: {missing[0]} is missing")
+            raise ValueError(f"the state of the Kronecker factors is invalid: {missing[0]} is missing")
         require_choice("approx", state["approx"], ("expand", "reduce"))
         require_choice("convention", state["convention"], words(ModelNormalisation))
         require_choice("reduction", state["reduction"], ("mean", "sum"))
         for name in ("examples", "outputs"):
             if not isinstance(state[name], int) or state[name] < 0:
                 raise ValueError(
-                    f"the state of Kronecker factors is damaged: {name} is {state[name]!r}, expected at least 0"
+                    f"the state of the Kronecker factors is invalid: {name} is {state[name]!r}, expected at least 0"
                 )
         blocks = {str(name): block_of(str(name), one) for name, one in state["blocks"].items()}
         found = cls(blocks, *(state[name] for name in names))

@@ -202,7 +202,7 @@ class KFAC(torch.optim.Optimizer):
         if not 0 < group["damping"] < math.inf:
             raise ValueError(f"damping is {group['damping']} in a group of parameters, expected a positive number")
         super().add_param_group(param_group)
-        if self.tracker.names:  # not a call from the constructor
+        if self._form is not None:  # not a call from the constructor
             self._watch_new()
 
     def _watch_new(self) -> None:

@@ -57,8 +57,8 @@ def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
     return sum_squares
 
 
-def _reads(selection: IndexPattern) -> np.ndarray:
-    return selection.reading().at(np.arange(selection.output_size), np.array(0))
+def _reads(crop: IndexPattern) -> np.ndarray:
+    return crop.reading().at(np.arange(crop.output_size), np.array(0))
 
 
 def _scatter_add(step: s.ScatterAdd) -> Callable[[np.ndarray], np.ndarray]:

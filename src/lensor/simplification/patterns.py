@@ -223,8 +223,8 @@ def compose_crop(net: Network) -> Network | None:
 
     The rule compares reads to decide whether a single pattern expresses the composition.
     """
-    for two, selection, (j, o, unit) in pattern_nodes(net):
-        if not selection.is_crop or unit or not j:
+    for two, crop, (j, o, unit) in pattern_nodes(net):
+        if not crop.is_crop or unit or not j:
             continue
         for one, pattern, (i, positions, kernel) in pattern_nodes(net):
             if one == two or not only_in(net, j, [one, two]) or not apart((i, positions, kernel, o)):
@@ -240,7 +240,7 @@ def compose_crop(net: Network) -> Network | None:
                 legs, how = (i, positions[:-1], ()), "within"  # one position within the blocks
             else:
                 continue
-            fitted = _picked(pattern, selection, how)
+            fitted = _picked(pattern, crop, how)
             if fitted is not None:
                 return swap_nodes(net, [one, two], [Pattern(fitted, legs)])
     return None
@@ -249,12 +249,12 @@ def compose_crop(net: Network) -> Network | None:
 _composed = Cache(maxsize=4096)
 
 
-def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPattern | None:
+def _picked(pattern: IndexPattern, crop: IndexPattern, how: str) -> IndexPattern | None:
     """Restrict a pattern by a crop of its output, its kernel, the blocks of its output, or positions inside blocks."""
 
     def make() -> tuple[IndexPattern | None]:
-        reading, picked = pattern.reading(), selection.line()
-        (outputs, kernels), size, count = reading.shape, selection.input_size, selection.output_size
+        reading, picked = pattern.reading(), crop.line()
+        (outputs, kernels), size, count = reading.shape, crop.input_size, crop.output_size
         rows, columns, outer, stride = reading.rows, reading.columns, reading.outer, pattern.stride
         match how:
             case "positions":
@@ -270,7 +270,7 @@ def _picked(pattern: IndexPattern, selection: IndexPattern, how: str) -> IndexPa
                 found = Reading(affine(outputs // size, stride * size), within, outer, (outputs // size, count))
         return (IndexPattern.from_reads(found, pattern.input_size),)
 
-    return _composed.get_or_make((pattern, selection, how), make)[0]
+    return _composed.get_or_make((pattern, crop, how), make)[0]
 
 
 @rule("padding or cropping composed with a pattern", "8, 23")
@@ -293,27 +293,27 @@ def compose_shift(net: Network) -> Network | None:
     return None
 
 
-def read_through(selection: IndexPattern, pattern: IndexPattern) -> IndexPattern | None:
+def read_through(crop: IndexPattern, pattern: IndexPattern) -> IndexPattern | None:
     """The composition of a crop with a pattern on its output, as a zeros-mode pattern, or None."""
 
     def make() -> tuple[IndexPattern | None]:
-        reading = pattern.reading().through(selection.line())
-        return (IndexPattern.from_reads(reading, selection.input_size),)
+        reading = pattern.reading().through(crop.line())
+        return (IndexPattern.from_reads(reading, crop.input_size),)
 
-    return _composed.get_or_make((selection, pattern), make)[0]
+    return _composed.get_or_make((crop, pattern), make)[0]
 
 
-def _in_mode(shift: IndexPattern, selection: IndexPattern) -> IndexPattern | None:
+def _in_mode(shift: IndexPattern, crop: IndexPattern) -> IndexPattern | None:
     """Compose a padding and a crop of its result into one crop with the padding's mode; None if impossible."""
-    if shift.padding_mode == "zeros" or not selection.reads_everywhere:
+    if shift.padding_mode == "zeros" or not crop.reads_everywhere:
         return None
-    left = shift.padding[0] + selection.padding[0]
-    right = (selection.output_size - 1) * selection.stride + 1 - shift.input_size - left
+    left = shift.padding[0] + crop.padding[0]
+    right = (crop.output_size - 1) * crop.stride + 1 - shift.input_size - left
     if left < 0 < right:
         return None  # no pattern in this mode crops one side and pads the other
     right = max(right, 0) if left > 0 else right
     return IndexPattern(
-        shift.input_size, 1, selection.stride, (left, right), 1, shift.padding_mode, selection.output_size
+        shift.input_size, 1, crop.stride, (left, right), 1, shift.padding_mode, crop.output_size
     ).normalize()
 
 

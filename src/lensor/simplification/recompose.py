@@ -211,10 +211,10 @@ def _axis(net: Network, leg: Group, node: int) -> tuple[int | None, str] | None:
         return None if holders else (None, leg[0])
     if len(holders) != 1:
         return None
-    selection = net.nodes[holders[0]]
-    if not isinstance(selection, Pattern) or not selection.pattern.is_crop or selection.legs[2]:
+    crop = net.nodes[holders[0]]
+    if not isinstance(crop, Pattern) or not crop.pattern.is_crop or crop.legs[2]:
         return None
-    ends = [side for side in selection.legs[:2] if side != leg]
+    ends = [side for side in crop.legs[:2] if side != leg]
     return (holders[0], leg[0]) if len(ends) == 1 and set(ends[0]) <= set(net.output_indices) else None
 
 

@@ -99,10 +99,10 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.index_select(step.axis, _reads(step.pattern, x))
 
 
-def _reads(selection: IndexPattern, like: torch.Tensor) -> torch.Tensor:
+def _reads(crop: IndexPattern, like: torch.Tensor) -> torch.Tensor:
     """The input position that each output position of a crop reads, in any padding mode except zeros."""
-    places = torch.arange(selection.output_size, device=like.device) * selection.stride - selection.padding[0]
-    return in_mode(places, selection.input_size, selection.padding_mode, torch.where)
+    places = torch.arange(crop.output_size, device=like.device) * crop.stride - crop.padding[0]
+    return in_mode(places, crop.input_size, crop.padding_mode, torch.where)
 
 
 def _scatter_add(step: s.ScatterAdd) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -267,7 +267,8 @@ def test_points_measured_with_anything_else_are_not_gone_on_with(
         crs.append(path, point)
     path.write_text(text := path.read_text(encoding="utf-8") + "crops of", encoding="utf-8")
     with pytest.raises(
-        CommandError, match=rf"crs.csv was measured with other threads.*\({words}\): specify a different --out"
+        CommandError,
+        match=rf"crs.csv was measured with a different number of threads.*\({words}\): specify a different --out",
     ):
         crs.read(path, replace(MADE, **other))
     assert path.read_text(encoding="utf-8") == text

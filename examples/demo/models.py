@@ -61,7 +61,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A model in evaluation mode, with random weights from a seed."""
+    """A model in evaluation mode, with random weights that depend only on a seed."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""The reads of an index pattern as piecewise affine functions of the output and kernel positions, without a table.
+"""The positions that an index pattern reads, as piecewise affine functions instead of a table.
 
 A table of reads has one entry per pair (o, k). For long inputs and large kernels, that is far more entries than the
 operands have. A `Reading` is compact: T[o,k] = outer(rows(o) + columns(k)), where all three functions are `Line`s.

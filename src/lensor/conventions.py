@@ -66,7 +66,7 @@ MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
     "kfac-jax": ModelConvention({"expand": (-1, 0)}),
     # A = Σ p pᵀ/(N·O³), B = Σ g gᵀ/(N·O³) with gradients of the loss as given.
     "kfac-pytorch": ModelConvention({"expand": (-3, -2)}, {"mean": -2, "sum": -1}),
-    # A = Σ p pᵀ/N, B of the summed loss.
+    # A = Σ p pᵀ/N; B is computed from the summed loss.
     "laplace": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}, {"mean": 1, "sum": 0}),
 }
 """The conventions for factors of whole models, keyed by library name."""

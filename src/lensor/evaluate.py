@@ -138,7 +138,7 @@ def _occurrences(term: Network) -> list[tuple[str, tuple]]:
 
 
 def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
-    """An operand that represents their framework, dtype and device, not a position vector; None if there is none."""
+    """The first operand that is not a position vector; None if there is none."""
     chosen = net.selections
     return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
 

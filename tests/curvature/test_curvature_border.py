@@ -22,7 +22,7 @@ import lensor.sampling
 from lensor import curvature
 from lensor.curvature import kfac, per_example_gradient_norms, per_example_gradients, trials
 from lensor.curvature.layers import layers_of
-from lensor.curvature.trials import find_layout
+from lensor.curvature.trials import find_batch_axes
 from lensor.curvature.watching import Targets
 from lensor.optim import KFAC
 
@@ -1047,7 +1047,7 @@ def test_losses_that_are_sums_over_examples_pass() -> None:
                 torch.testing.assert_close(found[name][n], gradient)
 
 
-def test_layouts_follow_attributes_and_parameters() -> None:
+def test_batch_axes_follow_attributes_and_parameters() -> None:
     class Either(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1583,14 +1583,14 @@ def test_trial_passes_draw_no_random_numbers() -> None:
         assert torch.equal(plain, watched)
 
 
-def test_layouts_that_are_remembered_are_of_one_form() -> None:
+def test_batch_axes_that_are_remembered_are_of_one_form() -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 4, 3)
     targets = Targets(layers_of(model))
     passes = []
     model.register_forward_hook(lambda module, inputs, out: passes.append(1))
 
     def axes() -> list[int]:
-        found = find_layout(model, x, targets, 4, remember=True).calls
+        found = find_batch_axes(model, x, targets, 4, remember=True).calls
         assert found is not None
         return [axis.axis for _, axis in found.values() if axis is not None]
 
@@ -1604,7 +1604,7 @@ def test_layouts_that_are_remembered_are_of_one_form() -> None:
     axes()
     assert len(passes) == 8
     for size in range(1, 70):
-        find_layout(model, torch.randn(4, size, 3), targets, 4, remember=True)
+        find_batch_axes(model, torch.randn(4, size, 3), targets, 4, remember=True)
     assert 0 < len(trials._known[model]) <= 64
 
 

@@ -286,8 +286,8 @@ def read(path: Path, made: Made) -> list[Point]:
     for point in points:
         if point.made != made:
             raise CommandError(
-                f"{path} was measured with other threads, on another machine or with other versions"
-                f" ({difference(point.made, made)}): specify a different --out"
+                f"{path} was measured with a different number of threads, on a different machine or with"
+                f" different versions ({difference(point.made, made)}): specify a different --out"
             )
     if whole != data:
         with path.open("r+b") as file:

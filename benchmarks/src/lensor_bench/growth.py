@@ -74,7 +74,7 @@ def sittings(settings: Settings) -> Iterator[tuple[Settings, tuple[Layer, ...]]]
 
 
 def along(rows: Sequence[Row], axis: Axis) -> list[Row]:
-    """The rows of one panel, sorted by the panel's size."""
+    """The rows of one panel, sorted by the size that varies in it."""
     specs = {axis.make(value) for value in axis.values}
     found = [row for row in rows if row.layer.spec in specs and (axis.name == "batch" or row.setting.batch == _BATCH)]
     return sorted(found, key=axis.of)

@@ -50,7 +50,7 @@ class Implementation:
 
 def _call(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
     """Lensor's function for an operation."""
-    if spec.transposed:  # torch's names cover the forward pass only, networks cover all operations
+    if spec.transposed:  # torch's names cover only the forward pass, whereas networks cover all operations
         net = OPERATIONS[operation].network(spec)
         return lambda: net(**given)
     f = lensor.functional

@@ -1,4 +1,4 @@
-"""The paper's figures and tables, each by one command, with the paper's results for comparison.
+"""The paper's figures and tables: each is reproduced by one command and shown beside the published results.
 
 `study` needs no measurement: it counts the convolutions of the nine nets by kind. `runtime`, `speedups` and `memory`
 are three views of one results file, `runs.csv`. It contains the standard implementation, the contractions of the

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.choices import Fisher, words
+from lensor.curvature.batch_axes import BatchAxis, Given
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.collector import output_axis, require_independent
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer, layers_of
-from lensor.curvature.layout import BatchAxis, Given
 from lensor.curvature.losses import LossRoot, class_weights, require_loss, require_tensor
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
@@ -43,8 +43,8 @@ class Batch:
         shared: bool = False,
     ) -> None:
         self.size = size_of(inputs, empty=empty)
-        self.layout = Capture.layout_of(model, inputs, targets, self.size, given)
-        self.capture = KeptInputs(targets, self.size, self.layout, given)
+        self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
+        self.capture = KeptInputs(targets, self.size, self.batch_axes, given)
         self.shared = shared
         self.returned = run(model, inputs, self.capture)
 
@@ -62,11 +62,11 @@ class Batch:
         self.check(self.returned)
         outputs = self.outputs
         with computing(outputs):
-            axis = output_axis(self.layout, self.returned, outputs, self.size, independent=True)
+            axis = output_axis(self.batch_axes, self.returned, outputs, self.size, independent=True)
             return LossRoot(loss, outputs, targets, self.size, axis)
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
-        """The loss of the value that the model returned; torch's own losses receive its only output tensor."""
+        """The loss for the value that the model returned; torch's own losses take the one tensor in it."""
         outputs = self.returned
         if is_torchs(loss):
             outputs = self.outputs
@@ -88,7 +88,7 @@ class Batch:
         Raises:
             ValueError: if the model or the loss mixes examples.
         """
-        axes = self.layout.outputs if self.layout is not None else None
+        axes = self.batch_axes.outputs if self.batch_axes is not None else None
         found = [
             (tensor, axis)
             for tensor, axis in zip(tensors_in(self.returned), axes or (), strict=False)
@@ -259,7 +259,7 @@ def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
 
 
 def _refuse_hooks(targets: Targets) -> None:
-    """Raise for parameters with a hook from the user: the hook's effect is defined for the summed gradient only."""
+    """Raise if a parameter has a hook: the effect of hooks is defined only for the summed gradient."""
     for name, parameter in targets.parameters.items():
         if any(not type(hook).__module__.startswith("lensor.") for hook in (parameter._backward_hooks or {}).values()):
             raise ValueError(

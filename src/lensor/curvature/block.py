@@ -137,7 +137,7 @@ class Block:
 
 
 def require_alike(name: str, one: Block, other: Block | None) -> None:
-    """Raise unless the factors of both blocks can be added.
+    """Raise unless the factors of the two blocks can be added to each other.
 
     Raises:
         ValueError: if the blocks differ; the message states how.

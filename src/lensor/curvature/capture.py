@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given, NoBatchAxisError, given_axis, only_axis
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import Node, Reached, inner_nodes, leading_to, tensors_in
 from lensor.curvature.layers import Layer
-from lensor.curvature.layout import BatchAxis, Given, Layout, NoLayoutError, given_axis, only_axis
-from lensor.curvature.trials import find_layout
+from lensor.curvature.trials import find_batch_axes
 from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed
 from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec
@@ -98,7 +98,7 @@ class Capture(Watch):
         on_input: called with a use and its input [batch, channels, *positions] when the layer runs. Half-precision
             tensors are converted to single precision, here and for `on_output`.
         batch: the number of examples.
-        layout: the position of the examples in the layers' inputs, from `Capture.layout_of`.
+        axes: the position of the examples in the layers' inputs, from `Capture.batch_axes_of`.
         given: the batch_axis that the user specified.
         on_output: called with a use and the gradient at its output in every backward pass through the graph.
         ordered: whether the caller needs to know which rows belong to which example.
@@ -110,14 +110,14 @@ class Capture(Watch):
         targets: Targets,
         on_input: OnInput,
         batch: int,
-        layout: Layout | None,
+        axes: BatchAxes | None,
         given: Given = None,
         on_output: OnInput | None = None,
         ordered: bool = True,
         independent: bool = True,
     ) -> None:
         super().__init__(targets)
-        self.on_input, self.batch, self.layout, self.given = on_input, batch, layout, given
+        self.on_input, self.batch, self.batch_axes, self.given = on_input, batch, axes, given
         self.on_output, self.ordered, self.independent, self.recorded = on_output, ordered, independent, True
         self.uses: list[Use] = []
         self._edges: dict[Use, GradientEdge] = {}
@@ -128,19 +128,19 @@ class Capture(Watch):
         self._reached: Reached | None = None
 
     @staticmethod
-    def layout_of(
+    def batch_axes_of(
         model: nn.Module, inputs: Inputs, targets: Targets, batch: int, given: Given, remember: bool = False
-    ) -> Layout | None:
-        """The layout of a model, or None if the user specified the batch axis; see `find_layout`.
+    ) -> BatchAxes | None:
+        """The batch axes of a model, or None if the user specified the batch axis; see `find_batch_axes`.
 
         Raises:
-            ValueError: if the layout cannot be found.
+            ValueError: if the batch axes cannot be found.
         """
         if given is not None and not isinstance(given, Mapping):
             return None
         try:
-            return find_layout(model, inputs, targets, batch, remember)
-        except NoLayoutError as error:
+            return find_batch_axes(model, inputs, targets, batch, remember)
+        except NoBatchAxisError as error:
             if given is not None:
                 return None
             raise ValueError(
@@ -196,15 +196,15 @@ class Capture(Watch):
         x, batch = call.input, self.batch
         shape = tuple(x.shape)
         found = given_axis(self.given, layer.name, shape, batch)
-        if found is None and self.layout is not None and self.layout.calls is None:
+        if found is None and self.batch_axes is not None and self.batch_axes.calls is None:
             found = only_axis(shape, batch) if x.ndim else None
-        elif found is None and self.layout is not None and self.layout.calls is not None:
-            if key not in self.layout.calls or self.layout.calls[key][0] != x.ndim:
+        elif found is None and self.batch_axes is not None and self.batch_axes.calls is not None:
+            if key not in self.batch_axes.calls or self.batch_axes.calls[key][0] != x.ndim:
                 raise ValueError(
                     f"layer {layer.name!r} has an input of shape {shape} that did not occur in the trial pass: if the"
                     " model's passes differ, give batch_axis="
                 )
-            found = self.layout.calls[key][1]
+            found = self.batch_axes.calls[key][1]
             if found is None:
                 raise ValueError(
                     f"layer {layer.name!r} has an input of shape {shape} that does not depend on the number of"
@@ -366,8 +366,8 @@ class Capture(Watch):
 class KeptInputs(Capture):
     """A capture that stores the layers' inputs."""
 
-    def __init__(self, targets: Targets, batch: int, layout: Layout | None, given: Given) -> None:
-        super().__init__(targets, self._keep, batch, layout, given)
+    def __init__(self, targets: Targets, batch: int, axes: BatchAxes | None, given: Given) -> None:
+        super().__init__(targets, self._keep, batch, axes, given)
         self.inputs: dict[Use, Tensor] = {}
 
     def _keep(self, use: Use, x: Tensor) -> None:

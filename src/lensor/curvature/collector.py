@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.choices import Approx, FactorFisher
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
 from lensor.curvature.block import Block
 from lensor.curvature.capture import Capture, Use, computing, run
 from lensor.curvature.data import one_tensor, size_of
@@ -20,7 +21,6 @@ from lensor.curvature.distribution import gather
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer
-from lensor.curvature.layout import BatchAxis, Given, Layout
 from lensor.curvature.losses import LossRoot, require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
@@ -99,11 +99,11 @@ class Collector:
         """Add one batch: a forward pass, and one backward pass to the layers' outputs for each column of the root."""
         batch = size_of(inputs)
         watched = Targets(self.layers)
-        layout = Capture.layout_of(model, inputs, watched, batch, batch_axis)
+        axes = Capture.batch_axes_of(model, inputs, watched, batch, batch_axis)
         ordered = self.approx == "reduce"
 
         def passed(into: Collector, record: bool) -> tuple[Capture, Any]:
-            capture = Capture(watched, into.add_input, batch, layout, batch_axis, ordered=ordered, independent=False)
+            capture = Capture(watched, into.add_input, batch, axes, batch_axis, ordered=ordered, independent=False)
             return capture, run(model, inputs, capture, record=record)
 
         if self.fisher != "forward-only":
@@ -119,7 +119,7 @@ class Collector:
         capture.check(returned)
         outputs = one_tensor(returned)
         with computing(outputs):
-            root = LossRoot(loss, outputs, targets, batch, output_axis(layout, returned, outputs, batch))
+            root = LossRoot(loss, outputs, targets, batch, output_axis(axes, returned, outputs, batch))
         self.count(batch, root.normaliser)
         self.outputs = outputs.numel() // batch
         if self.fisher != "forward-only":
@@ -214,12 +214,12 @@ class Collector:
 
 
 def output_axis(
-    layout: Layout | None, returned: Any, outputs: Tensor, batch: int, independent: bool = False
+    axes: BatchAxes | None, returned: Any, outputs: Tensor, batch: int, independent: bool = False
 ) -> BatchAxis:
     """The position of the examples in the model's outputs.
 
     Args:
-        layout: the layout of the model, or None if the user specified the batch axis.
+        axes: the batch axes of the model, or None if the user specified the batch axis.
         returned: the value that the model returned.
         outputs: the output tensor that the loss takes.
         batch: the number of examples.
@@ -231,9 +231,9 @@ def output_axis(
     """
     shape = tuple(outputs.shape)
     found = BatchAxis(0, shape[0] // max(batch, 1)) if shape else None
-    if layout is not None and layout.outputs is not None:
+    if axes is not None and axes.outputs is not None:
         places = [at for at, one in enumerate(tensors_in(returned)) if one is outputs]
-        found = layout.outputs[places[0]] if places and places[0] < len(layout.outputs) else None
+        found = axes.outputs[places[0]] if places and places[0] < len(axes.outputs) else None
     if found is None or found.axis != 0 or not shape or shape[0] != found.rows * batch:
         raise ValueError(
             f"the model's outputs have shape {shape} for {batch} examples, expected the examples, or equally many rows"

@@ -86,8 +86,8 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
         sizes = [len(one) for one in tree_leaves(list(values)) if isinstance(one, Tensor) and one.ndim]
         if max(sizes) > 1:
             raise ValueError(
-                f"the first axes of the inputs have sizes {sizes}, expected the first of them to hold the examples: a"
-                " first axis of size 1 is ambiguous, so expand a value that all examples share to the batch size"
+                f"the first axes of the inputs have sizes {sizes}, expected the batch size in the first input: size 1"
+                " is ambiguous, so if all examples share a value, expand it to the batch size"
             )
     if len(first) == 0 and not empty:
         raise ValueError("the batch is empty, expected at least one example")

@@ -11,13 +11,13 @@ from torch import nn
 from lensor.arguments import described
 from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, check_roots, refuse_mixing
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.inverses import EigenFactors
 from lensor.curvature.layers import layers_of
-from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_counted
 from lensor.curvature.watching import Targets
 

@@ -12,11 +12,11 @@ from lensor import ops
 from lensor.arguments import described
 from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing, sum_of
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.layers import layers_of
-from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
@@ -114,7 +114,7 @@ def ggn_mini_blocks(
         (use,) = uses
         x = batch.capture.inputs[use]
         found = network(ops.ggn_mini_blocks, use.spec(x), block)(X=x, S=stacks[use])
-        # Omit the kernel axes of size 1 that linear maps with positions and layers with frames have.
+        # Omit the kernel axes of size 1 of linear maps with positions and of layers with frames.
         kernel = use.weight_shape[2:]
         front, rest = {
             "filter": (found.shape[:1], found.shape[1:]),

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lensor.arguments import described
 from lensor.curvature.batch import MEANS, Batch, add_parts, gradients_of, is_torchs, refuse_mixing, share_of
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.layers import layers_of
-from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_counted
 from lensor.curvature.watching import Targets
 
@@ -109,7 +109,7 @@ def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tens
 
 
 def _directions(like: Tensor, samples: int | None, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Yield each unit vector of one example's output, repeated for all examples, or random signs."""
+    """Yield the unit vectors of one example's output, repeated for all examples, or vectors of random signs."""
     if samples is not None:
         for _ in range(samples):
             signs = torch.randint(2, like.shape, generator=generator, device=like.device)

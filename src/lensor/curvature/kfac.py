@@ -11,13 +11,13 @@ from torch import nn
 
 from lensor.arguments import described
 from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, words
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import own, running, unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.data import batches
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import layers_of
-from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_loss
 from lensor.errors import require_choice
 

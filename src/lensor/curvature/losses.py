@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lensor.choices import FactorFisher
-from lensor.curvature.layout import BatchAxis
+from lensor.curvature.batch_axes import BatchAxis
 
 
 class LossRoot:

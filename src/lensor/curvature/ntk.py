@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.arguments import described
 from lensor.curvature.batch import Batch, refuse_mixing, sum_of, trained
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import output_axis
 from lensor.curvature.data import over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.layers import layers_of
-from lensor.curvature.layout import Given
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 
@@ -61,7 +61,7 @@ def empirical_ntk(
         f = outputs.detach()
         if f.ndim != 2 or len(f) != batch.size:
             raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
-        output_axis(batch.layout, batch.returned, outputs, batch.size, independent=True)
+        output_axis(batch.batch_axes, batch.returned, outputs, batch.size, independent=True)
         n, c = f.shape
         units = [torch.zeros_like(f) for _ in range(c)]
         for place, unit in enumerate(units):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lensor.arguments import described
 from lensor.curvature.batch import propagated
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.described import SHARED
-from lensor.curvature.layout import Given
 from lensor.curvature.networks import network
 from lensor.network import AnyNetwork
 from lensor.network.subscripts import format_legs

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Key, NoBatchAxisError
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.layout import BatchAxis, Key, Layout, NoLayoutError
 from lensor.curvature.watching import (
     Preserving,
     Targets,
@@ -45,9 +45,9 @@ _ROUNDINGS, _ROUNDINGS_OF_HALF = 1e3, 12
 """The rows of an example in two passes may differ by this many rounding errors of the largest entry. In half precision,
 the bound uses the root mean square instead of the largest entry, because every rounding error counts."""
 
-_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, BatchAxes]] = weakref.WeakKeyDictionary()
 _known_lock = threading.Lock()
-"""Cache of layouts by model and form of the inputs, and its lock."""
+"""Cache of batch axes by model and form of the inputs, and its lock."""
 
 
 @dataclass
@@ -169,7 +169,9 @@ def _widened(x: Any) -> Any:
     return x.float() if _is_half(x) else x
 
 
-def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool = False) -> Layout:
+def find_batch_axes(
+    model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool = False
+) -> BatchAxes:
     """Determine the position of the examples with trial passes.
 
     Args:
@@ -177,16 +179,16 @@ def find_layout(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, 
         inputs: the inputs of the model; tensors whose first axis has `batch` entries hold examples.
         targets: the parameters whose calls are recorded.
         batch: the number of examples.
-        remember: whether to cache the layout for later inputs of this form. This is safe for the axes of a model whose
-            attributes do not change, but which example each row belongs to may depend on the values of parameters and
-            inputs.
+        remember: whether to cache the batch axes for later inputs of this form. This is safe for
+            the axes of a model whose attributes do not change, but which example each row belongs to may depend on the
+            values of parameters and inputs.
 
     Raises:
-        NoLayoutError: if the model does not run with a different number of examples.
+        NoBatchAxisError: if the model does not run with a different number of examples.
         ValueError: if the size of more than one axis depends on the number of examples.
     """
     if batch < 2:
-        return Layout(None, None)
+        return BatchAxes(None, None)
     if not remember:
         with aside():
             return _Finder(model, inputs, targets, batch).find()
@@ -208,7 +210,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
-    """The cache key of a layout: modules and modes, layers, and the form of the inputs without the batch size."""
+    """The cache key of batch axes: modules and modes, layers, and the form of the inputs without the batch size."""
     modules = tuple(
         (
             *(id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)),
@@ -243,11 +245,11 @@ class _Finder:
         if self._are_equal():
             self.inputs = self._noisy()
 
-    def find(self) -> Layout:
-        """Find the layout of the model.
+    def find(self) -> BatchAxes:
+        """Find the batch axes of the model.
 
         Raises:
-            NoLayoutError: if the model does not run with other numbers of examples.
+            NoBatchAxisError: if the model does not run with other numbers of examples.
         """
         choices = [([0, 1], [1, 0, 0])] if self.batch == 2 else [([0, 1, 2], [1, 0])]
         if self.batch > 3:
@@ -259,14 +261,14 @@ class _Finder:
                 try:
                     found = self._compared(one, two)
                     return self._checked(found) if self.by_values else found
-                except NoLayoutError:
+                except NoBatchAxisError:
                     raise
                 except Exception as error:
                     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _is_own(error):
                         raise
                     trouble = error
         self._pass(list(range(self.batch)))  # raises the model's own error
-        raise NoLayoutError(
+        raise NoBatchAxisError(
             f"the model does not run with a number of examples other than {self.batch} ({_first_line(trouble)})"
         ) from trouble
 
@@ -277,15 +279,15 @@ class _Finder:
         return any(found) or any(_is_half(x) for x in (*self.model.parameters(), *self.model.buffers()))
 
     def _autocasts(self) -> set[str]:
-        """The model's device types that support autocasting."""
+        """The types of the devices that the model uses, without those that do not support autocast."""
         kinds = {tensor.device.type for tensor in self.model.parameters()}
         return {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
 
-    def _compared(self, one: list[int], two: list[int]) -> Layout:
-        """Determine the layout by comparing two passes."""
+    def _compared(self, one: list[int], two: list[int]) -> BatchAxes:
+        """Determine the batch axes by comparing two passes."""
         a, b = self._pass(one), self._pass(two)
         if list(a.shapes) != list(b.shapes):
-            raise NoLayoutError("the model calls different layers for a different number of examples")
+            raise NoBatchAxisError("the model calls different layers for a different number of examples")
         axes = {key: _axis(key, a, b, one, two) for key in a.shapes}
         if any(axis is not None and None in (axis.order, axis.independent) for axis in axes.values()):
             # Batch statistics depend on the set of examples, but not on their order.
@@ -303,10 +305,10 @@ class _Finder:
                         fits = _fits(axis, key, c, d, one, three)
                     axes[key] = replace(axis, order=fits[0] if len(fits) == 1 else None)
         calls = {key: (len(a.shapes[key]), axis) for key, axis in axes.items() if key[0] != _OUTPUTS}
-        return Layout(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
+        return BatchAxes(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
 
-    def _checked(self, layout: Layout) -> Layout:
-        """Check a layout with passes over all examples.
+    def _checked(self, axes: BatchAxes) -> BatchAxes:
+        """Check the axes with passes over all examples.
 
         Where shapes depend on values, the few examples of the previous passes may have equal numbers of rows by chance.
         To detect this, the model is run on all examples in two different orders, and the results are compared.
@@ -315,14 +317,14 @@ class _Finder:
         turned = every[::-1]
         a, b = self._pass(every), self._pass(turned)
         if list(a.shapes) != list(b.shapes):
-            raise NoLayoutError("the model calls different layers when the examples are reordered")
+            raise NoBatchAxisError("the model calls different layers when the examples are reordered")
 
         def checked(key: Key, axis: BatchAxis | None) -> BatchAxis | None:
             if axis is None or key not in a.shapes:
                 return axis
             size = a.shapes[key][axis.axis] if axis.axis < len(a.shapes[key]) else -1
             if size != axis.rows * self.batch or a.shapes[key] != b.shapes[key]:
-                raise NoLayoutError(
+                raise NoBatchAxisError(
                     f"{key[0]} has a number of rows that depends on the values of the examples: shape {a.shapes[key]}"
                     f" for {self.batch} examples"
                 )
@@ -330,9 +332,9 @@ class _Finder:
                 return axis
             return replace(axis, independent=False, order="outer" if axis.rows == 1 else None)
 
-        calls = layout.calls or {}
-        outputs = layout.outputs or ()
-        return Layout(
+        calls = axes.calls or {}
+        outputs = axes.outputs or ()
+        return BatchAxes(
             {key: (ndim, checked(key, axis)) for key, (ndim, axis) in calls.items()},
             tuple(checked((_OUTPUTS, at), axis) for at, axis in enumerate(outputs)),
         )
@@ -418,7 +420,7 @@ def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> Batch
     different = [at for at, (p, q) in enumerate(zip(shape, other, strict=False)) if p != q]
     what = f"{key[0]} has" if key[0] != _OUTPUTS else "the model's outputs have"
     if len(shape) != len(other) or len(different) > 1:
-        raise NoLayoutError(
+        raise NoBatchAxisError(
             f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected one axis whose size"
             " depends on the number of examples"
         )
@@ -426,7 +428,7 @@ def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> Batch
         return None
     (axis,) = different
     if shape[axis] % len(one) or shape[axis] // len(one) * len(two) != other[axis]:
-        raise NoLayoutError(
+        raise NoBatchAxisError(
             f"{what} the shape {shape} for {len(one)} examples and {other} for {len(two)}, expected a multiple of"
             " the number of examples"
         )

@@ -62,7 +62,7 @@ def exported(path: Path) -> tuple[list[Layer], tuple[int, ...]]:
             could run code when the program is loaded; or if a convolution runs inside control flow.
     """
     if not path.is_file():
-        raise CommandError(f"{path} does not exist, expected a file that torch.export.save wrote")
+        raise CommandError(f"{path} does not exist, expected a file written by torch.export.save")
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive)

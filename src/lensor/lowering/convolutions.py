@@ -80,8 +80,8 @@ def _ties(state: State, node: Pattern) -> list[_Tie] | None:
     flat = [index for tie in same for leg in tie.node.legs for index in leg]
     if len(set(flat)) < len(flat) or len(same) > _MOST_DIMENSIONS:
         return None
-    # If one input leg is free, all must be: then the output legs are on the first tensor. Other mixtures are not
-    # convolutions.
+    # A framework's convolution requires that all input legs are free (the output legs are then on the first
+    # tensor) or none.
     adjoint = mine.free == Leg.INPUT
     return None if adjoint and any(tie.free != Leg.INPUT for tie in same) else same
 

@@ -3,8 +3,9 @@
 The algorithm colours the indices by their properties other than names (size, place in the output, places in nodes) and
 refines each colour by the colours of the neighbours until nothing changes. It breaks ties by trying every index of the
 first tied class and choosing the smallest key. Interchangeable indices are numbered in any order, and automorphisms
-found by the search prune branches that would repeat a previous branch. If the graph falls into pieces once the indices
-with a unique colour are removed, each piece is searched separately, so networks with many equal parts stay cheap.
+found by the search prune branches that would repeat a previous branch. If the graph splits into components once the
+indices with a unique colour are removed, each component is searched separately, so the search stays fast for networks
+with many equal parts.
 
 Refinement takes O(E log E) steps for E legs. The search is bounded: if the ties of a network are not broken within
 `EFFORT` steps, the network equals only networks with the same names.
@@ -32,7 +33,7 @@ Label = tuple[int, ...]
 
 
 class _TooSymmetricalError(Exception):
-    """The search has used up its effort."""
+    """The search has reached its limit of steps."""
 
 
 def _encode(node: Any, colour: dict[str, int]) -> tuple:

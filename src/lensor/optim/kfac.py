@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lensor.choices import Approx, Bias, FactorFisher, Method, Nonfinite, words
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.block import Block
 from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import Layer, layers_of
-from lensor.curvature.layout import Given
 from lensor.curvature.losses import require_loss
 from lensor.errors import require_choice
 from lensor.optim.checkpoint import as_parameters, require_same_form

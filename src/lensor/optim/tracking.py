@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lensor.choices import Approx, FactorFisher
+from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Capture, Use, computing
 from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
-from lensor.curvature.layout import Given
 from lensor.curvature.losses import LossRoot
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
@@ -128,7 +128,7 @@ class Tracker:
         inputs = Arguments(arguments, named)
         batch, targets = size_of(inputs), Targets(self.layers)
         remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
-        layout = Capture.layout_of(self.model, inputs, targets, batch, self.batch_axis, remember)
+        layout = Capture.batch_axes_of(self.model, inputs, targets, batch, self.batch_axis, remember)
         one = _Pass(Collector(self.layers, self.approx, self.joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(

@@ -93,7 +93,8 @@ def _within(
 ) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
     """The plans that meet a memory limit, and the smallest plan.
 
-    If no plan in `found` meets the limit, the returned plans divide an index into as few parts as necessary. If no
+    If no plan in `found` meets the limit, the returned plans divide an index into the smallest number of parts
+    that meets the limit. If no
     such plan meets the limit either, the list is empty.
     """
     smallest = min(found, key=lambda pair: pair[0].peak_size)

@@ -266,7 +266,7 @@ def _step(size: int, keep: Fraction) -> int:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is tracing: an exported program has no backward pass and exact outputs."""
+    """Whether `torch.export` is tracing: an exported program has no backward pass, and its outputs are exact."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
     return torch.compiler.is_compiling() and exporting is not None and exporting()
 

@@ -386,9 +386,9 @@ def convert(
 ) -> Model:
     """Convert a model so that weight gradients of convolutions and linear layers are sampled in training mode.
 
-    Outputs and the gradients of inputs and biases stay exact; parameters and state_dict stay the same. Evaluation mode
-    does not change. Each layer samples those indices in `keep` that its input has. A module used in several places
-    remains one module.
+    Outputs and the gradients of inputs and biases stay exact; parameters and state_dict stay the same. Outputs in
+    evaluation mode are unaffected. Each layer samples those indices in `keep` that its input has. A module used in
+    several places remains one module.
 
     Args:
         model: any torch module.

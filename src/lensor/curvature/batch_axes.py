@@ -18,7 +18,7 @@ Given = int | str | Mapping[str, int | str] | None
 
 @dataclass(frozen=True)
 class BatchAxis:
-    """Position of the examples in a tensor.
+    """The axis of a tensor that holds the examples, and their order along it.
 
     Args:
         axis: the axis.
@@ -44,12 +44,12 @@ class BatchAxis:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Position of the examples in every layer's input and in the outputs; None for tensors without examples.
+class BatchAxes:
+    """The batch axis of every layer's input and of the outputs; None for tensors without examples.
 
     Args:
         calls: the number of axes and the position of the examples, by call. None for a single example or an empty
-            batch, where the layout is obvious.
+            batch, where the axis is obvious.
         outputs: the position of the examples in each output tensor.
     """
 
@@ -62,7 +62,7 @@ def only_axis(shape: Sequence[int], batch: int) -> BatchAxis:
     return BatchAxis(0, shape[0]) if batch else BatchAxis(list(shape).index(0) if 0 in shape else 0)
 
 
-class NoLayoutError(ValueError):
+class NoBatchAxisError(ValueError):
     """The model cannot run with a different number of examples."""
 
 

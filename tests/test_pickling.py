@@ -224,7 +224,7 @@ def test_an_average_over_other_positions_has_none() -> None:
     other._blocks["0.weight"] = replace(other["0.weight"], positions=9)
     one.ema_(other, 0.5)
     assert (one["0.weight"].positions, one["4.weight"].positions) == (0, other["4.weight"].positions)
-    with pytest.raises(ValueError, match=r"the positions of 0\.weight vary"):
+    with pytest.raises(ValueError, match=r"the number of positions of 0\.weight varies"):
         one.in_convention("curvlinops")
 
 

@@ -256,7 +256,7 @@ def test_from_subclass() -> None:
 
 def test_from_lazy_module() -> None:
     module = nn.LazyConv1d(4, 3, padding="same")
-    with pytest.raises(ValueError, match="module is a LazyConv1d without in_channels yet"):
+    with pytest.raises(ValueError, match="module is a LazyConv1d whose in_channels is not known yet"):
         ConvSpec.from_module(module, (9,))
     module(torch.zeros(1, 2, 9))
     assert ConvSpec.from_module(module, (9,)) == ConvSpec(2, 4, (9,), 3, padding=1, bias=True)

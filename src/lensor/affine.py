@@ -2,7 +2,7 @@
 
 A table of reads has one entry per pair (o, k). For long inputs and large kernels, that is far more entries than the
 operands have. A `Reading` is compact: T[o,k] = outer(rows(o) + columns(k)), where all three functions are `Line`s.
-Comparing two readings, or finding the steps of a reading, loops only over the shorter of the two legs.
+Comparing two readings, or finding the steps of a reading, loops only over the shorter of the legs o and k.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SMALL = 1 << 12
 """Tables with at most this many entries are compared entry by entry, which is faster."""
 
 _MOST_TRIES = 1 << 12
-"""Maximum number of pairs of steps to try if two reads give only one equation for the two steps."""
+"""Maximum number of pairs of steps to try if the reads give only one equation for the two steps."""
 
 
 class Piece(NamedTuple):
@@ -256,7 +256,7 @@ class Table:
 def same(one: Reads, two: Reads) -> bool:
     """Whether two tables have equal entries, determined by comparing them where a run of either table begins or ends.
 
-    Between these places, both tables are affine or empty, so they agree if they agree at both ends.
+    Between two such places, each table is affine or empty, so the tables agree there if they agree at both ends.
 
     Example:
         >>> import lensor
@@ -282,7 +282,7 @@ def same(one: Reads, two: Reads) -> bool:
 
 
 class Steps(NamedTuple):
-    """The parameters of an affine table, whose entry is k·dilation + o·stride − left if this is an input position."""
+    """The parameters of an affine table: entry [o,k] is k·dilation + o·stride − left if this is an input position."""
 
     stride: int
     left: int
@@ -340,7 +340,7 @@ def _candidates(reads: Reads, input_size: int) -> Iterable[Candidate]:
             line_, position_, value_ = next(_reads_in(runs, int(valid[-1])))
             step, rest = divmod(value_ - value - (position_ - position) * along, line_ - line)
             return ((step, along, first),) if rest == 0 and step > 0 else ()
-        # All other lines must read outside the input: lines after this one above it, lines before this one below it.
+        # All other lines must read outside the input: later lines beyond its end, earlier lines before its start.
         base = value - position * along
         step = max(1, (line < lines - 1) * (input_size - base), (line > 0) * (base + (positions - 1) * along + 1))
         return ((step, along, first),)

@@ -140,9 +140,9 @@ def clear_caches() -> None:
     drops its least recently used entries once it exceeds 64 MB (`lensor.cache.MAX_BYTES`), and no cached array is
     larger than the operands for which it was created.
 
-    The function does not drop calls in `torch.compile` and `torch.export` graphs, which may run again, measured times
-    (see `lensor.wisdom.forget`), plans to which you hold references, and the layout of a model found by
-    `lensor.optim.KFAC`, which is freed with the model.
+    The function does not drop calls in `torch.compile` and `torch.export` graphs (which may run again), measured times
+    (see `lensor.wisdom.forget`), plans to which you hold references, or the batch axes that `lensor.optim.KFAC` found
+    for a model (which are freed with the model).
 
     Example:
         >>> import lensor

@@ -17,15 +17,15 @@ Fisher: TypeAlias = Literal["type-2", "mc", "empirical"]
 """The exact Hessian of the loss, samples from the model's distribution, or gradients of the loss itself."""
 
 FactorFisher: TypeAlias = Literal["type-2", "mc", "empirical", "forward-only"]
-"""The choices of `Fisher`, or "forward-only": no backward pass, with the identity as B."""
+"""The choices of `Fisher`, or "forward-only": no backward pass; B is the identity."""
 
 FactorNormalisation: TypeAlias = Literal["paper", "curvlinops", "singd", "backpack", "asdl", "kfac-jax", "kfac-pytorch"]
-"""The library whose normalisation is used for the factors of one layer."""
+"""The library or paper whose normalisation is used for the factors of one layer."""
 
 ModelNormalisation: TypeAlias = Literal[
     "paper", "curvlinops", "singd", "asdl", "nngeometry", "kfac-jax", "kfac-pytorch", "laplace"
 ]
-"""The library whose normalisation is used for the factors of a model."""
+"""The library or paper whose normalisation is used for the factors of a model."""
 
 Form: TypeAlias = Literal["factor", "root"]
 """A Kronecker factor itself, or a root, whose Gram matrix is the factor."""

@@ -180,7 +180,7 @@ def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | 
 
 
 def recipe(*arguments: str, real: bool = False) -> Callable[[Callable[..., Request]], Operation]:
-    """Turn a function that maps shapes (named by `arguments`) and options to a request into an operation."""
+    """A decorator that makes an operation of a function from shapes (named by `arguments`) and options to a request."""
 
     def register(build: Callable[..., Request]) -> Operation:
         operation = _operations[build.__name__] = Operation(arguments, build, real)
@@ -225,7 +225,9 @@ def check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
         if not dtype.startswith(("float", "bfloat", "longdouble", "complex", "clongdouble")):
             raise TypeError(f"{name} has dtype {dtype}, expected a floating-point dtype")
         if dtype.startswith(("float8", "float4")):
-            raise TypeError(f"{name} has dtype {dtype}, expected a dtype of at least 16 bits: this one is for storage")
+            raise TypeError(
+                f"{name} has dtype {dtype}, expected a dtype of at least 16 bits: this one is only for storage"
+            )
         if real and dtype.startswith(("complex", "clongdouble")):
             raise TypeError(f"{name} has complex dtype {dtype}, expected a real dtype: curvature is not defined for it")
     for name, array in others:

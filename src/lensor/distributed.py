@@ -58,7 +58,10 @@ def evaluate(
         if not isinstance(array, torch.Tensor):
             raise TypeError(f"operand {name!r} is a {type(array).__name__}, expected a torch.Tensor")
         if array.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"operand {name!r} requires a gradient, expected none between ranks: use torch.no_grad")
+            raise RuntimeError(
+                f"operand {name!r} requires a gradient, expected one that does not: gradients cannot flow between"
+                " ranks, so use torch.no_grad"
+            )
     whole = execute.bind_shapes(
         net.bind(sizes) if sizes else net, {name: array.shape for name, array in arrays.items()}
     )

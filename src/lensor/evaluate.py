@@ -146,7 +146,7 @@ def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
 def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
     """Plan the network for operands given as arrays or shapes; int keywords set index sizes.
 
-    Use this method to inspect a plan and its costs; to evaluate the network, call it, which also plans it.
+    Use this method to inspect a plan and its costs; to evaluate the network, call it: the call also plans it.
 
     Args:
         net: the network.

@@ -35,7 +35,7 @@ class Runnable:
     derivatives, `unchecked` makes it record the network's derivatives instead of the derivatives of the steps.
 
     Results are row-major arrays that share no memory with other arrays. With `channels_last`, results and derivatives
-    with spatial positions use torch's memory format of this name.
+    with spatial positions use torch's memory format of that name.
     """
 
     def __init__(self, plan: Plan, backend: Backend, in_channels_last: bool = False) -> None:
@@ -75,7 +75,7 @@ class Runnable:
         return self.unchecked(*arrays)
 
     def derivative(self, kind: str, place: int, arrays: Sequence[Any], direction: Any) -> Any:
-        """Evaluate the network's VJP or JVP with respect to the operand at `place`; planned on the first call.
+        """Evaluate the network's VJP or JVP with respect to the operand at `place`; it is planned on the first call.
 
         Args:
             kind: "vjp" or "jvp".
@@ -138,7 +138,7 @@ def bytes_needed(plan: Plan, itemsize: int) -> int:
 
 
 def _widened(plan: Plan, backend: Backend, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The plan's function, which widens half-precision operands to single precision, as sums in half may overflow."""
+    """The plan's function; it widens half-precision operands, since sums in half precision may overflow."""
     return run if _only_moves(plan) else backend.widened(run, one_sum(plan))
 
 

@@ -300,8 +300,8 @@ class ConvSpec:
             base.__name__ == "LazyModuleMixin" for base in type(module).__mro__
         ):
             raise ValueError(
-                f"module is a {type(module).__name__} without {channels[0]} yet, expected an initialised module: call"
-                " it on an input first"
+                f"module is a {type(module).__name__} whose {channels[0]} is not known yet, expected an initialised"
+                " module: call it on an input first"
             )
         shape = (getattr(module, channels[0]), getattr(module, channels[1]), sizes)
         bias = module.bias is not None

@@ -357,13 +357,13 @@ def test_subclasses_of_losses_are_not_their_parents() -> None:
 
     model, x, y = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.randn(6, 2).double()
     for call in (kfac, curvature.ggn_diagonal, curvature.ggn_mini_blocks):
-        with pytest.raises(TypeError, match="the Hessian of others is unknown"):
+        with pytest.raises(TypeError, match="the Hessian of other losses is unknown"):
             call(model, Weighted(), (x, y))
-    with pytest.raises(TypeError, match="the Hessian of others is unknown"):
+    with pytest.raises(TypeError, match="the Hessian of other losses is unknown"):
         KFAC(model, Weighted())
     changed = nn.MSELoss()
     changed.forward = Weighted().forward  # type: ignore[method-assign]
-    with pytest.raises(TypeError, match="the Hessian of others is unknown"):
+    with pytest.raises(TypeError, match="the Hessian of other losses is unknown"):
         kfac(model, changed, (x, y))
     check_by_example(model, x, y, Weighted())
     found = curvature.hessian_diagonal(model, Weighted(), (x, y))["weight"]

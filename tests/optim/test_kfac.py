@@ -411,7 +411,7 @@ def test_bad_batches_leave_everything_as_it_was(bad: float, nonfinite: str) -> N
     optimizer.zero_grad()
     CE(model(x), y).backward()
     if nonfinite == "raise":
-        with pytest.raises(FloatingPointError, match=r"0\.weight.* is not finite, .*: no step was made"):
+        with pytest.raises(FloatingPointError, match=r"0\.weight.* is not finite, .*: no step was taken"):
             optimizer.step()
     else:
         optimizer.step()

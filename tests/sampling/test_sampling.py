@@ -434,7 +434,7 @@ def test_a_recommended_rate_fits_the_budget() -> None:
     more = {name: rate + 1 / 32 for name, rate in keep.items()}
     assert sampling.saved_bytes(sampling.convert(model, more, scheme="fixed"), x) > budget
     assert sampling.recommend(model, x, whole) == {"i1": 1.0, "i2": 1.0}
-    with pytest.raises(ValueError, match=r"max_bytes is 1000, expected at least .* at a keep rate of 1/64 of i1, i2"):
+    with pytest.raises(ValueError, match=r"max_bytes is 1000, expected at least .* at a keep rate of 1/64 for i1, i2"):
         sampling.recommend(model, x, 1000)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])

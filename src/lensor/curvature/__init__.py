@@ -1,4 +1,4 @@
-"""Curvature of whole models: Kronecker factors, diagonals, blocks, per-example gradients, the empirical NTK.
+"""Curvature of whole models: Kronecker factors, diagonals, blocks, per-example gradients, and the empirical NTK.
 
 Importing this package imports torch.
 """

@@ -106,7 +106,7 @@ class Batch:
             )
 
     def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
-        """Propagate columns to the layers' outputs; yields a few at a time, as [v, batch, channels, *positions]."""
+        """Propagate columns to the layers' outputs; yield a few at a time, as [v, batch, channels, *positions]."""
         while chunk := list(itertools.islice(columns, _AT_ONCE)):
             found = [self.capture.gradients(self.outputs, column, keep=True) for column in chunk]
             yield {use: torch.stack([one[use] for one in found]) for use in self.capture.uses}
@@ -175,7 +175,8 @@ def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
     ]
     if not trained:
         raise ValueError(
-            "no parameter of the model's layers requires a gradient: name the layers that count with layers="
+            "no parameter of the model's layers requires a gradient, expected at least one: to use frozen layers, name"
+            " them with layers="
         )
     return trained
 

@@ -35,7 +35,7 @@ class BatchAxis:
     independent: bool | None = True
 
     def first(self, x: Tensor, batch: int) -> Tensor:
-        """A view with the examples as first axis, followed by an axis of rows if there are several per example."""
+        """A view with the examples as the first axis, followed by an axis of rows if there are several per example."""
         if self.rows == 1:
             return x.movedim(self.axis, 0)
         if self.order == "inner":
@@ -67,7 +67,7 @@ class NoBatchAxisError(ValueError):
 
 
 def given_axis(given: Given, name: str, shape: Sequence[int], batch: int) -> BatchAxis | None:
-    """The position of the examples in a layer's input that the user specified; None if there is none for this layer.
+    """The position that the user specified for the examples in a layer's input; None if the layer has none.
 
     Raises:
         ValueError: if the position does not fit the shape.
@@ -81,8 +81,8 @@ def given_axis(given: Given, name: str, shape: Sequence[int], batch: int) -> Bat
         raise ValueError(f"batch_axis of {name!r} is {found!r}, expected an axis, 'outer' or 'inner'")
     if not -len(shape) <= axis < len(shape) or not batch or shape[axis] % batch:
         raise ValueError(
-            f"batch_axis of {name!r} is {axis}, expected an axis whose size is a multiple of {batch} examples: the"
-            f" layer's input has shape {tuple(shape)}"
+            f"batch_axis of {name!r} is {axis}, expected an axis whose size is a multiple of the number of examples,"
+            f" {batch}: the layer's input has shape {tuple(shape)}"
         )
     axis %= len(shape)
     return BatchAxis(axis, shape[axis] // batch, order)

@@ -91,7 +91,7 @@ OnInput = Callable[[Use, Tensor], None]
 
 
 class Capture(Watch):
-    """Watches one forward pass: reports each layer's input as it runs, and can later propagate vectors backwards.
+    """Watches one forward pass: reports each layer's input when the layer runs, and can later propagate vectors back.
 
     Args:
         targets: the parameters whose uses are captured.
@@ -145,7 +145,7 @@ class Capture(Watch):
                 return None
             raise ValueError(
                 f"the axis of the examples cannot be found: {error}; give it with batch_axis=: an axis, 'outer' or"
-                " 'inner' (rows that share the first axis with the examples), or a mapping from layers to these"
+                " 'inner' (if the examples share the first axis with other rows), or a mapping from layers to these"
             ) from error
 
     def by_parameter(self, biases: bool = False) -> dict[str, list[Use]]:
@@ -202,13 +202,13 @@ class Capture(Watch):
             if key not in self.batch_axes.calls or self.batch_axes.calls[key][0] != x.ndim:
                 raise ValueError(
                     f"layer {layer.name!r} has an input of shape {shape} that did not occur in the trial pass: if the"
-                    " model's passes differ, give batch_axis="
+                    " model's passes differ, specify batch_axis="
                 )
             found = self.batch_axes.calls[key][1]
             if found is None:
                 raise ValueError(
                     f"layer {layer.name!r} has an input of shape {shape} that does not depend on the number of"
-                    f" examples, expected a batch of {batch} examples: leave it out with layers="
+                    f" examples, expected a batch of {batch} examples: leave the layer out with layers="
                 )
         if found is None:
             raise ValueError(f"batch_axis has no axis for the input of layer {layer.name!r}, expected one")
@@ -278,17 +278,17 @@ class Capture(Watch):
             layer = self.targets.owners[name]
             raise ValueError(
                 f"parameter {name!r} of layer {layer.name!r} is also used outside of the layer, by {how}, expected"
-                f" calls of the layer's own function only: leave it out with layers="
+                f" calls of the layer's own function only: leave the layer out with layers="
             )
         if idle:
-            raise ValueError(f"these layers did not run on the data, leave them out with layers=: {_listed(idle)}")
+            raise ValueError(f"these layers did not run on the data: {_listed(idle)}; leave them out with layers=")
         if shared:
             return
         for name, uses in self.by_parameter().items():
             if len(uses) > 1:
                 raise ValueError(
-                    f"layer {uses[0].layer.name!r} runs twice on one input, or its weight {name!r} is shared: not"
-                    " supported here"
+                    f"layer {uses[0].layer.name!r} runs twice in one forward pass, or its weight {name!r} is shared,"
+                    " which is not supported here"
                 )
         for use in self.uses:
             if use.bias != use.layer.bias and (use.layer.bias is not None or use.bias is not None):
@@ -310,7 +310,7 @@ class Capture(Watch):
         if missing:
             raise ValueError(
                 "these layers ran where gradients are not recorded (torch.no_grad, or a checkpoint with"
-                f" use_reentrant=True), leave them out with layers=: {_listed(missing)}"
+                f" use_reentrant=True): {_listed(missing)}; leave them out with layers="
             )
 
     # ------------------------------------------------------------------------------------------------------- gradients
@@ -359,7 +359,7 @@ class Capture(Watch):
         if self._edges[use].node not in reached and any(node in reached for node in self._nodes[use]):
             raise ValueError(
                 f"the output of layer {use.layer.name!r} was replaced after the layer ran, expected a model that uses"
-                " it: its gradient is not available"
+                " this output: the gradient of a replaced output is not available"
             )
 
 

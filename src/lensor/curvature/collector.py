@@ -71,7 +71,7 @@ class Collector:
         layers: the layers.
         approx: "expand" or "reduce".
         joint: whether weight and bias share a block.
-        fisher: the replacement for the loss Hessian; "forward-only" makes B the identity.
+        fisher: as for `kfac`; "forward-only" makes B the identity.
         keep_graph: whether to keep the graph for later backward passes by other code.
     """
 

@@ -58,7 +58,7 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def over_positions(v: Tensor, front: int = 2) -> Tensor:
-    """Sum over the positions: all axes after the first `front`, the last of which holds the channels."""
+    """Sum over the axes of the positions; the first `front` axes, the last of which holds the channels, remain."""
     return v.flatten(front).sum(front) if v.ndim > front else v
 
 

@@ -20,7 +20,7 @@ from lensor.errors import require_choice
 class KroneckerFactors(Operator, Mapping[str, Block]):
     """Kronecker factors of a model: a mapping from parameter names to blocks, and a linear operator.
 
-    `lensor.curvature.kfac` returns them. `factors @ v` multiplies, `factors.inverse(damping)` solves.
+    `lensor.curvature.kfac` returns them. `factors @ v` multiplies, and `factors.inverse(damping)` solves.
 
     Args:
         blocks: the blocks, by the name of their first parameter.
@@ -173,11 +173,15 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         require_choice("convention", convention, words(ModelNormalisation))
         new, old = MODEL_CONVENTIONS[convention], MODEL_CONVENTIONS[self.convention]
         if self.approx not in new.positions:
-            raise ValueError(f"convention is {convention!r}, expected one that defines factors of {self.approx!r}")
+            raise ValueError(
+                f"convention is {convention!r}, expected one that defines factors for approx={self.approx!r}"
+            )
         (a, b), (a0, b0) = new.positions[self.approx], old.positions[self.approx]
         varied = [name for name, block in self.items() if block.positions == 0]
         if varied and (a, b) != (a0, b0):
-            raise ValueError(f"convention is {convention!r}, expected another: the positions of {varied[0]} vary")
+            raise ValueError(
+                f"convention is {convention!r}, expected another: the number of positions of {varied[0]} varies"
+            )
         outputs = float(self.outputs) ** (new.outputs - old.outputs)
         examples = float(self.examples) ** (new.examples[self.reduction] - old.examples[self.reduction])
         blocks = {

@@ -55,8 +55,7 @@ def ggn_diagonal(
 
     Raises:
         TypeError: for a loss, model or data of an unsupported type.
-        ValueError: for an unknown choice, an unknown or tied layer, a layer that does not run exactly once, or a model
-            that mixes examples.
+        ValueError: for an unknown choice, an unknown layer, a layer that does not run, or a model that mixes examples.
     """
 
     def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
@@ -139,7 +138,7 @@ def _of_roots(
     weights: Callable[[Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Sums over all columns and examples: of what `weights` computes for weights, and of squares for biases."""
+    """The sums, over all columns and examples, of what `weights` computes for weights and of the squares for biases."""
     check_roots(loss, fisher, mc_samples)
     model = unwrapped(model)
     watched = Targets(layers_of(model, layers, strict, shared=shared))

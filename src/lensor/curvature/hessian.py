@@ -33,9 +33,10 @@ def hessian_diagonal(
 ) -> dict[str, Tensor]:
     """The diagonal of the loss Hessian with respect to each layer's parameters, exact or estimated.
 
-    A layer is linear in its parameters, so their Hessian is Jᵀ H J, where H is the Hessian of the loss with respect to
-    the layer's output. The exact diagonal takes one product with H for each output entry of one example. With
-    `samples`, Hutchinson's estimate at the layers' outputs takes one product with H per draw and layer; it is unbiased.
+    A layer is linear in its parameters, so their Hessian is Jᵀ H J, where J is the Jacobian of the layer's output and H
+    is the Hessian of the loss with respect to that output. The exact diagonal takes one product with H for each output
+    entry of one example. With `samples`, Hutchinson's estimate at the layers' outputs takes one product with H per draw
+    and layer; it is unbiased.
 
     Args:
         loss: any loss of (outputs, targets) that can be differentiated twice; for several batches, it must be one of

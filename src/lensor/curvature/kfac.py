@@ -43,10 +43,10 @@ def kfac(
     """Kronecker-factored approximation of the generalised Gauss-Newton matrix, in one pass over the data.
 
     For every group of every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and
-    linear layer, kron(B, A) approximates the diagonal block of the loss as given, that is, of its mean or sum over all
-    data. The model does not change: no gradient is accumulated, and normalisation statistics are restored. Calls are
-    intercepted inside each layer, so the effects of your hooks are included, in any order. A compiled model runs
-    uncompiled.
+    linear layer, kron(B, A) approximates the diagonal block of this matrix for the loss as given, that is, for its mean
+    or sum over all data. The model does not change: no gradient is accumulated, and normalisation statistics are
+    restored. Calls are intercepted inside each layer, so the effects of your hooks are included, whatever their order.
+    A compiled model runs uncompiled.
 
     For training, use `lensor.optim.KFAC`, which reuses your backward pass.
 

@@ -1,7 +1,7 @@
 """Square roots of the loss Hessian with respect to the model outputs: exact, sampled, or from the gradients.
 
 The loss is Σ_n l_n / Z, with Z = 1 for `reduction="sum"`. A root S has one column s_v of the outputs' shape for each v.
-The examples use disjoint entries, and Σ_v s_v s_vᵀ is the Hessian (or its estimate) of the loss as given.
+The examples use disjoint entries, and Σ_v s_v s_vᵀ is the Hessian (or an estimate) of the loss as given.
 
 - Cross entropy with target weights t (one-hot, smoothed, class-weighted or given as probabilities, T = Σ t):
   T (diag(p) − p pᵀ), root √T (√p ⊙ e_c − p √p_c).
@@ -193,13 +193,19 @@ def require_loss(loss: nn.Module) -> None:
     """
     known = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
     if type(loss) not in known or "forward" in vars(loss):
-        kind = type(loss).__name__ if not isinstance(loss, known) else f"subclass or a changed {type(loss).__name__}"
+        kind = (
+            type(loss).__name__
+            if not isinstance(loss, known)
+            else f"{type(loss).__name__}, a subclass or a changed instance of a supported loss"
+        )
         raise TypeError(
             f"loss is a {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the Hessian of"
-            " others is unknown"
+            " other losses is unknown"
         )
     if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
-        raise TypeError(f"loss is a {type(loss).__name__} with hooks, expected one without: its Hessian is unknown")
+        raise TypeError(
+            f"loss is a {type(loss).__name__} with hooks, expected one without: hooks may change the Hessian"
+        )
     if loss.reduction not in ("mean", "sum"):
         raise ValueError(f"loss has reduction={loss.reduction!r}, expected 'mean' or 'sum'")
 

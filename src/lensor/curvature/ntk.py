@@ -48,8 +48,7 @@ def empirical_ntk(
 
     Raises:
         TypeError: for a model of an unsupported type.
-        ValueError: for an unknown or tied layer, a layer that does not run exactly once, or a model that mixes
-            examples.
+        ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
     model = unwrapped(model)
     targets = Targets(trained(layers_of(model, layers, strict, shared=True, trainable=True), layers))

@@ -28,7 +28,7 @@ def per_example_gradients(
     strict: bool = False,
     batch_axis: Given = None,
 ) -> dict[str, Tensor]:
-    """The gradient of every example's part of the loss; summed over examples, they equal the gradient of the loss.
+    """The gradients of every example's part of the loss; summed over examples, they equal the gradient of the loss.
 
     Use `per_example_gradient_norms` if you need only the norms.
 
@@ -49,8 +49,7 @@ def per_example_gradients(
 
     Raises:
         TypeError: for a model or data of an unsupported type.
-        ValueError: for an unknown or tied layer, a layer that does not run exactly once, or a model that mixes
-            examples.
+        ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
 
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
@@ -95,8 +94,7 @@ def per_example_gradient_norms(
 
     Raises:
         TypeError: for a model or data of an unsupported type.
-        ValueError: for an unknown or tied layer, a layer that does not run exactly once, or a model that mixes
-            examples.
+        ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
     with propagated(model, loss, data, layers, strict, batch_axis, complete=True) as (batch, vectors):
         weights: dict[str, Tensor] = {}

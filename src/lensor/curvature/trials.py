@@ -121,7 +121,7 @@ def _gives_shapes_by_values(function: Callable[..., Any], arguments: Sequence[An
 
 
 class _Trial(Watch):
-    """Records the layers' inputs. Dropout is off, and half precision is replaced by single precision.
+    """Records the layers' inputs, with dropout turned off.
 
     Args:
         targets: the parameters whose calls are recorded.
@@ -179,9 +179,9 @@ def find_batch_axes(
         inputs: the inputs of the model; tensors whose first axis has `batch` entries hold examples.
         targets: the parameters whose calls are recorded.
         batch: the number of examples.
-        remember: whether to cache the batch axes for later inputs of this form. This is safe for
-            the axes of a model whose attributes do not change, but which example each row belongs to may depend on the
-            values of parameters and inputs.
+        remember: whether to cache the batch axes for later inputs of this form. The axes stay valid while the model's
+            attributes do not change, but which example each row belongs to may depend on the values of parameters and
+            inputs.
 
     Raises:
         NoBatchAxisError: if the model does not run with a different number of examples.
@@ -453,7 +453,7 @@ def _are_equal(values: Tensor) -> bool:
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether an error is a bug in this module, rather than an error that the model raises for different examples."""
+    """Whether an error is a bug in this module, rather than the model's own for a different number of examples."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, (AttributeError, KeyError, NameError)) and frames[-1].filename == __file__
 

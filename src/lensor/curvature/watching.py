@@ -48,8 +48,8 @@ class Targets:
 class Watch(TorchFunctionMode):
     """Sees every call of a torch function in the current thread while it is active.
 
-    It intercepts a layer's function where the layer calls it, so hooks on modules run before or after it, in any order.
-    It does not see calls in other threads.
+    It intercepts the function of a layer where the layer calls that function, so hooks on modules run before or after
+    the interception, in any order. It does not see calls in other threads.
 
     Args:
         targets: the parameters; calls with their weights go to `on_layer`, other uses to `on_other`.
@@ -185,7 +185,7 @@ class _Kept:
         self._data: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, tensor: Any, data: bool) -> None:
-        """Save the contents of a tensor of the model; with `data`, also save which memory it refers to."""
+        """Save the contents of a tensor of the model or, with `data`, the memory to which the tensor refers."""
         if not isinstance(tensor, Tensor):
             return
         if self._owners is None:
@@ -310,7 +310,6 @@ def eagerly() -> Iterator[None]:
 
     The setting belongs to torch and applies to all threads: meanwhile, compiled models in other threads also run
     uncompiled, with the same results.
-
     """
     global _stance, _inside
     if "torch._dynamo" not in sys.modules:

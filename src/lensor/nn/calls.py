@@ -24,7 +24,7 @@ class LayerCall:
         weight: the weight.
         bias: the bias, or None.
         stride: stride; this and the following hyper-parameters are as they were passed, and unused for a linear map.
-        padding: zeros, "same", "valid", ints or pairs.
+        padding: "same", "valid", ints or pairs.
         dilation: spacing of the kernel entries.
         groups: number of channel groups.
         padding_mode: padding mode.

@@ -312,7 +312,7 @@ class ConvTransposeNd(TransposedConvolution, _ConvTransposeNd):
         kernel_size: one int, or one per dimension.
         stride: one int, or one per dimension.
         padding: an int, one int or one (left, right) pair per dimension.
-        output_padding: one int, or one per dimension, less than the stride or the dilation.
+        output_padding: one int, or one per dimension, less than the larger of stride and dilation.
         groups: number of channel groups.
         bias: whether to learn a bias.
         dilation: one int, or one per dimension.

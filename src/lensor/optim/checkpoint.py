@@ -47,7 +47,7 @@ def require_same_form(
         for parameter, shape in block.shapes.items():
             known = names.get(parameter)
             if known is None or tuple(known.shape) != shape:
-                found = "no such parameter" if known is None else f"shape {tuple(known.shape)}"
+                found = "one of the trained parameters" if known is None else f"shape {tuple(known.shape)}"
                 raise ValueError(
                     f"the state has a factor for {parameter!r} of shape {shape}, expected {found}: the state belongs to"
                     " another model"

@@ -45,7 +45,7 @@ class Inversion:
         self.solvers = {name: self._solver(name) for name, rank in self._owners().items() if rank == me}
 
     def keep(self, blocks: dict[str, Block]) -> None:
-        """Discard the inverses of all other blocks."""
+        """Keep the inverses of these blocks, and discard all others."""
         self.blocks = blocks
         self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
 

@@ -51,9 +51,9 @@ class KFAC(torch.optim.Optimizer):
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
-        loss: the minimised loss: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, mean or sum. The optimizer does
-            not see the targets. With class weights or ignored targets, which only "empirical" and "forward-only" allow,
-            it scales B as if every target had weight one.
+        loss: the minimised loss: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum".
+            The optimizer does not see the targets. With class weights or ignored targets, which only "empirical" and
+            "forward-only" allow, it scales B as if every target had weight one.
         lr: learning rate.
         momentum: momentum of the steps.
         damping: the multiple of the identity that is added to the curvature.
@@ -357,7 +357,7 @@ class KFAC(torch.optim.Optimizer):
         if bool(good.all()):
             return ""
         name = next(name for (name, _), fine in zip(flags, good.tolist(), strict=True) if not fine)
-        return f"the gradient or factor of {name} is not finite, expected finite entries: no step was made"
+        return f"the gradient or factor of {name} is not finite, expected finite entries: no step was taken"
 
     def _damping(self, block: Block) -> float:
         found = {}
@@ -447,7 +447,10 @@ class KFAC(torch.optim.Optimizer):
         names, self._form = self.tracker.names, None
         self._watch_new()
         if self.tracker.names.keys() != names.keys():
-            raise ValueError("the copied optimizer does not train the copied model's parameters, expected a joint copy")
+            raise ValueError(
+                "the copied optimizer does not train the copied model's parameters, expected model and optimizer to be"
+                " copied together"
+            )
         self._attach()
 
 

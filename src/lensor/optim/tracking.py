@@ -1,7 +1,7 @@
 """Kronecker factors of a step, collected while a model trains.
 
-A forward pass in training mode collects the inputs of layers. A backward pass through it collects the gradients at
-their outputs. The pass counts as soon as a backward pass adds to the gradient of a layer's weight.
+A forward pass in training mode collects the layers' inputs. A backward pass through it collects the gradients at the
+layers' outputs. The forward pass counts as soon as a backward pass adds to the gradient of a layer's weight.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _at(
 
 
 def take_part(array: Tensor, legs: Sequence[Group], sizes: dict[str, int], index: str, positions: Tensor) -> Tensor:
-    """Select some positions of an index from an array; updates the index's size in `sizes`."""
+    """Select some positions of an index from an array, and update the index's size in `sizes`."""
     found = _at(array, legs, sizes, lambda flat, axis: flat.index_select(axis, positions), index)
     sizes[index] = len(positions)
     return found
@@ -225,11 +225,11 @@ def apply(
     scheme: Scheme,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Compute the map by `forward` with a sampled weight gradient, or by `forward` alone if nothing is sampled.
+    """Compute the map with `forward` and a sampled weight gradient, or with `forward` alone if nothing is sampled.
 
     Raises:
         TypeError: for complex arrays.
-        ValueError: for an unknown index or scheme, or a keep outside (0, 1].
+        ValueError: for an unknown index or scheme, or a keep rate outside (0, 1].
     """
     rates, schemes = rates_of(keep, bilinear.names), schemes_of(scheme, bilinear.names)
     if x.is_complex():
@@ -272,7 +272,7 @@ def is_exporting() -> bool:
 
 
 def batched(call: Callable[[Tensor], Tensor], x: Tensor, dims: int) -> Tensor:
-    """Call with a batch axis; an input with fewer than `dims` axes is a single example and gets one for the call."""
+    """Call with an input that has a batch axis; one is added for the call if the input has fewer than `dims` axes."""
     return call(x) if x.ndim >= dims else call(x[None])[0]
 
 
@@ -422,7 +422,7 @@ def conv(
             `lensor.functional.conv` rejects.
 
     Equation:
-        Equation 9 of the paper's §5.2 on `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k`.
+        Equation 9 of the paper (§5.2) for `n (g c_in) i, i o k, n (g c_out) o -> (g c_out) c_in k`.
     """
     if (override := override_of(input, weight)) is not None:
         options = (stride, padding, dilation, groups)
@@ -497,7 +497,7 @@ def conv_transpose(
             `lensor.functional.conv_transpose` rejects.
 
     Equation:
-        Equation 9 of the paper's §5.2 on the weight VJP of the transposed convolution.
+        Equation 9 of the paper (§5.2) for the weight VJP of the transposed convolution.
     """
     if (override := override_of(input, weight)) is not None:
         options = (stride, padding, output_padding, groups, dilation)
@@ -561,7 +561,7 @@ def linear(
         ValueError: for an unknown index or scheme, or a keep rate outside (0, 1].
 
     Equation:
-        §5.2 of the paper on the matrix product `n c_out, n c_in -> c_out c_in`.
+        §5.2 of the paper, applied to the matrix product `n c_out, n c_in -> c_out c_in`.
     """
     if (override := override_of(input, weight)) is not None:
         return override(linear, (input, weight, bias), **_in_graph(keep, scheme, generator))

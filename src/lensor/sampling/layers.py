@@ -147,7 +147,7 @@ def sampled_layer(
 def _read_sampled(
     module: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
 ) -> LayerCall:
-    """Call the exact layer; sampling changes only the weight gradient."""
+    """The call of the exact layer; sampling changes only the weight gradient."""
     if isinstance(module, Linear):
         return LayerCall("linear", x, weight, bias)
     hyper = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
@@ -458,7 +458,8 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             continue
         if isinstance(module, LazyModuleMixin):
             raise ValueError(
-                f"{name!r} is a lazy {type(module).__name__}, expected an initialised module: run the model once before"
+                f"{name!r} is a lazy {type(module).__name__}, expected an initialised module: run the model once on an"
+                " input before you convert it"
             )
         if isinstance(module, Sampled) or _sampled_class(type_before_parametrizations(module)) is not None:
             yield name, module

@@ -93,8 +93,8 @@ def recommend(
         return dict.fromkeys(indices, 1.0)
     if least > max_bytes:
         raise ValueError(
-            f"max_bytes is {max_bytes}, expected at least {least}, the bytes at a keep rate of 1/{_STEPS} of"
-            f" {', '.join(indices)}; without sampling the model keeps {most}"
+            f"max_bytes is {max_bytes}, expected at least {least}, the bytes stored at a keep rate of 1/{_STEPS} for"
+            f" {', '.join(indices)}; without sampling, the model stores {most}"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -69,7 +69,7 @@ def draw(
         device: device of the result.
 
     Returns:
-        The positions and their inverse probabilities; they may be empty ("bernoulli", "importance").
+        The positions and their inverse probabilities; there may be no positions ("bernoulli", "importance").
 
     Example:
         >>> import torch, lensor.sampling

@@ -24,7 +24,7 @@ def setup(app):  # noqa: D103, Sphinx calls it
 
 
 def _as_restructured_text(app, what, name, obj, options, lines) -> None:
-    """Docstrings mark code by single backticks and have shapes like [n, *output_size]: spell both for Sphinx."""
+    """Docstrings mark code with single backticks and have shapes like [n, *output_size]: spell both for Sphinx."""
     import re
 
     example = False

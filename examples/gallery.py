@@ -161,7 +161,7 @@ def _axes(net: AnyNetwork, name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def write(folder: Path) -> Iterator[Path]:
-    """Write every diagram as SVG, and a `gallery.md` that shows all diagrams next to the folder.
+    """Write every diagram as SVG to a folder, and write `gallery.md`, which shows all diagrams, next to the folder.
 
     Raises:
         OSError: if a file cannot be written.

@@ -659,7 +659,7 @@ def test_bounds_are_the_larger_of_flops_and_bytes_over_their_rates() -> None:
     assert "| weight_vjp | general | lensor | 1 | 0.50 | 0.25 |" in bounds([one], (flops, 2 * moved))
     assert "| weight_vjp | general | lensor | 1 | 2.00 | 0.25 |" in bounds([one], (flops, moved / 4))
     standard = row("weight_vjp", STANDARD, spec, minimum=2.0)
-    assert "Bounds of the times" in markdown([standard, one], Options(roof=(1.0, 1.0)))
+    assert "Bounds on the times" in markdown([standard, one], Options(roof=(1.0, 1.0)))
 
 
 def test_relative_error_is_over_the_largest_entry() -> None:

@@ -14,7 +14,7 @@ from lensor.inspect.terminal import console, stop
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("demo-output"),
     batch: Annotated[int, typer.Option(min=1, help="Number of photographs.")] = 8,
-    size: Annotated[int, typer.Option(min=32, help="Their height and width in pixels.")] = 128,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the photographs in pixels.")] = 128,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the repeats of one comparison.")] = 0.2,
     model: Annotated[

@@ -159,7 +159,7 @@ def _markdown(comparisons: Sequence[Comparison], settings: Settings) -> Iterable
         " weights. Standard: torch's pad and unfold, then one matrix product per group. All ratios are Lensor divided"
         " by standard: below 1, Lensor is faster or needs less memory.\n"
     )
-    yield f"Setting: {setting_line(settings)}. Both alternately, after a warm-up.\n"
+    yield f"Setting: {setting_line(settings)}. Both ways ran alternately, after a warm-up.\n"
     yield (
         "Memory is the peak of torch's allocator, as its profiler records it, including the result and Lensor's"
         " constants but not the input. The error is the largest difference divided by the largest entry.\n"

@@ -149,12 +149,14 @@ def test_many_processes_save_at_once(tmp_path: Path) -> None:
 def test_a_damaged_file_is_a_warning(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "wisdom.json"
     path.write_bytes(content)
-    with pytest.warns(wisdom.WisdomWarning, match=f"is not a file of wisdom that can be read: .*{reason}"):
+    with pytest.warns(wisdom.WisdomWarning, match=f"is not a readable wisdom file: .*{reason}"):
         assert wisdom.load(path) == 0
     assert wisdom.entries() == ()
     NET.plan(effort="measure", **OPERANDS)
     if content:
-        with pytest.raises(wisdom.WisdomError, match=f"{path} is not a file of wisdom .*{reason}.*it was not changed"):
+        with pytest.raises(
+            wisdom.WisdomError, match=f"{path} is not a readable wisdom file .*{reason}.*it was not changed"
+        ):
             wisdom.save(path)
         assert path.read_bytes() == content
         path.unlink()

@@ -2,9 +2,9 @@
 
 The model is the untrained All-CNN-C without dropout. For the gradients of all kernels, flattened into one vector g, and
 their sampled proxies ĝ, the figure shows the mean and standard deviation of ‖ĝ − g‖ / ‖g‖ over initialisations of the
-model and the batch. In addition to the paper's two curves, channels (p, 1, 1) and positions (1, √p, √p) with Bernoulli
-sampling, it shows other indices and schemes, and plots the error against the time of the backward pass. The time is
-measured for the first seed, alternately with the exact backward pass.
+model and the batch. In addition to the paper's two curves (Bernoulli sampling of channels, (p, 1, 1), and of positions,
+(1, √p, √p)), the figure shows other indices and schemes, and plots the error against the time of the backward pass. The
+time is measured for the first seed, alternately with the exact backward pass.
 
 Times are warm: they exclude planning for the drawn counts. With Bernoulli or importance sampling, training draws new
 counts at each step, and each new count needs a plan.

@@ -186,8 +186,8 @@ def _grouped_patches(conv: Convolution, x: Tensor) -> Tensor:
 class Case:
     """A convolution with random operands in float64.
 
-    The vectors at the convolution's output come from one small net, so that libraries that take a net and a loss get
-    the same vectors: a sigmoid, a linear layer, and the sum of squared differences from a target. `V` is the loss
+    The vectors at the convolution's output come from one small net (a sigmoid, a linear layer, and the sum of squared
+    differences from a target), so that libraries that take a net and a loss get the same vectors. `V` is the loss
     gradient, `S` the square root of the loss Hessian.
 
     Args:

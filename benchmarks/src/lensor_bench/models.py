@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 class Logits(nn.Module):
-    """A classifier from transformers that returns its logits."""
+    """A classifier from transformers, wrapped so that it returns only its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

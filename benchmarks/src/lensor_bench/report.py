@@ -209,7 +209,7 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         f"Ratios are shortest times divided by those of `{options.against}`, both from the same interleaved rounds:"
         " below 1 is faster. Every result was compared with the standard one before it was timed. Memory is the peak"
         " besides the operands, minus the size of the result: temporary memory that is released before the result is"
-        " allocated does not count as far as it fits into the result's memory.",
+        " allocated does not count to the extent that it fits into the result's memory.",
         "",
     ]
     if options.slack:
@@ -224,8 +224,8 @@ def markdown(rows: Sequence[Row], options: Options, pictures: Sequence[str] = ()
         lines += bounds(rows, options.roof)
     lines += [f"## The {_WORST} worst ratios of Lensor", ""]
     lines += [
-        "The table lists the physical minimum for each time: the flops of the plan with the fewest, and the bytes of"
-        " operands and result together; and the resulting rates.",
+        "The table lists the physical minimum for each time (the flops of the plan with the fewest, and the bytes of"
+        " operands and result together) and the resulting rates.",
         "",
     ]
     headings = ("operation", "implementation", "nets", "convolution", "kind", "ratio", "ms", "Mflop", "MB", "Gflop/s")
@@ -275,7 +275,7 @@ def bounds(rows: Sequence[Row], roof: tuple[float, float]) -> list[str]:
         if (on, of_kind) == (operation, kind)
     ]
     return [
-        "## Bounds of the times",
+        "## Bounds on the times",
         "",
         f"The minimum time is that of the plan with the fewest flops at {roof[0] / 1e9:g} Gflop/s, or of moving"
         f" operands and result once at {roof[1] / 1e9:g} GB/s, whichever is larger. Both columns are divided by the"

@@ -257,8 +257,8 @@ def speedups(rows: Sequence[Row], out: Path, options: str) -> Written:
             )
     text = [
         *_opening("Speed-ups of KFAC-reduce", "speedups", options, rows),
-        f"The {_BEST} convolutions with the largest speed-up of `{PLANNED}` over unfolding, and the other two ways'"
-        " speed-ups there. All measured convolutions are in `speedups.csv`.",
+        f"The {_BEST} convolutions with the largest speed-up of `{PLANNED}` over unfolding, and the speed-ups of the"
+        " other two ways on the same convolutions. All measured convolutions are in `speedups.csv`.",
         "",
         "The paper, on an Nvidia T4: ratios down to 0.22 (4.5 times faster). Here, over the measured convolutions:",
         "",
@@ -289,7 +289,7 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
     """The memory of KFAC-reduce, excluding operand and result."""
     mine = [row for row in rows if row.operation == "kfac_reduce" and row.found.status == OK]
     if not any(row.implementation == STANDARD for row in mine):
-        raise CommandError("the results have no memory of KFAC-reduce, expected some: measure it first")
+        raise CommandError("the results contain no memory use of KFAC-reduce, expected some: measure it first")
     names = (STANDARD, *IMPLEMENTATIONS)
     bytes_of = {(row.implementation, row.layer.spec): row.found.extra_bytes or 0 for row in mine}
     every = {row.layer.spec: row for row in mine if row.implementation == STANDARD}
@@ -314,16 +314,17 @@ def memory(rows: Sequence[Row], out: Path, options: str) -> Written:
     text = [
         *_opening("Memory of KFAC-reduce", "memory", options, rows),
         "Peak memory besides the operand, minus the size of the result: temporary memory that is released before the"
-        " result is allocated does not count as far as it fits into the result's memory. The paper, on an Nvidia T4"
-        f" with larger batches: up to 3 GiB less than the standard implementation. Here, with a batch of {batch}, the"
-        f" largest saving on one convolution, and how many of {len(specs)} convolutions need more than the standard"
-        " implementation:",
+        " result is allocated does not count to the extent that it fits into the result's memory. The paper, on an"
+        " Nvidia T4 with larger batches: up to 3 GiB less than the standard implementation. Here, with a batch of"
+        f" {batch}, the largest saving on one convolution, and how many of {len(specs)} convolutions need more than the"
+        " standard implementation:",
         "",
         *(f"- `{name}`: {saved[name] / 2**20:,.0f} MiB saved, {more[name]} need more" for name in IMPLEMENTATIONS),
         "",
         "![memory](memory.png)",
         "",
-        f"The {_BEST} convolutions for which the standard implementation needs most; all are in `memory.csv`.",
+        f"The {_BEST} convolutions for which the standard implementation needs the most memory; all are in"
+        " `memory.csv`.",
         "",
         *table(headings, cells[:_BEST], 3),
     ]

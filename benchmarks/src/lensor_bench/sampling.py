@@ -226,7 +226,7 @@ def write_csv(rows: Sequence[Any], path: Path) -> Path:
 
 
 def summary(rows: Sequence[TrainingRow]) -> list[tuple[str, ...]]:
-    """One row per task and keep rate: final accuracy, steps and seconds to nearly the exact accuracy, peak memory."""
+    """One row per task and keep rate: final accuracy, steps and seconds to about the exact accuracy, peak memory."""
     found = []
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]

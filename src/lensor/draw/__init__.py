@@ -86,7 +86,7 @@ class Drawing:
             'sum.svg'
 
         Raises:
-            ValueError: for a different extension, or, for .tex, a name with a character that TeX does not support.
+            ValueError: for an unsupported extension, or, for .tex, a name with a character that TeX does not support.
             ImportError: if matplotlib is missing, for PNG.
             OSError: if the file cannot be written, or its folder does not exist.
         """
@@ -94,9 +94,9 @@ class Drawing:
 
         file = Path(path).expanduser()
         ending = file.suffix.lower()
-        require_choice("the ending of the file", ending, FORMATS)
+        require_choice("the file extension", ending, FORMATS)
         if not file.parent.is_dir():
-            raise FileNotFoundError(f"the folder {file.parent} does not exist, expected one for {file.name}: make it")
+            raise FileNotFoundError(f"the folder {file.parent} does not exist, expected one for {file.name}: create it")
         if ending == ".png":
             _require("matplotlib")
             png(self.scene, file)
@@ -122,7 +122,7 @@ def draw(
         what: the network or plan; a sequence of networks gives one diagram with arrows between them: before and after.
         path: a file to write the drawing to: .svg, .png or .tex.
         shade: one or more parts to shade at every occurrence, given as networks, such as the unfolded input inside a
-            factor. If you draw a single network, also sets of node numbers.
+            factor. For a single network, you can also pass sets of node numbers.
         cut: name or names of operands to cut out: the arguments of a Jacobian. They are drawn as ghosts, and their
             dashed lines are legs of the Jacobian.
 
@@ -141,7 +141,7 @@ def draw(
         >>> conv_weight_jacobian = lensor.draw(lensor.ops.conv(spec), cut=["W"])
 
     Raises:
-        TypeError: for an object of a different type.
+        TypeError: if an argument has an unsupported type.
         ValueError: for an empty sequence, an unsupported file extension, or nodes, networks or operands that do not
             occur.
         FileNotFoundError: if the folder of the file does not exist.
@@ -283,7 +283,7 @@ def to_tikz(net: AnyNetwork | Plan) -> str:
 
 def _require(package: str) -> None:
     if find_spec(package) is None:
-        raise ImportError(f"{package} is not installed, expected for drawing: install lensor[draw]")
+        raise ImportError(f"{package} is not installed, but drawing requires it: install lensor[draw]")
 
 
 def svg_or_none(net: AnyNetwork | Plan) -> str | None:

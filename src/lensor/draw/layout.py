@@ -596,7 +596,7 @@ def _straightened(points: Positions, routes: Sequence[Route], count: int) -> tup
 
 
 def _freed(points: Positions, routes: list[Route], bend: int, lines: Sequence[int]) -> tuple[Positions, list[Route]]:
-    """Make some lines no longer bend at a point; the point is removed if no other line bends there."""
+    """Stop some lines from bending at a point; the point is removed if no other line bends there."""
     routes = [tuple(vertex for vertex in route if vertex != bend or at not in lines) for at, route in enumerate(routes)]
     if any(bend in route for route in routes):
         return points, routes

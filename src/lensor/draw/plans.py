@@ -1,7 +1,7 @@
 """Plans as diagrams: steps in layers, from the operands on the left to the result on the right.
 
 A value that a later layer uses has its own place in each layer in between. Barycentre sweeps choose the order within a
-layer; heights are as close to the heights of neighbours as the spacing allows. Within a layer lines are horizontal and
+layer; heights are as close to the heights of neighbours as the spacing allows. Within a layer, lines are horizontal and
 do not cross steps; all crossings are between layers.
 """
 

@@ -126,7 +126,7 @@ class Shade:
     pieces: tuple[tuple[Point, ...], ...]
 
     MARGIN: ClassVar[float] = 4.0
-    """Distance by which writers extend the area on all sides, with round corners."""
+    """Distance by which writers extend the area on all sides, with rounded corners."""
 
     @property
     def box(self) -> Box:
@@ -459,7 +459,7 @@ def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
     """The hull of some nodes; if it meets other vertices, one shape per node and thick bands along their lines."""
     graph, near = scene.graph, scene.graph.neighbours()
     own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
-    # Include dots and groups between the nodes, and the nodes' loops. A dot with one line is an index summed outside.
+    # Include dots and groups between the nodes, and the nodes' loops. A dot with one line is an index summed elsewhere.
     own |= {
         at
         for at, vertex in enumerate(graph.vertices)

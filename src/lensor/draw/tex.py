@@ -75,7 +75,7 @@ def _word(word: str, renaming: str) -> str:
     if ratio := re.fullmatch(r"([-−]?)(\d+)/(\d+)", base):
         return rf"{'-' * bool(ratio[1])}\frac{{{ratio[2]}}}{{{ratio[3]}}}{power}"
     try:
-        if re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)+", base):  # the name of a step, where - is not a minus
+        if re.fullmatch(r"[^\W\d_]+(-[^\W\d_]+)+", base):  # the name of a step, where - is not a minus sign
             return r"\mbox{-}".join(map(_upright, base.split("-")))
         return (_name(base) if base.isidentifier() else _letters(base)) + power
     except KeyError as error:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from lensor.inspect.explain import Explanation, Total
 
 MODEL = (
-    "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file of torch.export (.pt2; its"
-    " graph is read, not run)."
+    "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file saved by torch.export"
+    " (.pt2; its graph is read, not run)."
 )
 INPUT = "Shape of one example, without batch axis: 3x224x224; repeat for a model with several arguments."
 

@@ -98,7 +98,7 @@ class _Calls(TorchFunctionMode):
 
 
 def spec_of(x: Sequence[int], weight: Sequence[int], given: Mapping[str, Any], transposed: bool) -> ConvSpec:
-    """The convolution of a call, from the shapes of input and weight and from the other arguments by torch's names."""
+    """The convolution of a call, from the shapes of input and weight and the other arguments under torch's names."""
     dims, groups = len(weight) - 2, given.get("groups", 1)
     hyper = {key: _each(given[key], dims) for key in ("stride", "padding", "dilation") if given.get(key) is not None}
     more = {"transposed": True, "output_padding": _each(given.get("output_padding", 0), dims)} if transposed else {}

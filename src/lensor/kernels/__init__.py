@@ -41,7 +41,7 @@ def name_of(array: Any) -> str:
         return "numpy"
     if isinstance(array, numpy.ndarray):
         raise TypeError(_why_not_array(array))
-    raise TypeError(f"an operand is a {_type_name(array)}, expected an array of NumPy or torch")
+    raise TypeError(f"an operand is a {_type_name(array)}, expected a NumPy or torch array")
 
 
 def _type_name(array: Any) -> str:

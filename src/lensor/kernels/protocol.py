@@ -96,7 +96,7 @@ class Backend(Protocol):
 
         Args:
             run: the function.
-            derivative: `derivative(kind, place, arrays, direction)`, computes the VJP ("vjp") or JVP ("jvp") with
+            derivative: `derivative(kind, place, arrays, direction)` computes the VJP ("vjp") or JVP ("jvp") with
                 respect to the array at `place`.
             needs: for each place, the places of the arrays that its derivative needs; the other arrays may be None.
         """

@@ -14,7 +14,7 @@ def read_at(
     everywhere: Callable[[int], Any],
     where: Callable[[Any, Any, Any], Any],
 ) -> Any:
-    """The flat positions to read within the axes, in the order of the result; the axes' total size means no entry.
+    """The flat positions to read within the axes, in the order of the result; the axes' total size stands for no entry.
 
     Args:
         step: the step.

@@ -11,14 +11,14 @@ from lensor.network import Pattern, indices_of
 Item: TypeAlias = Tensor | Pattern
 
 _LARGEST = 24
-"""Maximum number of tensors and patterns in a term for which two equal halves are searched."""
+"""Maximum number of tensors and patterns in a term that is searched for two equal halves."""
 
 _MOST_PAIRS = 2_000
 """Maximum number of pairs of items that the search tries."""
 
 
 def two_halves(items: Sequence[Item], wanted: Sequence[str]) -> tuple[list[Item], list[Item]] | None:
-    """Split the items into two lists that are equal up to index names, or None; `wanted` are the output indices."""
+    """Split the items into two lists, equal up to index names, or return None; `wanted` are the output indices."""
     tries = iter(range(_MOST_PAIRS))
 
     def search(left: Sequence[Item], there: dict[str, str]) -> list[tuple[Item, Item]] | None:

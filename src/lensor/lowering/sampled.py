@@ -84,7 +84,7 @@ def _is_held(state: State, group: Group, others: Sequence[Group]) -> bool:
 def _readings(
     state: State, selection: Selection, others: Sequence[Group], before: Sequence[_Reading]
 ) -> list[_Reading] | None:
-    """Readings through all patterns on the selection's full index; None if one of its nodes cannot be read this way."""
+    """Readings through all patterns on the selection's full index; None if a node on it cannot be read this way."""
     full, inner = selection.full, set(selection.full)
     taken = inner.union(*others)
     holders, held = state.tensors_on(full), state.patterns_on(full)

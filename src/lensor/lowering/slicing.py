@@ -31,8 +31,8 @@ def summed_by_all(net: AnyNetwork) -> str | None:
 def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
     """Split an index into `count` parts of about equal size, or into its positions: one network per part.
 
-    If the index is summed, the value of the network is the sum of their values; otherwise it is their concatenation
-    along `axis_of(net, index)`.
+    If the index is summed, the value of the network is the sum of the values of all parts; otherwise it is their
+    concatenation along `axis_of(net, index)`.
     """
     size = net.sizes[index] or 0
     count = min(count, size)

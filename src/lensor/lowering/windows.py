@@ -12,7 +12,7 @@ from lensor.plan import steps as s
 
 
 def split_modes(state: State) -> None:
-    """Split off the padding of patterns in modes other than zeros that would be too large if materialized."""
+    """Split the padding off patterns that are not in zeros mode and would be too large if materialized."""
     found: list[Pattern] = []
     for node in state.patterns:
         (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()

@@ -100,7 +100,7 @@ class _Facts:
         return (self.net.sizes[index], self.places.get(index), self.powers.get(index, 0))
 
     def start(self, nodes: Sequence[Any], indices: Sequence[str]) -> dict[str, int]:
-        """Initial colours: the properties of an index, and its place among the indices interchangeable with it."""
+        """Initial colours: the properties of each index, and its place among the indices interchangeable with it."""
         holders: dict[str, list[Any]] = {index: [] for index in indices}
         for node in nodes:
             for index in dict.fromkeys(i for leg in node.legs for i in leg):
@@ -164,7 +164,7 @@ class _Partition:
         return _Partition(list(self.colour), {start: dict(cell) for start, cell in self.cells.items()})
 
     def alone(self, vertex: int) -> int:
-        """Move a vertex into a separate cell before the rest of its cell; return the number of its new cell."""
+        """Move a vertex into a separate cell before the rest of its cell; return the number of the new cell."""
         start = self.colour[vertex]
         rest = self.cells[start]
         del rest[vertex]
@@ -174,7 +174,7 @@ class _Partition:
         return start
 
     def split(self, start: int, groups: Sequence[list[int]]) -> list[int]:
-        """Split groups of vertices off a cell into new cells after it, in order; return the numbers of its parts."""
+        """Split groups of vertices off a cell into new cells after it, in order; return the numbers of all parts."""
         cell = self.cells[start]
         moved = groups if sum(map(len, groups)) < len(cell) else groups[1:]
         at = start + len(cell) - sum(map(len, moved))

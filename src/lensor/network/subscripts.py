@@ -152,7 +152,7 @@ def parse_subscripts(text: str) -> Subscripts:
             raise SubscriptsError("an operand has several '...', expected at most one", text, start)
     if "..." in held and "..." not in seen:
         raise SubscriptsError(
-            "'...' is missing in the output, expected it there too: its indices are not summed",
+            "'...' is missing from the output, expected there too: its indices are not summed",
             text,
             reader.next.position,
         )

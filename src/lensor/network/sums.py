@@ -245,7 +245,7 @@ def sum_of(terms: Sequence[Network]) -> AnyNetwork:
 
 
 def _aligned(term: Network, first: Network) -> dict[str, str]:
-    """Map the output indices of a term to those in the same places of the first term, if their sizes are compatible."""
+    """Map the output indices of a term to those in the same places in the first term, if their sizes are compatible."""
     found: dict[str, str] = {}
     for leg, wanted in zip(term.output, first.output, strict=False):
         sizes = [(term.sizes[one], first.sizes[other]) for one, other in zip(leg, wanted, strict=False)]

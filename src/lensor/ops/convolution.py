@@ -40,7 +40,7 @@ def unfold(spec: ConvSpec) -> Network:
     """The patches of the input (im2col): X [n, c_in, *input_size] -> [n, c_in·ΠK, *output_size].
 
     Table 1 of the paper: `n c_in i, i o k -> n (c_in k) o`. For a transposed spec, this is the same network as
-        `unfold_transpose`.
+    `unfold_transpose`.
 
     Example:
         >>> import lensor

@@ -19,10 +19,11 @@ _MOST_FOR_OPT_EINSUM = 8
 """For networks with more tensors than this, cotengra finds the path if it is installed."""
 
 _MOST_FOR_ALL_TREES = 7
-"""Up to this many tensors, all trees are tried; beyond, dynamic programming finds the best without outer products."""
+"""For up to this many tensors, all trees are tried; for more, dynamic programming finds the best tree without outer
+products."""
 
 _MOST_CONNECTED_SETS = 600
-"""The optimal path is searched only if a network has at most this many connected sets of tensors."""
+"""The optimal path is searched for only if a network has at most this many connected sets of tensors."""
 
 
 def has_best_path(net: AnyNetwork) -> bool:

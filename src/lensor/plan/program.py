@@ -42,7 +42,7 @@ class Program:
         return place
 
     def along(self, step: Slice | Pad | Gather) -> int:
-        """Add a step along one axis; consecutive such steps are sorted by axis, so that equal values are shared."""
+        """Add a step along one axis; consecutive steps of this kind are sorted by axis, to share equal values."""
         before = self.steps[step.takes[0]]
         if not isinstance(before, (Slice, Pad, Gather)) or before.axis <= step.axis:
             return self.add(step)

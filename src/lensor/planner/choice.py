@@ -60,7 +60,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
         found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize)
         if not found:
             least = bytes_needed(smallest, itemsize)
-            raise ValueError(f"max_bytes is {settings.max_bytes}, expected at least {least}, for the smallest plan")
+            raise ValueError(f"max_bytes is {settings.max_bytes}, expected at least {least} for the smallest plan")
     known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
     best = 0
     if settings.effort != "estimate" and backend is not None and len(found) > 1:
@@ -93,9 +93,8 @@ def _within(
 ) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
     """The plans that meet a memory limit, and the smallest plan.
 
-    If no plan in `found` meets the limit, the returned plans divide an index into the smallest number of parts
-    that meets the limit. If no
-    such plan meets the limit either, the list is empty.
+    If no plan in `found` meets the limit, the returned plans divide an index into the smallest number of parts that
+    meets the limit. If no such plan meets the limit either, the list is empty.
     """
     smallest = min(found, key=lambda pair: pair[0].peak_size)
     fits = [(plan, seconds) for plan, seconds in found if bytes_needed(plan, itemsize) <= limit]
@@ -139,7 +138,7 @@ def _times(
 def measure(
     plans: Sequence[Plan], estimates: Sequence[float], backend: Backend, kind: Sequence[Any]
 ) -> list[float | None]:
-    """Time plans in interleaved runs on random operands; return the shortest time of each, None if it is too slow.
+    """Time plans in interleaved runs on random operands; return the shortest time of each, or None if it is too slow.
 
     The total time is about that of `_BUDGET` runs of the fastest plan. A plan with a time has run at least twice.
     """

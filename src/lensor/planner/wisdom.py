@@ -148,10 +148,9 @@ def save(path: str | os.PathLike[str]) -> int:
     """Add the known times to a file, and return the number of entries in the file.
 
     Other processes may save to and load from the same file at any time: the file is replaced as a whole, and writers
-        wait
-    for each other (on systems without file locks, the last writer wins). If writing fails, for instance because the
-    disk is full, the file does not change. If the path is a symbolic link, the link is preserved. The file keeps its
-    mode.
+    wait for each other (on systems without file locks, the last writer wins). If writing fails, for instance because
+    the disk is full, the file does not change. If the path is a symbolic link, the link is preserved. The file keeps
+    its mode.
 
     Args:
         path: the file; its folder must exist and allow new files.
@@ -176,8 +175,8 @@ def save(path: str | os.PathLike[str]) -> int:
             known, before = {}, None
         except _Unreadable as problem:
             raise WisdomError(
-                f"{path} is not a file of wisdom that can be read ({problem}), so it was not changed: save to another"
-                " file, or remove it"
+                f"{path} is not a readable wisdom file ({problem}), so it was not changed: save to another file, or"
+                " remove it"
             ) from None
         with _lock:
             known |= _known
@@ -215,7 +214,7 @@ def load(path: str | os.PathLike[str]) -> int:
     try:
         found = _parse(data)
     except _Unreadable as problem:
-        warnings.warn(f"{path} is not a file of wisdom that can be read: {problem}", WisdomWarning, stacklevel=2)
+        warnings.warn(f"{path} is not a readable wisdom file: {problem}", WisdomWarning, stacklevel=2)
         return 0
     _update(found)
     return len(found)

@@ -42,7 +42,7 @@ def diagonal(net: Network, first: str, second: str) -> Network:
         X[n i] X[n i] -> i
 
     Raises:
-        NetworkError: if one of them is not an output index, or if their sizes differ.
+        NetworkError: if `first` or `second` is not an output index, or if their sizes differ.
     """
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
@@ -69,8 +69,8 @@ def block_diagonal(net: Network, first: str, second: str, block_size: int) -> Ne
         X[n (i_block i)] X[n (i_block j)] -> i_block i j
 
     Raises:
-        NetworkError: if one of them is not an output index, their sizes differ, or the block size does not divide the
-            sizes.
+        NetworkError: if `first` or `second` is not an output index, their sizes differ, or the block size does not
+            divide the sizes.
     """
     for index in (first, second):
         require_index(net, index, net.output_indices, "output index")
@@ -119,7 +119,7 @@ def _pick(net: Network, index: str, start: int, step: int, count: int) -> Networ
 
 
 def slice(net: AnyNetwork, index: str, start: int, stop: int, step: int = 1) -> AnyNetwork:
-    """Restrict an index to positions start, start + step, ... below stop; if it is summed, sum over these only.
+    """Restrict an index to positions start, start + step, ... below stop; if it is summed, sum only over these.
 
     Example:
         >>> import lensor

@@ -125,8 +125,8 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
             tied = equate(joined, left, right)
             if tied is None:
                 raise NetworkError(
-                    f"output leg {place} of network has other groups than leg {place} of operand {operand!r}, expected"
-                    " groups with a common refinement"
+                    f"output leg {place} of network is grouped differently from leg {place} of operand {operand!r},"
+                    " expected groups with a common refinement"
                 )
             joined = tied
         rest = [node for node in joined.nodes if not (isinstance(node, Operand) and node.name == mark)]

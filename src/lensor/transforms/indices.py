@@ -8,7 +8,7 @@ from lensor.network import Delta, Group, Network, Ones, indices_of
 
 
 def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Network:
-    """Split indices: replace each index by the group of its parts, and split the indices joined to it by deltas alike.
+    """Split indices: replace each index by the group of its parts, and likewise the indices joined to it by deltas.
 
     Args:
         net: the network.

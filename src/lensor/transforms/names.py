@@ -100,7 +100,9 @@ def regroup(net: Network, output: str) -> Network:
     legs = parse_subscripts(f"{format_legs(net.output)} -> {output}").output
     missing = set(net.output_indices) - {index for leg in legs for index in leg}
     if missing:
-        raise NetworkError(f"output index {sorted(missing)[0]!r} is missing in {output!r}, expected all output indices")
+        raise NetworkError(
+            f"output index {sorted(missing)[0]!r} is missing from {output!r}, expected all output indices"
+        )
     return net.replace(output=legs)
 
 
@@ -114,7 +116,7 @@ def group(net: Network, *indices: str) -> Network:
         X[n i] Y[n j] -> (i j) n
 
     Raises:
-        NetworkError: if an index is not an output index or is repeated, or if there is no index.
+        NetworkError: if an index is not an output index or is repeated, or if no index is given.
     """
     if not indices:
         raise NetworkError(f"indices is empty, expected the indices of the new leg, some of {[*net.output_indices]}")
@@ -182,7 +184,7 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
 
 
 def bind(net: AnyNetwork, sizes: Mapping[str, int] | None = None, /, **named: int) -> AnyNetwork:
-    """Set the sizes of indices without a size, given as a mapping or as keywords.
+    """Set the sizes of indices that have none; the sizes are given as a mapping or as keywords.
 
     Example:
         >>> import lensor

@@ -48,7 +48,7 @@ def bench(
     resume: Resume = False,
     debug: Debug = False,
 ) -> None:
-    """Measure operations × convolutions × implementations. Lists: a,b,c, or repeat the option."""
+    """Measure operations × convolutions × implementations. Write lists as a,b,c, or repeat the option."""
     if context.invoked_subcommand is not None:
         ignored = given_options(context)
         if ignored:
@@ -56,7 +56,7 @@ def bench(
             raise stop(f"{name} before {context.invoked_subcommand} is ignored: give options after the command")
         return
     names = (names_of(ops), names_of(nets), names_of(impl), names_of(kinds))
-    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, continue with --resume"):
+    with reported(debug, interrupted=f"interrupted: finished rows are in {out}; continue with --resume"):
         _bench(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds), out, resume)
 
 
@@ -115,7 +115,7 @@ def growth(
         repeats=repeats,
         seconds=seconds,
     )
-    with reported(debug, interrupted=f"interrupted: finished rows are in {out}, continue with --resume"):
+    with reported(debug, interrupted=f"interrupted: finished rows are in {out}; continue with --resume"):
         _growth(settings, out, resume)
 
 

@@ -23,7 +23,7 @@ def models(
     size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 224,
     threads: Threads = 2,
     repeats: Repeats = 10,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for the rounds of each way.")] = 5.0,
     csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -36,10 +36,10 @@ def steps(
     names: Annotated[list[str] | None, typer.Argument(help="From resnet18, all-cnn-c.")] = None,
     threads: Threads = 2,
     repeats: Repeats = 3,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one optimizer.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for the rounds of each optimizer.")] = 20.0,
     debug: Debug = False,
 ) -> None:
-    """Measure the cost of a training step with KFAC compared with one of plain gradient descent."""
+    """Measure the cost of a training step with KFAC, compared with a step of plain gradient descent."""
     with reported(debug):
         _steps(names or [], seconds, repeats, threads)
 
@@ -53,7 +53,7 @@ def training(
     threads: Threads = 2,
     debug: Debug = False,
 ) -> None:
-    """Train on real data: KFAC compared with tuned SGD and AdamW, plotted."""
+    """Train on real data, and plot KFAC compared with tuned SGD and AdamW."""
     with reported(debug):
         _training(names_of(tasks), steps, seeds, batch, threads, out)
 
@@ -65,10 +65,10 @@ def sampling(
     batch: Annotated[int, typer.Option(min=1, help="Batch size of steps and of training.")] = 128,
     threads: Threads = 2,
     repeats: Repeats = 5,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the rounds of one way.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for the rounds of each way.")] = 2.0,
     debug: Debug = False,
 ) -> None:
-    """Measure sampled backpropagation: memory and time of steps and gradients, and training, plotted."""
+    """Measure and plot sampled backpropagation: memory and time of steps and gradients, and training."""
     with reported(debug):
         _sampling(out, steps, seeds, batch, seconds, repeats, threads)
 

@@ -40,15 +40,15 @@ def reproduce(
     repeats: Repeats = 20,
     seconds: Seconds = 0.2,
     cifar: Annotated[
-        Path | None, typer.Option(help="Folder of CIFAR-100, binary or Python version, which crs also measures.")
+        Path | None, typer.Option(help="Folder with CIFAR-100 (binary or Python version), for crs to measure as well.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Reproduce the paper's figures and tables, with its results: study, runtime, speedups, memory, crs, all."""
+    """Reproduce the paper's figures and tables beside its results: study, runtime, speedups, memory, crs, all."""
     settings = Settings(batch=batch, dtype=dtype, threads=threads, device=device, repeats=repeats, seconds=seconds)
     given = given_options(context)
     file = out / (QUICK_RUNS if quick else RUNS)
-    with reported(debug, interrupted=f"interrupted: measurements are in {file}, the same command continues"):
+    with reported(debug, interrupted=f"interrupted: measurements are in {file}; the same command continues"):
         names = figures(figure)
         idle = [option for option, of in OPTIONS.items() if option in given and not {*of} & {*names}]
         if idle:

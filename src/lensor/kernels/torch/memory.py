@@ -44,7 +44,7 @@ def in_channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def is_channels_last(arrays: Sequence[torch.Tensor], spec: ConvSpec) -> bool:
-    """Whether torch's convolution with this input and weight, or with one of them given, returns channels_last."""
+    """Whether torch's convolution returns channels_last for this input and weight, or for one of them alone."""
     if torch.compiler.is_compiling() or len(arrays) == 1:
         return any(map(suggests_channels_last, arrays))
     if not all(map(is_plain, arrays)):

@@ -202,7 +202,7 @@ _BLOCK = 192
 """A Gram matrix with at least this many rows is halved; for fewer rows, the call overhead exceeds the savings."""
 
 _LONG = 512
-"""For shorter rows, writing the result takes most of the time, so computing a single triangle saves nothing."""
+"""For rows shorter than this, writing the result takes most of the time, so computing one triangle saves nothing."""
 
 _WIDE = 1024
 """Gram matrices with at least this many rows are also halved if the rows are shorter, but fewer times."""
@@ -276,7 +276,7 @@ def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
         return found
 
     def of_lines(body: torch.Tensor, sizes: Sequence[int], one: slice, two: slice, border: s.Border) -> Lags:
-        """Compute the same sums over the positions of a border, for the lags that the border affects."""
+        """Compute the sums of `of_rows` over the positions of a border, for the lags that the border affects."""
         own, around = body[..., one], body[..., two]
         fixed = dict(border.fixed)
         free = [axis for axis in range(dims) if axis not in fixed]

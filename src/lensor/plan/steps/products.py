@@ -115,7 +115,7 @@ _KEPT = 1 << 18
 
 
 def _repeated(shapes: Sequence[Shape]) -> int:
-    """Number of entries of a factor read again for each batch element of the other, if too large for the cache."""
+    """Number of entries of a factor that are reread for each batch element of the other, if too many for the cache."""
     batches = [math.prod(shape[:-2]) for shape in shapes]
     sizes = [math.prod(shape) for shape in shapes]
     most = max(batches)

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lensor import functional, ops
+from lensor import functional, ops, wisdom
 from lensor import methods as _methods  # noqa: F401  (adds the methods of networks)
 from lensor.cache import clear_caches
 from lensor.draw import Drawing, draw
@@ -17,12 +17,9 @@ from lensor.evaluate import einsum
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Scale, Select, Sum, contraction, parse
 from lensor.pattern import IndexPattern
 from lensor.plan import Plan
-from lensor.planner import Machine, calibrate, machine, planning, wisdom
+from lensor.planner import Machine, calibrate, machine, planning
 from lensor.simplification import simplify
 from lensor.spec import ConvSpec
-
-if TYPE_CHECKING:
-    from lensor import curvature, distributed, nn, optim, sampling
 
 try:
     __version__ = version("lensor")
@@ -30,10 +27,14 @@ except PackageNotFoundError:  # the package runs from a source tree and is not i
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("curvature", "distributed", "nn", "optim", "sampling"):
-        return import_module(f"lensor.{name}")
-    raise AttributeError(f"module 'lensor' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from lensor import curvature, distributed, nn, optim, sampling
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("curvature", "distributed", "nn", "optim", "sampling"):
+            return import_module(f"lensor.{name}")
+        raise AttributeError(f"module 'lensor' has no attribute {name!r}")
 
 
 __all__ = [

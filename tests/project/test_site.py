@@ -23,7 +23,8 @@ pytest.importorskip("sphinx", reason="Sphinx is not installed")
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
-    *("lensor", "lensor.ops", "lensor.functional", "lensor.nn", "lensor.curvature", "lensor.optim", "lensor.sampling"),
+    *("lensor", "lensor.ops", "lensor.functional", "lensor.nn", "lensor.curvature", "lensor.optim"),
+    *("lensor.sampling", "lensor.wisdom"),
 )
 
 

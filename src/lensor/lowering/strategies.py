@@ -47,6 +47,11 @@ def _has_copies(net: AnyNetwork) -> bool:
     return False
 
 
+def _has_parts(net: AnyNetwork) -> bool:
+    """Whether the network may have equal halves, or crops that are better applied at the end."""
+    return _has_patterns(net) or _has_copies(net)
+
+
 @dataclass(frozen=True, slots=True)
 class Strategy:
     """One way to lower a network.
@@ -92,8 +97,8 @@ STRATEGIES = (
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_patterns),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
     Strategy("lags", (*_START, read_crops, take_patch_grams, read_windows), _VIEWS, applies=_has_copies),
-    Strategy("halves", _LATE, _HALVES, (share,), _has_copies),
-    Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_copies),
+    Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
+    Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
     Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
 )

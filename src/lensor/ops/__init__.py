@@ -1,7 +1,7 @@
 """Operations: functions that map a ConvSpec to a network, each derived from `conv` or `unfold` by transforms."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lensor.ops.convolution import conv, conv_transpose, fold, unfold, unfold_transpose, unfolded_kernel
 from lensor.ops.curvature import (
@@ -65,8 +65,10 @@ _RENAMED = {
 """Deprecated names: each quantity now has the same name in `ops`, `functional` and `curvature`."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"ops.{name} is deprecated: use ops.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+if not TYPE_CHECKING:  # for type checkers, only the new names exist
+
+    def __getattr__(name: str) -> Any:
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"ops.{name} is deprecated: use ops.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]

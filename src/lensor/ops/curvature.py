@@ -130,6 +130,10 @@ def ggn_diagonal(spec: ConvSpec, per_example: bool = False) -> Network:
     `n (g c_in) i, i o k, v n (g c_out) o, n (g c_in) i_, i_ o_ k, v n (g c_out) o_ -> (g c_out) c_in k`: the squared
     entries of Jᵀ S, summed over v and n.
 
+    Args:
+        spec: the convolution.
+        per_example: whether to keep the index n of the examples instead of summing over it.
+
     Example:
         >>> import lensor
         >>> lensor.ops.ggn_diagonal(lensor.ConvSpec(4, 8, (9,), 3)).operands[:3]

@@ -27,7 +27,7 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
     """Apply all simplification rules; the value stays the same, and the result's `trace` lists the rules that fired.
 
     The cheapest plan of the result needs no more flops than that of the original network, except for the known gaps in
-    `docs/limits.md` (19 of 1,000 random networks, most with sub-tensors of one half of a Gram matrix).
+    `docs/limits.md` (19 of 1,000 random networks).
 
     Example:
         >>> import lensor

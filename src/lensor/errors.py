@@ -42,7 +42,7 @@ class SubscriptsError(LensorError, ValueError):
 
     def __init__(self, reason: str, text: str, position: int) -> None:
         self.reason, self.text, self.position = reason, text, position
-        # Put the caret below the line that contains the error, indented with the same tabs as this line.
+        # Put the caret below the line that contains the error, indented with the same tabs as that line.
         end = text.find("\n", position)
         shown = (text if end < 0 else text[:end]).split("\n")
         before = text[:position].rpartition("\n")[2]

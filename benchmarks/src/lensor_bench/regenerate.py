@@ -38,7 +38,7 @@ _libraries: list[torch.library.Library] = []
 
 
 def factory_of(net: Net) -> Callable[[], Any]:
-    """The function that creates a net of the catalogue.
+    """The function that creates a network from the catalogue.
 
     Raises:
         CommandError: if torchvision is needed and cannot be imported.

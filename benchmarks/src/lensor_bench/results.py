@@ -220,7 +220,7 @@ def finished(data: bytes) -> bytes:
 
 
 class ResultsFile:
-    """A results file for writing.
+    """A results file opened for writing.
 
     Args:
         path: the file; it is created with a header if it does not exist.

@@ -81,7 +81,7 @@ def hessian_diagonal(
             inputs, targets = own(inputs), own(targets)
             batch = Batch(model, watched, inputs, batch_axis)
             share = share_of(loss, batch, targets)
-            if not share:  # no target counts, so the batch's own loss is 0/0
+            if not share:  # all targets are ignored, so the batch's own loss is 0/0
                 continue
             total += share
             value = batch.loss(loss, targets)
@@ -92,7 +92,7 @@ def hessian_diagonal(
                     curved = torch.zeros_like(z)
                     if (
                         gradient.requires_grad
-                    ):  # a loss that is linear in the outputs has a zero Hessian after the last layer
+                    ):  # a loss that is linear in the outputs has a zero Hessian with respect to them
                         curved = batch.capture.gradients(gradient, z, keep=True, only=use)[use]
                     with computing(z):
                         add_parts(found, _quadratic(use, x, z, curved), share / (samples or 1))

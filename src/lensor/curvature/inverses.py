@@ -112,7 +112,7 @@ class _Eigen:
         b = b.clamp_min(0)
         if block.root is None:
             a, q_a = torch.linalg.eigh(block.A)
-        else:  # the orthogonal complement of the root's rows has the eigenvalue 0
+        else:  # on the orthogonal complement of the root's rows, all eigenvalues are 0
             _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
             a, q_a = singular.square(), q_at.mT
         over = 1 / (b[:, :, None] * a.clamp_min(0)[:, None, :] + damping)

@@ -35,7 +35,7 @@ class LossRoot:
 
     Raises:
         TypeError: for an unsupported loss.
-        ValueError: for an unsupported reduction, or a shape that does not fit.
+        ValueError: for an unsupported reduction, or a shape that does not match the outputs.
 
     Attributes:
         normaliser: Z; zero if no target in the batch contributes to the mean.
@@ -72,7 +72,7 @@ class LossRoot:
 
     @property
     def _scale(self) -> float:
-        """The scale of the columns; zero for a batch in which no target counts."""
+        """The scale of the columns; zero for a batch whose targets are all ignored."""
         return self.normaliser**-0.5 if self.normaliser else 0.0
 
     def columns(self) -> Iterator[Tensor]:

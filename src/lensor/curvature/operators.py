@@ -62,7 +62,7 @@ class Operator(ABC):
         Raises:
             TypeError: for an operand that is neither a tensor nor a mapping of tensors of the factors' dtype.
             KeyError: if a parameter is missing or unknown.
-            ValueError: for a shape that does not fit.
+            ValueError: for a shape that does not match the operator.
         """
         if isinstance(vectors, Tensor):
             return self.flatten(self @ self.unflatten(vectors))

@@ -448,7 +448,7 @@ def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> Batch
 
 
 def _are_equal(values: Tensor) -> bool:
-    """Whether all values are equal, so that any order of the examples fits."""
+    """Whether all values are equal, so that they are consistent with any order of the examples."""
     return bool((values == values.flatten()[:1]).all())
 
 

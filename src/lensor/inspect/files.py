@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_regular(path: Path) -> None:
-    """Raise if a path for a file to read and write is a device, a pipe or a folder.
+    """Raise if the path of a file that is read and written refers to a device, a pipe or a folder.
 
     Raises:
         CommandError: if the path exists and is not a regular file.

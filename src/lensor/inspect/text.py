@@ -43,7 +43,7 @@ def _escaped(character: str) -> str:
 def cell(value: object) -> object:
     """Convert a value to a CSV cell: text that a spreadsheet would read as a formula gets a leading apostrophe.
 
-    Numbers, and text that is a number, stay unchanged.
+    Numbers, and text that represents a number, are left unchanged.
 
     Example:
         >>> from lensor.inspect.text import cell, from_cell

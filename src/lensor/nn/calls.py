@@ -1,4 +1,4 @@
-"""Reads calls of layer functions: torch's, Lensor's, and others registered with `register_layer_function`."""
+"""Reads calls to layer functions: torch's, Lensor's, and others registered with `register_layer_function`."""
 
 from __future__ import annotations
 

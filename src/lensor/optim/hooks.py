@@ -41,7 +41,7 @@ F = TypeVar("F", bound=Follower)
 
 
 def attach(follower: Follower, model: nn.Module) -> RemovableHandle:
-    """Follow a model until the follower is deleted; return the handle of the hook for the model's outputs."""
+    """Hook into a model until the owner of the hooks is deleted; return the handle of the hook for the outputs."""
     here = weakref.ref(follower)
     handle = model.register_forward_hook(_After(here), with_kwargs=True)
     watched = _Watched(here, model)

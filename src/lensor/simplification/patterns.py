@@ -68,7 +68,7 @@ def fresh_beside(net: Network, group: Group, what: str) -> str:
 # ------------------------------------------------------------------------------------------------------ normal forms
 @rule("irrelevant parameters normalised", "7, 8")
 def normalise(net: Network) -> Network | None:
-    """D has no effect if K=1, nor S if O=1; the right padding follows from O; an unused padding mode becomes zeros."""
+    """D has no effect if K=1, nor has S if O=1; the right padding follows from O; unused padding modes become zeros."""
     for at, pattern, legs in pattern_nodes(net):
         normal = pattern.fitted() or pattern.normalize()
         if normal != pattern:

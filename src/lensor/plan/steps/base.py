@@ -102,7 +102,7 @@ class Step:
         return None
 
     def copies(self, taken: Sequence[Laid]) -> tuple[int, int]:
-        """Number of entries that frameworks copy first: (in total, alive at once)."""
+        """The number of entries that frameworks copy before the step: (in total, alive at once)."""
         return 0, 0
 
     def scratch(self, taken: Sequence[Laid], result: Shape) -> int:

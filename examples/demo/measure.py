@@ -1,4 +1,4 @@
-"""Values, times and memory of one factor of one convolution, computed in two ways and measured with `lensor_bench.measure`.
+"""Values, times and memory of one factor of one convolution, computed in two ways.
 
 Lensor's caches are cleared before memory is traced, so that cached constants count.
 """

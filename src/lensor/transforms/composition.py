@@ -173,7 +173,7 @@ def _merge_terms(one: Network, two: Network, share: Sequence[str], output: str |
         sizes = one.sizes[index], two.sizes[index]
         if None not in sizes and sizes[0] != sizes[1]:
             raise NetworkError(
-                f"shared index {index!r} has size {sizes[0]} in one network and {sizes[1]} in the other, expected equal sizes"
+                f"shared index {index!r} has sizes {sizes[0]} and {sizes[1]} in the two networks, expected equal sizes"
             )
     sizes = {
         index: one.sizes.get(index) if one.sizes.get(index) is not None else two.sizes.get(index) for index in share

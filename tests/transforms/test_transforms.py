@@ -530,7 +530,7 @@ def test_merge_is_a_product_of_values() -> None:
     twice = one.scaled("1/2").merge(one.scaled(3), share=["a"], output="b b_")
     assert twice.operand_names == ("X", "Y")
     assert_close(twice(X=x, Y=y), 1.5 * (x @ y).T @ (x @ y))
-    with pytest.raises(NetworkError, match="shared index 'i' has size 3 in one network and 2 in the other"):
+    with pytest.raises(NetworkError, match="shared index 'i' has sizes 3 and 2 in the two networks"):
         one.merge(lensor.contraction("i -> i", "V", i=2), share=["i"])
 
 

@@ -167,7 +167,7 @@ def test_model_that_needs_values_runs_on_the_cpu() -> None:
         ("nothing", "not an import path, expected pkg.mod:factory"),
         ("no.such.module:f", "cannot import no.such.module: ModuleNotFoundError"),
         ("lensor_bench.nets:vgg", "lensor_bench.nets has no vgg"),
-        ("lensor.inspect.catalogue:PAPER", "is a tuple, expected a function or class"),
+        ("lensor.inspect.catalogue:PAPER", "has type tuple, expected a function or class"),
     ],
 )
 def test_what_cannot_be_imported(path: str, words: str) -> None:

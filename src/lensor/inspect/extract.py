@@ -147,7 +147,7 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
             with torch.device(device):
                 model = factory()
             if not isinstance(model, torch.nn.Module):
-                raise CommandError(f"{name} made a {type(model).__name__}, expected a torch.nn.Module")
+                raise CommandError(f"{name} made an object of type {type(model).__name__}, expected a torch.nn.Module")
             if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
                 raise CommandError(f"{name} contains TorchScript, expected a model without it: pass the model itself")
             floating = (one.dtype for one in model.parameters() if one.is_floating_point() or one.is_complex())
@@ -193,5 +193,5 @@ def import_factory(path: str) -> Callable[..., Any]:
     if isinstance(factory, torch.nn.Module):
         return lambda: factory
     if not callable(factory):
-        raise CommandError(f"{path} is a {type(factory).__name__}, expected a function or class that makes a model")
+        raise CommandError(f"{path} has type {type(factory).__name__}, expected a function or class that makes a model")
     return factory

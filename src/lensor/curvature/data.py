@@ -43,8 +43,8 @@ def one_tensor(outputs: Any) -> Tensor:
         return outputs[0]
     size = f" with {len(outputs)} entries" if isinstance(outputs, (tuple, list, Mapping)) else ""
     raise TypeError(
-        f"the model's output has type {type(outputs).__name__}{size}, expected one tensor, or an object with logits: wrap"
-        " the model in a module whose forward pass returns the output that the loss takes"
+        f"the model's output has type {type(outputs).__name__}{size}, expected one tensor, or an object with logits:"
+        " wrap the model in a module whose forward pass returns the output that the loss takes"
     )
 
 
@@ -79,8 +79,8 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
     if first is None or first.ndim == 0:
         raise ValueError(
-            f"inputs have type {type(inputs).__name__} without a tensor that has a batch axis, expected a tensor, a tuple"
-            " of arguments or a mapping"
+            f"inputs have type {type(inputs).__name__} without a tensor that has a batch axis, expected a tensor, a"
+            " tuple of arguments or a mapping"
         )
     if len(first) == 1 and not isinstance(inputs, Tensor):
         sizes = [len(one) for one in tree_leaves(list(values)) if isinstance(one, Tensor) and one.ndim]

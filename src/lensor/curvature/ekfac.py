@@ -56,7 +56,8 @@ def ekfac(
 
     Raises:
         TypeError: for a loss, model, data or factors of an unsupported type.
-        ValueError: for an unknown choice, factors of another model, a layer that does not run exactly once, or a model that mixes examples.
+        ValueError: for an unknown choice, factors of another model, a layer that does not run exactly once, or a model
+            that mixes examples.
 
     Equation:
         Λ = Σ_n,v (Q_Bᵀ G Q_A)², where G is the weight gradient of one example for one column, as a matrix (George et

@@ -109,9 +109,7 @@ def layers_of(
         known = {layer.name: layer for layer in found}
         missing = [name for name in wanted if name not in known]
         if missing and known:
-            raise ValueError(
-                f"layers has {', '.join(map(repr, missing))}, expected names from {', '.join(map(repr, known))}"
-            )
+            raise ValueError(f"layers has {_listed(missing)}, expected names from {_listed(known)}")
         found = [layer for layer in found if layer.name in wanted]
     elif unknown:
         message = f"curvature is not supported for the parameters of {', '.join(unknown)}"
@@ -142,9 +140,11 @@ def require_known_layers(names: Iterable[str], model: nn.Module) -> None:
     known = [name for name, module in model.named_modules() if isinstance(module, (_Conv, nn.Linear))]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(
-            f"batch_axis has {', '.join(map(repr, unknown))}, expected names from {', '.join(map(repr, known))}"
-        )
+        raise ValueError(f"batch_axis has {_listed(unknown)}, expected names from {_listed(known)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _depth() -> int:

@@ -199,8 +199,8 @@ def require_loss(loss: nn.Module) -> None:
             else f"{type(loss).__name__}, and is a subclass or a changed instance of a supported loss"
         )
         raise TypeError(
-            f"loss has type {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the Hessian of"
-            " other losses is unknown"
+            f"loss has type {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the"
+            " Hessian of other losses is unknown"
         )
     if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
         raise TypeError(

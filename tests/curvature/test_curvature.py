@@ -1066,22 +1066,22 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "damping": (lambda: factors().inverse(0.0), ValueError, "damping is 0.0, expected a positive number"),
     "damping by name": (
-        lambda: factors().inverse(damping={"a": 1}),
+        lambda: factors().inverse(damping={"a": 1}),  # type: ignore[arg-type]
         TypeError,
         r"damping is {'a': 1} of type dict, expected a number",
     ),
     "damping of a determinant": (
-        lambda: factors().logdet(damping="a"),
+        lambda: factors().logdet(damping="a"),  # type: ignore[arg-type]
         TypeError,
         "damping is 'a' of type str, expected a number",
     ),
     "average with a number": (
-        lambda: factors().ema_(3, decay=0.5),
+        lambda: factors().ema_(3, decay=0.5),  # type: ignore[arg-type]
         TypeError,
         "other is 3 of type int, expected a KroneckerFactors",
     ),
     "ekfac without factors": (
-        lambda: curvature.ekfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), 3),
+        lambda: curvature.ekfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), 3),  # type: ignore[arg-type]
         TypeError,
         "factors is 3 of type int, expected a KroneckerFactors",
     ),
@@ -1113,7 +1113,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "batch_axis has 'zz', '1', expected names from '0'",
     ),
     "group": (
-        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), group="x"),
+        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), group="x"),  # type: ignore[arg-type]
         TypeError,
         "group is 'x' of type str, expected a ProcessGroup",
     ),

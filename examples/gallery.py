@@ -5,9 +5,9 @@ Every entry contains code, which this module evaluates; subscripts and flops are
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,16 @@ def write(folder: Path) -> Iterator[Path]:
     yield page
 
 
-if __name__ == "__main__":
-    for path in write(Path(sys.argv[1] if len(sys.argv) > 1 else "pictures")):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the gallery to the folder that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.gallery",
+        description="Draw the paper's figures and every operation, and write gallery.md, which shows them.",
+    )
+    parser.add_argument("folder", type=Path, help="folder for the diagrams; gallery.md is written next to it")
+    for path in write(parser.parse_args(arguments).folder):
         print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,29 @@ THREE: Any = 3
             TypeError,
             r"a size in the shape of 'X' is \[1.0\] of type list, expected an integer",
         ),
+        (lambda: NET(A), TypeError, r"operands are given by position, expected by name: X$"),
+        (lambda: NET.plan(A), TypeError, r"operands are given by position, expected by name: X$"),
+        (lambda: (NET + NET)(A, X=A), TypeError, r"operands are given by position, expected by name: X$"),
+        (
+            lambda: NET.vjp("X").plan(V=(2, 3), i=4)(A),
+            TypeError,
+            r"operands are given by position, expected by name: V$",
+        ),
+        (
+            lambda: NET.plan(X=(2, 3, 4), q=3),
+            TypeError,
+            r"operand or index 'q' is unknown, expected one of the operands \['X'\] or the indices \['c', 'i', 'n'\]",
+        ),
+        (lambda: NET.split("c", 3), TypeError, "sizes is 3 of type int, expected a Mapping"),
+        (lambda: lensor.IndexPattern(9, 3).summed(THREE), TypeError, "legs is 3 of type int, expected a Sequence"),
+        (lambda: lensor.IndexPattern(9, 3).summed("x"), TypeError, "a leg is 'x' of type str, expected an integer"),  # type: ignore[arg-type]
+        (lambda: lensor.IndexPattern(9, 3).summed((5,)), ValueError, r"legs is \(5,\), expected different legs out of"),
+        (lambda: lensor.IndexPattern(9, 3).constant_sum((1, 1)), ValueError, r"legs is \(1, 1\), expected different"),
+        (
+            lambda: lensor.ops.kfac_input_factor(lensor.ConvSpec(2, 2, 9, 3), bias=THREE),
+            TypeError,
+            "bias is 3 of type int, expected a bool",
+        ),
         (lambda: NET.plan(X=3), TypeError, "operand 'X' is 3, expected an array or a shape"),
         (
             lambda: EINSUM(A, "i j -> i"),

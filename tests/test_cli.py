@@ -43,13 +43,21 @@ def test_without_benchmarks_their_commands_say_what_to_install(monkeypatch: pyte
     for command in ("bench", "reproduce", "conformance"):
         result = invoke(command, "--out", "anywhere")
         assert result.exit_code == 1
-        assert result.stderr == f"lensor: {command} is a command of lensor-bench: pip install lensor-bench\n"
+        assert result.stderr == f"lensor: {command} is a command of lensor-bench: pip install ./benchmarks\n"
     plain = invoke("explain", "2c2d", "--ops", "forward")
     assert plain.exit_code == 0, plain.output
     assert "nothing measured" in plain.output
     timed = invoke("explain", "2c2d", "--times")
     assert timed.exit_code == 1
-    assert timed.stderr == "lensor: lensor-bench is not installed: pip install lensor-bench\n"
+    assert timed.stderr == "lensor: lensor-bench is not installed: pip install ./benchmarks\n"
+
+
+@pytest.mark.parametrize("name", ["demo", "gallery"])
+def test_former_commands_name_the_examples(name: str) -> None:
+    result = invoke(name, "--quick")
+    assert result.exit_code == 1
+    assert result.stderr == f"lensor: {name} is not a command, but an example: python -m examples.{name}\n"
+    assert name not in invoke("--help").output
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

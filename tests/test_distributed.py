@@ -40,7 +40,7 @@ def work(rank: int, count: int, folder: str) -> None:
     for arguments, message in (
         ({**arrays, "index": "nothing"}, "expected one that can be split"),
         ({"X": arrays["X"]}, "operand 'W' is missing"),
-        ({**arrays, "W": arrays["W"].numpy()}, "operand 'W' is a ndarray, expected a torch.Tensor"),
+        ({**arrays, "W": arrays["W"].numpy()}, "operand 'W' has type ndarray, expected torch.Tensor"),
         ({**arrays, "W": arrays["W"].clone().requires_grad_()}, "operand 'W' requires a gradient"),
     ):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):

@@ -56,9 +56,15 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "cotangent's batch": (lambda: conv_weight_vjp(X, W.shape, ones(3, 6, 6, 6)), ("grad_output", "(2, 6, 6, 6)")),
     "cotangent with a batch": (lambda: conv_weight_vjp(X[0], W.shape, V), ("grad_output", "(6, 6, 6)")),
     "cotangent without a batch": (lambda: conv_weight_vjp(X, W.shape, V[0]), ("grad_output", "(2, 6, 6, 6)")),
-    "input_size": (lambda: conv_input_vjp((8, 8), W, V), ("input_size", "(8, 8)", "4 axes")),
-    "input_size channels": (lambda: conv_input_vjp((2, 3, 8, 8), W, V), ("input_size", "3 channels", "expected 4")),
-    "weight_size": (lambda: conv_weight_vjp(X, (6, 4), V), ("weight_size", "(6, 4)", "at least 3")),
+    "input_size": (lambda: conv_input_vjp((8, 8), W, V), ("input_size is (8, 8) with 2 entries", "4 entries")),
+    "input_size channels": (
+        lambda: conv_input_vjp((2, 3, 8, 8), W, V),
+        ("input_size is (2, 3, 8, 8) with 3 channels", "expected 4"),
+    ),
+    "weight_size": (
+        lambda: conv_weight_vjp(X, (6, 4), V),
+        ("weight_size is (6, 4) with 2 entries", "at least 3 entries"),
+    ),
     "weight_size channels": (lambda: conv_weight_vjp(X, (6, 3, 3, 3), V), ("input", "4 channels", "expected 3")),
     "per example unbatched": (
         lambda: conv_weight_vjp_per_example(X[0], W.shape, V[0]),

@@ -62,6 +62,12 @@ def test_methods_are_the_functions_and_have_their_docstrings(name: str) -> None:
         assert inspect.getdoc(getattr(kind, name))
 
 
+def test_checked_methods_show_their_own_signatures() -> None:
+    assert str(inspect.signature(lensor.Network.__call__)) == "(net: 'AnyNetwork', /, **operands: 'Any') -> 'Any'"
+    assert str(inspect.signature(Plan.__call__)) == "(self, /, **operands: 'Any') -> 'Any'"
+    assert list(inspect.signature(lensor.Network.plan).parameters) == ["net", "effort", "max_bytes", "operands"]
+
+
 def test_properties_and_methods_of_plans() -> None:
     for name, function in methods.PROPERTIES.items():
         assert inspect.getattr_static(lensor.Network, name).fget is function

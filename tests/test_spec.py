@@ -261,7 +261,7 @@ def test_from_lazy_module() -> None:
     module(torch.zeros(1, 2, 9))
     assert ConvSpec.from_module(module, (9,)) == ConvSpec(2, 4, (9,), 3, padding=1, bias=True)
     linear = nn.LazyLinear(4)
-    with pytest.raises(ValueError, match="module is a LazyLinear without in_features yet"):
+    with pytest.raises(ValueError, match="module is a LazyLinear whose in_features is not known yet"):
         ConvSpec.from_module(linear)
     linear(torch.zeros(1, 3))
     assert ConvSpec.from_module(linear) == ConvSpec(3, 4, (), (), bias=True)
@@ -276,7 +276,7 @@ def test_from_lazy_module() -> None:
     "module", [nn.BatchNorm2d(3), nn.Bilinear(2, 2, 2), nn.Unfold(3), Linear(), object(), nn.Conv2d]
 )
 def test_from_anything_else(module: Any) -> None:
-    with pytest.raises(TypeError, match=r"module is a .*, expected a torch.nn.Conv1d to Conv3d, ConvTranspose1d"):
+    with pytest.raises(TypeError, match=r"module has type .*, expected a torch.nn.Conv1d to Conv3d, ConvTranspose1d"):
         ConvSpec.from_module(module, (9, 9))
 
 

@@ -1,9 +1,10 @@
-"""Descriptions of arguments shared by many functions: each is written once and inserted into the docstrings."""
+"""Arguments that many functions share: descriptions, inserted into the docstrings, and operands passed by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,3 +53,30 @@ def described(shared: Mapping[str, str]) -> Callable[[F], F]:
         return function
 
     return insert
+
+
+def by_name(names: str) -> Callable[[F], F]:
+    """Make a method that takes operands by name raise a TypeError with their names if some are given by position.
+
+    The signature that `inspect` and `help` show does not change.
+
+    Args:
+        names: the attribute of the method's object that holds the operands' names.
+
+    Example:
+        >>> import lensor
+        >>> lensor.contraction("n i, i -> n", "X", "w")([[1.0]], [2.0])
+        Traceback (most recent call last):
+        TypeError: operands are given by position, expected by name: X, w
+    """
+
+    def check(method: F) -> F:
+        @wraps(method)
+        def checked(self: Any, /, *given: Any, **named: Any) -> Any:
+            if given:
+                raise TypeError(f"operands are given by position, expected by name: {', '.join(getattr(self, names))}")
+            return method(self, **named)
+
+        return checked  # type: ignore[return-value]
+
+    return check

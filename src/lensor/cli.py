@@ -14,6 +14,9 @@ _MISSING = "lensor: {name} is not installed: install lensor[cli]"
 _OF_BENCH = ("bench", "reproduce", "conformance")
 """The commands that the lensor-bench package provides."""
 
+_EXAMPLES = ("demo", "gallery")
+"""The former commands that are examples now."""
+
 _INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells: 128 plus the signal's number."""
 
@@ -78,17 +81,18 @@ def make_app() -> Any:
 
     for command in (commands.convs, commands.explain, commands.rules):
         app.command()(command)
+    hints = {name: f"{name} is not a command, but an example: python -m examples.{name}" for name in _EXAMPLES}
     if find_spec("lensor_bench") is not None:
         from lensor_bench.commands import add_commands
 
         add_commands(app)
-        return app
-
-    for name in _OF_BENCH:
+    else:
+        hints |= {name: f"{name} is a command of lensor-bench: pip install ./benchmarks" for name in _OF_BENCH}
+    for name in hints:
 
         @app.command(name, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
         def missing(context: typer.Context) -> None:
-            raise stop(f"{context.info_name} is a command of lensor-bench: pip install lensor-bench")
+            raise stop(hints[str(context.info_name)])
 
     return app
 

@@ -56,7 +56,7 @@ def evaluate(
     require_operands(net.operand_names, arrays)
     for name, array in arrays.items():
         if not isinstance(array, torch.Tensor):
-            raise TypeError(f"operand {name!r} is a {type(array).__name__}, expected a torch.Tensor")
+            raise TypeError(f"operand {name!r} has type {type(array).__name__}, expected torch.Tensor")
         if array.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"operand {name!r} requires a gradient, expected one that does not: gradients cannot flow between"

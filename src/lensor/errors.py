@@ -62,7 +62,7 @@ class NetworkError(LensorError, ValueError):
         ...     lensor.contraction("n i -> i", "X").vjp("W")
         ... except lensor.NetworkError as error:
         ...     print(error)
-        vjp('W') is zero or not defined on X[n i] -> i: operands are ['X'], indices are ['i', 'n']
+        operand 'W' is unknown, expected one of ['X']
     """
 
 

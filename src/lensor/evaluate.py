@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lensor.arguments import by_name
 from lensor.cache import Cache
 from lensor.choices import Effort
 from lensor.errors import SubscriptsError
@@ -143,6 +144,7 @@ def _reference(net: AnyNetwork, arrays: Mapping[str, Any]) -> Any:
     return next((array for name, array in arrays.items() if name not in chosen and hasattr(array, "dtype")), None)
 
 
+@by_name("operand_names")
 def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | None = None, **operands: Any) -> Plan:
     """Plan the network for operands given as arrays or shapes; int keywords set index sizes.
 
@@ -183,12 +185,21 @@ def _shape_of(name: str, value: Any) -> tuple[int, ...]:
 
 
 def split_sizes(net: AnyNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Separate keywords into operands and sizes: a name that is an index but not an operand sets a size."""
+    """Separate keywords into operands and sizes: a name that is an index but not an operand sets a size.
+
+    Raises:
+        TypeError: if an int is given for a name that is neither, or if a size is not an integer.
+    """
     arrays, sizes = {}, {}
     names = net.operand_names
     for name, value in given.items():
         if name not in names and name in net.sizes:
             sizes[name] = as_integer(value, f"the size of index {name!r}")
+        elif name not in names and isinstance(value, int):
+            raise TypeError(
+                f"operand or index {name!r} is unknown, expected one of the operands {list(names)} or the indices"
+                f" {sorted(net.sizes)}"
+            )
         else:
             arrays[name] = value
     return arrays, sizes
@@ -208,6 +219,7 @@ def evaluate(net: AnyNetwork, operands: Mapping[str, Any], sizes: Mapping[str, i
     return run(compile(net, {name: array.shape for name, array in operands.items()}, sizes, like), operands)
 
 
+@by_name("operand_names")
 def call(net: AnyNetwork, /, **operands: Any) -> Any:
     """Evaluate the network on arrays from one framework; int keywords set index sizes that no array determines.
 

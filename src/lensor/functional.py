@@ -66,6 +66,16 @@ def _check_shape(name: str, found: Shape, expected: Shape, meaning: str) -> None
         raise ValueError(f"{name} has shape {found}, expected {expected}: {meaning}")
 
 
+def _found(name: str, shape: Shape) -> str:
+    """The shape of an array, or the value of an argument `..._size` that is a shape itself, for an error message."""
+    return f"{name} is {shape}" if name.endswith("_size") else f"{name} has shape {shape}"
+
+
+def _axes(name: str) -> str:
+    """The word for the entries of a shape in an error message."""
+    return "entries" if name.endswith("_size") else "axes"
+
+
 def _sizes(name: str, sizes: Any) -> Shape:
     """Convert a full shape that was passed as an argument to a tuple of ints."""
     try:
@@ -76,15 +86,15 @@ def _sizes(name: str, sizes: Any) -> Shape:
 
 def _check_divides(groups: int, name: str, found: Shape, channels: int) -> None:
     if channels % groups:
-        raise ValueError(f"{name} has shape {found} with {channels} channels, expected a multiple of groups={groups}")
+        raise ValueError(f"{_found(name, found)} with {channels} channels, expected a multiple of groups={groups}")
 
 
 def _is_unbatched(name: str, shape: Shape, dims: int, layout: str = "c_in, *input_size") -> bool:
     """Return whether a shape lacks the batch axis; raise ValueError unless it has N+1 or N+2 axes."""
     if len(shape) not in (dims + 1, dims + 2):
         raise ValueError(
-            f"{name} has shape {shape} with {len(shape)} axes, expected {dims + 2} axes [batch, {layout}] or"
-            f" {dims + 1} axes [{layout}] for {dims} spatial dimension{'s' * (dims > 1)}"
+            f"{_found(name, shape)} with {len(shape)} {_axes(name)}, expected {dims + 2} {_axes(name)}"
+            f" [batch, {layout}] or {dims + 1} {_axes(name)} [{layout}] for {dims} spatial dimension{'s' * (dims > 1)}"
         )
     return len(shape) == dims + 1
 
@@ -147,8 +157,8 @@ def _layer(
     input_name, weight_name = names
     if len(weight) < 3:
         raise ValueError(
-            f"{weight_name} has shape {weight} with {len(weight)} axes, expected at least 3 axes"
-            " [c_out, c_in/groups, *kernel_size]"
+            f"{_found(weight_name, weight)} with {len(weight)} {_axes(weight_name)}, expected at least 3"
+            f" {_axes(weight_name)} [c_out, c_in/groups, *kernel_size]"
         )
     dims = len(weight) - 2
     if batched:
@@ -158,7 +168,7 @@ def _layer(
     in_channels, out_channels = input[-dims - 1], weight[0]
     if in_channels != weight[1] * groups:
         raise ValueError(
-            f"{input_name} has shape {input} with {in_channels} channels, expected {weight[1] * groups} for"
+            f"{_found(input_name, input)} with {in_channels} channels, expected {weight[1] * groups} for"
             f" {weight_name} of shape {weight} and groups={groups}"
         )
     _check_divides(groups, weight_name, weight, out_channels)

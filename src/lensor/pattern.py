@@ -53,6 +53,15 @@ def as_padding_mode(value: Any) -> PaddingMode:
     return value
 
 
+def _as_legs(value: Any) -> tuple[int, ...]:
+    """Convert a sequence of different legs of a pattern to a sorted tuple."""
+    require_type(value, "legs", Sequence)
+    legs = tuple(sorted(as_integer(leg, "a leg") for leg in value))
+    if not {*legs} <= {0, 1, 2} or len({*legs}) < len(legs):
+        raise ValueError(f"legs is {value!r}, expected different legs out of 0 (i), 1 (o) and 2 (k)")
+    return legs
+
+
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class IndexPattern:
     """The index pattern of one spatial dimension: Π[i,o,k] = 1 iff output o reads input i through kernel position k.
@@ -361,9 +370,13 @@ Piece(start=4, stop=5, slope=0, offset=3))
             >>> import lensor
             >>> lensor.IndexPattern(3, 2).summed((1, 2))
             array([1, 2, 1])
+
+        Raises:
+            TypeError: if `legs` is not a sequence of integers.
+            ValueError: if a leg is not 0, 1 or 2, or is repeated.
         """
         found: Any
-        match tuple(sorted(legs)):
+        match _as_legs(legs):
             case (0, 1):
                 found = self.counts()
             case (0, 2):
@@ -425,8 +438,12 @@ Piece(start=4, stop=5, slope=0, offset=3))
             (1, None)
             >>> lensor.IndexPattern(6, 3, padding=1, padding_mode="circular").constant_sum((1,))
             1
+
+        Raises:
+            TypeError: if `legs` is not a sequence of integers.
+            ValueError: if a leg is not 0, 1 or 2, or is repeated.
         """
-        match tuple(sorted(legs)):
+        match _as_legs(legs):
             case (0,):
                 return 1 if self.reads_everywhere else None
             case (1,):

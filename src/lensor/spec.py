@@ -285,7 +285,7 @@ class ConvSpec:
         names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.")}
         if not names & {"_ConvNd", "Linear"}:
             raise TypeError(
-                f"module is a {type(module).__module__}.{type(module).__qualname__}, expected a torch.nn.Conv1d to"
+                f"module has type {type(module).__module__}.{type(module).__qualname__}, expected a torch.nn.Conv1d to"
                 " Conv3d, ConvTranspose1d to ConvTranspose3d or Linear"
             )
         sizes: Any = tuple(input_size) if _is_sequence(input_size) else (input_size,)

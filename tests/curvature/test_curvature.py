@@ -957,7 +957,7 @@ def test_inputs_may_be_several_or_named() -> None:
 
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no module": (lambda: kfac(3, nn.MSELoss(), (X, X)), TypeError, "model is a int, expected a torch.nn.Module"),
+    "no module": (lambda: kfac(3, nn.MSELoss(), (X, X)), TypeError, "model has type int, expected torch.nn.Module"),
     "no layer": (lambda: kfac(nn.ReLU(), nn.MSELoss(), (X, X)), ValueError, "no convolution"),
     "loss": (lambda: kfac(nn.Linear(3, 3), nn.L1Loss(), (X, X)), TypeError, "L1Loss, expected torch.nn.CrossEntropy"),
     "reduction": (
@@ -973,7 +973,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "layer": (
         lambda: kfac(_Idle(), nn.MSELoss(), (X, X), layers=["nope"]),
         ValueError,
-        "'nope', expected names from used",
+        "layers has 'nope', expected names from 'used', 'idle'",
     ),
     "data": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), X), TypeError, "data is a tensor, expected a pair"),
     "empty": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), []), ValueError, "data is empty"),
@@ -1065,6 +1065,63 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"mixed by the statistics of 1: call model.eval\(\) first",
     ),
     "damping": (lambda: factors().inverse(0.0), ValueError, "damping is 0.0, expected a positive number"),
+    "damping by name": (
+        lambda: factors().inverse(damping={"a": 1}),  # type: ignore[arg-type]
+        TypeError,
+        r"damping is {'a': 1} of type dict, expected a number",
+    ),
+    "damping of a determinant": (
+        lambda: factors().logdet(damping="a"),  # type: ignore[arg-type]
+        TypeError,
+        "damping is 'a' of type str, expected a number",
+    ),
+    "average with a number": (
+        lambda: factors().ema_(3, decay=0.5),  # type: ignore[arg-type]
+        TypeError,
+        "other is 3 of type int, expected a KroneckerFactors",
+    ),
+    "ekfac without factors": (
+        lambda: curvature.ekfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), 3),  # type: ignore[arg-type]
+        TypeError,
+        "factors is 3 of type int, expected a KroneckerFactors",
+    ),
+    "ekfac with the factors of another model": (
+        lambda: curvature.ekfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), factors()),
+        ValueError,
+        "factors has '0.weight', expected the factors of this model",
+    ),
+    "ekfac with the factors of another shape": (
+        lambda: curvature.ekfac(
+            nn.Linear(3, 2), nn.MSELoss(), (X, X[:, :2]), kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X))
+        ),
+        ValueError,
+        r"the factors of 'weight' have shape \(3, 3\), expected that of the model: \(2, 3\)",
+    ),
+    "class weights": (
+        lambda: kfac(nn.Linear(3, 3), nn.CrossEntropyLoss(weight=torch.ones(2)), (X, Y)),
+        ValueError,
+        r"the weight of the loss has shape \(2,\), expected \(3,\)",
+    ),
+    "classes as floats": (
+        lambda: kfac(nn.Linear(3, 3), nn.CrossEntropyLoss(), (X, Y.float())),
+        TypeError,
+        r"targets have dtype torch.float32 and shape \(4,\), expected integer class indices",
+    ),
+    "batch axis of no layer": (
+        lambda: kfac(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.MSELoss(), (X, X), batch_axis={"zz": 0, "1": 0}),
+        ValueError,
+        "batch_axis has 'zz', '1', expected names from '0'",
+    ),
+    "group": (
+        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), group="x"),  # type: ignore[arg-type]
+        TypeError,
+        "group is 'x' of type str, expected a ProcessGroup",
+    ),
+    "ntk with targets": (
+        lambda: curvature.empirical_ntk(nn.Linear(3, 3), (X, Y)),
+        TypeError,
+        "inputs is a tuple of 2 entries, expected the arguments of the model's forward pass, without targets: .*takes",
+    ),
     "method": (
         lambda: factors().inverse(1.0, "lu"),
         ValueError,

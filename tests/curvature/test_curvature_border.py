@@ -174,10 +174,10 @@ def test_several_outputs_reach_the_loss_whole(form: Callable[..., Any]) -> None:
     model, x, y = Heads(form).double(), torch.randn(3, 4).double(), torch.randn(3, 3).double()
     check_by_example(model, x, y, loss)
     for call in (kfac, curvature.ggn_diagonal):
-        with pytest.raises(TypeError, match=r"output is a (tuple|list|dict) of 2 entries, expected one tensor"):
+        with pytest.raises(TypeError, match=r"output has type (tuple|list|dict) with 2 entries, expected one tensor"):
             call(model, MSE, (x, y))
     optimizer = KFAC(model, MSE)
-    with pytest.raises(TypeError, match="of 2 entries, expected one tensor"):
+    with pytest.raises(TypeError, match="with 2 entries, expected one tensor"):
         model(x)
     del optimizer
 
@@ -920,6 +920,11 @@ def test_numbers_that_make_no_sense(options: dict[str, Any], message: str) -> No
         KFAC(nn.Linear(4, 3), CE, **options)
 
 
+def test_a_group_is_torchs() -> None:
+    with pytest.raises(TypeError, match="group is 'x' of type str, expected a ProcessGroup"):
+        KFAC(nn.Linear(4, 3), CE, group="x")  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------- uses and rows that hide from the graph
 class _Energy(nn.Module):
     """An energy, and with it the slope of the energy with respect to the inputs."""
@@ -1367,11 +1372,11 @@ def test_targets_and_data_of_other_kinds() -> None:
     want = kfac(model, CE, (x, y), fisher="empirical")
     found = kfac(model, CE, (x, y.to(torch.uint8)), fisher="empirical")
     assert torch.equal(found["weight"].B, want["weight"].B)
-    with pytest.raises(TypeError, match="targets are a list, expected a tensor"):
+    with pytest.raises(TypeError, match="targets have type list, expected a tensor"):
         kfac(model, CE, (x, [0, 1, 0, 1]))
-    with pytest.raises(TypeError, match="targets are a ndarray, expected a tensor"):
+    with pytest.raises(TypeError, match="targets have type ndarray, expected a tensor"):
         per_example_gradients(model, CE, (x, y.numpy()))
-    with pytest.raises(ValueError, match="inputs are a ndarray without a tensor"):
+    with pytest.raises(ValueError, match="inputs have type ndarray without a tensor"):
         kfac(model, CE, (x.numpy(), y.numpy()))
     with pytest.raises(ValueError, match="data is a tuple of two pairs"):
         kfac(model, CE, ((x, x), (y, y)))

@@ -688,8 +688,8 @@ ONE = lensor.contraction("n -> ", "X")
             FileNotFoundError,
             "the folder no/where does not exist, expected one for x.png",
         ),
-        (lambda: lensor.draw(3), TypeError, "is a int, expected a network"),
-        (lambda: lensor.draw("X"), TypeError, "is a str, expected a network"),
+        (lambda: lensor.draw(3), TypeError, "the object to draw has type int, expected a network"),
+        (lambda: lensor.draw("X"), TypeError, "the object to draw has type str, expected a network"),
         (
             lambda: lensor.contraction("n -> ", "X").draw("net.bmp"),
             ValueError,

@@ -167,7 +167,7 @@ def test_model_that_needs_values_runs_on_the_cpu() -> None:
         ("nothing", "not an import path, expected pkg.mod:factory"),
         ("no.such.module:f", "cannot import no.such.module: ModuleNotFoundError"),
         ("lensor_bench.nets:vgg", "lensor_bench.nets has no vgg"),
-        ("lensor.inspect.catalogue:PAPER", "is a tuple, expected a function or class"),
+        ("lensor.inspect.catalogue:PAPER", "has type tuple, expected a function or class"),
     ],
 )
 def test_what_cannot_be_imported(path: str, words: str) -> None:
@@ -176,10 +176,12 @@ def test_what_cannot_be_imported(path: str, words: str) -> None:
 
 
 def test_what_makes_no_model() -> None:
-    with pytest.raises(CommandError, match="made a dict, expected a torch"):
+    with pytest.raises(CommandError, match="made an object of type dict, expected a torch"):
         convolutions(dict, "dict", (3, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(CommandError, match=r"net cannot run on an input of shape \(4, 8, 8\): RuntimeError"):
         convolutions(lambda: torch.nn.Conv2d(3, 3, 3), "net", (4, 8, 8))
+    with pytest.raises(CommandError, match=r"the factory net failed: ValueError: invalid literal for int"):
+        convolutions(lambda: torch.nn.Conv2d(int("three"), 3, 3), "net", (3, 8, 8))
 
 
 class _Calls(torch.nn.Module):
@@ -243,7 +245,7 @@ def test_models_of_other_dtypes_and_models_that_are_made_already() -> None:
     assert layer.spec == lensor.ConvSpec(2, 3, (5,), 3, bias=True)
     (layer,) = convolutions(lambda: torch.nn.Conv1d(2, 3, 3).to(torch.complex64), "complex", (2, 5))
     assert layer.spec == lensor.ConvSpec(2, 3, (5,), 3, bias=True)
-    with pytest.raises(CommandError, match=r"leaves cannot run on an input of shape .*: SystemExit: 3"):
+    with pytest.raises(CommandError, match="the factory leaves failed: SystemExit: 3"):
         convolutions(_leave, "leaves", (2, 5))
 
 
@@ -276,6 +278,7 @@ def test_convs_of_a_model_of_one_s_own(tmp_path: Path) -> None:
         (["lensor_bench.nets:all_cnn_c"], "--input-shape"),
         (["lensor_bench.nets:all_cnn_c", "--input-shape", "3xabc"], "'3xabc' is not a shape"),
         (["lensor_bench.nets:all_cnn_c", "--input-shape", "4x32x32"], "cannot run on an input of shape (4, 32, 32)"),
+        (["tests.inspect.test_catalogue:_leave", "--input-shape", "3x8x8"], "the factory _leave failed: SystemExit"),
         (["no.module:f", "--input-shape", "3x8x8"], "cannot import no.module: ModuleNotFoundError"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 import lensor
 from examples.demo.models import build
-from lensor.inspect import CommandError, Layer
+from lensor.inspect import CommandError, Layer, errors
 from lensor.inspect.explain import Timing, explained, totals
 from lensor.inspect.exported import exported
 from lensor.inspect.operations import OPERATIONS, PAPER_OPERATIONS
@@ -136,6 +136,22 @@ def test_in_the_terminal() -> None:
     assert "batch 1" in found.output
 
 
+def test_operations_have_their_names_in_functional_too() -> None:
+    found = invoke("explain", "2c2d", "--no-times", "--ops", "conv,conv_weight_vjp_per_example")
+    assert found.exit_code == 0, found.output
+    assert "forward" in found.output
+    assert "per_example_weight_vjp" in found.output
+    assert "kfac" not in found.output
+
+
+def test_a_page_needs_networkx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    find_spec = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "networkx" else find_spec(name))
+    found = invoke("explain", "2c2d", "--html", str(tmp_path / "page.html"))
+    assert found.exit_code == 1
+    assert found.stderr == "lensor: networkx is not installed: pip install networkx\n"
+
+
 def test_of_an_exported_program_without_times(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(network(), (torch.zeros(2, 3, 9, 8),)), tmp_path / "net.pt2")
     html = tmp_path / "net.html"
@@ -160,7 +176,7 @@ def test_transposed_and_one_dimensional_layers_are_measured() -> None:
     [
         (("vgg",), "net is 'vgg', expected one of 3c3d,"),
         (("json:dumps",), "--input-shape is missing"),
-        (("json:dumps", "--input-shape", "3x8x8"), "cannot run"),
+        (("json:dumps", "--input-shape", "3x8x8"), "the factory dumps failed: TypeError"),
         (("nowhere.to:find", "--input-shape", "3x8x8"), "cannot import nowhere.to"),
         (("torch.nn:ReLU", "--input-shape", "3x8x8"), "torch.nn:ReLU has no convolution"),
         (("2c2d", "--kinds", "down-sampling"), "2c2d has no convolution of these kinds"),

@@ -415,7 +415,7 @@ def test_lazy_modules_are_refused_until_they_have_run() -> None:
 
 
 def test_no_model() -> None:
-    with pytest.raises(TypeError, match=r"model is a list, expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model has type list, expected torch\.nn\.Module"):
         convert([torch.nn.Conv2d(1, 1, 1)])  # type: ignore[type-var]
 
 

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -698,6 +699,31 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "n, c_in",
     ),
     (lambda: sampling.conv(torch.ones(1, 2, 5), torch.ones(1, 1, 3), keep={"i1": 0.5}), ValueError, "channels"),
+    (
+        lambda: sampling.conv(np.ones((1, 1, 5)), np.ones((1, 1, 3)), keep={"i1": 0.5}),  # type: ignore[arg-type]
+        TypeError,
+        "input has type ndarray, expected torch.Tensor",
+    ),
+    (
+        lambda: sampling.conv_transpose(torch.ones(1, 1, 5), np.ones((1, 1, 3)), keep={"i1": 0.5}),  # type: ignore[arg-type]
+        TypeError,
+        "weight has type ndarray, expected torch.Tensor",
+    ),
+    (
+        lambda: sampling.linear(torch.ones(2, 3), torch.ones(1, 3), np.ones(1), keep={"n": 0.5}),  # type: ignore[arg-type]
+        TypeError,
+        "bias has type ndarray, expected torch.Tensor",
+    ),
+    (
+        lambda: sampling.linear(torch.ones(2, 4), torch.ones(1, 3), keep={"n": 0.5}),
+        ValueError,
+        r"input has shape \(2, 4\), expected 3 entries along the last axis for weight of shape \(1, 3\)",
+    ),
+    (
+        lambda: sampling.linear(torch.ones(2, 3), torch.ones(3), keep={"n": 0.5}),
+        ValueError,
+        r"weight has shape \(3,\), expected \[c_out, c_in\]",
+    ),
     (lambda: sampling.conv(torch.ones(1, 1, 5) * 1j, torch.ones(1, 1, 3) * 1j, keep={"i1": 0.5}), TypeError, "complex"),
     (
         lambda: sampling.convert(nn.ReLU(), {"i1": 0.5}),
@@ -711,7 +737,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: sampling.convert(nn.Conv1d(1, 1, 3), {"a": {"i1": 0.5}}), ValueError, "keep has layer 'a'"),
     (lambda: sampling.convert(nn.Conv1d(1, 1, 3), {}), TypeError, "expected a mapping"),
-    (lambda: sampling.convert(3, {"i1": 0.5}), TypeError, "model is a int"),  # type: ignore[type-var]
+    (lambda: sampling.convert(3, {"i1": 0.5}), TypeError, "model has type int"),  # type: ignore[type-var]
     (lambda: sampling.convert(nn.LazyConv2d(1, 3), {"i1": 0.5}), ValueError, "is a lazy LazyConv2d"),
     (lambda: _converted(scheme={"z": "fixed"}), ValueError, "scheme has index 'z', expected indices of the layers"),
     (lambda: _converted(scheme=None), TypeError, "scheme is None"),

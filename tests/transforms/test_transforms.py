@@ -338,8 +338,8 @@ def test_rename_split_group_and_regroup() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net: net.jacobian("Z"), r"'Z'.*'X', 'W'"),
-        (lambda net: net.vjp("Z"), r"'Z'.*'X', 'W'"),
+        (lambda net: net.jacobian("Z"), r"operand 'Z' is unknown, expected one of \['X', 'W'\]"),
+        (lambda net: net.vjp("Z"), r"operand 'Z' is unknown, expected one of \['X', 'W'\]"),
         (lambda net: net.narrow("z", 0, 1), r"index 'z' is unknown"),
         (
             lambda net: net.narrow("o1", 0, 99),
@@ -350,7 +350,7 @@ def test_rename_split_group_and_regroup() -> None:
         (lambda net: net.narrow("n", 0, 1), r"net.bind\(n="),
         (lambda net: net.diagonal("o1", "k1"), r"output index 'k1' is unknown"),
         (lambda net: net.diagonal("o1", "o2"), r"'o1' and 'o2' of a diagonal have sizes 3 and 4"),
-        (lambda net: net.keep("o1"), r"summed index 'o1' is unknown"),
+        (lambda net: net.keep("o1"), r"index 'o1' is an output index already, expected a summed index, one of"),
         (lambda net: net.batch("v", ["Z"]), r"operand 'Z' is unknown"),
         (lambda net: net.substitute("Z", net), r"operand 'Z' is unknown"),
         (lambda net: net.substitute("W", net), r"leg 1 of operand 'W'"),
@@ -553,7 +553,7 @@ def test_splitting_goes_through_deltas_and_patterns() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net: net.jvp("Z"), r"'Z'.*'X', 'W'"),
+        (lambda net: net.jvp("Z"), r"operand 'Z' is unknown, expected one of \['X', 'W'\]"),
         (lambda net: net.vjp("W", "X"), r"cotangent 'X' is an operand already, .*: operands are \['X', 'W'\]"),
         (lambda net: net.jvp("W", "X"), r"tangent 'X' is an operand already"),
         (lambda net: net.slice("z", 0, 1), r"index 'z' is unknown, expected one of .*'c_in'"),
@@ -585,7 +585,7 @@ def test_splitting_goes_through_deltas_and_patterns() -> None:
         (lambda net: net.ungroup("i1"), r"output index 'i1' is unknown"),
         (lambda net: net.split("z", {"a": 1}), r"index 'z' is unknown"),
         (lambda net: net.split("n", {"a": 1, "b": None}), r"net\.bind\(n="),
-        (lambda net: net.split("c_out", {"a": None, "b": None}), r"expected sizes with the product 3"),
+        (lambda net: net.split("c_out", {"a": None, "b": None}), r"with 2 entries None, expected at most one"),
         (lambda net: net.split("c_out", {"a": 2, "b": None}), r"expected sizes with the product 3"),
         (lambda net: net.bind(n=-1), r"'n' is -1, expected at least 0"),
         (lambda net: net.scaled(1, {"z": 1}), r"index 'z' is unknown"),

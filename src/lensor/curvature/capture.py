@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given, NoBatchAxisError, given_axis, only_axis
 from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import Node, Reached, inner_nodes, leading_to, tensors_in
-from lensor.curvature.layers import Layer
+from lensor.curvature.layers import Layer, require_known_layers
 from lensor.curvature.trials import find_batch_axes
 from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed
 from lensor.nn.calls import LayerCall
@@ -134,9 +134,11 @@ class Capture(Watch):
         """The batch axes of a model, or None if the user specified the batch axis; see `find_batch_axes`.
 
         Raises:
-            ValueError: if the batch axes cannot be found.
+            ValueError: if the batch axes cannot be found, or if the user specified one for an unknown layer.
         """
-        if given is not None and not isinstance(given, Mapping):
+        if isinstance(given, Mapping):
+            require_known_layers(given, model)
+        elif given is not None:
             return None
         try:
             return find_batch_axes(model, inputs, targets, batch, remember)

@@ -41,10 +41,10 @@ def one_tensor(outputs: Any) -> Tensor:
         return logits
     if isinstance(outputs, (tuple, list)) and len(outputs) == 1 and isinstance(outputs[0], Tensor):
         return outputs[0]
-    size = f" of {len(outputs)} entries" if isinstance(outputs, (tuple, list, Mapping)) else ""
+    size = f" with {len(outputs)} entries" if isinstance(outputs, (tuple, list, Mapping)) else ""
     raise TypeError(
-        f"the model's output is a {type(outputs).__name__}{size}, expected one tensor, or an object with logits: wrap"
-        " the model in a module whose forward pass returns the output that the loss takes"
+        f"the model's output has type {type(outputs).__name__}{size}, expected one tensor, or an object with logits:"
+        " wrap the model in a module whose forward pass returns the output that the loss takes"
     )
 
 
@@ -79,8 +79,8 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     first = inputs if isinstance(inputs, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
     if first is None or first.ndim == 0:
         raise ValueError(
-            f"inputs are a {type(inputs).__name__} without a tensor that has a batch axis, expected a tensor, a tuple"
-            " of arguments or a mapping"
+            f"inputs have type {type(inputs).__name__} without a tensor that has a batch axis, expected a tensor, a"
+            " tuple of arguments or a mapping"
         )
     if len(first) == 1 and not isinstance(inputs, Tensor):
         sizes = [len(one) for one in tree_leaves(list(values)) if isinstance(one, Tensor) and one.ndim]
@@ -114,7 +114,7 @@ def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
     empty = True
     for pair in data:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"data contains a {type(pair).__name__}, expected pairs (inputs, targets)")
+            raise TypeError(f"data contains an object of type {type(pair).__name__}, expected pairs (inputs, targets)")
         empty = False
         yield pair[0], pair[1]
     if empty:

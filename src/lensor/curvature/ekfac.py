@@ -17,9 +17,10 @@ from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.inverses import EigenFactors
-from lensor.curvature.layers import layers_of
+from lensor.curvature.layers import layers_of, require_module
 from lensor.curvature.losses import require_counted
 from lensor.curvature.watching import Targets
+from lensor.errors import require_type
 
 
 @described(SHARED)
@@ -54,21 +55,24 @@ def ekfac(
         21
 
     Raises:
-        TypeError: for a loss, model or data of an unsupported type.
-        ValueError: for an unknown choice, a layer that does not run exactly once, or a model that mixes examples.
+        TypeError: for a loss, model, data or factors of an unsupported type.
+        ValueError: for an unknown choice, factors of another model, a layer that does not run exactly once, or a model
+            that mixes examples.
 
     Equation:
         Λ = Σ_n,v (Q_Bᵀ G Q_A)², where G is the weight gradient of one example for one column, as a matrix (George et
         al., 2018).
     """
-    modules = [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"]
+    require_module(model)
+    require_type(factors, "factors", KroneckerFactors)
     model = unwrapped(model)
-    chosen = layers_of(model, modules)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, shape in factors.shapes.items():
-        if shapes.get(name) != shape:
-            found = shapes.get(name, "no such parameter")
-            raise ValueError(f"the factors of {name!r} have shape {shape}, expected that of the model: {found}")
+        if name not in shapes:
+            raise ValueError(f"factors has {name!r}, expected the factors of this model, which has no such parameter")
+        if shapes[name] != shape:
+            raise ValueError(f"the factors of {name!r} have shape {shape}, expected that of the model: {shapes[name]}")
+    chosen = layers_of(model, [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"])
     refuse_mixing(model)
     check_roots(loss, fisher, mc_samples)
     total = 0.0

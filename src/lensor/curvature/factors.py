@@ -14,7 +14,7 @@ from lensor.conventions import MODEL_CONVENTIONS
 from lensor.curvature.block import Block, block_of, each_factor, require_alike, traces_of
 from lensor.curvature.inverses import EigenFactors, Inverse, require_not_negative
 from lensor.curvature.operators import Operator
-from lensor.errors import require_choice
+from lensor.errors import require_choice, require_type
 
 
 class KroneckerFactors(Operator, Mapping[str, Block]):
@@ -91,6 +91,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                 where B is c times the identity.
 
         Raises:
+            TypeError: for a damping that is not a number.
             ValueError: for a damping that is not positive, an unknown method, or "woodbury" without a stored root.
             torch.linalg.LinAlgError: if a damped factor is not positive definite in its dtype.
         """
@@ -118,6 +119,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         """log det of all blocks with the damping added to the diagonal; -inf if a block is singular without it.
 
         Raises:
+            TypeError: for a damping that is not a number.
             ValueError: for a negative damping.
         """
         require_not_negative(damping)
@@ -203,9 +205,11 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         """Set to decay · self + (1 − decay) · other, in place; roots are concatenated.
 
         Raises:
+            TypeError: if `other` is not KroneckerFactors.
             ValueError: if the other factors have different parameters, blocks, approx, convention or reduction, or if
                 the decay is not between 0 and 1.
         """
+        require_type(other, "other", KroneckerFactors)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}, expected a number between 0 and 1")
         names = ("approx", "convention", "reduction")

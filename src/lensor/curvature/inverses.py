@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Self
 
 import torch
@@ -48,6 +49,7 @@ class EigenFactors(Operator):
         """The damped inverse (self + λI)⁻¹.
 
         Raises:
+            TypeError: for a damping that is not a number.
             ValueError: for a damping that is not positive.
         """
         _require_damping(damping)
@@ -58,6 +60,7 @@ class EigenFactors(Operator):
         """log det with the damping added to the diagonal.
 
         Raises:
+            TypeError: for a damping that is not a number.
             ValueError: for a negative damping.
         """
         require_not_negative(damping)
@@ -197,12 +200,19 @@ def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
     return torch.cholesky_inverse(lower)
 
 
+def _require_number(damping: float) -> None:
+    if not isinstance(damping, (Real, Tensor)):
+        raise TypeError(f"damping is {damping!r} of type {type(damping).__name__}, expected a number")
+
+
 def _require_damping(damping: float) -> None:
+    _require_number(damping)
     if not damping > 0 or not math.isfinite(damping):
         raise ValueError(f"damping is {damping}, expected a positive number")
 
 
 def require_not_negative(damping: float) -> None:
-    """Raise for a negative damping."""
+    """Raise for a damping that is negative or not a number."""
+    _require_number(damping)
     if not damping >= 0 or not math.isfinite(damping):
         raise ValueError(f"damping is {damping}, expected at least 0")

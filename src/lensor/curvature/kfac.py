@@ -19,7 +19,7 @@ from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import layers_of
 from lensor.curvature.losses import require_loss
-from lensor.errors import require_choice
+from lensor.errors import require_choice, require_type
 
 
 @described(SHARED)
@@ -85,7 +85,7 @@ def kfac(
         ['0.weight', '0.bias', '2.weight', '2.bias']
 
     Raises:
-        TypeError: for a loss, model or data of an unsupported type.
+        TypeError: for a loss, model, data or group of an unsupported type.
         ValueError: for an unknown choice or name, tied weights, a layer that does not run exactly once, or a shape
             that does not fit.
         FloatingPointError: if a factor is not finite because an input, weight or loss contains NaN or infinity.
@@ -102,6 +102,8 @@ def kfac(
     require_choice("convention", convention, words(ModelNormalisation))
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
+    if group is not None:
+        require_type(group, "group", dist.ProcessGroup)
     chosen = layers_of(unwrapped(model), layers, strict)
     collected = Collector(chosen, approx, bias == "joint", fisher)
     with running(unwrapped(model)):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -58,6 +59,12 @@ class Layer:
         return repr(self.name) if self.name else "(the model)"
 
 
+def require_module(model: Any) -> None:
+    """Raise TypeError unless the model is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has type {type(model).__name__}, expected torch.nn.Module")
+
+
 def layers_of(
     model: nn.Module,
     layers: Iterable[str] | None = None,
@@ -81,8 +88,7 @@ def layers_of(
         ValueError: for an unknown name, for tied weights unless `shared`, for a model without layers, for complex
             parameters, or, if `strict` or `trainable`, for parametrised layers of unsupported kinds.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    require_module(model)
     found: list[Layer] = []
     unknown: list[str] = []
     # Attention uses the parameters of its last linear layer without calling that layer.
@@ -98,10 +104,12 @@ def layers_of(
             unknown.append(f"{name or '(the model)'} ({type(module).__name__})")
     if layers is not None:
         wanted = [layers] if isinstance(layers, str) else list(layers)
+        if not wanted:
+            raise ValueError("layers is empty, expected at least one name")
         known = {layer.name: layer for layer in found}
         missing = [name for name in wanted if name not in known]
-        if missing:
-            raise ValueError(f"layers has {', '.join(map(repr, missing))}, expected names from {', '.join(known)}")
+        if missing and known:
+            raise ValueError(f"layers has {_listed(missing)}, expected names from {_listed(known)}")
         found = [layer for layer in found if layer.name in wanted]
     elif unknown:
         message = f"curvature is not supported for the parameters of {', '.join(unknown)}"
@@ -110,8 +118,6 @@ def layers_of(
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=_depth())
-    if layers is not None and not found:
-        raise ValueError("layers is empty, expected at least one name")
     if not found:
         raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
     for layer in found:
@@ -127,6 +133,18 @@ def layers_of(
     if not shared:
         _refuse_tied(model, found)
     return found
+
+
+def require_known_layers(names: Iterable[str], model: nn.Module) -> None:
+    """Raise ValueError if `batch_axis` contains a name that is not a convolution or linear layer of the model."""
+    known = [name for name, module in model.named_modules() if isinstance(module, (_Conv, nn.Linear))]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"batch_axis has {_listed(unknown)}, expected names from {_listed(known)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _depth() -> int:

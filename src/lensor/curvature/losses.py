@@ -174,7 +174,7 @@ class LossRoot:
 def require_tensor(targets: Any) -> None:
     """Raise TypeError for targets that torch's losses do not accept."""
     if targets is not None and not isinstance(targets, Tensor):
-        raise TypeError(f"targets are a {type(targets).__name__}, expected a tensor for torch's losses")
+        raise TypeError(f"targets have type {type(targets).__name__}, expected a tensor for torch's losses")
 
 
 def require_counted(total: float) -> float:
@@ -196,11 +196,11 @@ def require_loss(loss: nn.Module) -> None:
         kind = (
             type(loss).__name__
             if not isinstance(loss, known)
-            else f"{type(loss).__name__}, a subclass or a changed instance of a supported loss"
+            else f"{type(loss).__name__}, and is a subclass or a changed instance of a supported loss"
         )
         raise TypeError(
-            f"loss is a {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the Hessian of"
-            " other losses is unknown"
+            f"loss has type {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the"
+            " Hessian of other losses is unknown"
         )
     if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
         raise TypeError(
@@ -215,10 +215,19 @@ def class_weights(loss: nn.CrossEntropyLoss, f: Tensor, targets: Tensor | None) 
     if f.ndim < 2:
         raise ValueError(f"outputs have shape {tuple(f.shape)}, expected [batch, classes, ...]")
     classes, smoothing = f.shape[1], loss.label_smoothing
+    if loss.weight is not None and loss.weight.shape != (classes,):
+        raise ValueError(
+            f"the weight of the loss has shape {tuple(loss.weight.shape)}, expected {(classes,)}: one entry per class"
+        )
     weight = torch.ones(classes, dtype=f.dtype, device=f.device) if loss.weight is None else loss.weight.to(f.dtype)
     if targets is None:
         return f.new_ones((len(f), *f.shape[2:])), float(f[:, 0].numel())
     if targets.is_floating_point():
+        if targets.shape == (len(f), *f.shape[2:]):
+            raise TypeError(
+                f"targets have dtype {targets.dtype} and shape {tuple(targets.shape)}, expected integer class indices"
+                f" (call targets.long()), or class probabilities of shape {tuple(f.shape)}"
+            )
         if targets.shape != f.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(f.shape)}")
         shares = targets * (1 - smoothing) + smoothing / classes

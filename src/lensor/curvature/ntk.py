@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,14 +48,22 @@ def empirical_ntk(
                 [0., 1.]])
 
     Raises:
-        TypeError: for a model of an unsupported type.
+        TypeError: for a model of an unsupported type, or inputs that the model does not take.
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
     model = unwrapped(model)
     targets = Targets(trained(layers_of(model, layers, strict, shared=True, trainable=True), layers))
     refuse_mixing(model)
     with running(model):
-        batch = Batch(model, targets, own(inputs), batch_axis, empty=True, shared=True)
+        try:
+            batch = Batch(model, targets, own(inputs), batch_axis, empty=True, shared=True)
+        except TypeError as error:
+            if isinstance(inputs, (tuple, list)) and not _takes(model, inputs):
+                raise TypeError(
+                    f"inputs is a {type(inputs).__name__} of {len(inputs)} entries, expected the arguments of the"
+                    f" model's forward pass, without targets: {error}"
+                ) from error
+            raise
         batch.check(batch.returned)
         outputs = batch.outputs
         f = outputs.detach()
@@ -82,3 +91,12 @@ def empirical_ntk(
                 flat = sum_of(torch.cat([over_positions(one[use]) for one in stacked]) for use in uses)
                 found += flat @ flat.mT
         return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
+
+
+def _takes(model: nn.Module, arguments: Sequence[Any]) -> bool:
+    """Whether the model's forward pass takes this number of positional arguments."""
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError:
+        return False
+    return True

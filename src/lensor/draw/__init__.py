@@ -181,7 +181,7 @@ def _listed(what: Any) -> Sequence[AnyNetwork]:
     """The networks to draw."""
     nets = [what] if isinstance(what, Verbs) else what
     if not isinstance(nets, Sequence) or isinstance(nets, str):
-        raise TypeError(f"the object to draw is a {type(what).__name__}, expected a network, a plan, or a sequence")
+        raise TypeError(f"the object to draw has type {type(what).__name__}, expected a network, a plan, or a sequence")
     if not nets:
         raise ValueError("the sequence to draw is empty, expected networks")
     for place, one in enumerate(nets):

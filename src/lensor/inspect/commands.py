@@ -100,7 +100,7 @@ def _explain(
     times: bool | None,
 ) -> None:
     """Measure the convolutions of a model unless `times` is False, print the results, and optionally write the page."""
-    require("torch", *(["jinja2"] if html is not None else []))
+    require("torch", *(["jinja2", "networkx"] if html is not None else []))
     from lensor.inspect.explain import explained, totals
 
     ops, wanted = choose("operation", ops, OPERATIONS), choose("kind", kinds, KINDS)

@@ -142,12 +142,15 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
         CommandError: if the model cannot be created or run; the message states the reason in one line.
     """
     failed: BaseException | None = None
+    made = False
     for device, integers in (("meta", False), ("cpu", False), ("cpu", True)):
+        made = False
         try:
             with torch.device(device):
                 model = factory()
+            made = True
             if not isinstance(model, torch.nn.Module):
-                raise CommandError(f"{name} made a {type(model).__name__}, expected a torch.nn.Module")
+                raise CommandError(f"{name} made an object of type {type(model).__name__}, expected a torch.nn.Module")
             if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
                 raise CommandError(f"{name} contains TorchScript, expected a model without it: pass the model itself")
             floating = (one.dtype for one in model.parameters() if one.is_floating_point() or one.is_complex())
@@ -158,6 +161,8 @@ def convolutions(factory: Callable[[], torch.nn.Module], name: str, *input_shape
             raise
         except (Exception, SystemExit) as error:
             failed = failed if integers else error
+    if not made:
+        raise CommandError(f"the factory {name} failed: {in_one_line(failed)}") from failed
     shapes = " and ".join(str(tuple(shape)) for shape in input_shapes)
     given = "an input of shape" if len(input_shapes) == 1 else "inputs of shapes"
     raise CommandError(f"{name} cannot run on {given} {shapes}: {in_one_line(failed)}") from failed
@@ -193,5 +198,5 @@ def import_factory(path: str) -> Callable[..., Any]:
     if isinstance(factory, torch.nn.Module):
         return lambda: factory
     if not callable(factory):
-        raise CommandError(f"{path} is a {type(factory).__name__}, expected a function or class that makes a model")
+        raise CommandError(f"{path} has type {type(factory).__name__}, expected a function or class that makes a model")
     return factory

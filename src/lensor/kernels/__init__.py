@@ -41,7 +41,7 @@ def name_of(array: Any) -> str:
         return "numpy"
     if isinstance(array, numpy.ndarray):
         raise TypeError(_why_not_array(array))
-    raise TypeError(f"an operand is a {_type_name(array)}, expected a NumPy or torch array")
+    raise TypeError(f"an operand has type {_type_name(array)}, expected a NumPy or torch array")
 
 
 def _type_name(array: Any) -> str:
@@ -68,7 +68,7 @@ def _why_not_array(array: Any) -> str:
     if isinstance(array, sys.modules["numpy"].ma.MaskedArray):
         return "an operand is a masked array, expected one without a mask: x.filled(0.0) replaces masked entries by 0"
     return (
-        f"an operand is a {_type_name(array)}, a subclass of NumPy's arrays with another meaning (units, matrix"
+        f"an operand has type {_type_name(array)}, a subclass of NumPy's arrays with another meaning (units, matrix"
         " products), expected a plain array: call numpy.asarray(x)"
     )
 

@@ -56,7 +56,7 @@ def convert(model: Model, inplace: bool = False) -> Model:
         ValueError: if a lazy convolution has not received an input yet, or if the model cannot be copied.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"model has type {type(model).__name__}, expected torch.nn.Module")
     for name, module in _convolutions(model):
         if isinstance(module, LazyModuleMixin):
             raise ValueError(

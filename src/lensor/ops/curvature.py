@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from lensor.choices import Approx, words
-from lensor.errors import require_choice
+from lensor.errors import require_choice, require_type
 from lensor.network import AnyNetwork, Group, Network, Ones, Operand, Pattern, sum_of
 from lensor.network.subscripts import format_legs
 from lensor.ops._legs import Legs
@@ -66,10 +66,11 @@ def kfac_input_factor(spec: ConvSpec, approx: Approx = "expand", *, bias: bool =
          -> g (c_in k1) (c_in_ k1_)
 
     Raises:
-        TypeError: if `spec` is not a ConvSpec.
+        TypeError: if `spec` is not a ConvSpec, or `bias` is not a bool.
         ValueError: if `approx` is unknown.
     """
     require_choice("approx", approx, words(Approx))
+    require_type(bias, "bias", bool)
     patches, rows = _patches_with_one(spec) if bias else _patches(spec)
     positions = Legs(spec).positions[1]
     share = ["n", "g", *(positions if approx == "expand" else [])]

@@ -19,9 +19,9 @@ from lensor.curvature.block import Block
 from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.factors import KroneckerFactors
-from lensor.curvature.layers import Layer, layers_of
+from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.losses import require_loss
-from lensor.errors import require_choice
+from lensor.errors import require_choice, require_type
 from lensor.optim.checkpoint import as_parameters, require_same_form
 from lensor.optim.inversion import Inversion
 from lensor.optim.tracking import Tracker, generator_from
@@ -158,8 +158,9 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"ema is {ema}, expected a number in [0, 1)")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
             raise ValueError(f"fisher is {fisher!r}, expected 'empirical' for a loss whose Hessian depends on targets")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        require_module(model)
+        if group is not None:
+            require_type(group, "group", dist.ProcessGroup)
         self.model = unwrapped(model)
         self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None

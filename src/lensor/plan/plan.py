@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lensor.arguments import by_name
 from lensor.network import AnyNetwork
 from lensor.plan.memory import moved, peak_size
 from lensor.plan.paths import PathCosts
@@ -167,6 +168,7 @@ class Plan:
         """
         return peak_size(self.steps, self.shapes, self.result)
 
+    @by_name("operands")
     def __call__(self, /, **operands: Any) -> Any:
         """Run the plan on arrays from one framework.
 

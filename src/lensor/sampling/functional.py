@@ -417,7 +417,7 @@ def conv(
         (torch.Size([2, 4, 8, 8]), torch.Size([4, 3, 3, 3]))
 
     Raises:
-        TypeError: for complex arrays, or arrays of two dtypes.
+        TypeError: for complex arrays, arrays of two dtypes, or arrays that are not torch tensors.
         ValueError: for an unknown index or scheme, a keep rate outside (0, 1], or arguments that
             `lensor.functional.conv` rejects.
 
@@ -429,6 +429,8 @@ def conv(
         return override(
             conv, (input, weight, bias, *options), padding_mode=padding_mode, **_in_graph(keep, scheme, generator)
         )
+
+    _require_tensors(input, weight, bias)
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return exact.conv(x, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
@@ -492,7 +494,7 @@ def conv_transpose(
         torch.Size([2, 4, 16])
 
     Raises:
-        TypeError: for complex arrays, or arrays of two dtypes.
+        TypeError: for complex arrays, arrays of two dtypes, or arrays that are not torch tensors.
         ValueError: for an unknown index or scheme, a keep rate outside (0, 1], or arguments that
             `lensor.functional.conv_transpose` rejects.
 
@@ -502,6 +504,8 @@ def conv_transpose(
     if (override := override_of(input, weight)) is not None:
         options = (stride, padding, output_padding, groups, dilation)
         return override(conv_transpose, (input, weight, bias, *options), **_in_graph(keep, scheme, generator))
+
+    _require_tensors(input, weight, bias)
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return exact.conv_transpose(x, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -557,19 +561,34 @@ def linear(
         tensor([4., 4., 4., 4., 4.])
 
     Raises:
-        TypeError: for complex arrays.
-        ValueError: for an unknown index or scheme, or a keep rate outside (0, 1].
+        TypeError: for complex arrays, or arrays that are not torch tensors.
+        ValueError: for an unknown index or scheme, a keep rate outside (0, 1], or shapes that do not fit.
 
     Equation:
         §5.2 of the paper, applied to the matrix product `n c_out, n c_in -> c_out c_in`.
     """
     if (override := override_of(input, weight)) is not None:
         return override(linear, (input, weight, bias), **_in_graph(keep, scheme, generator))
+    _require_tensors(input, weight, bias)
     forward = torch.nn.functional.linear
-    if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1] or is_exporting():
-        return forward(input, weight, bias)  # raises the error for invalid arguments
+    if is_exporting():
+        return forward(input, weight, bias)
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [c_out, c_in]")
+    if input.ndim < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)}, expected {weight.shape[1]} entries along the last axis for weight"
+            f" of shape {tuple(weight.shape)}"
+        )
     bilinear = linear_map(weight.shape[1], weight.shape[0], max(input.ndim, 2))
     return batched(lambda x: apply(bilinear, forward, x, weight, bias, keep, scheme, generator), input, 2)
+
+
+def _require_tensors(input: Any, weight: Any, bias: Any) -> None:
+    """Raise TypeError unless all arrays are torch tensors."""
+    for name, array in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(array, Tensor) and not (name == "bias" and array is None):
+            raise TypeError(f"{name} has type {type(array).__name__}, expected torch.Tensor")
 
 
 def _in_graph(keep: Keep, scheme: Scheme, generator: torch.Generator | None) -> dict[str, Any]:

@@ -416,7 +416,7 @@ def convert(
             layer name, a lazy module, or a model that cannot be copied.
     """
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"model has type {type(model).__name__}, expected torch.nn.Module")
     if not isinstance(keep, Mapping) or not keep:
         raise TypeError(f"keep is {keep!r}, expected a mapping of indices to rates, e.g. {{'i1': 0.5}}")
     require_scheme(scheme)

@@ -13,24 +13,14 @@ P = ParamSpec("P")
 
 
 def transform(
-    function: Callable[Concatenate[Network, P], AnyNetwork | None],
+    function: Callable[Concatenate[Network, P], AnyNetwork],
 ) -> Callable[Concatenate[AnyNetwork, P], Any]:
-    """Turn a transform of networks into one that also applies to each term of a sum.
-
-    The transform returns None if its term becomes zero. If all terms become zero, the call raises NetworkError.
-    """
+    """Turn a transform of networks into one that also applies to each term of a sum."""
 
     @wraps(function)
     def apply(net: AnyNetwork, *args: P.args, **kwargs: P.kwargs) -> AnyNetwork:
         results = [function(term, *args, **kwargs) for term in net.terms]
-        terms = [term for result in results if result is not None for term in result.terms]
-        if not terms:
-            arguments = ", ".join([*(repr(value) for value in args), *(f"{k}={v!r}" for k, v in kwargs.items())])
-            raise NetworkError(
-                f"{function.__name__}({arguments}) is zero or not defined on {net}: operands are "
-                f"{list(net.operand_names)}, indices are {sorted(net.sizes)}"
-            )
-        return sum_of(terms)
+        return sum_of([term for result in results for term in result.terms])
 
     return apply
 

@@ -268,6 +268,10 @@ def keep(net: Network, index: str, position: int = 0) -> Network:
         NetworkError: if the index is not a summed index, or the position is not between 0 and the number of output
             legs.
     """
+    if index in net.output_indices:
+        raise NetworkError(
+            f"index {index!r} is an output index already, expected a summed index, one of {list(net.inner_indices)}"
+        )
     require_index(net, index, net.inner_indices, "summed index")
     legs = list(net.output)
     at = as_integer(position, "position")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lensor.errors import NetworkError
 from lensor.network import AnyNetwork, Delta, Group, Network, Node, Ones, Operand, indices_of, sum_of
-from lensor.transforms._transform import transform
+from lensor.transforms._transform import require_operand
 from lensor.transforms.indices import contract_deltas
 
 
@@ -13,11 +13,12 @@ def _occurrences(net: Network, name: str) -> list[int]:
 
 
 def _require_array(net: AnyNetwork, name: str) -> None:
+    require_operand(net, name)
     if name in net.selections:
         raise NetworkError(f"operand {name!r} is a selection, expected an array: positions have no derivative")
 
 
-def _require_new(net: Network, name: str, argument: str) -> None:
+def _require_new(net: AnyNetwork, name: str, argument: str) -> None:
     if name in net.operand_names:
         raise NetworkError(
             f"{argument} {name!r} is an operand already, expected a new name: operands are {list(net.operand_names)}"
@@ -51,8 +52,7 @@ def cut(net: Network, at: int, output: tuple[Group, ...], extra: tuple[Node, ...
     return contract_deltas(Network.make(nodes, (*output, *legs), sizes, net.scale))
 
 
-@transform
-def jacobian(net: Network, operand: str) -> AnyNetwork | None:
+def jacobian(net: AnyNetwork, operand: str) -> AnyNetwork:
     """The Jacobian with respect to an operand, with the output legs followed by the operand's legs.
 
     If the operand occurs more than once, the result is a sum with one term per occurrence, by the product rule. If you
@@ -67,12 +67,11 @@ def jacobian(net: Network, operand: str) -> AnyNetwork | None:
         NetworkError: if the operand does not exist, or is a selection.
     """
     _require_array(net, operand)
-    terms = [term for at in _occurrences(net, operand) for term in cut(net, at, net.output).terms]
-    return sum_of(terms) if terms else None
+    found = [cut(term, at, term.output) for term in net.terms for at in _occurrences(term, operand)]
+    return sum_of([term for one in found for term in one.terms])
 
 
-@transform
-def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
+def vjp(net: AnyNetwork, operand: str, cotangent: str = "V") -> AnyNetwork:
     """The vector-Jacobian product: the Jacobian contracted with a new operand `cotangent` with the legs of the output.
 
     Example:
@@ -85,13 +84,15 @@ def vjp(net: Network, operand: str, cotangent: str = "V") -> AnyNetwork | None:
     """
     _require_array(net, operand)
     _require_new(net, cotangent, "cotangent")
-    vector = Operand(cotangent, net.output)
-    terms = [term for at in _occurrences(net, operand) for term in cut(net, at, (), (vector,)).terms]
-    return sum_of(terms) if terms else None
+    found = [
+        cut(term, at, (), (Operand(cotangent, term.output),))
+        for term in net.terms
+        for at in _occurrences(term, operand)
+    ]
+    return sum_of([term for one in found for term in one.terms])
 
 
-@transform
-def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
+def jvp(net: AnyNetwork, operand: str, tangent: str = "T") -> AnyNetwork:
     """The Jacobian-vector product: replace the operand by a new operand `tangent`, one occurrence at a time.
 
     Example:
@@ -104,8 +105,9 @@ def jvp(net: Network, operand: str, tangent: str = "T") -> AnyNetwork | None:
     """
     _require_array(net, operand)
     _require_new(net, tangent, "tangent")
-    terms = []
-    for at in _occurrences(net, operand):
-        nodes = (*net.nodes[:at], Operand(tangent, net.nodes[at].legs), *net.nodes[at + 1 :])
-        terms.append(net.replace(nodes=nodes))
-    return sum_of(terms) if terms else None
+    found = []
+    for term in net.terms:
+        for at in _occurrences(term, operand):
+            nodes = (*term.nodes[:at], Operand(tangent, term.nodes[at].legs), *term.nodes[at + 1 :])
+            found.append(term.replace(nodes=nodes))
+    return sum_of(found)

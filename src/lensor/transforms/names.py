@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
-from lensor.errors import NetworkError
+from lensor.errors import NetworkError, require_type
 from lensor.network import AnyNetwork, Group, Network, Operand, Scale, sum_of
 from lensor.network.subscripts import format_legs, parse_subscripts, spread_over_deltas
 from lensor.pattern import as_integer
@@ -163,15 +163,19 @@ def split(net: Network, index: str, sizes: Mapping[str, int | None]) -> Network:
         X[n (g c)] -> (g c) n
 
     Raises:
-        NetworkError: if the index is unknown or has no size, a new name is already in use, or the product of the sizes
-            is not the size of the index.
+        TypeError: if `sizes` is not a mapping, or a size is not an integer.
+        NetworkError: if the index is unknown or has no size, a new name is already in use, several sizes are None, or
+            the product of the sizes is not the size of the index.
     """
     require_index(net, index)
+    require_type(sizes, "sizes", Mapping)
     size = require_size(net, index)
     known = [as_integer(part, f"the size of {name!r}") for name, part in sizes.items() if part is not None]
     holes = len(sizes) - len(known)
+    if holes > 1:
+        raise NetworkError(f"sizes is {dict(sizes)} with {holes} entries None, expected at most one")
     product = math.prod(known)
-    if holes > 1 or (holes and (product == 0 or size % product)) or (not holes and product != size):
+    if (holes and (product == 0 or size % product)) or (not holes and product != size):
         raise NetworkError(f"sizes is {dict(sizes)}, expected sizes with the product {size}, the size of {index!r}")
     for name in sizes:
         if name in net.sizes and name != index:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +46,15 @@ def _multiple(step: s.Multiple) -> Callable[[np.ndarray], np.ndarray]:
 
 def _add(step: s.Add) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return lambda a, b: np.add(a, b, out=a) if step.owned and a.flags.writeable else a + b
+
+
+def _add_at(step: s.AddAt) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def add_at(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        a = a if step.owned and a.flags.writeable else a.copy()
+        a[step.part(b.shape)] += b
+        return a
+
+    return add_at
 
 
 def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
@@ -118,7 +126,7 @@ def _overlap_add(step: s.OverlapAdd) -> Callable[[np.ndarray], np.ndarray]:
     return overlap_add
 
 
-def _matmul(step: s.MatMul | s.Gram | s.PatchGram) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _matmul(step: s.MatMul | s.Gram) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     if step.factor == 1:
         return np.matmul
     factor = float(step.factor)
@@ -134,29 +142,6 @@ def _matmul(step: s.MatMul | s.Gram | s.PatchGram) -> Callable[[np.ndarray, np.n
 def _gram(step: s.Gram) -> Callable[[np.ndarray], np.ndarray]:
     multiply = _matmul(step)
     return lambda x: multiply(x, x.swapaxes(-1, -2))
-
-
-def _patch_gram(step: s.PatchGram) -> Callable[[np.ndarray], np.ndarray]:
-    """Compute the definition with strided views of patches and one product, as a reference for sums over lags."""
-    dims, multiply = len(step.patterns), _matmul(step)
-
-    def patch_gram(x: np.ndarray) -> np.ndarray:
-        n, g, c = x.shape[:3]
-        for axis, pattern in enumerate(step.patterns, start=3):
-            length = pattern.output_size + pattern.dilation * (pattern.kernel_size - 1)
-            left = pattern.padding[0]
-            right = length - pattern.input_size - left
-            widths = [(0, 0)] * x.ndim
-            widths[axis] = (max(left, 0), max(right, 0))
-            x = np.pad(x, widths)
-            start = max(-left, 0)
-            x = x[(*[slice(None)] * axis, slice(start, start + length))]
-            x = _window(s.Window((0,), axis, pattern.output_size, pattern.kernel_size, 1, pattern.dilation))(x)
-        order = [1, 2, *range(3 + dims, 3 + 2 * dims), 0, *range(3, 3 + dims)]
-        rows = x.transpose(order).reshape(g, c * math.prod(step.kernel), -1)
-        return multiply(rows, rows.swapaxes(-1, -2)).reshape(step.shape([(n, g, c)]))
-
-    return patch_gram
 
 
 def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -225,11 +210,12 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Multiply: lambda step: np.multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
-    s.PatchGram: _patch_gram,
+    s.Flip: lambda step: lambda x: np.flip(x, step.axes),
     s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
     s.Convolution: _convolution,
     s.SumSquares: _sum_squares,
     s.Add: _add,
+    s.AddAt: _add_at,
     s.Multiple: _multiple,
 }
 

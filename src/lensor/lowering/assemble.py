@@ -53,8 +53,12 @@ def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
     factors = Counter(term.scale.factor for term in net.terms)
     common, count = factors.most_common(1)[0]
     later = common if common and count > 1 else _ONE
-    value = _added(program, [_lower_term(program, term, strategy, later) for term in net.terms])
-    return value if later == 1 else program.scaled(value, later)
+    values = [_lower_term(program, term, strategy, later) for term in net.terms]
+    if later == 1:
+        return _added(program, values)
+    if all(map(program.is_scaled_for_free, values)):
+        return _added(program, [program.scaled(value, later) for value in values])
+    return program.scaled(_added(program, values), later)
 
 
 def _lower_term(program: Program, term: Network, strategy: Strategy, later: Fraction) -> int:
@@ -101,8 +105,14 @@ def _finish(state: State, tensor: Tensor) -> int:
 
 def _added(program: Program, values: Sequence[int]) -> int:
     result = values[0]
+    final = program.shapes[result]
     for value in values[1:]:
-        result = program.add(s.Add((result, value)))
+        part, shape, starts = program.unpadded(value)
+        if program.shapes[part] == shape:
+            result = program.add(s.Add((result, value)))
+        else:
+            result = program.add(s.AddAt((program.reshape(result, shape), part), starts))
+            result = program.reshape(result, final)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lensor.lowering.state import Leg, State, Tensor, has_repeats
 from lensor.lowering.windows import length_of
@@ -158,6 +158,13 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
         order = [*group, *inner, *free_two] if adjoint else [*group, *free_two, *inner]
         right = state.matrix(two, [*order, *second], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two))
         shape, indices = (f1, g * f2), [*free_one, *group, *free_two]
+    half = None
+    if gradient and (left, f1) == (right, f2):
+        half = next((axis for axis, one in enumerate(dimensions) if one.result > 1), None)
+        if half is not None and all(map(_is_symmetric, dimensions, sizes_one)):
+            dimensions[half] = _from_middle(dimensions[half], sizes_one[half])
+        else:
+            half = None
     for axis, dimension in enumerate(dimensions, start=2):
         if dimension.shift is not None:
             left = state.shifted(left, axis, *dimension.shift)
@@ -171,6 +178,8 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
         (*shape, *(dimension.result for dimension in dimensions)),
     )
     value = state.program.add(step)
+    if half is not None:
+        value = _mirrored(state, value, g, half)
     for axis, dimension in enumerate(dimensions, start=2):
         if dimension.crop is not None:
             value = state.shifted(value, axis, *dimension.crop)
@@ -178,6 +187,41 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     new = Tensor(state.program.reshape(value, state.shape(indices)), tuple(indices))
     state.set([*rest, new], [node for node in state.patterns if all(node is not other for other in nodes)])
     return True
+
+
+def _is_symmetric(dimension: _Dimension, size: int) -> bool:
+    """Whether the results of a gradient at the positions m and −m from the middle belong together.
+
+    This is the case if both tensors have the same number of positions and the padding is that of "same".
+    """
+    middle, odd = divmod(dimension.result, 2)
+    left, length = dimension.shift or (-dimension.padding, size + 2 * dimension.padding)
+    reach = dimension.dilation * middle
+    return odd == 1 and dimension.stride == 1 and (left, length) == (-reach, size + 2 * reach)
+
+
+def _from_middle(dimension: _Dimension, size: int) -> _Dimension:
+    """The part of a symmetric dimension from the middle on."""
+    middle = dimension.result // 2
+    return replace(dimension, padding=0, result=middle + 1, shift=(0, size + dimension.dilation * middle))
+
+
+def _mirrored(state: State, value: int, groups: int, axis: int) -> int:
+    """Complete the gradient of a convolution of a tensor with itself, which was computed from the middle of an axis on.
+
+    Σ_i x_a[i] x_b[i+m] = Σ_i x_b[i] x_a[i−m], so the other half has the channels exchanged and all positions reversed.
+    """
+    program = state.program
+    channels, _, *sizes = program.shapes[value]
+    if sizes[axis] == 1:
+        return value
+    rank = len(sizes)
+    split = program.reshape(value, (groups, channels // groups, channels // groups, *sizes))
+    other = program.transpose(split, (0, 2, 1, *range(3, 3 + rank)))
+    other = program.reshape(other, program.shapes[value])
+    other = program.along(s.Slice((other,), 2 + axis, 1, 1, sizes[axis] - 1))
+    other = program.add(s.Flip((other,), tuple(range(2, 2 + rank))))
+    return program.add(s.Concat((other, value), 2 + axis))
 
 
 def _whole_axes(tensor: Tensor, spatial: set[str], pool: list[str], room: int) -> list[str]:

@@ -14,12 +14,13 @@ from typing import TypeAlias
 from lensor.lowering.contraction import Contraction
 from lensor.lowering.convolutions import convolve, convolve_forward
 from lensor.lowering.crops import read_crops, read_crops_late
-from lensor.lowering.lags import take_patch_grams
 from lensor.lowering.products import added_up, broadcast
 from lensor.lowering.sampled import place_chosen, read_chosen
 from lensor.lowering.state import State
+from lensor.lowering.toeplitz import read_toeplitz
 from lensor.lowering.windows import overlap_add, read_windows, split_modes, without_table
 from lensor.network import AnyNetwork, Operand, Pattern
+from lensor.simplification.lags import has_lags, lags
 from lensor.simplification.recompose import compose, share, undo
 
 Stage: TypeAlias = Callable[[State], None]
@@ -96,7 +97,7 @@ STRATEGIES = (
     ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_patterns),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
-    Strategy("lags", (*_START, read_crops, take_patch_grams, read_windows), _VIEWS, applies=_has_copies),
+    Strategy("lags", (*_START, read_crops, convolve, read_toeplitz, read_windows), _VIEWS, (lags,), has_lags),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,29 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.index_select(step.axis, _reads(step.pattern, x))
 
 
+_FEW = 128
+"""Up to this many positions are copied one after another, which is faster than `torch.flip` if they are few."""
+
+
+def _flip(step: s.Flip) -> Callable[[torch.Tensor], torch.Tensor]:
+    def flip(x: torch.Tensor) -> torch.Tensor:
+        sizes = [x.shape[axis] for axis in step.axes]
+        if math.prod(sizes) > _FEW or not may_write(x):
+            return x.flip(step.axes)
+        out = x.new_empty(x.shape)
+        where: list[Any] = [slice(None)] * x.ndim
+        for places in itertools.product(*map(range, sizes)):
+            for axis, place in zip(step.axes, places, strict=True):
+                where[axis] = place
+            target = out[tuple(where)]
+            for axis, place, size in zip(step.axes, places, sizes, strict=True):
+                where[axis] = size - 1 - place
+            target.copy_(x[tuple(where)])
+        return out
+
+    return flip
+
+
 def _reads(crop: IndexPattern, like: torch.Tensor) -> torch.Tensor:
     """The input position that each output position of a crop reads, in any padding mode except zeros."""
     places = torch.arange(crop.output_size, device=like.device) * crop.stride - crop.padding[0]
@@ -150,6 +173,19 @@ def _add(step: s.Add) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if step.owned:
         return lambda a, b: a.add_(b) if may_write(a) and may_write(b) else a + b
     return torch.add
+
+
+def _add_at(step: s.AddAt) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def add_at(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not (may_write(a) and may_write(b)):
+            ends = zip(step.starts, a.shape, b.shape, strict=True)
+            widths = [width for start, size, part in ends for width in (size - part - start, start)]
+            return a + torch.nn.functional.pad(b, widths[::-1])
+        a = a if step.owned else a.clone()
+        a[step.part(b.shape)].add_(b)
+        return a
+
+    return add_at
 
 
 _MANY = 256
@@ -243,133 +279,6 @@ def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: f
         torch.addmm(out[place], a[place], b[place].mT, beta=0, alpha=factor, out=out[place])
 
 
-Lags = dict[s.Shape, torch.Tensor]
-"""For each lag, the products of channels, [g, block, block]."""
-
-
-def _patch_gram(step: s.PatchGram) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Compute the products for all lags, one pair of channel blocks at a time, followed by the border corrections.
-
-    Channels are on the last axis, and the positions form one row with zeros after each axis, so a lag is an offset in
-    the row. In addition to the result, the row and the products of two blocks for all lags are in memory.
-    """
-    dims, kernel, pad, factor = len(step.patterns), step.kernel, step.pad, float(step.factor)
-    dilation = tuple(pattern.dilation for pattern in step.patterns)
-    lags, borders = step.lags(), step.borders()
-    whole = s.Border((), 1, tuple(itertools.product(*map(range, kernel))), lags[0], tuple(2 * k - 1 for k in kernel))
-    places = {border: _places(border, whole.offsets) for border in (whole, *borders)}
-
-    def of_rows(row: torch.Tensor, strides: Sequence[int], one: slice, two: slice) -> Lags:
-        """Compute Σ x[i] x[i + lag] for two channel blocks and every lag: [g, block, block]."""
-        length = row.shape[1]
-        found: Lags = {}
-        for lag in lags:
-            offset = sum(d * every * s for d, every, s in zip(lag, dilation, strides, strict=True))
-            back = tuple(-d for d in lag)
-            if one == two and back in found:
-                found[lag] = found[back].mT
-                continue
-            first = row[:, max(-offset, 0) : length - max(offset, 0), one]
-            second = row[:, max(offset, 0) : length - max(-offset, 0), two]
-            # With one channel per group, use a dot product.
-            found[lag] = (first * second).sum(1, keepdim=True) if row.shape[2] == 1 else first.mT @ second
-        return found
-
-    def of_lines(body: torch.Tensor, sizes: Sequence[int], one: slice, two: slice, border: s.Border) -> Lags:
-        """Compute the sums of `of_rows` over the positions of a border, for the lags that the border affects."""
-        own, around = body[..., one], body[..., two]
-        fixed = dict(border.fixed)
-        free = [axis for axis in range(dims) if axis not in fixed]
-        for axis, position in fixed.items():
-            own = own.narrow(2 + axis, position, 1)
-            start = position + border.low[axis] * dilation[axis]
-            around = _spread(around, 2 + axis, sizes[axis], start, dilation[axis], border.count[axis])
-        for axis in free:
-            own = own.narrow(2 + axis, 0, sizes[axis])
-            around = _padded(around, 2 + axis, pad[axis], 0).unfold(2 + axis, 2 * pad[axis] + 1, 1)
-            around = around[..., :: dilation[axis]]
-        along = [2 + axis if axis in fixed else 3 + dims + free.index(axis) for axis in range(dims)]
-        around = around.permute(0, 1, *(2 + axis for axis in free), *along, 2 + dims)  # positions, lags, block
-        around = around.reshape(own.shape[0], -1, math.prod(border.count) * around.shape[-1])
-        products = own.reshape(own.shape[0], -1, own.shape[-1]).mT @ around
-        every = itertools.product(*(range(low, low + n) for low, n in zip(border.low, border.count, strict=True)))
-        return dict(zip(every, products.unflatten(2, (math.prod(border.count), -1)).unbind(2), strict=True))
-
-    def collect(found: Lags, border: s.Border, views: Any, entries: dict[tuple[int, int], torch.Tensor]) -> None:
-        """Write the products for every pair of offsets to the result's views, or to `entries` if `views` is None."""
-        for k, second, lag in places[border]:
-            if views is None:
-                known = entries.get((k, second))
-                entries[k, second] = found[lag] if known is None else known.add(found[lag], alpha=border.sign)
-            elif border.fixed:
-                views[k][second].add_(found[lag], alpha=border.sign)
-            else:
-                views[k][second].copy_(found[lag])
-
-    def patch_gram(x: torch.Tensor) -> torch.Tensor:
-        n, g, c, *sizes = x.shape
-        writes = may_write(x)
-        x = x.permute(1, 0, *range(3, 3 + dims), 2)  # [g, n, *positions, c]
-        if writes:  # torch's padding does not always return row-major order
-            body = x.new_zeros((g, n, *map(sum, zip(sizes, pad, strict=True)), c))
-            body[(slice(None), slice(None), *map(slice, sizes))] = x
-        else:
-            behind = [0, 0, *(width for axis in reversed(range(dims)) for width in (0, pad[axis]))]
-            body = torch.nn.functional.pad(x, behind)
-        row = body.reshape(g, -1, c)
-        strides = [math.prod(body.shape[3 + axis : 2 + dims]) for axis in range(dims)]
-        blocks = step.blocks(c) if writes else 1
-        bounds = [c * at // blocks for at in range(blocks + 1)]
-        parts = [slice(low, high) for low, high in itertools.pairwise(bounds)]
-        size = len(whole.offsets)
-        result = x.new_empty((g, c, size, c, size) if writes else (0,) * 5)
-        by_offsets = result.permute(2, 4, 0, 1, 3)
-        entries: dict[tuple[int, int], torch.Tensor] = {}
-        for at, one in enumerate(parts):
-            for two in parts[at:]:
-                views = [of_k.unbind() for of_k in by_offsets[:, :, :, one, two].unbind()] if writes else None
-                collect(of_rows(row, strides, one, two), whole, views, entries)
-                for border in borders:
-                    collect(of_lines(body, sizes, one, two, border), border, views, entries)
-                if one != two:
-                    result[:, two, :, one].copy_(result[:, one, :, two].permute(0, 3, 4, 1, 2))
-        if not writes:
-            rows = [torch.stack([entries[k, second] for second in range(size)], -1) for k in range(size)]
-            result = torch.stack(rows, 2)
-        if factor != 1:
-            result = result.mul_(factor) if writes else result * factor
-        return result.reshape(g, c, *kernel, c, *kernel)
-
-    return patch_gram
-
-
-def _places(border: s.Border, offsets: Sequence[s.Shape]) -> list[tuple[int, int, s.Shape]]:
-    """For each pair of offsets (k, l) that a border affects, the places of k and l and their lag."""
-    numbers = {k: at for at, k in enumerate(offsets)}
-    return [
-        (numbers[k], at, tuple(b - a for a, b in zip(k, second, strict=True)))
-        for k in border.offsets
-        for at, second in enumerate(offsets)
-    ]
-
-
-def _padded(x: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tensor:
-    return torch.nn.functional.pad(x, [*[0, 0] * (x.ndim - 1 - axis), before, behind]) if before or behind else x
-
-
-def _spread(x: torch.Tensor, axis: int, size: int, start: int, every: int, count: int) -> torch.Tensor:
-    """Take `count` positions start, start + every, ... of an axis, with zeros outside 0 to size − 1."""
-    low = min(max(-(start // every), 0), count)
-    high = max(min((size - 1 - start) // every + 1, count), low)
-    if high == low:
-        shape = list(x.shape)
-        shape[axis] = count
-        return x.new_zeros(shape)
-    x = x.narrow(axis, start + low * every, (high - low - 1) * every + 1)
-    x = x[(slice(None),) * axis + (slice(None, None, every),)]
-    return _padded(x, axis, low, count - high)
-
-
 _CONVOLUTIONS = (None, torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 
 
@@ -430,10 +339,11 @@ STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Multiply: lambda step: _multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
-    s.PatchGram: _patch_gram,
+    s.Flip: _flip,
     s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
     s.Convolution: _convolution,
     s.SumSquares: _sum_squares,
     s.Add: _add,
+    s.AddAt: _add_at,
     s.Multiple: _multiple,
 }

@@ -5,23 +5,23 @@ To add a step, define it in one of these files and add a function that runs it t
 
 from lensor.plan.steps.base import SCATTERED, Laid, Rate, Shape, Step, Strides, contiguous, with_axis
 from lensor.plan.steps.convolution import Convolution
-from lensor.plan.steps.moves import Concat, Gather, Pad, Pick, Read, Stuff, Through
-from lensor.plan.steps.patch_gram import Border, PatchGram
+from lensor.plan.steps.moves import Concat, Flip, Gather, Pad, Pick, Read, Stuff, Through
 from lensor.plan.steps.products import Gram, MatMul, Multiply
 from lensor.plan.steps.sources import Constant, Fill, Identity, Input, Positions
-from lensor.plan.steps.sums import Add, Multiple, OverlapAdd, Put, ScatterAdd, SumAxes, SumSquares
+from lensor.plan.steps.sums import Add, AddAt, Multiple, OverlapAdd, Put, ScatterAdd, SumAxes, SumSquares
 from lensor.plan.steps.views import Diagonal, Expand, Reshape, Slice, Transpose, Window
 
 __all__ = [
     "SCATTERED",
     "Add",
-    "Border",
+    "AddAt",
     "Concat",
     "Constant",
     "Convolution",
     "Diagonal",
     "Expand",
     "Fill",
+    "Flip",
     "Gather",
     "Gram",
     "Identity",
@@ -32,7 +32,6 @@ __all__ = [
     "Multiply",
     "OverlapAdd",
     "Pad",
-    "PatchGram",
     "Pick",
     "Positions",
     "Put",

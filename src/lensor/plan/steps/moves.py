@@ -159,3 +159,18 @@ class Concat(Step):
 
     def settings(self) -> str:
         return f"axis {self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
+class Flip(Step):
+    """The positions of some axes in reverse order."""
+
+    name: ClassVar[str] = "flip"
+    computes: ClassVar[bool] = False
+    axes: tuple[int, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0]
+
+    def settings(self) -> str:
+        return f"axes {self.axes}"

@@ -131,6 +131,39 @@ class Add(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class AddAt(Step):
+    """The first array, with the second, which is smaller, added to the part that begins at `starts`."""
+
+    name: ClassVar[str] = "add at"
+    starts: Shape
+    owned: bool = False
+    """Whether no other step uses the first array, so that the second array may be added to it in place."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        return shapes[0]
+
+    def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
+        return math.prod(shapes[1])
+
+    def part(self, small: Shape) -> tuple[slice, ...]:
+        """The part of the first array to which an array of shape `small` is added."""
+        return tuple(slice(start, start + size) for start, size in zip(self.starts, small, strict=True))
+
+    def settings(self) -> str:
+        return f"from {self.starts}"
+
+    @property
+    def in_place(self) -> bool:
+        return self.owned
+
+    def owning(self) -> Step:
+        return replace(self, owned=True)
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        return (3 + SCATTERED) * math.prod(taken[1].shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Multiple(Step):
     """The product of a number and an array."""
 

@@ -16,6 +16,8 @@ import gc
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +116,22 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+_BUSY = "import os, sys\nparent = int(sys.argv[1])\nwhile os.getppid() == parent:\n    sum(range(100_000))"
+
+
+@contextmanager
+def neighbours(per_core: int) -> Iterator[None]:
+    """Keep each core busy with this many other processes within the `with` block; they end with this process, too."""
+    command = [sys.executable, "-c", _BUSY, str(os.getpid())]
+    running = [subprocess.Popen(command) for _ in range(per_core * (os.cpu_count() or 1))]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def interleaved(

@@ -20,7 +20,7 @@ from lensor.inspect.layers import KINDS, Layer
 from lensor.inspect.operations import OPERATIONS, Operation
 from lensor.planner import processor
 from lensor_bench.implementations import IMPLEMENTATIONS, STANDARD, Implementation
-from lensor_bench.measure import Call, bytes_of, extra_bytes, interleaved, relative_error, threads
+from lensor_bench.measure import Call, bytes_of, extra_bytes, interleaved, neighbours, relative_error, threads
 from lensor_bench.results import OK, Found, Machine, ResultsFile, Row, Setting
 from lensor_bench.settings import Settings
 
@@ -90,7 +90,7 @@ class Bench:
 
     def run(self, results: ResultsFile) -> Iterator[Case]:
         """Measure and record the missing rows; yields each case before it is measured."""
-        with threads(self.settings.threads), _memory_limit(self.device):
+        with threads(self.settings.threads), _memory_limit(self.device), neighbours(self.settings.neighbours):
             for case, missing in self.pending(results):
                 yield case
                 results.append(self.measure(case, missing))
@@ -108,7 +108,7 @@ class Bench:
         calls: dict[str, Call] = {}
         expected: torch.Tensor | None = None
         try:
-            operands = self._operands(case)
+            operands = self.operands(case)
         except Exception as error:  # out of memory
             return {one.name: _failure(error) for one in implementations}
         for one in dict.fromkeys((IMPLEMENTATIONS[STANDARD], *implementations)):
@@ -131,7 +131,8 @@ class Bench:
         del expected
         return self._timed(calls, found)
 
-    def _operands(self, case: Case) -> dict[str, torch.Tensor]:
+    def operands(self, case: Case) -> dict[str, torch.Tensor]:
+        """The operands of a case, with entries that depend only on its convolution."""
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(repr(case.layer.spec).encode()))
         kind = {"device": self.device, "dtype": getattr(torch, self.setting.dtype), "generator": generator}
         shapes = case.operation.shapes(case.layer.spec, self.setting.batch, self.setting.columns)

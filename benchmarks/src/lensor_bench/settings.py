@@ -22,6 +22,7 @@ class Settings:
         limit: maximum number of convolutions to measure, from the first on.
         repeats: maximum number of rounds.
         seconds: time budget for each implementation, spent in at least three rounds.
+        neighbours: number of other processes that keep each core busy meanwhile.
     """
 
     operations: tuple[str, ...] = ()
@@ -36,3 +37,4 @@ class Settings:
     limit: int | None = None
     repeats: int = 20
     seconds: float = 0.3
+    neighbours: int = 0

@@ -12,7 +12,8 @@ def add_commands(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
     group.callback()(bench.bench)
     for command in (
-        *(bench.overhead, bench.growth, models.models, models.steps, models.training, models.sampling, bench.report),
+        *(bench.candidates, bench.overhead, bench.growth, bench.report),
+        *(models.models, models.steps, models.training, models.sampling),
     ):
         group.command()(command)
     app.add_typer(group, name="bench")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Column, Table
 
 from lensor.inspect.catalogue import NETS
@@ -19,6 +20,10 @@ from lensor_bench.commands.shared import given_options, measure
 from lensor_bench.report import HEADINGS, Options, parse_target, settings_of, summaries, write
 from lensor_bench.results import ResultsFile, Row, read
 from lensor_bench.settings import Settings
+
+Neighbours = Annotated[
+    int, typer.Option(min=0, help="Processes that keep each core busy during the measurement, as on a shared machine.")
+]
 
 
 def bench(
@@ -44,6 +49,7 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of convolutions.")] = None,
     repeats: Repeats = 20,
     seconds: Seconds = 0.3,
+    neighbours: Neighbours = 0,
     out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
     resume: Resume = False,
     debug: Debug = False,
@@ -57,7 +63,9 @@ def bench(
         return
     names = (names_of(ops), names_of(nets), names_of(impl), names_of(kinds))
     with reported(debug, interrupted=f"interrupted: finished rows are in {out}; continue with --resume"):
-        _bench(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds), out, resume)
+        _bench(
+            Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds, neighbours), out, resume
+        )
 
 
 def report(
@@ -119,6 +127,30 @@ def growth(
         _growth(settings, out, resume)
 
 
+def candidates(
+    out: Annotated[Path, typer.Argument(help="Results file (CSV).")],
+    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}.")] = None,
+    nets: Annotated[
+        list[str] | None, typer.Option(help=f"Nets, from {', '.join(NETS)}; the paper's by default.")
+    ] = None,
+    kinds: Kinds = None,
+    batch: Batch = 8,
+    columns: Columns = 4,
+    dtype: Dtype = "float32",
+    threads: Threads = 2,
+    device: Device = "cpu",
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of convolutions.")] = None,
+    repeats: Repeats = 20,
+    seconds: Seconds = 0.1,
+    neighbours: Neighbours = 0,
+    debug: Debug = False,
+) -> None:
+    """Measure all candidate plans, and how much time the choice by estimates loses."""
+    names = (names_of(ops), names_of(nets), (), names_of(kinds))
+    with reported(debug):
+        _candidates(Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds, neighbours), out)
+
+
 def overhead(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each function.")] = 1.0,
@@ -164,6 +196,31 @@ def _growth(settings: Settings, out: Path, resume: bool) -> None:
         plot(results.rows, {bench.setting for bench in benches}, out / "growth.png")
     for name in ("growth.csv", "growth.png"):
         shown.print(f"wrote {out / name}", soft_wrap=True, highlight=False)
+
+
+def _candidates(settings: Settings, out: Path) -> None:
+    """Measure candidates, write their times after each operation, and print how good the choices are."""
+    require("torch")
+    from lensor_bench.candidates import Candidate, choices, measured, summaries, write
+    from lensor_bench.run import Bench
+
+    bench = Bench(settings)
+    shown = console()
+    rows: list[Candidate] = []
+    with writing(out), Progress(console=shown, speed_estimate_period=1800) as progress:
+        task = progress.add_task("", total=len(bench.cases))
+        for case, found in measured(bench):
+            rows += found
+            write(out, rows)
+            progress.update(task, advance=1, description=f"{case.operation.name} {case.layer.label}"[:44].ljust(44))
+    numbers = ("convolutions", "regret, median", "95 %", "largest")
+    table = Table("operation", *(Column(name, justify="right") for name in numbers), "largest: convolution", "fastest")
+    for one in summaries(choices(rows)):
+        cells = (str(one.count), f"{one.median:.2f}", f"{one.high:.2f}", f"{one.worst.regret:.2f}")
+        worst = f"{one.worst.chosen.convolution}: {one.worst.chosen.plan}"
+        table.add_row(one.operation, *cells, worst, one.worst.fastest.plan)
+    shown.print(table)
+    shown.print("Regret: time of the plan with the lowest estimate, divided by that of the fastest plan.")
 
 
 def _overhead(threads: int, seconds: float) -> None:

@@ -1,0 +1,166 @@
+"""Times of all candidate plans of an operation, to judge the choice by estimates."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from lensor.evaluate import bind_shapes
+from lensor.inspect.errors import CommandError
+from lensor.kernels import load
+from lensor.lowering import candidates
+from lensor.planner import estimate, machine
+from lensor.runtime import Runnable
+from lensor_bench.implementations import IMPLEMENTATIONS, STANDARD
+from lensor_bench.measure import interleaved, neighbours, threads
+from lensor_bench.run import Bench, Case
+
+_HOPELESS = 30
+"""Plans whose estimate exceeds the lowest by more than this factor are not run."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate plan of an operation of a convolution.
+
+    Args:
+        operation: name of the operation.
+        convolution: label of the convolution, with the net.
+        plan: name of the plan.
+        estimate: estimated seconds.
+        seconds: shortest measured seconds.
+        standard: shortest seconds of the standard implementation in the same rounds.
+    """
+
+    operation: str
+    convolution: str
+    plan: str
+    estimate: float
+    seconds: float
+    standard: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan with the lowest estimate, and the fastest plan of the same operation and convolution."""
+
+    chosen: Candidate
+    fastest: Candidate
+
+    @property
+    def regret(self) -> float:
+        """The time of the chosen plan divided by that of the fastest plan."""
+        return self.chosen.seconds / self.fastest.seconds
+
+    @property
+    def ratio(self) -> float:
+        """The time of the chosen plan divided by that of the standard implementation."""
+        return self.chosen.seconds / self.chosen.standard
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The choices of one operation: their number, the median and 95th percentile of the regret, and the worst one."""
+
+    operation: str
+    count: int
+    median: float
+    high: float
+    worst: Choice
+
+
+def measured(bench: Bench) -> Iterator[tuple[Case, list[Candidate]]]:
+    """Time the candidates of each case, interleaved with the standard implementation."""
+    with threads(bench.settings.threads), torch.no_grad(), neighbours(bench.settings.neighbours):
+        for case in bench.cases:
+            yield case, _measured(bench, case)
+
+
+def _measured(bench: Bench, case: Case) -> list[Candidate]:
+    operands = bench.operands(case)
+    backend = load("torch")
+    kind = backend.kind(next(iter(operands.values())))
+    net = bind_shapes(
+        case.operation.network(case.layer.spec), {name: tuple(array.shape) for name, array in operands.items()}
+    )
+    plans = [plan for plan in candidates(net) if backend.can_run(plan.steps, kind)]
+    estimates = [estimate(plan, machine(), backend.itemsize(kind)) for plan in plans]
+    kept = [at for at in range(len(plans)) if estimates[at] <= _HOPELESS * min(estimates)]
+    runs = [Runnable(plans[at], backend) for at in kept]
+    standard = IMPLEMENTATIONS[STANDARD].ways[case.operation.name](operands, case.layer.spec)
+    calls = [standard, *(lambda run=run: run(operands) for run in runs)]
+    for call in calls:
+        call()
+    settings = bench.settings
+    times = interleaved(calls, settings.seconds, min(3, settings.repeats), settings.repeats, bench.device)
+    return [
+        Candidate(
+            case.operation.name,
+            case.layer.label,
+            plans[at].name,
+            estimates[at],
+            taken.minimum,
+            times[0].minimum,
+        )
+        for at, taken in zip(kept, times[1:], strict=True)
+    ]
+
+
+def choices(rows: Sequence[Candidate]) -> list[Choice]:
+    """The choice by estimate of each operation and convolution."""
+
+    def key(row: Candidate) -> tuple[str, str]:
+        return row.operation, row.convolution
+
+    groups = (list(group) for _, group in itertools.groupby(sorted(rows, key=key), key))
+    return [
+        Choice(min(group, key=lambda row: row.estimate), min(group, key=lambda row: row.seconds)) for group in groups
+    ]
+
+
+def summaries(found: Sequence[Choice]) -> list[Summary]:
+    """A summary of each operation, in order."""
+    result = []
+    for operation in dict.fromkeys(choice.chosen.operation for choice in found):
+        mine = [choice for choice in found if choice.chosen.operation == operation]
+        regrets = sorted(choice.regret for choice in mine)
+        high = regrets[min(int(0.95 * len(regrets)), len(regrets) - 1)]
+        worst = max(mine, key=lambda choice: choice.regret)
+        result.append(Summary(operation, len(mine), statistics.median(regrets), high, worst))
+    return result
+
+
+def write(path: Path, rows: Sequence[Candidate]) -> None:
+    """Write the times of candidates to a CSV file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Candidate)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[Candidate]:
+    """Read a file written by `write`.
+
+    Raises:
+        CommandError: if the file has other columns.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = [field.name for field in fields(Candidate)]
+        if reader.fieldnames != names:
+            raise CommandError(f"{path} has the columns {reader.fieldnames}, expected {names}")
+        return [
+            Candidate(
+                row["operation"],
+                row["convolution"],
+                row["plan"],
+                *(float(row[name]) for name in ("estimate", "seconds", "standard")),
+            )
+            for row in reader
+        ]

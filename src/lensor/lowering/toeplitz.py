@@ -37,17 +37,24 @@ def _tensor(state: State, node: Pattern) -> Tensor | None:
 
 
 def _windows(state: State, tensor: Tensor, nodes: list[Pattern]) -> Tensor:
-    for node in nodes:
+    """The windows along one axis after another, the last axis first: then the next copies have longer runs."""
+    places = {index: at for at, index in enumerate(state.open)}
+    for node in nodes:  # until its turn, the output leg of a pattern stays where the input leg will be
+        i, o, _ = node.legs
+        places |= dict.fromkeys(o, places.get(i[0], len(places)))
+
+    def place(index: str) -> int:
+        return places.get(index, len(state.open))
+
+    for node in sorted(nodes, key=lambda node: -place(node.legs[0][0])):
         pattern, (i, o, k) = node.pattern, node.legs
         value, axis, rest = state.merged(tensor, o)
         reach = pattern.dilation * (pattern.kernel_size - 1)
         value = state.shifted(value, axis, pattern.padding[0] - reach, pattern.input_size + reach)
         window = s.Window((value,), axis, pattern.input_size, pattern.kernel_size, 1, pattern.dilation)
-        tensor = state.ungrouped(state.program.add(window), (*rest[:axis], *i, *rest[axis:]), k, ())
-    # Reverse the kernel positions when the axes are in the order of the output, so that this is the only copy.
-    order = [index for index in state.open if index in tensor.indices]
-    order += [index for index in tensor.indices if index not in order]
-    value = state.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])
-    kernel = {index for node in nodes for index in node.legs[2]}
-    axes = tuple(at for at, index in enumerate(order) if index in kernel)
-    return Tensor(state.program.add(s.Flip((value,), axes)), tuple(order))
+        found = state.ungrouped(state.program.add(window), (*rest[:axis], *i, *rest[axis:]), k, ())
+        order = sorted(found.indices, key=place)
+        value = state.program.transpose(found.value, [found.indices.index(index) for index in order])
+        axes = tuple(at for at, index in enumerate(order) if index in k)
+        tensor = Tensor(state.program.add(s.Flip((value,), axes)), tuple(order))
+    return tensor

@@ -12,11 +12,23 @@ import lensor
 from lensor import ConvSpec, Machine, ops
 from lensor.lowering import candidates
 from lensor.plan import steps as s
+from lensor.planner import Speed, Speeds
 from lensor.planner.cost import estimate
 from tests.support.cases import BUILDERS, SPECS, bound, random_network
 
-MACHINE = Machine(products=1e9, convolutions=5e8, bytes=1e9, call=1e-6)
-FREE = Machine(products=1e30, convolutions=1e30, bytes=1e30, call=0.0)
+KINDS = Speeds.__dataclass_fields__
+
+
+def device(
+    rate: float, memory: float, call: float, barrier: float = 0.0, setup: float = 0.0, faults: float = 1.0
+) -> Machine:
+    """A device with one speed for all kinds of calls."""
+    speeds = {"float32": Speeds(**dict.fromkeys(KINDS, Speed(rate, setup)))}
+    return Machine("a device", 2, memory, 2 * memory, 1 << 20, faults, call, barrier, speeds)
+
+
+MACHINE = device(1e9, 1e9, 1e-6, 1e-6, 1e-6, 2.0)
+FREE = device(1e30, 1e30, 0.0)
 
 
 def plan_of(net: object) -> lensor.Plan:
@@ -31,22 +43,22 @@ def test_a_matrix_product_by_hand() -> None:
     assert step.flops(shapes, plan.shape) == 2 * 30 * 40 * 50
     rate = step.rate(shapes, plan.shape)
     assert rate.of == "products"
-    # Flops alone, calls alone: the other constants are out of the way.
-    work = estimate(plan, replace(FREE, products=1e9))
+    # Flops alone, calls alone, set-up alone: the other constants are out of the way.
+    work = estimate(plan, device(1e9, 1e30, 0.0))
     assert work == pytest.approx(2 * 30 * 40 * 50 / (1e9 * rate.share))
     views = [one for one in plan.steps if one is not step and not isinstance(one, s.Input)]
     assert not views
     assert estimate(plan, replace(FREE, call=1.0)) == pytest.approx(
         step.calls(shapes, plan.shape) + 0.25 * sum(isinstance(one, s.Input) for one in plan.steps)
     )
+    assert estimate(plan, device(1e30, 1e30, 0.0, setup=3.0)) == pytest.approx(3.0)
+    assert estimate(plan, replace(FREE, barrier=1.0)) == pytest.approx(0.0)  # too small for several threads
 
 
 @settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 10))
 def test_a_faster_machine_takes_less_time_in_proportion(seed: int, factor: float) -> None:
-    faster = Machine(
-        MACHINE.products * factor, MACHINE.convolutions * factor, MACHINE.bytes * factor, MACHINE.call / factor
-    )
+    faster = device(1e9 * factor, 1e9 * factor, 1e-6 / factor, 1e-6 / factor, 1e-6 / factor, 2.0)
     for plan in candidates(random_network(seed)):
         assert estimate(plan, faster) == pytest.approx(estimate(plan, MACHINE) / factor)
 
@@ -57,9 +69,16 @@ def test_no_constant_of_the_machine_lowers_the_estimate(op: str, spec: str) -> N
     for plan in candidates(bound(BUILDERS[op](SPECS[spec]))):
         whole = estimate(plan, MACHINE)
         assert whole > 0
-        for name in ("products", "convolutions", "bytes"):
+        for name in ("memory", "cache"):
             slower = replace(MACHINE, **{name: getattr(MACHINE, name) / 2})
             assert whole <= estimate(plan, slower) <= 2 * whole
+        for name in ("call", "barrier"):
+            slower = replace(MACHINE, **{name: getattr(MACHINE, name) * 2})
+            assert whole <= estimate(plan, slower) <= 2 * whole
+        for kind in KINDS:
+            speeds = MACHINE.speeds["float32"]
+            slow = {"float32": replace(speeds, **{kind: Speed(5e8, 2e-6)})}
+            assert whole <= estimate(plan, replace(MACHINE, speeds=slow)) <= 2 * whole
         assert estimate(plan, MACHINE, itemsize=8) >= whole
 
 
@@ -90,4 +109,16 @@ def test_costs_ask_steps_and_not_their_types() -> None:
     steps = list(plan.steps)
     steps[at] = Slow(steps[at].takes)
     slow = replace(plan, steps=tuple(steps))
-    assert estimate(slow, replace(FREE, products=1e6)) == pytest.approx(1000.0)
+    assert estimate(slow, device(1e6, 1e30, 0.0)) == pytest.approx(1000.0)
+
+
+def test_parallel_calls_cost_barriers() -> None:
+    net = bound(ops.kfac_input_factor(ConvSpec(64, 64, (28, 28), 3, padding=1)), 8)
+    for plan in candidates(net):
+        if plan.strategy == "lags":
+            calls = estimate(plan, replace(FREE, barrier=1.0))
+            # One weight gradient, and few copies and products at the borders, not a product for each lag.
+            assert 5 <= calls <= 40
+            assert estimate(plan, replace(FREE, barrier=1.0, threads=1)) == pytest.approx(0.0, abs=1e-9)
+            return
+    raise AssertionError("no plan by lags")

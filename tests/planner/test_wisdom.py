@@ -113,7 +113,7 @@ def test_many_processes_save_at_once(tmp_path: Path) -> None:
     path = tmp_path / "wisdom.json"
     program = (
         "import sys, lensor\n"
-        "from lensor import ConvSpec, ops, wisdom\n"
+        "from lensor import ConvSpec, ops\nfrom lensor.planner import wisdom\n"
         "net = ops.unfold(ConvSpec(1, 1, (int(sys.argv[1]),), 3)).bind(n=2)\n"
         "for step in range(20):\n"
         "    wisdom.record(f'{sys.argv[1]} {step}', net, 'here', {'windows': 1.0})\n"
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_file(tmp_path: Path) -> None:
     wisdom.save(path)
     program = (
         "import resource, signal, sys\n"
-        "from lensor import ConvSpec, ops, wisdom\n"
+        "from lensor import ConvSpec, ops\nfrom lensor.planner import wisdom\n"
         "net = ops.unfold(ConvSpec(1, 1, (5,), 3)).bind(n=2)\n"
         "for step in range(200):\n"
         "    wisdom.record(str(step), net, 'here', {'windows': 1.0})\n"

@@ -15,7 +15,7 @@ from lensor.evaluate import bind_shapes
 from lensor.inspect.errors import CommandError
 from lensor.kernels import load
 from lensor.lowering import candidates
-from lensor.planner import estimate, machine
+from lensor.planner import estimate, profile_of
 from lensor.runtime import Runnable
 from lensor_bench.implementations import IMPLEMENTATIONS, STANDARD
 from lensor_bench.measure import interleaved, neighbours, threads
@@ -90,7 +90,8 @@ def _measured(bench: Bench, case: Case) -> list[Candidate]:
         case.operation.network(case.layer.spec), {name: tuple(array.shape) for name, array in operands.items()}
     )
     plans = [plan for plan in candidates(net) if backend.can_run(plan.steps, kind)]
-    estimates = [estimate(plan, machine(), backend.itemsize(kind)) for plan in plans]
+    device, dtype = profile_of(backend, kind), backend.dtype(kind)
+    estimates = [estimate(plan, device, backend.itemsize(kind), dtype) for plan in plans]
     kept = [at for at in range(len(plans)) if estimates[at] <= _HOPELESS * min(estimates)]
     runs = [Runnable(plans[at], backend) for at in kept]
     standard = IMPLEMENTATIONS[STANDARD].ways[case.operation.name](operands, case.layer.spec)

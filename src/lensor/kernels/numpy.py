@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -228,6 +229,15 @@ class NumpyBackend:
 
     def kind(self, array: Any) -> tuple:
         return ("numpy", array.dtype)
+
+    def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
+        return "cpu", "", os.cpu_count() or 1
+
+    def dtype(self, kind: Sequence[Any]) -> str:
+        return kind[1].name
+
+    def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
+        return np.ones(tuple(shape), dtype)
 
     def describe(self, kind: Sequence[Any]) -> str:
         return f"numpy {np.__version__}, {kind[1]}"

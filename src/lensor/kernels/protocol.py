@@ -21,6 +21,18 @@ class Backend(Protocol):
         """The properties besides shapes on which plans depend: framework, dtype and device."""
         ...
 
+    def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
+        """The type of a device ("cpu", ...), its name, and its number of threads (1 for others than CPUs)."""
+        ...
+
+    def dtype(self, kind: Sequence[Any]) -> str:
+        """The name of the dtype."""
+        ...
+
+    def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
+        """An array of ones."""
+        ...
+
     def describe(self, kind: Sequence[Any]) -> str:
         """A description of what times depend on besides the processor: framework, dtype, device and threads."""
         ...

@@ -1,13 +1,16 @@
 """The planner, which estimates or measures candidate plans, stores measured times, and chooses the best plan."""
 
+from lensor.planner.calibration import calibrate, machine, profile_of
 from lensor.planner.choice import choose, measure
 from lensor.planner.cost import estimate
-from lensor.planner.profile import Machine, calibrate, machine, processor
+from lensor.planner.profile import Machine, Speed, Speeds, processor
 from lensor.planner.settings import Settings, current, planning, preferring, untimed
 
 __all__ = [
     "Machine",
     "Settings",
+    "Speed",
+    "Speeds",
     "calibrate",
     "choose",
     "current",
@@ -17,5 +20,6 @@ __all__ = [
     "planning",
     "preferring",
     "processor",
+    "profile_of",
     "untimed",
 ]

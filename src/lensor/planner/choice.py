@@ -14,8 +14,9 @@ from lensor.network import AnyNetwork
 from lensor.plan import Candidate, Plan
 from lensor.plan import steps as s
 from lensor.planner import wisdom
+from lensor.planner.calibration import profile_of
 from lensor.planner.cost import estimate
-from lensor.planner.profile import machine
+from lensor.planner.profile import Machine
 from lensor.planner.settings import Settings
 from lensor.runtime import Runnable, bytes_needed, run
 
@@ -51,13 +52,14 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
     plans = [
         plan for plan in candidates(net, in_parts=itemsize >= 4) if backend is None or backend.can_run(plan.steps, kind)
     ]
-    found = [(plan, estimate(plan, machine(), itemsize)) for plan in plans]
+    profile, dtype = profile_of(backend, kind), "float32" if backend is None else backend.dtype(kind)
+    found = [(plan, estimate(plan, profile, itemsize, dtype)) for plan in plans]
     found.sort(key=lambda pair: pair[1])
     if settings.preferred_bytes is not None:
-        fits, smallest = _within(net, found, settings.preferred_bytes, itemsize)
+        fits, smallest = _within(net, found, settings.preferred_bytes, itemsize, profile, dtype)
         found = fits or [smallest]
     if settings.max_bytes is not None:
-        found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize)
+        found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize, profile, dtype)
         if not found:
             least = bytes_needed(smallest, itemsize)
             raise ValueError(f"max_bytes is {settings.max_bytes}, expected at least {least} for the smallest plan")
@@ -89,7 +91,7 @@ def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
 
 
 def _within(
-    net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int
+    net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int, profile: Machine, dtype: str
 ) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
     """The plans that meet a memory limit, and the smallest plan.
 
@@ -110,7 +112,7 @@ def _within(
             parts = 2
             while True:
                 plan = lower_in_parts(net, strategy, index, parts)
-                one = (plan, estimate(plan, machine(), itemsize))
+                one = (plan, estimate(plan, profile, itemsize, dtype))
                 smallest = min(smallest, one, key=lambda pair: pair[0].peak_size)
                 if bytes_needed(plan, itemsize) <= limit:
                     fits.append(one)

@@ -9,21 +9,19 @@ from lensor.plan import Plan
 from lensor.plan import steps as s
 from lensor.plan.memory import Value, layouts, put_in_order
 from lensor.plan.memory import moved as moved_entries
-from lensor.planner.profile import Machine
+from lensor.planner.profile import Machine, Speed
 
 _SHORT_RUN = 16
 """Each entry copied in runs shorter than this costs as much as moving `SCATTERED` extra entries."""
 
-_NEAR = 1 << 23
-"""Values with fewer bytes than this stay in the cache, which halves the cost of moving them."""
-
-_FRESH, _FAULTS = 1 << 26, 3
-"""Arrays with at least `_FRESH` bytes use new memory from the system, which takes `_FAULTS` times as long to write."""
+_FRESH = 1 << 26
+"""Arrays with at least this many bytes use new memory from the system."""
 
 
-def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
-    """Estimate the time of a plan in seconds, from flops at each step's rate, bytes moved, and calls."""
+def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32") -> float:
+    """Estimate the time of a plan in seconds, from flops at each step's rate, bytes moved, calls and barriers."""
     values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes, plan.result)
+    speeds = device.speeds_of(dtype)
     total = 0.0
     for place, step in enumerate(plan.steps):
         result, copied = plan.shapes[place], values[place].copied
@@ -35,15 +33,21 @@ def estimate(plan: Plan, constants: Machine, itemsize: int = 4) -> float:
         if place == plan.result and _run(plan, values, place) < _SHORT_RUN:
             moved += s.SCATTERED * put_in_order(plan.shapes, values, place)
         moved += step.traffic(taken, result)
+        bandwidth = device.memory
         if copied and size * itemsize >= _FRESH:
-            moved += (_FAULTS - 1) * size
-        elif size * itemsize < _NEAR:
-            moved /= 2
+            moved += (device.faults - 1) * size
+        elif size * itemsize < device.cache_bytes:
+            bandwidth = device.cache
         moved += 2 * step.rewrites(shapes, result) * size
-        rate = step.rate(shapes, result)
-        work = step.flops(shapes, result) / max(getattr(constants, rate.of) * rate.share, 1.0)
-        calls = step.calls(shapes, result) if copied else 0.25
-        total += work + moved * itemsize / constants.bytes + calls * constants.call
+        work = step.flops(shapes, result)
+        if work:
+            rate = step.rate(shapes, result)
+            speed: Speed = getattr(speeds, rate.of)
+            total += speed.setup + work / max(speed.rate * rate.share, 1.0)
+        total += moved * itemsize / bandwidth
+        total += step.calls(shapes, result) * device.call if copied else device.call / 4
+        if copied and device.threads > 1:
+            total += step.barriers(shapes, result) * device.barrier
     return total
 
 

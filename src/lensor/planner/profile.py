@@ -1,80 +1,103 @@
-"""The machine constants on which estimates are based."""
+"""Profiles of devices: the rates and durations on which estimates are based."""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
-import numpy as np
+
+class Speed(NamedTuple):
+    """The speed of one kind of calls: a call with f flops takes `setup` + f / `rate` seconds.
+
+    Args:
+        rate: flops per second of large calls.
+        setup: seconds that a call takes in addition, which dominate small calls.
+    """
+
+    rate: float
+    setup: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """The speeds of a device for one dtype.
+
+    Args:
+        products: products of two matrices.
+        batched: products of two batches of matrices.
+        forward: convolutions without groups.
+        input_grad: gradients of convolutions with respect to the input, without groups.
+        weight_grad: gradients of convolutions with respect to the weight, without groups.
+        grouped: convolutions with groups of several channels, and their gradients.
+        depthwise: convolutions with groups of one channel, and their gradients.
+    """
+
+    products: Speed
+    batched: Speed
+    forward: Speed
+    input_grad: Speed
+    weight_grad: Speed
+    grouped: Speed
+    depthwise: Speed
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The constants of a machine: rates per second, and the duration of a call.
+    """The profile of a device.
 
     Args:
-        products: flops per second of a large matrix product.
-        convolutions: flops per second of a framework's convolution with many channels.
-        bytes: bytes read or written per second in a copy.
-        call: duration of a small operation in seconds.
+        name: name of the device.
+        threads: number of threads; 1 for a GPU, whose calls have no barriers that a plan could avoid.
+        memory: bytes per second read or written in arrays that exceed `cache_bytes`.
+        cache: the same for smaller arrays.
+        cache_bytes: size of the largest cache.
+        faults: how many times as long it takes to write to memory that is new to the process.
+        call: seconds of a call of the framework, without its work.
+        barrier: seconds of a call with several threads in addition, until all of them have finished.
+        speeds: the speeds for each dtype, by name.
 
     Example:
         >>> import lensor
-        >>> laptop = lensor.Machine(products=200e9, convolutions=150e9, bytes=20e9)
-        >>> print(laptop)
-        matrix products 200.0 Gflop/s, convolutions 150.0 Gflop/s, copies 20.0 GB/s, 4.0 µs a call
+        >>> print(lensor.machine("cpu").name)
+        two-core CPU
     """
 
-    products: float
-    convolutions: float
-    bytes: float
-    call: float = 4e-6
+    name: str
+    threads: int
+    memory: float
+    cache: float
+    cache_bytes: int
+    faults: float
+    call: float
+    barrier: float
+    speeds: Mapping[str, Speeds] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "speeds", MappingProxyType(dict(self.speeds)))
+
+    def __reduce__(self) -> tuple:
+        parts = (self.name, self.threads, self.memory, self.cache, self.cache_bytes, self.faults, self.call)
+        return Machine, (*parts, self.barrier, dict(self.speeds))
+
+    def speeds_of(self, dtype: str) -> Speeds:
+        """The speeds for a dtype; those of float32 for dtypes that were not measured."""
+        return self.speeds.get(dtype) or self.speeds["float32"]
 
     def __str__(self) -> str:
-        return (
-            f"matrix products {self.products / 1e9:.1f} Gflop/s, convolutions {self.convolutions / 1e9:.1f} Gflop/s, "
-            f"copies {self.bytes / 1e9:.1f} GB/s, {self.call * 1e6:.1f} µs a call"
-        )
-
-
-_TYPICAL = Machine(products=100e9, convolutions=95e9, bytes=8e9)
-"""Rates of two server cores in single precision; all machines use these constants unless you call `calibrate`."""
-
-_machine = _TYPICAL
-
-
-def machine() -> Machine:
-    """Return the constants used for estimates: typical constants, or those measured by `calibrate`.
-
-    Example:
-        >>> import lensor
-        >>> print(lensor.machine())
-        matrix products 100.0 Gflop/s, convolutions 95.0 Gflop/s, copies 8.0 GB/s, 4.0 µs a call
-    """
-    return _machine
-
-
-def calibrate() -> Machine:
-    """Measure the constants of this machine with NumPy (about 30 ms) and use them for the rest of the process.
-
-    Previously chosen plans do not change. Without calibration, estimates are deterministic.
-
-    Example:
-        >>> import lensor
-        >>> lensor.calibrate().products > 0  # doctest: +SKIP
-        True
-    """
-    global _machine
-    a = np.ones((384, 384), np.float32)
-    products = 2 * 384**3 / _shortest(lambda: a @ a)
-    x = np.ones(1 << 21, np.float32)
-    copies = 2 * x.nbytes / _shortest(lambda: x.copy())
-    _machine = Machine(products, 0.95 * products, copies)
-    return _machine
+        lines = [
+            f"{self.name}, {self.threads} threads",
+            f"memory {self.memory / 1e9:.1f} GB/s, {self.cache / 1e9:.1f} GB/s up to {self.cache_bytes / 2**20:.0f} MB",
+            f"call {self.call * 1e6:.1f} µs, barrier {self.barrier * 1e6:.1f} µs",
+        ]
+        for dtype, speeds in self.speeds.items():
+            every = ((name, getattr(speeds, name)) for name in Speeds.__dataclass_fields__)
+            lines.append(f"{dtype}, Gflop/s: " + ", ".join(f"{name} {speed.rate / 1e9:.0f}" for name, speed in every))
+        return "\n".join(lines)
 
 
 @cache
@@ -84,12 +107,3 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def _shortest(function: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)

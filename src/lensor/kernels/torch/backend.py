@@ -27,6 +27,18 @@ class TorchBackend:
     def kind(self, array: Any) -> tuple:
         return ("torch", array.dtype, array.device)
 
+    def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
+        device = kind[2]
+        if device.type == "cuda":
+            return "cuda", torch.cuda.get_device_name(device), 1
+        return "cpu", "", torch.get_num_threads()  # other devices, such as meta, are planned like CPUs
+
+    def dtype(self, kind: Sequence[Any]) -> str:
+        return str(kind[1]).removeprefix("torch.")
+
+    def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
+        return torch.ones(tuple(shape), dtype=getattr(torch, dtype), device=device)
+
     def describe(self, kind: Sequence[Any]) -> str:
         _, dtype, device = kind
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

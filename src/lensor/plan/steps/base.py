@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
@@ -30,16 +31,19 @@ class Laid(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """The speed of a step, as a fraction of a machine's rate.
+    """The speed of a step, as a fraction of a device's rate.
 
     Args:
-        of: the rate of `Machine` to use, "products" or "convolutions".
-        share: the fraction of this rate that the step reaches.
+        of: the kind of calls whose rate to use, a field of the planner's `Speeds`.
+        share: the fraction of this rate that the step reaches with its shapes.
     """
 
     of: str
     share: float
 
+
+PARALLEL = 1 << 15
+"""Frameworks use several threads for arrays with more entries than this."""
 
 SCATTERED = 3
 """Each entry copied in short runs costs as much as moving this many extra entries."""
@@ -125,3 +129,8 @@ class Step:
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
         """The number of framework calls."""
         return 1
+
+    def barriers(self, shapes: Sequence[Shape], result: Shape) -> float:
+        """The number of calls that several threads share, and whose end all of them await."""
+        size = max(math.prod(result), *(math.prod(shape) for shape in shapes), 0) if shapes else math.prod(result)
+        return self.calls(shapes, result) if size > PARALLEL else 0

@@ -63,10 +63,16 @@ class Convolution(Step):
         return (1 + SCATTERED) * sum(map(math.prod, transposed))
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
-        return Rate("convolutions", self._share(shapes, result))
+        return Rate(self._speed(shapes), self._share(shapes, result))
+
+    def _speed(self, shapes: Sequence[Shape]) -> str:
+        if self.groups == 1:
+            return self.kind
+        channels, inner, *_ = self.kernel(shapes)
+        return "depthwise" if min(channels // self.groups, inner) == 1 else "grouped"
 
     def _share(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """The fraction of the convolution rate reached: low for few channels per group or huge kernels."""
+        """The fraction of the rate reached: low for few channels per group or huge kernels."""
         channels, inner, *kernel = self.kernel(shapes)
         share = 0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0
         if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
@@ -78,6 +84,6 @@ class Convolution(Step):
             line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
             share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
         if self.groups == 1:
-            return share if self.kind != "input_grad" else share * (0.35 if inner < 16 else 0.85)
+            return share * (0.4 if self.kind == "input_grad" and inner < 16 else 1.0)
         few = min(channels // self.groups, inner)
-        return share * (min(0.9, 0.35 + few / 100) if few > 1 else 0.12 if set(self.stride) == {1} else 0.03)
+        return share * (min(1.0, 0.4 + few / 90) if few > 1 else 1.0 if set(self.stride) == {1} else 0.25)

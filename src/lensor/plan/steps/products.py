@@ -46,7 +46,7 @@ class MatMul(Step):
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         (*_, m, k), (*_, n) = shapes
         # Products with a short side do not reach the rate of large products.
-        return Rate("products", min(1.0, m / 16, n / 16, max(k / 16, 0.1)))
+        return Rate(_kind(shapes[0]), min(1.0, m / 16, n / 16, max(k / 16, 0.1)))
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0] + _repeated([one.shape for one in taken])
@@ -72,10 +72,14 @@ class Gram(Step):
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         *_, m, k = shapes[0]
-        return Rate("products", min(1.0, m / 16, max(k / 16, 0.1)))
+        return Rate(_kind(shapes[0]), min(1.0, m / 16, max(k / 16, 0.1)))
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0]
+
+
+def _kind(shape: Shape) -> str:
+    return "batched" if math.prod(shape[:-2]) > 1 else "products"
 
 
 _SMALL_PRODUCT = 400

@@ -1,0 +1,123 @@
+"""Profiles: built in for typical devices, measured on request and kept for later processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import lensor
+from lensor.kernels import load
+from lensor.planner import Machine, Speeds, calibration, profile_of
+from lensor.planner.devices import GPUS, MANY_CORES, TWO_CORES, typical
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own; profiles that the test measures are forgotten afterwards."""
+    monkeypatch.setenv("LENSOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "_profiles", {})
+    monkeypatch.setattr(calibration, "_BUDGET", 1e-4)
+    return tmp_path / "cache"
+
+
+def kept(folder: Path) -> Path:
+    (found,) = folder.iterdir()
+    return found
+
+
+@pytest.mark.parametrize("profile", [TWO_CORES, MANY_CORES, *GPUS.values()], ids=lambda profile: profile.name)
+def test_built_in_profiles_are_plausible(profile: Machine) -> None:
+    assert 0 < profile.memory < profile.cache
+    assert profile.threads > 1 or profile.barrier == 0
+    for speeds in profile.speeds.values():
+        for kind in Speeds.__dataclass_fields__:
+            assert 0 < getattr(speeds, kind).rate <= speeds.products.rate
+    assert profile.speeds_of("complex64") == profile.speeds["float32"]
+    assert profile.name in str(profile)
+    assert pickle.loads(pickle.dumps(profile)) == profile
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (("cpu", "", 1), "two-core CPU"),
+        (("cpu", "", 2), "two-core CPU"),
+        (("cpu", "", 64), "many-core CPU"),
+        (("cuda", "Tesla T4", 1), "T4"),
+        (("cuda", "NVIDIA A100-SXM4-80GB", 1), "A100"),
+        (("cuda", "NVIDIA H200", 1), "H100"),
+        (("cuda", "NVIDIA GeForce RTX 4090", 1), "A100"),
+    ],
+)
+def test_a_device_has_the_profile_of_a_similar_one(device: tuple[str, str, int], name: str) -> None:
+    assert typical(*device).name == name
+
+
+def test_calibration_is_kept_for_later_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = lensor.machine("cpu")
+    assert before in (TWO_CORES, MANY_CORES)
+    found = lensor.calibrate("cpu")
+    assert lensor.machine("cpu") is found
+    for speed in (found.memory, found.cache, found.call, *(one.products.rate for one in found.speeds.values())):
+        assert 0 < speed < math.inf
+    monkeypatch.setattr(calibration, "_profiles", {})  # as in a later process
+    again = lensor.machine("cpu")
+    assert again is not found
+    assert again == found
+
+
+def test_calibration_takes_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_BUDGET", 0.06)
+    calls = []
+    monkeypatch.setattr(calibration, "_shortest", lambda call, synchronize: calls.append(call()) or 1e-3)
+    lensor.calibrate()
+    assert len(calls) * 0.06 <= 5  # each runs for its budget
+
+
+def test_processes_may_write_at_the_same_time(folder: Path) -> None:
+    key = ("cpu", "", 2)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: calibration._write(key, TWO_CORES), range(40)))
+        found = list(pool.map(lambda _: calibration._read(key), range(40)))
+    assert found == [TWO_CORES] * 40
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "name": "x", "speeds": {}}'])
+def test_a_damaged_file_is_not_used(folder: Path, text: str) -> None:
+    key = ("cpu", "", 2)
+    calibration._write(key, TWO_CORES)
+    kept(folder).write_text(text, encoding="utf-8")
+    with pytest.warns(UserWarning, match="the built-in profile is used instead"):
+        assert calibration._read(key) is None
+
+
+def test_a_file_of_another_version_is_left_alone(folder: Path) -> None:
+    key = ("cpu", "", 2)
+    calibration._write(key, TWO_CORES)
+    record = json.loads(kept(folder).read_text(encoding="utf-8"))
+    kept(folder).write_text(json.dumps({**record, "format": 0}), encoding="utf-8")
+    assert calibration._read(key) is None
+
+
+def test_the_same_profile_gives_the_same_plans(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load("numpy")
+    kind = backend.kind(backend.example((1,), "float32", "cpu"))
+    assert profile_of(backend, kind) is profile_of(backend, kind)
+    assert profile_of(None) is TWO_CORES
+    net = lensor.ops.kfac_input_factor(lensor.ConvSpec(64, 64, (28, 28), 3, padding=1))
+    plans = []
+    for barrier in (1e-6, 1e-6, 1.0):
+        profile = replace(TWO_CORES, barrier=barrier)
+        monkeypatch.setattr(calibration, "_profiles", {backend.device(kind): profile})
+        lensor.clear_caches()
+        plans.append(net.plan(X=backend.example((8, 64, 28, 28), "float32", "cpu")))
+    assert plans[0].steps == plans[1].steps
+    # If barriers are dear, few calls are better than few flops.
+    assert [plan.strategy for plan in plans] == ["lags", "lags", "windows"]

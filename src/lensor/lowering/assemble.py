@@ -14,6 +14,7 @@ from lensor.lowering.sampled import place
 from lensor.lowering.slicing import axis_of, parts_of
 from lensor.lowering.state import State, Tensor
 from lensor.lowering.strategies import Strategy
+from lensor.lowering.toeplitz import finish_toeplitz
 from lensor.network import AnyNetwork, Network, to_text
 from lensor.plan import Plan, Program
 from lensor.plan import steps as s
@@ -68,7 +69,8 @@ def _lower_term(program: Program, term: Network, strategy: Strategy, later: Frac
         return _zeros(state)
     for stage in strategy.stages:
         stage(state)
-    return _finish(state, finish_late(state, contract(state, strategy.contraction)))
+    contracted = contract(state, strategy.contraction)
+    return _finish(state, finish_late(state, finish_toeplitz(state, contracted)))
 
 
 def _zeros(state: State) -> int:

@@ -17,10 +17,10 @@ from lensor.lowering.crops import read_crops, read_crops_late
 from lensor.lowering.products import added_up, broadcast
 from lensor.lowering.sampled import place_chosen, read_chosen
 from lensor.lowering.state import State
-from lensor.lowering.toeplitz import read_toeplitz
+from lensor.lowering.toeplitz import defer_toeplitz
 from lensor.lowering.windows import overlap_add, read_windows, split_modes, without_table
 from lensor.network import AnyNetwork, Operand, Pattern
-from lensor.simplification.lags import has_lags, lags
+from lensor.simplification.lags import has_lags, has_several_lags, lags, lags_of_last
 from lensor.simplification.recompose import compose, share, undo
 
 Stage: TypeAlias = Callable[[State], None]
@@ -82,6 +82,7 @@ _BATCHED = Contraction(meetings=(overlap_add, without_table), products=(broadcas
 _HALVES = Contraction(meetings=(overlap_add, without_table), halves=True)
 _START = (read_chosen, split_modes)
 _CONVOLVE = (*_START, read_crops, convolve, read_windows)
+_LAGS = (*_START, read_crops, convolve, defer_toeplitz, read_windows)
 _LATE = (*_START, read_crops_late, read_windows)
 
 STRATEGIES = (
@@ -97,7 +98,8 @@ STRATEGIES = (
     ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_patterns),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
-    Strategy("lags", (*_START, read_crops, convolve, read_toeplitz, read_windows), _VIEWS, (lags,), has_lags),
+    Strategy("lags", _LAGS, _VIEWS, (lags,), has_lags),
+    Strategy("lags, one axis", _LAGS, _VIEWS, (lags_of_last,), has_several_lags),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),

@@ -64,8 +64,16 @@ def lags(net: AnyNetwork) -> AnyNetwork:
         -1 n i, n j, i o_ (), k o_ (), j o__ (), l o__ () -> k l
         -1 n i, n j, i () (), k () (), j () (), l () () -> k l
     """
-    terms = [piece for term in net.terms for piece in _rewritten(term)]
-    return sum_of(terms) if has_lags(net) and len(terms) <= _MOST_TERMS else net
+    return _sum(net, [piece for term in net.terms for piece in _rewritten(term, _pairs(term))])
+
+
+def lags_of_last(net: AnyNetwork) -> AnyNetwork:
+    """Rewrite only the last such pair, so that the indices of the other pairs can serve as channels.
+
+    This is better for few channels: a convolution along one axis has as many channels as there are positions on the
+    other axes.
+    """
+    return _sum(net, [piece for term in net.terms for piece in _rewritten(term, _pairs(term)[-1:])])
 
 
 def has_lags(net: AnyNetwork) -> bool:
@@ -73,8 +81,16 @@ def has_lags(net: AnyNetwork) -> bool:
     return any(_pairs(term) for term in net.terms)
 
 
-def _rewritten(term: Network) -> list[Network]:
-    pairs = _pairs(term)
+def has_several_lags(net: AnyNetwork) -> bool:
+    """Whether a term has more than one pair that `lags` may rewrite."""
+    return any(len(_pairs(term)) > 1 for term in net.terms)
+
+
+def _sum(net: AnyNetwork, terms: list[Network]) -> AnyNetwork:
+    return sum_of(terms) if has_lags(net) and len(terms) <= _MOST_TERMS else net
+
+
+def _rewritten(term: Network, pairs: list[_Twins]) -> list[Network]:
     if not pairs:
         return [term]
     found = [_with(term, pairs, [_lagged(term, pair) for pair in pairs])]

@@ -86,4 +86,6 @@ class Convolution(Step):
         if self.groups == 1:
             return share * (0.4 if self.kind == "input_grad" and inner < 16 else 1.0)
         few = min(channels // self.groups, inner)
-        return share * (min(1.0, 0.4 + few / 90) if few > 1 else 1.0 if set(self.stride) == {1} else 0.25)
+        if few > 1:
+            return share * min(1.0, 0.4 + few / 90)
+        return share * (1.0 if set(self.stride) == {1} else 0.25) * (0.2 if self.kind == "weight_grad" else 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lensor.plan import Plan
 from lensor.plan import steps as s
@@ -19,10 +19,14 @@ _FRESH = 1 << 26
 
 
 def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32") -> float:
-    """Estimate the time of a plan in seconds, from flops at each step's rate, bytes moved, calls and barriers."""
+    """Estimate the time of a plan in seconds."""
+    return sum(step_times(plan, device, itemsize, dtype))
+
+
+def step_times(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32") -> Iterator[float]:
+    """Estimate the time of each step in seconds, from flops at the step's rate, bytes moved, calls and barriers."""
     values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes, plan.result)
     speeds = device.speeds_of(dtype)
-    total = 0.0
     for place, step in enumerate(plan.steps):
         result, copied = plan.shapes[place], values[place].copied
         shapes = [plan.shapes[at] for at in step.takes]
@@ -39,16 +43,16 @@ def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float
         elif size * itemsize < device.cache_bytes:
             bandwidth = device.cache
         moved += 2 * step.rewrites(shapes, result) * size
+        seconds = moved * itemsize / bandwidth
         work = step.flops(shapes, result)
         if work:
             rate = step.rate(shapes, result)
             speed: Speed = getattr(speeds, rate.of)
-            total += speed.setup + work / max(speed.rate * rate.share, 1.0)
-        total += moved * itemsize / bandwidth
-        total += step.calls(shapes, result) * device.call if copied else device.call / 4
+            seconds += speed.setup + work / max(speed.rate * rate.share, 1.0)
+        seconds += step.calls(shapes, result) * device.call if copied else device.call / 4
         if copied and device.threads > 1:
-            total += step.barriers(shapes, result) * device.barrier
-    return total
+            seconds += step.barriers(shapes, result) * device.barrier
+        yield seconds
 
 
 def _run(plan: Plan, values: Sequence[Value], place: int) -> int:

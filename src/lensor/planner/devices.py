@@ -25,21 +25,21 @@ def _gpu(tera: float) -> Speeds:
 TWO_CORES = Machine(
     name="two-core CPU",
     threads=2,
-    memory=8e9,
+    memory=10e9,
     cache=16e9,
     cache_bytes=1 << 23,
     faults=3.0,
-    call=4e-6,
-    barrier=4e-6,
+    call=8e-6,
+    barrier=6e-6,
     speeds=_cpu(
         Speeds(
-            products=Speed(100e9),
-            batched=Speed(100e9),
-            forward=Speed(95e9),
-            input_grad=Speed(80e9),
-            weight_grad=Speed(95e9),
-            grouped=Speed(80e9),
-            depthwise=Speed(11e9),
+            products=Speed(115e9, 40e-6),
+            batched=Speed(110e9, 60e-6),
+            forward=Speed(110e9, 100e-6),
+            input_grad=Speed(85e9, 100e-6),
+            weight_grad=Speed(95e9, 100e-6),
+            grouped=Speed(95e9, 100e-6),
+            depthwise=Speed(15e9, 100e-6),
         )
     ),
 )

@@ -79,7 +79,7 @@ class Convolution(Step):
             share *= 0.4
         if self.kind == "weight_grad":  # sums over few positions are slow
             share *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
-            share *= 0.1 if self.groups == 1 == inner else 1.0
+            share *= 0.1 * min(1.0, channels / 16) if self.groups == 1 == inner else 1.0
             share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # each thread processes one example or group
             line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
             share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
@@ -88,4 +88,6 @@ class Convolution(Step):
         few = min(channels // self.groups, inner)
         if few > 1:
             return share * min(1.0, 0.4 + few / 90)
-        return share * (1.0 if set(self.stride) == {1} else 0.25) * (0.2 if self.kind == "weight_grad" else 1.0)
+        if self.kind == "weight_grad":  # fast for small kernels only
+            return share * (0.5 if max(kernel, default=1) <= 3 else 0.13)
+        return share * (1.0 if set(self.stride) == {1} else 0.25)

@@ -9,7 +9,13 @@ from typing import ClassVar
 
 from lensor.affine import progressions
 from lensor.pattern import IndexPattern
-from lensor.plan.steps.base import Laid, Shape, Step, with_axis
+from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
+
+_MOST_COPIES = 128
+"""With at most this many positions to flip, frameworks copy one after another."""
+
+_SHORT = 8
+"""Rows with fewer entries than this are copied slowly."""
 
 _SINGLE = 4
 """Each scattered read of a single entry costs as much as moving this many extra entries."""
@@ -174,3 +180,9 @@ class Flip(Step):
 
     def settings(self) -> str:
         return f"axes {self.axes}"
+
+    def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
+        return min(math.prod(result[axis] for axis in self.axes), _MOST_COPIES)
+
+    def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
+        return SCATTERED * math.prod(result) if result[-1] < _SHORT or taken[0].strides[-1] != 1 else 0

@@ -72,10 +72,14 @@ class Gram(Step):
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         *_, m, k = shapes[0]
-        return Rate(_kind(shapes[0]), min(1.0, m / 16, max(k / 16, 0.1)))
+        return Rate(_kind(shapes[0]), _TRIANGLE * min(1.0, m / 16, max(k / 16, 0.1)))
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0]
+
+
+_TRIANGLE = 0.6
+"""The blocks of a triangle run at this fraction of the rate of a whole product."""
 
 
 def _kind(shape: Shape) -> str:

@@ -73,6 +73,9 @@ class OverlapAdd(Step):
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return SCATTERED * math.prod(taken[0].shape)
 
+    def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
+        return 3 * shapes[0][-1]
+
 
 @dataclass(frozen=True, slots=True)
 class SumAxes(Step):
@@ -91,6 +94,10 @@ class SumAxes(Step):
         return f"over {self.axes}"
 
 
+_TERMS = 256
+"""Up to this many squares, frameworks add one term after another, without an array for the squares."""
+
+
 @dataclass(frozen=True, slots=True)
 class SumSquares(Step):
     """The sum of squared entries over some axes, without conjugation."""
@@ -106,6 +113,10 @@ class SumSquares(Step):
 
     def settings(self) -> str:
         return f"over {self.axes}"
+
+    def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
+        terms = math.prod(shapes[0]) // max(math.prod(result), 1)
+        return terms if terms <= _TERMS else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +171,7 @@ class AddAt(Step):
         return replace(self, owned=True)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
-        return (3 + SCATTERED) * math.prod(taken[1].shape)
+        return 2 * math.prod(taken[1].shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from lensor.kernels import load
 from lensor.plan import steps as s
@@ -20,3 +22,40 @@ def test_every_step_has_a_function(backend: str) -> None:
     missing = {kind.__name__ for kind in kinds() if kind not in table and not issubclass(kind, s.Input)}
     assert not missing
     assert set(table) <= kinds()
+
+
+@pytest.mark.parametrize("axes", [(0,), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("size", [3, 12])
+def test_flip(axes: tuple[int, ...], size: int) -> None:
+    """Both ways, position by position and at once, and where arrays may not be written to."""
+    x = np.random.default_rng(0).standard_normal((size, 2, size, 3))
+    expected = x[tuple(slice(None, None, -1) if axis in axes else slice(None) for axis in range(4))]
+    step = s.Flip((0,), axes)
+    assert np.array_equal(load("numpy").steps[s.Flip](step)(x), expected)
+    run = load("torch").steps[s.Flip](step)
+    found = run(torch.tensor(x))
+    assert found.is_contiguous()
+    assert np.array_equal(found, expected)
+    per_example = load("torch").steps[s.Flip](s.Flip((0,), tuple(axis - 1 for axis in axes if axis)))
+    mapped = torch.func.vmap(per_example)(torch.tensor(x))
+    assert np.array_equal(mapped.flip(0) if 0 in axes else mapped, expected)
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_add_at(backend: str, owned: bool) -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((4, 5)), generator.standard_normal((2, 3))
+    expected = a.copy()
+    expected[1:3, 2:5] += b
+    one, two = (a.copy(), b) if backend == "numpy" else (torch.tensor(a), torch.tensor(b))
+    step = s.AddAt((0, 1), (1, 2), owned=owned)
+    found = load(backend).steps[s.AddAt](step)(one, two)
+    assert np.array_equal(found, expected)
+    assert np.array_equal(one, expected if owned else a)
+
+
+def test_add_at_is_differentiable() -> None:
+    a, b = torch.randn(4, 5, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    run = load("torch").steps[s.AddAt](s.AddAt((0, 1), (1, 2), owned=True))
+    assert torch.autograd.gradcheck(run, (a.requires_grad_(), b.requires_grad_()))

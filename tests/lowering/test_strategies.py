@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lensor
 from lensor import ConvSpec, ops
 from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower
+from lensor.lowering.slicing import parts_of, simplified_parts, sliceable
 from lensor.lowering.state import State, Tensor
 from lensor.network import Operand, Pattern, indices_of
 from lensor.plan import steps as s
@@ -134,3 +135,13 @@ def test_operands_are_read_once() -> None:
         inputs = [step for step in plan.steps if isinstance(step, s.Input)]
         assert (copies, len(inputs)) == (2, 1)
         assert math.prod(inputs[0].size) == 3 * 4 * 9 * 8
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("op", [ops.ggn_diagonal, ops.kfac_input_factor, ops.conv])
+def test_parts_are_simplified_as_each_would_be(op: Any, mode: str) -> None:
+    net = bound(op(ConvSpec(4, 6, (9, 8), 3, stride=2, padding=1, groups=2, padding_mode=mode)), 5)
+    for index in sliceable(net):
+        for count in (2, 3, 5):
+            each = [part.simplify() for part in parts_of(net, index, count)]
+            assert simplified_parts(net, index, count) == each

@@ -11,7 +11,7 @@ from lensor.lowering.contraction import contract
 from lensor.lowering.crops import finish_late
 from lensor.lowering.intake import take_nodes
 from lensor.lowering.sampled import place
-from lensor.lowering.slicing import axis_of, parts_of
+from lensor.lowering.slicing import axis_of, simplified_parts
 from lensor.lowering.state import State, Tensor
 from lensor.lowering.strategies import Strategy
 from lensor.lowering.toeplitz import finish_toeplitz
@@ -37,8 +37,8 @@ def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) 
     program = Program()
     axis = axis_of(net, index)
     values = []
-    for piece in parts_of(net, index, parts):
-        values.append(_lower_terms(program, piece.simplify(), strategy))
+    for piece in simplified_parts(net, index, parts):
+        values.append(_lower_terms(program, piece, strategy))
         if axis is None and len(values) > 1:
             values = [_added(program, values)]
     if len(values) > 1:

@@ -34,9 +34,9 @@ TWO_CORES = Machine(
     speeds=_cpu(
         Speeds(
             products=Speed(115e9, 40e-6),
-            batched=Speed(110e9, 60e-6),
-            forward=Speed(110e9, 100e-6),
-            input_grad=Speed(85e9, 100e-6),
+            batched=Speed(95e9, 60e-6),
+            forward=Speed(115e9, 100e-6),
+            input_grad=Speed(110e9, 100e-6),
             weight_grad=Speed(95e9, 100e-6),
             grouped=Speed(95e9, 100e-6),
             depthwise=Speed(15e9, 100e-6),

@@ -84,7 +84,11 @@ class Convolution(Step):
             line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
             share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
         if self.groups == 1:
-            return share * (0.4 if self.kind == "input_grad" and inner < 16 else 1.0)
+            if self.kind != "input_grad":
+                return share
+            if set(self.stride) != {1}:  # entries that no output reads are written, too
+                share *= 0.35 if set(kernel) == {1} else 0.7
+            return share * (0.4 if inner < 16 else 1.0)
         few = min(channels // self.groups, inner)
         if few > 1:
             return share * min(1.0, 0.4 + few / 90)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lensor
 from lensor import ConvSpec, ops
 from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower
+from lensor.lowering.alternatives import fits
 from lensor.lowering.slicing import parts_of, simplified_parts, sliceable
 from lensor.lowering.state import State, Tensor
 from lensor.network import Operand, Pattern, indices_of
@@ -85,13 +86,33 @@ def test_candidates_differ(op: str, spec: str) -> None:
 def test_plain_products_are_lowered_by_few_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered: list[str] = []
 
-    def counted(net: Any, strategy: Any) -> Any:
+    def counted(net: Any, strategy: Any, prepared: Any) -> Any:
         lowered.append(strategy.name)
-        return lower(net, strategy)
+        return lower(net, strategy, prepared)
 
     monkeypatch.setattr("lensor.lowering.alternatives.lower", counted)
     assert candidates(lensor.contraction("i j, j k -> i k", "X", "W").bind({"i": 3, "j": 4, "k": 5}))
     assert lowered == ["windows", "windows, batched", "convolution, undone"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", BUILDERS)
+def test_strategies_that_are_skipped_would_give_known_plans(op: str, spec: str) -> None:
+    net = bound(BUILDERS[op](SPECS[spec]), 2)
+    simplified = net.simplify()
+    every = [lower(simplified, strategy) for strategy in STRATEGIES if strategy.applies(simplified)]
+    found = {plan.steps for plan in candidates(net, in_parts=False)}
+    assert found >= {plan.steps for plan in every if fits(plan)}
+
+
+def test_a_convolution_is_lowered_by_few_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[str] = []
+    monkeypatch.setattr(
+        "lensor.lowering.alternatives.lower",
+        lambda net, strategy, prepared: lowered.append(strategy.name) or lower(net, strategy, prepared),
+    )
+    candidates(bound(ops.conv(ConvSpec(4, 4, (9, 9), 3, padding=1)), 2))
+    assert lowered == ["windows", "windows, batched", "dense", "convolution"]
 
 
 def test_parts_of_squares() -> None:

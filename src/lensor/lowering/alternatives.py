@@ -28,10 +28,21 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
     larger: list[Plan] = []
+    lowered: dict[str, Plan] = {}
+    seen: set[tuple] = set()
     for strategy in STRATEGIES:
         if not strategy.applies(simplified):
             continue
-        plan = lower(simplified, strategy)
+        if strategy.varies is not None:
+            other, may_differ = strategy.varies
+            if other in lowered and not may_differ(lowered[other]):
+                continue
+        prepared = strategy.prepared(simplified)
+        key = (prepared.exact, strategy.stages, strategy.contraction)
+        if key in seen:  # an earlier strategy lowers the same network in the same way
+            continue
+        seen.add(key)
+        plan = lowered[strategy.name] = lower(simplified, strategy, prepared)
         if fits(plan):
             plans.setdefault(plan.steps, plan)
         else:

@@ -22,10 +22,11 @@ from lensor.plan import steps as s
 _ONE = Fraction(1)
 
 
-def lower(net: AnyNetwork, strategy: Strategy) -> Plan:
-    """Lower a simplified network with one strategy."""
+def lower(net: AnyNetwork, strategy: Strategy, prepared: AnyNetwork | None = None) -> Plan:
+    """Lower a simplified network with one strategy; `prepared` is `strategy.prepared(net)`, if it is known."""
     program = Program()
-    return _pruned(net, program, _lower_terms(program, net, strategy), strategy)
+    prepared = strategy.prepared(net) if prepared is None else prepared
+    return _pruned(net, program, _lower_terms(program, prepared, strategy), strategy)
 
 
 def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
@@ -38,7 +39,7 @@ def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) 
     axis = axis_of(net, index)
     values = []
     for piece in simplified_parts(net, index, parts):
-        values.append(_lower_terms(program, piece, strategy))
+        values.append(_lower_terms(program, strategy.prepared(piece), strategy))
         if axis is None and len(values) > 1:
             values = [_added(program, values)]
     if len(values) > 1:
@@ -48,8 +49,6 @@ def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) 
 
 
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
-    for prepare in strategy.prepare:
-        net = prepare(net)
     # If several terms share a factor, multiply their sum by it.
     factors = Counter(term.scale.factor for term in net.terms)
     common, count = factors.most_common(1)[0]

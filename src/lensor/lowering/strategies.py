@@ -20,6 +20,8 @@ from lensor.lowering.state import State
 from lensor.lowering.toeplitz import defer_toeplitz
 from lensor.lowering.windows import overlap_add, read_windows, split_modes, without_table
 from lensor.network import AnyNetwork, Operand, Pattern
+from lensor.plan import Plan
+from lensor.plan import steps as s
 from lensor.simplification.lags import has_lags, has_several_lags, lags, lags_of_last
 from lensor.simplification.recompose import compose, share, undo
 
@@ -39,18 +41,24 @@ def _has_selections(net: AnyNetwork) -> bool:
 
 
 def _has_copies(net: AnyNetwork) -> bool:
-    """Whether an operand or a pattern occurs twice in one term."""
-    for term in net.terms:
-        operands = Counter(node.name for node in term.nodes if isinstance(node, Operand))
-        patterns = Counter(node.pattern for node in term.nodes if isinstance(node, Pattern))
-        if any(count > 1 for count in (*operands.values(), *patterns.values())):
-            return True
-    return False
+    """Whether an operand occurs twice in one term."""
+    return any(
+        max(Counter(node.name for node in term.nodes if isinstance(node, Operand)).values(), default=0) > 1
+        for term in net.terms
+    )
+
+
+def _has_crops(net: AnyNetwork) -> bool:
+    return any(isinstance(node, Pattern) and node.pattern.is_crop for term in net.terms for node in term.nodes)
 
 
 def _has_parts(net: AnyNetwork) -> bool:
     """Whether the network may have equal halves, or crops that are better applied at the end."""
-    return _has_patterns(net) or _has_copies(net)
+    return _has_crops(net) or _has_copies(net)
+
+
+def _has_weight_gradient(plan: Plan) -> bool:
+    return any(isinstance(step, s.Convolution) and step.kind == "weight_grad" for step in plan.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,8 @@ class Strategy:
         contraction: how the remaining tensors and patterns are contracted.
         prepare: functions that rewrite the whole simplified network, in order, before the stages run.
         applies: whether the strategy may yield a better plan for the simplified network than the strategies before it.
+        varies: the name of an earlier strategy, and whether this strategy may yield a different plan, given the plan of
+            that strategy.
     """
 
     name: str
@@ -70,6 +80,13 @@ class Strategy:
     contraction: Contraction = field(default_factory=Contraction)
     prepare: tuple[Callable[[AnyNetwork], AnyNetwork], ...] = ()
     applies: Callable[[AnyNetwork], bool] = _always
+    varies: tuple[str, Callable[[Plan], bool]] | None = None
+
+    def prepared(self, net: AnyNetwork) -> AnyNetwork:
+        """The network after the functions in `prepare`."""
+        for prepare in self.prepare:
+            net = prepare(net)
+        return net
 
 
 def dense(name: str, path: str = "auto") -> Strategy:
@@ -95,8 +112,9 @@ STRATEGIES = (
         (*_START, read_crops, convolve_forward, read_windows),
         _VIEWS,
         applies=_has_patterns,
+        varies=("convolution", _has_weight_gradient),
     ),
-    Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_patterns),
+    Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_crops),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
     Strategy("lags", _LAGS, _VIEWS, (lags,), has_lags),
     Strategy("lags, one axis", _LAGS, _VIEWS, (lags_of_last,), has_several_lags),

@@ -45,7 +45,8 @@ class Watching:
                     assert found() is None, f"{self.plan.name}: {self.plan.steps[at]} is alive in step {place}"
             result = function(*arguments)
             kept = not step.takes  # constants stay in a cache
-            if result.base is None and not kept and not any(result is one for one in arguments):
+            scalar = isinstance(result, np.generic)  # cannot be referenced weakly
+            if not scalar and result.base is None and not kept and not any(result is one for one in arguments):
                 self.alive[place] = weakref.ref(result)
             for at, found in self.alive.items():
                 owner = found()

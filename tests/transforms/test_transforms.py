@@ -197,17 +197,13 @@ def test_flops_fall_with_the_sub_tensor(op: str, index: str) -> None:
     assert_close(part(**operands), net(**operands).take([0], net.output_indices.index(index)))
 
 
-RISES = {("ggn_mini_blocks", "k1"), ("ggn_mini_blocks", "k1_")}
-"""Sub-tensors that cost more than the whole: see the known gaps in docs/limits.md."""
-
-
 @pytest.mark.parametrize("op", [op for op in BUILDERS if op != "ggn_gram"])
 def test_flops_fall_with_some_sub_tensor_of_every_operation_and_rise_with_none(op: str) -> None:
     net = separate(bound(BUILDERS[op](ConvSpec(8, 8, (8, 8), 3, padding=1, groups=2)), 4))
     whole = cost(net)
     parts = {index: net.narrow(index, 0, 1) for index in net.output_indices if (net.sizes[index] or 0) > 1}
     costs = {index: cost(part) for index, part in parts.items()}
-    assert {index for index, found in costs.items() if found > whole} == {index for name, index in RISES if name == op}
+    assert all(found <= 1.001 * whole for found in costs.values())  # a factor costs a few flops
     if whole:
         assert min(costs.values()) <= 0.5 * whole
     else:  # patches cost no flops, but entries
@@ -239,7 +235,7 @@ def test_averages_stay_over_the_full_index() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- factorised kernels
-C, F, K, R = 5, 7, 3, 2
+C, F, K, R = 12, 14, 3, 2
 
 
 def kernels() -> dict[str, tuple[lensor.Network, dict[str, tuple[int, ...]], Any]]:

@@ -22,7 +22,7 @@ from lensor.lowering.windows import overlap_add, read_windows, split_modes, with
 from lensor.network import AnyNetwork, Operand, Pattern
 from lensor.plan import Plan
 from lensor.plan import steps as s
-from lensor.simplification.lags import has_lags, has_several_lags, lags, lags_of_last
+from lensor.simplification.lags import lags, lags_of_last
 from lensor.simplification.recompose import compose, share, undo
 
 Stage: TypeAlias = Callable[[State], None]
@@ -116,8 +116,8 @@ STRATEGIES = (
     ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_crops),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
-    Strategy("lags", _LAGS, _VIEWS, (lags,), has_lags),
-    Strategy("lags, one axis", _LAGS, _VIEWS, (lags_of_last,), has_several_lags),
+    Strategy("lags", _LAGS, _VIEWS, (share, lags), _has_copies),
+    Strategy("lags, one axis", _LAGS, _VIEWS, (share, lags_of_last), _has_copies),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),

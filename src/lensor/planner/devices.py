@@ -29,17 +29,17 @@ TWO_CORES = Machine(
     cache=16e9,
     cache_bytes=1 << 23,
     faults=3.0,
-    call=8e-6,
+    call=12e-6,
     barrier=6e-6,
     speeds=_cpu(
         Speeds(
-            products=Speed(115e9, 40e-6),
-            batched=Speed(95e9, 60e-6),
-            forward=Speed(115e9, 100e-6),
-            input_grad=Speed(110e9, 100e-6),
-            weight_grad=Speed(95e9, 100e-6),
-            grouped=Speed(95e9, 100e-6),
-            depthwise=Speed(15e9, 100e-6),
+            products=Speed(115e9, 15e-6),
+            batched=Speed(95e9, 25e-6),
+            forward=Speed(115e9, 20e-6),
+            input_grad=Speed(110e9, 30e-6),
+            weight_grad=Speed(95e9, 50e-6),
+            grouped=Speed(95e9, 40e-6),
+            depthwise=Speed(15e9, 40e-6),
         )
     ),
 )

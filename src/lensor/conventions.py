@@ -41,7 +41,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     "curvlinops": Convention({"expand": (0, -1), "reduce": (0, 0)}, {"expand": (0, 1), "reduce": (0, 0)}),
     # A from x/√(N·O) and from the averaged patches/√N; B depends on how the loss was averaged.
     "singd": Convention({"expand": (0, -1), "reduce": (0, 0)}, {}),
-    # A = Σ p pᵀ/N, B sums over positions first.
+    # A = Σ p pᵀ/N; B sums over positions first.
     "backpack": Convention({"expand": (0, 0)}, {"reduce": (0, 0)}),
     # A = Σ p pᵀ/(N·O), B = Σ g gᵀ/N with gradients of the summed loss.
     "asdl": Convention({"expand": (0, -1)}, {"expand": (0, 1)}),
@@ -56,7 +56,7 @@ MODEL_CONVENTIONS: Mapping[str, ModelConvention] = {
     "paper": ModelConvention({"expand": (0, 0), "reduce": (0, 0)}),
     # A = Σ p pᵀ/(N·O), B = Σ g gᵀ, corrected for the loss's reduction.
     "curvlinops": ModelConvention({"expand": (-1, 1), "reduce": (0, 0)}),
-    # The same; gradients are multiplied by √N if the loss is a mean.
+    # The same, except that gradients are multiplied by √N if the loss is a mean.
     "singd": ModelConvention({"expand": (-1, 1), "reduce": (0, 0)}),
     # A = Σ p pᵀ/(N·O), B = Σ g gᵀ/N with gradients of the summed loss.
     "asdl": ModelConvention({"expand": (-1, 1)}, {"mean": 0, "sum": -1}),

@@ -1,4 +1,4 @@
-"""The conformance matrix: whether a library is right, wrong, or refuses, for each quantity and hyper-parameter.
+"""The conformance matrix: whether a library's result is right or wrong, or the library raises an error, for each case.
 
 A cell covers several convolutions and is right only if every result equals the one from `definitions`, in float64. The
 libraries are called as their users would call them (`libraries`).

@@ -186,7 +186,7 @@ class Bench:
 
 
 def here(device: torch.device) -> Machine:
-    """This machine, or its GPU, and the versions of the packages that measure."""
+    """This machine or its GPU, and the versions of the packages used in the measurements."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     return Machine(name, os.cpu_count() or 1, platform.python_version(), torch.__version__, lensor.__version__)
 

@@ -170,7 +170,7 @@ def gradients(batch: int, seconds: float, repeats: int, threads: int) -> Iterato
 
 # ------------------------------------------------------------------------------------------------------------- training
 def train(tasks: Sequence[str], steps: int, seeds: int, batch: int, threads: int) -> Iterator[TrainingRow]:
-    """Train on the tasks of `lensor bench training` with AdamW, keeping 1, 0.5 and 0.25 of the positions ("fixed").
+    """Train on the tasks of `lensor bench training` with AdamW, keeping all, half or a quarter of the positions.
 
     Seconds are the number of steps times the time of one step, which is measured before the runs, interleaved for all
     rates.

@@ -295,7 +295,7 @@ class Capture(Watch):
         for use in self.uses:
             if use.bias != use.layer.bias and (use.layer.bias is not None or use.bias is not None):
                 raise ValueError(
-                    f"layer {use.layer.name!r} was called with bias {use.bias!r}, expected {use.layer.bias!r}, its own"
+                    f"layer {use.layer.name!r} was called with bias {use.bias!r}, expected its own, {use.layer.bias!r}"
                 )
 
     def _has_graph(self, name: str) -> bool:

@@ -152,7 +152,7 @@ class Tracker:
         return out
 
     def leave(self) -> None:
-        """Discard a pass whose outputs were never received: a direct call of `model.forward`."""
+        """Discard a pass whose outputs never reached the output hook, as after a direct call to `model.forward`."""
         if not depth() and not getattr(self._thread, "inside", False):
             self._thread.running = None
 

@@ -110,7 +110,7 @@ class Program:
         return self.add(replace(step, takes=tuple(self._with_sources(at, new) for at in step.takes)))
 
     def is_scaled_for_free(self, value: int) -> bool:
-        """Whether `scaled` changes a product or scales fewer entries than those of the value."""
+        """Whether `scaled` changes a product, or scales fewer entries than the value has."""
         step = self.steps[value]
         if isinstance(step, (Reshape, Transpose)):
             return self.is_scaled_for_free(step.takes[0])

@@ -204,7 +204,7 @@ def _write(key: tuple[str, str, int], profile: Machine) -> None:
 
 
 def _read(key: tuple[str, str, int]) -> Machine | None:
-    """The profile that `calibrate` kept for a device; None if there is none, with a warning if it is damaged."""
+    """The profile that `calibrate` saved for a device; None if it is missing or, with a warning, if it is damaged."""
     try:
         record = json.loads(_file(key).read_text(encoding="utf-8"))
         if record.pop("format") != _FORMAT:

@@ -123,7 +123,7 @@ class Sampled(Leaf):
     def _sample_uncompiled(
         self: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, batched: bool
     ) -> Tensor:
-        """Run without tracing: a graph would contain a constant number of positions, which depends on chance."""
+        """Run without tracing: a graph would fix the number of positions, which is random."""
         if not batched:
             return self._sample(
                 lambda x, weight, bias: forward(x[0], weight, bias)[None], x[None], weight, bias, *more, batched=True

@@ -51,7 +51,7 @@ def lags(net: AnyNetwork) -> AnyNetwork:
     If all output positions that read an input position are included, two kernel positions are connected by their lag
     only: Σ_o Π[i,o,k] Π[j,o,l] = [j − i = (l−k)·D] = Σ_m Λ[j,i,m] T[l,m,k] with the lags m = l − k + K − 1. The product
     over the positions that the pattern lacks is subtracted. Each of these positions reads few inputs, so each term is
-    thin. The dual (a shared leg k) has this form after exchanging the legs o and k.
+    thin. The dual (with a shared leg k) has this form once the legs o and k are exchanged.
 
     Example:
         >>> import lensor
@@ -70,8 +70,8 @@ def lags(net: AnyNetwork) -> AnyNetwork:
 def lags_of_last(net: AnyNetwork) -> AnyNetwork:
     """Rewrite only the last such pair, so that the indices of the other pairs can serve as channels.
 
-    This is better for few channels: a convolution along one axis has as many channels as there are positions on the
-    other axes.
+    This is better if there are few channels: a convolution along one axis has as many channels as there are positions
+    on the other axes.
     """
     return _sum(net, [piece for term in net.terms for piece in _rewritten(term, _pairs(term)[-1:])])
 

@@ -222,7 +222,7 @@ def _without_padding(x: Tensor, h: _Hyper) -> Tensor:
 
 
 def _between(x: Tensor, axis: int, before: Any, after: Any) -> Tensor:
-    """Add zeros before and after an axis."""
+    """Pad an axis with zeros at both ends."""
     return torch.nn.functional.pad(x, [*[0, 0] * (x.ndim - 1 - axis), before, after])
 
 

@@ -14,7 +14,7 @@ import pytest
 import lensor
 from lensor.kernels import load
 from lensor.planner import Machine, Speeds, calibration, profile_of
-from lensor.planner.devices import GPUS, MANY_CORES, TWO_CORES, typical
+from lensor.planner.devices import GPUS, MANY_CORES, NUMPY, TWO_CORES, typical
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def kept(folder: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize("profile", [TWO_CORES, MANY_CORES, *GPUS.values()], ids=lambda profile: profile.name)
+@pytest.mark.parametrize("profile", [TWO_CORES, NUMPY, MANY_CORES, *GPUS.values()], ids=lambda profile: profile.name)
 def test_built_in_profiles_are_plausible(profile: Machine) -> None:
     assert 0 < profile.memory < profile.cache
     assert profile.threads > 1 or profile.barrier == 0
@@ -49,6 +49,7 @@ def test_built_in_profiles_are_plausible(profile: Machine) -> None:
         (("cpu", "", 1), "two-core CPU"),
         (("cpu", "", 2), "two-core CPU"),
         (("cpu", "", 64), "many-core CPU"),
+        (("cpu", "NumPy", 2), "NumPy on a CPU"),
         (("cuda", "Tesla T4", 1), "T4"),
         (("cuda", "NVIDIA A100-SXM4-80GB", 1), "A100"),
         (("cuda", "NVIDIA H200", 1), "H100"),
@@ -107,7 +108,7 @@ def test_a_file_of_another_version_is_left_alone(folder: Path) -> None:
 
 
 def test_the_same_profile_gives_the_same_plans(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = load("numpy")
+    backend = load("torch")
     kind = backend.kind(backend.example((1,), "float32", "cpu"))
     assert profile_of(backend, kind) is profile_of(backend, kind)
     assert profile_of(None) is TWO_CORES

@@ -231,7 +231,7 @@ class NumpyBackend:
         return ("numpy", array.dtype)
 
     def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
-        return "cpu", "", os.cpu_count() or 1
+        return "cpu", "NumPy", os.cpu_count() or 1
 
     def dtype(self, kind: Sequence[Any]) -> str:
         return kind[1].name

@@ -22,7 +22,7 @@ class Backend(Protocol):
         ...
 
     def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
-        """The type of a device ("cpu", ...), its name, and its number of threads (1 for others than CPUs)."""
+        """The type of a device ("cpu", ...), its name ("NumPy" for NumPy), and its threads (1 if it is not a CPU)."""
         ...
 
     def dtype(self, kind: Sequence[Any]) -> str:

@@ -124,7 +124,7 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machin
         if long <= single / _SLOW and time.perf_counter() - start < _ENOUGH:
             speeds[dtype] = _speeds(lambda step, *shapes, dtype=dtype: timed(step, dtype, *shapes), small, similar)
     return Machine(
-        name=key[1] or processor(),
+        name=processor() if key[0] == "cpu" else key[1],
         threads=threads,
         memory=copied(1 << 24),
         cache=copied(1 << 18),

@@ -7,6 +7,8 @@ of the peak bandwidth. They are to be replaced by measurements.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lensor.planner.profile import Machine, Speed, Speeds
 
 
@@ -44,6 +46,22 @@ TWO_CORES = Machine(
     ),
 )
 """Two cores of a server with AVX2, with torch."""
+
+NUMPY = replace(
+    TWO_CORES,
+    name="NumPy on a CPU",
+    speeds=_cpu(
+        replace(
+            TWO_CORES.speeds["float32"],
+            forward=Speed(12e9, 100e-6),
+            input_grad=Speed(6e9, 100e-6),
+            weight_grad=Speed(5e9, 100e-6),
+            grouped=Speed(3e9, 100e-6),
+            depthwise=Speed(1e9, 100e-6),
+        )
+    ),
+)
+"""NumPy has no convolutions: the backend multiplies patches, which it copies."""
 
 MANY_CORES = Machine(
     name="many-core CPU",
@@ -106,9 +124,11 @@ def typical(kind: str, name: str, threads: int) -> Machine:
 
     Args:
         kind: "cpu", or the type of another device.
-        name: name of the device.
+        name: name of the device; for a CPU, "NumPy" if NumPy runs the plans.
         threads: number of threads of a CPU.
     """
+    if name == "NumPy":
+        return NUMPY
     if kind == "cpu":
         return TWO_CORES if threads <= _FEW else MANY_CORES
     return next((profile for part, profile in GPUS.items() if part in name), A100)

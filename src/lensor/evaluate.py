@@ -26,7 +26,7 @@ from lensor.network.subscripts import (
 from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
 from lensor.plan.steps import Input
-from lensor.planner import Settings, choose, current, planning, untimed
+from lensor.planner import Settings, choose, current, planning, profile_of, untimed
 from lensor.runtime import Runnable, require_operands, run, runnable
 
 _plans = Cache(maxsize=1024)
@@ -40,6 +40,7 @@ def compile(
     sizes: Mapping[str, int] | None = None,
     like: Any = None,
     settings: Settings | None = None,
+    shapes_only: bool = False,
 ) -> Plan:
     """Simplify a network, choose a plan for operands of the given shapes, and cache it.
 
@@ -49,6 +50,7 @@ def compile(
         sizes: sizes of indices that no operand determines.
         like: an array with the framework, dtype and device of the operands, for measuring candidates.
         settings: effort and memory limit; by default, those set with `lensor.planning`.
+        shapes_only: whether the framework of the operands is unknown, so that estimates are those for torch on a CPU.
 
     Raises:
         TypeError: if an operand is missing or unknown.
@@ -62,10 +64,11 @@ def compile(
     if backend is not None and backend.is_traced(like):
         settings = untimed(settings)
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
-    key = (net, tuple(sorted(shapes.items())), kind, settings)
+    key = (net, tuple(sorted(shapes.items())), kind, settings, shapes_only)
 
     def make() -> Plan:
-        plan = choose(bind_shapes(net, shapes), settings, backend, kind)
+        profile = profile_of(None) if shapes_only else profile_of(backend, kind)
+        plan = choose(bind_shapes(net, shapes), settings, backend, kind, profile)
         return replace(plan, deriver=partial(_derived, settings=settings))
 
     try:
@@ -173,8 +176,9 @@ def plan(net: AnyNetwork, /, *, effort: Effort | None = None, max_bytes: int | N
     arrays, sizes = split_sizes(net, operands)
     shapes = {name: _shape_of(name, value) for name, value in arrays.items()}
     like = _reference(net, arrays)
+    shapes_only = like is None
     like = np.zeros((), np.float32) if like is None else like
-    return compile(net, shapes, sizes, like, settings)
+    return compile(net, shapes, sizes, like, settings, shapes_only)
 
 
 def _shape_of(name: str, value: Any) -> tuple[int, ...]:

@@ -36,7 +36,13 @@ _PARTS = 64
 """Maximum number of parts into which an index is divided."""
 
 
-def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, kind: Sequence[Any] = ()) -> Plan:
+def choose(
+    net: AnyNetwork,
+    settings: Settings,
+    backend: Backend | None = None,
+    kind: Sequence[Any] = (),
+    profile: Machine | None = None,
+) -> Plan:
     """Choose the best plan for a network with known sizes.
 
     Args:
@@ -44,6 +50,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
         settings: effort and memory limit.
         backend: the backend for timing candidates; None to use estimates only.
         kind: the operands' dtype and device, as given by the backend.
+        profile: the profile of the device for estimates; by default, that of `kind`.
 
     Raises:
         ValueError: if no candidate meets the memory limit.
@@ -52,7 +59,7 @@ def choose(net: AnyNetwork, settings: Settings, backend: Backend | None = None, 
     plans = [
         plan for plan in candidates(net, in_parts=itemsize >= 4) if backend is None or backend.can_run(plan.steps, kind)
     ]
-    profile, dtype = profile_of(backend, kind), "float32" if backend is None else backend.dtype(kind)
+    profile, dtype = profile or profile_of(backend, kind), "float32" if backend is None else backend.dtype(kind)
     found = [(plan, estimate(plan, profile, itemsize, dtype)) for plan in plans]
     found.sort(key=lambda pair: pair[1])
     if settings.preferred_bytes is not None:

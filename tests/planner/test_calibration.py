@@ -13,7 +13,7 @@ import pytest
 
 import lensor
 from lensor.kernels import load
-from lensor.planner import Machine, Speeds, calibration, profile_of
+from lensor.planner import Machine, Speed, Speeds, calibration, profile_of
 from lensor.planner.devices import GPUS, MANY_CORES, NUMPY, TWO_CORES, typical
 
 
@@ -88,6 +88,27 @@ def test_processes_may_write_at_the_same_time(folder: Path) -> None:
         found = list(pool.map(lambda _: calibration._read(key), range(40)))
     assert found == [TWO_CORES] * 40
     assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("memory", 0.0), ("memory", -1.0), ("call", -1e-6), ("cache", math.inf), ("barrier", math.nan)]
+)
+def test_a_profile_has_plausible_numbers(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value}, expected a .* finite number"):
+        replace(TWO_CORES, **{name: value})
+
+
+def test_a_profile_has_plausible_speeds() -> None:
+    single = TWO_CORES.speeds["float32"]
+    with pytest.raises(ValueError, match=r"the rate of batched in float32 is 0.0, expected a positive"):
+        replace(TWO_CORES, speeds={"float32": replace(single, batched=Speed(0.0))})
+    with pytest.raises(ValueError, match=r"speeds has the dtypes \['float64'\], expected at least float32"):
+        replace(TWO_CORES, speeds={"float64": single})
+
+
+def test_numpy_has_one_device() -> None:
+    with pytest.raises(ValueError, match="device is 'cuda:0', expected 'cpu'"):
+        load("numpy").example((1,), "float32", "cuda:0")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "name": "x", "speeds": {}}'])

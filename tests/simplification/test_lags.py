@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor import ConvSpec, IndexPattern, ops
-from lensor.lowering import BY_NAME, lower
+from lensor.lowering import BY_NAME, candidates, lower
 from lensor.network import AnyNetwork
 from lensor.plan import Plan
 from lensor.plan import steps as s
@@ -87,6 +87,7 @@ def test_two_different_tensors() -> None:
     assert has_lags(net)
     assert_close(evaluate_dense(lags(net), operands), evaluate_dense(net, operands))
     assert_close(run(by_lags(net), operands), evaluate_dense(net, operands))
+    assert "lags" in {plan.strategy for plan in candidates(net)}
 
 
 @pytest.mark.parametrize("hyper", [{"stride": 2}, {"kernel_size": 1}])

@@ -237,6 +237,8 @@ class NumpyBackend:
         return kind[1].name
 
     def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
+        if device != "cpu":
+            raise ValueError(f"device is {device!r}, expected 'cpu', the only device of NumPy")
         return np.ones(tuple(shape), dtype)
 
     def describe(self, kind: Sequence[Any]) -> str:

@@ -74,7 +74,7 @@ class Late:
 class State:
     """The state of lowering one term.
 
-    `spread` lists deferred Toeplitz patterns, each with the output's order of indices before it was deferred.
+    `toeplitz` lists deferred Toeplitz patterns, each with the output's order of indices before it was deferred.
 
     The program computes the term without the factor `later` of its scale. Change `tensors` and `patterns` only through
     the methods, which maintain the map from each index to the tensors and patterns on which it appears.
@@ -88,7 +88,7 @@ class State:
         self.patterns: tuple[Pattern, ...] = ()
         self.selections: list[Selection] = []
         self.late: list[Late] = []
-        self.spread: list[tuple[Pattern, tuple[str, ...]]] = []
+        self.toeplitz: list[tuple[Pattern, tuple[str, ...]]] = []
         self.expanded: list[str] = []
         self.open: list[str] = list(term.output_indices)
         arrays = {node.name: node.legs for node in term.nodes if isinstance(node, Operand)}

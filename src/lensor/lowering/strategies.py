@@ -22,7 +22,7 @@ from lensor.lowering.windows import overlap_add, read_windows, split_modes, with
 from lensor.network import AnyNetwork, Operand, Pattern
 from lensor.plan import Plan
 from lensor.plan import steps as s
-from lensor.simplification.lags import lags, lags_of_last
+from lensor.simplification.lags import has_lags, lags, lags_of_last
 from lensor.simplification.recompose import compose, share, undo
 
 Stage: TypeAlias = Callable[[State], None]
@@ -55,6 +55,11 @@ def _has_crops(net: AnyNetwork) -> bool:
 def _has_parts(net: AnyNetwork) -> bool:
     """Whether the network may have equal halves, or crops that are better applied at the end."""
     return _has_crops(net) or _has_copies(net)
+
+
+def _may_have_lags(net: AnyNetwork) -> bool:
+    """Whether `lags` may rewrite the network, possibly after `share`, which makes copies equal."""
+    return _has_copies(net) or has_lags(net)
 
 
 def _has_weight_gradient(plan: Plan) -> bool:
@@ -116,8 +121,8 @@ STRATEGIES = (
     ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_crops),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
-    Strategy("lags", _LAGS, _VIEWS, (share, lags), _has_copies),
-    Strategy("lags, one axis", _LAGS, _VIEWS, (share, lags_of_last), _has_copies),
+    Strategy("lags", _LAGS, _VIEWS, (share, lags), _may_have_lags),
+    Strategy("lags, one axis", _LAGS, _VIEWS, (share, lags_of_last), _may_have_lags),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),

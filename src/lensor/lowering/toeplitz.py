@@ -14,7 +14,7 @@ def defer_toeplitz(state: State) -> None:
     """
     for node in [node for node in state.patterns if _only_spreads(state, node)]:
         i, o, k = node.legs
-        state.spread.append((node, tuple(state.open)))
+        state.toeplitz.append((node, tuple(state.open)))
         place = state.open.index(i[0])
         before = [index for index in state.open[:place] if index not in (*i, *k)]
         state.open = [*before, *o, *(index for index in state.open[place:] if index not in (*i, *k))]
@@ -38,7 +38,7 @@ def _only_spreads(state: State, node: Pattern) -> bool:
 
 def finish_toeplitz(state: State, tensor: Tensor) -> Tensor:
     """Apply the deferred patterns: the values for one k after another, in reverse order, are the windows of z."""
-    for node, order in reversed(state.spread):
+    for node, order in reversed(state.toeplitz):
         pattern, (i, o, k) = node.pattern, node.legs
         value, axis, rest = state.merged(tensor, o)
         reach = pattern.dilation * (pattern.kernel_size - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,7 +60,10 @@ class Machine:
         faults: how many times as long it takes to write to memory that is new to the process.
         call: seconds of a call of the framework, without its work.
         barrier: seconds of a call with several threads in addition, until all of them have finished.
-        speeds: the speeds for each dtype, by name.
+        speeds: the speeds for each dtype, by name; float32 is required.
+
+    Raises:
+        ValueError: if a rate is not positive, a duration is negative, or the speeds for float32 are missing.
 
     Example:
         >>> import lensor
@@ -79,6 +83,18 @@ class Machine:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "speeds", MappingProxyType(dict(self.speeds)))
+        if "float32" not in self.speeds:
+            raise ValueError(f"speeds has the dtypes {sorted(self.speeds)}, expected at least float32")
+        rates = {"memory": self.memory, "cache": self.cache, "threads": self.threads, "faults": self.faults}
+        times = {"call": self.call, "barrier": self.barrier, "cache_bytes": self.cache_bytes}
+        for dtype, speeds in self.speeds.items():
+            for kind in Speeds.__dataclass_fields__:
+                speed: Speed = getattr(speeds, kind)
+                rates[f"the rate of {kind} in {dtype}"], times[f"the set-up time of {kind} in {dtype}"] = speed
+        for name, value in (rates | times).items():
+            if not math.isfinite(value) or value < 0 or (name in rates and value == 0):
+                least = "a positive" if name in rates else "a non-negative"
+                raise ValueError(f"{name} is {value}, expected {least} finite number")
 
     def __reduce__(self) -> tuple:
         parts = (self.name, self.threads, self.memory, self.cache, self.cache_bytes, self.faults, self.call)

@@ -64,7 +64,7 @@ def lags(net: AnyNetwork) -> AnyNetwork:
         -1 n i, n j, i o_ (), k o_ (), j o__ (), l o__ () -> k l
         -1 n i, n j, i () (), k () (), j () (), l () () -> k l
     """
-    return _sum(net, [piece for term in net.terms for piece in _rewritten(term, _pairs(term))])
+    return _sum(net, [_pairs(term) for term in net.terms])
 
 
 def lags_of_last(net: AnyNetwork) -> AnyNetwork:
@@ -73,7 +73,7 @@ def lags_of_last(net: AnyNetwork) -> AnyNetwork:
     This is better if there are few channels: a convolution along one axis has as many channels as there are positions
     on the other axes.
     """
-    return _sum(net, [piece for term in net.terms for piece in _rewritten(term, _pairs(term)[-1:])])
+    return _sum(net, [_pairs(term)[-1:] for term in net.terms])
 
 
 def has_lags(net: AnyNetwork) -> bool:
@@ -81,13 +81,10 @@ def has_lags(net: AnyNetwork) -> bool:
     return any(_pairs(term) for term in net.terms)
 
 
-def has_several_lags(net: AnyNetwork) -> bool:
-    """Whether a term has more than one pair that `lags` may rewrite."""
-    return any(len(_pairs(term)) > 1 for term in net.terms)
-
-
-def _sum(net: AnyNetwork, terms: list[Network]) -> AnyNetwork:
-    return sum_of(terms) if has_lags(net) and len(terms) <= _MOST_TERMS else net
+def _sum(net: AnyNetwork, pairs: list[list[_Twins]]) -> AnyNetwork:
+    """The network with the given pairs of each term rewritten; the network itself if this needs too many terms."""
+    terms = [piece for term, mine in zip(net.terms, pairs, strict=True) for piece in _rewritten(term, mine)]
+    return sum_of(terms) if any(pairs) and len(terms) <= _MOST_TERMS else net
 
 
 def _rewritten(term: Network, pairs: list[_Twins]) -> list[Network]:

@@ -99,14 +99,10 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.index_select(step.axis, _reads(step.pattern, x))
 
 
-_FEW = 128
-"""Up to this many positions are copied one after another, which is faster than `torch.flip` if they are few."""
-
-
 def _flip(step: s.Flip) -> Callable[[torch.Tensor], torch.Tensor]:
     def flip(x: torch.Tensor) -> torch.Tensor:
         sizes = [x.shape[axis] for axis in step.axes]
-        if math.prod(sizes) > _FEW or not may_write(x):
+        if math.prod(sizes) > step.most_copies or not may_write(x):
             return x.flip(step.axes)
         out = x.new_empty(x.shape)
         where: list[Any] = [slice(None)] * x.ndim
@@ -188,17 +184,13 @@ def _add_at(step: s.AddAt) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     return add_at
 
 
-_MANY = 256
-"""If there are more terms than this, all squares are stored before they are summed."""
-
-
 def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
     """Add squares term by term without storing them, or all at once for many terms or if writing is not allowed."""
     axes = step.axes
 
     def sum_squares(x: torch.Tensor) -> torch.Tensor:
         sizes = [x.shape[axis] for axis in axes]
-        if not 0 < math.prod(sizes) <= _MANY or not may_write(x):
+        if not 0 < math.prod(sizes) <= step.most_terms or not may_write(x):
             return (x * x).sum(axes)
         kept = [axis for axis in range(x.ndim) if axis not in axes]
         terms = x.permute(*axes, *kept)

@@ -11,9 +11,6 @@ from lensor.affine import progressions
 from lensor.pattern import IndexPattern
 from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
 
-_MOST_COPIES = 128
-"""With at most this many positions to flip, frameworks copy one after another."""
-
 _SHORT = 8
 """Rows with fewer entries than this are copied slowly."""
 
@@ -173,6 +170,8 @@ class Flip(Step):
 
     name: ClassVar[str] = "flip"
     computes: ClassVar[bool] = False
+    most_copies: ClassVar[int] = 128
+    """With at most this many positions to flip, frameworks copy one after another."""
     axes: tuple[int, ...]
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -182,7 +181,7 @@ class Flip(Step):
         return f"axes {self.axes}"
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
-        return min(math.prod(result[axis] for axis in self.axes), _MOST_COPIES)
+        return min(math.prod(result[axis] for axis in self.axes), self.most_copies)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return SCATTERED * math.prod(result) if result[-1] < _SHORT or taken[0].strides[-1] != 1 else 0

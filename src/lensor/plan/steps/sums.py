@@ -94,15 +94,13 @@ class SumAxes(Step):
         return f"over {self.axes}"
 
 
-_TERMS = 256
-"""Up to this many squares, frameworks add one term after another, without an array for the squares."""
-
-
 @dataclass(frozen=True, slots=True)
 class SumSquares(Step):
     """The sum of squared entries over some axes, without conjugation."""
 
     name: ClassVar[str] = "sum of squares"
+    most_terms: ClassVar[int] = 256
+    """With at most this many terms, frameworks add one after another, without an array for all squares."""
     axes: tuple[int, ...]
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -116,7 +114,7 @@ class SumSquares(Step):
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
         terms = math.prod(shapes[0]) // max(math.prod(result), 1)
-        return terms if terms <= _TERMS else 2
+        return terms if terms <= self.most_terms else 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ import torch
 from lensor_bench import growth, models, steps
 from lensor_bench import implementations as implementations_module
 from lensor_bench import run as run_module
+from lensor_bench.candidates import choices
+from lensor_bench.candidates import read as read_candidates
+from lensor_bench.candidates import write as write_candidates
 from lensor_bench.implementations import IMPLEMENTATIONS, Implementation
 from lensor_bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
 from lensor_bench.overhead import CASES
@@ -672,6 +675,45 @@ def test_overhead_of_every_function() -> None:
     rows = [line for line in found.output.splitlines() if "│" in line]
     assert len(rows) == 2 * len(CASES)
     assert {row.split("│")[1].strip() for row in rows} == set(CASES)
+
+
+def test_candidates_are_measured_and_read_again(tmp_path: Path) -> None:
+    out = tmp_path / "candidates.csv"
+    arguments = ["bench", "candidates", str(out), "--ops", "ggn_diagonal", "--limit", "1", "--seconds", "0"]
+    found = CliRunner().invoke(cli.make_app(), arguments)
+    assert found.exit_code == 0, found.output
+    rows = read_candidates(out)
+    assert len({row.plan for row in rows}) == len(rows) > 1
+    assert all(min(row.calls, row.flops, row.nbytes, row.estimate, row.seconds, row.standard) > 0 for row in rows)
+    (choice,) = choices(rows)
+    assert choice.regret >= 1
+    write_candidates(tmp_path / "again.csv", rows)
+    assert (tmp_path / "again.csv").read_text() == out.read_text()
+    out.write_text("operation\n", encoding="utf-8")
+    with pytest.raises(CommandError, match="has the columns"):
+        read_candidates(out)
+
+
+def test_planning_of_an_operation_and_the_memory_kept() -> None:
+    found = CliRunner().invoke(
+        cli.make_app(), ["bench", "planning", "--ops", "forward", "--limit", "1", "--shapes", "20"]
+    )
+    assert found.exit_code == 0, found.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in found.output.splitlines() if "│" in line]
+    (times,) = (row for row in rows if row[0] == "forward")
+    cold, _, second, _, third, _ = map(float, times[1:])
+    assert cold > second > third > 0
+    kept = [[float(cell.replace(",", "")) for cell in row] for row in rows if row[0] != "forward"]
+    assert [shapes for shapes, *_ in kept] == [*range(0, 21, 2)]
+    assert all(0 < caches < 64 for _, caches, _ in kept[1:])
+
+
+def test_planning_without_shapes_prints_times_only() -> None:
+    found = CliRunner().invoke(
+        cli.make_app(), ["bench", "planning", "--ops", "forward", "--limit", "1", "--shapes", "0"]
+    )
+    assert found.exit_code == 0, found.output
+    assert "shapes" not in found.output
 
 
 @pytest.mark.parametrize("name", CASES)

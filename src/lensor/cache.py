@@ -152,6 +152,18 @@ def clear_caches() -> None:
         cache.clear()
 
 
+def cached_bytes() -> int:
+    """The total weight of the entries of all caches, in bytes.
+
+    Example:
+        >>> import lensor
+        >>> lensor.clear_caches()
+        >>> cached_bytes()
+        0
+    """
+    return sum(cache.nbytes for cache in list(_caches))
+
+
 def _after_fork_in_child() -> None:
     # A different thread of the parent may have held a lock during the fork.
     for cache in list(_caches):

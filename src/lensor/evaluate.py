@@ -29,7 +29,15 @@ from lensor.plan.steps import Input
 from lensor.planner import Settings, choose, current, planning, profile_of, untimed
 from lensor.runtime import Runnable, require_operands, run, runnable
 
-_plans = Cache(maxsize=1024)
+
+def _weigh_plan(entry: tuple[Any, Plan]) -> int:
+    """About the number of bytes that a plan keeps alive once it has run, which is faster than to count them."""
+    plan = entry[1]
+    nodes = sum(len(term.nodes) for term in plan.network.terms) if plan.network is not None else 0
+    return 12_000 + 600 * len(plan.steps) + 500 * nodes
+
+
+_plans = Cache(maxsize=1024, weigh=_weigh_plan)
 _contractions = Cache(maxsize=1024)
 
 
@@ -68,7 +76,7 @@ def compile(
 
     def make() -> Plan:
         profile = profile_of(None) if shapes_only else profile_of(backend, kind)
-        plan = choose(bind_shapes(net, shapes), settings, backend, kind, profile)
+        plan = choose(bind_shapes(net, shapes), settings, backend, kind, profile, net)
         return replace(plan, deriver=partial(_derived, settings=settings))
 
     try:

@@ -15,7 +15,9 @@ from lensor.evaluate import bind_shapes
 from lensor.inspect.errors import CommandError
 from lensor.kernels import load
 from lensor.lowering import candidates
-from lensor.planner import estimate, profile_of
+from lensor.plan import Plan
+from lensor.planner import Machine, estimate, profile_of
+from lensor.planner.cost import step_times
 from lensor.runtime import Runnable
 from lensor_bench.implementations import IMPLEMENTATIONS, STANDARD
 from lensor_bench.measure import interleaved, neighbours, threads
@@ -36,11 +38,19 @@ class Candidate:
         estimate: estimated seconds.
         seconds: shortest measured seconds.
         standard: shortest seconds of the standard implementation in the same rounds.
+        calls: number of framework calls that are not views.
+        flops: additions and multiplications.
+        nbytes: bytes read and written.
+        largest: name of the step with the longest estimate, with the number of such steps.
     """
 
     operation: str
     convolution: str
     plan: str
+    calls: int
+    flops: int
+    nbytes: int
+    largest: str
     estimate: float
     seconds: float
     standard: float
@@ -105,12 +115,30 @@ def _measured(bench: Bench, case: Case) -> list[Candidate]:
             case.operation.name,
             case.layer.label,
             plans[at].name,
+            *_work(plans[at], device, backend.itemsize(kind), dtype),
             estimates[at],
             taken.minimum,
             times[0].minimum,
         )
         for at, taken in zip(kept, times[1:], strict=True)
     ]
+
+
+def _work(plan: Plan, device: Machine, itemsize: int, dtype: str) -> tuple[int, int, int, str]:
+    """The calls, flops and bytes of a plan, and the kind of step that takes the most time."""
+    taken: dict[str, float] = {}
+    calls = 0.0
+    for place, seconds in enumerate(step_times(plan, device, itemsize, dtype)):
+        step = plan.steps[place]
+        taken[step.name] = taken.get(step.name, 0.0) + seconds
+        calls += 0 if step.is_view else step.calls([plan.shapes[at] for at in step.takes], plan.shapes[place])
+    name = max(taken, key=taken.__getitem__)
+    return (
+        round(calls),
+        plan.flops,
+        plan.bytes // plan.itemsize * itemsize,
+        f"{sum(step.name == name for step in plan.steps)} {name}",
+    )
 
 
 def choices(rows: Sequence[Candidate]) -> list[Choice]:
@@ -156,12 +184,8 @@ def read(path: Path) -> list[Candidate]:
         names = [field.name for field in fields(Candidate)]
         if reader.fieldnames != names:
             raise CommandError(f"{path} has the columns {reader.fieldnames}, expected {names}")
+        convert = {"str": str, "int": int, "float": float}
         return [
-            Candidate(
-                row["operation"],
-                row["convolution"],
-                row["plan"],
-                *(float(row[name]) for name in ("estimate", "seconds", "standard")),
-            )
+            Candidate(**{field.name: convert[str(field.type)](row[field.name]) for field in fields(Candidate)})
             for row in reader
         ]

@@ -1,6 +1,6 @@
 """Lowering of simplified networks to plans: each strategy is a list of stages that modify a shared state."""
 
-from lensor.lowering.alternatives import candidates, compare_paths
+from lensor.lowering.alternatives import candidates, compare_paths, divided, divisions, whole
 from lensor.lowering.assemble import lower, lower_in_parts
 from lensor.lowering.slicing import axis_of, parts_of, sliceable
 from lensor.lowering.strategies import BY_NAME, STRATEGIES, Strategy
@@ -12,8 +12,11 @@ __all__ = [
     "axis_of",
     "candidates",
     "compare_paths",
+    "divided",
+    "divisions",
     "lower",
     "lower_in_parts",
     "parts_of",
     "sliceable",
+    "whole",
 ]

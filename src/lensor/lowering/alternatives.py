@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from lensor.lowering.assemble import lower, lower_in_parts
 from lensor.lowering.slicing import summed_by_all
@@ -25,6 +26,17 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
         in_parts: whether to include plans that divide an index into parts for speed; in half precision, adding the
             parts loses accuracy.
     """
+    plans = whole(net)
+    if in_parts:
+        plans += [divided(net, name, index) for name, index in divisions(net, plans)]
+    found: dict[tuple[s.Step, ...], Plan] = {}
+    for plan in plans:
+        found.setdefault(plan.steps, plan)
+    return list(found.values())
+
+
+def whole(net: AnyNetwork) -> list[Plan]:
+    """The distinct candidates that do not divide an index into parts."""
     simplified = net.simplify()
     plans: dict[tuple[s.Step, ...], Plan] = {}
     larger: list[Plan] = []
@@ -47,18 +59,33 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             plans.setdefault(plan.steps, plan)
         else:
             larger.append(plan)
-    if not plans:  # every plan needs a table that is too large: take the plan with the smallest
-        plan = min(larger, key=lambda plan: max(tables(plan)))
-        plans[plan.steps] = plan
-    for plan in list(plans.values()):
-        # An array that is squared and summed can be computed in parts that fit into fast memory.
-        squares = in_parts and any(isinstance(step, s.SumSquares) for step in plan.steps)
-        index = summed_by_all(net) if squares else None
-        if index is not None:
-            parts = min(net.sizes[index] or 0, _PARTS_OF_SQUARES)
-            sliced = lower_in_parts(net, BY_NAME[plan.strategy], index, parts)
-            plans.setdefault(sliced.steps, sliced)
-    return list(plans.values())
+    # If every plan needs a table that is too large, take the plan with the smallest.
+    return list(plans.values()) or [min(larger, key=lambda plan: max(tables(plan)))]
+
+
+def divisions(net: AnyNetwork, plans: Iterable[Plan]) -> list[tuple[str, str]]:
+    """The strategies that may be faster if an index is divided into parts, each with this index.
+
+    An array that is computed, squared and summed can be computed in parts that fit into fast memory.
+    """
+    squares = [plan.strategy for plan in plans if _squares(plan)]
+    index = summed_by_all(net) if squares else None
+    return [] if index is None else [(name, index) for name in squares]
+
+
+def _squares(plan: Plan) -> bool:
+    """Whether a plan computes an array and then sums its squares."""
+    return any(isinstance(step, s.SumSquares) and _is_computed(plan, step.takes[0]) for step in plan.steps)
+
+
+def _is_computed(plan: Plan, place: int) -> bool:
+    step = plan.steps[place]
+    return step.computes or any(_is_computed(plan, at) for at in step.takes)
+
+
+def divided(net: AnyNetwork, strategy: str, index: str) -> Plan:
+    """The plan of a strategy for a network that is computed in parts of an index."""
+    return lower_in_parts(net, BY_NAME[strategy], index, min(net.sizes[index] or 0, _PARTS_OF_SQUARES))
 
 
 def tables(plan: Plan) -> list[int]:

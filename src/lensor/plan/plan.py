@@ -6,7 +6,7 @@ does not depend on an array framework.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,26 @@ class Candidate:
             f"{self.name}: {self.flops:,} flops, peak size {self.peak_size:,}, "
             f"estimated {self.estimated * 1e6:,.1f} µs{measured}"
         )
+
+
+class Considered(Sequence[Candidate]):
+    """Candidates that are described only if somebody reads them."""
+
+    def __init__(self, describe: Callable[[], Sequence[Candidate]]) -> None:
+        self._describe = describe
+
+    @cached_property
+    def _all(self) -> tuple[Candidate, ...]:
+        return tuple(self._describe())
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._all[at]
+
+    def __repr__(self) -> str:
+        return repr(self._all)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +91,7 @@ class Plan:
     result: int
     strategy: str = ""
     parts: tuple[str, int] | None = None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: Sequence[Candidate] = ()
     reason: str = ""
     itemsize: int = 8
     network: AnyNetwork | None = field(default=None, repr=False)
@@ -208,7 +228,7 @@ class Plan:
         return tool
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiled": {}}
+        return {**self.__dict__, "candidates": tuple(self.candidates), "compiled": {}}
 
     def __repr__(self) -> str:
         return f"<Plan of {self.subscripts}: {len(self.steps)} steps, {self.flops:,} flops>"

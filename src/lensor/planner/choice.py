@@ -6,16 +6,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lensor.kernels import Backend
-from lensor.lowering import BY_NAME, candidates, compare_paths, lower_in_parts, sliceable
+from lensor.lowering import BY_NAME, compare_paths, lower_in_parts, sliceable
 from lensor.network import AnyNetwork
-from lensor.plan import Candidate, Plan
+from lensor.plan import Candidate, Considered, Plan
 from lensor.plan import steps as s
 from lensor.planner import wisdom
 from lensor.planner.calibration import profile_of
-from lensor.planner.cost import estimate
+from lensor.planner.families import Sizes, Target, family_of
 from lensor.planner.profile import Machine
 from lensor.planner.settings import Settings
 from lensor.runtime import Runnable, bytes_needed, run
@@ -42,6 +43,7 @@ def choose(
     backend: Backend | None = None,
     kind: Sequence[Any] = (),
     profile: Machine | None = None,
+    unbound: AnyNetwork | None = None,
 ) -> Plan:
     """Choose the best plan for a network with known sizes.
 
@@ -49,62 +51,86 @@ def choose(
         net: the network.
         settings: effort and memory limit.
         backend: the backend for timing candidates; None to use estimates only.
-        kind: the operands' dtype and device, as given by the backend.
+        kind: the operands' dtype and target, as given by the backend.
         profile: the profile of the device for estimates; by default, that of `kind`.
+        unbound: the network before its open sizes were bound; its candidates are then resized, not lowered again.
 
     Raises:
         ValueError: if no candidate meets the memory limit.
     """
-    itemsize = backend.itemsize(kind) if backend is not None else 8
-    plans = [
-        plan for plan in candidates(net, in_parts=itemsize >= 4) if backend is None or backend.can_run(plan.steps, kind)
-    ]
-    profile, dtype = profile or profile_of(backend, kind), "float32" if backend is None else backend.dtype(kind)
-    found = [(plan, estimate(plan, profile, itemsize, dtype)) for plan in plans]
+    target = Target(backend, tuple(kind), profile or profile_of(backend, kind))
+    itemsize = target.itemsize
+    unbound = net if unbound is None else unbound
+    sizes = {index: net.sizes[index] or 0 for index, size in unbound.sizes.items() if size is None}
+    family = family_of(unbound, sizes, target)
+    if family is not None and settings == Settings():
+        estimates = family.estimates(sizes, target.estimate)
+        plan = family.members[estimates.index(min(estimates))](sizes)
+        considered = Considered(partial(_described, unbound, sizes, target))
+        return _finished(plan, net, considered, _least("estimated", len(estimates)), itemsize)
+    if family is not None:
+        estimates = family.estimates(sizes, target.estimate)
+        found = [(member(sizes), seconds) for member, seconds in zip(family.members, estimates, strict=True)]
+    else:
+        found = [(plan, target.estimate(plan)) for plan in target.candidates(net)]
     found.sort(key=lambda pair: pair[1])
     if settings.preferred_bytes is not None:
-        fits, smallest = _within(net, found, settings.preferred_bytes, itemsize, profile, dtype)
+        fits, smallest = _within(net, found, settings.preferred_bytes, target)
         found = fits or [smallest]
     if settings.max_bytes is not None:
-        found, (smallest, _) = _within(net, found, settings.max_bytes, itemsize, profile, dtype)
+        found, (smallest, _) = _within(net, found, settings.max_bytes, target)
         if not found:
             least = bytes_needed(smallest, itemsize)
             raise ValueError(f"max_bytes is {settings.max_bytes}, expected at least {least} for the smallest plan")
-    known = [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
+    known = _candidates(found)
     best = 0
     if settings.effort != "estimate" and backend is not None and len(found) > 1:
         measured = _times(net, found, backend, kind, settings.effort == "measure")
         known = [replace(one, measured=seconds) for one, seconds in zip(known, measured, strict=True)]
         best = min(range(len(found)), key=lambda at: math.inf if (seconds := measured[at]) is None else seconds)
     others = (*known[:best], *known[best + 1 :])
+    return _finished(found[best][0], net, (known[best], *others), _reason(known, best, settings), itemsize)
+
+
+def _finished(plan: Plan, net: AnyNetwork, known: Sequence[Candidate], reason: str, itemsize: int) -> Plan:
+    """The chosen plan, ready to run."""
     return replace(
-        found[best][0],
-        candidates=(known[best], *others),
-        reason=_reason(known, best, settings),
-        itemsize=itemsize,
-        network=net,
-        runner=run,
-        comparer=compare_paths,
+        plan, candidates=known, reason=reason, itemsize=itemsize, network=net, runner=run, comparer=compare_paths
     )
+
+
+def _described(unbound: AnyNetwork, sizes: Sizes, target: Target) -> list[Candidate]:
+    """The candidates for these sizes, the best first."""
+    family = family_of(unbound, sizes, target)
+    assert family is not None
+    estimates = family.estimates(sizes, target.estimate)
+    order = sorted(range(len(estimates)), key=estimates.__getitem__)
+    return _candidates([(family.members[at](sizes), estimates[at]) for at in order])
+
+
+def _candidates(found: Sequence[tuple[Plan, float]]) -> list[Candidate]:
+    return [Candidate(plan.name, plan.flops, plan.peak_size, seconds) for plan, seconds in found]
+
+
+def _least(which: str, count: int, limit: str = "") -> str:
+    return f"the only candidate{limit}" if count == 1 else f"the least {which} time of {count} candidates{limit}"
 
 
 def _reason(known: Sequence[Candidate], best: int, settings: Settings) -> str:
     """Describe why a candidate was chosen."""
     limit = "" if settings.max_bytes is None else f" within {settings.max_bytes:,} bytes"
-    if len(known) == 1:
-        return f"the only candidate{limit}"
-    which = "estimated" if known[best].measured is None else "measured"
-    return f"the least {which} time of {len(known)} candidates{limit}"
+    return _least("estimated" if known[best].measured is None else "measured", len(known), limit)
 
 
 def _within(
-    net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, itemsize: int, profile: Machine, dtype: str
+    net: AnyNetwork, found: list[tuple[Plan, float]], limit: int, target: Target
 ) -> tuple[list[tuple[Plan, float]], tuple[Plan, float]]:
     """The plans that meet a memory limit, and the smallest plan.
 
     If no plan in `found` meets the limit, the returned plans divide an index into the smallest number of parts that
     meets the limit. If no such plan meets the limit either, the list is empty.
     """
+    itemsize = target.itemsize
     smallest = min(found, key=lambda pair: pair[0].peak_size)
     fits = [(plan, seconds) for plan, seconds in found if bytes_needed(plan, itemsize) <= limit]
     if fits:
@@ -119,7 +145,7 @@ def _within(
             parts = 2
             while True:
                 plan = lower_in_parts(net, strategy, index, parts)
-                one = (plan, estimate(plan, profile, itemsize, dtype))
+                one = (plan, target.estimate(plan))
                 smallest = min(smallest, one, key=lambda pair: pair[0].peak_size)
                 if bytes_needed(plan, itemsize) <= limit:
                     fits.append(one)

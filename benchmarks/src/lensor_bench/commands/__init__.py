@@ -12,7 +12,7 @@ def add_commands(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
     group.callback()(bench.bench)
     for command in (
-        *(bench.candidates, bench.overhead, bench.growth, bench.report),
+        *(bench.candidates, bench.overhead, bench.planning, bench.growth, bench.report),
         *(models.models, models.steps, models.training, models.sampling),
     ):
         group.command()(command)

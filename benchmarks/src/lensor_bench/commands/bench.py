@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from pathlib import Path
 from typing import Annotated
 
@@ -159,6 +161,23 @@ def overhead(
     _overhead(threads, seconds)
 
 
+def planning(
+    ops: Annotated[list[str] | None, typer.Option(help=f"Operations, from {', '.join(OPERATIONS)}.")] = None,
+    nets: Annotated[
+        list[str] | None, typer.Option(help=f"Nets, from {', '.join(NETS)}; the paper's by default.")
+    ] = None,
+    kinds: Kinds = None,
+    columns: Columns = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of convolutions.")] = None,
+    shapes: Annotated[int, typer.Option(min=0, help="Number of shapes for the memory that is kept.")] = 10_000,
+    debug: Debug = False,
+) -> None:
+    """Measure the time to plan, cold and for other batch sizes, and the memory kept after many shapes."""
+    names = (names_of(ops), names_of(nets), (), names_of(kinds))
+    with reported(debug):
+        _planning(Settings(*names, columns=columns, threads=1, limit=limit), shapes)
+
+
 def _bench(settings: Settings, out: Path, resume: bool) -> None:
     """Measure the nets' convolutions, with a progress bar, and print the summary."""
     require("torch")
@@ -235,6 +254,27 @@ def _overhead(threads: int, seconds: float) -> None:
             times = (f"{time:.1f}" for time in (found.raw, found.call, found.added))
             table.add_row(found.name, "yes" if found.gradient else "no", *times)
     console().print(table)
+
+
+def _planning(settings: Settings, shapes: int) -> None:
+    require("torch")
+    from lensor_bench.measure import threads
+    from lensor_bench.planning import kept, measure
+    from lensor_bench.run import Bench
+
+    names = ("cold, ms", "largest", "second size, ms", "largest", "third size, ms", "largest")
+    table = Table("operation", *(Column(name, justify="right") for name in names))
+    with threads(settings.threads):
+        rows = sorted(measure(Bench(settings)), key=lambda one: one.operation)
+        for operation, found in itertools.groupby(rows, lambda one: one.operation):
+            times = zip(*((one.cold, one.second, one.third) for one in found), strict=True)
+            table.add_row(operation, *(f"{of(column):.2f}" for column in times for of in (statistics.median, max)))
+        console().print(table)
+        table = Table(*(Column(name, justify="right") for name in ("shapes", "caches, MB", "process, MB")))
+        for one in kept(shapes) if shapes else ():
+            table.add_row(f"{one.shapes:,}", *(f"{size / 1e6:.1f}" for size in (one.nbytes, one.resident)))
+        if shapes:
+            console().print(table)
 
 
 def print_summaries(rows: list[Row], options: Options, shown: Console) -> None:

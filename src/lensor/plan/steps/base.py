@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -77,6 +77,8 @@ class Step:
     """Whether kernels compute a sum in several operations, each of which rounds."""
     is_product: ClassVar[bool] = False
     """Whether a bias can be added to the result without more rounding than in the step alone."""
+    resized: ClassVar[tuple[str, ...]] = ()
+    """The settings that are sizes of axes, or factors that may contain such a size."""
     takes: tuple[int, ...]
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -90,6 +92,15 @@ class Step:
     def settings(self) -> str:
         """The settings as text."""
         return ""
+
+    # -------------------------------------------------------------------------------------------------------- sizes
+    def fixed(self, rank: int) -> Iterable[int]:
+        """The axes, of operands and result with `rank` axes, whose sizes the settings determine."""
+        return range(rank)
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        """Whether operands with these shapes give a result of this shape, as far as the settings leave it open."""
+        return True
 
     # ------------------------------------------------------------------------------------------------------- memory
     @property

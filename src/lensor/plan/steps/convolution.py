@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ class Convolution(Step):
     """
 
     name: ClassVar[str] = "convolution"
+    resized: ClassVar[tuple[str, ...]] = ("groups", "size")
     is_product: ClassVar[bool] = True
     kind: str
     stride: Shape
@@ -39,6 +40,17 @@ class Convolution(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.size
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return range(2, rank)
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        a, b = shapes
+        if self.kind == "forward":
+            return result[:2] == (a[0], b[0]) and a[1] == self.groups * b[1]
+        if self.kind == "input_grad":
+            return result[:2] == (a[0], self.groups * b[1]) and a[1] == b[0]
+        return (result[0], self.groups * result[1], a[0]) == (b[1], a[1], b[0])
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         a, b = shapes

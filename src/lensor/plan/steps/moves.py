@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +32,9 @@ class Pad(Step):
         size = shapes[0][self.axis] + self.left + self.right
         return with_axis(shapes[0], self.axis, size)
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
+
     def settings(self) -> str:
         return f"axis {self.axis} by {self.left}, {self.right}"
 
@@ -49,6 +52,9 @@ class Stuff(Step):
         size = (shapes[0][self.axis] - 1) * self.step + 1
         return with_axis(shapes[0], self.axis, size)
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
+
     def settings(self) -> str:
         return f"axis {self.axis} step {self.step}"
 
@@ -64,6 +70,9 @@ class Gather(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return with_axis(shapes[0], self.axis, self.pattern.output_size)
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
 
     def runs(self) -> list[tuple[int, int, int]]:
         """The positions read, as consecutive runs (start, step, length) with a constant step, which may be 0."""
@@ -160,6 +169,9 @@ class Concat(Step):
         size = sum(shape[self.axis] for shape in shapes)
         return with_axis(shapes[0], self.axis, size)
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
+
     def settings(self) -> str:
         return f"axis {self.axis}"
 
@@ -176,6 +188,9 @@ class Flip(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return self.axes
 
     def settings(self) -> str:
         return f"axes {self.axes}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -21,6 +21,12 @@ class Multiply(Step):
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return tuple(b if a == 1 else a for a, b in zip(*shapes, strict=True))
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        return all(a == b or 1 in (a, b) for a, b in zip(*shapes, strict=True))
+
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(result)
 
@@ -30,12 +36,20 @@ class MatMul(Step):
     """Batched matrix products [*b, m, k] · [*b, k, n] -> [*b, m, n]; batch axes of length 1 are repeated."""
 
     name: ClassVar[str] = "matmul"
+    resized: ClassVar[tuple[str, ...]] = ("factor",)
     is_product: ClassVar[bool] = True
     factor: Fraction = Fraction(1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         batch = (a if b == 1 else b for a, b in zip(shapes[0][:-2], shapes[1][:-2], strict=True))
         return (*batch, shapes[0][-2], shapes[1][-1])
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        batch = zip(shapes[0][:-2], shapes[1][:-2], strict=True)
+        return shapes[0][-1] == shapes[1][-2] and all(a == b or 1 in (a, b) for a, b in batch)
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return 2 * math.prod(result) * shapes[0][-1]
@@ -57,11 +71,15 @@ class Gram(Step):
     """The Gram matrices of rows, [*b, m, k] -> [*b, m, m]; they are symmetric, so computing one triangle suffices."""
 
     name: ClassVar[str] = "gram"
+    resized: ClassVar[tuple[str, ...]] = ("factor",)
     is_product: ClassVar[bool] = True
     factor: Fraction = Fraction(1)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return (*shapes[0][:-1], shapes[0][-2])
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(result[:-1]) * (result[-1] + 1) * shapes[0][-1]

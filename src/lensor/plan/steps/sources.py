@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -16,6 +16,7 @@ class Input(Step):
     """An operand of the network."""
 
     name: ClassVar[str] = "operand"
+    resized: ClassVar[tuple[str, ...]] = ("size",)
     is_view: ClassVar[bool] = True
     computes: ClassVar[bool] = False
     operand: str
@@ -23,6 +24,9 @@ class Input(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.size
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
 
     def settings(self) -> str:
         return self.operand
@@ -59,6 +63,7 @@ class Fill(Step):
     """An array with all entries equal to one number."""
 
     name: ClassVar[str] = "fill"
+    resized: ClassVar[tuple[str, ...]] = ("size", "value")
     computes: ClassVar[bool] = False
     size: Shape
     value: Fraction
@@ -66,14 +71,21 @@ class Fill(Step):
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.size
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Identity(Step):
     """The identity matrix for a delta between two output indices."""
 
     name: ClassVar[str] = "identity matrix"
+    resized: ClassVar[tuple[str, ...]] = ("size",)
     computes: ClassVar[bool] = False
     size: int
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return (self.size, self.size)
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()

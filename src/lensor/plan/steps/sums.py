@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
@@ -23,6 +23,9 @@ class ScatterAdd(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return with_axis(shapes[0], self.axis, self.pattern.input_size)
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(shapes[0])
@@ -61,6 +64,9 @@ class OverlapAdd(Step):
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return (*shapes[0][: self.axis], self.length, *shapes[0][self.axis + 1 : -1])
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis, rank - 1)
+
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(shapes[0])
 
@@ -87,6 +93,9 @@ class SumAxes(Step):
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return tuple(size for axis, size in enumerate(shapes[0]) if axis not in self.axes)
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(shapes[0])
 
@@ -105,6 +114,9 @@ class SumSquares(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return tuple(size for axis, size in enumerate(shapes[0]) if axis not in self.axes)
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return 2 * math.prod(shapes[0])
@@ -127,6 +139,12 @@ class Add(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        return shapes[0] == shapes[1]
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(result)
@@ -177,6 +195,7 @@ class Multiple(Step):
     """The product of a number and an array."""
 
     name: ClassVar[str] = "scale"
+    resized: ClassVar[tuple[str, ...]] = ("factor",)
     adds_in_several: ClassVar[bool] = True
     factor: Fraction
     owned: bool = False
@@ -184,6 +203,9 @@ class Multiple(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
 
     def flops(self, shapes: Sequence[Shape], result: Shape) -> int:
         return math.prod(result)

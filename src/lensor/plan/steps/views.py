@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +15,19 @@ class Reshape(Step):
     """The same entries with a different shape."""
 
     name: ClassVar[str] = "reshape"
+    resized: ClassVar[tuple[str, ...]] = ("size",)
     is_view: ClassVar[bool] = True
     computes: ClassVar[bool] = False
     size: Shape
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.size
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        return math.prod(shapes[0]) == math.prod(result)
 
     def strides(self, taken: Laid, result: Shape) -> Strides | None:
         return viewed(taken.shape, taken.strides, result)
@@ -36,6 +44,9 @@ class Transpose(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return tuple(shapes[0][axis] for axis in self.order)
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
 
     def settings(self) -> str:
         return str(self.order)
@@ -58,6 +69,9 @@ class Slice(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return with_axis(shapes[0], self.axis, self.count)
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
 
     def settings(self) -> str:
         return f"axis {self.axis} from {self.start} step {self.step}"
@@ -83,6 +97,9 @@ class Window(Step):
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return (*shapes[0][: self.axis], self.positions, *shapes[0][self.axis + 1 :], self.kernel)
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return (self.axis,)
+
     def settings(self) -> str:
         return f"axis {self.axis}, kernel {self.kernel}, stride {self.stride}, dilation {self.dilation}"
 
@@ -106,6 +123,9 @@ class Diagonal(Step):
         rest = [size for axis, size in enumerate(shapes[0]) if axis not in (self.first, self.second)]
         return (*rest, shapes[0][self.first])
 
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
     def strides(self, taken: Laid, result: Shape) -> Strides | None:
         rest = [step for axis, step in enumerate(taken.strides) if axis not in (self.first, self.second)]
         return (*rest, taken.strides[self.first] + taken.strides[self.second])
@@ -116,6 +136,7 @@ class Expand(Step):
     """Repeat axes of length 1 to obtain the shape `size`."""
 
     name: ClassVar[str] = "expand"
+    resized: ClassVar[tuple[str, ...]] = ("size",)
     is_view: ClassVar[bool] = True
     overlaps: ClassVar[bool] = True
     computes: ClassVar[bool] = False
@@ -123,6 +144,12 @@ class Expand(Step):
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.size
+
+    def fixed(self, rank: int) -> Iterable[int]:
+        return ()
+
+    def fits(self, shapes: Sequence[Shape], result: Shape) -> bool:
+        return all(before in (1, after) for before, after in zip(shapes[0], result, strict=True))
 
     def strides(self, taken: Laid, result: Shape) -> Strides | None:
         pairs = zip(taken.shape, result, taken.strides, strict=True)

@@ -1,0 +1,259 @@
+"""Families: the candidates of a network for all sizes of its open indices, such as the batch size.
+
+An index is open if the network does not determine its size. The candidates are lowered once for each range of sizes,
+from a power of two to the next; their steps are then resized for each size in the range. The estimates are computed for
+the ends of the range and interpolated between them, so that the plan for a size does not depend on the sizes planned
+before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+from lensor.cache import Cache
+from lensor.kernels import Backend
+from lensor.lowering import BY_NAME, divided, divisions, lower, whole
+from lensor.network import AnyNetwork, Delta, Group, Operand, Pattern, indices_of
+from lensor.plan import Plan
+from lensor.plan.resizable import monomial, resizable, value_of
+from lensor.planner.cost import estimate
+from lensor.planner.profile import Machine
+
+_LEAST = 4
+"""Networks with an open index that is shorter than this are lowered for their sizes."""
+
+_MOST_OPEN = 2
+"""Networks with more open indices than this are lowered for their sizes."""
+
+_TRIES = 4
+"""A candidate is lowered for at most this many marks; by chance, a length of a slice or a pad may contain a mark."""
+
+_HOPEFUL = 2.0
+"""A candidate is divided into parts if its estimate is at most this many times the least."""
+
+_SCALED = re.compile(r"(?:(-?\d+(?:/\d+)?) )?(.+?)(?: \+ |$)")
+"""The scale, if it is not 1, and the rest of each term in the text of a network."""
+
+Sizes: TypeAlias = Mapping[str, int]
+Member: TypeAlias = Callable[[Sizes], Plan]
+"""One candidate: a function from the sizes of the open indices to a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What plans are chosen for: a backend, the operands' dtype and device, and a profile for estimates."""
+
+    backend: Backend | None
+    kind: tuple[Any, ...]
+    profile: Machine
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per entry."""
+        return 8 if self.backend is None else self.backend.itemsize(self.kind)
+
+    def estimate(self, plan: Plan) -> float:
+        """The estimated time of a plan in seconds."""
+        dtype = "float32" if self.backend is None else self.backend.dtype(self.kind)
+        return estimate(plan, self.profile, self.itemsize, dtype)
+
+    def candidates(self, net: AnyNetwork) -> list[Plan]:
+        """The candidates for a network with known sizes."""
+        plans = self.whole(net)
+        return plans + [divided(net, *division) for division in self.divisions(net, plans)]
+
+    def whole(self, net: AnyNetwork) -> list[Plan]:
+        """The candidates that do not divide an index into parts."""
+        return [plan for plan in whole(net) if self.backend is None or self.backend.can_run(plan.steps, self.kind)]
+
+    def divisions(self, net: AnyNetwork, plans: Sequence[Plan]) -> list[tuple[str, str]]:
+        """The strategies and indices of the candidates that divide an index into parts, for speed.
+
+        In half precision, adding the parts loses accuracy. Slow candidates are not divided.
+        """
+        found = divisions(net, plans) if self.itemsize >= 4 else []
+        if not found:
+            return []
+        seconds = {plan.strategy: self.estimate(plan) for plan in plans}
+        return [(name, index) for name, index in found if seconds[name] <= _HOPEFUL * min(seconds.values())]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The candidates of a network for a range of sizes of each open index.
+
+    Args:
+        lower_ends: the smallest size in the range of each open index, a power of two.
+        members: the candidates.
+        steps: the total number of steps of the candidates.
+        corners: the estimates of all candidates at combinations of the ends of the ranges, as far as they were needed.
+    """
+
+    lower_ends: Sizes
+    members: tuple[Member, ...]
+    steps: int = 0
+    corners: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
+
+    def estimates(self, sizes: Sizes, estimate: Callable[[Plan], float]) -> list[float]:
+        """The estimate of each candidate, interpolated between the ends of the range of each open index."""
+        total = [0.0] * len(self.members)
+        for weight, corner in self._weights(sizes):
+            key = tuple(corner.values())
+            if key not in self.corners:
+                self.corners[key] = [estimate(member(corner)) for member in self.members]
+            total = [sum_ + weight * seconds for sum_, seconds in zip(total, self.corners[key], strict=True)]
+        return total
+
+    def _weights(self, sizes: Sizes) -> Iterator[tuple[float, Sizes]]:
+        """The ends of the ranges between which the sizes lie, with the weights of a linear interpolation."""
+        ends = []
+        for index, low in self.lower_ends.items():
+            share = sizes[index] / low - 1
+            ends.append(((1 - share, low), (share, 2 * low)))
+        for corner in itertools.product(*ends):
+            weight = math.prod(part for part, _ in corner)
+            if weight:
+                yield weight, dict(zip(self.lower_ends, (size for _, size in corner), strict=True))
+
+
+def family_of(net: AnyNetwork, sizes: Sizes, target: Target) -> Family | None:
+    """The family for these sizes of the open indices of a network; None if the network is lowered for its sizes."""
+    if not sizes or min(sizes.values()) < _LEAST or net.selections:
+        return None
+    ends = tuple((index, 1 << (size.bit_length() - 1)) for index, size in sizes.items())
+    return _families.get_or_make((net, ends, target), lambda: _Found(_family(net, dict(ends), target))).family
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An entry of the cache; None is a result, too."""
+
+    family: Family | None
+
+
+def _weigh(entry: tuple[Hashable, _Found]) -> int:
+    """About the number of bytes that a family keeps alive, which is faster than to count them."""
+    family = entry[1].family
+    return 8_000 if family is None else 10_000 + 2_000 * len(family.members) + 700 * family.steps
+
+
+_families = Cache(maxsize=256, weigh=_weigh)
+
+
+def _family(net: AnyNetwork, ends: Sizes, target: Target) -> Family | None:
+    equal = equal_sizes(net)
+    if equal is None or len(set(equal.values())) > _MOST_OPEN:
+        return None
+    opened = _Open(net, equal)
+    lower_ends = {index: ends[index] for index in dict.fromkeys(equal.values())}
+    marks, *others = itertools.islice(_marks(net, lower_ends), _TRIES)
+    marked = opened.bind(marks)
+    plans = target.whole(marked)
+    members = [_member(opened, plan, marks, others) for plan in plans]
+    members += [_divided(opened, *division) for division in target.divisions(marked, plans)]
+    return Family(lower_ends, tuple(members), sum(len(plan.steps) for plan in plans))
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A network with open indices, and for each of them the index that stands for all of the same size."""
+
+    net: AnyNetwork
+    equal: Mapping[str, str]
+
+    def bind(self, sizes: Sizes) -> AnyNetwork:
+        return self.net.bind({index: sizes[first] for index, first in self.equal.items()})
+
+    def lowered(self, sizes: Sizes, strategy: str) -> Plan:
+        return lower(self.bind(sizes).simplify(), BY_NAME[strategy])
+
+
+def equal_sizes(net: AnyNetwork) -> dict[str, str] | None:
+    """For each open index, the first open index that has the same size in every case.
+
+    Two open indices have the same size if they occur in one delta, in the same leg of an operand, or in the same leg of
+    the output of two terms. The result is None if a size follows from anything else.
+    """
+    equal = {index: index for index, size in net.sizes.items() if size is None}
+    legs: dict[object, Group] = {}
+    for term in net.terms:
+        groups: list[tuple[object, Group]] = [(("output", at), leg) for at, leg in enumerate(term.output)]
+        for node in term.nodes:
+            match node:
+                case Operand(name, own):
+                    groups += [((name, at), leg) for at, leg in enumerate(own)]
+                case Delta(indices):
+                    groups += [(node, (index,)) for index in indices]
+                case Pattern() if any(index in equal for index in indices_of(node)):
+                    return None
+        for place, leg in groups:
+            pair = [[index for index in one if index in equal] for one in (legs.setdefault(place, leg), leg)]
+            rests = [math.prod(net.sizes[i] or 1 for i in one) for one in (legs[place], leg)]
+            if legs[place] == leg:
+                continue
+            if [len(one) for one in pair] not in ([0, 0], [1, 1]) or rests[0] != rests[1]:
+                return None
+            if pair[0]:
+                first, second = (equal[one[0]] for one in pair)
+                equal = {index: first if other == second else other for index, other in equal.items()}
+    return equal
+
+
+def _member(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) -> Member:
+    """The candidate of a strategy: its plan for the marks or for other marks, resized if possible."""
+    form = resizable(plan, marks)
+    for marks in others:
+        if form is not None:
+            break
+        form = resizable(opened.lowered(marks, plan.strategy), marks)
+    if form is None:
+        return lambda sizes: opened.lowered(sizes, plan.strategy)
+    texts = _SCALED.findall(form.plan.subscripts)
+    primes = [*form.marks.values()]
+    factors = [monomial(Fraction(scale or 1), primes) for scale, _ in texts]
+    if all(isinstance(factor, Fraction) for factor in factors):
+        return form.at
+
+    def at(sizes: Sizes) -> Plan:
+        known = [sizes[index] for index in form.marks]
+        found = [(value_of(factor, known), text) for factor, (_, text) in zip(factors, texts, strict=True)]
+        subscripts = " + ".join(text if factor == 1 else f"{factor} {text}" for factor, text in found)
+        return replace(form.at(sizes), subscripts=subscripts)
+
+    return at
+
+
+def _divided(opened: _Open, strategy: str, index: str) -> Member:
+    """The candidate of a strategy in parts of an index; the number of steps depends on the size of the index."""
+    return lambda sizes: divided(opened.bind(sizes), strategy, index)
+
+
+def _marks(net: AnyNetwork, lower_ends: Sizes) -> Iterator[Sizes]:
+    """Marks for the open indices: primes near the middle of their ranges that divide no other number of the network."""
+    numbers = {size for size in net.sizes.values() if size}
+    for term in net.terms:
+        numbers |= {term.scale.factor.numerator, term.scale.factor.denominator}
+        for node in term.nodes:
+            if isinstance(node, Pattern):
+                numbers |= {node.pattern.input_size + sum(node.pattern.padding), 2 * node.pattern.kernel_size - 1}
+    found = {index: _primes(low * 1.4, numbers) for index, low in lower_ends.items()}
+    taken: set[int] = set()
+    while True:
+        marks = {}
+        for index, primes in found.items():
+            marks[index] = next(prime for prime in primes if prime not in taken)
+            taken.add(marks[index])
+        yield marks
+
+
+def _primes(least: float, numbers: Iterable[int]) -> Iterator[int]:
+    """The primes from `least` on, in order, that divide none of the numbers."""
+    for value in itertools.count(math.ceil(least)):
+        if all(value % factor for factor in range(2, math.isqrt(value) + 1)) and all(one % value for one in numbers):
+            yield value

@@ -1,0 +1,188 @@
+"""Families: plans for other sizes of open indices are right, and do not depend on what was planned before."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lensor
+from lensor import ConvSpec, ops
+from lensor.cache import weigh
+from lensor.evaluate import _weigh_plan
+from lensor.lowering import BY_NAME, candidates, lower, lower_in_parts
+from lensor.plan.resizable import resizable
+from lensor.planner import families, machine
+from lensor.planner.families import Family, Target, equal_sizes, family_of
+from lensor.runtime import run
+from tests.support.cases import BUILDERS, DRAWN, SPECS, assert_close, operands_of
+from tests.support.dense import evaluate_dense
+from tests.support.strategies import random_spec
+
+SPEC = ConvSpec(4, 6, (9, 8), 3, stride=2, padding=1, groups=2)
+
+
+def open_indices(net: Any) -> list[str]:
+    return [index for index, size in net.sizes.items() if size is None]
+
+
+def random_open_network(seed: int) -> Any:
+    """A random operation on a random spec, with random access to indices of known size; the batch sizes are open."""
+    rng, choose = np.random.default_rng(seed), random.Random(seed)
+    net = BUILDERS[choose.choice(DRAWN)](lensor.ConvSpec(**random_spec(rng, max_ndim=2)))
+    for _ in range(choose.choice([0, 0, 1])):
+        known = sorted(index for index in net.output_indices if net.sizes[index] is not None)
+        if known:
+            index = choose.choice(known)
+            start = choose.randrange(net.sizes[index])
+            net = net.slice(index, start, choose.randint(start + 1, net.sizes[index]), choose.randint(1, 2))
+    return net
+
+
+def no_plan(sizes: Any) -> Any:
+    raise AssertionError("estimates are known")
+
+
+TARGET = Target(None, (), machine())
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(4, 9), min_size=2, max_size=2))
+def test_every_candidate_of_a_family_gives_the_value_by_definition(seed: int, drawn: list[int]) -> None:
+    net = random_open_network(seed)
+    equal = equal_sizes(net)
+    assert equal is not None
+    firsts = dict(zip(dict.fromkeys(equal.values()), drawn, strict=False))
+    sizes = {index: firsts[first] for index, first in equal.items()}
+    family = family_of(net, sizes, TARGET)
+    if not sizes:
+        assert family is None
+        return
+    assert family is not None
+    bound = net.bind(sizes)
+    operands = operands_of(bound, seed)
+    expected = evaluate_dense(bound, operands)
+    for member in family.members:
+        plan = member(sizes)
+        assert_close(run(plan, operands), expected)
+        assert all(
+            step.shape([plan.shapes[at] for at in step.takes]) == shape
+            for step, shape in zip(plan.steps, plan.shapes, strict=True)
+        )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", ["conv", "kfac_input_factor", "conv_weight_vjp", "conv_weight_vjp_per_example"])
+def test_a_resized_plan_has_the_steps_of_a_lowered_one(op: str, spec: str) -> None:
+    net = BUILDERS[op](SPECS[spec])
+    (index,) = open_indices(net)
+    for plan in candidates(net.bind({index: 101}), in_parts=False):
+        form = resizable(plan, {index: 101})
+        assert form is not None
+        found = form.at({index: 97})
+        expected = lower(net.bind({index: 97}).simplify(), BY_NAME[plan.strategy])
+        assert (found.steps, found.shapes) == (expected.steps, expected.shapes)
+
+
+def test_a_plan_does_not_depend_on_what_was_planned_before() -> None:
+    net = ops.kfac_input_factor(SPEC)
+    shape = {"X": (13, 4, 9, 8)}
+    lensor.clear_caches()
+    first = net.plan(**shape)
+    for others in ((8,), (16, 9), (15, 14, 100, 3)):
+        lensor.clear_caches()
+        for batch in others:
+            net.plan(X=(batch, 4, 9, 8))
+        again = net.plan(**shape)
+        assert (again.steps, again.shapes, again.name) == (first.steps, first.shapes, first.name)
+        assert [*again.candidates] == [*first.candidates]
+        assert again.subscripts == first.subscripts
+
+
+def test_another_batch_size_is_not_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(families, "whole", lambda net, real=families.whole: calls.append(net) or real(net))
+    lensor.clear_caches()
+    net = ops.kfac_input_factor(SPEC, "reduce")
+    for batch in range(8, 16):
+        plan = net.plan(X=(batch, 4, 9, 8))
+        assert plan.subscripts == to_be(net, batch)
+    assert len(calls) == 1
+    net.plan(X=(16, 4, 9, 8))
+    assert len(calls) == 2
+
+
+def to_be(net: Any, batch: int) -> str:
+    return str(net.bind({"n": batch}).simplify()).split(" where ")[0]
+
+
+def test_the_candidate_with_the_least_interpolated_estimate_is_best() -> None:
+    corners = {(8,): [1.0, 2.0], (16,): [5.0, 3.0]}
+    family = Family({"n": 8}, (no_plan, no_plan), corners=corners)  # type: ignore[arg-type]
+    assert family.estimates({"n": 8}, lambda plan: 0.0) == [1.0, 2.0]
+    assert family.estimates({"n": 10}, lambda plan: 0.0) == [2.0, 2.25]
+    assert family.estimates({"n": 12}, lambda plan: 0.0) == [3.0, 2.5]
+
+
+def test_two_open_indices_are_interpolated_between_four_corners() -> None:
+    corners = {(8, 4): [1.0], (8, 8): [2.0], (16, 4): [3.0], (16, 8): [6.0]}
+    family = Family({"n": 8, "v": 4}, (no_plan,), corners=corners)  # type: ignore[arg-type]
+    assert family.estimates({"n": 12, "v": 6}, lambda plan: 0.0) == [3.0]
+
+
+def test_plans_that_cut_a_marked_index_are_not_resized() -> None:
+    net = ops.kfac_input_factor(ConvSpec(3, 4, (7,), 2)).bind({"n": 11})
+    plan = lower_in_parts(net, BY_NAME["windows"], "n", 2)
+    assert resizable(plan, {"n": 11}) is None
+
+
+def test_a_padded_length_that_contains_the_mark_is_not_taken_for_the_batch() -> None:
+    net = ops.conv_weight_vjp(ConvSpec(2, 3, (9,), 3, padding=1))
+    for plan in candidates(net.bind({"n": 11})):
+        form = resizable(plan, {"n": 11})
+        if form is not None:
+            found = form.at({"n": 6})
+            operands = operands_of(net.bind({"n": 6}))
+            assert_close(run(found, operands), evaluate_dense(net.bind({"n": 6}), operands))
+
+
+@pytest.mark.parametrize("sizes", [{"n": 3}, {"n": 0}])
+def test_short_indices_are_lowered_for_their_size(sizes: dict[str, int]) -> None:
+    assert family_of(ops.conv(SPEC), sizes, TARGET) is None
+
+
+def test_memory_limits_hold_for_resized_plans() -> None:
+    net = ops.kfac_input_factor(SPEC)
+    free = net.plan(X=(13, 4, 9, 8))
+    least = min(one.peak_size for one in free.candidates)
+    plan = net.plan(X=(13, 4, 9, 8), max_bytes=4 * least)
+    assert plan.peak_size <= least
+    with pytest.raises(ValueError, match="max_bytes is 8, expected at least"):
+        net.plan(X=(13, 4, 9, 8), max_bytes=8)
+
+
+@pytest.mark.parametrize("op", ["conv", "kfac_input_factor", "ggn_diagonal"])
+def test_the_weight_of_a_plan_is_about_what_it_keeps_alive(op: str) -> None:
+    net = BUILDERS[op](SPEC)
+    shapes = {
+        name: tuple(net.bind(dict.fromkeys(open_indices(net), 8)).group_size(leg) for leg in legs)
+        for name, legs in net.operand_legs.items()
+    }
+    plan = net.plan(**shapes)
+    plan(**{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    assert 0.5 < _weigh_plan((None, plan)) / weigh((plan.steps, plan.shapes, plan.network, plan.compiled)) < 2
+
+
+@pytest.mark.parametrize(
+    "op", ["conv", "kfac_input_factor", "kfac_input_factor, reduce", "conv_weight_vjp_per_example"]
+)
+def test_the_weight_of_a_family_is_about_what_it_keeps_alive(op: str) -> None:
+    net = BUILDERS[op](SPEC)
+    family = family_of(net, {"n": 8}, TARGET)
+    assert family is not None
+    family.estimates({"n": 12}, lambda plan: 0.0)
+    assert 0.5 < families._weigh((None, families._Found(family))) / weigh((net, family)) < 2

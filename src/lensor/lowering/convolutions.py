@@ -15,6 +15,10 @@ _MOST_DIMENSIONS = 3
 """Maximum number of spatial dimensions of a framework's convolution."""
 
 
+_MOST_PADDING = 3
+"""Frameworks have no fast algorithm for depthwise convolutions with more padding than this."""
+
+
 def convolve(state: State) -> None:
     """Contract pairs of tensors connected by patterns, using the framework's convolution and its gradients."""
     _apply(state, gradients=True)
@@ -25,9 +29,20 @@ def convolve_forward(state: State) -> None:
     _apply(state, gradients=False)
 
 
-def _apply(state: State, gradients: bool) -> None:
+def convolve_depthwise(state: State) -> None:
+    """Contract like `convolve`, but compute weight gradients of depthwise convolutions for each example.
+
+    They are forward convolutions with kernel and output swapped, whose channels are all channels of all examples. The
+    results are small and are added later. Frameworks are slow for depthwise weight gradients, in particular for large
+    kernels, and fast for depthwise convolutions.
+    """
+    _apply(state, gradients=True, depthwise=True)
+
+
+def _apply(state: State, gradients: bool, depthwise: bool = False) -> None:
     while any(
-        (ties := _ties(state, node)) is not None and _contract(state, ties, gradients) for node in state.patterns
+        (ties := _ties(state, node)) is not None and _contract(state, ties, gradients, depthwise)
+        for node in state.patterns
     ):
         pass
 
@@ -113,7 +128,7 @@ class _Dimension:
     crop: tuple[int, int] | None = None
 
 
-def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
+def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bool) -> bool:
     """Contract two tensors through patterns in one step; return False if this is not possible."""
     one, two = ties[0].one, ties[0].two
     spatial = {index for tie in ties for leg in tie.node.legs for index in leg}
@@ -131,6 +146,9 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     free_two = [index for index in two.indices if index not in shared and index not in spatial]
     adjoint = ties[0].first == Leg.OUTPUT  # the output leg takes the place of the input
     gradient = ties[0].second == Leg.OUTPUT and gradients
+    apart = gradient and depthwise and state.size(group) > 1 == state.size(free_one) == state.size(free_two)
+    if apart:
+        gradient, group, inner = False, shared, []
     found = [_dimension(tie, adjoint, gradient) for tie in ties]
     dimensions = [one for one in found if one is not None]
     if len(dimensions) < len(ties):
@@ -158,8 +176,10 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
         order = [*group, *inner, *free_two] if adjoint else [*group, *free_two, *inner]
         right = state.matrix(two, [*order, *second], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two))
         shape, indices = (f1, g * f2), [*free_one, *group, *free_two]
+    if apart:
+        dimensions = [_padded_before(*pair) for pair in zip(dimensions, sizes_one, strict=True)]
     half = None
-    if gradient and (left, f1) == (right, f2):
+    if (gradient and (left, f1) == (right, f2)) or (apart and one.value == two.value):
         half = next((axis for axis, one in enumerate(dimensions) if one.result > 1), None)
         if half is not None and all(map(_is_symmetric, dimensions, sizes_one)):
             dimensions[half] = _from_middle(dimensions[half], sizes_one[half])
@@ -179,6 +199,8 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     )
     value = state.program.add(step)
     if half is not None:
+        if apart:
+            value = state.program.reshape(value, (g, 1, *state.program.shapes[value][2:]))
         value = _mirrored(state, value, g, half)
     for axis, dimension in enumerate(dimensions, start=2):
         if dimension.crop is not None:
@@ -187,6 +209,14 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool) -> bool:
     new = Tensor(state.program.reshape(value, state.shape(indices)), tuple(indices))
     state.set([*rest, new], [node for node in state.patterns if all(node is not other for other in nodes)])
     return True
+
+
+def _padded_before(dimension: _Dimension, size: int) -> _Dimension:
+    """The same dimension with a wide padding as a step before the convolution."""
+    padding = dimension.padding
+    if padding <= _MOST_PADDING:
+        return dimension
+    return replace(dimension, padding=0, shift=(-padding, size + 2 * padding))
 
 
 def _is_symmetric(dimension: _Dimension, size: int) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lensor.lowering.contraction import Contraction
-from lensor.lowering.convolutions import convolve, convolve_forward
+from lensor.lowering.convolutions import convolve, convolve_depthwise, convolve_forward
 from lensor.lowering.crops import read_crops, read_crops_late
 from lensor.lowering.products import added_up, broadcast
 from lensor.lowering.sampled import place_chosen, read_chosen
@@ -64,6 +64,13 @@ def _may_have_lags(net: AnyNetwork) -> bool:
 
 def _has_weight_gradient(plan: Plan) -> bool:
     return any(isinstance(step, s.Convolution) and step.kind == "weight_grad" for step in plan.steps)
+
+
+def _has_depthwise_gradient(plan: Plan) -> bool:
+    return any(
+        isinstance(step, s.Convolution) and step.kind == "weight_grad" and step.size[:2] == (step.groups, 1) != (1, 1)
+        for step in plan.steps
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +126,24 @@ STRATEGIES = (
         applies=_has_patterns,
         varies=("convolution", _has_weight_gradient),
     ),
+    Strategy(
+        "convolution, depthwise",
+        (*_START, read_crops, convolve_depthwise, read_windows),
+        _VIEWS,
+        applies=_has_patterns,
+        varies=("convolution", _has_depthwise_gradient),
+    ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_crops),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
     Strategy("lags", _LAGS, _VIEWS, (share, lags), _may_have_lags),
+    Strategy(
+        "lags, depthwise",
+        (*_START, read_crops, convolve_depthwise, defer_toeplitz, read_windows),
+        _VIEWS,
+        (share, lags),
+        _may_have_lags,
+        ("lags", _has_depthwise_gradient),
+    ),
     Strategy("lags, one axis", _LAGS, _VIEWS, (share, lags_of_last), _may_have_lags),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),

@@ -57,7 +57,7 @@ NUMPY = replace(
             input_grad=Speed(6e9, 100e-6),
             weight_grad=Speed(5e9, 100e-6),
             grouped=Speed(3e9, 100e-6),
-            depthwise=Speed(1e9, 100e-6),
+            depthwise=Speed(0.3e9, 100e-6),
         )
     ),
 )

@@ -31,11 +31,11 @@ class Laid(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """The speed of a step, as a fraction of a device's rate.
+    """The speed of a step, as a multiple of a device's rate.
 
     Args:
         of: the kind of calls whose rate to use, a field of the planner's `Speeds`.
-        share: the fraction of this rate that the step reaches with its shapes.
+        share: the step's rate with its shapes, divided by the device's rate.
     """
 
     of: str

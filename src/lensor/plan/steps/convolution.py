@@ -84,8 +84,10 @@ class Convolution(Step):
         return "depthwise" if min(channels // self.groups, inner) == 1 else "grouped"
 
     def _share(self, shapes: Sequence[Shape], result: Shape) -> float:
-        """The fraction of the rate reached: low for few channels per group or huge kernels."""
+        """The rate as a multiple of the one in the profile: low for few channels per group or huge kernels."""
         channels, inner, *kernel = self.kernel(shapes)
+        if self._speed(shapes) == "depthwise":
+            return self._depthwise(kernel, shapes, result)
         share = 0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0
         if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
             share *= 0.4
@@ -93,17 +95,34 @@ class Convolution(Step):
             share *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
             share *= 0.1 * min(1.0, channels / 16) if self.groups == 1 == inner else 1.0
             share *= 0.6 if self.groups == 1 == shapes[1][0] else 1.0  # each thread processes one example or group
-            line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
-            share *= 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0
+            share *= self._line(kernel)
         if self.groups == 1:
             if self.kind != "input_grad":
                 return share
             if set(self.stride) != {1}:  # entries that no output reads are written, too
                 share *= 0.35 if set(kernel) == {1} else 0.7
             return share * (0.4 if inner < 16 else 1.0)
-        few = min(channels // self.groups, inner)
-        if few > 1:
-            return share * min(1.0, 0.4 + few / 90)
-        if self.kind == "weight_grad":  # fast for small kernels only
-            return share * (0.5 if max(kernel, default=1) <= 3 else 0.13)
-        return share * (1.0 if set(self.stride) == {1} else 0.25)
+        return share * min(1.0, 0.4 + min(channels // self.groups, inner) / 90)
+
+    def _depthwise(self, kernel: Sequence[int], shapes: Sequence[Shape], result: Shape) -> float:
+        """The same for groups of one channel: larger kernels are faster than the 3×3 kernels of the profile."""
+        one_step = set(self.stride) == {1}
+        if self.kind == "weight_grad":
+            if max(kernel, default=1) > 3:
+                return 0.13 * self._line(kernel)
+            return (0.75 if one_step else 0.25) * self._line(kernel)
+        if not one_step:
+            return 0.25
+        swapped = math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL
+        if self.kernel(shapes)[1] > 1:  # several channels contribute to one
+            return 0.12 if swapped else 1.0
+        if not swapped:
+            return 2.5 if min(kernel, default=1) >= 5 else 1.0
+        if set(self.dilation) != {1}:
+            return 0.1
+        return 2.0 if min(result[2:]) >= 5 else 0.7
+
+    def _line(self, kernel: Sequence[int]) -> float:
+        """With groups, gradients of kernels along one axis are slower."""
+        line = sorted(kernel)[:-1] == [1] * (len(kernel) - 1)
+        return 0.6 if self.groups > 1 and line and max(kernel) > 1 else 1.0

@@ -63,19 +63,27 @@ def whole(net: AnyNetwork) -> list[Plan]:
     return list(plans.values()) or [min(larger, key=lambda plan: max(tables(plan)))]
 
 
-def divisions(net: AnyNetwork, plans: Iterable[Plan]) -> list[tuple[str, str]]:
+def divisions(net: AnyNetwork, plans: Iterable[Plan], most: float = math.inf) -> list[tuple[str, str]]:
     """The strategies that may be faster if an index is divided into parts, each with this index.
 
-    An array that is computed, squared and summed can be computed in parts that fit into fast memory.
+    An array that is computed, squared and summed can be computed in parts that fit into fast memory, that is, with at
+    most `most` entries each.
     """
-    squares = [plan.strategy for plan in plans if _squares(plan)]
+    squares = {plan.strategy: size for plan in plans if (size := _squared(plan))}
     index = summed_by_all(net) if squares else None
-    return [] if index is None else [(name, index) for name in squares]
+    if index is None:
+        return []
+    return [(name, index) for name, size in squares.items() if size <= most * _parts(net, index)]
 
 
-def _squares(plan: Plan) -> bool:
-    """Whether a plan computes an array and then sums its squares."""
-    return any(isinstance(step, s.SumSquares) and _is_computed(plan, step.takes[0]) for step in plan.steps)
+def _parts(net: AnyNetwork, index: str) -> int:
+    return min(net.sizes[index] or 0, _PARTS_OF_SQUARES)
+
+
+def _squared(plan: Plan) -> int:
+    """Number of entries of the largest array that a plan computes and whose squares it then sums; 0 if none."""
+    found = [step.takes[0] for step in plan.steps if isinstance(step, s.SumSquares)]
+    return max((math.prod(plan.shapes[place]) for place in found if _is_computed(plan, place)), default=0)
 
 
 def _is_computed(plan: Plan, place: int) -> bool:
@@ -85,7 +93,7 @@ def _is_computed(plan: Plan, place: int) -> bool:
 
 def divided(net: AnyNetwork, strategy: str, index: str) -> Plan:
     """The plan of a strategy for a network that is computed in parts of an index."""
-    return lower_in_parts(net, BY_NAME[strategy], index, min(net.sizes[index] or 0, _PARTS_OF_SQUARES))
+    return lower_in_parts(net, BY_NAME[strategy], index, _parts(net, index))
 
 
 def tables(plan: Plan) -> list[int]:

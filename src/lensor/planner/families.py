@@ -37,6 +37,9 @@ _TRIES = 4
 _HOPEFUL = 2.0
 """A candidate is divided into parts if its estimate is at most this many times the least."""
 
+_CACHES = 3.0
+"""Parts are as slow as the whole if they are larger than this many caches."""
+
 _SCALED = re.compile(r"(?:(-?\d+(?:/\d+)?) )?(.+?)(?: \+ |$)")
 """The scale, if it is not 1, and the rest of each term in the text of a network."""
 
@@ -77,7 +80,8 @@ class Target:
 
         In half precision, adding the parts loses accuracy. Slow candidates are not divided.
         """
-        found = divisions(net, plans) if self.itemsize >= 4 else []
+        most = _CACHES * self.profile.cache_bytes / self.itemsize
+        found = divisions(net, plans, most) if self.itemsize >= 4 else []
         if not found:
             return []
         seconds = {plan.strategy: self.estimate(plan) for plan in plans}

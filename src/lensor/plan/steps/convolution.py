@@ -75,6 +75,9 @@ class Convolution(Step):
         return (1 + SCATTERED) * sum(map(math.prod, transposed))
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
+        channels, inner, *kernel = self.kernel(shapes)
+        if self.kind == "forward" and inner == 1 < channels // self.groups and self._is_swapped(kernel, result):
+            return self._single(channels // self.groups, kernel, shapes)
         return Rate(self._speed(shapes), self._share(shapes, result))
 
     def _speed(self, shapes: Sequence[Shape]) -> str:
@@ -83,13 +86,24 @@ class Convolution(Step):
         channels, inner, *_ = self.kernel(shapes)
         return "depthwise" if min(channels // self.groups, inner) == 1 else "grouped"
 
+    def _is_swapped(self, kernel: Sequence[int], result: Shape) -> bool:
+        """Whether the kernel is larger than the output, as in gradients computed with kernel and output swapped."""
+        return math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL
+
+    def _single(self, channels: int, kernel: Sequence[int], shapes: Sequence[Shape]) -> Rate:
+        """The speed of a swapped convolution of one input channel: a product over the positions of the kernel."""
+        positions = math.prod(kernel)
+        if self.groups == 1:
+            return Rate("forward", min(0.85, positions / 250) * (1.0 if shapes[0][0] >= 16 else 0.5))
+        return Rate("grouped", 0.5 * min(1.0, positions / 150) * min(1.0, max(channels / 100, 0.12)))
+
     def _share(self, shapes: Sequence[Shape], result: Shape) -> float:
         """The rate as a multiple of the one in the profile: low for few channels per group or huge kernels."""
         channels, inner, *kernel = self.kernel(shapes)
         if self._speed(shapes) == "depthwise":
             return self._depthwise(kernel, shapes, result)
         share = 0.3 if math.prod(kernel) > _LARGE_KERNEL else 1.0
-        if math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL:  # a swapped convolution
+        if self._is_swapped(kernel, result):
             share *= 0.4
         if self.kind == "weight_grad":  # sums over few positions are slow
             share *= min(1.0, shapes[1][0] * math.prod(shapes[1][2:]) / _POSITIONS)
@@ -113,7 +127,7 @@ class Convolution(Step):
             return (0.75 if one_step else 0.25) * self._line(kernel)
         if not one_step:
             return 0.25
-        swapped = math.prod(result[2:]) < math.prod(kernel) >= _WIDE_KERNEL
+        swapped = self._is_swapped(kernel, result)
         if self.kernel(shapes)[1] > 1:  # several channels contribute to one
             return 0.12 if swapped else 1.0
         if not swapped:

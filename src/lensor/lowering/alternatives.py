@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lensor.lowering.assemble import lower, lower_in_parts
-from lensor.lowering.slicing import summed_by_all
+from lensor.lowering.slicing import Parts, summed_by_all
 from lensor.lowering.state import largest_table
-from lensor.lowering.strategies import BY_NAME, STRATEGIES, dense
-from lensor.network import AnyNetwork
+from lensor.lowering.strategies import BY_NAME, STRATEGIES, Strategy, dense
+from lensor.network import AnyNetwork, to_text
 from lensor.plan import Plan
 from lensor.plan import steps as s
 from lensor.plan.paths import PATHS, PathCost, PathCosts, feynman, has_best_path
+from lensor.simplification.engine import simplify_untraced
 
 _PARTS_OF_SQUARES = 32
 """Maximum number of parts into which a sum of squares is divided."""
@@ -25,11 +27,13 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
         in_parts: whether to include plans that divide an index into parts for speed; in half precision, adding the
             parts loses accuracy.
     """
-    simplified = net.simplify()
-    plans: dict[tuple[s.Step, ...], Plan] = {}
+    simplified = simplify_untraced(net)
+    text = to_text(simplified)
+    plans: list[Plan] = []
     larger: list[Plan] = []
     lowered: dict[str, Plan] = {}
-    seen: set[tuple] = set()
+    done: list[tuple[AnyNetwork, Strategy]] = []
+    known: dict[tuple, AnyNetwork] = {}
     for strategy in STRATEGIES:
         if not strategy.applies(simplified):
             continue
@@ -37,28 +41,34 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             other, may_differ = strategy.varies
             if other in lowered and not may_differ(lowered[other]):
                 continue
-        prepared = strategy.prepared(simplified)
-        key = (prepared.exact, strategy.stages, strategy.contraction)
-        if key in seen:  # an earlier strategy lowers the same network in the same way
-            continue
-        seen.add(key)
-        plan = lowered[strategy.name] = lower(simplified, strategy, prepared)
-        if fits(plan):
-            plans.setdefault(plan.steps, plan)
-        else:
+        prepared = strategy.prepared(simplified, known)
+        way = (strategy.stages, strategy.contraction)
+        if any((one.stages, one.contraction) == way and other.exact == prepared.exact for other, one in done):
+            continue  # an earlier strategy lowers the same network in the same way
+        done.append((prepared, strategy))
+        plan = lowered[strategy.name] = lower(simplified, strategy, prepared, text)
+        if not fits(plan):
             larger.append(plan)
+        elif _is_new(plan, plans):
+            plans.append(plan)
     if not plans:  # every plan needs a table that is too large: take the plan with the smallest
-        plan = min(larger, key=lambda plan: max(tables(plan)))
-        plans[plan.steps] = plan
-    for plan in list(plans.values()):
-        # An array that is squared and summed can be computed in parts that fit into fast memory.
-        squares = in_parts and any(isinstance(step, s.SumSquares) for step in plan.steps)
-        index = summed_by_all(net) if squares else None
-        if index is not None:
-            parts = min(net.sizes[index] or 0, _PARTS_OF_SQUARES)
-            sliced = lower_in_parts(net, BY_NAME[plan.strategy], index, parts)
-            plans.setdefault(sliced.steps, sliced)
-    return list(plans.values())
+        plans.append(min(larger, key=lambda plan: max(tables(plan))))
+    # An array that is squared and summed can be computed in parts that fit into fast memory.
+    squares = [plan for plan in plans if any(isinstance(step, s.SumSquares) for step in plan.steps)]
+    index = summed_by_all(net) if in_parts and squares else None
+    if index is not None:
+        count = min(net.sizes[index] or 0, _PARTS_OF_SQUARES)
+        parts = Parts(net, index, count)
+        for plan in squares:
+            sliced = lower_in_parts(net, BY_NAME[plan.strategy], index, count, parts)
+            if _is_new(sliced, plans):
+                plans.append(sliced)
+    return plans
+
+
+def _is_new(plan: Plan, plans: Sequence[Plan]) -> bool:
+    """Whether no plan of the list has the same steps."""
+    return all(plan.steps != one.steps for one in plans)
 
 
 def tables(plan: Plan) -> list[int]:

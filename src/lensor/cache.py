@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -33,18 +34,34 @@ def weigh(value: Any) -> int:
         >>> weigh((1, "a")) < 200
         True
     """
-    total, seen, todo = 0, set(), [value]
-    while todo:
-        one = todo.pop()
-        if id(one) in seen or isinstance(one, _SHARED):
-            continue
-        seen.add(id(one))
-        if isinstance(one, dict) and ("__spec__" in one or one is sys.modules):
-            continue  # the namespace of a module
-        size = getattr(one, "nbytes", 0) if hasattr(one, "dtype") else 0
-        total += max(sys.getsizeof(one, 0), size)
-        todo += gc.get_referents(one)
+    # Objects are handled in bulk, level by level, since calls for each of them would take a large part of planning.
+    total, level = 0, [value]
+    seen: set[int] = set()
+    kinds: set[type] = set()
+    apart: set[type] = set()
+    arrays: set[type] = set()
+    while level:
+        found = dict(zip(map(id, level), level, strict=True))
+        for at in seen.intersection(found):
+            del found[at]
+        seen.update(found)
+        new = set(map(type, found.values())) - kinds
+        kinds |= new
+        apart.update(kind for kind in new if issubclass(kind, _SHARED))
+        arrays.update(kind for kind in new if hasattr(kind, "nbytes") and hasattr(kind, "dtype"))
+        kept: list[Any] = [one for one in found.values() if type(one) not in apart]
+        if dict in kinds:
+            kept = [one for one in kept if not (type(one) is dict and _is_namespace(one))]
+        total += sum(map(sys.getsizeof, kept, itertools.repeat(0)))
+        if arrays:
+            total += sum(max(one.nbytes - sys.getsizeof(one, 0), 0) for one in kept if type(one) in arrays)
+        level = gc.get_referents(*kept)
     return total
+
+
+def _is_namespace(one: dict) -> bool:
+    """Whether a dictionary is the namespace of a module, or the table of all modules."""
+    return "__spec__" in one or one is sys.modules
 
 
 class Cache:

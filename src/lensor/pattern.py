@@ -29,6 +29,8 @@ _fitted = Cache(maxsize=4096)
 
 def as_integer(value: Any, name: str) -> int:
     """Convert an integer to an int; for any other value, including bools, raise a TypeError that names the argument."""
+    if type(value) is int:
+        return value
     if not isinstance(value, bool):
         try:
             return operator.index(value)
@@ -174,6 +176,21 @@ class IndexPattern:
         return self.padding[0] <= 0 and self._needed_right <= 0
 
     @property
+    def _determines_steps(self) -> bool:
+        """Whether the reads around the first one inside the input determine stride and dilation; False if unclear.
+
+        They do if its output position and its kernel position, unless there is only one, have another read.
+        """
+        if self.padding_mode != "zeros":
+            return False
+        left, stride, room = self.padding[0], self.stride, self.input_size
+        at = max(0, -(-left // stride))  # the first output position whose first kernel position reads no left padding
+        read = at * stride - left
+        beside = self.kernel_size == 1 or read + self.dilation < room
+        below = self.output_size == 1 or (at + 1 < self.output_size and read + stride < room)
+        return at < self.output_size and read < room and beside and below
+
+    @property
     def nnz(self) -> int:
         """Number of ones, Σ Π[i,o,k].
 
@@ -223,6 +240,8 @@ class IndexPattern:
         """Whether Π[i,o,0] = δ[i,o]."""
         if self.kernel_size != 1 or self.output_size != self.input_size:
             return False
+        if self.padding_mode == "zeros":
+            return self.padding[0] == 0 and (self.stride == 1 or self.input_size == 1)
         return progressions(self.line()) == [(0, int(self.input_size > 1), self.input_size)]
 
     @property
@@ -245,7 +264,15 @@ class IndexPattern:
             >>> lensor.IndexPattern(4, 1, padding=(3, 0), output_size=3).is_zero
             True
         """
-        return self.padding_mode == "zeros" and self.nnz == 0
+        if self.padding_mode != "zeros":
+            return False
+        first = -self.padding[0]
+        last = first + (self.output_size - 1) * self.stride + (self.kernel_size - 1) * self.dilation
+        if first >= self.input_size or last < 0:
+            return True
+        if first >= 0 or last < self.input_size:
+            return False
+        return self.nnz == 0
 
     # ----------------------------------------------------------------------------------------------------- arrays
     def reads(self) -> np.ndarray:
@@ -326,6 +353,10 @@ Piece(start=4, stop=5, slope=0, offset=3))
         Raises:
             ValueError: if the kernel size is not 1.
         """
+        if self.kernel_size == 1 and self.padding_mode == "zeros":
+            left, stride = self.padding[0], self.stride
+            low, high = max(0, -(-left // stride)), min(self.output_size - 1, (self.input_size - 1 + left) // stride)
+            return (low, high - low + 1) if low <= high else (0, 0)
         line = self.line()
         return (line[0].start, line[-1].stop - line[0].start) if line else (0, 0)
 
@@ -449,6 +480,8 @@ Piece(start=4, stop=5, slope=0, offset=3))
             case (1,):
                 return self._constant_over_outputs()
             case (2,):
+                if self.padding_mode == "zeros" and self.kernel_size < self.input_size:
+                    return None  # an output position does not read every input
                 return self.swap()._constant_over_outputs()
             case ():
                 return None
@@ -458,6 +491,8 @@ Piece(start=4, stop=5, slope=0, offset=3))
     def _constant_over_outputs(self) -> int | None:
         """The value of m[i,k] = Σ_o Π if it is constant, else None."""
         if self.padding_mode == "zeros":  # m is 0 or 1
+            if self.output_size < self.input_size:
+                return None  # a kernel position does not read every input
             return 1 if (self.counts() == self.input_size).all() else None
         times, rest = divmod(self.output_size, self.input_size)
         if rest or not times:
@@ -529,6 +564,8 @@ Piece(start=4, stop=5, slope=0, offset=3))
         right = (self.output_size - 1) * stride + dilation * (self.kernel_size - 1) + 1 - self.input_size - left
         if mode != "zeros":
             right = max(0, right)
+        if (stride, left, right, dilation, mode) == (self.stride, *self.padding, self.dilation, self.padding_mode):
+            return self
         return self._replace(stride=stride, padding=(left, right), dilation=dilation, padding_mode=mode)
 
     def compose(self, inner: IndexPattern) -> tuple[IndexPattern, IndexPattern] | None:
@@ -605,6 +642,8 @@ Piece(start=4, stop=5, slope=0, offset=3))
             >>> lensor.IndexPattern(6, 1, padding=(6, 0), padding_mode="circular", output_size=6).fitted()
             IndexPattern(6, 1)
         """
+        if self._determines_steps:
+            return self.normalize()
         found = _fitted.get_or_make(self, lambda: (IndexPattern.from_reads(self.reading(), self.input_size),))
         return found[0]
 

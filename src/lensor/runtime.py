@@ -11,7 +11,7 @@ from lensor.kernels import Backend, backend_of
 from lensor.network import AnyNetwork, Operand
 from lensor.plan import Plan
 from lensor.plan import steps as s
-from lensor.plan.memory import last_uses, layouts
+from lensor.plan.memory import last_uses
 
 
 def run(plan: Plan, operands: Mapping[str, Any]) -> Any:
@@ -184,7 +184,7 @@ def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> C
 def _returned(plan: Plan) -> str:
     """The expression that a compiled plan returns: the result, copied if it may share memory with another array."""
     result = f"v{plan.result}"
-    values, place = layouts(plan.steps, plan.shapes), plan.result
+    values, place = plan.layouts, plan.result
     while True:
         step = plan.steps[place]
         if not step.is_view:

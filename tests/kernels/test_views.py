@@ -16,7 +16,6 @@ import lensor.nn
 import lensor.sampling
 from lensor import plan as plans
 from lensor.plan import steps as s
-from lensor.plan.memory import peak_size
 
 torch = pytest.importorskip("torch")
 forward_ad = torch.autograd.forward_ad
@@ -287,9 +286,9 @@ def test_what_is_new_is_not_copied_again() -> None:
 def test_the_last_copy_is_counted() -> None:
     shapes = ((4, 5), (5, 4))
     program = (s.Input((), "X", (4, 5)), s.Transpose((0,), (1, 0)))
-    assert peak_size(program, shapes, 1) == 20
+    assert plans.Plan("", program, shapes, 1).peak_size == 20
     assert plans.Plan("", program, shapes, 1).bytes == 2 * 20 * 8
-    assert peak_size(program, shapes, 0) == 0
+    assert plans.Plan("", program, shapes, 0).peak_size == 0
 
 
 # -------------------------------------------------------------------------------------------------------- what follows

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor import ConvSpec, ops
-from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower
+from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower, lower_in_parts
 from lensor.lowering.alternatives import fits
-from lensor.lowering.slicing import parts_of, simplified_parts, sliceable
+from lensor.lowering.slicing import Repetition, sliceable
 from lensor.lowering.state import State, Tensor
 from lensor.network import Operand, Pattern, indices_of
 from lensor.plan import steps as s
@@ -86,9 +86,9 @@ def test_candidates_differ(op: str, spec: str) -> None:
 def test_plain_products_are_lowered_by_few_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered: list[str] = []
 
-    def counted(net: Any, strategy: Any, prepared: Any) -> Any:
+    def counted(net: Any, strategy: Any, *known: Any) -> Any:
         lowered.append(strategy.name)
-        return lower(net, strategy, prepared)
+        return lower(net, strategy, *known)
 
     monkeypatch.setattr("lensor.lowering.alternatives.lower", counted)
     assert candidates(lensor.contraction("i j, j k -> i k", "X", "W").bind({"i": 3, "j": 4, "k": 5}))
@@ -109,7 +109,7 @@ def test_a_convolution_is_lowered_by_few_strategies(monkeypatch: pytest.MonkeyPa
     lowered: list[str] = []
     monkeypatch.setattr(
         "lensor.lowering.alternatives.lower",
-        lambda net, strategy, prepared: lowered.append(strategy.name) or lower(net, strategy, prepared),
+        lambda net, strategy, *known: lowered.append(strategy.name) or lower(net, strategy, *known),
     )
     candidates(bound(ops.conv(ConvSpec(4, 4, (9, 9), 3, padding=1)), 2))
     assert lowered == ["windows", "windows, batched", "dense", "convolution"]
@@ -159,10 +159,24 @@ def test_operands_are_read_once() -> None:
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-@pytest.mark.parametrize("op", [ops.ggn_diagonal, ops.kfac_input_factor, ops.conv])
-def test_parts_are_simplified_as_each_would_be(op: Any, mode: str) -> None:
-    net = bound(op(ConvSpec(4, 6, (9, 8), 3, stride=2, padding=1, groups=2, padding_mode=mode)), 5)
-    for index in sliceable(net):
-        for count in (2, 3, 5):
-            each = [part.simplify() for part in parts_of(net, index, count)]
-            assert simplified_parts(net, index, count) == each
+@pytest.mark.parametrize("op", [ops.ggn_diagonal, ops.kfac_input_factor, ops.conv, ops.conv_input_vjp])
+def test_parts_that_repeat_steps_are_lowered_as_each_would_be(
+    op: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = bound(op(ConvSpec(4, 6, (7, 6), 3, stride=2, padding=1, groups=2, padding_mode=mode)), 7)
+    repeated: list[int | None] = []
+    at = Repetition.at
+
+    def counted(repetition: Repetition, program: Program, start: int) -> int | None:
+        repeated.append(at(repetition, program, start))
+        return repeated[-1]
+
+    monkeypatch.setattr(Repetition, "at", counted)
+    for index, count in ((index, count) for index in sliceable(net) for count in (4, 7)):
+        for strategy in STRATEGIES if index == "n" else STRATEGIES[:2]:
+            plan = lower_in_parts(net, strategy, index, count)
+            with monkeypatch.context() as patch:
+                patch.setattr(Repetition, "of", lambda *_: None)
+                each = lower_in_parts(net, strategy, index, count)
+            assert (plan.steps, plan.shapes, plan.result) == (each.steps, each.shapes, each.result)
+    assert repeated

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lensor.lowering.assemble import lower, lower_in_parts
-from lensor.lowering.slicing import summed_by_all
+from lensor.lowering.slicing import Parts, summed_by_all
 from lensor.lowering.state import largest_table
-from lensor.lowering.strategies import BY_NAME, STRATEGIES, dense
-from lensor.network import AnyNetwork
+from lensor.lowering.strategies import BY_NAME, STRATEGIES, Strategy, dense
+from lensor.network import AnyNetwork, to_text
 from lensor.plan import Plan
 from lensor.plan import steps as s
 from lensor.plan.paths import PATHS, PathCost, PathCosts, feynman, has_best_path
+from lensor.simplification.engine import simplify_untraced
 
 _PARTS_OF_SQUARES = 32
 """Maximum number of parts into which a sum of squares is divided."""
@@ -27,21 +28,24 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             parts loses accuracy.
     """
     plans = whole(net)
-    if in_parts:
-        plans += [divided(net, name, index) for name, index in divisions(net, plans)]
-    found: dict[tuple[s.Step, ...], Plan] = {}
-    for plan in plans:
-        found.setdefault(plan.steps, plan)
-    return list(found.values())
+    found = divisions(net, plans) if in_parts else []
+    parts = Parts(net, found[0][1], _parts(net, found[0][1])) if found else None
+    for name, index in found:
+        plan = divided(net, name, index, parts)
+        if _is_new(plan, plans):
+            plans.append(plan)
+    return plans
 
 
 def whole(net: AnyNetwork) -> list[Plan]:
     """The distinct candidates that do not divide an index into parts."""
-    simplified = net.simplify()
-    plans: dict[tuple[s.Step, ...], Plan] = {}
+    simplified = simplify_untraced(net)
+    text = to_text(simplified)
+    plans: list[Plan] = []
     larger: list[Plan] = []
     lowered: dict[str, Plan] = {}
-    seen: set[tuple] = set()
+    done: list[tuple[AnyNetwork, Strategy]] = []
+    known: dict[tuple, AnyNetwork] = {}
     for strategy in STRATEGIES:
         if not strategy.applies(simplified):
             continue
@@ -49,18 +53,23 @@ def whole(net: AnyNetwork) -> list[Plan]:
             other, may_differ = strategy.varies
             if other in lowered and not may_differ(lowered[other]):
                 continue
-        prepared = strategy.prepared(simplified)
-        key = (prepared.exact, strategy.stages, strategy.contraction)
-        if key in seen:  # an earlier strategy lowers the same network in the same way
-            continue
-        seen.add(key)
-        plan = lowered[strategy.name] = lower(simplified, strategy, prepared)
-        if fits(plan):
-            plans.setdefault(plan.steps, plan)
-        else:
+        prepared = strategy.prepared(simplified, known)
+        way = (strategy.stages, strategy.contraction)
+        if any((one.stages, one.contraction) == way and other.exact == prepared.exact for other, one in done):
+            continue  # an earlier strategy lowers the same network in the same way
+        done.append((prepared, strategy))
+        plan = lowered[strategy.name] = lower(simplified, strategy, prepared, text)
+        if not fits(plan):
             larger.append(plan)
+        elif _is_new(plan, plans):
+            plans.append(plan)
     # If every plan needs a table that is too large, take the plan with the smallest.
-    return list(plans.values()) or [min(larger, key=lambda plan: max(tables(plan)))]
+    return plans or [min(larger, key=lambda plan: max(tables(plan)))]
+
+
+def _is_new(plan: Plan, plans: Sequence[Plan]) -> bool:
+    """Whether no plan of the list has the same steps."""
+    return all(plan.steps != one.steps for one in plans)
 
 
 def divisions(net: AnyNetwork, plans: Iterable[Plan], most: float = math.inf) -> list[tuple[str, str]]:
@@ -91,9 +100,9 @@ def _is_computed(plan: Plan, place: int) -> bool:
     return step.computes or any(_is_computed(plan, at) for at in step.takes)
 
 
-def divided(net: AnyNetwork, strategy: str, index: str) -> Plan:
-    """The plan of a strategy for a network that is computed in parts of an index."""
-    return lower_in_parts(net, BY_NAME[strategy], index, _parts(net, index))
+def divided(net: AnyNetwork, strategy: str, index: str, parts: Parts | None = None) -> Plan:
+    """The plan of a strategy for a network that is computed in parts of an index; `parts` are these, if known."""
+    return lower_in_parts(net, BY_NAME[strategy], index, _parts(net, index), parts)
 
 
 def tables(plan: Plan) -> list[int]:

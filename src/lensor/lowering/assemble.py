@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from lensor.lowering.contraction import contract
 from lensor.lowering.crops import finish_late
 from lensor.lowering.intake import take_nodes
 from lensor.lowering.sampled import place
-from lensor.lowering.slicing import axis_of, simplified_parts
+from lensor.lowering.slicing import Parts, Repetition, axis_of
 from lensor.lowering.state import State, Tensor
 from lensor.lowering.strategies import Strategy
 from lensor.lowering.toeplitz import finish_toeplitz
@@ -22,33 +21,66 @@ from lensor.plan import steps as s
 _ONE = Fraction(1)
 
 
-def lower(net: AnyNetwork, strategy: Strategy, prepared: AnyNetwork | None = None) -> Plan:
-    """Lower a simplified network with one strategy; `prepared` is `strategy.prepared(net)`, if it is known."""
+def lower(net: AnyNetwork, strategy: Strategy, prepared: AnyNetwork | None = None, text: str | None = None) -> Plan:
+    """Lower a simplified network with one strategy.
+
+    Args:
+        net: the network.
+        strategy: the strategy.
+        prepared: `strategy.prepared(net)`, if it is known.
+        text: `to_text(net)`, if it is known.
+    """
     program = Program()
     prepared = strategy.prepared(net) if prepared is None else prepared
-    return _pruned(net, program, _lower_terms(program, prepared, strategy), strategy)
+    return _pruned(text or to_text(net), program, _lower_terms(program, prepared, strategy), strategy)
 
 
-def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, parts: int) -> Plan:
+def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, count: int, parts: Parts | None = None) -> Plan:
     """Lower a network to a plan that divides an index into parts, to use less memory.
 
     If the index is summed, the results for its parts are added. If it is an output index, it must be the first index of
     its leg, and the results are concatenated.
+
+    Args:
+        net: the network, before simplification.
+        strategy: the strategy for all parts.
+        index: the index to divide.
+        count: the number of parts.
+        parts: `Parts(net, index, count)`, if it is known.
     """
     program = Program()
     axis = axis_of(net, index)
-    values = []
-    for piece in simplified_parts(net, index, parts):
-        values.append(_lower_terms(program, strategy.prepared(piece), strategy))
+    parts = parts or Parts(net, index, count)
+    values: list[int] = []
+    for value in _lower_parts(program, parts, strategy):
+        values.append(value)
         if axis is None and len(values) > 1:
             values = [_added(program, values)]
     if len(values) > 1:
         assert axis is not None
         values = [program.add(s.Concat(tuple(values), axis))]
-    return _pruned(net, program, values[0], strategy, (index, parts))
+    return _pruned(to_text(net), program, values[0], strategy, (index, count))
+
+
+def _lower_parts(program: Program, parts: Parts, strategy: Strategy) -> Iterator[int]:
+    """Lower each part. If the first two parts of a size differ in where they start, the others repeat their steps."""
+    lowered: dict[int, list[tuple[int, int]]] = {}
+    repetitions: dict[int, Repetition | None] = {}
+    for at, (start, length) in enumerate(parts.bounds):
+        alike = lowered.setdefault(length, [])
+        if parts.on_operands and len(alike) == 2 and length not in repetitions:
+            repetitions[length] = Repetition.of(program, *alike)
+        repetition = repetitions.get(length)
+        value = None if repetition is None else repetition.at(program, start)
+        if value is None:
+            value = _lower_terms(program, strategy.prepared(*parts.simplified(at)), strategy)
+        alike.append((start, value))
+        yield value
 
 
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
+    if len(net.terms) == 1:
+        return _lower_term(program, net.terms[0], strategy, _ONE)
     # If several terms share a factor, multiply their sum by it.
     factors = Counter(term.scale.factor for term in net.terms)
     common, count = factors.most_common(1)[0]
@@ -94,14 +126,15 @@ def _finish(state: State, tensor: Tensor) -> int:
     """Finish a term: order its axes as in the output, scale it, add the axes of ones, and group the axes into legs."""
     program, value = state.program, tensor.value
     order = [index for index in state.term.output_indices if index in tensor.indices]
-    value = program.transpose(value, [tensor.indices.index(index) for index in order])
+    if tuple(order) != tensor.indices:
+        value = program.transpose(value, [tensor.indices.index(index) for index in order])
     if state.factor != 1:
         value = program.scaled(value, state.factor)
     if state.expanded:
         every = state.term.output_indices
         value = program.reshape(value, tuple(1 if i in state.expanded else state.sizes[i] for i in every))
         value = program.add(s.Expand((value,), state.shape(every)))
-    return program.reshape(value, tuple(state.size(leg) for leg in state.term.output))
+    return program.reshape(value, tuple([state.size(leg) for leg in state.term.output]))
 
 
 def _added(program: Program, values: Sequence[int]) -> int:
@@ -117,33 +150,32 @@ def _added(program: Program, values: Sequence[int]) -> int:
     return result
 
 
-def _pruned(
-    net: AnyNetwork, program: Program, result: int, strategy: Strategy, parts: tuple[str, int] | None = None
-) -> Plan:
+def _pruned(text: str, program: Program, result: int, strategy: Strategy, parts: tuple[str, int] | None = None) -> Plan:
     """A plan with the steps that the result needs, and with all position vectors, which are checked even if unused."""
-    needed = set()
-    todo = [result, *(place for place, step in enumerate(program.steps) if isinstance(step, s.Positions))]
-    while todo:
-        place = todo.pop()
-        if place not in needed:
-            needed.add(place)
-            todo += program.steps[place].takes
+    needed = {result, *[at for at, step in enumerate(program.steps) if step.is_checked]}
+    for at in range(len(program.steps) - 1, -1, -1):
+        if at in needed:
+            needed.update(program.steps[at].takes)
     kept = sorted(needed)
     new = {place: at for at, place in enumerate(kept)}
-    steps = [_moved(program.steps[place], new) for place in kept]
-    shapes = tuple(program.shapes[place] for place in kept)
-    for at, step in enumerate(steps):
-        owning = step.owning()
-        if owning is not None and _is_owned(steps, step.takes[0], at, new[result]):
-            steps[at] = owning
-    return Plan(to_text(net), tuple(steps), shapes, new[result], strategy.name, parts)
+    steps = [step.taking(tuple([new[at] for at in step.takes])) for step in map(program.steps.__getitem__, kept)]
+    shapes = tuple([program.shapes[place] for place in kept])
+    owning = {at: own for at, step in enumerate(steps) if (own := step.owning()) is not None}
+    if owning:
+        users: list[set[int]] = [set() for _ in steps]
+        for at, step in enumerate(steps):
+            for value in step.takes:
+                users[value].add(at)
+        for at, own in owning.items():
+            if _is_owned(steps, users, own.takes[0], at, new[result]):
+                steps[at] = own
+    return Plan(text, tuple(steps), shapes, new[result], strategy.name, parts)
 
 
-def _is_owned(steps: Sequence[s.Step], value: int, user: int, result: int) -> bool:
+def _is_owned(steps: Sequence[s.Step], users: Sequence[set[int]], value: int, user: int, result: int) -> bool:
     """Whether a step may overwrite a value: it is not an operand or pattern, and no other step uses it."""
     while True:
-        users = [at for at, step in enumerate(steps) if value in step.takes]
-        if users != [user] or value == result:
+        if users[value] != {user} or value == result:
             return False
         step = steps[value]
         if not step.is_view:
@@ -151,7 +183,3 @@ def _is_owned(steps: Sequence[s.Step], value: int, user: int, result: int) -> bo
         if not step.takes or step.overlaps:
             return False
         user, value = value, step.takes[0]
-
-
-def _moved(step: s.Step, new: dict[int, int]) -> s.Step:
-    return replace(step, takes=tuple(new[at] for at in step.takes))

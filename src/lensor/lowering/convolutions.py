@@ -40,11 +40,12 @@ def convolve_depthwise(state: State) -> None:
 
 
 def _apply(state: State, gradients: bool, depthwise: bool = False) -> None:
-    while any(
-        (ties := _ties(state, node)) is not None and _contract(state, ties, gradients, depthwise)
-        for node in state.patterns
-    ):
-        pass
+    progress = True
+    while progress:
+        every = [tie for node in state.patterns if (tie := _tie(state, node)) is not None]
+        progress = any(
+            (ties := _ties(tie, every)) is not None and _contract(state, ties, gradients, depthwise) for tie in every
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,9 @@ def _tie(state: State, node: Pattern) -> _Tie | None:
     return None if free & {*one.indices, *two.indices} else _Tie(node, one, two, first, second)
 
 
-def _ties(state: State, node: Pattern) -> list[_Tie] | None:
-    """The tie of a pattern, together with all ties between the same tensors in the same roles."""
-    mine = _tie(state, node)
-    if mine is None:
-        return None
-    every = (_tie(state, other) for other in state.patterns)
-    same = [tie for tie in every if tie is not None and (tie.one, tie.two) == (mine.one, mine.two)]
+def _ties(mine: _Tie, every: Sequence[_Tie]) -> list[_Tie] | None:
+    """All ties between the same tensors in the same roles as `mine`; None if one step cannot contract them."""
+    same = [tie for tie in every if (tie.one, tie.two) == (mine.one, mine.two)]
     flat = [index for tie in same for leg in tie.node.legs for index in leg]
     if len(set(flat)) < len(flat) or len(same) > _MOST_DIMENSIONS:
         return None

@@ -27,9 +27,8 @@ def _apply(state: State, late: bool) -> None:
     progress = True
     while progress:
         progress = False
-        for node in sorted(state.patterns, key=lambda node: _order(state, node)):
-            if not node.pattern.is_crop or node.legs[2]:
-                continue
+        crops = [node for node in state.patterns if node.pattern.is_crop and not node.legs[2]]
+        for node in sorted(crops, key=lambda node: _order(state, node)):
             if (late and _read_late(state, node)) or _gather(state, node) or _put_off(state, node):
                 state.drop(node)
                 progress = True
@@ -51,7 +50,8 @@ def carriers(state: State, node: Pattern, repeats: bool = False) -> list[Tensor]
     if not i or has_repeats(node) or set(i) & set(state.open) or state.patterns_on(i, node):
         return None
     holders = state.tensors_on(i)
-    fits = all(set(i) <= set(one.indices) and (repeats or not {*o, *k} & set(one.indices)) for one in holders)
+    others = {*o, *k}
+    fits = all(set(i).issubset(one.indices) and (repeats or others.isdisjoint(one.indices)) for one in holders)
     return holders if holders and fits else None
 
 

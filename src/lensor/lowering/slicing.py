@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from lensor.network import AnyNetwork, Node, Operand, Pattern, Sum, indices_of
-from lensor.pattern import IndexPattern
+from lensor.network import AnyNetwork, Operand, Pattern, indices_of
+from lensor.plan import Program
+from lensor.plan import steps as s
+from lensor.simplification.engine import simplify_untraced
 
 
 def sliceable(net: AnyNetwork) -> list[str]:
@@ -35,56 +39,102 @@ def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
     If the index is summed, the value of the network is the sum of the values of all parts; otherwise it is their
     concatenation along `axis_of(net, index)`.
     """
+    return [net.narrow(index, start, length) for start, length in bounds_of(net, index, count)]
+
+
+def bounds_of(net: AnyNetwork, index: str, count: int) -> list[tuple[int, int]]:
+    """The (start, length) of each part of `parts_of`."""
     size = net.sizes[index] or 0
     count = min(count, size)
-    bounds = [size * at // count for at in range(count + 1)]
-    return [net.narrow(index, low, high - low) for low, high in itertools.pairwise(bounds)]
+    return [(low, high - low) for low, high in itertools.pairwise(size * at // count for at in range(count + 1))]
 
 
-def simplified_parts(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
-    """The networks of `parts_of`, simplified.
+class Parts:
+    """An index of a network divided into parts as by `parts_of`, each of which is simplified when it is needed.
 
-    Parts of equal size differ in the start of crops. If the index is only on operands, the rules do not depend on it.
-    Then two parts of each size are simplified, and the others follow from the places in which these two differ.
+    Args:
+        net: the network.
+        index: the index to divide.
+        count: the number of parts.
     """
-    parts = parts_of(net, index, count)
-    size = net.sizes[index] or 0
-    bounds = itertools.pairwise(size * at // len(parts) for at in range(len(parts) + 1))
-    crops = [
-        IndexPattern(size, 1, padding=(-low, high - size), output_size=high - low).normalize() for low, high in bounds
-    ]
-    on_patterns = any(
-        isinstance(node, Pattern) and index in indices_of(node) for term in net.terms for node in term.nodes
-    )
-    done: dict[int, AnyNetwork] = {}
-    for at, part in enumerate(parts):
-        alike = [other for other in done if crops[other].output_size == crops[at].output_size][:2]
-        moved = None
-        if len(alike) == 2 and not on_patterns:
-            moved = _moved([(done[other], crops[other]) for other in alike], crops[at])
-        done[at] = part.simplify() if moved is None else moved
-    return [done[at] for at in range(len(parts))]
+
+    def __init__(self, net: AnyNetwork, index: str, count: int) -> None:
+        self.net, self.index, self.count = net, index, count
+        self.bounds = bounds_of(net, index, count)
+        self.on_operands = not any(
+            isinstance(node, Pattern) and index in indices_of(node) for term in net.terms for node in term.nodes
+        )
+        """Whether the index is only on operands, so that parts of equal size differ only in where they start."""
+        self._simplified: dict[int, tuple[AnyNetwork, dict[tuple, AnyNetwork]]] = {}
+
+    def simplified(self, at: int) -> tuple[AnyNetwork, dict[tuple, AnyNetwork]]:
+        """The network of one part, simplified, and a dictionary for what `Strategy.prepared` makes of it."""
+        if at not in self._simplified:
+            start, length = self.bounds[at]
+            self._simplified[at] = simplify_untraced(self.net.narrow(self.index, start, length)), {}
+        return self._simplified[at]
 
 
-def _moved(parts: list[tuple[AnyNetwork, IndexPattern]], crop: IndexPattern) -> AnyNetwork | None:
-    """The part with another crop, given two parts with theirs; None if these differ in anything else."""
-    (one, first), (two, second) = parts
-    terms = []
-    for term, other in zip(one.terms, two.terms, strict=False):
-        nodes: list[Node] = []
-        for node, twin in zip(term.nodes, other.nodes, strict=False):
-            if node != twin:
-                if not isinstance(node, Pattern) or node.pattern != first or twin != Pattern(second, node.legs):
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """The steps of one part, which parts of equal size repeat with slices that start elsewhere.
+
+    Args:
+        steps: the steps that the part's value needs, by place, in order.
+        slices: the slices among them, by place.
+        moved: the places of the slices that start elsewhere in other parts.
+        start: where the part starts.
+        value: the place of the part's value.
+    """
+
+    steps: Mapping[int, s.Step]
+    slices: Mapping[int, s.Slice]
+    moved: frozenset[int]
+    start: int
+    value: int
+
+    @staticmethod
+    def of(program: Program, one: tuple[int, int], two: tuple[int, int]) -> Repetition | None:
+        """The steps of two parts, given as (start, value) pairs; None if they differ in more than starts of slices."""
+        (before, first), (start, second) = one, two
+        pairs: dict[int, int] = {}
+        moved: set[int] = set()
+        todo = [(second, first)]
+        while todo:
+            place, other = todo.pop()
+            if place in pairs:
+                if pairs[place] != other:
                     return None
-                node = Pattern(crop, node.legs)
-            nodes.append(node)
-        shapes = [(len(found.nodes), found.output, found.scale) for found in (term, other)]
-        if shapes[0] != shapes[1]:
+                continue
+            pairs[place] = other
+            step, twin = program.steps[place], program.steps[other]
+            if len(step.takes) != len(twin.takes):
+                return None
+            todo += zip(step.takes, twin.takes, strict=True)
+            expected = replace(twin, takes=step.takes)
+            if isinstance(expected, s.Slice) and expected != step:
+                expected = replace(expected, start=expected.start + start - before)
+                moved.add(place)
+            if expected != step:
+                return None
+        if len(set(pairs.values())) < len(pairs):
             return None
-        terms.append(term.replace(nodes=nodes))
-    if len(one.terms) != len(two.terms):
-        return None
-    return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+        steps = {place: program.steps[place] for place in sorted(pairs)}
+        slices = {place: step for place, step in steps.items() if isinstance(step, s.Slice)}
+        return Repetition(steps, slices, frozenset(moved), start, second)
+
+    def at(self, program: Program, start: int) -> int | None:
+        """Add the steps for a part that starts elsewhere; None if two different steps would become equal."""
+        slices = {
+            place: replace(step, start=step.start + start - self.start) if place in self.moved else step
+            for place, step in self.slices.items()
+        }
+        if len(set(slices.values())) < len(slices):
+            return None  # lowering would then compute their value once
+        new: dict[int, int] = {}
+        for place, step in self.steps.items():
+            new[place] = program.add(slices.get(place, step).taking(tuple([new[at] for at in step.takes])))
+        return new[self.value]
 
 
 def axis_of(net: AnyNetwork, index: str) -> int | None:

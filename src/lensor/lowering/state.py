@@ -82,7 +82,7 @@ class State:
 
     def __init__(self, program: Program, term: Network, later: Fraction = Fraction(1)) -> None:
         self.program, self.term = program, term
-        self.factor = term.scale.factor / later
+        self.factor = term.scale.factor if later == 1 else term.scale.factor / later
         self.sizes: dict[str, int] = {index: size or 0 for index, size in term.sizes.items()}
         self.tensors: tuple[Tensor, ...] = ()
         self.patterns: tuple[Pattern, ...] = ()
@@ -94,14 +94,16 @@ class State:
         arrays = {node.name: node.legs for node in term.nodes if isinstance(node, Operand)}
         every = [*arrays.values(), term.output]
         self.limit = largest_table(math.prod(self.shape(index for leg in legs for index in leg)) for legs in every)
-        self._holders: dict[str, tuple[set[int], set[int]]] | None = None
+        self._on_tensors: dict[str, list[int]] | None = None
+        self._on_patterns: dict[str, list[int]] | None = None
 
     # ------------------------------------------------------------------------------------------- tensors and patterns
     def set(self, tensors: Iterable[Tensor] | None = None, patterns: Iterable[Pattern] | None = None) -> None:
         """Replace all tensors, all patterns, or both."""
-        self.tensors = self.tensors if tensors is None else tuple(tensors)
-        self.patterns = self.patterns if patterns is None else tuple(patterns)
-        self._holders = None
+        if tensors is not None:
+            self.tensors, self._on_tensors = tuple(tensors), None
+        if patterns is not None:
+            self.patterns, self._on_patterns = tuple(patterns), None
 
     def add(self, tensor: Tensor) -> None:
         """Add a tensor."""
@@ -113,32 +115,31 @@ class State:
 
     def replace(self, tensor: Tensor, new: Tensor) -> None:
         """Replace one tensor by a new one."""
-        self.set(tensors=(new if one is tensor else one for one in self.tensors))
+        self.set(tensors=[new if one is tensor else one for one in self.tensors])
 
     def drop(self, *patterns: Pattern) -> None:
         """Remove patterns."""
-        self.set(patterns=(one for one in self.patterns if all(one is not pattern for pattern in patterns)))
-
-    def _held(self, indices: Iterable[str]) -> tuple[set[int], set[int]]:
-        if self._holders is None:
-            self._holders = {}
-            for at, tensor in enumerate(self.tensors):
-                for index in tensor.indices:
-                    self._holders.setdefault(index, (set(), set()))[0].add(at)
-            for at, pattern in enumerate(self.patterns):
-                for index in indices_of(pattern):
-                    self._holders.setdefault(index, (set(), set()))[1].add(at)
-        found = [self._holders[index] for index in indices if index in self._holders]
-        return set().union(*(one for one, _ in found)), set().union(*(one for _, one in found))
+        kept: Sequence[Pattern] = self.patterns
+        for pattern in patterns:
+            kept = [one for one in kept if one is not pattern]
+        self.set(patterns=kept)
 
     def tensors_on(self, indices: Iterable[str]) -> list[Tensor]:
         """The tensors on which at least one of the indices appears."""
-        return [self.tensors[at] for at in sorted(self._held(indices)[0])]
+        if self._on_tensors is None:
+            self._on_tensors = _places(tensor.indices for tensor in self.tensors)
+        found = {at for index in indices if index in self._on_tensors for at in self._on_tensors[index]}
+        return [self.tensors[at] for at in sorted(found)]
 
     def patterns_on(self, indices: Iterable[str], *without: Pattern) -> list[Pattern]:
         """The patterns on which at least one of the indices appears, except those in `without`."""
-        found = [self.patterns[at] for at in sorted(self._held(indices)[1])]
-        return [one for one in found if all(one is not other for other in without)]
+        if self._on_patterns is None:
+            self._on_patterns = _places(map(indices_of, self.patterns))
+        found = {at for index in indices if index in self._on_patterns for at in self._on_patterns[index]}
+        kept = [self.patterns[at] for at in sorted(found)]
+        for other in without:
+            kept = [one for one in kept if one is not other]
+        return kept
 
     def used_elsewhere(self, group: Group, node: Pattern) -> bool:
         """Whether an index of the group appears in the output, on a tensor, or on a pattern other than `node`."""
@@ -158,21 +159,23 @@ class State:
     # --------------------------------------------------------------------------------------------------------- tensors
     def shape(self, indices: Iterable[str]) -> tuple[int, ...]:
         """The sizes of the indices."""
-        return tuple(self.sizes[index] for index in indices)
+        return tuple([self.sizes[index] for index in indices])
 
     def size(self, indices: Iterable[str]) -> int:
         """The product of the sizes of the indices."""
-        return math.prod(self.shape(indices))
+        return math.prod([self.sizes[index] for index in indices])
 
     def matrix(self, tensor: Tensor, order: Sequence[str], shape: tuple[int, ...]) -> int:
         """Transpose a tensor to the given order of indices and reshape it."""
-        value = self.program.transpose(tensor.value, [tensor.indices.index(index) for index in order])
+        value = tensor.value
+        if tuple(order) != tensor.indices:
+            value = self.program.transpose(value, [tensor.indices.index(index) for index in order])
         return self.program.reshape(value, shape)
 
     def merged(self, tensor: Tensor, group: Group) -> tuple[int, int, tuple[str, ...]]:
         """Merge a tensor's axes of a group into one axis; return the value, the merged axis and the other indices."""
         rest = [index for index in tensor.indices if index not in group]
-        at = sum(index not in group for index in tensor.indices[: tensor.indices.index(group[0])])
+        at = len([index for index in tensor.indices[: tensor.indices.index(group[0])] if index not in group])
         flat = (*self.shape(rest[:at]), self.size(group), *self.shape(rest[at:]))
         return self.matrix(tensor, [*rest[:at], *group, *rest[at:]], flat), at, tuple(rest)
 
@@ -204,11 +207,23 @@ class State:
 
     def summed(self, tensor: Tensor, needed: set[str]) -> Tensor:
         """Sum a tensor over the indices that are not in `needed`."""
-        axes = tuple(axis for axis, index in enumerate(tensor.indices) if index not in needed)
+        axes = tuple([axis for axis, index in enumerate(tensor.indices) if index not in needed])
         if not axes:
             return tensor
         value = self.program.add(s.SumAxes((tensor.value,), axes))
         return Tensor(value, tuple(index for index in tensor.indices if index in needed))
+
+
+def _places(items: Iterable[Iterable[str]]) -> dict[str, list[int]]:
+    """Map each index to the places of the items on which it appears."""
+    places: dict[str, list[int]] = {}
+    for at, indices in enumerate(items):
+        for index in indices:
+            if index in places:
+                places[index].append(at)
+            else:
+                places[index] = [at]
+    return places
 
 
 def kept_indices(item: Tensor | Pattern) -> tuple[str, ...]:
@@ -218,14 +233,14 @@ def kept_indices(item: Tensor | Pattern) -> tuple[str, ...]:
 
 def loose_legs(node: Pattern, used: set[str]) -> tuple[int, ...]:
     """The legs of a pattern without an index in `used`; a materialized pattern is summed over these legs."""
-    repeated = len(kept_indices(node)) < sum(len(leg) for leg in node.legs)
-    loose = tuple(leg for leg, group in enumerate(node.legs) if group and not used & set(group))
-    return () if repeated or len(loose) == len(Leg) else loose
+    loose = tuple([leg for leg, group in enumerate(node.legs) if group and used.isdisjoint(group)])
+    return () if has_repeats(node) or len(loose) == len(node.legs) else loose
 
 
 def has_repeats(node: Pattern) -> bool:
     """Whether an index occurs more than once in the legs of a pattern."""
-    return len(set(indices_of(node))) < sum(len(leg) for leg in node.legs)
+    indices = tuple(indices_of(node))
+    return len(set(indices)) < len(indices)
 
 
 def largest_table(sizes: Iterable[int]) -> int:

@@ -94,10 +94,19 @@ class Strategy:
     applies: Callable[[AnyNetwork], bool] = _always
     varies: tuple[str, Callable[[Plan], bool]] | None = None
 
-    def prepared(self, net: AnyNetwork) -> AnyNetwork:
-        """The network after the functions in `prepare`."""
-        for prepare in self.prepare:
-            net = prepare(net)
+    def prepared(self, net: AnyNetwork, known: dict[tuple, AnyNetwork] | None = None) -> AnyNetwork:
+        """The network after the functions in `prepare`.
+
+        Args:
+            net: the simplified network.
+            known: the network after the functions with which the `prepare` of other strategies starts; updated.
+        """
+        known = {} if known is None else known
+        for at in range(len(self.prepare)):
+            first = self.prepare[: at + 1]
+            if first not in known:
+                known[first] = self.prepare[at](net)
+            net = known[first]
         return net
 
 
@@ -134,7 +143,7 @@ STRATEGIES = (
         varies=("convolution", _has_depthwise_gradient),
     ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_crops),
-    Strategy("convolution, undone", _CONVOLVE, _VIEWS, (undo,)),
+    Strategy("convolution, undone", _CONVOLVE, _VIEWS, (compose, undo)),
     Strategy("lags", _LAGS, _VIEWS, (share, lags), _may_have_lags),
     Strategy(
         "lags, depthwise",

@@ -16,8 +16,11 @@ def split_modes(state: State) -> None:
     found: list[Pattern] = []
     for node in state.patterns:
         (i, o, k), (padding, inner) = node.legs, node.pattern.split_padding()
+        if padding is None or node.pattern.is_crop or not i:
+            found.append(node)
+            continue
         loose = [at for at, leg in enumerate(node.legs) if not state.used_elsewhere(leg, node)]
-        if padding is None or node.pattern.is_crop or not i or not state.is_large(node, loose):
+        if not state.is_large(node, loose):
             found.append(node)
             continue
         unit = f"{i[0]} with padding {len(state.sizes)}"  # not an identifier, so no index has this name
@@ -30,8 +33,10 @@ def read_windows(state: State) -> None:
     """Replace each pattern whose input leg is summed and whose other legs are used by strided views of patches."""
     for node in state.patterns:
         pattern, (i, o, k) = node.pattern, node.legs
+        if pattern.padding_mode != "zeros" or not o or not k or _reads_nothing(pattern):
+            continue
         holders = carriers(state, node)
-        if holders is None or pattern.padding_mode != "zeros" or not o or not k or _reads_nothing(pattern):
+        if holders is None:
             continue
         if not state.used_elsewhere(o, node) or not state.used_elsewhere(k, node):
             continue

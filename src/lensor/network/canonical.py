@@ -13,8 +13,8 @@ Refinement takes O(E log E) steps for E legs. The search is bounded: if the ties
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lensor.affine import progressions
@@ -38,7 +38,7 @@ class _TooSymmetricalError(Exception):
 
 def _encode(node: Any, colour: dict[str, int]) -> tuple:
     """Describe a node by a tuple in which numbers replace its indices."""
-    legs = tuple(tuple(colour[index] for index in leg) for leg in node.legs)
+    legs = tuple([tuple([colour[index] for index in leg]) for leg in node.legs])
     kind = type(node).__name__
     if kind == "Delta":
         return (kind, tuple(sorted(legs)))
@@ -106,15 +106,23 @@ class _Facts:
             for index in dict.fromkeys(i for leg in node.legs for i in leg):
                 holders[index].append(node)
         numbers = {index: at for at, index in enumerate(indices)}
+        known = {index: self.known(index) for index in indices}
+        alone = {properties for properties, count in Counter(known.values()).items() if count == 1}
         place: dict[str, int] = {}
         classes: dict[tuple, int] = {}
         for index in indices:
+            if known[index] in alone:
+                place[index] = 0
+                continue
             own, numbers[index] = numbers[index], -1
-            alike = [self.known(index)]
+            alike: list[tuple] = [known[index]]
+            found: list[str] = []
+            on_deltas = any(type(node).__name__ == "Delta" for node in holders[index])
             for inside in (False, True):
                 # Two indices are interchangeable if swapping them exchanges the nodes that they appear on, or if they
                 # appear on the same deltas.
-                found = sorted(map(repr, (self.beside(node, numbers, inside) for node in holders[index])))
+                if not inside or on_deltas:
+                    found = sorted([repr(self.beside(node, numbers, inside)) for node in holders[index]])
                 alike.append(tuple(found))
             numbers[index] = own
             keys = [(alike[0], inside, alike[1 + inside]) for inside in (False, True)]
@@ -122,7 +130,7 @@ class _Facts:
             place[index] = classes.get(key, 0)
             for one in keys if not place[index] else [key]:
                 classes[one] = place[index] + 1
-        return _ranked({index: (*self.known(index), place[index]) for index in indices})
+        return _ranked({index: (*known[index], place[index]) for index in indices})
 
     @staticmethod
     def beside(node: Any, numbers: dict[str, int], inside: bool) -> tuple:
@@ -387,6 +395,22 @@ def canonical_form(net: Network) -> tuple[tuple, dict[str, int]]:
         nodes = tuple(sorted(net.nodes, key=repr))
         key = ("with names", nodes, net.output, net.dimensions, net.scale)
         return key, {index: at for at, index in enumerate(net.sizes)}
+
+
+def invariant(net: Network) -> Hashable:
+    """A key that is equal for networks with equal canonical forms, and takes much less work.
+
+    It consists of the nodes without their indices, the sizes of the indices, the output without its indices, and the
+    scale.
+    """
+    zeros = dict.fromkeys(net.sizes, 0)
+    nodes, sizes = Counter([_encode(node, zeros) for node in net.nodes]), Counter(net.sizes.values())
+    return (
+        frozenset(nodes.items()),
+        frozenset(sizes.items()),
+        tuple([len(leg) for leg in net.output]),
+        net.scale.factor,
+    )
 
 
 def _searched(net: Network) -> tuple[tuple, dict[str, int]]:

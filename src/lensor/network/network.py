@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 from lensor.errors import NetworkError
-from lensor.network.canonical import canonical_form
+from lensor.network.canonical import canonical_form, invariant
 from lensor.network.nodes import (
     Delta,
     Group,
@@ -101,15 +102,14 @@ class Network(Verbs):
             ValueError: if the scale has a negative power of an index of size 0.
         """
         nodes, output = tuple(nodes), tuple(output)
-        used = {index for node in nodes for index in indices_of(node)}
-        used.update(index for leg in output for index in leg)
-        used.update(index for index, _ in scale.powers)
-        missing = used - set(sizes)
+        used = set(chain.from_iterable([leg for node in nodes for leg in node.legs]))
+        used.update(*output, dict(scale.powers))
+        missing = used.difference(sizes)
         if missing:
             raise NetworkError(
                 f"index {sorted(missing)[0]!r} has no entry in sizes, expected one: it has entries for {sorted(sizes)}"
             )
-        known = tuple(sorted((index, sizes[index]) for index in used))
+        known = tuple([(index, sizes[index]) for index in sorted(used)])
         return Network(nodes, output, known, scale.bind(sizes), trace)
 
     # ------------------------------------------------------------------ properties
@@ -149,15 +149,26 @@ class Network(Verbs):
             >>> {index: sorted(net.holders[index]) for index in "nio"}
             {'n': [-1, 0], 'i': [0, 1], 'o': [-1, 1]}
         """
-        found: dict[str, set[int]] = {index: set() for index in self.sizes}
+        found: dict[str, frozenset[int]] = dict.fromkeys(self.sizes, frozenset())
         for at, node in enumerate(self.nodes):
             for index in indices_of(node):
-                found[index].add(at)
+                found[index] |= {at}
         for index in self.output_indices:
-            found[index].add(-1)
-        return MappingProxyType({index: frozenset(places) for index, places in found.items()})
+            found[index] |= {-1}
+        return MappingProxyType(found)
 
-    @property
+    @cached_property
+    def pattern_nodes(self) -> tuple[tuple[int, IndexPattern, tuple[Group, Group, Group]], ...]:
+        """A (position in `nodes`, pattern, legs) triple for each index pattern.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("i, i o k -> o k", "X", lensor.IndexPattern(5, 3)).pattern_nodes
+            ((1, IndexPattern(5, 3), (('i',), ('o',), ('k',))),)
+        """
+        return tuple([(at, node.pattern, node.legs) for at, node in enumerate(self.nodes) if isinstance(node, Pattern)])
+
+    @cached_property
     def selections(self) -> frozenset[str]:
         """The names of the operands that are selections, which are vectors of positions (see `Select`).
 
@@ -202,7 +213,7 @@ class Network(Verbs):
         """
         return tuple(self.operand_legs)
 
-    @property
+    @cached_property
     def output_indices(self) -> tuple[str, ...]:
         """The indices of all output legs, in order.
 
@@ -211,7 +222,7 @@ class Network(Verbs):
             >>> lensor.contraction("n i, i o -> (n o)", "X", "W").output_indices
             ('n', 'o')
         """
-        return tuple(index for leg in self.output for index in leg)
+        return tuple(chain.from_iterable(self.output))
 
     @property
     def inner_indices(self) -> tuple[str, ...]:
@@ -237,8 +248,9 @@ class Network(Verbs):
         Raises:
             KeyError: for an index that is not in the network.
         """
-        sizes = [self.sizes[index] for index in group]
-        return None if None in sizes else math.prod(size for size in sizes if size is not None)
+        sizes = self.sizes
+        found = [size for index in group if (size := sizes[index]) is not None]
+        return math.prod(found) if len(found) == len(group) else None
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
@@ -341,23 +353,34 @@ class Network(Verbs):
             NetworkError: if a part violates the grammar; the message names the first such part.
         """
         sizes = self.sizes
-        held = {index for node in self.nodes for index in indices_of(node)}
-        named = Counter(self.output_indices)
-        for index in held | set(named):
-            if index not in sizes:
-                raise NetworkError(
-                    f"index {index!r} has no entry in dimensions, expected one: it has entries for {sorted(sizes)}"
-                )
+        held = set(chain.from_iterable([leg for node in self.nodes for leg in node.legs]))
+        for index in held.union(self.output_indices).difference(sizes):
+            raise NetworkError(
+                f"index {index!r} has no entry in dimensions, expected one: it has entries for {sorted(sizes)}"
+            )
+        if not _are_identifiers(sizes):
+            for index in sizes:
+                if not isinstance(index, str) or not index.isidentifier():
+                    raise NetworkError(f"the name of an index is {index!r}, expected an identifier")
         for index, size in sizes.items():
-            if not isinstance(index, str) or not index.isidentifier():
-                raise NetworkError(f"the name of an index is {index!r}, expected an identifier")
             if size is not None and size < 0:
                 raise NetworkError(f"index {index!r} has size {size}, expected at least 0")
-        for index, times in named.items():
-            if times > 1:
-                raise NetworkError(f"output index {index!r} occurs {times} times in the output, expected once")
-            if index not in held:
-                raise NetworkError(f"output index {index!r} is not in any node, expected one of {sorted(held)}")
+        if len(held.intersection(self.output_indices)) < len(self.output_indices):
+            for index, times in Counter(self.output_indices).items():
+                if times > 1:
+                    raise NetworkError(f"output index {index!r} occurs {times} times in the output, expected once")
+                if index not in held:
+                    raise NetworkError(f"output index {index!r} is not in any node, expected one of {sorted(held)}")
+        self._check_nodes()
+
+    def _check_nodes(self) -> None:
+        sizes = self.sizes
+
+        short: dict[Group, int | None] = {(): 1, **{(index,): size for index, size in sizes.items()}}
+
+        def shape_of(legs: Sequence[Group]) -> tuple[int | None, ...]:
+            return tuple([short[leg] if leg in short else self.group_size(leg) for leg in legs])
+
         shapes: dict[str, tuple[int | None, ...]] = {}
         kinds: dict[str, type[Operand]] = {}
         for node in self.nodes:
@@ -367,7 +390,7 @@ class Network(Verbs):
                 )
             match node:
                 case Pattern(pattern, legs):
-                    found = tuple(self.group_size(leg) for leg in legs)
+                    found = shape_of(legs)
                     expected = (pattern.input_size, pattern.output_size, pattern.kernel_size)
                     if found != expected:
                         raise NetworkError(f"the legs {legs} of {pattern!r} have sizes {found}, expected {expected}")
@@ -380,10 +403,11 @@ class Network(Verbs):
                             " expected one size"
                         )
                 case Operand(name, legs):
-                    shape = tuple(self.group_size(leg) for leg in legs)
+                    shape = shape_of(legs)
                     first = shapes.setdefault(name, shape)
-                    same = len(first) == len(shape) and all(
-                        a is None or b is None or a == b for a, b in zip(first, shape, strict=True)
+                    same = first == shape or (
+                        len(first) == len(shape)
+                        and all(a is None or b is None or a == b for a, b in zip(first, shape, strict=True))
                     )
                     if not same:
                         raise NetworkError(f"operand {name!r} occurs with shapes {first} and {shape}, expected one")
@@ -414,7 +438,8 @@ class Network(Verbs):
 
     @cached_property
     def _hash(self) -> int:
-        return hash(self.canonical)
+        # Cold caches look up many networks that they do not hold, which should not take a canonical form.
+        return hash(invariant(self))
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -454,3 +479,10 @@ class Network(Verbs):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
+
+
+def _are_identifiers(names: Iterable[Any]) -> bool:
+    try:
+        return all(map(str.isidentifier, names))
+    except TypeError:
+        return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 from lensor.errors import NetworkError
@@ -138,22 +139,26 @@ Node: TypeAlias = Operand | Pattern | Delta | Ones
 
 def indices_of(node: Node) -> Iterator[str]:
     """Iterate over the indices of a node, leg by leg, including repetitions."""
-    for leg in node.legs:
-        yield from leg
+    return chain.from_iterable(node.legs)
 
 
 def _relabel_group(group: Group, mapping: Mapping[str, Group]) -> Group:
-    return tuple(new for index in group for new in mapping.get(index, (index,)))
+    if mapping.keys().isdisjoint(group):
+        return group
+    return tuple([new for index in group for new in mapping.get(index, (index,))])
 
 
 def relabel_node(node: Node, mapping: Mapping[str, Group]) -> tuple[Node, ...]:
     """Replace each index of a node by a group of indices; a delta or ones may yield several nodes, or none."""
+    if mapping.keys().isdisjoint(indices_of(node)):
+        return (node,)
     match node:
         case Operand():
-            return (replace(node, legs=tuple(_relabel_group(leg, mapping) for leg in node.legs)),)
+            return (type(node)(node.name, tuple([_relabel_group(leg, mapping) for leg in node.legs])),)
         case Pattern():
-            i, o, k = (_relabel_group(leg, mapping) for leg in node.legs)
-            return (replace(node, legs=(i, o, k)),)
+            i, o, k = node.legs
+            legs = (_relabel_group(i, mapping), _relabel_group(o, mapping), _relabel_group(k, mapping))
+            return (Pattern(node.pattern, legs),)
         case Delta():
             groups = [mapping.get(index, (index,)) for index in node.indices]
             if len({len(group) for group in groups}) != 1:

@@ -43,6 +43,8 @@ class Scale:
             >>> lensor.Scale(powers=(("n", -1),)).relabel({"n": ("g", "m")}).powers
             (('g', -1), ('m', -1))
         """
+        if not self.powers:
+            return self
         scale = Scale(self.factor)
         for index, power in self.powers:
             for new in mapping.get(index, (index,)):
@@ -60,6 +62,8 @@ class Scale:
         Raises:
             ValueError: for a negative power of an index of size 0.
         """
+        if not self.powers:
+            return self
         factor, powers = self.factor, []
         for index, power in self.powers:
             size = sizes.get(index)

@@ -163,7 +163,7 @@ class Sum(Verbs):
 
     @cached_property
     def _hash(self) -> int:
-        return hash(self.canonical)
+        return hash(tuple(sorted(map(hash, self.terms))))
 
     def __hash__(self) -> int:
         return self._hash

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lensor.plan import steps as s
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """The layout of one value: its strides, the value whose memory it uses, and whether it allocates memory."""
 
     strides: s.Strides
@@ -22,15 +21,15 @@ def layouts(steps: Sequence[s.Step], shapes: Sequence[s.Shape]) -> list[Value]:
     """The layout of each value of a program, for operands in row-major order."""
     values: list[Value] = []
     for place, (step, shape) in enumerate(zip(steps, shapes, strict=True)):
-        own = Value(s.contiguous(shape), place, bool(step.takes) or not step.is_view)
-        if step.in_place:
-            before = values[step.takes[0]]
-            own = Value(before.strides, before.source, False)
-        elif step.is_view and step.takes:
+        own = None
+        if step.is_view and step.takes:
             before = values[step.takes[0]]
             strides = step.strides(s.Laid(shapes[step.takes[0]], before.strides), shape)
-            own = own if strides is None else Value(strides, before.source, False)
-        values.append(own)
+            own = None if strides is None else Value(strides, before.source, False)
+        elif step.in_place:
+            before = values[step.takes[0]]
+            own = Value(before.strides, before.source, False)
+        values.append(own or Value(s.contiguous(shape), place, bool(step.takes) or not step.is_view))
     return values
 
 
@@ -44,9 +43,8 @@ def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
     return last
 
 
-def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> int:
+def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int, values: Sequence[Value]) -> int:
     """Maximum number of entries alive at once, including the result but not operands and patterns."""
-    values = layouts(steps, shapes)
     last = list(range(len(values)))
     for place, until in enumerate(last_uses(steps, result)):
         last[values[place].source] = max(last[values[place].source], until)
@@ -63,14 +61,14 @@ def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -
     return max(peak, alive + put_in_order(shapes, values, result))
 
 
-def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int) -> list[int]:
+def moved(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int, values: Sequence[Value]) -> list[int]:
     """The number of entries that each step reads and writes (its operands and result); 0 if the result is a view.
 
     The last step includes copying the result into row-major order, if it is not already in this order.
     """
-    values = layouts(steps, shapes)
+    sizes = [math.prod(shape) for shape in shapes]
     found = [
-        math.prod(shapes[place]) + sum(math.prod(shapes[at]) for at in step.takes) if value.copied else 0
+        sizes[place] + sum([sizes[at] for at in step.takes]) if value.copied else 0
         for place, (step, value) in enumerate(zip(steps, values, strict=True))
     ]
     found[result] += 2 * put_in_order(shapes, values, result)

@@ -10,6 +10,7 @@ from typing import Any
 
 from opt_einsum import paths
 
+from lensor.cache import Cache
 from lensor.network import AnyNetwork, Network
 
 PATHS = ("left to right", "greedy", "optimal")
@@ -74,8 +75,18 @@ def find_path(
         >>> find_path(tensors, frozenset("a"), dict(a=9, b=9, c=9), "optimal")
         [(1, 2), (0, 1)]
     """
-    if len(inputs) < 2:
-        return []
+    if len(inputs) <= 2:
+        return [(0, 1)] if len(inputs) == 2 else []
+    key = (tuple(inputs), output, tuple([sizes[index] for index in sorted(output.union(*inputs))]), order)
+    return _paths.get_or_make(key, lambda: _find_path(inputs, output, sizes, order))
+
+
+_paths = Cache(maxsize=256)
+
+
+def _find_path(
+    inputs: Sequence[frozenset[str]], output: frozenset[str], sizes: Mapping[str, int], order: str
+) -> list[tuple[int, ...]]:
     if order == "left to right":
         # Each result is appended at the end, so the next pair is the first remaining tensor and the last result.
         return [(0, 1), *((0, left - 1) for left in range(len(inputs) - 1, 1, -1))]

@@ -13,7 +13,7 @@ from typing import Any
 
 from lensor.arguments import by_name
 from lensor.network import AnyNetwork
-from lensor.plan.memory import moved, peak_size
+from lensor.plan.memory import Value, layouts, moved, peak_size
 from lensor.plan.paths import PathCosts
 from lensor.plan.steps import Input, Shape, Step
 
@@ -149,8 +149,27 @@ class Plan:
         return sum(self.step_flops(place) for place in range(len(self.steps)))
 
     @cached_property
-    def _moved(self) -> list[int]:
-        return moved(self.steps, self.shapes, self.result)
+    def layouts(self) -> list[Value]:
+        """The memory layout of each value, for operands in row-major order.
+
+        Example:
+            >>> import lensor
+            >>> plan = lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2))
+            >>> [value.strides for value in plan.layouts]
+            [(3, 1), (2, 1), (2, 1)]
+        """
+        return layouts(self.steps, self.shapes)
+
+    @cached_property
+    def moved(self) -> list[int]:
+        """The number of entries that each step reads and writes; 0 for a view.
+
+        Example:
+            >>> import lensor
+            >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).moved
+            [0, 0, 26]
+        """
+        return moved(self.steps, self.shapes, self.result, self.layouts)
 
     def step_bytes(self, place: int) -> int:
         """Number of bytes that one step reads and writes; 0 for a view.
@@ -164,7 +183,7 @@ class Plan:
         Raises:
             IndexError: if the plan has no step at this place.
         """
-        return self._moved[place] * self.itemsize
+        return self.moved[place] * self.itemsize
 
     @property
     def bytes(self) -> int:
@@ -175,7 +194,7 @@ class Plan:
             >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).bytes
             104
         """
-        return sum(self._moved) * self.itemsize
+        return sum(self.moved) * self.itemsize
 
     @cached_property
     def peak_size(self) -> int:
@@ -186,7 +205,7 @@ class Plan:
             >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).peak_size
             8
         """
-        return peak_size(self.steps, self.shapes, self.result)
+        return peak_size(self.steps, self.shapes, self.result, self.layouts)
 
     @by_name("operands")
     def __call__(self, /, **operands: Any) -> Any:

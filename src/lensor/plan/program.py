@@ -38,12 +38,10 @@ class Program:
 
     def add(self, step: Step) -> int:
         """Add a step and return the place of its value; equal steps share one value."""
-        place = self._known.get(step)
-        if place is None:
-            place = len(self.steps)
-            self.steps.append(step)
+        place = self._known.setdefault(step, len(self.steps))
+        if place == len(self.steps):
             self.shapes.append(step.shape([self.shapes[at] for at in step.takes]))
-            self._known[step] = place
+            self.steps.append(step)
         return place
 
     def along(self, step: Slice | Pad | Gather) -> int:
@@ -51,8 +49,8 @@ class Program:
         before = self.steps[step.takes[0]]
         if not isinstance(before, (Slice, Pad, Gather)) or before.axis <= step.axis:
             return self.add(step)
-        inner = self.along(replace(step, takes=before.takes))
-        return self.add(replace(before, takes=(inner,)))
+        inner = self.along(step.taking(before.takes))
+        return self.add(before.taking((inner,)))
 
     def reshape(self, value: int, size: Shape) -> int:
         """Reshape a value; return the value itself if it already has this shape."""
@@ -107,7 +105,7 @@ class Program:
         if value in new:
             return new[value]
         step = self.steps[value]
-        return self.add(replace(step, takes=tuple(self._with_sources(at, new) for at in step.takes)))
+        return self.add(step.taking(tuple([self._with_sources(at, new) for at in step.takes])))
 
     def is_scaled_for_free(self, value: int) -> bool:
         """Whether `scaled` changes a product, or scales fewer entries than the value has."""

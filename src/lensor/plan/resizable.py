@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 
 from lensor.plan.plan import Plan
+from lensor.plan.steps import Step
 
 _FAR = 10_007
 """A resized plan is verified for sizes that exceed the marks by about this number."""
@@ -33,10 +34,6 @@ class _Monomial:
         return value
 
 
-_Number: TypeAlias = "int | Fraction | _Monomial"
-_Setting: TypeAlias = "_Number | tuple[_Number, ...]"
-
-
 @dataclass(frozen=True, slots=True)
 class Resizable:
     """A plan whose marked indices can take other sizes.
@@ -44,23 +41,24 @@ class Resizable:
     Args:
         plan: the plan for the marks.
         marks: the marked indices and the primes that are their sizes in `plan`.
-        settings: for each step, the settings that depend on the marks.
-        shapes: the shape of each step.
+        steps: the steps that depend on the marks: the place, the type, and the arguments, with monomials.
+        shapes: the shapes that depend on the marks: the place, and the sizes, with monomials.
     """
 
     plan: Plan
     marks: Mapping[str, int]
-    settings: tuple[tuple[tuple[str, _Setting], ...], ...]
-    shapes: tuple[_Setting, ...]
+    steps: tuple[tuple[int, type[Step], tuple[Any, ...]], ...]
+    shapes: tuple[tuple[int, tuple[int | _Monomial, ...]], ...]
 
     def at(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for these sizes of the marked indices."""
         known = [sizes[index] for index in self.marks]
-        steps = tuple(
-            replace(step, **{name: value_of(value, known) for name, value in settings}) if settings else step
-            for step, settings in zip(self.plan.steps, self.settings, strict=True)
-        )
-        return replace(self.plan, steps=steps, shapes=tuple(value_of(shape, known) for shape in self.shapes))
+        steps, shapes = list(self.plan.steps), list(self.plan.shapes)
+        for place, kind, arguments in self.steps:
+            steps[place] = kind(*[value_of(argument, known) for argument in arguments])
+        for place, shape in self.shapes:
+            shapes[place] = value_of(shape, known)
+        return replace(self.plan, steps=tuple(steps), shapes=tuple(shapes))
 
 
 def resizable(plan: Plan, marks: Mapping[str, int]) -> Resizable | None:
@@ -71,12 +69,15 @@ def resizable(plan: Plan, marks: Mapping[str, int]) -> Resizable | None:
         marks: a prime for each marked index, at least 5; no other size or number of the network is divisible by it.
     """
     primes = list(marks.values())
-    settings = []
-    for step in plan.steps:
-        found = [(name, monomial(getattr(step, name), primes)) for name in step.resized]
-        settings.append(tuple((name, value) for name, value in found if _varies(value)))
-    shapes = tuple(monomial(shape, primes) for shape in plan.shapes)
-    form = Resizable(plan, marks, tuple(settings), shapes)
+    steps = []
+    for place, step in enumerate(plan.steps):
+        found = {name: monomial(getattr(step, name), primes) for name in step.resized}
+        found = {name: value for name, value in found.items() if value is not getattr(step, name)}
+        if found:
+            arguments = [found.get(name, getattr(step, name)) for name in step.__match_args__]
+            steps.append((place, type(step), tuple(arguments)))
+    shapes = [(place, new) for place, old in enumerate(plan.shapes) if (new := monomial(old, primes)) is not old]
+    form = Resizable(plan, marks, tuple(steps), tuple(shapes))
     probe = {index: prime + _FAR + 2 * at for at, (index, prime) in enumerate(marks.items())}
     return form if _is_consistent(plan, form.at(probe)) else None
 
@@ -87,38 +88,44 @@ def _is_consistent(plan: Plan, other: Plan) -> bool:
     Then the plan is right for all sizes if it is right for the marks: its steps treat the marked indices as names, and
     two sums of products that agree for all arrays with at least as many positions as there are factors are the same.
     """
-    for step, before, after in zip(other.steps, plan.shapes, other.shapes, strict=True):
-        taken = [other.shapes[at] for at in step.takes]
+    same = [before is after for before, after in zip(plan.shapes, other.shapes, strict=True)]
+    for place, step in enumerate(other.steps):
+        if step is plan.steps[place] and same[place] and all(same[at] for at in step.takes):
+            continue
+        taken, after = [other.shapes[at] for at in step.takes], other.shapes[place]
         if step.shape(taken) != after or not step.fits(taken, after):
             return False
-        for was, now in ((before, after), *((plan.shapes[at], other.shapes[at]) for at in step.takes)):
-            if any(was[axis] != now[axis] for axis in step.fixed(len(now)) if axis < len(now)):
+        for at in (place, *step.takes):
+            was, now = plan.shapes[at], other.shapes[at]
+            if not same[at] and any(was[axis] != now[axis] for axis in step.fixed(len(now)) if axis < len(now)):
                 return False
     return True
 
 
 def monomial(value: Any, primes: Sequence[int]) -> Any:
-    """Write a number, or each number of a tuple, as a number times powers of the primes if these divide it."""
+    """Write a number, or each number of a tuple, as a number times powers of the primes that divide it.
+
+    The value itself is returned if none of them divides it.
+    """
     if isinstance(value, tuple):
-        return tuple(monomial(one, primes) for one in value)
-    powers = []
+        if all(one % prime for one in value for prime in primes):
+            return value
+        found = tuple([monomial(one, primes) for one in value])
+        return found if any(isinstance(one, _Monomial) for one in found) else value
+    rest, powers = value, []
     for place, prime in enumerate(primes) if value else ():
         power = 0
-        while value.numerator % prime == 0:
-            value, power = value // prime if isinstance(value, int) else value / prime, power + 1
-        while value.denominator % prime == 0:
-            value, power = value * prime, power - 1
+        while rest.numerator % prime == 0:
+            rest, power = rest // prime if isinstance(rest, int) else rest / prime, power + 1
+        while rest.denominator % prime == 0:
+            rest, power = rest * prime, power - 1
         if power:
             powers.append((place, power))
-    return _Monomial(value, tuple(powers)) if powers else value
-
-
-def _varies(value: _Setting) -> bool:
-    return any(map(_varies, value)) if isinstance(value, tuple) else isinstance(value, _Monomial)
+    return _Monomial(rest, tuple(powers)) if powers else value
 
 
 def value_of(value: Any, sizes: Sequence[int]) -> Any:
     """The value of a number, or of each number of a tuple, that `monomial` returned, for other sizes."""
     if isinstance(value, tuple):
-        return tuple(value_of(one, sizes) for one in value)
+        return tuple([one.at(sizes) if isinstance(one, _Monomial) else one for one in value])
     return value.at(sizes) if isinstance(value, _Monomial) else value

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lensor.plan import Plan
 from lensor.plan import steps as s
-from lensor.plan.memory import Value, layouts, put_in_order
-from lensor.plan.memory import moved as moved_entries
+from lensor.plan.memory import Value, put_in_order
 from lensor.planner.profile import Machine, Speed
 
 _SHORT_RUN = 16
@@ -25,10 +24,13 @@ def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float
 
 def step_times(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32") -> Iterator[float]:
     """Estimate the time of each step in seconds, from flops at the step's rate, bytes moved, calls and barriers."""
-    values, entries = layouts(plan.steps, plan.shapes), moved_entries(plan.steps, plan.shapes, plan.result)
+    values, entries = plan.layouts, plan.moved
     speeds = device.speeds_of(dtype)
     for place, step in enumerate(plan.steps):
         result, copied = plan.shapes[place], values[place].copied
+        if step.is_view and not copied and place != plan.result:
+            yield device.call / 4
+            continue
         shapes = [plan.shapes[at] for at in step.takes]
         taken = [s.Laid(plan.shapes[at], values[at].strides) for at in step.takes]
         moved, size = float(entries[place]), math.prod(result)

@@ -24,6 +24,7 @@ from lensor.plan import Plan
 from lensor.plan.resizable import monomial, resizable, value_of
 from lensor.planner.cost import estimate
 from lensor.planner.profile import Machine
+from lensor.simplification.engine import simplify_untraced
 
 _LEAST = 4
 """Networks with an open index that is shorter than this are lowered for their sizes."""
@@ -175,7 +176,7 @@ class _Open:
         return self.net.bind({index: sizes[first] for index, first in self.equal.items()})
 
     def lowered(self, sizes: Sizes, strategy: str) -> Plan:
-        return lower(self.bind(sizes).simplify(), BY_NAME[strategy])
+        return lower(simplify_untraced(self.bind(sizes)), BY_NAME[strategy])
 
 
 def equal_sizes(net: AnyNetwork) -> dict[str, str] | None:

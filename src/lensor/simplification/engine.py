@@ -8,12 +8,12 @@ random order and compare the results.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lensor.cache import Cache
 from lensor.errors import NetworkError, require_type
 from lensor.network import AnyNetwork, Firing, Network, Scale, Sum, sum_of, to_text
-from lensor.simplification.patterns import DECOMPOSITION_RULES, PATTERN_RULES
+from lensor.simplification.patterns import DECOMPOSITION_RULES, PATTERN_RULES, normalise_all
 from lensor.simplification.rule import Rule, RuleList
 from lensor.simplification.structural import STRUCTURAL_RULES
 
@@ -44,44 +44,67 @@ def simplify(net: AnyNetwork) -> AnyNetwork:
     return _simplified.get_or_make((net.exact, net.trace), lambda: _collect([apply_rules(term) for term in net.terms]))
 
 
+def simplify_untraced(net: AnyNetwork) -> AnyNetwork:
+    """Simplify a network like `simplify`, but neither record the rules that fire nor keep the result."""
+    return _collect([run_phases(normalise_all(term), PHASES) for term in net.terms])
+
+
 def apply_rules(net: Network, shuffle: random.Random | None = None) -> Network:
     """Apply all phases to one network until no rule applies; with `shuffle`, try the rules in random order."""
-    return run_phases(net, PHASES, shuffle)
+    trace = list(net.trace)
+    text = ""
+    for rule, after in _firings(net, PHASES, shuffle):
+        text, before = to_text(after), text or to_text(net)
+        trace.append(Firing(rule.name, rule.number, before, text))
+        net = after
+    return net.replace(trace=tuple(trace)) if text else net
 
 
-def run_phases(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None = None) -> Network:
-    """Apply the given phases to one network until no rule applies."""
+def run_phases(net: Network, phases: Sequence[RuleList]) -> Network:
+    """Apply the given phases to one network until no rule applies, without recording them in the trace."""
+    for _, after in _firings(net, phases):
+        net = after
+    return net
+
+
+def _firings(
+    net: Network, phases: Sequence[RuleList], shuffle: random.Random | None = None
+) -> Iterator[tuple[Rule, Network]]:
+    """Apply rules until none applies; yield each rule and the network after it."""
     for _ in range(_LIMIT):
         fired = _fire_once(net, phases, shuffle)
         if fired is None:
-            return net
-        net = fired
+            return
+        yield fired
+        net = fired[1]
     raise NetworkError(f"simplification did not end after {_LIMIT} steps at {net}")
 
 
-def _fire_once(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None) -> Network | None:
+def _fire_once(net: Network, phases: Sequence[RuleList], shuffle: random.Random | None) -> tuple[Rule, Network] | None:
+    """The first rule that applies, and the network after it; None if no rule applies."""
     for phase in phases:
         rules: Sequence[Rule] = shuffle.sample(phase, len(phase)) if shuffle else phase
         for rule in rules:
             after = rule.apply(net)
             if after is not None:
-                firing = Firing(rule.name, rule.number, to_text(net), to_text(after))
-                return after.replace(trace=(*net.trace, firing))
+                return rule, after
     return None
 
 
 def _collect(terms: Sequence[Network]) -> AnyNetwork:
     """Add terms that differ only in a rational factor."""
-    kept: dict[tuple, Network] = {}
+    if len(terms) == 1:
+        return terms[0]
+    kept: dict[Network, Network] = {}
     for term in terms:
         unit = term.replace(scale=Scale(powers=term.scale.powers))
-        known = kept.get(unit.canonical)
+        known = kept.get(unit)
         if known is None:
-            kept[unit.canonical] = term
+            kept[unit] = term
         else:
             factor = known.scale.factor + term.scale.factor
             firing = Firing("like terms added", "structural", to_text(term), to_text(known))
-            kept[unit.canonical] = known.replace(
+            kept[unit] = known.replace(
                 scale=Scale(factor, known.scale.powers), trace=(*known.trace, *term.trace, firing)
             )
     return sum_of(list(kept.values()))

@@ -18,20 +18,22 @@ from lensor.simplification.rule import RuleList, rule
 from lensor.transforms.indices import contract_deltas, equate
 
 
-def pattern_nodes(net: Network) -> Iterator[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
-    """Iterate over (node, pattern, legs) for each index pattern that rules may change.
+def pattern_nodes(net: Network) -> Sequence[tuple[int, IndexPattern, tuple[Group, Group, Group]]]:
+    """A (node, pattern, legs) triple for each index pattern that rules may change.
 
     If positions of a zeros-mode pattern's leg are selected at run time, the rules do not split the pattern unless it is
     the identity: the plan needs the complete pattern to look up the selected positions. Plans do not read through
     patterns in other padding modes, so rules split these patterns as usual.
     """
+    every = net.pattern_nodes
+    if not every or not net.selections:
+        return every
     chosen = {index for node in net.nodes if isinstance(node, Select) for index in node.legs[0]}
-    for at, node in enumerate(net.nodes):
-        if not isinstance(node, Pattern):
-            continue
-        held = bool(chosen) and not chosen.isdisjoint(indices_of(node)) and node.pattern.padding_mode == "zeros"
-        if not held or node.pattern.is_identity:
-            yield at, node.pattern, node.legs
+    return [
+        (at, pattern, legs)
+        for at, pattern, legs in every
+        if pattern.padding_mode != "zeros" or pattern.is_identity or chosen.isdisjoint(indices_of(net.nodes[at]))
+    ]
 
 
 def _legs_at(net: Network, at: int) -> tuple[Group, Group, Group]:
@@ -50,7 +52,8 @@ def swap_nodes(net: Network, drop: Sequence[int], put: Sequence[Node], **parts: 
 
 def only_in(net: Network, group: Group, nodes: Sequence[int]) -> bool:
     """Whether the indices of the group occur only on the listed nodes."""
-    return all(net.holders[index].issubset(nodes) for index in group)
+    holders = net.holders
+    return all(holders[index].issubset(nodes) for index in group)
 
 
 def apart(legs: Sequence[Group]) -> bool:
@@ -70,10 +73,22 @@ def fresh_beside(net: Network, group: Group, what: str) -> str:
 def normalise(net: Network) -> Network | None:
     """D has no effect if K=1, nor has S if O=1; the right padding follows from O; unused padding modes become zeros."""
     for at, pattern, legs in pattern_nodes(net):
-        normal = pattern.fitted() or pattern.normalize()
+        normal = _normal(pattern)
         if normal != pattern:
             return swap_nodes(net, [at], [Pattern(normal, legs)])
     return None
+
+
+def normalise_all(net: Network) -> Network:
+    """Normalise all patterns at once, which `normalise` does one by one."""
+    new = {
+        at: Pattern(normal, legs) for at, pattern, legs in pattern_nodes(net) if (normal := _normal(pattern)) != pattern
+    }
+    return net.replace(nodes=[new.get(at, node) for at, node in enumerate(net.nodes)]) if new else net
+
+
+def _normal(pattern: IndexPattern) -> IndexPattern:
+    return pattern.fitted() or pattern.normalize()
 
 
 @rule("one output position: kernel and output swapped", "4, 7")
@@ -136,20 +151,20 @@ def one_hots(net: Network) -> Iterator[tuple[int, int, str]]:
     """Iterate over (node, position, index) for each pattern that is 1 at exactly one position of one index."""
     for at, pattern, (x, o, k) in pattern_nodes(net):
         if len(x) == 1 and not o and not k and not pattern.is_zero:
-            yield at, pattern.line()[0].offset, x[0]
+            place = -pattern.padding[0] if pattern.padding_mode == "zeros" else pattern.line()[0].offset
+            yield at, place, x[0]
 
 
 @rule("one position of a shared index: one of each holder's own", "8")
 def part_holders(net: Network) -> Network | None:
     """e_a[x] f(x) g(x) = e_a[x] f(x) e_a[y] g(y): operands need not share an index with a fixed position."""
     for one, _, x in one_hots(net):
-        holders = [at for at, node in enumerate(net.nodes) if isinstance(node, Operand) and x in indices_of(node)]
-        tied = x in net.output_indices or any(
-            at != one and x in indices_of(net.nodes[at]) for at, _, _ in pattern_nodes(net)
-        )
+        places = net.holders[x]
+        holders = [at for at in places if at >= 0 and isinstance(net.nodes[at], Operand)]
+        tied = -1 in places or any(at != one and at in places for at, _, _ in pattern_nodes(net))
         if len(holders) <= (not tied):
             continue
-        at = holders[-1]
+        at = max(holders)
         y = net.fresh(x)
         own = [new for node in (net.nodes[at], net.nodes[one]) for new in relabel_node(node, {x: (y,)})]
         return swap_nodes(net, [at], own, sizes={y: net.sizes[x]})

@@ -274,17 +274,17 @@ def compose(net: AnyNetwork) -> AnyNetwork:
 
 
 def undo(net: AnyNetwork) -> AnyNetwork:
-    """Restore all patterns, including those replaced by regrouping, for steps that work on whole axes.
+    """Restore the patterns replaced by regrouping, after `compose`, for steps that work on whole axes.
 
     Example:
         >>> import lensor
         >>> net = lensor.ops.conv(lensor.ConvSpec(4, 8, (10,), kernel_size=2, stride=2)).simplify()
         >>> print(net.subscripts)
         n c_in (o1 k1), c_out c_in k1 -> n c_out o1
-        >>> print(undo(net).subscripts)
+        >>> print(undo(compose(net)).subscripts)
         n c_in o1_whole, c_out c_in k1, o1_whole o1 k1 -> n c_out o1
     """
-    return sum_of([run_phases(term, (UNDOING_RULES,)) for term in compose(net).terms])
+    return sum_of([run_phases(term, (UNDOING_RULES,)) for term in net.terms])
 
 
 def share(net: AnyNetwork) -> AnyNetwork:

@@ -14,23 +14,25 @@ from lensor.transforms.indices import contract_deltas
 @rule("index of size 1 squeezed", "structural")
 def squeeze(net: Network) -> Network | None:
     """Replace an index of size 1 by the empty group, which means an axis of length 1."""
-    ones = {index: () for index, size in net.sizes.items() if size == 1}
-    if not ones:
+    if 1 not in net.sizes.values():
         return None
+    ones = {index: () for index, size in net.sizes.items() if size == 1}
     # A delta over indices of size 1 equals 1.
     nodes = [node for node in net.nodes if not (isinstance(node, Delta) and node.indices[0] in ones)]
     mapping: dict[str, Group] = dict(ones)
     held = {index for node in nodes for index in indices_of(node)}
     gone = {index for index, size in net.sizes.items() if index not in held and size == 1}
     bare = [Ones(index) for index in sorted(gone)]
-    return net.replace(nodes=[*nodes, *bare]).relabel(mapping)
+    if bare or len(nodes) < len(net.nodes):
+        net = net.replace(nodes=[*nodes, *bare])
+    return net.relabel(mapping)
 
 
 @rule("delta contracted", "structural")
 def delta(net: Network) -> Network | None:
     """Σ_b δ[a,b] f(b) = f(a), and f(a) δ[a,b] = f(b) δ[a,b]."""
     after = contract_deltas(net)
-    return None if after.exact == net.exact else after
+    return None if after is net or after.exact == net.exact else after
 
 
 @rule("ones dropped", "structural")
@@ -65,6 +67,8 @@ def _neighbours(legs: Iterable[Group], first: str, second: str) -> bool:
 @rule("parallel indices merged", "structural")
 def merge_parallel(net: Network) -> Network | None:
     """Merge two indices that are adjacent wherever they occur into one index with the product of their sizes."""
+    if not [leg for node in net.nodes for leg in node.legs if leg[1:]]:
+        return None
     legs = [leg for node in net.nodes if not isinstance(node, (Delta, Ones)) for leg in node.legs]
     legs += net.output
     fixed = {index for node in net.nodes if isinstance(node, (Delta, Ones)) for index in indices_of(node)}

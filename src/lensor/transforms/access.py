@@ -108,13 +108,10 @@ def _pick(net: Network, index: str, start: int, step: int, count: int) -> Networ
         size, 1, stride=step, padding=(-start, start + (count - 1) * step + 1 - size), output_size=count
     )
     full = net.fresh(f"{index}_full")
-    inner = net.replace(output=(), scale=net.scale.bind({index: size})).relabel({index: (full,)}, {full: size})
+    nodes = [new for node in net.nodes for new in relabel_node(node, {index: (full,)})]
+    nodes.append(Pattern(crop, ((full,), (index,), ())))
     return contract_deltas(
-        inner.replace(
-            nodes=(*inner.nodes, Pattern(crop, ((full,), (index,), ()))),
-            output=net.output,
-            sizes={**net.sizes, index: count},
-        )
+        net.replace(nodes=nodes, sizes={full: size, index: count}, scale=net.scale.bind({index: size}))
     )
 
 

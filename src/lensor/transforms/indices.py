@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lensor.network import Delta, Group, Network, Ones, indices_of
+from lensor.network import Delta, Group, Network, Ones, indices_of, relabel_node
 
 
 def refine(net: Network, parts: Mapping[str, Mapping[str, int | None]]) -> Network:
@@ -118,10 +118,11 @@ def contract_deltas(net: Network) -> Network:
             kept.append(Delta(tuple(open_)))
         else:
             kept.append(Ones(first))
-    inner = Network.make(nodes, (), {**net.sizes, **sizes}, net.scale).relabel(mapping, sizes, join=True)
-    held = {index for node in inner.nodes for index in indices_of(node)}
+    renamed = [new for node in nodes for new in relabel_node(node, mapping)]
+    held = {index for node in renamed for index in indices_of(node)}
     kept = [node for node in kept if isinstance(node, Delta) or node.index not in held]
-    return net.replace(nodes=(*inner.nodes, *kept), scale=inner.scale, sizes=sizes)
+    scale = net.scale.bind({**net.sizes, **sizes}).relabel(mapping)
+    return net.replace(nodes=(*renamed, *kept), scale=scale, sizes=sizes)
 
 
 def _classes(deltas: Sequence[Delta]) -> list[list[str]]:

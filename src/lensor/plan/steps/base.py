@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, Self, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -51,11 +51,10 @@ SCATTERED = 3
 
 def contiguous(shape: Shape) -> Strides:
     """The strides, in entries, of an array in row-major order."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * (shape[axis] or 1)
+    return tuple(strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,15 @@ class Step:
     """Whether a bias can be added to the result without more rounding than in the step alone."""
     resized: ClassVar[tuple[str, ...]] = ()
     """The settings that are sizes of axes, or factors that may contain such a size."""
+    is_checked: ClassVar[bool] = False
+    """Whether plans keep the step even if nothing uses its value, since running it checks an operand."""
     takes: tuple[int, ...]
+
+    def taking(self, takes: tuple[int, ...]) -> Self:
+        """The same step for other values."""
+        if takes == self.takes:
+            return self
+        return type(self)(takes, *[getattr(self, name) for name in self.__match_args__[1:]])  # faster than `replace`
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """The shape of the result for operands with these shapes."""

@@ -37,6 +37,7 @@ class Positions(Input):
     """An operand that is a vector of positions below a given size."""
 
     name: ClassVar[str] = "positions"
+    is_checked: ClassVar[bool] = True
     below: int
 
 

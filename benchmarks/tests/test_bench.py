@@ -27,7 +27,7 @@ from lensor_bench.candidates import choices
 from lensor_bench.candidates import read as read_candidates
 from lensor_bench.candidates import write as write_candidates
 from lensor_bench.implementations import IMPLEMENTATIONS, Implementation
-from lensor_bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, relative_error
+from lensor_bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, neighbours, relative_error
 from lensor_bench.overhead import CASES
 from lensor_bench.report import (
     FASTEST,
@@ -675,6 +675,16 @@ def test_overhead_of_every_function() -> None:
     rows = [line for line in found.output.splitlines() if "│" in line]
     assert len(rows) == 2 * len(CASES)
     assert {row.split("│")[1].strip() for row in rows} == set(CASES)
+
+
+def test_neighbours_run_within_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    start = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda *given: started.append(start(*given)) or started[-1])
+    with neighbours(1):
+        assert len(started) == os.cpu_count()
+        assert all(process.poll() is None for process in started)
+    assert all(process.poll() is not None for process in started)
 
 
 def test_candidates_are_measured_and_read_again(tmp_path: Path) -> None:

@@ -123,3 +123,21 @@ def test_parallel_calls_cost_barriers() -> None:
             assert estimate(plan, replace(FREE, barrier=1.0, threads=1)) == pytest.approx(0.0, abs=1e-9)
             return
     raise AssertionError("no plan by lags")
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "groups", "most"),
+    [(64, 56, 1, 28), (128, 28, 1, 28), (256, 14, 1, 32), (256, 56, 32, 24), (144, 56, 144, 16)],
+)
+def test_parallel_calls_of_factors_by_lags(channels: int, size: int, groups: int, most: int) -> None:
+    """Each such call waits for all threads; the convolution, which is one call, takes most of the time."""
+    net = ops.kfac_input_factor(ConvSpec(channels, channels, (size, size), 3, padding=1, groups=groups))
+    plan = net.plan(X=(8, channels, size, size))
+    assert plan.strategy.startswith("lags")
+    shared, convolutions = 0.0, 0
+    for place, step in enumerate(plan.steps):
+        if plan.layouts[place].copied:
+            shared += step.barriers([plan.shapes[at] for at in step.takes], plan.shapes[place])
+        convolutions += isinstance(step, s.Convolution)
+    assert shared <= most
+    assert convolutions == 1

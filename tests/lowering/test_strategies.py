@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensor
-from lensor import ConvSpec, ops
+from lensor import ConvSpec, IndexPattern, contraction, ops
 from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower, lower_in_parts
 from lensor.lowering.alternatives import fits
 from lensor.lowering.slicing import Repetition, sliceable
@@ -180,3 +181,47 @@ def test_parts_that_repeat_steps_are_lowered_as_each_would_be(
                 each = lower_in_parts(net, strategy, index, count)
             assert (plan.steps, plan.shapes, plan.result) == (each.steps, each.shapes, each.result)
     assert repeated
+
+
+def random_operands(net: Any, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal([net.group_size(leg) for leg in legs]) for name, legs in net.operand_legs.items()}
+
+
+@pytest.mark.parametrize(
+    "subscripts",
+    [
+        "n c i j, c n o p, i o k, j p l -> c k l",
+        "n c i j, n c p o, i o k, j p l -> c k l",
+        "n c i j, n c o p, i o k, j p l -> c k l",
+    ],
+)
+def test_an_array_and_its_transpose_are_not_symmetric(subscripts: str) -> None:
+    pattern = IndexPattern(7, 3, padding=1)
+    net = contraction(subscripts, "X", "X", pattern, pattern, n=6, c=6)
+    operands = random_operands(net)
+    for strategy in STRATEGIES:
+        assert_close(run(lower(net.simplify(), strategy), operands), evaluate_dense(net, operands))
+
+
+@pytest.mark.parametrize("subscripts", ["o, o, i o k, j o l -> k i j l", "n o, m o, i o k, j o l -> n m k i j l"])
+def test_two_patterns_that_spread_one_leg(subscripts: str) -> None:
+    pattern = IndexPattern(5, 3)
+    net = contraction(subscripts, "Y", "Y", pattern, pattern)
+    net = net.bind({index: 2 for index in ("n", "m") if index in net.sizes})
+    operands = random_operands(net)
+    for strategy in STRATEGIES:
+        assert_close(run(lower(net.simplify(), strategy), operands), evaluate_dense(net, operands))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_parts_of_an_index_that_a_delta_ties_to_a_pattern(mode: str, kernel: bool) -> None:
+    pattern = IndexPattern(12, 2, padding=(0, 1), padding_mode=mode)
+    subscripts = "c j, o q, j o k, k, q c -> c" if kernel else "c j, o q, j o k, q c -> c"
+    net = contraction(subscripts, "X", "δ", pattern, *["W"] * kernel, "V", c=5).bind(q=12, o=12)
+    operands = random_operands(net)
+    for count in (2, 3, 4, 6, 12):
+        for strategy in STRATEGIES[:2]:
+            plan = lower_in_parts(net, strategy, "q", count)
+            assert_close(run(plan, operands), evaluate_dense(net, operands))

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensor
-from lensor import ConvSpec, ops
+from lensor import ConvSpec, IndexPattern, contraction, ops
 from lensor.cache import weigh
 from lensor.evaluate import _weigh_plan
 from lensor.lowering import BY_NAME, candidates, lower, lower_in_parts
+from lensor.network import Delta, Network, Pattern, indices_of
 from lensor.plan.resizable import resizable
 from lensor.planner import families, machine
 from lensor.planner.families import Family, Target, equal_sizes, family_of
@@ -22,6 +23,7 @@ from lensor.runtime import run
 from tests.support.cases import BUILDERS, DRAWN, SPECS, assert_close, operands_of
 from tests.support.dense import evaluate_dense
 from tests.support.strategies import random_spec
+from tests.transforms.test_names import draw_network, draw_sizes
 
 SPEC = ConvSpec(4, 6, (9, 8), 3, stride=2, padding=1, groups=2)
 
@@ -186,3 +188,71 @@ def test_the_weight_of_a_family_is_about_what_it_keeps_alive(op: str) -> None:
     assert family is not None
     family.estimates({"n": 12}, lambda plan: 0.0)
     assert 0.5 < families._weigh((None, families._Found(family))) / weigh((net, family)) < 2
+
+
+# --------------------------------------------------------------------------------------- numbers that contain the mark
+def assert_right(net: Any, **operands: np.ndarray) -> None:
+    lensor.clear_caches()
+    assert_close(net(**operands), evaluate_dense(net, operands))
+
+
+@pytest.mark.parametrize("batch", [4, 5, 7, 9, 12, 15])
+def test_like_terms_whose_scales_contain_the_batch_size_differently(batch: int) -> None:
+    x, array = contraction("n i -> n i", "X", i=3), np.random.default_rng(0).standard_normal((batch, 3))
+    assert_right(x.scaled(1, {"n": -1}) + x, X=array)
+    assert_right(x.scaled(1, {"n": 1}) + x.scaled(-1), X=array)
+    both = contraction("n i, m i -> n m", "X", "Y", i=3)
+    assert_right(both.scaled(1, {"n": -1}) + both.scaled(1, {"m": -1}), X=array, Y=array[:4])
+
+
+@pytest.mark.parametrize("pattern", [IndexPattern(10, 3, padding=(0, 1)), IndexPattern(5, 3, padding=1)])
+def test_a_number_of_pattern_entries_that_contains_the_mark(pattern: IndexPattern) -> None:
+    net = contraction("n c, i o k -> n", "X", pattern, c=2)
+    for batch in (5, 9, 12, 17):
+        assert_right(net, X=np.random.default_rng(0).standard_normal((batch, 2)))
+
+
+# ------------------------------------------------------------------------------------------------- which index is which
+def test_equal_networks_whose_open_indices_have_other_names() -> None:
+    one = contraction("n i, m i -> n m", "X", "Y", i=3)
+    two = contraction("m i, n i -> m n", "X", "Y", i=3)
+    assert one == two
+    short, long = np.ones((8, 3)), np.ones((16, 3))
+    assert_close(one(X=short, Y=long), 3 * np.ones((8, 16)))
+    assert_close(two(X=long, Y=short), 3 * np.ones((16, 8)))
+
+
+def test_an_operand_may_be_called_output() -> None:
+    net = contraction("n i, m -> n m", "output", "W")
+    assert_right(net, output=np.ones((6, 5)), W=np.ones(7))
+
+
+def test_a_size_that_one_term_of_a_sum_knows() -> None:
+    net = contraction("n i -> n i", "X", n=5) + contraction("n i -> n i", "Y")
+    assert_right(net, X=np.ones((5, 6)), Y=np.ones((5, 6)))
+    assert_right(
+        contraction("n i -> n i", "Y") + contraction("n i -> n i", "X", n=5), X=np.ones((5, 6)), Y=np.eye(5, 6)
+    )
+
+
+@settings(max_examples=100)
+@given(st.randoms(note_method_calls=False), st.sampled_from([4, 5, 6, 9, 11, 13]), st.integers(-2, 2))
+def test_random_networks_with_an_open_index(rng: random.Random, size: int, power: int) -> None:
+    """Groups, repeated operands, deltas, ones, loose patterns; a second term with another power of the open size."""
+    net = draw_network(rng, draw_sizes(rng), ["H", "H", "M"])
+    held = {index for node in net.nodes if isinstance(node, (Pattern, Delta)) for index in indices_of(node)}
+    index = rng.choice(sorted(net.sizes))
+    if index in held:
+        return
+    opened = Network.make(net.nodes, net.output, {**net.sizes, index: None}, net.scale)
+    every: Any = opened + opened.scaled(rng.choice([1, -1, 2]), {index: power}) if rng.random() < 0.5 else opened
+    equal = equal_sizes(every)
+    if equal is None:
+        return
+    sizes = dict.fromkeys(equal, size)
+    family = family_of(every, sizes, TARGET)
+    bound = every.bind(sizes)
+    operands = operands_of(bound)
+    expected = evaluate_dense(bound, operands)
+    for member in () if family is None else family.members:
+        assert_close(run(member(sizes), operands), expected)

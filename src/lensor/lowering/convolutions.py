@@ -176,7 +176,7 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
     if apart:
         dimensions = [_padded_before(*pair) for pair in zip(dimensions, sizes_one, strict=True)]
     half = None
-    if (gradient and (left, f1) == (right, f2)) or (apart and one.value == two.value):
+    if (gradient and (left, f1) == (right, f2)) or (apart and _are_equal(state, one, two, group, first, second)):
         half = next((axis for axis, one in enumerate(dimensions) if one.result > 1), None)
         if half is not None and all(map(_is_symmetric, dimensions, sizes_one)):
             dimensions[half] = _from_middle(dimensions[half], sizes_one[half])
@@ -206,6 +206,20 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
     new = Tensor(state.program.reshape(value, state.shape(indices)), tuple(indices))
     state.set([*rest, new], [node for node in state.patterns if all(node is not other for other in nodes)])
     return True
+
+
+def _are_equal(
+    state: State, one: Tensor, two: Tensor, group: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> bool:
+    """Whether two tensors are the same array if the indices `first` of one are those in `second` of the other."""
+    shapes = state.shape(first), state.shape(second)
+    if shapes[0] != shapes[1] or len(one.indices) != len(two.indices):
+        return False
+    values = [
+        state.matrix(tensor, [*group, *rest], (state.size(group), *state.shape(rest)))
+        for tensor, rest in ((one, first), (two, second))
+    ]
+    return values[0] == values[1]
 
 
 def _padded_before(dimension: _Dimension, size: int) -> _Dimension:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lensor.network import AnyNetwork, Operand, Pattern, indices_of
+from lensor.network import AnyNetwork, Delta, Operand, Pattern, indices_of
 from lensor.plan import Program
 from lensor.plan import steps as s
 from lensor.simplification.engine import simplify_untraced
@@ -62,9 +62,14 @@ class Parts:
         self.net, self.index, self.count = net, index, count
         self.bounds = bounds_of(net, index, count)
         self.on_operands = not any(
-            isinstance(node, Pattern) and index in indices_of(node) for term in net.terms for node in term.nodes
+            isinstance(node, (Pattern, Delta)) and index in indices_of(node)
+            for term in net.terms
+            for node in term.nodes
         )
-        """Whether the index is only on operands, so that parts of equal size differ only in where they start."""
+        """Whether the index is only on operands, so that parts of equal size differ only in where they start.
+
+        A delta may equate the index to one of a pattern.
+        """
         self._simplified: dict[int, tuple[AnyNetwork, dict[tuple, AnyNetwork]]] = {}
 
     def simplified(self, at: int) -> tuple[AnyNetwork, dict[tuple, AnyNetwork]]:

@@ -12,7 +12,9 @@ def defer_toeplitz(state: State) -> None:
 
     Everything else is contracted with the output leg o in place of the two other legs, which have more entries.
     """
-    for node in [node for node in state.patterns if _only_spreads(state, node)]:
+    for node in list(state.patterns):
+        if not _only_spreads(state, node):  # deferring a pattern puts its output leg into the result
+            continue
         i, o, k = node.legs
         state.toeplitz.append((node, tuple(state.open)))
         place = state.open.index(i[0])

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from lensor.cache import Cache
 from lensor.kernels import Backend
 from lensor.lowering import BY_NAME, divided, divisions, lower, whole
-from lensor.network import AnyNetwork, Delta, Group, Operand, Pattern, indices_of
+from lensor.network import AnyNetwork, Delta, Group, Operand, Pattern, Scale, indices_of
 from lensor.plan import Plan
 from lensor.plan.resizable import monomial, resizable, value_of
 from lensor.planner.cost import estimate
@@ -132,7 +132,7 @@ def family_of(net: AnyNetwork, sizes: Sizes, target: Target) -> Family | None:
     if not sizes or min(sizes.values()) < _LEAST or net.selections:
         return None
     ends = tuple((index, 1 << (size.bit_length() - 1)) for index, size in sizes.items())
-    return _families.get_or_make((net, ends, target), lambda: _Found(_family(net, dict(ends), target))).family
+    return _families.get_or_make((net.exact, ends, target), lambda: _Found(_family(net, dict(ends), target))).family
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,8 @@ def _family(net: AnyNetwork, ends: Sizes, target: Target) -> Family | None:
     lower_ends = {index: ends[index] for index in dict.fromkeys(equal.values())}
     marks, *others = itertools.islice(_marks(net, lower_ends), _TRIES)
     marked = opened.bind(marks)
+    if not _has_known_scales(net, simplify_untraced(marked), opened, marks):
+        return None
     plans = target.whole(marked)
     members = [_member(opened, plan, marks, others) for plan in plans]
     members += [_divided(opened, *division) for division in target.divisions(marked, plans)]
@@ -179,6 +181,24 @@ class _Open:
         return lower(simplify_untraced(self.bind(sizes)), BY_NAME[strategy])
 
 
+def _has_known_scales(net: AnyNetwork, marked: AnyNetwork, opened: _Open, marks: Sizes) -> bool:
+    """Whether the scales of the simplified network contain the open sizes as the marks in them say.
+
+    They may not: X/n + X is simplified to 8/7 X for the mark 7, and a pattern may have a multiple of 7 entries. The
+    scales of the network simplified with open indices are exact.
+    """
+    primes = [*marks.values()]
+    scales = [term.scale.factor for term in marked.terms]
+    if len(net.terms) == 1 and all(monomial(scale, primes) is scale for scale in scales):
+        return True
+    exact = [term.scale for term in simplify_untraced(net).terms]
+    sizes = {index: marks[first] for index, first in opened.equal.items()}
+    return len(exact) == len(scales) and all(
+        monomial(one.factor, primes) is one.factor and one.bind(sizes) == Scale(scale)
+        for one, scale in zip(exact, scales, strict=True)
+    )
+
+
 def equal_sizes(net: AnyNetwork) -> dict[str, str] | None:
     """For each open index, the first open index that has the same size in every case.
 
@@ -188,7 +208,9 @@ def equal_sizes(net: AnyNetwork) -> dict[str, str] | None:
     equal = {index: index for index, size in net.sizes.items() if size is None}
     legs: dict[object, Group] = {}
     for term in net.terms:
-        groups: list[tuple[object, Group]] = [(("output", at), leg) for at, leg in enumerate(term.output)]
+        if any(size is None and index not in equal for index, size in term.dimensions):
+            return None  # another term has the size
+        groups: list[tuple[object, Group]] = [((None, at), leg) for at, leg in enumerate(term.output)]
         for node in term.nodes:
             match node:
                 case Operand(name, own):

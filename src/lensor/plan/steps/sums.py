@@ -11,6 +11,9 @@ from typing import ClassVar
 from lensor.pattern import IndexPattern
 from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
 
+_LARGE = 1 << 22
+"""Overlapping patches with at least this many entries, which exceed every cache, are added slowly."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScatterAdd(Step):
@@ -77,7 +80,8 @@ class OverlapAdd(Step):
         return 2 * math.prod(result)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
-        return SCATTERED * math.prod(taken[0].shape)
+        size = math.prod(taken[0].shape)
+        return (SCATTERED if size < _LARGE else 4 * SCATTERED) * size
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
         return 3 * shapes[0][-1]

@@ -21,6 +21,9 @@ ALL = "all"
 _ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _WORST = 10
 
+_NARROW = 1.25
+"""Panels whose values differ by less than this factor get limits of their own."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -371,7 +374,10 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
         numbers = {kind: max(len(box.ratios) for box in boxes if box.kind == kind) for kind in kinds}
         axis.set_xticks(range(len(kinds)), [f"{kind}\nn={numbers[kind]}" for kind in kinds], fontsize=8)
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(10, subs=_ticks(boxes, memory)))
+        low, high = _range(boxes, memory)
+        if high < _NARROW * low:  # without limits, equal values would be spread over decades
+            axis.set_ylim(low / _NARROW, high * _NARROW)
+        axis.yaxis.set_major_locator(LogLocator(10, subs=_ticks(math.log10(high / low))))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="y", alpha=0.3)
@@ -383,11 +389,15 @@ def plot(rows: Sequence[Row], options: Options, path: Path, memory: bool = False
     figure.savefig(path, dpi=130)
 
 
-def _ticks(boxes: Iterable[Summary], memory: bool) -> tuple[float, ...]:
-    """Positions of labels within a decade of a logarithmic axis; the wider the range, the fewer labels."""
+def _range(boxes: Iterable[Summary], memory: bool) -> tuple[float, float]:
+    """The smallest and the largest positive value of a panel; 1 if there is none."""
     values = [ratio.memory if memory else ratio.value for box in boxes for ratio in box.ratios]
     positive = [value for value in values if value]
-    decades = math.log10(max(positive) / min(positive)) if positive else 0.0
+    return min(positive, default=1.0), max(positive, default=1.0)
+
+
+def _ticks(decades: float) -> tuple[float, ...]:
+    """Positions of labels within a decade of a logarithmic axis; the wider the range, the fewer labels."""
     return (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
 
 

@@ -37,9 +37,9 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     return plans
 
 
-def whole(net: AnyNetwork) -> list[Plan]:
-    """The distinct candidates that do not divide an index into parts."""
-    simplified = simplify_untraced(net)
+def whole(net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
+    """The distinct candidates that do not divide an index into parts; `simplified` is `net` simplified, if known."""
+    simplified = simplify_untraced(net) if simplified is None else simplified
     text = to_text(simplified)
     plans: list[Plan] = []
     larger: list[Plan] = []

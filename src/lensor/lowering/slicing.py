@@ -129,13 +129,21 @@ class Repetition:
         return Repetition(steps, slices, frozenset(moved), start, second)
 
     def at(self, program: Program, start: int) -> int | None:
-        """Add the steps for a part that starts elsewhere; None if two different steps would become equal."""
+        """Add the steps for a part that starts elsewhere.
+
+        The result is None if two different steps would become equal, or if a slice would leave its axis.
+        """
         slices = {
             place: replace(step, start=step.start + start - self.start) if place in self.moved else step
             for place, step in self.slices.items()
         }
         if len(set(slices.values())) < len(slices):
             return None  # lowering would then compute their value once
+        for place in self.moved:
+            step = slices[place]
+            size = program.shapes[self.steps[place].takes[0]][step.axis]
+            if not 0 <= step.start <= step.start + (step.count - 1) * step.step < size:
+                return None
         new: dict[int, int] = {}
         for place, step in self.steps.items():
             new[place] = program.add(slices.get(place, step).taking(tuple([new[at] for at in step.takes])))

@@ -66,7 +66,7 @@ def resizable(plan: Plan, marks: Mapping[str, int]) -> Resizable | None:
 
     Args:
         plan: a plan for sizes that are equal to the marks.
-        marks: a prime for each marked index, at least 5; no other size or number of the network is divisible by it.
+        marks: a prime for each marked index, at least 5, that divides no other size of an index.
     """
     primes = list(marks.values())
     steps = []

@@ -51,7 +51,7 @@ def choose(
         net: the network.
         settings: effort and memory limit.
         backend: the backend for timing candidates; None to use estimates only.
-        kind: the operands' dtype and target, as given by the backend.
+        kind: the operands' dtype and device, as given by the backend.
         profile: the profile of the device for estimates; by default, that of `kind`.
         unbound: the network before its open sizes were bound; its candidates are then resized, not lowered again.
 

@@ -72,9 +72,10 @@ class Target:
         plans = self.whole(net)
         return plans + [divided(net, *division) for division in self.divisions(net, plans)]
 
-    def whole(self, net: AnyNetwork) -> list[Plan]:
-        """The candidates that do not divide an index into parts."""
-        return [plan for plan in whole(net) if self.backend is None or self.backend.can_run(plan.steps, self.kind)]
+    def whole(self, net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
+        """The candidates that do not divide an index into parts; `simplified` is the simplified network, if known."""
+        plans = whole(net, simplified)
+        return [plan for plan in plans if self.backend is None or self.backend.can_run(plan.steps, self.kind)]
 
     def divisions(self, net: AnyNetwork, plans: Sequence[Plan]) -> list[tuple[str, str]]:
         """The strategies and indices of the candidates that divide an index into parts, for speed.
@@ -159,9 +160,10 @@ def _family(net: AnyNetwork, ends: Sizes, target: Target) -> Family | None:
     lower_ends = {index: ends[index] for index in dict.fromkeys(equal.values())}
     marks, *others = itertools.islice(_marks(net, lower_ends), _TRIES)
     marked = opened.bind(marks)
-    if not _has_known_scales(net, simplify_untraced(marked), opened, marks):
+    simplified = simplify_untraced(marked)
+    if not _has_known_scales(net, simplified, opened, marks):
         return None
-    plans = target.whole(marked)
+    plans = target.whole(marked, simplified)
     members = [_member(opened, plan, marks, others) for plan in plans]
     members += [_divided(opened, *division) for division in target.divisions(marked, plans)]
     return Family(lower_ends, tuple(members), sum(len(plan.steps) for plan in plans))
@@ -262,7 +264,7 @@ def _divided(opened: _Open, strategy: str, index: str) -> Member:
 
 
 def _marks(net: AnyNetwork, lower_ends: Sizes) -> Iterator[Sizes]:
-    """Marks for the open indices: primes near the middle of their ranges that divide no other number of the network."""
+    """Marks for the open indices: primes near the middle of their ranges that divide no number known by now."""
     numbers = {size for size in net.sizes.values() if size}
     for term in net.terms:
         numbers |= {term.scale.factor.numerator, term.scale.factor.denominator}

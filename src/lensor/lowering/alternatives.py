@@ -29,11 +29,8 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     """
     plans = whole(net)
     found = divisions(net, plans) if in_parts else []
-    parts = Parts(net, found[0][1], _parts(net, found[0][1])) if found else None
-    for name, index in found:
-        plan = divided(net, name, index, parts)
-        if _is_new(plan, plans):
-            plans.append(plan)
+    parts = parted(net) if found else None
+    plans += [plan for name in found if parts and _is_new(plan := divided(parts, name), plans)]
     return plans
 
 
@@ -72,8 +69,8 @@ def _is_new(plan: Plan, plans: Sequence[Plan]) -> bool:
     return all(plan.steps != one.steps for one in plans)
 
 
-def divisions(net: AnyNetwork, plans: Iterable[Plan], most: float = math.inf) -> list[tuple[str, str]]:
-    """The strategies that may be faster if an index is divided into parts, each with this index.
+def divisions(net: AnyNetwork, plans: Iterable[Plan], most: float = math.inf) -> list[str]:
+    """The strategies that may be faster if an index is divided into parts.
 
     An array that is computed, squared and summed can be computed in parts that fit into fast memory, that is, with at
     most `most` entries each.
@@ -82,7 +79,7 @@ def divisions(net: AnyNetwork, plans: Iterable[Plan], most: float = math.inf) ->
     index = summed_by_all(net) if squares else None
     if index is None:
         return []
-    return [(name, index) for name, size in squares.items() if size <= most * _parts(net, index)]
+    return [name for name, size in squares.items() if size <= most * _parts(net, index)]
 
 
 def _parts(net: AnyNetwork, index: str) -> int:
@@ -100,9 +97,16 @@ def _is_computed(plan: Plan, place: int) -> bool:
     return step.computes or any(_is_computed(plan, at) for at in step.takes)
 
 
-def divided(net: AnyNetwork, strategy: str, index: str, parts: Parts | None = None) -> Plan:
-    """The plan of a strategy for a network that is computed in parts of an index; `parts` are these, if known."""
-    return lower_in_parts(net, BY_NAME[strategy], index, _parts(net, index), parts)
+def parted(net: AnyNetwork) -> Parts:
+    """The parts in which a network is computed by the strategies that `divisions` lists."""
+    index = summed_by_all(net)
+    assert index is not None
+    return Parts(net, index, _parts(net, index))
+
+
+def divided(parts: Parts, strategy: str) -> Plan:
+    """The plan of a strategy for a network in parts."""
+    return lower_in_parts(parts.net, BY_NAME[strategy], parts.index, parts.count, parts)
 
 
 def tables(plan: Plan) -> list[int]:

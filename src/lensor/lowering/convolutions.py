@@ -169,6 +169,9 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
         right = state.matrix(two, [*inner, *group, *free_two, *second], (c, g * f2, *sizes_two))
         shape, indices = (g * f2, f1), [*group, *free_two, *free_one]
     else:
+        if not adjoint and all(map(_is_point, dimensions, sizes_two)):
+            # With kernels of size 1, a forward pass is an input gradient for the transposed weight.
+            adjoint = [index for index in two.indices if index in inner or index in free_two] == [*inner, *free_two]
         left = state.matrix(one, [*free_one, *group, *inner, *first], (f1, g * c, *sizes_one))
         order = [*group, *inner, *free_two] if adjoint else [*group, *free_two, *inner]
         right = state.matrix(two, [*order, *second], (g * (c if adjoint else f2), f2 if adjoint else c, *sizes_two))
@@ -220,6 +223,11 @@ def _are_equal(
         for tensor, rest in ((one, first), (two, second))
     ]
     return values[0] == values[1]
+
+
+def _is_point(dimension: _Dimension, size: int) -> bool:
+    """Whether a dimension of a forward pass has a kernel of one position and reads each position of the input once."""
+    return (size, dimension.stride, dimension.padding, dimension.shift, dimension.crop) == (1, 1, 0, None, None)
 
 
 def _padded_before(dimension: _Dimension, size: int) -> _Dimension:

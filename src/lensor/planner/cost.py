@@ -10,9 +10,6 @@ from lensor.plan import steps as s
 from lensor.plan.memory import Value, put_in_order
 from lensor.planner.profile import Machine, Speed
 
-_SHORT_RUN = 16
-"""Each entry copied in runs shorter than this costs as much as moving `SCATTERED` extra entries."""
-
 _FRESH = 1 << 26
 """Arrays with at least this many bytes use new memory from the system."""
 
@@ -34,9 +31,9 @@ def step_times(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "flo
         shapes = [plan.shapes[at] for at in step.takes]
         taken = [s.Laid(plan.shapes[at], values[at].strides) for at in step.takes]
         moved, size = float(entries[place]), math.prod(result)
-        if step.is_view and copied and _run(plan, values, step.takes[0]) < _SHORT_RUN:
+        if step.is_view and copied and _run(plan, values, step.takes[0]) < s.SHORT_RUN:
             moved += s.SCATTERED * size
-        if place == plan.result and _run(plan, values, place) < _SHORT_RUN:
+        if place == plan.result and _run(plan, values, place) < s.SHORT_RUN:
             moved += s.SCATTERED * put_in_order(plan.shapes, values, place)
         moved += step.traffic(taken, result)
         bandwidth = device.memory

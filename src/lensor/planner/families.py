@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, TypeAlias
 
 from lensor.cache import Cache
 from lensor.kernels import Backend
-from lensor.lowering import BY_NAME, divided, divisions, lower, whole
+from lensor.lowering import BY_NAME, Parts, divided, divisions, lower, parted, whole
 from lensor.network import AnyNetwork, Delta, Group, Operand, Pattern, Scale, indices_of
 from lensor.plan import Plan
 from lensor.plan.resizable import monomial, resizable, value_of
@@ -70,15 +71,17 @@ class Target:
     def candidates(self, net: AnyNetwork) -> list[Plan]:
         """The candidates for a network with known sizes."""
         plans = self.whole(net)
-        return plans + [divided(net, *division) for division in self.divisions(net, plans)]
+        found = self.divisions(net, plans)
+        parts = parted(net) if found else None
+        return plans + [divided(parts, name) for name in found if parts]
 
     def whole(self, net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
         """The candidates that do not divide an index into parts; `simplified` is the simplified network, if known."""
         plans = whole(net, simplified)
         return [plan for plan in plans if self.backend is None or self.backend.can_run(plan.steps, self.kind)]
 
-    def divisions(self, net: AnyNetwork, plans: Sequence[Plan]) -> list[tuple[str, str]]:
-        """The strategies and indices of the candidates that divide an index into parts, for speed.
+    def divisions(self, net: AnyNetwork, plans: Sequence[Plan]) -> list[str]:
+        """The strategies of the candidates that divide an index into parts, for speed.
 
         In half precision, adding the parts loses accuracy. Slow candidates are not divided.
         """
@@ -87,7 +90,7 @@ class Target:
         if not found:
             return []
         seconds = {plan.strategy: self.estimate(plan) for plan in plans}
-        return [(name, index) for name, index in found if seconds[name] <= _HOPEFUL * min(seconds.values())]
+        return [name for name in found if seconds[name] <= _HOPEFUL * min(seconds.values())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,8 @@ def _family(net: AnyNetwork, ends: Sizes, target: Target) -> Family | None:
         return None
     plans = target.whole(marked, simplified)
     members = [_member(opened, plan, marks, others) for plan in plans]
-    members += [_divided(opened, *division) for division in target.divisions(marked, plans)]
+    parts = _Parts(opened)
+    members += [partial(_divided, parts, strategy) for strategy in target.divisions(marked, plans)]
     return Family(lower_ends, tuple(members), sum(len(plan.steps) for plan in plans))
 
 
@@ -258,9 +262,23 @@ def _member(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) ->
     return at
 
 
-def _divided(opened: _Open, strategy: str, index: str) -> Member:
-    """The candidate of a strategy in parts of an index; the number of steps depends on the size of the index."""
-    return lambda sizes: divided(opened.bind(sizes), strategy, index)
+class _Parts:
+    """The parts of a network for the sizes of the last call, which several candidates share."""
+
+    def __init__(self, opened: _Open) -> None:
+        self.opened = opened
+        self._last: tuple[Sizes, Parts] | None = None
+
+    def at(self, sizes: Sizes) -> Parts:
+        last = self._last
+        if last is None or last[0] != sizes:
+            last = self._last = dict(sizes), parted(self.opened.bind(sizes))
+        return last[1]
+
+
+def _divided(parts: _Parts, strategy: str, sizes: Sizes) -> Plan:
+    """The plan of a strategy in parts of an index; the number of steps depends on the size of the index."""
+    return divided(parts.at(sizes), strategy)
 
 
 def _marks(net: AnyNetwork, lower_ends: Sizes) -> Iterator[Sizes]:

@@ -101,9 +101,9 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _flip(step: s.Flip) -> Callable[[torch.Tensor], torch.Tensor]:
     def flip(x: torch.Tensor) -> torch.Tensor:
-        sizes = [x.shape[axis] for axis in step.axes]
-        if math.prod(sizes) > step.most_copies or not may_write(x):
+        if not step.pieces(x.shape) or not may_write(x):
             return x.flip(step.axes)
+        sizes = [x.shape[axis] for axis in step.axes]
         out = x.new_empty(x.shape)
         where: list[Any] = [slice(None)] * x.ndim
         for places in itertools.product(*map(range, sizes)):
@@ -226,22 +226,12 @@ def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], t
     return matmul
 
 
-_BLOCK = 192
-"""A Gram matrix with at least this many rows is halved; for fewer rows, the call overhead exceeds the savings."""
-
-_LONG = 512
-"""For rows shorter than this, writing the result takes most of the time, so computing one triangle saves nothing."""
-
-_WIDE = 1024
-"""Gram matrices with at least this many rows are also halved if the rows are shorter, but fewer times."""
-
-
 def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
     """Multiply halves of the rows recursively, or all rows at once if this saves nothing or writing is not allowed."""
     multiply = _matmul(step)
     factor = float(step.factor)
 
-    def fill(out: torch.Tensor, x: torch.Tensor, least: int) -> None:
+    def fill(out: torch.Tensor, x: torch.Tensor, least: float) -> None:
         size = x.shape[-2]
         if size < least:
             _product_into(out, x, x, factor)
@@ -254,8 +244,7 @@ def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
         out[..., low, high] = out[..., high, low].mT
 
     def gram(x: torch.Tensor) -> torch.Tensor:
-        size, length = x.shape[-2:]
-        least = _BLOCK if length >= _LONG else _WIDE if length >= _LONG // 2 else size + 1
+        size, least = x.shape[-2], step.least_rows(x.shape[-1])
         if size < least or x.is_cuda or not may_write(x):
             return multiply(x, x.mT)
         out = x.new_empty((*x.shape[:-1], size))

@@ -3,7 +3,18 @@
 To add a step, define it in one of these files and add a function that runs it to each backend.
 """
 
-from lensor.plan.steps.base import PARALLEL, SCATTERED, Laid, Rate, Shape, Step, Strides, contiguous, with_axis
+from lensor.plan.steps.base import (
+    PARALLEL,
+    SCATTERED,
+    SHORT_RUN,
+    Laid,
+    Rate,
+    Shape,
+    Step,
+    Strides,
+    contiguous,
+    with_axis,
+)
 from lensor.plan.steps.convolution import Convolution
 from lensor.plan.steps.moves import Concat, Flip, Gather, Pad, Pick, Read, Stuff, Through
 from lensor.plan.steps.products import Gram, MatMul, Multiply
@@ -14,6 +25,7 @@ from lensor.plan.steps.views import Diagonal, Expand, Reshape, Slice, Transpose,
 __all__ = [
     "PARALLEL",
     "SCATTERED",
+    "SHORT_RUN",
     "Add",
     "AddAt",
     "Concat",

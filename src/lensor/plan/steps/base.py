@@ -48,6 +48,9 @@ PARALLEL = 1 << 15
 SCATTERED = 3
 """Each entry copied in short runs costs as much as moving this many extra entries."""
 
+SHORT_RUN = 16
+"""Runs with fewer entries than this are short."""
+
 
 def contiguous(shape: Shape) -> Strides:
     """The strides, in entries, of an array in row-major order."""

@@ -71,8 +71,13 @@ class Convolution(Step):
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         # Frameworks first copy operands into row-major order.
+        shapes = [one.shape for one in taken]
         transposed = [one.shape for one in taken if one.strides != contiguous(one.shape)]
-        return (1 + SCATTERED) * sum(map(math.prod, transposed))
+        moved = (1 + SCATTERED) * sum(map(math.prod, transposed))
+        if self.groups == 1 and self.kind != "weight_grad" and set(self.kernel(shapes)[2:]) == {1}:
+            # They also copy images to blocks of channels and back; for larger kernels, the rate includes this.
+            moved += math.prod(shapes[0]) + math.prod(result)
+        return moved
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         channels, inner, *kernel = self.kernel(shapes)

@@ -183,7 +183,7 @@ class Flip(Step):
     name: ClassVar[str] = "flip"
     computes: ClassVar[bool] = False
     most_copies: ClassVar[int] = 128
-    """With at most this many positions to flip, frameworks copy one after another."""
+    """With at most this many positions to flip, they are copied one after another, which keeps the last axis whole."""
     axes: tuple[int, ...]
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -196,7 +196,12 @@ class Flip(Step):
         return f"axes {self.axes}"
 
     def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
-        return min(math.prod(result[axis] for axis in self.axes), self.most_copies)
+        return self.pieces(result) or 1
+
+    def pieces(self, shape: Shape) -> int:
+        """The number of copies, one for each combination of positions; 0 if the framework flips in one call."""
+        count = math.prod(shape[axis] for axis in self.axes)
+        return 0 if len(shape) - 1 in self.axes or count > self.most_copies else count
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return SCATTERED * math.prod(result) if result[-1] < _SHORT or taken[0].strides[-1] != 1 else 0

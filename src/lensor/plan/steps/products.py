@@ -60,7 +60,7 @@ class MatMul(Step):
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         (*_, m, k), (*_, n) = shapes
         # Products with a short side do not reach the rate of large products.
-        return Rate(_kind(shapes[0]), min(1.0, m / 16, n / 16, max(k / 16, 0.1)))
+        return Rate(_kind(shapes[0]), min(1.0, m / 16, n / 16, max(k / 16, 0.1)) * _aligned(n))
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0] + _repeated([one.shape for one in taken])
@@ -90,14 +90,33 @@ class Gram(Step):
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         *_, m, k = shapes[0]
-        return Rate(_kind(shapes[0]), _TRIANGLE * min(1.0, m / 16, max(k / 16, 0.1)))
+        share = _TRIANGLE if m >= self.least_rows(k) else 0.5  # a whole product takes twice the flops of a triangle
+        return Rate(_kind(shapes[0]), share * min(1.0, m / 16, max(k / 16, 0.1)))
+
+    def least_rows(self, length: int) -> float:
+        """The number of rows of this length from which computing one triangle is faster than the whole product."""
+        return _BLOCK if length >= _LONG else _WIDE if length >= _LONG // 2 else math.inf
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0]
 
 
+def _aligned(length: int) -> float:
+    """The share of the rate for rows of this length: lower if most rows begin between the vectors of a register."""
+    return 1.0 if length % 8 == 0 else 0.85 if length < 1024 else 0.6
+
+
 _TRIANGLE = 0.6
 """The blocks of a triangle run at this fraction of the rate of a whole product."""
+
+_BLOCK = 192
+"""A Gram matrix with at least this many rows is halved; for fewer rows, the call overhead exceeds the savings."""
+
+_LONG = 512
+"""For rows shorter than this, writing the result takes most of the time, so computing one triangle saves nothing."""
+
+_WIDE = 1024
+"""Gram matrices with at least this many rows are also halved if the rows are shorter, but fewer times."""
 
 
 def _kind(shape: Shape) -> str:

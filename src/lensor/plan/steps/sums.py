@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from lensor.pattern import IndexPattern
-from lensor.plan.steps.base import SCATTERED, Laid, Shape, Step, with_axis
+from lensor.plan.steps.base import SCATTERED, SHORT_RUN, Laid, Shape, Step, with_axis
 
 _LARGE = 1 << 22
 """Overlapping patches with at least this many entries, which exceed every cache, are added slowly."""
@@ -191,7 +191,13 @@ class AddAt(Step):
         return replace(self, owned=True)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
-        return 2 * math.prod(taken[1].shape)
+        part = taken[1].shape
+        run = 1
+        for size, whole in zip(reversed(part), reversed(result), strict=True):
+            run *= size
+            if size < whole:
+                break
+        return (2 if run >= SHORT_RUN else 2 + SCATTERED) * math.prod(part)
 
 
 @dataclass(frozen=True, slots=True)

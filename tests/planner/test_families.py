@@ -69,7 +69,7 @@ def test_every_candidate_of_a_family_gives_the_value_by_definition(seed: int, dr
     operands = operands_of(bound, seed)
     expected = evaluate_dense(bound, operands)
     for member in family.members:
-        plan = member(sizes)
+        plan = member.at(sizes)
         assert_close(run(plan, operands), expected)
         assert all(
             step.shape([plan.shapes[at] for at in step.takes]) == shape
@@ -126,15 +126,15 @@ def to_be(net: Any, batch: int) -> str:
 def test_the_candidate_with_the_least_interpolated_estimate_is_best() -> None:
     corners = {(8,): [1.0, 2.0], (16,): [5.0, 3.0]}
     family = Family({"n": 8}, (no_plan, no_plan), corners=corners)  # type: ignore[arg-type]
-    assert family.estimates({"n": 8}, lambda plan: 0.0) == [1.0, 2.0]
-    assert family.estimates({"n": 10}, lambda plan: 0.0) == [2.0, 2.25]
-    assert family.estimates({"n": 12}, lambda plan: 0.0) == [3.0, 2.5]
+    assert family.estimates({"n": 8}, TARGET) == [1.0, 2.0]
+    assert family.estimates({"n": 10}, TARGET) == [2.0, 2.25]
+    assert family.estimates({"n": 12}, TARGET) == [3.0, 2.5]
 
 
 def test_two_open_indices_are_interpolated_between_four_corners() -> None:
     corners = {(8, 4): [1.0], (8, 8): [2.0], (16, 4): [3.0], (16, 8): [6.0]}
     family = Family({"n": 8, "v": 4}, (no_plan,), corners=corners)  # type: ignore[arg-type]
-    assert family.estimates({"n": 12, "v": 6}, lambda plan: 0.0) == [3.0]
+    assert family.estimates({"n": 12, "v": 6}, TARGET) == [3.0]
 
 
 def test_plans_that_cut_a_marked_index_are_not_resized() -> None:
@@ -187,7 +187,7 @@ def test_the_weight_of_a_family_is_about_what_it_keeps_alive(op: str) -> None:
     net = BUILDERS[op](SPEC)
     family = family_of(net, {"n": 8}, TARGET)
     assert family is not None
-    family.estimates({"n": 12}, lambda plan: 0.0)
+    family.estimates({"n": 12}, TARGET)
     assert 0.5 < families._weigh((None, families._Found(family))) / weigh((net, family)) < 2
 
 
@@ -256,4 +256,4 @@ def test_random_networks_with_an_open_index(rng: random.Random, size: int, power
     operands = operands_of(bound)
     expected = evaluate_dense(bound, operands)
     for member in () if family is None else family.members:
-        assert_close(run(member(sizes), operands), expected)
+        assert_close(run(member.at(sizes), operands), expected)

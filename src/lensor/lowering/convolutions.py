@@ -15,6 +15,9 @@ _MOST_DIMENSIONS = 3
 """Maximum number of spatial dimensions of a framework's convolution."""
 
 
+_MOST_COPIES = 16
+"""A tensor is repeated at most this many times to make a convolution depthwise."""
+
 _MOST_PADDING = 3
 """Frameworks have no fast algorithm for depthwise convolutions with more padding than this."""
 
@@ -33,8 +36,8 @@ def convolve_depthwise(state: State) -> None:
     """Contract like `convolve`, but compute weight gradients of depthwise convolutions for each example.
 
     They are forward convolutions with kernel and output swapped, whose channels are all channels of all examples. The
-    results are small and are added later. Frameworks are slow for depthwise weight gradients, in particular for large
-    kernels, and fast for depthwise convolutions.
+    results are small and are added later. If each input channel has several output channels, it is repeated. Frameworks
+    are slow for depthwise weight gradients, in particular for large kernels, and fast for depthwise convolutions.
     """
     _apply(state, gradients=True, depthwise=True)
 
@@ -143,9 +146,14 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
     free_two = [index for index in two.indices if index not in shared and index not in spatial]
     adjoint = ties[0].first == Leg.OUTPUT  # the output leg takes the place of the input
     gradient = ties[0].second == Leg.OUTPUT and gradients
-    apart = gradient and depthwise and state.size(group) > 1 == state.size(free_one) == state.size(free_two)
+    apart = gradient and depthwise and state.size(group) > 1 == state.size(free_one)
+    if apart and state.size(free_two) > _MOST_COPIES:
+        return False
     if apart:
-        gradient, group, inner = False, shared, []
+        if free_two:
+            one = _repeated(state, one, free_two)
+        group = [index for index in two.indices if index in shared or index in free_two]
+        gradient, inner, free_two = False, [], []
     found = [_dimension(tie, adjoint, gradient) for tie in ties]
     dimensions = [one for one in found if one is not None]
     if len(dimensions) < len(ties):
@@ -209,6 +217,13 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
     new = Tensor(state.program.reshape(value, state.shape(indices)), tuple(indices))
     state.set([*rest, new], [node for node in state.patterns if all(node is not other for other in nodes)])
     return True
+
+
+def _repeated(state: State, tensor: Tensor, indices: Sequence[str]) -> Tensor:
+    """The tensor with further indices, along which it has equal entries."""
+    every = (*indices, *tensor.indices)
+    value = state.program.reshape(tensor.value, (*[1] * len(indices), *state.shape(tensor.indices)))
+    return Tensor(state.program.add(s.Expand((value,), state.shape(every))), every)
 
 
 def _are_equal(

@@ -68,7 +68,7 @@ def _has_weight_gradient(plan: Plan) -> bool:
 
 def _has_depthwise_gradient(plan: Plan) -> bool:
     return any(
-        isinstance(step, s.Convolution) and step.kind == "weight_grad" and step.size[:2] == (step.groups, 1) != (1, 1)
+        isinstance(step, s.Convolution) and step.kind == "weight_grad" and step.size[1] == 1 < step.groups
         for step in plan.steps
     )
 

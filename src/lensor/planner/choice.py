@@ -64,13 +64,13 @@ def choose(
     sizes = {index: net.sizes[index] or 0 for index, size in unbound.sizes.items() if size is None}
     family = family_of(unbound, sizes, target)
     if family is not None and settings == Settings():
-        estimates = family.estimates(sizes, target.estimate)
-        plan = family.members[estimates.index(min(estimates))](sizes)
+        estimates = family.estimates(sizes, target)
+        plan = family.members[estimates.index(min(estimates))].at(sizes)
         considered = Considered(partial(_described, unbound, sizes, target))
         return _finished(plan, net, considered, _least("estimated", len(estimates)), itemsize)
     if family is not None:
-        estimates = family.estimates(sizes, target.estimate)
-        found = [(member(sizes), seconds) for member, seconds in zip(family.members, estimates, strict=True)]
+        estimates = family.estimates(sizes, target)
+        found = [(member.at(sizes), seconds) for member, seconds in zip(family.members, estimates, strict=True)]
     else:
         found = [(plan, target.estimate(plan)) for plan in target.candidates(net)]
     found.sort(key=lambda pair: pair[1])
@@ -103,9 +103,9 @@ def _described(unbound: AnyNetwork, sizes: Sizes, target: Target) -> list[Candid
     """The candidates for these sizes, the best first."""
     family = family_of(unbound, sizes, target)
     assert family is not None
-    estimates = family.estimates(sizes, target.estimate)
+    estimates = family.estimates(sizes, target)
     order = sorted(range(len(estimates)), key=estimates.__getitem__)
-    return _candidates([(family.members[at](sizes), estimates[at]) for at in order])
+    return _candidates([(family.members[at].at(sizes), estimates[at]) for at in order])
 
 
 def _candidates(found: Sequence[tuple[Plan, float]]) -> list[Candidate]:

@@ -14,9 +14,15 @@ _FRESH = 1 << 26
 """Arrays with at least this many bytes use new memory from the system."""
 
 
-def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32") -> float:
-    """Estimate the time of a plan in seconds."""
-    return sum(step_times(plan, device, itemsize, dtype))
+_FIRST_CALLS = 10
+"""Each part of a plan takes as long as this many calls in addition: it starts with data that are not in the cache."""
+
+
+def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32", parts: int = 1) -> float:
+    """Estimate the time of a plan in seconds; with `parts`, the time of a plan of this many parts like `plan`."""
+    seconds = parts * sum(step_times(plan, device, itemsize, dtype))
+    within = 1 if plan.parts is None else plan.parts[1]
+    return seconds + (parts * within - 1) * _FIRST_CALLS * device.call
 
 
 def step_times(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32") -> Iterator[float]:

@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from lensor.cache import Cache
 from lensor.kernels import Backend
@@ -46,8 +45,18 @@ _SCALED = re.compile(r"(?:(-?\d+(?:/\d+)?) )?(.+?)(?: \+ |$)")
 """The scale, if it is not 1, and the rest of each term in the text of a network."""
 
 Sizes: TypeAlias = Mapping[str, int]
-Member: TypeAlias = Callable[[Sizes], Plan]
-"""One candidate: a function from the sizes of the open indices to a plan."""
+
+
+class Member(Protocol):
+    """One candidate for all sizes of the open indices."""
+
+    def at(self, sizes: Sizes, /) -> Plan:
+        """The plan for these sizes."""
+        ...
+
+    def estimate(self, sizes: Sizes, target: Target, /) -> float:
+        """The estimated time for these sizes in seconds."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +72,10 @@ class Target:
         """Bytes per entry."""
         return 8 if self.backend is None else self.backend.itemsize(self.kind)
 
-    def estimate(self, plan: Plan) -> float:
-        """The estimated time of a plan in seconds."""
+    def estimate(self, plan: Plan, parts: int = 1) -> float:
+        """The estimated time in seconds of a plan, or of a plan of several parts like it."""
         dtype = "float32" if self.backend is None else self.backend.dtype(self.kind)
-        return estimate(plan, self.profile, self.itemsize, dtype)
+        return estimate(plan, self.profile, self.itemsize, dtype, parts)
 
     def candidates(self, net: AnyNetwork) -> list[Plan]:
         """The candidates for a network with known sizes."""
@@ -109,13 +118,13 @@ class Family:
     steps: int = 0
     corners: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
 
-    def estimates(self, sizes: Sizes, estimate: Callable[[Plan], float]) -> list[float]:
+    def estimates(self, sizes: Sizes, target: Target) -> list[float]:
         """The estimate of each candidate, interpolated between the ends of the range of each open index."""
         total = [0.0] * len(self.members)
         for weight, corner in self._weights(sizes):
             key = tuple(corner.values())
             if key not in self.corners:
-                self.corners[key] = [estimate(member(corner)) for member in self.members]
+                self.corners[key] = [member.estimate(corner, target) for member in self.members]
             total = [sum_ + weight * seconds for sum_, seconds in zip(total, self.corners[key], strict=True)]
         return total
 
@@ -167,10 +176,10 @@ def _family(net: AnyNetwork, ends: Sizes, target: Target) -> Family | None:
     if not _has_known_scales(net, simplified, opened, marks):
         return None
     plans = target.whole(marked, simplified)
-    members = [_member(opened, plan, marks, others) for plan in plans]
+    whole = {plan.strategy: _Whole(_resized(opened, plan, marks, others)) for plan in plans}
     parts = _Parts(opened)
-    members += [partial(_divided, parts, strategy) for strategy in target.divisions(marked, plans)]
-    return Family(lower_ends, tuple(members), sum(len(plan.steps) for plan in plans))
+    divided = [_InParts(whole[strategy], parts, strategy) for strategy in target.divisions(marked, plans)]
+    return Family(lower_ends, (*whole.values(), *divided), sum(len(plan.steps) for plan in plans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +247,8 @@ def equal_sizes(net: AnyNetwork) -> dict[str, str] | None:
     return equal
 
 
-def _member(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) -> Member:
-    """The candidate of a strategy: its plan for the marks or for other marks, resized if possible."""
+def _resized(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) -> Callable[[Sizes], Plan]:
+    """A function that resizes the plan of a strategy for the marks or for other marks, or lowers it if necessary."""
     form = resizable(plan, marks)
     for marks in others:
         if form is not None:
@@ -262,6 +271,16 @@ def _member(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) ->
     return at
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The candidate of a strategy; `at` returns its plan."""
+
+    at: Callable[[Sizes], Plan]
+
+    def estimate(self, sizes: Sizes, target: Target) -> float:
+        return target.estimate(self.at(sizes))
+
+
 class _Parts:
     """The parts of a network for the sizes of the last call, which several candidates share."""
 
@@ -276,9 +295,25 @@ class _Parts:
         return last[1]
 
 
-def _divided(parts: _Parts, strategy: str, sizes: Sizes) -> Plan:
-    """The plan of a strategy in parts of an index; the number of steps depends on the size of the index."""
-    return divided(parts.at(sizes), strategy)
+@dataclass(frozen=True, slots=True)
+class _InParts:
+    """The candidate of a strategy in parts of an index. The number of its steps depends on the size of the index."""
+
+    whole: _Whole
+    parts: _Parts
+    strategy: str
+
+    def at(self, sizes: Sizes) -> Plan:
+        return divided(self.parts.at(sizes), self.strategy)
+
+    def estimate(self, sizes: Sizes, target: Target) -> float:
+        """The estimate for parts that have the steps of the whole, so that they need not be lowered."""
+        parts, equal = self.parts.at(sizes), self.parts.opened.equal
+        first = equal.get(parts.index)
+        if first is None or [*equal.values()].count(first) > 1:
+            return target.estimate(self.at(sizes))
+        part = {**sizes, first: sizes[first] // parts.count}
+        return target.estimate(self.whole.at(part), parts.count)
 
 
 def _marks(net: AnyNetwork, lower_ends: Sizes) -> Iterator[Sizes]:

@@ -129,7 +129,8 @@ class Convolution(Step):
         if self.kind == "weight_grad":
             if max(kernel, default=1) > 3:
                 return 0.13 * self._line(kernel)
-            return (0.75 if one_step else 0.25) * self._line(kernel)
+            several = self.kernel(shapes)[0] > self.groups  # each input channel has several output channels
+            return (0.25 if not one_step else 0.45 if several else 0.75) * self._line(kernel)
         if not one_step:
             return 0.25
         swapped = self._is_swapped(kernel, result)

@@ -231,24 +231,23 @@ def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
     multiply = _matmul(step)
     factor = float(step.factor)
 
-    def fill(out: torch.Tensor, x: torch.Tensor, least: float) -> None:
-        size = x.shape[-2]
-        if size < least:
+    def fill(out: torch.Tensor, x: torch.Tensor, depth: int) -> None:
+        if not depth:
             _product_into(out, x, x, factor)
             return
-        half = size // 2
-        low, high = slice(0, half), slice(half, size)
-        fill(out[..., low, low], x[..., low, :], least)
-        fill(out[..., high, high], x[..., high, :], least)
+        size = x.shape[-2]
+        low, high = slice(0, size // 2), slice(size // 2, size)
+        fill(out[..., low, low], x[..., low, :], depth - 1)
+        fill(out[..., high, high], x[..., high, :], depth - 1)
         _product_into(out[..., high, low], x[..., high, :], x[..., low, :], factor)
         out[..., low, high] = out[..., high, low].mT
 
     def gram(x: torch.Tensor) -> torch.Tensor:
-        size, least = x.shape[-2], step.least_rows(x.shape[-1])
-        if size < least or x.is_cuda or not may_write(x):
+        depth = step.depth(*x.shape[-2:])
+        if not depth or x.is_cuda or not may_write(x):
             return multiply(x, x.mT)
-        out = x.new_empty((*x.shape[:-1], size))
-        fill(out, x, least)
+        out = x.new_empty((*x.shape[:-1], x.shape[-2]))
+        fill(out, x, depth)
         return out
 
     return gram

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -90,12 +91,19 @@ class Gram(Step):
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         *_, m, k = shapes[0]
-        share = _TRIANGLE if m >= self.least_rows(k) else 0.5  # a whole product takes twice the flops of a triangle
-        return Rate(_kind(shapes[0]), share * min(1.0, m / 16, max(k / 16, 0.1)))
+        return Rate(_kind(shapes[0]), _SHARES[self.depth(m, k)] * min(1.0, m / 16, max(k / 16, 0.1)))
 
-    def least_rows(self, length: int) -> float:
-        """The number of rows of this length from which computing one triangle is faster than the whole product."""
-        return _BLOCK if length >= _LONG else _WIDE if length >= _LONG // 2 else math.inf
+    def depth(self, rows: int, length: int) -> int:
+        """How many times the rows are halved, to compute fewer entries twice; each time doubles the number of calls."""
+        if rows < _MANY or length < _LONG:
+            return 0
+        return bisect(_DEPTHS, 2 * rows**2 * length)
+
+    def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
+        *batch, m, k = shapes[0]
+        depth = self.depth(m, k)
+        # Products of halves, one by one for each Gram matrix, and copies of those below the diagonal.
+        return math.prod(batch) * (3 * 2**depth - 2) if depth else 1
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0]
@@ -106,17 +114,17 @@ def _aligned(length: int) -> float:
     return 1.0 if length % 8 == 0 else 0.85 if length < 1024 else 0.6
 
 
-_TRIANGLE = 0.6
-"""The blocks of a triangle run at this fraction of the rate of a whole product."""
+_MANY, _LONG = 192, 256
+"""A Gram matrix with fewer rows, or with shorter rows, is computed as a whole: halving it would save too little."""
 
-_BLOCK = 192
-"""A Gram matrix with at least this many rows is halved; for fewer rows, the call overhead exceeds the savings."""
+_DEPTHS = (3e8, 5e9, 4e10)
+"""The flops of a whole product from which halving its rows once, twice or three times is worth the calls.
 
-_LONG = 512
-"""For rows shorter than this, writing the result takes most of the time, so computing one triangle saves nothing."""
+More calls would be faster on a quiet machine; if other processes use the cores, each call waits for them.
+"""
 
-_WIDE = 1024
-"""Gram matrices with at least this many rows are also halved if the rows are shorter, but fewer times."""
+_SHARES = (0.5, 0.57, 0.63, 0.66)
+"""The share of the rate of whole products, for entries on and below the diagonal, by the number of halvings."""
 
 
 def _kind(shape: Shape) -> str:

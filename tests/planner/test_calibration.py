@@ -111,7 +111,7 @@ def test_numpy_has_one_device() -> None:
         load("numpy").example((1,), "float32", "cuda:0")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "name": "x", "speeds": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 2, "name": "x", "speeds": {}}'])
 def test_a_damaged_file_is_not_used(folder: Path, text: str) -> None:
     key = ("cpu", "", 2)
     calibration._write(key, TWO_CORES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -10,15 +11,19 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lensor.kernels import Backend, load
+from lensor.plan import Plan
 from lensor.plan import steps as s
+from lensor.planner.cost import estimate
 from lensor.planner.devices import typical
 from lensor.planner.profile import Machine, Speed, Speeds, processor
+from lensor.runtime import Runnable
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 """The dtypes whose speeds are measured, if the device computes in them at least `_SLOW` times as fast as in
@@ -33,7 +38,23 @@ _BUDGET = 0.06
 _ENOUGH = 2.5
 """After this many seconds, no further dtype is measured."""
 
-_FORMAT = 1
+_RUN = 32
+"""Entries that a measured copy moves together, as many as a row of an image."""
+
+_KEPT = 7 << 20
+"""Allocators return the memory of large arrays to the system; those of glibc raise their limit to the largest array
+that was freed, up to 32 MiB."""
+
+_SETS = 64
+"""Maximum number of sets of operands on which a call is measured in turn."""
+
+_LENGTH = 28
+"""The length and width of the images of a large convolution."""
+
+_INSTANT = 1e30
+"""A rate, per second, of what takes no time."""
+
+_FORMAT = 2
 """The version of the file format; files with a different version are not read."""
 
 _profiles: dict[tuple[str, str, int], Machine] = {}
@@ -100,74 +121,113 @@ def _backend_of(device: str) -> tuple[Backend, tuple]:
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machine:
-    def timed(step: s.Step, dtype: str, *shapes: tuple[int, ...]) -> float:
-        arrays = [backend.example(shape, dtype, device) for shape in shapes]
-        run = backend.steps[type(step)](step)
-        return _shortest(lambda: run(*arrays), backend.synchronize)
-
-    def copied(entries: int) -> float:
-        """Bytes per second of an elementwise sum of arrays with this many entries."""
-        shape = (entries // 1024, 1024)
-        return 12 * math.prod(shape) / timed(s.Add((0, 1)), "float32", shape, shape)
-
-    threads, start, single = key[2], time.perf_counter(), 0.0
-    small = timed(s.Add((0, 1)), "float32", (8, 8), (8, 8))
-    above = timed(s.Add((0, 1)), "float32", (s.PARALLEL + 1024,), (s.PARALLEL + 1024,))
-    below = timed(s.Add((0, 1)), "float32", (s.PARALLEL - 1024,), (s.PARALLEL - 1024,))
+    """Measure each number of a profile by a plan whose estimate depends on it, given those measured before."""
     similar = typical(*key)
-    speeds: dict[str, Speeds] = {}
-    plain = s.MatMul((0, 1))
-    for dtype in _DTYPES:
-        long = timed(plain, dtype, (256, 256), (256, 256))
-        if dtype == "float32":
-            single = long
-        if long <= single / _SLOW and time.perf_counter() - start < _ENOUGH:
-            speeds[dtype] = _speeds(lambda step, *shapes, dtype=dtype: timed(step, dtype, *shapes), small, similar)
-    return Machine(
+    instant = Speeds(*(Speed(_INSTANT) for _ in Speeds.__dataclass_fields__))
+    profile = replace(
+        similar,
         name=processor() if key[0] == "cpu" else key[1],
-        threads=threads,
-        memory=copied(1 << 24),
-        cache=copied(1 << 18),
-        cache_bytes=similar.cache_bytes,
-        faults=similar.faults,
-        call=small,
-        barrier=max(above - below, 0.0) if threads > 1 else 0.0,
-        speeds=speeds,
+        threads=key[2],
+        memory=_INSTANT,
+        cache=_INSTANT,
+        call=0.0,
+        barrier=0.0,
+        speeds={"float32": instant},
     )
 
+    def timed(plan: Plan, dtype: str = "float32") -> float:
+        """The shortest time of a plan on operands that were not used recently, as in a model with many layers."""
+        inputs = [step.size for step in plan.steps if isinstance(step, s.Input)]
+        sets = min(profile.cache_bytes // sum(map(math.prod, inputs)) + 1, _SETS)
+        arrays = [[backend.example(shape, dtype, device) for shape in inputs] for _ in range(sets)]
+        every, run = itertools.cycle(arrays), Runnable(plan, backend).unchecked
+        return _shortest(lambda: run(*next(every)), backend.synchronize)
 
-def _speeds(timed: Callable[..., float], call: float, similar: Machine) -> Speeds:
+    def bandwidth(entries: int) -> float:
+        """Bytes per second of a copy of an array, without the calls."""
+        return 8 * entries / max(timed(_copy(entries)) - estimate(_copy(entries), profile), 1e-9)
+
+    start = time.perf_counter()
+    backend.example((_KEPT,), "float32", device)  # from now on, the allocator keeps the memory of smaller arrays
+    small = timed(_copy(64))
+    profile = replace(profile, call=small / estimate(_copy(64), replace(profile, call=1.0)))
+    if profile.threads > 1:
+        above, below = (timed(_copy(size)) for size in (s.PARALLEL + 1024, s.PARALLEL - 1024))
+        profile = replace(profile, barrier=max(above - below, 0.0))
+    profile = replace(profile, cache=bandwidth(1 << 19), memory=bandwidth(1 << 22))
+    profile = replace(profile, cache=max(profile.cache, profile.memory))
+    speeds: dict[str, Speeds] = {}
+    product = _product(s.MatMul((0, 1)), (256, 256), (256, 256))
+    single = timed(product)
+    for dtype in _DTYPES:
+        if dtype == "float32" or (timed(product, dtype) <= single / _SLOW and time.perf_counter() - start < _ENOUGH):
+            itemsize = backend.itemsize(backend.kind(backend.example((1,), dtype, device)))
+            speeds[dtype] = _speeds(partial(timed, dtype=dtype), partial(_work, profile, itemsize), similar)
+    return replace(profile, speeds=speeds)
+
+
+def _work(profile: Machine, itemsize: int, plan: Plan) -> tuple[float, float]:
+    """The seconds of a plan with one product besides this product, and the flops of the product, relative to its rate.
+
+    `profile` has no speeds yet, so its estimate has everything else.
+    """
+    step = plan.steps[-1]
+    taken = plan.shapes[:-1]
+    return estimate(plan, profile, itemsize), step.flops(taken, plan.shape) / step.rate(taken, plan.shape).share
+
+
+def _copy(entries: int) -> Plan:
+    """A plan that copies about this number of entries to other strides, in runs of a length that images have."""
+    few, many = max(entries // _RUN // 64, 1), min(entries // _RUN, 64)
+    shape, turned, result = (many, few, _RUN), (few, many, _RUN), (few * many, _RUN)
+    steps = s.Input((), "x", shape), s.Transpose((0,), (1, 0, 2)), s.Reshape((1,), result)
+    return Plan("", steps, (shape, turned, result), 2, "calibration")
+
+
+def _product(step: s.Step, one: tuple[int, ...], two: tuple[int, ...]) -> Plan:
+    """A plan with one step."""
+    inputs = s.Input((), "x", one), s.Input((), "y", two)
+    return Plan("", (*inputs, step), (one, two, step.shape([one, two])), 2, "calibration")
+
+
+def _speeds(timed: Callable[[Plan], float], work: Callable[[Plan], tuple[float, float]], similar: Machine) -> Speeds:
     """Measure each speed with a large and a small call."""
+    wide = 8 if similar.threads == 1 else 1  # GPUs need more work
 
-    def speed(step: Callable[[int], tuple[s.Step, tuple[int, ...], tuple[int, ...]]], small: int, large: int) -> Speed:
+    def speed(made: Callable[[int], Plan], small: int, large: int) -> Speed:
         points = []
         for size in (small, large):
-            made, one, two = step(size)
-            shape = made.shape([one, two])
-            points.append((made.flops([one, two], shape), timed(made, one, two)))
+            plan = made(size)
+            beside, flops = work(plan)
+            taken = timed(plan)
+            points.append((flops, max(taken - beside, taken / 2)))
         (few, short), (many, long) = points
-        rate = (many - few) / max(long - short, 0.1 * long)
-        return Speed(rate, max(short - few / rate - call, 0.0))
+        rate = (many - few) / max(long - short, 0.1 * long, 1e-9)
+        return Speed(rate, max(short - few / rate, 0.0))
 
-    def convolution(kind: str, groups: Callable[[int], int] = lambda c: 1) -> Callable[[int], Any]:
-        def made(c: int) -> tuple[s.Step, tuple[int, ...], tuple[int, ...]]:
-            g, size = groups(c), (28, 28)
+    def products(batch: int = 1) -> Callable[[int], Plan]:
+        return lambda n: _product(s.MatMul((0, 1)), *[(batch, n, n) if batch > 1 else (n, n)] * 2)
+
+    def convolution(kind: str, channels: int, groups: int = 1) -> Callable[[int], Plan]:
+        def made(length: int) -> Plan:
+            share = 4 if length < _LENGTH else 1  # a small convolution has fewer channels, too
+            c, size = channels * wide // share, (length, length)
+            g = 1 if groups == 1 else groups * wide // share
             image, weight = (8, c, *size), (c, c // g, 3, 3)
             shapes = {"forward": (image, weight, image), "input_grad": (image, weight, image)}
             one, two, result = shapes.get(kind, (image, image, weight))
-            return s.Convolution((0, 1), kind, (1, 1), (1, 1), (1, 1), g, result), one, two
+            return _product(s.Convolution((0, 1), kind, (1, 1), (1, 1), (1, 1), g, result), one, two)
 
         return made
 
-    large = 8 if similar.threads == 1 else 1
     return Speeds(
-        products=speed(lambda n: (s.MatMul((0, 1)), (n, n), (n, n)), 64, 512 * large),
-        batched=speed(lambda n: (s.MatMul((0, 1)), (64, n, n), (64, n, n)), 16, 96 * large),
-        forward=speed(convolution("forward"), 8, 64 * large),
-        input_grad=speed(convolution("input_grad"), 16, 64 * large),
-        weight_grad=speed(convolution("weight_grad"), 8, 64 * large),
-        grouped=speed(convolution("forward", lambda c: c // 16), 32, 128 * large),
-        depthwise=speed(convolution("forward", lambda c: c), 32, 256 * large),
+        products=speed(products(), 64, 512 * wide),
+        batched=speed(products(64), 16, 96 * wide),
+        forward=speed(convolution("forward", 64), _LENGTH // 4, _LENGTH),
+        input_grad=speed(convolution("input_grad", 64), _LENGTH // 4, _LENGTH),
+        weight_grad=speed(convolution("weight_grad", 64), _LENGTH // 4, _LENGTH),
+        grouped=speed(convolution("forward", 128, 8), _LENGTH // 4, _LENGTH),
+        depthwise=speed(convolution("forward", 256, 256), _LENGTH // 4, _LENGTH),
     )
 
 

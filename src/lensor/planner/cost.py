@@ -10,7 +10,7 @@ from lensor.plan import steps as s
 from lensor.plan.memory import Value, put_in_order
 from lensor.planner.profile import Machine, Speed
 
-_FRESH = 1 << 26
+_FRESH = 1 << 25
 """Arrays with at least this many bytes use new memory from the system."""
 
 

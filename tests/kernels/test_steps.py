@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +42,18 @@ def test_flip(axes: tuple[int, ...], size: int) -> None:
     per_example = load("torch").steps[s.Flip](s.Flip((0,), tuple(axis - 1 for axis in axes if axis)))
     mapped = torch.func.vmap(per_example)(torch.tensor(x))
     assert np.array_equal(mapped.flip(0) if 0 in axes else mapped, expected)
+
+
+@pytest.mark.parametrize(("rows", "length", "depth"), [(191, 5000, 0), (193, 255, 0), (229, 3001, 1), (1025, 2500, 2)])
+def test_gram_matrices_by_halves(rows: int, length: int, depth: int) -> None:
+    """Each number of halvings, with odd numbers of rows, a factor, and several matrices at once."""
+    step = s.Gram((0,), Fraction(1, 4))
+    assert step.depth(rows, length) == depth
+    shape = (rows, length) if depth > 1 else (2, rows, length)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = load("torch").steps[s.Gram](step)(x)
+    torch.testing.assert_close(found, x @ x.mT / 4)
+    assert step.calls([shape], tuple(found.shape)) == (math.prod(shape[:-2]) * (3 * 2**depth - 2) if depth else 1)
 
 
 @pytest.mark.parametrize("owned", [False, True])

@@ -40,6 +40,28 @@ def test_every_strategy_gives_the_same(seed: int) -> None:
             assert_close(run(plan, operands), expected)
 
 
+@pytest.mark.parametrize(("op", "kind"), [("conv", "forward"), ("conv_input_vjp", "input_grad")])
+def test_convolutions_with_kernels_of_size_1_read_the_weight_as_it_is(op: str, kind: str) -> None:
+    net = BUILDERS[op](ConvSpec(4, 6, (5, 3), 1)).bind({"n": 2})
+    plan = lower(net.simplify(), BY_NAME["convolution, undone"])
+    assert [step.kind for step in plan.steps if isinstance(step, s.Convolution)] == [kind]
+    assert not any(isinstance(step, s.Transpose) for step in plan.steps)
+    operands = operands_of(net)
+    assert_close(run(plan, operands), evaluate_dense(net, operands))
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_depthwise_gradients_with_several_outputs_per_channel(outputs: int) -> None:
+    net = ops.ggn_diagonal(ConvSpec(3, 3 * outputs, (9, 8), 5, stride=(1, 2), padding=2, groups=3)).bind(
+        {"n": 2, "v": 3}
+    )
+    plan = lower(net.simplify(), BY_NAME["convolution, depthwise"])
+    (step,) = (step for step in plan.steps if isinstance(step, s.Convolution))
+    assert (step.kind, step.groups) == ("forward", 2 * 3 * 3 * outputs)
+    operands = operands_of(net)
+    assert_close(run(plan, operands), evaluate_dense(net, operands))
+
+
 def require_no_better_plan(net: Any) -> None:
     """A strategy that does not apply is better in no respect than the best of those that do."""
     simplified = net.simplify()

@@ -13,7 +13,8 @@ import pytest
 
 import lensor
 from lensor.kernels import load
-from lensor.planner import Machine, Speed, Speeds, calibration, profile_of
+from lensor.plan import Plan
+from lensor.planner import Machine, Speed, Speeds, calibration, estimate, profile_of
 from lensor.planner.devices import GPUS, MANY_CORES, NUMPY, TWO_CORES, typical
 
 
@@ -79,6 +80,27 @@ def test_calibration_takes_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibration, "_shortest", lambda call, synchronize: calls.append(call()) or 1e-3)
     lensor.calibrate()
     assert len(calls) * 0.06 <= 5  # each runs for its budget
+
+
+def test_the_estimates_of_measured_plans_are_their_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every plan takes as long as a profile says, calibration finds this profile."""
+    single = TWO_CORES.speeds["float32"]
+    kinds = {kind: Speed(getattr(single, kind).rate, 5e-6) for kind in Speeds.__dataclass_fields__}
+    expected = replace(TWO_CORES, speeds={"float32": Speeds(**kinds)})
+
+    class Run:
+        def __init__(self, plan: Plan, backend: object) -> None:
+            self.unchecked = lambda *arrays: plan
+
+    monkeypatch.setattr(calibration, "Runnable", Run)
+    monkeypatch.setattr(calibration, "_shortest", lambda call, synchronize: estimate(call(), expected))
+    found = lensor.calibrate("cpu")
+    for name in ("memory", "cache", "call", "barrier"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=0.05), name
+    for kind, speed in kinds.items():
+        measured: Speed = getattr(found.speeds["float32"], kind)
+        assert measured.rate == pytest.approx(speed.rate, rel=0.05), kind
+        assert measured.setup == pytest.approx(speed.setup, rel=0.3, abs=2e-6), kind
 
 
 def test_processes_may_write_at_the_same_time(folder: Path) -> None:

@@ -123,6 +123,27 @@ def to_be(net: Any, batch: int) -> str:
     return str(net.bind({"n": batch}).simplify()).split(" where ")[0]
 
 
+def test_candidates_in_parts_are_lowered_only_if_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = []
+    divided = families.divided
+    monkeypatch.setattr(families, "divided", lambda parts, name: lowered.append(name) or divided(parts, name))
+    lensor.clear_caches()
+    net = ops.ggn_diagonal(ConvSpec(64, 64, (28, 28), 3, padding=1))
+    plan = net.plan(X=(8, 64, 28, 28), S=(4, 8, 64, 28, 28))
+    assert lowered == [plan.strategy] * (plan.parts is not None)
+    family = family_of(net, {"n": 8, "v": 4}, TARGET)
+    assert family is not None
+    estimates = family.estimates({"n": 8, "v": 4}, TARGET)
+    in_parts = [
+        (member, seconds)
+        for member, seconds in zip(family.members, estimates, strict=True)
+        if not isinstance(member, families._Whole)
+    ]
+    assert in_parts
+    for member, seconds in in_parts:
+        assert seconds == pytest.approx(TARGET.estimate(member.at({"n": 8, "v": 4})), rel=0.25)
+
+
 def test_the_candidate_with_the_least_interpolated_estimate_is_best() -> None:
     corners = {(8,): [1.0, 2.0], (16,): [5.0, 3.0]}
     family = Family({"n": 8}, (no_plan, no_plan), corners=corners)  # type: ignore[arg-type]

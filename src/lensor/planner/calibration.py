@@ -151,11 +151,12 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machin
     backend.example((_KEPT,), "float32", device)  # from now on, the allocator keeps the memory of smaller arrays
     small = timed(_copy(64))
     profile = replace(profile, call=small / estimate(_copy(64), replace(profile, call=1.0)))
-    if profile.threads > 1:
-        above, below = (timed(_copy(size)) for size in (s.PARALLEL + 1024, s.PARALLEL - 1024))
-        profile = replace(profile, barrier=max(above - below, 0.0))
     profile = replace(profile, cache=bandwidth(1 << 19), memory=bandwidth(1 << 22))
     profile = replace(profile, cache=max(profile.cache, profile.memory))
+    if profile.threads > 1:
+        around = (_copy(size) for size in (s.PARALLEL + 64 * _RUN, s.PARALLEL - 64 * _RUN))
+        above, below = (timed(plan) - estimate(plan, profile) for plan in around)
+        profile = replace(profile, barrier=max(above - below, 0.0))
     speeds: dict[str, Speeds] = {}
     product = _product(s.MatMul((0, 1)), (256, 256), (256, 256))
     single = timed(product)
@@ -199,10 +200,9 @@ def _speeds(timed: Callable[[Plan], float], work: Callable[[Plan], tuple[float, 
         for size in (small, large):
             plan = made(size)
             beside, flops = work(plan)
-            taken = timed(plan)
-            points.append((flops, max(taken - beside, taken / 2)))
-        (few, short), (many, long) = points
-        rate = (many - few) / max(long - short, 0.1 * long, 1e-9)
+            points.append((flops, taken := timed(plan), taken - beside))
+        (few, _, short), (many, whole, long) = points
+        rate = (many - few) / max(long - short, whole / 2, 1e-9)
         return Speed(rate, max(short - few / rate, 0.0))
 
     def products(batch: int = 1) -> Callable[[int], Plan]:

@@ -43,21 +43,24 @@ class Resizable:
         marks: the marked indices and the primes that are their sizes in `plan`.
         steps: the steps that depend on the marks: the place, the type, and the arguments, with monomials.
         shapes: the shapes that depend on the marks: the place, and the sizes, with monomials.
+        values: the arguments and shapes with monomials, each once, by their identity.
     """
 
     plan: Plan
     marks: Mapping[str, int]
     steps: tuple[tuple[int, type[Step], tuple[Any, ...]], ...]
     shapes: tuple[tuple[int, tuple[int | _Monomial, ...]], ...]
+    values: Mapping[int, Any]
 
     def at(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for these sizes of the marked indices."""
         known = [sizes[index] for index in self.marks]
+        values = {at: value_of(value, known) for at, value in self.values.items()}
         steps, shapes = list(self.plan.steps), list(self.plan.shapes)
         for place, kind, arguments in self.steps:
-            steps[place] = kind(*[value_of(argument, known) for argument in arguments])
+            steps[place] = kind(*[values.get(id(argument), argument) for argument in arguments])
         for place, shape in self.shapes:
-            shapes[place] = value_of(shape, known)
+            shapes[place] = values[id(shape)]
         return replace(self.plan, steps=tuple(steps), shapes=tuple(shapes))
 
 
@@ -69,15 +72,24 @@ def resizable(plan: Plan, marks: Mapping[str, int]) -> Resizable | None:
         marks: a prime for each marked index, at least 5, that divides no other size of an index.
     """
     primes = list(marks.values())
+    known: dict[Any, Any] = {}  # None for values that do not depend on the marks
+
+    def marked(value: Any) -> Any:
+        key = value if isinstance(value, tuple) else (type(value), value)  # a Fraction may equal an int
+        if key not in known:
+            found = monomial(value, primes)
+            known[key] = None if found is value else found
+        return known[key]
+
     steps = []
     for place, step in enumerate(plan.steps):
-        found = {name: monomial(getattr(step, name), primes) for name in step.resized}
-        found = {name: value for name, value in found.items() if value is not getattr(step, name)}
+        found = {name: new for name in step.resized if (new := marked(getattr(step, name))) is not None}
         if found:
             arguments = [found.get(name, getattr(step, name)) for name in step.__match_args__]
             steps.append((place, type(step), tuple(arguments)))
-    shapes = [(place, new) for place, old in enumerate(plan.shapes) if (new := monomial(old, primes)) is not old]
-    form = Resizable(plan, marks, tuple(steps), tuple(shapes))
+    shapes = [(place, new) for place, old in enumerate(plan.shapes) if (new := marked(old)) is not None]
+    values = {id(value): value for value in known.values() if value is not None}
+    form = Resizable(plan, marks, tuple(steps), tuple(shapes), values)
     probe = {index: prime + _FAR + 2 * at for at, (index, prime) in enumerate(marks.items())}
     return form if _is_consistent(plan, form.at(probe)) else None
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from lensor.kernels import load
+from lensor.plan import Plan
 from lensor.plan import steps as s
+from lensor.planner import estimate
+from lensor.planner.devices import H100
 
 
 def kinds() -> set[type[s.Step]]:
@@ -53,7 +56,17 @@ def test_gram_matrices_by_halves(rows: int, length: int, depth: int) -> None:
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = load("torch").steps[s.Gram](step)(x)
     torch.testing.assert_close(found, x @ x.mT / 4)
-    assert step.calls([shape], tuple(found.shape)) == (math.prod(shape[:-2]) * (3 * 2**depth - 2) if depth else 1)
+    expected = math.prod(shape[:-2]) * (3 * 2**depth - 2) if depth else 1
+    assert (step.calls([shape], tuple(found.shape)), step.barriers([shape], tuple(found.shape))) == (1, expected)
+
+
+def test_gram_matrices_are_no_slower_than_products_on_a_gpu() -> None:
+    """GPUs multiply all rows at once."""
+    x = s.Input((), "x", (64, 512, 1024))
+    y = s.Input((), "y", (64, 1024, 512))
+    gram = Plan("", (x, s.Gram((0,))), (x.size, (64, 512, 512)), 1, "one")
+    product = Plan("", (x, y, s.MatMul((0, 1))), (x.size, y.size, (64, 512, 512)), 2, "one")
+    assert estimate(gram, H100) <= estimate(product, H100)
 
 
 @pytest.mark.parametrize("owned", [False, True])

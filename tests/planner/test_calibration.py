@@ -74,6 +74,20 @@ def test_calibration_is_kept_for_later_processes(folder: Path, monkeypatch: pyte
     assert again == found
 
 
+def test_numpy_is_calibrated_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "find_spec", lambda name: None)
+    found = lensor.calibrate()
+    assert "bfloat16" not in found.speeds
+    assert lensor.machine() is found
+
+
+def test_the_smallest_copy_is_a_copy() -> None:
+    for entries in (64, 1 << 15, 1 << 20):
+        plan = calibration._copy(entries)
+        assert plan.layouts[plan.result].copied
+        assert math.prod(plan.shape) == entries
+
+
 def test_calibration_takes_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_BUDGET", 0.06)
     calls = []
@@ -92,6 +106,7 @@ def test_the_estimates_of_measured_plans_are_their_times(folder: Path, monkeypat
         def __init__(self, plan: Plan, backend: object) -> None:
             self.unchecked = lambda *arrays: plan
 
+    monkeypatch.setattr(type(load("torch")), "device", lambda self, kind: ("cpu", "", 2))
     monkeypatch.setattr(calibration, "Runnable", Run)
     monkeypatch.setattr(calibration, "_shortest", lambda call, synchronize: estimate(call(), expected))
     found = lensor.calibrate("cpu")

@@ -14,7 +14,6 @@ from lensor.plan import steps as s
 _MOST_DIMENSIONS = 3
 """Maximum number of spatial dimensions of a framework's convolution."""
 
-
 _MOST_COPIES = 16
 """A tensor is repeated at most this many times to make a convolution depthwise."""
 
@@ -147,8 +146,7 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
     adjoint = ties[0].first == Leg.OUTPUT  # the output leg takes the place of the input
     gradient = ties[0].second == Leg.OUTPUT and gradients
     apart = gradient and depthwise and state.size(group) > 1 == state.size(free_one)
-    if apart and state.size(free_two) > _MOST_COPIES:
-        return False
+    apart = apart and state.size(free_two) <= _MOST_COPIES
     if apart:
         if free_two:
             one = _repeated(state, one, free_two)
@@ -177,7 +175,7 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
         right = state.matrix(two, [*inner, *group, *free_two, *second], (c, g * f2, *sizes_two))
         shape, indices = (g * f2, f1), [*group, *free_two, *free_one]
     else:
-        if not adjoint and all(map(_is_point, dimensions, sizes_two)):
+        if not adjoint and g == 1 < min(c, f2) and all(map(_is_point, dimensions, sizes_two)):
             # With kernels of size 1, a forward pass is an input gradient for the transposed weight.
             adjoint = [index for index in two.indices if index in inner or index in free_two] == [*inner, *free_two]
         left = state.matrix(one, [*free_one, *group, *inner, *first], (f1, g * c, *sizes_one))

@@ -161,10 +161,20 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machin
     product = _product(s.MatMul((0, 1)), (256, 256), (256, 256))
     single = timed(product)
     for dtype in _DTYPES:
-        if dtype == "float32" or (timed(product, dtype) <= single / _SLOW and time.perf_counter() - start < _ENOUGH):
+        late = time.perf_counter() - start > _ENOUGH
+        if dtype == "float32" or not (late or _lacks(backend, dtype, device) or timed(product, dtype) > single / _SLOW):
             itemsize = backend.itemsize(backend.kind(backend.example((1,), dtype, device)))
             speeds[dtype] = _speeds(partial(timed, dtype=dtype), partial(_work, profile, itemsize), similar)
     return replace(profile, speeds=speeds)
+
+
+def _lacks(backend: Backend, dtype: str, device: str) -> bool:
+    """Whether the framework has no such dtype, such as NumPy without bfloat16."""
+    try:
+        backend.example((1,), dtype, device)
+    except TypeError:
+        return True
+    return False
 
 
 def _work(profile: Machine, itemsize: int, plan: Plan) -> tuple[float, float]:
@@ -179,8 +189,10 @@ def _work(profile: Machine, itemsize: int, plan: Plan) -> tuple[float, float]:
 
 def _copy(entries: int) -> Plan:
     """A plan that copies about this number of entries to other strides, in runs of a length that images have."""
-    few, many = max(entries // _RUN // 64, 1), min(entries // _RUN, 64)
-    shape, turned, result = (many, few, _RUN), (few, many, _RUN), (few * many, _RUN)
+    run = min(_RUN, entries // 4)
+    few = max(entries // run // 64, 2)
+    many = entries // run // few
+    shape, turned, result = (many, few, run), (few, many, run), (few * many, run)
     steps = s.Input((), "x", shape), s.Transpose((0,), (1, 0, 2)), s.Reshape((1,), result)
     return Plan("", steps, (shape, turned, result), 2, "calibration")
 

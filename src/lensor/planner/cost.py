@@ -15,7 +15,7 @@ _FRESH = 1 << 25
 
 
 _FIRST_CALLS = 10
-"""Each part of a plan takes as long as this many calls in addition: it starts with data that are not in the cache."""
+"""Each part of a plan but one takes as long as this many calls in addition, since its data are not in the cache yet."""
 
 
 def estimate(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "float32", parts: int = 1) -> float:

@@ -94,16 +94,16 @@ class Gram(Step):
         return Rate(_kind(shapes[0]), _SHARES[self.depth(m, k)] * min(1.0, m / 16, max(k / 16, 0.1)))
 
     def depth(self, rows: int, length: int) -> int:
-        """How many times the rows are halved, to compute fewer entries twice; each time doubles the number of calls."""
+        """How many times CPUs halve the rows, to compute fewer entries twice; each time doubles the number of calls."""
         if rows < _MANY or length < _LONG:
             return 0
         return bisect(_DEPTHS, 2 * rows**2 * length)
 
-    def calls(self, shapes: Sequence[Shape], result: Shape) -> float:
+    def barriers(self, shapes: Sequence[Shape], result: Shape) -> float:
         *batch, m, k = shapes[0]
         depth = self.depth(m, k)
         # Products of halves, one by one for each Gram matrix, and copies of those below the diagonal.
-        return math.prod(batch) * (3 * 2**depth - 2) if depth else 1
+        return math.prod(batch) * (3 * 2**depth - 2) if depth else Step.barriers(self, shapes, result)
 
     def traffic(self, taken: Sequence[Laid], result: Shape) -> int:
         return 2 * self.copies(taken)[0]

@@ -28,10 +28,8 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
             parts loses accuracy.
     """
     plans = whole(net)
-    found = divisions(net, plans) if in_parts else []
-    parts = parted(net) if found else None
-    plans += [plan for name in found if parts and _is_new(plan := divided(parts, name), plans)]
-    return plans
+    found = all_divided(net, divisions(net, plans)) if in_parts else []
+    return plans + [plan for plan in found if _is_new(plan, plans)]
 
 
 def whole(net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
@@ -98,7 +96,7 @@ def _is_computed(plan: Plan, place: int) -> bool:
 
 
 def parted(net: AnyNetwork) -> Parts:
-    """The parts in which a network is computed by the strategies that `divisions` lists."""
+    """The parts in which a network is computed by the strategies that `divisions` lists, if it lists any."""
     index = summed_by_all(net)
     assert index is not None
     return Parts(net, index, _parts(net, index))
@@ -107,6 +105,14 @@ def parted(net: AnyNetwork) -> Parts:
 def divided(parts: Parts, strategy: str) -> Plan:
     """The plan of a strategy for a network in parts."""
     return lower_in_parts(parts.net, BY_NAME[strategy], parts.index, parts.count, parts)
+
+
+def all_divided(net: AnyNetwork, strategies: Sequence[str]) -> list[Plan]:
+    """The plans of several strategies, as listed by `divisions`, for a network in parts, which they share."""
+    if not strategies:
+        return []
+    parts = parted(net)
+    return [divided(parts, name) for name in strategies]
 
 
 def tables(plan: Plan) -> list[int]:

@@ -136,7 +136,10 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machin
     )
 
     def timed(plan: Plan, dtype: str = "float32") -> float:
-        """The shortest time of a plan on operands that were not used recently, as in a model with many layers."""
+        """The shortest time of a plan on operands that were not used recently, as in a model with many layers.
+
+        The sets of operands, which are used in turn, fill the cache several times, with one entry per byte of it.
+        """
         inputs = [step.size for step in plan.steps if isinstance(step, s.Input)]
         sets = min(profile.cache_bytes // sum(map(math.prod, inputs)) + 1, _SETS)
         arrays = [[backend.example(shape, dtype, device) for shape in inputs] for _ in range(sets)]
@@ -164,7 +167,7 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machin
         late = time.perf_counter() - start > _ENOUGH
         if dtype == "float32" or not (late or _lacks(backend, dtype, device) or timed(product, dtype) > single / _SLOW):
             itemsize = backend.itemsize(backend.kind(backend.example((1,), dtype, device)))
-            speeds[dtype] = _speeds(partial(timed, dtype=dtype), partial(_work, profile, itemsize), similar)
+            speeds[dtype] = _speeds(partial(timed, dtype=dtype), partial(_work, profile, itemsize), key[0] != "cpu")
     return replace(profile, speeds=speeds)
 
 
@@ -203,9 +206,9 @@ def _product(step: s.Step, one: tuple[int, ...], two: tuple[int, ...]) -> Plan:
     return Plan("", (*inputs, step), (one, two, step.shape([one, two])), 2, "calibration")
 
 
-def _speeds(timed: Callable[[Plan], float], work: Callable[[Plan], tuple[float, float]], similar: Machine) -> Speeds:
+def _speeds(timed: Callable[[Plan], float], work: Callable[[Plan], tuple[float, float]], is_wide: bool) -> Speeds:
     """Measure each speed with a large and a small call."""
-    wide = 8 if similar.threads == 1 else 1  # GPUs need more work
+    wide = 8 if is_wide else 1  # GPUs need more work to reach their rates
 
     def speed(made: Callable[[int], Plan], small: int, large: int) -> Speed:
         points = []

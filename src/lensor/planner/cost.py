@@ -13,7 +13,6 @@ from lensor.planner.profile import Machine, Speed
 _FRESH = 1 << 25
 """Arrays with at least this many bytes use new memory from the system."""
 
-
 _FIRST_CALLS = 10
 """Each part of a plan but one takes as long as this many calls in addition, since its data are not in the cache yet."""
 

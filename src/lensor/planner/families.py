@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 
 from lensor.cache import Cache
 from lensor.kernels import Backend
-from lensor.lowering import BY_NAME, Parts, divided, divisions, lower, parted, whole
+from lensor.lowering import BY_NAME, Parts, all_divided, divided, divisions, lower, parted, whole
 from lensor.network import AnyNetwork, Delta, Group, Operand, Pattern, Scale, indices_of
 from lensor.plan import Plan
 from lensor.plan.resizable import monomial, resizable, value_of
@@ -80,9 +80,7 @@ class Target:
     def candidates(self, net: AnyNetwork) -> list[Plan]:
         """The candidates for a network with known sizes."""
         plans = self.whole(net)
-        found = self.divisions(net, plans)
-        parts = parted(net) if found else None
-        return plans + [divided(parts, name) for name in found if parts]
+        return plans + all_divided(net, self.divisions(net, plans))
 
     def whole(self, net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
         """The candidates that do not divide an index into parts; `simplified` is the simplified network, if known."""

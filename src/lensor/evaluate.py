@@ -122,7 +122,7 @@ def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetw
     require_operands(net.operand_names, shapes)
     # A name means the same index in all terms of a sum, so a size unknown in one term may come from another term.
     sizes: dict[str, int | None] = dict(net.sizes)
-    for term in net.terms:
+    for term in net.terms if len(net.terms) > 1 else ():
         held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
         sizes.update((index, size) for index, size in infer_sizes(held, term.sizes).items() if size is not None)
     terms = []
@@ -130,13 +130,13 @@ def bind_shapes(net: AnyNetwork, shapes: Mapping[str, Sequence[int]]) -> AnyNetw
         held = [(name, legs, shapes[name]) for name, legs in _occurrences(term)]
         known = {index: sizes[index] if size is None else size for index, size in term.sizes.items()}
         found = spread_over_deltas(term.nodes, infer_sizes(held, known))
-        missing = sorted(index for index, size in found.items() if size is None)
-        if missing:
+        if None in found.values():
+            missing = sorted(index for index, size in found.items() if size is None)
             raise ValueError(
                 f"the size of index {missing[0]!r} does not follow from the operands: give it as a keyword,"
                 f" {missing[0]}=..., or call net.bind({missing[0]}=...)"
             )
-        terms.append(term.bind({index: size for index, size in found.items() if size is not None}))
+        terms.append(term.replace(sizes=found, scale=term.scale.bind(found)))
     return terms[0] if len(terms) == 1 else type(net)(tuple(terms))  # type: ignore[call-arg]
 
 

@@ -14,7 +14,8 @@ import lensor
 from lensor import ConvSpec, IndexPattern, contraction, ops
 from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower, lower_in_parts
 from lensor.lowering.alternatives import fits
-from lensor.lowering.slicing import Repetition, sliceable
+from lensor.lowering.assemble import lower_part
+from lensor.lowering.slicing import sliceable
 from lensor.lowering.state import State, Tensor
 from lensor.network import Operand, Pattern, indices_of
 from lensor.plan import steps as s
@@ -207,26 +208,24 @@ def test_operands_are_read_once() -> None:
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("op", [ops.ggn_diagonal, ops.kfac_input_factor, ops.conv, ops.conv_input_vjp])
-def test_parts_that_repeat_steps_are_lowered_as_each_would_be(
+def test_parts_of_an_index_on_operands_are_lowered_once_for_each_length(
     op: Any, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = bound(op(ConvSpec(4, 6, (7, 6), 3, stride=2, padding=1, groups=2, padding_mode=mode)), 7)
-    repeated: list[int | None] = []
-    at = Repetition.at
-
-    def counted(repetition: Repetition, program: Program, start: int) -> int | None:
-        repeated.append(at(repetition, program, start))
-        return repeated[-1]
-
-    monkeypatch.setattr(Repetition, "at", counted)
+    operands, lengths = random_operands(net), []
+    expected = evaluate_dense(net, operands)
+    monkeypatch.setattr(
+        "lensor.lowering.assemble.lower_part",
+        lambda parts, strategy, length: lengths.append(length) or lower_part(parts, strategy, length),
+    )
     for index, count in ((index, count) for index in sliceable(net) for count in (4, 7)):
         for strategy in STRATEGIES if index == "n" else STRATEGIES[:2]:
+            lengths.clear()
             plan = lower_in_parts(net, strategy, index, count)
-            with monkeypatch.context() as patch:
-                patch.setattr(Repetition, "of", lambda *_: None)
-                each = lower_in_parts(net, strategy, index, count)
-            assert (plan.steps, plan.shapes, plan.result) == (each.steps, each.shapes, each.result)
-    assert repeated
+            assert_close(run(plan, operands), expected)
+            assert plan.parts == (index, count)
+            if index == "n":
+                assert sorted(lengths) == ([1] if count == 7 else [1, 2])
 
 
 def random_operands(net: Any, seed: int = 0) -> dict[str, Any]:

@@ -144,6 +144,47 @@ def test_candidates_in_parts_are_lowered_only_if_they_are_chosen(monkeypatch: py
         assert seconds == pytest.approx(TARGET.estimate(member.at({"n": 8, "v": 4})), rel=0.25)
 
 
+SQUARES = {
+    "sum": contraction("n i -> i", "X") + contraction("n i, n i -> i", "X", "Y").scaled(2),
+    "mean": contraction("n i, n i -> i", "X", "X").scaled("3/2", {"n": -1}),
+    "shared leg": contraction("(n a) i, n i -> i a", "X", "Y", a=3),
+    "last in a leg": contraction("(a n) i, n i -> i a", "X", "Y", a=3),
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_parts_with_the_steps_of_the_whole(name: str) -> None:
+    """The divided index may be averaged, share a leg with others, or be in several terms."""
+    net = SQUARES[name].bind(i=4)
+    for sizes in ({"n": 9}, {"n": 15}, {"n": 12}, {"n": 8}, {"n": 41}):
+        operands = operands_of(net.bind(sizes))
+        expected = evaluate_dense(net.bind(sizes), operands)
+        assert_close(run(in_parts(net).at(sizes), operands), expected)
+
+
+def in_parts(net: Any) -> families._InParts:
+    """A candidate in parts of the open index n."""
+    opened, marks = families._Open(net, {"n": "n"}), next(families._marks(net, {"n": 8}))
+    marked = opened.bind(marks)
+    whole = families._whole(opened, lower(marked.simplify(), BY_NAME["windows"]), marks, [])
+    assert whole.form is not None
+    return families._InParts(whole, families._Parts(opened, marked, {"n": 15}), "windows")
+
+
+def test_the_first_parts_of_a_plan_are_the_plan_for_a_shorter_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ops.ggn_diagonal(SPEC).bind({"v": 4})
+    one, built = in_parts(net), []
+    joined = families.joined
+    monkeypatch.setattr(families, "joined", lambda parts, plans: built.append(parts.count) or joined(parts, plans))
+    for batch in (9, 12, 14, 8, 11):
+        found, expected = one.at({"n": batch}), in_parts(net).at({"n": batch})
+        for plan in (found, expected):
+            assert plan.parts == ("n", batch)
+        assert (found.steps, found.shapes, found.result) == (expected.steps, expected.shapes, expected.result)
+        assert found.subscripts == expected.subscripts
+    assert built == [9, 9, 15, 12, 14, 8, 11]  # the first of each pair of calls builds a plan twice at most
+
+
 def test_the_candidate_with_the_least_interpolated_estimate_is_best() -> None:
     corners = {(8,): [1.0, 2.0], (16,): [5.0, 3.0]}
     family = Family({"n": 8}, (no_plan, no_plan), corners=corners)  # type: ignore[arg-type]
@@ -202,13 +243,15 @@ def test_the_weight_of_a_plan_is_about_what_it_keeps_alive(op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["conv", "kfac_input_factor", "kfac_input_factor, reduce", "conv_weight_vjp_per_example"]
+    "op", ["conv", "kfac_input_factor", "kfac_input_factor, reduce", "conv_weight_vjp_per_example", "ggn_diagonal"]
 )
 def test_the_weight_of_a_family_is_about_what_it_keeps_alive(op: str) -> None:
     net = BUILDERS[op](SPEC)
+    net = net.bind({index: 4 for index in open_indices(net) if index != "n"})
     family = family_of(net, {"n": 8}, TARGET)
     assert family is not None
     family.estimates({"n": 12}, TARGET)
+    family.members[-1].at({"n": 12})
     assert 0.5 < families._weigh((None, families._Found(family))) / weigh((net, family)) < 2
 
 

@@ -74,14 +74,15 @@ def divisions(net: AnyNetwork, plans: Iterable[Plan], most: float = math.inf) ->
     most `most` entries each.
     """
     squares = {plan.strategy: size for plan in plans if (size := _squared(plan))}
-    index = summed_by_all(net) if squares else None
-    if index is None:
+    indices = summed_by_all(net) if squares else []
+    if not indices:
         return []
-    return [name for name, size in squares.items() if size <= most * _parts(net, index)]
+    return [name for name, size in squares.items() if size <= most * parts_at(net.sizes[indices[0]] or 0)]
 
 
-def _parts(net: AnyNetwork, index: str) -> int:
-    return min(net.sizes[index] or 0, _PARTS_OF_SQUARES)
+def parts_at(size: int) -> int:
+    """The number of parts of an index with this size."""
+    return min(size, _PARTS_OF_SQUARES)
 
 
 def _squared(plan: Plan) -> int:
@@ -97,9 +98,8 @@ def _is_computed(plan: Plan, place: int) -> bool:
 
 def parted(net: AnyNetwork) -> Parts:
     """The parts in which a network is computed by the strategies that `divisions` lists, if it lists any."""
-    index = summed_by_all(net)
-    assert index is not None
-    return Parts(net, index, _parts(net, index))
+    index = summed_by_all(net)[0]
+    return Parts(net, index, parts_at(net.sizes[index] or 0))
 
 
 def divided(parts: Parts, strategy: str) -> Plan:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from lensor.lowering.contraction import contract
 from lensor.lowering.crops import finish_late
 from lensor.lowering.intake import take_nodes
 from lensor.lowering.sampled import place
-from lensor.lowering.slicing import Parts, Repetition, axis_of
+from lensor.lowering.slicing import Parts, Slices, axis_of
 from lensor.lowering.state import State, Tensor
 from lensor.lowering.strategies import Strategy
 from lensor.lowering.toeplitz import finish_toeplitz
@@ -32,7 +33,7 @@ def lower(net: AnyNetwork, strategy: Strategy, prepared: AnyNetwork | None = Non
     """
     program = Program()
     prepared = strategy.prepared(net) if prepared is None else prepared
-    return _pruned(text or to_text(net), program, _lower_terms(program, prepared, strategy), strategy)
+    return _pruned(text or to_text(net), program, _lower_terms(program, prepared, strategy), strategy.name)
 
 
 def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, count: int, parts: Parts | None = None) -> Plan:
@@ -48,34 +49,84 @@ def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, count: int, 
         count: the number of parts.
         parts: `Parts(net, index, count)`, if it is known.
     """
-    program = Program()
-    axis = axis_of(net, index)
     parts = parts or Parts(net, index, count)
-    values: list[int] = []
-    for value in _lower_parts(program, parts, strategy):
-        values.append(value)
-        if axis is None and len(values) > 1:
-            values = [_added(program, values)]
-    if len(values) > 1:
+    if parts.slices is not None:
+        lengths = {length for _, length in parts.bounds}
+        return joined(parts, {length: lower_part(parts, strategy, length) for length in lengths})
+    program = Program()
+    values = (_lower_terms(program, strategy.prepared(*parts.simplified(*bounds)), strategy) for bounds in parts.bounds)
+    return _joined(program, parts, strategy.name, values)
+
+
+def lower_part(parts: Parts, strategy: Strategy, length: int) -> Plan:
+    """Lower a part with this many positions of the index, for slices of the operands."""
+    simplified, known = parts.simplified(0, length)
+    return lower(simplified, strategy, strategy.prepared(simplified, known))
+
+
+def joined(parts: Parts, plans: Mapping[int, Plan]) -> Plan:
+    """The plan for a network in parts, given the plans of a strategy for parts of each length."""
+    program, strategy = Program(), next(iter(plans.values())).strategy
+    values = (_repeated(program, parts, start, plans[length]) for start, length in parts.bounds)
+    return _joined(program, parts, strategy, values)
+
+
+def first_parts(plan: Plan, count: int, slices: Slices) -> Plan | None:
+    """The plan for the first parts of a plan from `joined` whose parts have size 1; None if their values are not added.
+
+    This is the plan for a shorter index, if it has no factor that depends on its size.
+    """
+    assert plan.parts is not None
+    result = plan.result
+    for _ in range(plan.parts[1] - count):
+        if not isinstance(plan.steps[result], s.Add):
+            return None
+        result = plan.steps[result].takes[0]
+    steps, shapes = list(plan.steps[: result + 1]), list(plan.shapes[: result + 1])
+    for at, step in enumerate(steps):
+        if isinstance(step, s.Input) and slices.get(step.operand):
+            whole = list(step.size)
+            for axis, each in slices[step.operand]:
+                whole[axis] = count * each
+            shapes[at] = tuple(whole)
+            steps[at] = replace(step, size=shapes[at])
+    return replace(plan, steps=tuple(steps), shapes=tuple(shapes), result=result, parts=(plan.parts[0], count))
+
+
+def _repeated(program: Program, parts: Parts, start: int, plan: Plan) -> int:
+    """Add the steps of a part that starts here, which slice the operands; return the place of its value."""
+    assert parts.slices is not None
+    size = parts.net.sizes[parts.index] or 0
+    places: list[int] = []
+    for step, shape in zip(plan.steps, plan.shapes, strict=True):
+        if isinstance(step, s.Input):
+            slices = parts.slices.get(step.operand, ())
+            whole = list(shape)
+            for axis, each in slices:
+                whole[axis] = size * each
+            place = program.add(replace(step, size=tuple(whole)))
+            for axis, each in slices:
+                place = program.add(s.Slice((place,), axis, start * each, 1, shape[axis]))
+        elif step.is_view and not step.takes:
+            place = program.add(step)  # a pattern, which all parts share
+        else:
+            place = program.append(step.taking(tuple([places[at] for at in step.takes])), shape)
+        places.append(place)
+    return places[plan.result]
+
+
+def _joined(program: Program, parts: Parts, strategy: str, values: Iterable[int]) -> Plan:
+    """The plan for a network in parts, given the places of their values."""
+    axis = axis_of(parts.net, parts.index)
+    found: list[int] = []
+    for value in values:
+        found.append(value)
+        if axis is None and len(found) > 1:
+            found = [_added(program, found)]
+    if len(found) > 1:
         assert axis is not None
-        values = [program.add(s.Concat(tuple(values), axis))]
-    return _pruned(to_text(net), program, values[0], strategy, (index, count))
-
-
-def _lower_parts(program: Program, parts: Parts, strategy: Strategy) -> Iterator[int]:
-    """Lower each part. If the first two parts of a size differ in where they start, the others repeat their steps."""
-    lowered: dict[int, list[tuple[int, int]]] = {}
-    repetitions: dict[int, Repetition | None] = {}
-    for at, (start, length) in enumerate(parts.bounds):
-        alike = lowered.setdefault(length, [])
-        if parts.on_operands and len(alike) == 2 and length not in repetitions:
-            repetitions[length] = Repetition.of(program, *alike)
-        repetition = repetitions.get(length)
-        value = None if repetition is None else repetition.at(program, start)
-        if value is None:
-            value = _lower_terms(program, strategy.prepared(*parts.simplified(at)), strategy)
-        alike.append((start, value))
-        yield value
+        found = [program.add(s.Concat(tuple(found), axis))]
+    return _pruned(to_text(parts.net), program, found[0], strategy, (parts.index, parts.count))
 
 
 def _lower_terms(program: Program, net: AnyNetwork, strategy: Strategy) -> int:
@@ -150,7 +201,7 @@ def _added(program: Program, values: Sequence[int]) -> int:
     return result
 
 
-def _pruned(text: str, program: Program, result: int, strategy: Strategy, parts: tuple[str, int] | None = None) -> Plan:
+def _pruned(text: str, program: Program, result: int, strategy: str, parts: tuple[str, int] | None = None) -> Plan:
     """A plan with the steps that the result needs, and with all position vectors, which are checked even if unused."""
     needed = {result, *[at for at, step in enumerate(program.steps) if step.is_checked]}
     for at in range(len(program.steps) - 1, -1, -1):
@@ -169,7 +220,7 @@ def _pruned(text: str, program: Program, result: int, strategy: Strategy, parts:
         for at, own in owning.items():
             if _is_owned(steps, users, own.takes[0], at, new[result]):
                 steps[at] = own
-    return Plan(text, tuple(steps), shapes, new[result], strategy.name, parts)
+    return Plan(text, tuple(steps), shapes, new[result], strategy, parts)
 
 
 def _is_owned(steps: Sequence[s.Step], users: Sequence[set[int]], value: int, user: int, result: int) -> bool:

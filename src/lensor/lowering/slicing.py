@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from lensor.network import AnyNetwork, Delta, Operand, Pattern, indices_of
-from lensor.plan import Program
-from lensor.plan import steps as s
+from lensor.network import AnyNetwork, Ones, Operand, indices_of, sum_of
 from lensor.simplification.engine import simplify_untraced
+
+Slices: TypeAlias = Mapping[str, tuple[tuple[int, int], ...]]
+"""For each operand, the axes that start with an index, and the number of entries for each of its positions."""
 
 
 def sliceable(net: AnyNetwork) -> list[str]:
@@ -26,11 +27,13 @@ def sliceable(net: AnyNetwork) -> list[str]:
     return sorted(fits, key=lambda index: (-(known[index] or 0), index))
 
 
-def summed_by_all(net: AnyNetwork) -> str | None:
-    """The largest summed index that appears on every operand, or None."""
-    held = [set(indices_of(node)) for term in net.terms for node in term.nodes if isinstance(node, Operand)]
-    found = [index for index in sliceable(net) if index not in net.output_indices and all(index in one for one in held)]
-    return found[0] if found else None
+def summed_by_all(net: AnyNetwork) -> list[str]:
+    """The summed indices that appear on every operand, largest first; none if a term has no operands."""
+    operands = [[node for node in term.nodes if isinstance(node, Operand)] for term in net.terms]
+    held = [set(indices_of(node)) for nodes in operands for node in nodes]
+    if not all(operands):
+        return []
+    return [index for index in sliceable(net) if index not in net.output_indices and all(index in one for one in held)]
 
 
 def parts_of(net: AnyNetwork, index: str, count: int) -> list[AnyNetwork]:
@@ -61,93 +64,42 @@ class Parts:
     def __init__(self, net: AnyNetwork, index: str, count: int) -> None:
         self.net, self.index, self.count = net, index, count
         self.bounds = bounds_of(net, index, count)
-        self.on_operands = not any(
-            isinstance(node, (Pattern, Delta)) and index in indices_of(node)
-            for term in net.terms
-            for node in term.nodes
-        )
-        """Whether the index is only on operands, so that parts of equal size differ only in where they start.
+        self.slices = slices_of(net, index)
+        self._simplified: dict[tuple[int, int], tuple[AnyNetwork, dict[tuple, AnyNetwork]]] = {}
 
-        A delta may equate the index to one of a pattern.
+    def simplified(self, start: int, length: int) -> tuple[AnyNetwork, dict[tuple, AnyNetwork]]:
+        """The network of one part, simplified, and a dictionary for what `Strategy.prepared` makes of it.
+
+        If the operands are sliced, `start` is not used.
         """
-        self._simplified: dict[int, tuple[AnyNetwork, dict[tuple, AnyNetwork]]] = {}
-
-    def simplified(self, at: int) -> tuple[AnyNetwork, dict[tuple, AnyNetwork]]:
-        """The network of one part, simplified, and a dictionary for what `Strategy.prepared` makes of it."""
-        if at not in self._simplified:
-            start, length = self.bounds[at]
-            self._simplified[at] = simplify_untraced(self.net.narrow(self.index, start, length)), {}
-        return self._simplified[at]
+        key = (0, length) if self.slices is not None else (start, length)
+        if key not in self._simplified:
+            net, index = self.net, self.index
+            part = net.narrow(index, *key) if self.slices is None else _shortened(net, index, length)
+            self._simplified[key] = simplify_untraced(part), {}
+        return self._simplified[key]
 
 
-@dataclass(frozen=True, slots=True)
-class Repetition:
-    """The steps of one part, which parts of equal size repeat with slices that start elsewhere.
+def _shortened(net: AnyNetwork, index: str, length: int) -> AnyNetwork:
+    """The network with another size of an index; the scale does not change."""
+    terms = [term.replace(sizes={index: length}, scale=term.scale.bind(term.sizes)) for term in net.terms]
+    return sum_of(terms)
 
-    Args:
-        steps: the steps that the part's value needs, by place, in order.
-        slices: the slices among them, by place.
-        moved: the places of the slices that start elsewhere in other parts.
-        start: where the part starts.
-        value: the place of the part's value.
-    """
 
-    steps: Mapping[int, s.Step]
-    slices: Mapping[int, s.Slice]
-    moved: frozenset[int]
-    start: int
-    value: int
-
-    @staticmethod
-    def of(program: Program, one: tuple[int, int], two: tuple[int, int]) -> Repetition | None:
-        """The steps of two parts, given as (start, value) pairs; None if they differ in more than starts of slices."""
-        (before, first), (start, second) = one, two
-        pairs: dict[int, int] = {}
-        moved: set[int] = set()
-        todo = [(second, first)]
-        while todo:
-            place, other = todo.pop()
-            if place in pairs:
-                if pairs[place] != other:
-                    return None
-                continue
-            pairs[place] = other
-            step, twin = program.steps[place], program.steps[other]
-            if len(step.takes) != len(twin.takes):
+def slices_of(net: AnyNetwork, index: str) -> Slices | None:
+    """The slices of operands for which a part is the network with a shorter index; None if it is not."""
+    found: dict[str, tuple[tuple[int, int], ...]] = {}
+    for term, node in [(one, node) for one in net.terms for node in one.nodes]:
+        if isinstance(node, Operand):
+            legs = [(axis, leg) for axis, leg in enumerate(node.legs) if index in leg]
+            if any(leg.index(index) or leg.count(index) > 1 for _, leg in legs):
                 return None
-            todo += zip(step.takes, twin.takes, strict=True)
-            expected = replace(twin, takes=step.takes)
-            if isinstance(expected, s.Slice) and expected != step:
-                expected = replace(expected, start=expected.start + start - before)
-                moved.add(place)
-            if expected != step:
+            axes = tuple([(axis, term.group_size(leg[1:]) or 0) for axis, leg in legs])
+            if found.setdefault(node.name, axes) != axes:
                 return None
-        if len(set(pairs.values())) < len(pairs):
+        elif not isinstance(node, Ones) and index in indices_of(node):
             return None
-        steps = {place: program.steps[place] for place in sorted(pairs)}
-        slices = {place: step for place, step in steps.items() if isinstance(step, s.Slice)}
-        return Repetition(steps, slices, frozenset(moved), start, second)
-
-    def at(self, program: Program, start: int) -> int | None:
-        """Add the steps for a part that starts elsewhere.
-
-        The result is None if two different steps would become equal, or if a slice would leave its axis.
-        """
-        slices = {
-            place: replace(step, start=step.start + start - self.start) if place in self.moved else step
-            for place, step in self.slices.items()
-        }
-        if len(set(slices.values())) < len(slices):
-            return None  # lowering would then compute their value once
-        for place in self.moved:
-            step = slices[place]
-            size = program.shapes[self.steps[place].takes[0]][step.axis]
-            if not 0 <= step.start <= step.start + (step.count - 1) * step.step < size:
-                return None
-        new: dict[int, int] = {}
-        for place, step in self.steps.items():
-            new[place] = program.add(slices.get(place, step).taking(tuple([new[at] for at in step.takes])))
-        return new[self.value]
+    return found
 
 
 def axis_of(net: AnyNetwork, index: str) -> int | None:

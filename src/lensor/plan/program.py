@@ -44,6 +44,12 @@ class Program:
             self.steps.append(step)
         return place
 
+    def append(self, step: Step, shape: Shape) -> int:
+        """Add a step with a value of this shape, even if an equal step exists; return the place of its value."""
+        self.shapes.append(shape)
+        self.steps.append(step)
+        return len(self.steps) - 1
+
     def along(self, step: Slice | Pad | Gather) -> int:
         """Add a step along one axis; consecutive steps of this kind are sorted by axis, to share equal values."""
         before = self.steps[step.takes[0]]

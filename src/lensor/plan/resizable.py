@@ -27,6 +27,11 @@ class _Monomial:
     factor: int | Fraction
     powers: tuple[tuple[int, int], ...]
 
+    @property
+    def is_factor(self) -> bool:
+        """Whether the number is a factor, and not the size of an axis."""
+        return isinstance(self.factor, Fraction)
+
     def at(self, sizes: Sequence[int]) -> int | Fraction:
         value = self.factor
         for place, power in self.powers:
@@ -52,10 +57,19 @@ class Resizable:
     shapes: tuple[tuple[int, tuple[int | _Monomial, ...]], ...]
     values: Mapping[int, Any]
 
-    def at(self, sizes: Mapping[str, int]) -> Plan:
-        """The plan for these sizes of the marked indices."""
+    @property
+    def has_factors(self) -> bool:
+        """Whether a factor depends on the marked sizes."""
+        return any(isinstance(value, _Monomial) and value.is_factor for value in self.values.values())
+
+    def at(self, sizes: Mapping[str, int], scales: Mapping[str, int] | None = None) -> Plan:
+        """The plan for these sizes of the marked indices; with `scales`, its factors are those for other sizes."""
         known = [sizes[index] for index in self.marks]
-        values = {at: value_of(value, known) for at, value in self.values.items()}
+        whole = known if scales is None else [scales[index] for index in self.marks]
+        values = {
+            at: value_of(value, whole if isinstance(value, _Monomial) and value.is_factor else known)
+            for at, value in self.values.items()
+        }
         steps, shapes = list(self.plan.steps), list(self.plan.shapes)
         for place, kind, arguments in self.steps:
             steps[place] = kind(*[values.get(id(argument), argument) for argument in arguments])

@@ -18,10 +18,24 @@ from typing import Any, Protocol, TypeAlias
 
 from lensor.cache import Cache
 from lensor.kernels import Backend
-from lensor.lowering import BY_NAME, Parts, all_divided, divided, divisions, lower, parted, whole
+from lensor.lowering import (
+    BY_NAME,
+    Parts,
+    Slices,
+    all_divided,
+    divided,
+    divisions,
+    first_parts,
+    joined,
+    lower,
+    parted,
+    parts_at,
+    summed_by_all,
+    whole,
+)
 from lensor.network import AnyNetwork, Delta, Group, Operand, Pattern, Scale, indices_of
 from lensor.plan import Plan
-from lensor.plan.resizable import monomial, resizable, value_of
+from lensor.plan.resizable import Resizable, monomial, resizable, value_of
 from lensor.planner.cost import estimate
 from lensor.planner.profile import Machine
 from lensor.simplification.engine import simplify_untraced
@@ -156,7 +170,10 @@ class _Found:
 def _weigh(entry: tuple[Hashable, _Found]) -> int:
     """About the number of bytes that a family keeps alive, which is faster than to count them."""
     family = entry[1].family
-    return 8_000 if family is None else 10_000 + 2_000 * len(family.members) + 700 * family.steps
+    if family is None:
+        return 8_000
+    in_parts = any(isinstance(member, _InParts) for member in family.members)  # the best one keeps a plan
+    return 10_000 + 2_000 * len(family.members) + 700 * family.steps + 60_000 * in_parts
 
 
 _families = Cache(maxsize=256, weigh=_weigh)
@@ -174,8 +191,9 @@ def _family(net: AnyNetwork, ends: Sizes, target: Target) -> Family | None:
     if not _has_known_scales(net, simplified, opened, marks):
         return None
     plans = target.whole(marked, simplified)
-    whole = {plan.strategy: _Whole(_resized(opened, plan, marks, others)) for plan in plans}
-    parts = _Parts(opened)
+    whole = {plan.strategy: _whole(opened, plan, marks, others) for plan in plans}
+    most = {index: parts_at(2 * low - 1) for index, low in lower_ends.items()}
+    parts = _Parts(opened, marked, most)
     divided = [_InParts(whole[strategy], parts, strategy) for strategy in target.divisions(marked, plans)]
     return Family(lower_ends, (*whole.values(), *divided), sum(len(plan.steps) for plan in plans))
 
@@ -245,20 +263,31 @@ def equal_sizes(net: AnyNetwork) -> dict[str, str] | None:
     return equal
 
 
-def _resized(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) -> Callable[[Sizes], Plan]:
-    """A function that resizes the plan of a strategy for the marks or for other marks, or lowers it if necessary."""
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The candidate of a strategy; `at` returns its plan, by resizing `form` unless it is None."""
+
+    at: Callable[[Sizes], Plan]
+    form: Resizable | None
+
+    def estimate(self, sizes: Sizes, target: Target) -> float:
+        return target.estimate(self.at(sizes))
+
+
+def _whole(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) -> _Whole:
+    """The candidate of a strategy, given its plan for the marks; it is lowered for other marks if necessary."""
     form = resizable(plan, marks)
     for marks in others:
         if form is not None:
             break
         form = resizable(opened.lowered(marks, plan.strategy), marks)
     if form is None:
-        return lambda sizes: opened.lowered(sizes, plan.strategy)
+        return _Whole(lambda sizes: opened.lowered(sizes, plan.strategy), None)
     texts = _SCALED.findall(form.plan.subscripts)
     primes = [*form.marks.values()]
     factors = [monomial(Fraction(scale or 1), primes) for scale, _ in texts]
     if all(isinstance(factor, Fraction) for factor in factors):
-        return form.at
+        return _Whole(form.at, form)
 
     def at(sizes: Sizes) -> Plan:
         known = [sizes[index] for index in form.marks]
@@ -266,24 +295,15 @@ def _resized(opened: _Open, plan: Plan, marks: Sizes, others: Iterable[Sizes]) -
         subscripts = " + ".join(text if factor == 1 else f"{factor} {text}" for factor, text in found)
         return replace(form.at(sizes), subscripts=subscripts)
 
-    return at
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """The candidate of a strategy; `at` returns its plan."""
-
-    at: Callable[[Sizes], Plan]
-
-    def estimate(self, sizes: Sizes, target: Target) -> float:
-        return target.estimate(self.at(sizes))
+    return _Whole(at, form)
 
 
 class _Parts:
-    """The parts of a network for the sizes of the last call, which several candidates share."""
+    """The division of a network into parts for any sizes of the open indices, which several candidates share."""
 
-    def __init__(self, opened: _Open) -> None:
-        self.opened = opened
+    def __init__(self, opened: _Open, marked: AnyNetwork, most: Sizes) -> None:
+        self.opened, self.most = opened, most
+        self._sizes, self._summed = marked.sizes, summed_by_all(marked)
         self._last: tuple[Sizes, Parts] | None = None
 
     def at(self, sizes: Sizes) -> Parts:
@@ -292,26 +312,55 @@ class _Parts:
             last = self._last = dict(sizes), parted(self.opened.bind(sizes))
         return last[1]
 
+    def open_index(self, sizes: Sizes) -> str | None:
+        """The open index that stands for the divided one; None if this is not open, or if others have its size."""
+        equal = self.opened.equal
+        known = {index: sizes[equal[index]] if index in equal else self._sizes[index] or 0 for index in self._summed}
+        first = equal.get(min(known, key=lambda index: (-known[index], index)))
+        return None if first is None or [*equal.values()].count(first) > 1 else first
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _InParts:
     """The candidate of a strategy in parts of an index. The number of its steps depends on the size of the index."""
 
     whole: _Whole
     parts: _Parts
     strategy: str
+    last: tuple[Sizes, Plan, Slices] | None = None
+    """Sizes, their plan with parts of size 1, whose first parts are the plan for a shorter index, and its slices."""
 
     def at(self, sizes: Sizes) -> Plan:
-        return divided(self.parts.at(sizes), self.strategy)
+        first, form = self.parts.open_index(sizes), self.whole.form
+        if first is None or form is None:
+            return divided(self.parts.at(sizes), self.strategy)
+        size = sizes[first]
+        if form.has_factors or parts_at(size) < size:
+            return self._joined(sizes, first, form)[0]
+        last = self.last
+        is_known = last is not None and {**last[0], first: size} == sizes
+        if last is None or not is_known or last[0][first] < size:
+            longest = {**sizes, first: self.parts.most[first]} if is_known else sizes
+            last = self.last = longest, *self._joined(longest, first, form)
+        _, plan, slices = last
+        return first_parts(plan, size, slices) or self._joined(sizes, first, form)[0]
+
+    def _joined(self, sizes: Sizes, first: str, form: Resizable) -> tuple[Plan, Slices]:
+        """The plan, whose parts have the steps of the whole, if they can be computed from slices of the operands."""
+        parts = self.parts.at(sizes)
+        if parts.slices is None:
+            return divided(parts, self.strategy), {}
+        lengths = {length for _, length in parts.bounds}
+        plans = {length: form.at({**sizes, first: length}, sizes) for length in lengths}
+        return joined(parts, plans), parts.slices
 
     def estimate(self, sizes: Sizes, target: Target) -> float:
         """The estimate for parts that have the steps of the whole, so that they need not be lowered."""
-        parts, equal = self.parts.at(sizes), self.parts.opened.equal
-        first = equal.get(parts.index)
-        if first is None or [*equal.values()].count(first) > 1:
+        first = self.parts.open_index(sizes)
+        if first is None:
             return target.estimate(self.at(sizes))
-        part = {**sizes, first: sizes[first] // parts.count}
-        return target.estimate(self.whole.at(part), parts.count)
+        count = parts_at(sizes[first])
+        return target.estimate(self.whole.at({**sizes, first: sizes[first] // count}), count)
 
 
 def _marks(net: AnyNetwork, lower_ends: Sizes) -> Iterator[Sizes]:

@@ -108,6 +108,7 @@ IMPLEMENTATIONS = {
     found.name: found
     for found in (
         Implementation(STANDARD, {name: _standard(name) for name in _EVERY}, "torch", "torch"),
+        Implementation("standard-again", {name: _standard(name) for name in _EVERY}, "torch", "torch"),
         Implementation("lensor", {name: _estimated(name) for name in _EVERY}, "lensor", "lensor"),
         Implementation("lensor-measure", {name: _measured(name) for name in _EVERY}, "lensor", "lensor"),
         Implementation("network", {name: network(name, False) for name in _EVERY}, "lensor", "lensor"),

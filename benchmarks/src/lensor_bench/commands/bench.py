@@ -37,9 +37,10 @@ def bench(
     impl: Annotated[
         list[str] | None,
         typer.Option(
-            help="Implementations, besides standard: lensor, lensor-measure (candidates timed), network and"
-            " network-simplified (contracted with dense patterns), and, if installed, einconv, einconv-contract"
-            " (without making the expression), backpack, opacus."
+            help="Implementations, besides standard: standard-again (the same calls timed again, which shows the noise of"
+            " the measurement), lensor, lensor-measure (candidates timed), network and network-simplified (contracted"
+            " with dense patterns), and, if installed, einconv, einconv-contract (without making the expression),"
+            " backpack, opacus."
         ),
     ] = None,
     kinds: Kinds = None,

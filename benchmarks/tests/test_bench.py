@@ -617,7 +617,7 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
     [
         (["--nets", "vgg"], "net is 'vgg', expected one of 3c3d, 2c2d,"),
         (["--ops", "backward"], "operation is 'backward', expected one of forward, input_vjp,"),
-        (["--impl", "jax"], "implementation is 'jax', expected one of standard, standard-again, lensor, lensor-measure,"),
+        (["--impl", "jax"], "implementation is 'jax', expected one of standard, standard-again, lensor,"),
         (["--kinds", "odd"], "kind is 'odd', expected one of general, mixed-dense, dense, down-sampling"),
         (["--dtype", "int8"], "dtype is 'int8', expected one of float64, float32"),
         (["--device", "tpu"], "device is 'tpu', expected one of cpu"),

@@ -22,7 +22,7 @@ from lensor.lowering.windows import overlap_add, read_windows, split_modes, with
 from lensor.network import AnyNetwork, Operand, Pattern
 from lensor.plan import Plan
 from lensor.plan import steps as s
-from lensor.simplification.lags import has_lags, lags, lags_of_last
+from lensor.simplification.lags import has_lags, lags
 from lensor.simplification.recompose import compose, share, undo
 
 Stage: TypeAlias = Callable[[State], None]
@@ -153,7 +153,6 @@ STRATEGIES = (
         _may_have_lags,
         ("lags", _has_depthwise_gradient),
     ),
-    Strategy("lags, one axis", _LAGS, _VIEWS, (share, lags_of_last), _may_have_lags),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),

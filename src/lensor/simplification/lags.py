@@ -51,7 +51,8 @@ def lags(net: AnyNetwork) -> AnyNetwork:
     If all output positions that read an input position are included, two kernel positions are connected by their lag
     only: Σ_o Π[i,o,k] Π[j,o,l] = [j − i = (l−k)·D] = Σ_m Λ[j,i,m] T[l,m,k] with the lags m = l − k + K − 1. The product
     over the positions that the pattern lacks is subtracted. Each of these positions reads few inputs, so each term is
-    thin. The dual (with a shared leg k) has this form once the legs o and k are exchanged.
+    thin. The dual (with a shared leg k) has this form once the legs o and k are exchanged. With more than 48 terms, the
+    network itself is returned.
 
     Example:
         >>> import lensor
@@ -64,27 +65,14 @@ def lags(net: AnyNetwork) -> AnyNetwork:
         -1 n i, n j, i o_ (), k o_ (), j o__ (), l o__ () -> k l
         -1 n i, n j, i () (), k () (), j () (), l () () -> k l
     """
-    return _sum(net, [_pairs(term) for term in net.terms])
-
-
-def lags_of_last(net: AnyNetwork) -> AnyNetwork:
-    """Rewrite only the last such pair, so that the indices of the other pairs can serve as channels.
-
-    This is better if there are few channels: a convolution along one axis has as many channels as there are positions
-    on the other axes.
-    """
-    return _sum(net, [_pairs(term)[-1:] for term in net.terms])
+    pairs = [_pairs(term) for term in net.terms]
+    terms = [piece for term, mine in zip(net.terms, pairs, strict=True) for piece in _rewritten(term, mine)]
+    return sum_of(terms) if any(pairs) and len(terms) <= _MOST_TERMS else net
 
 
 def has_lags(net: AnyNetwork) -> bool:
     """Whether `lags` may rewrite the network."""
     return any(_pairs(term) for term in net.terms)
-
-
-def _sum(net: AnyNetwork, pairs: list[list[_Twins]]) -> AnyNetwork:
-    """The network with the given pairs of each term rewritten; the network itself if this needs too many terms."""
-    terms = [piece for term, mine in zip(net.terms, pairs, strict=True) for piece in _rewritten(term, mine)]
-    return sum_of(terms) if any(pairs) and len(terms) <= _MOST_TERMS else net
 
 
 def _rewritten(term: Network, pairs: list[_Twins]) -> list[Network]:

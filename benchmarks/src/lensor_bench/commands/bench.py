@@ -37,8 +37,8 @@ def bench(
     impl: Annotated[
         list[str] | None,
         typer.Option(
-            help="Implementations, besides standard: standard-again (the same calls timed again, which shows the noise of"
-            " the measurement), lensor, lensor-measure (candidates timed), network and network-simplified (contracted"
+            help="Implementations, besides standard: standard-again (the same calls timed again, to show the noise of"
+            " measurements), lensor, lensor-measure (candidates timed), network and network-simplified (contracted"
             " with dense patterns), and, if installed, einconv, einconv-contract (without making the expression),"
             " backpack, opacus."
         ),

@@ -1,7 +1,7 @@
 """From a function call to a plan: build the network once for given shapes and options, and cache the prepared call.
 
-While a framework captures a graph, a call becomes a constant in the graph, or, if its sizes are symbolic, a function
-that works for all sizes.
+While a framework captures a graph, a call becomes a constant in the graph. If sizes are symbolic, the graph contains
+the steps of a plan for all sizes, or, if there is no such plan, a composition of the framework's operators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 from lensor import evaluate, kernels, planner, runtime
 from lensor.cache import Cache
 from lensor.network import AnyNetwork
-from lensor.plan import Plan
 from lensor.spec import ConvSpec
 
 Array: TypeAlias = Any
@@ -32,6 +31,14 @@ class Request(NamedTuple):
     spec: ConvSpec | None = None  # given if the result takes the memory format of the framework's convolution
 
 
+class _Kind(NamedTuple):
+    """What a graph determines about an array; symbolic sizes are None."""
+
+    shape: tuple[int | None, ...]
+    dtype: Any
+    device: Any
+
+
 class _Call(NamedTuple):
     """A prepared request that is ready to run."""
 
@@ -47,7 +54,30 @@ class _Call(NamedTuple):
         return result[0] if self.unbatched else result
 
 
+class _CallForAllSizes(NamedTuple):
+    """A prepared request whose plan takes some sizes from the arrays."""
+
+    call: _Call
+    equal: tuple[tuple[tuple[int, int], ...], ...]  # axes of equal size, each given by the array's place and the axis
+    is_transformable: bool
+
+    def fits(self, arrays: Sequence[Array], options: Sequence[Any]) -> bool:
+        """Whether sizes are equal where they must be, and the plan can be transformed if the arrays are."""
+        symbolic = kernels.symbolic()
+        if not self.is_transformable and symbolic.is_transformed(arrays):
+            return False
+        for (first, axis), *others in self.equal:
+            size = arrays[first].shape[axis]
+            found = [arrays[place].shape[other] for place, other in others] + symbolic.symbolic_sizes(options)
+            if any(other != size for other in found):
+                return False
+        return True
+
+
 _calls = Cache(maxsize=4096)
+
+_TYPICAL = 32
+"""A plan for all sizes is chosen for this one, whatever sizes the graph was captured with."""
 
 
 class Operation:
@@ -63,7 +93,7 @@ class Operation:
         """Compute the result for arrays in the order of the arguments."""
         if kernels.is_capturing():
             if kernels.is_symbolic(arrays, options) and not _is_limited():
-                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
+                return self.captured_for_all_sizes(arrays, options)
             return self.captured(arrays, options)
         try:
             call = _calls.peek(self.key(arrays, options, _parts))
@@ -75,7 +105,7 @@ class Operation:
             kernels.backend_of(*arrays)  # raises unless all are arrays of one framework
             if kernels.is_symbolic(arrays, options):
                 check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
-                return kernels.for_all_sizes(self.name)(*self.padded(arrays), *options)
+                return self.composed(arrays, options)
             call = self.remembered(arrays, options)
         return call.run(arrays)
 
@@ -101,6 +131,23 @@ class Operation:
                 _calls.put(key, call)  # tracing does not measure plans, so a later call may find a better one
         return call
 
+    def captured_for_all_sizes(self, arrays: tuple[Array, ...], options: tuple) -> Array:
+        """Run the call as part of a graph with symbolic sizes: by a plan for all sizes if there is one."""
+        symbolic = kernels.symbolic()
+        if self.name in symbolic.LAYERS:
+            return self.composed(arrays, options)
+        kinds = tuple([(symbolic.known_sizes(array.shape), array.dtype, array.device) for array in arrays])
+        name = _captured_call_for_all_sizes(self.name, kinds, symbolic.known_sizes(options))
+        if name:
+            found = getattr(_captured_calls, name)
+            if found.fits(arrays, options):
+                return found.call.run(arrays)
+        return self.composed(arrays, options)  # raises an error if the arrays do not fit
+
+    def composed(self, arrays: tuple[Array, ...], options: tuple) -> Array:
+        """Run the call as a composition of the framework's operators, for all sizes."""
+        return kernels.symbolic().OPERATIONS[self.name](*self.padded(arrays), *options)
+
     def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
         """Run the call as part of a graph that a framework captures, with shapes and plan as constants."""
         kinds = tuple((shape_of(array), array.dtype, _device(array)) for array in arrays)
@@ -108,22 +155,51 @@ class Operation:
 
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """Check the arguments, build their network and plan it."""
-        options = tuple(map(_frozen, options))
-        named = dict(zip(self.arguments, arrays, strict=False))
-        is_complex = check_arrays(named, self.real)
+        is_complex = self.check(arrays)
         shapes = [shape_of(array) for array in arrays]
-        missing = [None] * (len(self.arguments) - len(arrays))
-        request = self.build(*shapes, *missing, *options)
-        adapt = tuple(
-            _adapter(found, shape, is_complex and name in request.conjugate)
-            for found, (name, shape) in zip(shapes, request.shapes.items(), strict=True)
-        )
+        request = self.request(shapes, options)
         plan = evaluate.compile(request.network, request.shapes, like=arrays[0])
-        return _Call(
-            _in_order(plan, tuple(request.shapes), arrays[0], request.spec),
-            adapt if any(adapt) else None,
-            request.unbatched,
-        )
+        return _call(runtime.runnable(plan, kernels.backend_of(arrays[0])), request, shapes, is_complex)
+
+    def prepare_for_all_sizes(self, kinds: Sequence[_Kind], options: tuple) -> _CallForAllSizes | None:
+        """Plan the call for all values of the sizes that are None in its shapes and options.
+
+        The result is None if there is no such plan, for example because the network depends on one of these sizes, or
+        if the arguments do not fit.
+        """
+        backend, shapes = kernels.load("torch"), [kind.shape for kind in kinds]
+        try:
+            is_complex = self.check(kinds)
+            request, other = (
+                self.request(_with_sizes(shapes, size), _with_sizes(options, size)) for size in (_TYPICAL, _TYPICAL + 1)
+            )
+        except (TypeError, ValueError):
+            return None
+        if request.network.exact != other.network.exact:
+            return None
+        form = evaluate.compile_for_all_sizes(request.network, request.shapes, other.shapes, backend, kinds[0])
+        axes = form and form.axes()
+        if not form or not axes:
+            return None
+        ready = runtime.Runnable(form.plan, backend, form=form)
+        places = [list(request.shapes).index(name) for name in ready.names]
+        equal = tuple([tuple([(places[at], axis) for at, axis in one]) for one in axes])
+        unknown = {
+            (place, axis) for place, shape in enumerate(shapes) for axis, size in enumerate(shape) if size is None
+        }
+        if unknown != {one for each in equal for one in each} or (len(equal) > 1 and _has_unknown(options)):
+            return None
+        wanted = {name: _inferred(shape, other.shapes[name]) for name, shape in request.shapes.items()}
+        call = _call(ready, request._replace(shapes=wanted), _with_sizes(shapes, -1), is_complex)
+        return _CallForAllSizes(call, equal, kernels.symbolic().is_transformable(form.plan.steps))
+
+    def check(self, arrays: Sequence[Array]) -> bool:
+        """Raise TypeError or ValueError unless the arrays are compatible; return whether they are complex."""
+        return check_arrays(dict(zip(self.arguments, arrays, strict=False)), self.real)
+
+    def request(self, shapes: Sequence[Shape], options: tuple) -> Request:
+        """The request for arrays of these shapes."""
+        return self.build(*self.padded(tuple(shapes)), *map(_frozen, options))
 
 
 _operations: dict[str, Operation] = {}
@@ -150,14 +226,32 @@ _captured_numbers = itertools.count()
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     """Return the name of a call in `_captured_calls`, using constants only."""
     settings = planner.untimed(planner.current())
-    key = (operation, kinds, repr(options), settings)
-    name = _captured_names.get(key)
-    if name is None:
+
+    def prepare() -> _Call:
         arrays = tuple(kernels.load("torch").placeholder(*kind) for kind in kinds)
         with planner.planning(effort=settings.effort):
-            call = _operations[operation].prepare(arrays, options)
-        name = f"call_{next(_captured_numbers)}"  # each thread gets a different number
-        setattr(_captured_calls, name, call)
+            return _operations[operation].prepare(arrays, options)
+
+    return _captured_name((operation, kinds, repr(options), settings), prepare)
+
+
+@kernels.constant_in_graphs
+def _captured_call_for_all_sizes(operation: str, kinds: tuple, options: tuple) -> str:
+    """Return the name of a call in `_captured_calls` for all values of sizes that are None; "" if there is no plan."""
+    known = [_Kind(*kind) for kind in kinds]
+    return _captured_name(
+        (operation, kinds, repr(options)), lambda: _operations[operation].prepare_for_all_sizes(known, options)
+    )
+
+
+def _captured_name(key: tuple, prepare: Callable[[], _Call | _CallForAllSizes | None]) -> str:
+    """The name of the call with this key, which is prepared if it is new; "" if it cannot be prepared."""
+    name = _captured_names.get(key)
+    if name is None:
+        call = prepare()
+        name = "" if call is None else f"call_{next(_captured_numbers)}"  # each thread gets a different number
+        if call is not None:
+            setattr(_captured_calls, name, call)
         _captured_names.put(key, name)
     return name
 
@@ -168,11 +262,19 @@ def _is_limited() -> bool:
     return planner.current().max_bytes is not None
 
 
-def _in_order(plan: Plan, names: tuple[str, ...], like: Array, spec: ConvSpec | None) -> Callable[..., Array]:
-    """The plan as a function that takes arrays in the order of `names` and does not check them."""
-    backend = kernels.backend_of(like)
-    ready = runtime.runnable(plan, backend)
-    call = ready.unchecked if spec is None else backend.formatted(ready, spec)
+def _call(ready: runtime.Runnable, request: Request, shapes: Sequence[Shape], is_complex: bool) -> _Call:
+    """The call that runs a plan for a request on arrays of these shapes."""
+    adapt = tuple(
+        _adapter(found, wanted, is_complex and name in request.conjugate)
+        for found, (name, wanted) in zip(shapes, request.shapes.items(), strict=True)
+    )
+    run_plan = _in_order(ready, tuple(request.shapes), request.spec)
+    return _Call(run_plan, adapt if any(adapt) else None, request.unbatched)
+
+
+def _in_order(ready: runtime.Runnable, names: tuple[str, ...], spec: ConvSpec | None) -> Callable[..., Array]:
+    """A plan as a function that takes arrays in the order of `names` and does not check them."""
+    call = ready.unchecked if spec is None else ready.backend.formatted(ready, spec)
     if ready.names == list(names):
         return call
     places = [names.index(name) for name in ready.names]
@@ -190,14 +292,30 @@ def recipe(*arguments: str, real: bool = False) -> Callable[[Callable[..., Reque
 
 
 def _adapter(found: Shape, wanted: Shape, conjugate: bool) -> Callable[[Array], Array] | None:
-    if conjugate:
-        return lambda array: array.conj().reshape(wanted)
-    return None if found == wanted else lambda array: array.reshape(wanted)
+    if found == wanted:
+        return (lambda array: array.conj()) if conjugate else None
+    return lambda array: (array.conj() if conjugate else array).reshape(wanted)
 
 
 def shape_of(array: Array) -> Shape:
     """The shape of an array as a tuple of plain ints."""
     return tuple(operator.index(size) for size in array.shape)
+
+
+def _with_sizes(options: Any, size: int) -> Any:
+    """Replace None in a shape, or in nested options, by a size."""
+    if isinstance(options, (tuple, list)):
+        return tuple([_with_sizes(option, size) for option in options])
+    return size if options is None else options
+
+
+def _has_unknown(options: Any) -> bool:
+    return any(map(_has_unknown, options)) if isinstance(options, tuple) else options is None
+
+
+def _inferred(shape: Shape, other: Shape) -> Shape:
+    """A shape for `reshape`, with −1 for the size that differs between two shapes."""
+    return tuple([size if size == another else -1 for size, another in zip(shape, other, strict=True)])
 
 
 def _device(array: Array) -> Any:

@@ -25,8 +25,9 @@ from lensor.network.subscripts import (
 )
 from lensor.pattern import IndexPattern, as_integer
 from lensor.plan import Plan
+from lensor.plan.resizable import Resizable
 from lensor.plan.steps import Input
-from lensor.planner import Settings, choose, current, planning, profile_of, untimed
+from lensor.planner import Settings, choose, choose_resizable, current, planning, profile_of, untimed
 from lensor.runtime import Runnable, require_operands, run, runnable
 
 
@@ -84,6 +85,29 @@ def compile(
     except TypeError:
         _refuse_symbols(shapes)
         raise
+
+
+def compile_for_all_sizes(
+    net: AnyNetwork,
+    shapes: Mapping[str, Sequence[int]],
+    others: Mapping[str, Sequence[int]],
+    backend: Backend,
+    like: Any,
+) -> Resizable | None:
+    """Choose a plan for all sizes of some indices; None if there is none.
+
+    Args:
+        net: the network.
+        shapes: the shape of every operand, with typical sizes of these indices.
+        others: the shapes with other sizes of these indices.
+        backend: the backend.
+        like: an object with the dtype and device of the operands.
+    """
+    bound, other = bind_shapes(net, shapes).sizes, bind_shapes(net, others).sizes
+    sizes = {index: bound[index] or 0 for index, size in net.sizes.items() if size is None}
+    free = {index: size for index, size in sizes.items() if other[index] != size}
+    rest = {index: size for index, size in sizes.items() if index not in free}
+    return choose_resizable(net.bind(rest) if rest else net, free, backend, backend.kind(like))
 
 
 def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from lensor.network import AnyNetwork, Operand
 from lensor.plan import Plan
 from lensor.plan import steps as s
 from lensor.plan.memory import last_uses
+from lensor.plan.resizable import Monomial, Resizable, value_of
 
 
 def run(plan: Plan, operands: Mapping[str, Any]) -> Any:
@@ -35,14 +37,17 @@ class Runnable:
     derivatives, `unchecked` makes it record the network's derivatives instead of the derivatives of the steps.
 
     Results are row-major arrays that share no memory with other arrays. With `channels_last`, results and derivatives
-    with spatial positions use torch's memory format of that name.
+    with spatial positions use torch's memory format of that name. With `form`, the form of the plan in which some
+    indices can take other sizes, `unchecked` takes their sizes from the arrays.
     """
 
-    def __init__(self, plan: Plan, backend: Backend, in_channels_last: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, backend: Backend, in_channels_last: bool = False, form: Resizable | None = None
+    ) -> None:
         self.plan, self.backend, self.in_channels_last = plan, backend, in_channels_last
         self.inputs = [step for step in plan.steps if isinstance(step, s.Input)]
         self.names = [step.operand for step in self.inputs]
-        self.unrecorded = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last))
+        self.unrecorded = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last, form))
         if plan.deriver is not None and self.names:
             self.unchecked = backend.differentiable(self.unrecorded, self.derivative, _needs(plan.network, self.names))
         self._derivatives: dict[tuple, Callable[..., Any]] = {}
@@ -146,7 +151,9 @@ def _only_moves(plan: Plan) -> bool:
     return not any(step.computes for step in plan.steps)
 
 
-def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> Callable[..., Any]:
+def _compiled(
+    plan: Plan, backend: Backend, in_channels_last: bool = False, form: Resizable | None = None
+) -> Callable[..., Any]:
     """Compile a plan to one function with one line per step; the function deletes values after their last use.
 
     Steps without operands (patterns, ones) use the dtype and device of the first operand.
@@ -165,13 +172,24 @@ def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> C
     if any(not step.takes and not isinstance(step, s.Input) for step in steps) and values:
         lines.append(f"    like = {values[0]}")
         like = "like"
+    resized: dict[int, _Resized] = {}
+    if form is not None:
+        axes = form.axes()
+        assert axes is not None
+        lines.append(f"    sizes = ({''.join(f'{names[at]}.shape[{axis}], ' for (at, axis), *_ in axes)})")
+        resized = {
+            place: _Resized(kind, given, backend.steps[kind])
+            for place, kind, given in form.steps
+            if kind is not s.Input
+        }
     last = last_uses(steps, plan.result)
     kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # held by the caller
     for place, step in enumerate(steps):
         if isinstance(step, s.Input):
             continue
-        space[f"f{place}"] = backend.steps[type(step)](step)
+        space[f"f{place}"] = resized.get(place) or backend.steps[type(step)](step)
         arguments = ", ".join(f"v{at}" for at in step.takes) or like
+        arguments = f"sizes, {arguments}" if place in resized else arguments
         lines.append(f"    v{place} = f{place}({arguments})")
         dead = [f"v{at}" for at, until in enumerate(last) if until == place and at not in (place, *kept)]
         if dead:
@@ -179,6 +197,25 @@ def _compiled(plan: Plan, backend: Backend, in_channels_last: bool = False) -> C
     lines.append(f"    return {_returned(plan)}")
     exec(compile("\n".join(lines), f"<{plan.name} plan>", "exec"), space)
     return space["call"]
+
+
+class _Resized:
+    """The function of a step whose sizes are known only when it runs."""
+
+    def __init__(self, kind: type[s.Step], arguments: Sequence[Any], function_of: Callable[[Any], Any]) -> None:
+        # Symbolic sizes cannot be part of a Fraction.
+        self.arguments = tuple(
+            [replace(one, factor=float(one.factor)) if _is_factor(one) else one for one in arguments]
+        )
+        self.kind, self.function_of = kind, function_of
+
+    def __call__(self, sizes: Sequence[Any], *arrays: Any) -> Any:
+        step = self.kind(*[value_of(argument, sizes) for argument in self.arguments])
+        return self.function_of(step)(*arrays)
+
+
+def _is_factor(argument: Any) -> bool:
+    return isinstance(argument, Monomial) and argument.is_factor
 
 
 def _returned(plan: Plan) -> str:

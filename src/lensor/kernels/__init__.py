@@ -117,20 +117,18 @@ def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
         sizes = itertools.chain(options, *(array.shape for array in arrays), *filter(_is_sequence, options))
         if not any(isinstance(size, torch.SymInt) for size in sizes):
             return False  # ordinary calls do not import the compiler's modules
-    from lensor.kernels.torch import symbolic
-
-    return symbolic.is_symbolic(arrays, options)
+    return symbolic().is_symbolic(arrays, options)
 
 
 def _is_sequence(option: Any) -> bool:
     return isinstance(option, (tuple, list))
 
 
-def for_all_sizes(operation: str) -> Callable[..., Any]:
-    """Return the version of a `lensor.functional` operation that supports symbolic sizes."""
+def symbolic() -> Any:
+    """The module for symbolic sizes, `lensor.kernels.torch.symbolic`, which imports the compiler's modules."""
     from lensor.kernels.torch import symbolic
 
-    return symbolic.OPERATIONS[operation]
+    return symbolic
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,10 +144,10 @@ __all__ = [
     "Backend",
     "backend_of",
     "constant_in_graphs",
-    "for_all_sizes",
     "is_capturing",
     "is_symbolic",
     "load",
     "name_of",
     "override_of",
+    "symbolic",
 ]

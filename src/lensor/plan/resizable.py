@@ -14,14 +14,14 @@ from fractions import Fraction
 from typing import Any
 
 from lensor.plan.plan import Plan
-from lensor.plan.steps import Step
+from lensor.plan.steps import Input, Step
 
 _FAR = 10_007
 """A resized plan is verified for sizes that exceed the marks by about this number."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Monomial:
+class Monomial:
     """A number times powers of the marked sizes, each given by its place among the marks."""
 
     factor: int | Fraction
@@ -33,9 +33,13 @@ class _Monomial:
         return isinstance(self.factor, Fraction)
 
     def at(self, sizes: Sequence[int]) -> int | Fraction:
-        value = self.factor
+        """The number for these sizes."""
+        value: Any = self.factor
         for place, power in self.powers:
-            value *= sizes[place] ** power if power > 0 else Fraction(1, sizes[place] ** -power)
+            for _ in range(power):
+                value *= sizes[place]
+            for _ in range(-power):
+                value /= sizes[place]
         return value
 
 
@@ -54,20 +58,20 @@ class Resizable:
     plan: Plan
     marks: Mapping[str, int]
     steps: tuple[tuple[int, type[Step], tuple[Any, ...]], ...]
-    shapes: tuple[tuple[int, tuple[int | _Monomial, ...]], ...]
+    shapes: tuple[tuple[int, tuple[int | Monomial, ...]], ...]
     values: Mapping[int, Any]
 
     @property
     def has_factors(self) -> bool:
         """Whether a factor depends on the marked sizes."""
-        return any(isinstance(value, _Monomial) and value.is_factor for value in self.values.values())
+        return any(isinstance(value, Monomial) and value.is_factor for value in self.values.values())
 
     def at(self, sizes: Mapping[str, int], scales: Mapping[str, int] | None = None) -> Plan:
         """The plan for these sizes of the marked indices; with `scales`, its factors are those for other sizes."""
         known = [sizes[index] for index in self.marks]
         whole = known if scales is None else [scales[index] for index in self.marks]
         values = {
-            at: value_of(value, whole if isinstance(value, _Monomial) and value.is_factor else known)
+            at: value_of(value, whole if isinstance(value, Monomial) and value.is_factor else known)
             for at, value in self.values.items()
         }
         steps, shapes = list(self.plan.steps), list(self.plan.shapes)
@@ -76,6 +80,21 @@ class Resizable:
         for place, shape in self.shapes:
             shapes[place] = values[id(shape)]
         return replace(self.plan, steps=tuple(steps), shapes=tuple(shapes))
+
+    def axes(self) -> list[list[tuple[int, int]]] | None:
+        """For each mark, the axes of operands with its size: the place among the operands, and the axis.
+
+        The result is None if a mark has no axis, or if an axis has another size that depends on the marks.
+        """
+        primes = list(self.marks.values())
+        found: dict[int, list[tuple[int, int]]] = {prime: [] for prime in primes}
+        for place, step in enumerate(step for step in self.plan.steps if isinstance(step, Input)):
+            for axis, size in enumerate(step.size):
+                if size in found:
+                    found[size].append((place, axis))
+                elif monomial(size, primes) is not size:
+                    return None
+        return list(found.values()) if all(found.values()) else None
 
 
 def resizable(plan: Plan, marks: Mapping[str, int]) -> Resizable | None:
@@ -137,7 +156,7 @@ def monomial(value: Any, primes: Sequence[int]) -> Any:
         if all(one % prime for one in value for prime in primes):
             return value
         found = tuple([monomial(one, primes) for one in value])
-        return found if any(isinstance(one, _Monomial) for one in found) else value
+        return found if any(isinstance(one, Monomial) for one in found) else value
     rest, powers = value, []
     for place, prime in enumerate(primes) if value else ():
         power = 0
@@ -147,11 +166,11 @@ def monomial(value: Any, primes: Sequence[int]) -> Any:
             rest, power = rest * prime, power - 1
         if power:
             powers.append((place, power))
-    return _Monomial(rest, tuple(powers)) if powers else value
+    return Monomial(rest, tuple(powers)) if powers else value
 
 
 def value_of(value: Any, sizes: Sequence[int]) -> Any:
     """The value of a number, or of each number of a tuple, that `monomial` returned, for other sizes."""
     if isinstance(value, tuple):
-        return tuple([one.at(sizes) if isinstance(one, _Monomial) else one for one in value])
-    return value.at(sizes) if isinstance(value, _Monomial) else value
+        return tuple([one.at(sizes) if isinstance(one, Monomial) else one for one in value])
+    return value.at(sizes) if isinstance(value, Monomial) else value

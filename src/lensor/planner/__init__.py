@@ -1,7 +1,7 @@
 """The planner, which estimates or measures candidate plans, stores measured times, and chooses the best plan."""
 
 from lensor.planner.calibration import calibrate, machine, profile_of
-from lensor.planner.choice import choose, measure
+from lensor.planner.choice import choose, choose_resizable, measure
 from lensor.planner.cost import estimate
 from lensor.planner.profile import Machine, Speed, Speeds, processor
 from lensor.planner.settings import Settings, current, planning, preferring, untimed
@@ -13,6 +13,7 @@ __all__ = [
     "Speeds",
     "calibrate",
     "choose",
+    "choose_resizable",
     "current",
     "estimate",
     "machine",

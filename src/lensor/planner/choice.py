@@ -14,6 +14,7 @@ from lensor.lowering import BY_NAME, compare_paths, lower_in_parts, sliceable
 from lensor.network import AnyNetwork
 from lensor.plan import Candidate, Considered, Plan
 from lensor.plan import steps as s
+from lensor.plan.resizable import Resizable
 from lensor.planner import wisdom
 from lensor.planner.calibration import profile_of
 from lensor.planner.families import Sizes, Target, family_of
@@ -90,6 +91,26 @@ def choose(
         best = min(range(len(found)), key=lambda at: math.inf if (seconds := measured[at]) is None else seconds)
     others = (*known[:best], *known[best + 1 :])
     return _finished(found[best][0], net, (known[best], *others), _reason(known, best, settings), itemsize)
+
+
+def choose_resizable(net: AnyNetwork, sizes: Sizes, backend: Backend, kind: Sequence[Any]) -> Resizable | None:
+    """Choose the best plan for a network whose open indices may have any sizes, by estimates for typical sizes.
+
+    The result is None if no candidate allows all sizes. Candidates in parts of an index do not.
+
+    Args:
+        net: the network.
+        sizes: typical sizes of all open indices.
+        backend: the backend.
+        kind: the operands' dtype and device, as given by the backend.
+    """
+    target = Target(backend, tuple(kind), profile_of(backend, kind))
+    family = family_of(net, sizes, target)
+    if family is None:
+        return None
+    estimates = zip(family.estimates(sizes, target), family.members, strict=True)
+    found = [(seconds, member.form) for seconds, member in estimates if member.form is not None]
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _finished(plan: Plan, net: AnyNetwork, known: Sequence[Candidate], reason: str, itemsize: int) -> Plan:

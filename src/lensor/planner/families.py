@@ -64,6 +64,11 @@ Sizes: TypeAlias = Mapping[str, int]
 class Member(Protocol):
     """One candidate for all sizes of the open indices."""
 
+    @property
+    def form(self) -> Resizable | None:
+        """The plan in a form in which the open indices can take any size; None if its steps do not allow that."""
+        ...
+
     def at(self, sizes: Sizes, /) -> Plan:
         """The plan for these sizes."""
         ...
@@ -329,6 +334,10 @@ class _InParts:
     strategy: str
     last: tuple[Sizes, Plan, Slices] | None = None
     """Sizes, their plan with parts of size 1, whose first parts are the plan for a shorter index, and its slices."""
+
+    @property
+    def form(self) -> None:
+        return None
 
     def at(self, sizes: Sizes) -> Plan:
         first, form = self.parts.open_index(sizes), self.whole.form

@@ -35,7 +35,8 @@ class Constant:
 
     def kept(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         def settled() -> torch.Tensor:
-            with torch.inference_mode(False), torch.no_grad():
+            # A compiler may trace a function transform, which would wrap the tensor.
+            with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
                 return self.made(dtype, device)
 
         return _constants.get_or_make((self.key, dtype, device), settled)

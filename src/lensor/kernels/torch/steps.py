@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def _gather(step: s.Gather) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _flip(step: s.Flip) -> Callable[[torch.Tensor], torch.Tensor]:
     def flip(x: torch.Tensor) -> torch.Tensor:
-        if not step.pieces(x.shape) or not may_write(x):
+        if not may_write(x) or not step.pieces(x.shape):
             return x.flip(step.axes)
         sizes = [x.shape[axis] for axis in step.axes]
         out = x.new_empty(x.shape)
@@ -158,8 +159,13 @@ def _run(x: torch.Tensor, axis: int, start: int, step: int, length: int) -> torc
     return x if step > 0 else x.flip(axis)
 
 
+def _number(factor: Any) -> Any:
+    """A factor as a number, which is symbolic if it contains a symbolic size."""
+    return float(factor) if isinstance(factor, Fraction) else factor
+
+
 def _multiple(step: s.Multiple) -> Callable[[torch.Tensor], torch.Tensor]:
-    factor = float(step.factor)
+    factor = _number(step.factor)
     if step.owned:
         return lambda x: x.mul_(factor) if may_write(x) else x * factor
     return lambda x: x * factor
@@ -190,7 +196,7 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def sum_squares(x: torch.Tensor) -> torch.Tensor:
         sizes = [x.shape[axis] for axis in axes]
-        if not 0 < math.prod(sizes) <= step.most_terms or not may_write(x):
+        if not may_write(x) or not 0 < math.prod(sizes) <= step.most_terms:
             return (x * x).sum(axes)
         kept = [axis for axis in range(x.ndim) if axis not in axes]
         terms = x.permute(*axes, *kept)
@@ -206,16 +212,16 @@ def _sum_squares(step: s.SumSquares) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply into row-major order, since the next step is often a view; torch would use the order of the factors."""
-    if (a.is_contiguous() and b.is_contiguous()) or not (may_write(a) and may_write(b)):
+    if not (may_write(a) and may_write(b)) or (a.is_contiguous() and b.is_contiguous()):
         return a * b
     shape = [q if p == 1 else p for p, q in zip(a.shape, b.shape, strict=True)]
     return torch.mul(a, b, out=a.new_empty(shape, dtype=torch.result_type(a, b)))
 
 
 def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    if step.factor == 1:
+    if isinstance(step.factor, Fraction) and step.factor == 1:
         return torch.matmul
-    factor = float(step.factor)
+    factor = _number(step.factor)
 
     def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if may_write(a) and a.ndim in (2, 3) and a.shape[:-2] == b.shape[:-2]:
@@ -229,7 +235,7 @@ def _matmul(step: s.MatMul | s.Gram) -> Callable[[torch.Tensor, torch.Tensor], t
 def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
     """Multiply halves of the rows recursively, or all rows at once if this saves nothing or writing is not allowed."""
     multiply = _matmul(step)
-    factor = float(step.factor)
+    factor = _number(step.factor)
 
     def fill(out: torch.Tensor, x: torch.Tensor, depth: int) -> None:
         if not depth:
@@ -243,8 +249,8 @@ def _gram(step: s.Gram) -> Callable[[torch.Tensor], torch.Tensor]:
         out[..., low, high] = out[..., high, low].mT
 
     def gram(x: torch.Tensor) -> torch.Tensor:
-        depth = step.depth(*x.shape[-2:])
-        if not depth or x.is_cuda or not may_write(x):
+        depth = step.depth(*x.shape[-2:]) if may_write(x) and not x.is_cuda else 0
+        if not depth:
             return multiply(x, x.mT)
         out = x.new_empty((*x.shape[:-1], x.shape[-2]))
         fill(out, x, depth)
@@ -280,7 +286,7 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
             ]
             within = all(more < apart for more, apart in zip(extra, stride, strict=True))
             if any(extra) and within and v.device.type == "cpu":  # a transposed convolution copies such a result again
-                like = shape_only((len(v), *step.size[1:]), v)
+                like = shape_only((v.shape[0], *step.size[1:]), v)
                 return torch.ops.aten.convolution_backward(
                     v, like, w, None, stride, padding, dilation, False, [0] * dims, groups, [True, False, False]
                 )[0]
@@ -299,7 +305,7 @@ def _convolution(step: s.Convolution) -> Callable[[torch.Tensor, torch.Tensor], 
 
 STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Constant: _constant,
-    s.Fill: lambda step: lambda like: torch.full(step.size, float(step.value), dtype=like.dtype, device=like.device),
+    s.Fill: lambda step: lambda like: torch.full(step.size, _number(step.value), dtype=like.dtype, device=like.device),
     s.Identity: lambda step: lambda like: torch.eye(step.size, dtype=like.dtype, device=like.device),
     s.Reshape: lambda step: lambda x: x.reshape(step.size),
     s.Transpose: lambda step: lambda x: x.permute(step.order),

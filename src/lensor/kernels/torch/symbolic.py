@@ -1,7 +1,8 @@
 """The public operations for symbolic sizes, composed of torch operators.
 
-While torch captures a graph for all sizes (`torch.export` with dynamic shapes, `torch.compile` after a size has
-changed, `torch.jit.trace`), planning is not possible, since a plan requires known sizes. Each function here has the
+Torch captures graphs for all sizes in `torch.export` with dynamic shapes, in `torch.compile` after a size has changed,
+and in `torch.jit.trace`. If only the sizes of open indices are symbolic, such as the batch size, `lensor.dispatch` uses
+a plan for all sizes if there is one. In all other cases, it uses the functions in this module. Each function has the
 name, arguments and result of an operation in `lensor.functional`, and works for all sizes. Kernel sizes, strides,
 paddings, dilations and groups are numbers. The numbers of examples, channels and positions may be symbolic, and the
 functions impose no more constraints on them than torch's own layers.
@@ -16,11 +17,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from lensor.choices import Approx, FactorNormalisation, Form, PaddingMode
 from lensor.conventions import CONVENTIONS
 from lensor.errors import require_choice
+from lensor.plan.steps import Convolution, Step
 from lensor.spec import ConvSpec
 
 Sizes: TypeAlias = Sequence[Any]
@@ -58,6 +61,34 @@ def is_symbolic(arrays: Sequence[Any], options: Sequence[Any]) -> bool:
 
 def _is_known(option: Any) -> bool:
     return not isinstance(option, (int, torch.SymInt)) or has_static_value(option)
+
+
+def known_sizes(options: Any) -> Any:
+    """Replace the symbolic sizes in nested options by None, and the others by ints."""
+    if isinstance(options, (tuple, list)):
+        return tuple([known_sizes(option) for option in options])
+    if isinstance(options, bool) or not isinstance(options, (int, torch.SymInt)):
+        return options
+    return operator.index(options) if has_static_value(options) else None
+
+
+def symbolic_sizes(options: Any) -> list[Any]:
+    """The symbolic sizes in nested options."""
+    if isinstance(options, (tuple, list)):
+        return [size for option in options for size in symbolic_sizes(option)]
+    return [] if _is_known(options) else [options]
+
+
+def is_transformable(steps: Sequence[Step]) -> bool:
+    """Whether sizes remain symbolic in derivatives and under `vmap`, where torch fixes those of weight gradients."""
+    return not any(isinstance(step, Convolution) and step.kind == "weight_grad" for step in steps)
+
+
+def is_transformed(arrays: Sequence[Tensor]) -> bool:
+    """Whether torch records the gradient of an operation on these tensors, or transforms it."""
+    if _are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
 
 
 # ------------------------------------------------------------------------------------------------- hyper-parameters
@@ -644,6 +675,9 @@ def ggn_gram(x: Tensor, s: Tensor, weight_size: Sizes, *options: Any) -> Tensor:
     roots = _roots(x, s, weight_size, options).flatten(2).flatten(0, 1)
     return roots @ roots.mT
 
+
+LAYERS = ("_conv", "_conv_transpose")
+"""Operations that never use plans for all sizes, so that exported programs contain torch's own layers."""
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "_conv": conv,

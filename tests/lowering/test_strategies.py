@@ -206,6 +206,25 @@ def test_operands_are_read_once() -> None:
         assert math.prod(inputs[0].size) == 3 * 4 * 9 * 8
 
 
+def test_terms_of_a_sum_are_added_in_turn() -> None:
+    """The memory of one term is free before the next one is computed, so more terms need no more memory."""
+    one, *more = (contraction("n i, n j -> i j", "X", name, n=5, i=30, j=30) for name in "ABCDEFGH")
+    few, many = one + more[0] + more[1], sum(more, start=one)
+    peaks = [lower(net.simplify(), BY_NAME["windows"]).peak_size for net in (few, many)]
+    assert peaks == [2 * 30 * 30, 2 * 30 * 30]
+    for net in (few, many):
+        operands = {
+            name: np.random.default_rng(at).standard_normal((5, 30)) for at, name in enumerate(net.operand_names)
+        }
+        assert_close(run(lower(net.simplify(), BY_NAME["windows"]), operands), evaluate_dense(net, operands))
+
+
+def test_lags_need_little_more_memory_than_their_largest_step() -> None:
+    net = bound(ops.kfac_input_factor(ConvSpec(16, 16, (12, 12), 3)), 4).simplify()
+    plan = lower(net, BY_NAME["lags"])
+    assert plan.peak_size < 2 * math.prod(plan.shape)
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("op", [ops.ggn_diagonal, ops.kfac_input_factor, ops.conv, ops.conv_input_vjp])
 def test_parts_of_an_index_on_operands_are_lowered_once_for_each_length(

@@ -33,7 +33,8 @@ def lower(net: AnyNetwork, strategy: Strategy, prepared: AnyNetwork | None = Non
     """
     program = Program()
     prepared = strategy.prepared(net) if prepared is None else prepared
-    return _pruned(text or to_text(net), program, _lower_terms(program, prepared, strategy), strategy.name)
+    result, in_turn = _lower_terms(program, prepared, strategy), len(prepared.terms) > 1
+    return _pruned(text or to_text(net), program, result, strategy.name, in_turn=in_turn)
 
 
 def lower_in_parts(net: AnyNetwork, strategy: Strategy, index: str, count: int, parts: Parts | None = None) -> Plan:
@@ -201,13 +202,23 @@ def _added(program: Program, values: Sequence[int]) -> int:
     return result
 
 
-def _pruned(text: str, program: Program, result: int, strategy: str, parts: tuple[str, int] | None = None) -> Plan:
-    """A plan with the steps that the result needs, and with all position vectors, which are checked even if unused."""
+def _pruned(
+    text: str,
+    program: Program,
+    result: int,
+    strategy: str,
+    parts: tuple[str, int] | None = None,
+    in_turn: bool = False,
+) -> Plan:
+    """A plan with the steps that the result needs, and with all position vectors, which are checked even if unused.
+
+    With `in_turn`, each term of a sum is added before the next one is computed, so that its memory is free again.
+    """
     needed = {result, *[at for at, step in enumerate(program.steps) if step.is_checked]}
     for at in range(len(program.steps) - 1, -1, -1):
         if at in needed:
             needed.update(program.steps[at].takes)
-    kept = sorted(needed)
+    kept = _depth_first(program, result, needed) if in_turn else sorted(needed)
     new = {place: at for at, place in enumerate(kept)}
     steps = [step.taking(tuple([new[at] for at in step.takes])) for step in map(program.steps.__getitem__, kept)]
     shapes = tuple([program.shapes[place] for place in kept])
@@ -221,6 +232,24 @@ def _pruned(text: str, program: Program, result: int, strategy: str, parts: tupl
             if _is_owned(steps, users, own.takes[0], at, new[result]):
                 steps[at] = own
     return Plan(text, tuple(steps), shapes, new[result], strategy, parts)
+
+
+def _depth_first(program: Program, result: int, needed: set[int]) -> list[int]:
+    """The needed places in an order in which each value is computed just before its first use; sources are first."""
+    order = [place for place in sorted(needed) if not program.steps[place].takes]
+    done = set(order)
+    todo = [*sorted(needed), result]
+    while todo:
+        place = todo[-1]
+        missing = [at for at in program.steps[place].takes if at not in done]
+        if missing:
+            todo.append(missing[0])
+            continue
+        todo.pop()
+        if place not in done:
+            done.add(place)
+            order.append(place)
+    return order
 
 
 def _is_owned(steps: Sequence[s.Step], users: Sequence[set[int]], value: int, user: int, result: int) -> bool:

@@ -136,6 +136,7 @@ class Operation:
         symbolic = kernels.symbolic()
         if self.name in symbolic.LAYERS:
             return self.composed(arrays, options)
+        self.check(arrays)
         kinds = tuple([(symbolic.known_sizes(array.shape), array.dtype, array.device) for array in arrays])
         name = _captured_call_for_all_sizes(self.name, kinds, symbolic.known_sizes(options))
         if name:

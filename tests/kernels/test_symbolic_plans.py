@@ -267,6 +267,40 @@ def test_compositions_run_if_there_is_no_plan(
     assert len(set(compositions)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.int64])
+def test_dtypes_that_eager_calls_refuse_are_refused(dtype: Any) -> None:
+    x = torch.ones(5, 4, 8).to(dtype)
+    torch._dynamo.mark_dynamic(x, 0)
+    for function in (lambda x: F.kfac_input_factor(x, 3), lambda x: F.kfac_input_factor(x, 3, approx="reduce")):
+        with pytest.raises(TypeError):
+            function(x)
+        with pytest.raises(Exception, match=r"TypeError|dtype|complex"):
+            torch.compile(function, backend="eager", fullgraph=True)(x)
+
+
+def test_gradients_of_an_input_gradient_keep_the_batch_size_symbolic() -> None:
+    """torch's derivative of a convolution's input gradient would fix the batch size if the plan contained one."""
+    spec = ConvSpec(6, 6, (8, 8), 3, stride=2, padding=1, dilation=2, groups=3)
+    w = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(
+        lambda w, v: F.conv_input_vjp((len(v), 6, 8, 8), w, v, 2, 1, 2, 3), backend=counter, fullgraph=True
+    )
+    for batch in (5, 2, 9):
+        v = torch.randn(batch, 6, *spec.output_size, dtype=torch.float64, requires_grad=True)
+        torch._dynamo.mark_dynamic(v, 0)
+        expected = F.conv_input_vjp((batch, 6, 8, 8), w, v, 2, 1, 2, 3)
+        found = function(w, v)
+        torch.testing.assert_close(found, expected)
+        for one, two in zip(
+            torch.autograd.grad(found.square().sum(), (w, v)),
+            torch.autograd.grad(expected.square().sum(), (w, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, two)
+    assert counter.frame_count == 1
+
+
 def test_batch_sizes_that_differ_are_refused() -> None:
     compiled = torch.compile(lambda x, v: F.conv_weight_vjp(x, (3, 4, 3), v), backend="eager", fullgraph=True)
     x, v = marked("conv_weight_vjp", (normal(5, 4, 9), normal(6, 3, 7)))

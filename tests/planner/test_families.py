@@ -148,6 +148,7 @@ SQUARES = {
     "sum": contraction("n i -> i", "X") + contraction("n i, n i -> i", "X", "Y").scaled(2),
     "mean": contraction("n i, n i -> i", "X", "X").scaled("3/2", {"n": -1}),
     "shared leg": contraction("(n a) i, n i -> i a", "X", "Y", a=3),
+    "diagonal": contraction("n n i, n i -> i", "X", "Y"),
     "last in a leg": contraction("(a n) i, n i -> i a", "X", "Y", a=3),
 }
 
@@ -156,10 +157,13 @@ SQUARES = {
 def test_parts_with_the_steps_of_the_whole(name: str) -> None:
     """The divided index may be averaged, share a leg with others, or be in several terms."""
     net = SQUARES[name].bind(i=4)
+    one = in_parts(net)
     for sizes in ({"n": 9}, {"n": 15}, {"n": 12}, {"n": 8}, {"n": 41}):
         operands = operands_of(net.bind(sizes))
         expected = evaluate_dense(net.bind(sizes), operands)
-        assert_close(run(in_parts(net).at(sizes), operands), expected)
+        plan = one.at(sizes)
+        assert_close(run(plan, operands), expected)
+        assert (plan.steps, plan.shapes) == ((fresh := in_parts(net).at(sizes)).steps, fresh.shapes)
 
 
 def in_parts(net: Any) -> families._InParts:

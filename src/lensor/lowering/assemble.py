@@ -73,11 +73,14 @@ def joined(parts: Parts, plans: Mapping[int, Plan]) -> Plan:
 
 
 def first_parts(plan: Plan, count: int, slices: Slices) -> Plan | None:
-    """The plan for the first parts of a plan from `joined` whose parts have size 1; None if their values are not added.
+    """The plan for the first parts of a plan from `joined` whose parts have size 1, or None.
 
-    This is the plan for a shorter index, if it has no factor that depends on its size.
+    This is the plan for a shorter index, if it has no factor that depends on its size. The values of the parts must be
+    added, and each operand must have the index on one axis, since its other axes are not sliced.
     """
     assert plan.parts is not None
+    if any(len(axes) > 1 for axes in slices.values()):
+        return None
     result = plan.result
     for _ in range(plan.parts[1] - count):
         if not isinstance(plan.steps[result], s.Add):

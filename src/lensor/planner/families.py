@@ -350,15 +350,18 @@ class _InParts:
         is_known = last is not None and {**last[0], first: size} == sizes
         if last is None or not is_known or last[0][first] < size:
             longest = {**sizes, first: self.parts.most[first]} if is_known else sizes
-            last = self.last = longest, *self._joined(longest, first, form)
+            plan, slices = self._joined(longest, first, form)
+            if slices is None:
+                return plan
+            last = self.last = longest, plan, slices
         _, plan, slices = last
         return first_parts(plan, size, slices) or self._joined(sizes, first, form)[0]
 
-    def _joined(self, sizes: Sizes, first: str, form: Resizable) -> tuple[Plan, Slices]:
+    def _joined(self, sizes: Sizes, first: str, form: Resizable) -> tuple[Plan, Slices | None]:
         """The plan, whose parts have the steps of the whole, if they can be computed from slices of the operands."""
         parts = self.parts.at(sizes)
         if parts.slices is None:
-            return divided(parts, self.strategy), {}
+            return divided(parts, self.strategy), None
         lengths = {length for _, length in parts.bounds}
         plans = {length: form.at({**sizes, first: length}, sizes) for length in lengths}
         return joined(parts, plans), parts.slices

@@ -80,8 +80,8 @@ def symbolic_sizes(options: Any) -> list[Any]:
 
 
 def is_transformable(steps: Sequence[Step]) -> bool:
-    """Whether sizes remain symbolic in derivatives and under `vmap`, where torch fixes those of weight gradients."""
-    return not any(isinstance(step, Convolution) and step.kind == "weight_grad" for step in steps)
+    """Whether sizes remain symbolic in derivatives and under `vmap`, where torch fixes those of gradients."""
+    return not any(isinstance(step, Convolution) and step.kind != "forward" for step in steps)
 
 
 def is_transformed(arrays: Sequence[Tensor]) -> bool:

@@ -88,12 +88,9 @@ def first_parts(plan: Plan, count: int, slices: Slices) -> Plan | None:
         result = plan.steps[result].takes[0]
     steps, shapes = list(plan.steps[: result + 1]), list(plan.shapes[: result + 1])
     for at, step in enumerate(steps):
-        if isinstance(step, s.Input) and slices.get(step.operand):
-            whole = list(step.size)
-            for axis, each in slices[step.operand]:
-                whole[axis] = count * each
-            shapes[at] = tuple(whole)
-            steps[at] = replace(step, size=shapes[at])
+        if isinstance(step, s.Input):
+            steps[at] = step = _with_positions(step, slices, count)
+            shapes[at] = step.size
     return replace(plan, steps=tuple(steps), shapes=tuple(shapes), result=result, parts=(plan.parts[0], count))
 
 
@@ -104,12 +101,8 @@ def _repeated(program: Program, parts: Parts, start: int, plan: Plan) -> int:
     places: list[int] = []
     for step, shape in zip(plan.steps, plan.shapes, strict=True):
         if isinstance(step, s.Input):
-            slices = parts.slices.get(step.operand, ())
-            whole = list(shape)
-            for axis, each in slices:
-                whole[axis] = size * each
-            place = program.add(replace(step, size=tuple(whole)))
-            for axis, each in slices:
+            place = program.add(_with_positions(step, parts.slices, size))
+            for axis, each in parts.slices.get(step.operand, ()):
                 place = program.add(s.Slice((place,), axis, start * each, 1, shape[axis]))
         elif step.is_view and not step.takes:
             place = program.add(step)  # a pattern, which all parts share
@@ -117,6 +110,14 @@ def _repeated(program: Program, parts: Parts, start: int, plan: Plan) -> int:
             place = program.append(step.taking(tuple([places[at] for at in step.takes])), shape)
         places.append(place)
     return places[plan.result]
+
+
+def _with_positions(step: s.Input, slices: Slices, count: int) -> s.Input:
+    """The operand with this many positions of the index that `slices` divides."""
+    size = list(step.size)
+    for axis, each in slices.get(step.operand, ()):
+        size[axis] = count * each
+    return replace(step, size=tuple(size))
 
 
 def _joined(program: Program, parts: Parts, strategy: str, values: Iterable[int]) -> Plan:

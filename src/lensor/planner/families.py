@@ -349,7 +349,7 @@ class _InParts:
         last = self.last
         is_known = last is not None and {**last[0], first: size} == sizes
         if last is None or not is_known or last[0][first] < size:
-            longest = {**sizes, first: self.parts.most[first]} if is_known else sizes
+            longest = {**sizes, first: max(size, self.parts.most[first])} if is_known else sizes
             plan, slices = self._joined(longest, first, form)
             if slices is None:
                 return plan

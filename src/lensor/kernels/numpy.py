@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lensor.kernels.constants import materialize_summed
+from lensor.kernels.reading import places
 from lensor.kernels.selection import read_at
 from lensor.pattern import IndexPattern
 from lensor.plan import steps as s
@@ -189,6 +190,30 @@ def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.n
     return {"forward": forward, "weight_grad": weight_grad, "input_grad": input_grad}[step.kind]
 
 
+def _pattern_product(step: s.PatternProduct) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Store everything that is read, and multiply with einsum: the definition of the step."""
+    every = range(len(step.sizes))
+
+    def read(x: np.ndarray, axes: Sequence[s.Axis]) -> tuple[np.ndarray, list[int]]:
+        held = sorted({index for axis in axes for index, _ in axis.terms})
+        found = [places(axis, step.sizes, {}) for axis in axes]
+        entries = x[tuple([at for at, _ in found])]
+        for _, inside in found:
+            if inside is not None:
+                entries = np.where(inside, entries, x.dtype.type(0))
+        entries = np.broadcast_to(entries, [max(n, step.sizes[i] if i in held else 1) for i, n in zip(every, entries.shape)])
+        return entries.reshape([step.sizes[index] for index in held]), held
+
+    def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        (a, on_a), (b, on_b) = read(x, step.left), read(y, step.right)
+        if not step.squared:
+            return np.einsum(a, on_a, b, on_b, step.order, optimize=True) * x.dtype.type(float(step.factor))
+        c = np.einsum(a, on_a, b, on_b, step.free, optimize=True)
+        return np.einsum(c, step.free, c, step.free, step.order) * x.dtype.type(float(step.factor))
+
+    return product
+
+
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Constant: _constant,
     s.Fill: lambda step: lambda like: np.full(step.size, float(step.value), like.dtype),
@@ -211,6 +236,7 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Multiply: lambda step: np.multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
+    s.PatternProduct: _pattern_product,
     s.Flip: lambda step: lambda x: np.flip(x, step.axes),
     s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
     s.Convolution: _convolution,

@@ -32,8 +32,14 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     return plans + [plan for plan in found if _is_new(plan, plans)]
 
 
-def whole(net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
-    """The distinct candidates that do not divide an index into parts; `simplified` is `net` simplified, if known."""
+def whole(net: AnyNetwork, simplified: AnyNetwork | None = None, fused: bool = False) -> list[Plan]:
+    """The distinct candidates that do not divide an index into parts.
+
+    Args:
+        net: the network.
+        simplified: `net` simplified, if known.
+        fused: whether to include the strategies that need kernels for products of arrays read through patterns.
+    """
     simplified = simplify_untraced(net) if simplified is None else simplified
     text = to_text(simplified)
     plans: list[Plan] = []
@@ -42,7 +48,7 @@ def whole(net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
     done: list[tuple[AnyNetwork, Strategy]] = []
     known: dict[tuple, AnyNetwork] = {}
     for strategy in STRATEGIES:
-        if not strategy.applies(simplified):
+        if (strategy.is_fused and not fused) or not strategy.applies(simplified):
             continue
         if strategy.varies is not None:
             other, may_differ = strategy.varies

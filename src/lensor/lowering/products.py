@@ -19,9 +19,8 @@ def multiply(state: State, ways: Sequence[Product], a: Tensor, b: Tensor, needed
     batch = [index for index in shared if index in needed]
     contracted = [index for index in shared if index not in needed]
     if a == b and contracted:
-        axes = tuple(a.indices.index(index) for index in contracted)
         kept = tuple(index for index in a.indices if index not in contracted)
-        return Tensor(state.program.add(s.SumSquares((a.value,), axes)), kept)
+        return Tensor(_squares(state, a.value, [a.indices.index(index) for index in contracted]), kept)
     if not contracted:
         free_a, free_b = (_as_wanted(state, tensor, batch, []) for tensor in (a, b))
         left = state.matrix(a, [*batch, *free_a], (*state.shape([*batch, *free_a]), *[1] * len(free_b)))
@@ -33,6 +32,13 @@ def multiply(state: State, ways: Sequence[Product], a: Tensor, b: Tensor, needed
         if found is not None:
             return found
     return _product(state, a, b, batch, contracted)
+
+
+def _squares(state: State, value: int, axes: Sequence[int]) -> int:
+    """Sum the squares of a value over some axes, in the kernel that computes the value if it can."""
+    before = state.program.steps[value]
+    fused = before.squares(axes) if isinstance(before, s.PatternProduct) else None
+    return state.program.add(fused or s.SumSquares((value,), tuple(axes)))
 
 
 def _product(state: State, a: Tensor, b: Tensor, batch: Sequence[str], contracted: Sequence[str]) -> Tensor:

@@ -14,11 +14,12 @@ from typing import TypeAlias
 from lensor.lowering.contraction import Contraction
 from lensor.lowering.convolutions import convolve, convolve_depthwise, convolve_forward
 from lensor.lowering.crops import read_crops, read_crops_late
+from lensor.lowering.fused import pattern_product
 from lensor.lowering.products import added_up, broadcast
 from lensor.lowering.sampled import place_chosen, read_chosen
 from lensor.lowering.state import State
 from lensor.lowering.toeplitz import defer_toeplitz
-from lensor.lowering.windows import overlap_add, read_windows, split_modes, without_table
+from lensor.lowering.windows import overlap_add, read_spread, read_windows, split_modes, without_table
 from lensor.network import AnyNetwork, Operand, Pattern
 from lensor.plan import Plan
 from lensor.plan import steps as s
@@ -83,6 +84,7 @@ class Strategy:
         contraction: how the remaining tensors and patterns are contracted.
         prepare: functions that rewrite the whole simplified network, in order, before the stages run.
         applies: whether the strategy may yield a better plan for the simplified network than the strategies before it.
+        is_fused: whether the strategy needs kernels that read factors of products through patterns.
         varies: the name of an earlier strategy, and whether this strategy may yield a different plan, given the plan of
             that strategy.
     """
@@ -93,6 +95,7 @@ class Strategy:
     prepare: tuple[Callable[[AnyNetwork], AnyNetwork], ...] = ()
     applies: Callable[[AnyNetwork], bool] = _always
     varies: tuple[str, Callable[[Plan], bool]] | None = None
+    is_fused: bool = False
 
     def prepared(self, net: AnyNetwork, known: dict[tuple, AnyNetwork] | None = None) -> AnyNetwork:
         """The network after the functions in `prepare`.
@@ -118,6 +121,7 @@ def dense(name: str, path: str = "auto") -> Strategy:
 _VIEWS = Contraction(meetings=(overlap_add, without_table))
 _BATCHED = Contraction(meetings=(overlap_add, without_table), products=(broadcast, added_up))
 _HALVES = Contraction(meetings=(overlap_add, without_table), halves=True)
+_FUSED = Contraction(meetings=(overlap_add, without_table), products=(pattern_product,), halves=True)
 _START = (read_chosen, split_modes)
 _CONVOLVE = (*_START, read_crops, convolve, read_windows)
 _LAGS = (*_START, read_crops, convolve, defer_toeplitz, read_windows)
@@ -155,6 +159,15 @@ STRATEGIES = (
     ),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
+    Strategy("patterns", (*_LATE, read_spread), _FUSED, (share,), is_fused=True),
+    Strategy(
+        "patterns, lags",
+        (*_START, read_crops, defer_toeplitz, read_windows),
+        _FUSED,
+        (share, lags),
+        _may_have_lags,
+        is_fused=True,
+    ),
     Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
     Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
 )

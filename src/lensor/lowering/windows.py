@@ -48,6 +48,37 @@ def read_windows(state: State) -> None:
         state.drop(node)
 
 
+def read_spread(state: State) -> None:
+    """Replace each pattern whose output leg is summed and whose other legs are used: Σ_o Π[i,o,k] z[o].
+
+    The entries of z are moved apart by the stride; then z[(i + P − k·D) / S] is a strided view with reversed k.
+    """
+    program = state.program
+    for node in state.patterns:
+        pattern, (i, o, k) = node.pattern, node.legs
+        if pattern.padding_mode != "zeros" or pattern.is_crop or has_repeats(node) or not (i and o and k):
+            continue
+        if set(o) & set(state.open) or state.patterns_on(o, node):
+            continue
+        holders = state.tensors_on(o)
+        others = {*i, *k}
+        if not holders or not all(set(o) <= {*one.indices} and others.isdisjoint(one.indices) for one in holders):
+            continue
+        if not state.used_elsewhere(i, node) or not state.used_elsewhere(k, node):
+            continue
+        reach = pattern.dilation * (pattern.kernel_size - 1)
+        for tensor in holders:
+            value, axis, rest = state.merged(tensor, o)
+            if pattern.stride > 1:
+                value = program.add(s.Stuff((value,), axis, pattern.stride))
+            value = state.shifted(value, axis, pattern.padding[0] - reach, pattern.input_size + reach)
+            window = s.Window((value,), axis, pattern.input_size, pattern.kernel_size, 1, pattern.dilation)
+            value = program.add(s.Flip((program.add(window),), (len(rest) + 1,)))
+            indices = (*rest[:axis], *i, *rest[axis:], *k)
+            state.replace(tensor, Tensor(program.reshape(value, state.shape(indices)), indices))
+        state.drop(node)
+
+
 def length_of(pattern: IndexPattern) -> int:
     """The number of positions from the first to the last position that a pattern reads."""
     return (pattern.output_size - 1) * pattern.stride + pattern.dilation * (pattern.kernel_size - 1) + 1

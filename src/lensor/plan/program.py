@@ -16,6 +16,7 @@ from lensor.plan.steps import (
     Multiple,
     Multiply,
     Pad,
+    PatternProduct,
     Reshape,
     Shape,
     Slice,
@@ -76,7 +77,7 @@ class Program:
         """Multiply a value by a number; a matrix product includes the factor for free, an outer product cheaply."""
         step = self.steps[value]
         match step:
-            case MatMul() | Gram():
+            case MatMul() | Gram() | PatternProduct():
                 return self.add(replace(step, factor=step.factor * factor))
             case Reshape(size=size):
                 return self.reshape(self.scaled(step.takes[0], factor), size)
@@ -118,7 +119,7 @@ class Program:
         step = self.steps[value]
         if isinstance(step, (Reshape, Transpose)):
             return self.is_scaled_for_free(step.takes[0])
-        return isinstance(step, (MatMul, Gram, Multiple)) or self._has_small_sources(value)
+        return isinstance(step, (MatMul, Gram, PatternProduct, Multiple)) or self._has_small_sources(value)
 
     def unpadded(self, value: int) -> tuple[int, Shape, Shape]:
         """The part of a value that is not padding, the shape of the whole, and the start of the part in the whole.

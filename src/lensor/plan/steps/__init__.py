@@ -17,6 +17,7 @@ from lensor.plan.steps.base import (
 )
 from lensor.plan.steps.convolution import Convolution
 from lensor.plan.steps.moves import Concat, Flip, Gather, Pad, Pick, Read, Stuff, Through
+from lensor.plan.steps.patterns import Axis, PatternProduct, Term
 from lensor.plan.steps.products import Gram, MatMul, Multiply
 from lensor.plan.steps.sources import Constant, Fill, Identity, Input, Positions
 from lensor.plan.steps.sums import Add, AddAt, Multiple, OverlapAdd, Put, ScatterAdd, SumAxes, SumSquares
@@ -28,6 +29,7 @@ __all__ = [
     "SHORT_RUN",
     "Add",
     "AddAt",
+    "Axis",
     "Concat",
     "Constant",
     "Convolution",
@@ -45,6 +47,7 @@ __all__ = [
     "Multiply",
     "OverlapAdd",
     "Pad",
+    "PatternProduct",
     "Pick",
     "Positions",
     "Put",
@@ -59,6 +62,7 @@ __all__ = [
     "Stuff",
     "SumAxes",
     "SumSquares",
+    "Term",
     "Through",
     "Transpose",
     "Window",

@@ -1,0 +1,311 @@
+"""Launches of the kernel for pattern products: its tables, its grid, and its settings for a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from triton import knobs
+
+from lensor.kernels import reading
+from lensor.kernels.torch.triton.kernels import pattern_product
+from lensor.kernels.torch.triton.tiles import INTERPRETED, WITH_TENSOR_CORES, WITHOUT_TENSOR_CORES, Tile, fitting
+from lensor.plan import steps as s
+from lensor.plan.steps.patterns import WORKSPACE
+
+IS_INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels, on tensors of any device."""
+
+_WAVES = 2
+"""A sum is split among programs if there are fewer tiles than this many for each multiprocessor."""
+
+_LEAST_SUMS = 4
+"""Each program that shares a sum takes at least this many steps of the loop."""
+
+_MOST_SPLITS = 64
+"""At most this many programs share a sum."""
+
+_is_tuning: ContextVar[bool] = ContextVar("lensor.tuning", default=False)
+
+
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Let each launch inside the `with` block time its tiles once and keep the fastest."""
+    token = _is_tuning.set(True)
+    try:
+        yield
+    finally:
+        _is_tuning.reset(token)
+
+
+class Setting(NamedTuple):
+    """What a launch depends on besides the step: operands and global settings of torch."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    is_tf32: bool
+    is_deterministic: bool
+
+    @staticmethod
+    def of(left: torch.Tensor, right: torch.Tensor) -> Setting:
+        is_tf32 = left.dtype is torch.float32 and allows_tf32()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return Setting(left.stride(), right.stride(), left.dtype, left.device, is_tf32, deterministic)
+
+
+def allows_tf32() -> bool:
+    """Whether torch may round the factors of float32 products to TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+class Launcher:
+    """Runs a pattern product on tensors of any device with Triton; tables are made for the first call of each kind.
+
+    Args:
+        step: the step.
+        tile: settings of the kernel; by default, chosen by the size of the product.
+        splits: the number of programs that share a sum; by default, enough to use the device.
+    """
+
+    def __init__(self, step: s.PatternProduct, tile: Tile | None = None, splits: int | None = None) -> None:
+        self.step, self.tile, self.splits = step, tile, splits
+        self._launches: dict[Setting, _Launch] = {}
+
+    def __call__(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        setting = Setting.of(left, right)
+        launch = self._launches.get(setting)
+        if launch is None or _is_tuning.get():
+            launch = self._launches[setting] = self._made(setting, left, right)
+        return launch(left, right)
+
+    def _made(self, setting: Setting, left: torch.Tensor, right: torch.Tensor) -> _Launch:
+        tables = _Tables(self.step, setting)
+        tiles = [self.tile] if self.tile is not None else _tiles(self.step, setting)
+        found = [_Launch(tables, tile, self.splits) for tile in (tiles if _is_tuning.get() else tiles[:1])]
+        if len(found) == 1 or left.device.type != "cuda":
+            return found[0]
+        return min(found, key=lambda launch: _seconds(launch, left, right))
+
+
+def _tiles(step: s.PatternProduct, setting: Setting) -> list[Tile]:
+    rows, columns = step.size(step.rows), step.size(step.columns)
+    if setting.device.type != "cuda":
+        tiles = INTERPRETED
+    else:
+        has_cores = torch.cuda.get_device_capability(setting.device) >= (8, 0)
+        is_exact = setting.dtype is torch.float32 and not setting.is_tf32
+        tiles = WITH_TENSOR_CORES if has_cores and not is_exact else WITHOUT_TENSOR_CORES
+    return fitting(tiles, rows, columns, step.is_gram)
+
+
+def _seconds(launch: _Launch, left: torch.Tensor, right: torch.Tensor, repeats: int = 5) -> float:
+    """The shortest time of a launch, by events on the device."""
+    launch(left, right)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        launch(left, right)
+        event.record()
+    events[-1].synchronize()
+    return min(one.elapsed_time(two) for one, two in zip(events, events[1:], strict=False))
+
+
+class _Tables:
+    """The tables of a step for operands with given strides, on their device."""
+
+    def __init__(self, step: s.PatternProduct, setting: Setting) -> None:
+        self.step, self.setting = step, setting
+        sizes = step.sizes
+        operands = ((step.left, setting.left), (step.right, setting.right))
+        kept = reading.kept_batch(step)
+        self.batch = (*kept, *(index for index in step.batch if index not in kept))
+        apart = [_distances(axes, strides) for axes, strides in operands]
+        self.rows = _by_distance(step.rows, apart[0])
+        if step.is_gram:
+            pairs = dict(zip(step.rows, step.columns, strict=True))
+            self.columns = tuple([pairs[index] for index in self.rows])
+        else:
+            self.columns = _by_distance(step.columns, apart[1])
+        plain, inner = _summed(step, apart[0])
+        left = reading.reads_for(step.left, setting.left, sizes, (self.batch, self.rows, plain, inner))
+        right = reading.reads_for(step.right, setting.right, sizes, (self.batch, self.columns, plain, inner))
+        self.sizes = [step.size(group) for group in (kept, self.rows, self.columns, plain, inner)]
+        self.squared = step.size(self.batch) // max(self.sizes[0], 1)
+        self.shape = step.shape(())
+        self.length = math.prod(self.shape)
+        self.by_rows = [_reads_by_rows(one) for one in (left, right)]
+        self.modes = [_modes(one) for one in (left, right)]
+        out = reading.outputs_for(step, kept, self.rows, self.columns)
+        is_wide = max(_last(left), _last(right), WORKSPACE, self.length) >= 1 << 31
+        self._dtype = np.int64 if is_wide else np.int32
+        self.left, self.right = ([self._on_device(group.table()) for group in one.groups] for one in (left, right))
+        self.out = [self._on_device(one) for one in out]
+        self.checked = [
+            self._on_device(np.zeros(1, np.int64) if check.table is None else check.table)
+            for one in (left, right)
+            for check in _padded(one.checks)
+        ]
+        self.lengths = [check.size for one in (left, right) for check in _padded(one.checks)]
+
+    def _on_device(self, table: np.ndarray) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.from_numpy(np.ascontiguousarray(table, self._dtype)).to(self.setting.device)
+
+    def partial_out(self, tiles: int) -> torch.Tensor:
+        """Offsets of kept b in an array with one entry for each of them and each tile."""
+        return self.out[0] * tiles
+
+
+def _padded(checks: Sequence[reading.Check]) -> list[reading.Check]:
+    return [*checks, *[reading.Check(0, None)] * (reading.MOST_CHECKED - len(checks))]
+
+
+def _modes(reads: reading.Reads) -> list[int]:
+    """For each checked axis, 1 if its coordinates are only compared with its size, 2 if it has a table; 0: none."""
+    found = [1 if check.table is None else 2 for check in reads.checks]
+    return found + [0] * (reading.MOST_CHECKED - len(found))
+
+
+def _distances(axes: Sequence[s.Axis], strides: Sequence[int]) -> dict[int, int]:
+    """For each index, about how far apart in memory its positions are."""
+    found: dict[int, int] = {}
+    for axis, stride in zip(axes, strides, strict=True):
+        for index, line in axis.terms:
+            slope = max((abs(piece.slope) for piece in line), default=0)
+            found[index] = found.get(index, 0) + stride * slope
+    return found
+
+
+def _by_distance(group: s.Shape, apart: dict[int, int]) -> s.Shape:
+    """The indices of a group, those whose positions are close in memory last."""
+    return tuple(sorted(group, key=lambda index: -apart.get(index, 0)))
+
+
+def _summed(step: s.PatternProduct, apart: dict[int, int]) -> tuple[s.Shape, s.Shape]:
+    """The summed indices, as those that need no checks, and the others; both parts have at least one index, if any."""
+    checked = {
+        index
+        for axis in (*step.left, *step.right)
+        if axis.outer is not None or not axis.is_full(step.sizes)
+        for index, _ in axis.terms
+    }
+    every = _by_distance(step.summed, apart)
+    inner = tuple([index for index in every if index in checked]) or every[-1:]
+    return tuple([index for index in every if index not in inner]), inner
+
+
+def _reads_by_rows(reads: reading.Reads) -> bool:
+    """Whether neighbouring rows are next to each other in memory more often than neighbouring terms of the sum."""
+    _, rows, plain, inner = reads.groups
+    return _adjacent(rows, reads) > max(_adjacent(inner, reads), _adjacent(plain, reads) if len(inner.offsets) == 1 else 0)
+
+
+def _adjacent(group: reading.Group, reads: reading.Reads) -> float:
+    places = group.offsets.copy()
+    for check, coordinates in zip(reads.checks, group.coordinates, strict=True):
+        places += coordinates if check.table is not None else 0
+    return float(np.mean(np.diff(places) == 1)) if len(places) > 1 else 0.0
+
+
+def _last(reads: reading.Reads) -> int:
+    """About the largest offset of an operand."""
+    tables = sum(int(check.table.max(initial=0)) for check in reads.checks if check.table is not None)
+    return tables + sum(int(np.abs(group.offsets).max(initial=0)) for group in reads.groups)
+
+
+class _Launch:
+    """A launch for tensors of one kind: everything that the kernel needs except the tensors."""
+
+    def __init__(self, tables: _Tables, tile: Tile, splits: int | None) -> None:
+        step, setting = tables.step, tables.setting
+        self.tables, self.tile = tables, tile
+        batch, rows, columns, plain, inner = tables.sizes
+        down, across = -(-rows // tile.rows), -(-columns // tile.columns)
+        self.tiles = down * (down + 1) // 2 if step.is_gram else down * across
+        is_square = bool(step.squared)
+        self.is_reduced = is_square and not ({*step.rows, *step.columns} & {*step.order})
+        steps = tables.squared if is_square else -(-plain * inner // tile.sums)
+        if splits is None:
+            splits = _splits(setting.device, batch * self.tiles, steps if is_square else steps // _LEAST_SUMS)
+            splits = max(min(splits, WORKSPACE // max(tables.length, 1)), 1)
+        self.splits = max(min(splits, steps), 1)
+        self.is_partial = self.splits > 1 or (self.is_reduced and self.tiles > 1)
+        self.is_atomic = self.is_partial and setting.dtype is torch.float32 and not setting.is_deterministic
+        self.is_empty = 0 in tables.sizes or not self.tiles
+        self.grid = (batch * self.tiles * self.splits,)
+        self.entries = self.tiles if self.is_reduced else 1  # results of a split, for each entry of the result
+        out = [tables.partial_out(self.entries), *tables.out[1:]] if self.is_partial else tables.out
+        if self.is_atomic:
+            out = tables.out
+        self.arguments = (
+            *tables.left,
+            *tables.right,
+            *out,
+            *tables.checked,
+            *tables.lengths,
+            *(batch, tables.squared, rows, columns, plain, inner),
+            *(across, self.tiles, self.splits, tables.length * self.entries, float(step.factor)),
+        )
+        is_narrow = setting.dtype is not torch.float32
+        self.options: dict[str, Any] = {
+            "LEFT_CHECKS": sum(mode > 0 for mode in tables.modes[0]),
+            "RIGHT_CHECKS": sum(mode > 0 for mode in tables.modes[1]),
+            **{
+                f"{side}_MODE{at}": mode
+                for side, modes in zip(("LEFT", "RIGHT"), tables.modes, strict=True)
+                for at, mode in enumerate(modes)
+            },
+            "LEFT_BY_ROWS": tables.by_rows[0],
+            "RIGHT_BY_ROWS": tables.by_rows[1],
+            "SQUARE": is_square,
+            "REDUCE": self.is_reduced,
+            "GRAM": step.is_gram,
+            "ATOMIC": self.is_atomic,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "SUMS": tile.sums,
+            "STAGES": tile.stages,
+            "PRECISION": "tf32" if setting.is_tf32 else "ieee",
+            "WIDEN": is_narrow and (IS_INTERPRETED or not _has_half_products(setting)),
+            "num_warps": tile.warps,
+        }
+
+    def __call__(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        shape, dtype = self.tables.shape, left.dtype
+        if self.is_empty:
+            return left.new_zeros(shape)
+        if self.is_atomic:
+            out = left.new_zeros(shape)
+        elif self.is_partial:
+            out = left.new_empty((self.splits, self.tables.length, self.entries), dtype=torch.float32)
+        else:
+            out = left.new_empty(shape)
+        if left.device.type == "cuda" and left.device.index != torch.cuda.current_device():
+            with torch.cuda.device(left.device):
+                pattern_product[self.grid](left, right, out, *self.arguments, **self.options)
+        else:
+            pattern_product[self.grid](left, right, out, *self.arguments, **self.options)
+        return out if self.is_atomic or not self.is_partial else out.sum((0, 2)).to(dtype).reshape(shape)
+
+
+def _splits(device: torch.device, programs: int, most: int) -> int:
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        processors = 2
+    return max(min(-(-_WAVES * processors // max(programs, 1)), most, _MOST_SPLITS), 1)
+
+
+def _has_half_products(setting: Setting) -> bool:
+    """Whether the device multiplies tensors of this dtype without conversion; Triton has none for older ones."""
+    return setting.device.type != "cuda" or torch.cuda.get_device_capability(setting.device) >= (8, 0)

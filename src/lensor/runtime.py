@@ -126,6 +126,8 @@ def one_sum(plan: Plan) -> s.Step | None:
     computed = [step for step in plan.steps if step.computes]
     if len(computed) == 2 and computed[0].is_product and isinstance(computed[1], s.Add):
         computed.pop()
+    if len(computed) == 1 and computed[0].accumulates:
+        return computed[0]
     if len(computed) != 1 or computed[0].adds_in_several or getattr(computed[0], "factor", 1) != 1:
         return None
     return computed[0]

@@ -91,7 +91,7 @@ def test_the_smallest_copy_is_a_copy() -> None:
 def test_calibration_takes_seconds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_BUDGET", 0.06)
     calls = []
-    monkeypatch.setattr(calibration, "_shortest", lambda call, synchronize: calls.append(call()) or 1e-3)
+    monkeypatch.setattr(calibration, "_shortest", lambda timed: calls.append(timed()) or 1e-3)
     lensor.calibrate()
     assert len(calls) * 0.06 <= 5  # each runs for its budget
 
@@ -108,7 +108,7 @@ def test_the_estimates_of_measured_plans_are_their_times(folder: Path, monkeypat
 
     monkeypatch.setattr(type(load("torch")), "device", lambda self, kind: ("cpu", "", 2))
     monkeypatch.setattr(calibration, "Runnable", Run)
-    monkeypatch.setattr(calibration, "_shortest", lambda call, synchronize: estimate(call(), expected))
+    monkeypatch.setattr(calibration, "_shortest", lambda timed: estimate(timed(), expected))
     found = lensor.calibrate("cpu")
     for name in ("memory", "cache", "call", "barrier"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=0.05), name

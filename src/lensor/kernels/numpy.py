@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -201,7 +203,9 @@ def _pattern_product(step: s.PatternProduct) -> Callable[[np.ndarray, np.ndarray
         for _, inside in found:
             if inside is not None:
                 entries = np.where(inside, entries, x.dtype.type(0))
-        entries = np.broadcast_to(entries, [max(n, step.sizes[i] if i in held else 1) for i, n in zip(every, entries.shape)])
+        entries = np.broadcast_to(
+            entries, [max(n, step.sizes[i] if i in held else 1) for i, n in zip(every, entries.shape)]
+        )
         return entries.reshape([step.sizes[index] for index in held]), held
 
     def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -323,6 +327,12 @@ class NumpyBackend:
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
         return True
 
+    def fuses(self, kind: Sequence[Any]) -> bool:
+        return False
+
+    def convolves_as_it_multiplies(self, kind: Sequence[Any]) -> bool:
+        return True
+
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize
 
@@ -336,8 +346,13 @@ class NumpyBackend:
     def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
         return np.broadcast_to(np.empty((), dtype), shape)
 
-    def synchronize(self) -> None:
-        pass
+    def timed(self, call: Callable[[], Any], kind: Sequence[Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def tuning(self, kind: Sequence[Any]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def is_traced(self, array: Any) -> bool:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from lensor.plan.steps import Step
@@ -118,6 +119,14 @@ class Backend(Protocol):
         """Whether the framework supports all the steps for this dtype."""
         ...
 
+    def fuses(self, kind: Sequence[Any]) -> bool:
+        """Whether one kernel reads the factors of a `PatternProduct` through patterns, without storing patches."""
+        ...
+
+    def convolves_as_it_multiplies(self, kind: Sequence[Any]) -> bool:
+        """Whether convolutions are at least as precise as products, so that plans may replace products by them."""
+        ...
+
     def itemsize(self, kind: Sequence[Any]) -> int:
         """Bytes per entry."""
         ...
@@ -134,8 +143,12 @@ class Backend(Protocol):
         """An array with this shape, dtype and device that does not allocate memory for its entries."""
         ...
 
-    def synchronize(self) -> None:
-        """Wait until all computations are finished."""
+    def timed(self, call: Callable[[], Any], kind: Sequence[Any]) -> float:
+        """The seconds that a call takes until the device has finished; on a GPU, measured by events."""
+        ...
+
+    def tuning(self, kind: Sequence[Any]) -> AbstractContextManager[None]:
+        """A context in which kernels with settings for a device time them once and keep the fastest."""
         ...
 
     def is_traced(self, array: Any) -> bool:

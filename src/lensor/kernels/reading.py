@@ -11,7 +11,6 @@ import numpy as np
 
 from lensor.affine import values
 from lensor.plan import steps as s
-from lensor.plan.steps.patterns import IDENTITY
 
 OUTSIDE = -(1 << 29)
 """A coordinate for positions that read nothing: sums of up to four coordinates with it are negative."""
@@ -143,7 +142,7 @@ def _total(axis: s.Axis, sizes: Sequence[int], group: s.Shape) -> np.ndarray:
 
 def _checked(axis: s.Axis, stride: int, totals: list[np.ndarray]) -> _Checked:
     """A checked axis: with one range of valid coordinates if `outer` has one piece, else with a table."""
-    pieces = axis.outer or IDENTITY
+    pieces = axis.outer or s.IDENTITY
     low, high = _range(totals)
     low, high = max(low, min(piece.start for piece in pieces)), min(high, max(piece.stop for piece in pieces))
     high = max(high, low)

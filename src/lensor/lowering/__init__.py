@@ -12,10 +12,11 @@ from lensor.lowering.alternatives import (
 )
 from lensor.lowering.assemble import first_parts, joined, lower, lower_in_parts
 from lensor.lowering.slicing import Parts, Slices, axis_of, parts_of, sliceable, summed_by_all
-from lensor.lowering.strategies import BY_NAME, STRATEGIES, Strategy
+from lensor.lowering.strategies import BY_NAME, FUSED, STRATEGIES, Strategy
 
 __all__ = [
     "BY_NAME",
+    "FUSED",
     "STRATEGIES",
     "Parts",
     "Slices",

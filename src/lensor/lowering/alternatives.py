@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from lensor.lowering.assemble import lower, lower_in_parts
 from lensor.lowering.slicing import Parts, summed_by_all
 from lensor.lowering.state import largest_table
-from lensor.lowering.strategies import BY_NAME, STRATEGIES, Strategy, dense
+from lensor.lowering.strategies import BY_NAME, FUSED, STRATEGIES, Strategy, dense
 from lensor.network import AnyNetwork, to_text
 from lensor.plan import Plan
 from lensor.plan import steps as s
@@ -32,13 +32,16 @@ def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
     return plans + [plan for plan in found if _is_new(plan, plans)]
 
 
-def whole(net: AnyNetwork, simplified: AnyNetwork | None = None, fused: bool = False) -> list[Plan]:
+def whole(
+    net: AnyNetwork, simplified: AnyNetwork | None = None, *, fused: bool = False, convolved: bool = True
+) -> list[Plan]:
     """The distinct candidates that do not divide an index into parts.
 
     Args:
         net: the network.
         simplified: `net` simplified, if known.
         fused: whether to include the strategies that need kernels for products of arrays read through patterns.
+        convolved: whether to include the strategies that compute other products by convolutions.
     """
     simplified = simplify_untraced(net) if simplified is None else simplified
     text = to_text(simplified)
@@ -47,8 +50,8 @@ def whole(net: AnyNetwork, simplified: AnyNetwork | None = None, fused: bool = F
     lowered: dict[str, Plan] = {}
     done: list[tuple[AnyNetwork, Strategy]] = []
     known: dict[tuple, AnyNetwork] = {}
-    for strategy in STRATEGIES:
-        if (strategy.is_fused and not fused) or not strategy.applies(simplified):
+    for strategy in (*STRATEGIES, *FUSED) if fused else STRATEGIES:
+        if (strategy.is_convolved and not convolved) or not strategy.applies(simplified):
             continue
         if strategy.varies is not None:
             other, may_differ = strategy.varies

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from lensor.affine import Piece, affine
 from lensor.plan import Program
 from lensor.plan import steps as s
-from lensor.plan.steps.patterns import IDENTITY
 
 
 class Reads(NamedTuple):
@@ -25,7 +24,7 @@ class Reads(NamedTuple):
 
 def reads_of(program: Program, value: int, indices: Sequence[int]) -> Reads:
     """Describe a value, which has these indices on its axes, as reads of the earliest possible value."""
-    found = Reads(value, tuple([s.Axis((s.Term(index, IDENTITY),)) for index in indices]))
+    found = Reads(value, tuple([s.Axis((s.Term(index, s.IDENTITY),)) for index in indices]))
     while True:
         step = program.steps[found.value]
         back = _BACK.get(type(step))
@@ -58,7 +57,9 @@ def _pad(step: s.Pad, before: s.Shape, after: s.Shape, axes: _Axes) -> _Axes:
 
 
 def _stuff(step: s.Stuff, before: s.Shape, after: s.Shape, axes: _Axes) -> _Axes:
-    return _through(step, tuple(Piece(at * step.step, at * step.step + 1, 0, at) for at in range(before[step.axis])), axes)
+    return _through(
+        step, tuple(Piece(at * step.step, at * step.step + 1, 0, at) for at in range(before[step.axis])), axes
+    )
 
 
 def _gather(step: s.Gather, before: s.Shape, after: s.Shape, axes: _Axes) -> _Axes:

@@ -84,7 +84,8 @@ class Strategy:
         contraction: how the remaining tensors and patterns are contracted.
         prepare: functions that rewrite the whole simplified network, in order, before the stages run.
         applies: whether the strategy may yield a better plan for the simplified network than the strategies before it.
-        is_fused: whether the strategy needs kernels that read factors of products through patterns.
+        is_convolved: whether the strategy computes products that are not part of a convolution by the framework's
+            convolutions, which may round more.
         varies: the name of an earlier strategy, and whether this strategy may yield a different plan, given the plan of
             that strategy.
     """
@@ -95,7 +96,7 @@ class Strategy:
     prepare: tuple[Callable[[AnyNetwork], AnyNetwork], ...] = ()
     applies: Callable[[AnyNetwork], bool] = _always
     varies: tuple[str, Callable[[Plan], bool]] | None = None
-    is_fused: bool = False
+    is_convolved: bool = False
 
     def prepared(self, net: AnyNetwork, known: dict[tuple, AnyNetwork] | None = None) -> AnyNetwork:
         """The network after the functions in `prepare`.
@@ -148,7 +149,7 @@ STRATEGIES = (
     ),
     Strategy("convolution, composed", (*_START, convolve, *_CONVOLVE[2:]), _VIEWS, (compose,), _has_crops),
     Strategy("convolution, undone", _CONVOLVE, _VIEWS, (compose, undo)),
-    Strategy("lags", _LAGS, _VIEWS, (share, lags), _may_have_lags),
+    Strategy("lags", _LAGS, _VIEWS, (share, lags), _may_have_lags, is_convolved=True),
     Strategy(
         "lags, depthwise",
         (*_START, read_crops, convolve_depthwise, defer_toeplitz, read_windows),
@@ -156,21 +157,25 @@ STRATEGIES = (
         (share, lags),
         _may_have_lags,
         ("lags", _has_depthwise_gradient),
+        is_convolved=True,
     ),
     Strategy("halves", _LATE, _HALVES, (share,), _has_parts),
     Strategy("halves, composed", _LATE, _HALVES, (compose, share), _has_parts),
-    Strategy("patterns", (*_LATE, read_spread), _FUSED, (share,), is_fused=True),
+    Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
+    Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
+)
+"""The strategies for all backends; a network is lowered with each strategy that applies to it."""
+
+FUSED = (
+    Strategy("patterns", (*_LATE, read_spread), _FUSED, (share,)),
     Strategy(
         "patterns, lags",
         (*_START, read_crops, defer_toeplitz, read_windows),
         _FUSED,
         (share, lags),
         _may_have_lags,
-        is_fused=True,
     ),
-    Strategy("placed, convolution", (place_chosen, *_CONVOLVE[1:]), _VIEWS, applies=_has_selections),
-    Strategy("placed, windows", (place_chosen, split_modes, read_crops, read_windows), _VIEWS, applies=_has_selections),
 )
-"""All strategies; a network is lowered with each strategy that applies to it."""
+"""The strategies for backends with kernels that read the factors of products through patterns."""
 
-BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}
+BY_NAME = {strategy.name: strategy for strategy in (*STRATEGIES, *FUSED)}

@@ -108,7 +108,7 @@ def calibrate(device: str | None = None) -> Machine:
     """
     backend, kind = _backend_of(device or "cpu")
     key = backend.device(kind)
-    found = _measure(backend, device or "cpu", key)
+    found = _measure(backend, device or "cpu", key, kind)
     _write(key, found)
     _profiles[key] = found
     return found
@@ -120,7 +120,7 @@ def _backend_of(device: str) -> tuple[Backend, tuple]:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machine:
+def _measure(backend: Backend, device: str, key: tuple[str, str, int], kind: tuple) -> Machine:
     """Measure each number of a profile by a plan whose estimate depends on it, given those measured before."""
     similar = typical(*key)
     instant = Speeds(*(Speed(_INSTANT) for _ in Speeds.__dataclass_fields__))
@@ -144,7 +144,7 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int]) -> Machin
         sets = min(profile.cache_bytes // sum(map(math.prod, inputs)) + 1, _SETS)
         arrays = [[backend.example(shape, dtype, device) for shape in inputs] for _ in range(sets)]
         every, run = itertools.cycle(arrays), Runnable(plan, backend).unchecked
-        return _shortest(lambda: run(*next(every)), backend.synchronize)
+        return _shortest(lambda: backend.timed(lambda: run(*next(every)), kind))
 
     def bandwidth(entries: int) -> float:
         """Bytes per second of a copy of an array, without the calls."""
@@ -246,13 +246,10 @@ def _speeds(timed: Callable[[Plan], float], work: Callable[[Plan], tuple[float, 
     )
 
 
-def _shortest(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+def _shortest(timed: Callable[[], float]) -> float:
     shortest, spent, runs = math.inf, 0.0, 0
     while runs < 2 or (spent < _BUDGET and runs < 200):
-        start = time.perf_counter()
-        call()
-        synchronize()
-        taken = time.perf_counter() - start
+        taken = timed()
         shortest, spent, runs = min(shortest, taken), spent + taken, runs + 1
     return shortest
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -208,14 +207,15 @@ def measure(
     shortest: list[float | None] = [None] * len(plans)
     hopeful = [at for at in range(len(plans)) if estimates[at] <= _HOPELESS * estimates[0]]
     runs = {at: Runnable(plans[at], backend) for at in hopeful}
+    if backend.fuses(kind):
+        with backend.tuning(kind):  # not timed: it compiles kernels and tries their settings
+            for at in hopeful:
+                runs[at](arrays)
     best, spent, first = math.inf, 0.0, True
     while hopeful:
         taken: dict[int, float] = {}
         for at in hopeful:
-            start = time.perf_counter()
-            runs[at](arrays)
-            backend.synchronize()
-            taken[at] = time.perf_counter() - start
+            taken[at] = backend.timed(partial(runs[at], arrays), kind)
             spent += taken[at]
             if not first:  # the first run warms up
                 shortest[at] = min(taken[at], shortest[at] or math.inf)

@@ -18,10 +18,11 @@ def _cpu(single: Speeds) -> dict[str, Speeds]:
     return {"float32": single, "float64": Speeds(*(Speed(speed.rate / 2, speed.setup) for speed in parts))}
 
 
-def _gpu(tera: float) -> Speeds:
-    """Speeds of a GPU with this many Tflop/s for one dtype."""
+def _gpu(tera: float, convolutions: float | None = None) -> Speeds:
+    """Speeds of a GPU with this many Tflop/s for one dtype, in products and in convolutions."""
     shares = (0.8, 0.7, 0.6, 0.6, 0.6, 0.3, 0.05)
-    return Speeds(*(Speed(share * tera * 1e12, 5e-6) for share in shares))
+    rates = [tera] * 2 + [tera if convolutions is None else convolutions] * 5
+    return Speeds(*(Speed(share * rate * 1e12, 5e-6) for share, rate in zip(shares, rates, strict=True)))
 
 
 TWO_CORES = Machine(
@@ -98,7 +99,14 @@ A100 = Machine(
     1.0,
     6e-6,
     0.0,
-    {"float32": _gpu(19.5), "float64": _gpu(19.5), "float16": _gpu(312), "bfloat16": _gpu(312)},
+    {
+        "float32": _gpu(19.5),
+        "tf32": _gpu(156),
+        "float32 with tf32 convolutions": _gpu(19.5, 156),
+        "float64": _gpu(19.5),
+        "float16": _gpu(312),
+        "bfloat16": _gpu(312),
+    },
 )
 H100 = Machine(
     "H100",
@@ -109,7 +117,14 @@ H100 = Machine(
     1.0,
     5e-6,
     0.0,
-    {"float32": _gpu(67), "float64": _gpu(67), "float16": _gpu(989), "bfloat16": _gpu(989)},
+    {
+        "float32": _gpu(67),
+        "tf32": _gpu(495),
+        "float32 with tf32 convolutions": _gpu(67, 495),
+        "float64": _gpu(67),
+        "float16": _gpu(989),
+        "bfloat16": _gpu(989),
+    },
 )
 
 GPUS = {"T4": T4, "A100": A100, "H100": H100, "H200": H100}

@@ -103,7 +103,11 @@ class Target:
 
     def whole(self, net: AnyNetwork, simplified: AnyNetwork | None = None) -> list[Plan]:
         """The candidates that do not divide an index into parts; `simplified` is the simplified network, if known."""
-        plans = whole(net, simplified)
+        backend = self.backend
+        fused = backend is not None and backend.fuses(self.kind)
+        plans = whole(
+            net, simplified, fused=fused, convolved=backend is None or backend.convolves_as_it_multiplies(self.kind)
+        )
         return [plan for plan in plans if self.backend is None or self.backend.can_run(plan.steps, self.kind)]
 
     def divisions(self, net: AnyNetwork, plans: Sequence[Plan]) -> list[str]:

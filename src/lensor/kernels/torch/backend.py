@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +14,15 @@ from torch.autograd import forward_ad
 
 from lensor.kernels.torch.autograd import Derivatives, Transformed, record, uncast
 from lensor.kernels.torch.memory import format_of, is_channels_last
+from lensor.kernels.torch.patterns import fuses
 from lensor.kernels.torch.steps import STEPS
-from lensor.kernels.torch.tensors import is_plain, unviewed
+from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions, is_plain, unviewed
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
+
+
+_PRECISIONS = {(True, True): "tf32", (False, True): "float32 with tf32 convolutions", (True, False): "float32"}
+"""How GPUs multiply in float32, by whether products and convolutions may be rounded to TF32."""
 
 
 class TorchBackend:
@@ -25,6 +32,8 @@ class TorchBackend:
     steps = STEPS
 
     def kind(self, array: Any) -> tuple:
+        if array.device.type == "cuda" and array.dtype is torch.float32:
+            return ("torch", array.dtype, array.device, allows_tf32(), allows_tf32_convolutions())
         return ("torch", array.dtype, array.device)
 
     def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
@@ -34,13 +43,13 @@ class TorchBackend:
         return "cpu", "", torch.get_num_threads()  # other devices, such as meta, are planned like CPUs
 
     def dtype(self, kind: Sequence[Any]) -> str:
-        return str(kind[1]).removeprefix("torch.")
+        return _PRECISIONS.get(kind[3:]) or str(kind[1]).removeprefix("torch.")
 
     def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
         return torch.ones(tuple(shape), dtype=getattr(torch, dtype), device=device)
 
     def describe(self, kind: Sequence[Any]) -> str:
-        _, dtype, device = kind
+        dtype, device = _PRECISIONS.get(kind[3:]) or kind[1], kind[2]
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return f"torch {torch.__version__}, {dtype}, {on}, {torch.get_num_threads()} threads"
 
@@ -159,6 +168,12 @@ class TorchBackend:
         # Some devices do not support complex transposed convolutions in torch.
         return not (kind[1].is_complex and any(isinstance(step, s.Convolution) for step in steps))
 
+    def fuses(self, kind: Sequence[Any]) -> bool:
+        return fuses(kind[1], kind[2])
+
+    def convolves_as_it_multiplies(self, kind: Sequence[Any]) -> bool:
+        return kind[3:] != (False, True)
+
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize
 
@@ -173,9 +188,25 @@ class TorchBackend:
         """A tensor with this shape that does not allocate memory for its entries."""
         return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
 
-    def synchronize(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def timed(self, call: Callable[[], Any], kind: Sequence[Any]) -> float:
+        if kind[2].type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        with torch.cuda.device(kind[2]):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def tuning(self, kind: Sequence[Any]) -> AbstractContextManager[None]:
+        if not self.fuses(kind):
+            return nullcontext()
+        from lensor.kernels.torch.triton import tuning
+
+        return tuning()
 
     def is_traced(self, array: Any) -> bool:
         return not is_plain(array) or array.is_meta

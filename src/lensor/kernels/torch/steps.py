@@ -15,6 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from lensor.kernels.selection import in_mode, read_at
 from lensor.kernels.torch.capture import Constant
 from lensor.kernels.torch.memory import shape_only
+from lensor.kernels.torch.patterns import pattern_product
 from lensor.kernels.torch.tensors import may_write
 from lensor.pattern import IndexPattern
 from lensor.plan import steps as s
@@ -325,6 +326,7 @@ STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Multiply: lambda step: _multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
+    s.PatternProduct: pattern_product,
     s.Flip: _flip,
     s.Concat: lambda step: lambda *parts: torch.cat(parts, step.axis),
     s.Convolution: _convolution,

@@ -1,4 +1,4 @@
-"""Kinds of tensors: plain tensors, tensors wrapped by transforms, and views."""
+"""Kinds of tensors: plain tensors, tensors wrapped by transforms, and views; and the precision of their products."""
 
 from __future__ import annotations
 
@@ -32,3 +32,17 @@ def unviewed(x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or x.requires_grad or not of_all_levels(x)._is_view():
         return x
     return x.detach() if is_plain(x) else torch.ops.aten._unsafe_view(x, x.shape)
+
+
+def allows_tf32() -> bool:
+    """Whether torch may round the factors of float32 products to TF32, on GPUs that have such products."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # reading `allow_tf32` raises an error if the newer setting was used
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def allows_tf32_convolutions() -> bool:
+    """The same for convolutions, for which it is torch's default."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32

@@ -17,13 +17,14 @@ from lensor.plan.steps.base import (
 )
 from lensor.plan.steps.convolution import Convolution
 from lensor.plan.steps.moves import Concat, Flip, Gather, Pad, Pick, Read, Stuff, Through
-from lensor.plan.steps.patterns import Axis, PatternProduct, Term
+from lensor.plan.steps.patterns import IDENTITY, Axis, PatternProduct, Term
 from lensor.plan.steps.products import Gram, MatMul, Multiply
 from lensor.plan.steps.sources import Constant, Fill, Identity, Input, Positions
 from lensor.plan.steps.sums import Add, AddAt, Multiple, OverlapAdd, Put, ScatterAdd, SumAxes, SumSquares
 from lensor.plan.steps.views import Diagonal, Expand, Reshape, Slice, Transpose, Window
 
 __all__ = [
+    "IDENTITY",
     "PARALLEL",
     "SCATTERED",
     "SHORT_RUN",

@@ -77,6 +77,8 @@ class Step:
     """Whether the result's entries are sums or products; if not, they are copied from operands, or zeros or ones."""
     adds_in_several: ClassVar[bool] = False
     """Whether kernels compute a sum in several operations, each of which rounds."""
+    accumulates: ClassVar[bool] = False
+    """Whether kernels add, square and scale in float32 and only then round to the dtype of the operands."""
     is_product: ClassVar[bool] = False
     """Whether a bias can be added to the result without more rounding than in the step alone."""
     resized: ClassVar[tuple[str, ...]] = ()

@@ -16,8 +16,11 @@ _UNLIMITED = 1 << 60
 IDENTITY: Line = (Piece(0, _UNLIMITED, 1, 0),)
 """The line x ↦ x for all positions; it does not depend on the size of an index."""
 
-WORKSPACE = 1 << 24
-"""Kernels use at most this many entries of memory for partial sums, if the result has fewer."""
+WORKSPACE = 1 << 22
+"""Kernels store partial sums with at most this many entries in addition to one result."""
+
+MOST_SPLITS = 64
+"""At most this many programs share a sum."""
 
 
 class Term(NamedTuple):
@@ -62,7 +65,9 @@ class Axis:
 
     def times(self, factor: int) -> Axis:
         """The positions times a factor, for an axis that can be added."""
-        scaled = [Term(at, tuple(Piece(a, b, factor * c, factor * d) for a, b, c, d in line)) for at, line in self.terms]
+        scaled = [
+            Term(at, tuple(Piece(a, b, factor * c, factor * d) for a, b, c, d in line)) for at, line in self.terms
+        ]
         return Axis(tuple(scaled))
 
     def through(self, line: Line) -> Axis:
@@ -213,7 +218,7 @@ class PatternProduct(Step):
 
     def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
         size = math.prod(result)
-        return min(32 * size, max(WORKSPACE, size))
+        return min(MOST_SPLITS * size, WORKSPACE + size)
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         rows, columns, summed = map(self.size, (self.rows, self.columns, self.summed))

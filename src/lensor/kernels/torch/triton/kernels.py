@@ -33,10 +33,13 @@ def _coordinates(table, at, inside, size, axis: tl.constexpr, CHECKS: tl.constex
 
 @triton.jit
 def _checked(offsets, inside, one, two, size, table, MODE: tl.constexpr):
-    """Add the offset of a checked axis, and restrict the reads to positions on it."""
+    """Add the offset of a checked axis, and restrict the reads to positions on it.
+
+    As an unsigned number, a negative coordinate is larger than any size.
+    """
     if MODE > 0:
         coordinates = one + two
-        inside = inside & (coordinates >= 0) & (coordinates < size)
+        inside = inside & (coordinates.to(tl.uint32, bitcast=True) < size.to(tl.uint32))
         if MODE > 1:
             found = tl.load(table + coordinates, mask=inside, other=-1)
             inside = inside & (found >= 0)
@@ -71,17 +74,25 @@ def _tile(
 ):
     """The entries [rows, sums] of an operand; neighbouring threads read neighbouring rows if BY_ROWS."""
     if BY_ROWS:
-        offsets = offset_r[None, :] + offset_s[:, None]
-        inside = inside_r[None, :] & inside_s[:, None]
-        offsets, inside = _checked(offsets, inside, r0[None, :], s0[:, None], size0, table0, MODE0)
-        offsets, inside = _checked(offsets, inside, r1[None, :], s1[:, None], size1, table1, MODE1)
-        offsets, inside = _checked(offsets, inside, r2[None, :], s2[:, None], size2, table2, MODE2)
+        offset_r, r0, r1, r2 = offset_r[None, :], r0[None, :], r1[None, :], r2[None, :]
+        offset_s, s0, s1, s2 = offset_s[:, None], s0[:, None], s1[:, None], s2[:, None]
     else:
-        offsets = offset_r[:, None] + offset_s[None, :]
+        offset_r, r0, r1, r2 = offset_r[:, None], r0[:, None], r1[:, None], r2[:, None]
+        offset_s, s0, s1, s2 = offset_s[None, :], s0[None, :], s1[None, :], s2[None, :]
+    offsets = offset_r + offset_s
+    if MODE0 > 0:  # without a row or a term of the sum, the coordinate is outside
+        coordinates = r0 + s0
+        inside = coordinates.to(tl.uint32, bitcast=True) < size0.to(tl.uint32)
+        if MODE0 > 1:
+            found = tl.load(table0 + coordinates, mask=inside, other=-1)
+            inside = inside & (found >= 0)
+            offsets += found
+    elif BY_ROWS:
+        inside = inside_r[None, :] & inside_s[:, None]
+    else:
         inside = inside_r[:, None] & inside_s[None, :]
-        offsets, inside = _checked(offsets, inside, r0[:, None], s0[None, :], size0, table0, MODE0)
-        offsets, inside = _checked(offsets, inside, r1[:, None], s1[None, :], size1, table1, MODE1)
-        offsets, inside = _checked(offsets, inside, r2[:, None], s2[None, :], size2, table2, MODE2)
+    offsets, inside = _checked(offsets, inside, r1, s1, size1, table1, MODE1)
+    offsets, inside = _checked(offsets, inside, r2, s2, size2, table2, MODE2)
     found = tl.load(array + offsets, mask=inside, other=0.0)
     if WIDEN:
         found = found.to(tl.float32)
@@ -99,18 +110,147 @@ def _triangle(pid):
     return row, pid - row * (row + 1) // 2
 
 
-_POINTERS = (
+@triton.jit
+def _part(
+    left,
+    right,
+    left_b,
+    left_t,
+    left_u,
+    right_b,
+    right_t,
+    right_u,
+    left_table0,
+    left_table1,
+    left_table2,
+    right_table0,
+    right_table1,
+    right_table2,
+    left_size0,
+    left_size1,
+    left_size2,
+    right_size0,
+    right_size1,
+    right_size2,
+    b,
+    batches,
+    plain,
+    inner,
+    first_s,
+    last_s,
+    offset_r,
+    inside_r,
+    r0,
+    r1,
+    r2,
+    offset_c,
+    inside_c,
+    c0,
+    c1,
+    c2,
+    LEFT_CHECKS: tl.constexpr,
+    RIGHT_CHECKS: tl.constexpr,
+    LEFT_MODE0: tl.constexpr,
+    LEFT_MODE1: tl.constexpr,
+    LEFT_MODE2: tl.constexpr,
+    RIGHT_MODE0: tl.constexpr,
+    RIGHT_MODE1: tl.constexpr,
+    RIGHT_MODE2: tl.constexpr,
+    LEFT_BY_ROWS: tl.constexpr,
+    RIGHT_BY_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """C[b, r, c] for one b and a tile of r and c, summed from first_s to last_s."""
+    base_l = tl.load(left_b + b)
+    base_r = tl.load(right_b + b)
+    lb0 = _coordinates(left_b, b, True, batches, 0, LEFT_CHECKS)
+    lb1 = _coordinates(left_b, b, True, batches, 1, LEFT_CHECKS)
+    lb2 = _coordinates(left_b, b, True, batches, 2, LEFT_CHECKS)
+    rb0 = _coordinates(right_b, b, True, batches, 0, RIGHT_CHECKS)
+    rb1 = _coordinates(right_b, b, True, batches, 1, RIGHT_CHECKS)
+    rb2 = _coordinates(right_b, b, True, batches, 2, RIGHT_CHECKS)
+    part = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for s in tl.range(first_s, last_s, SUMS, num_stages=STAGES):
+        at = s + tl.arange(0, SUMS)
+        inside = at < last_s
+        t = at // inner
+        u = at - t * inner
+        a = _tile(
+            left + base_l,
+            offset_r,
+            inside_r,
+            r0 + lb0,
+            r1 + lb1,
+            r2 + lb2,
+            _entries(left_t, t, inside, plain, 0, 0) + _entries(left_u, u, inside, inner, 0, 0),
+            inside,
+            _coordinates(left_t, t, inside, plain, 0, LEFT_CHECKS)
+            + _coordinates(left_u, u, inside, inner, 0, LEFT_CHECKS),
+            _coordinates(left_t, t, inside, plain, 1, LEFT_CHECKS)
+            + _coordinates(left_u, u, inside, inner, 1, LEFT_CHECKS),
+            _coordinates(left_t, t, inside, plain, 2, LEFT_CHECKS)
+            + _coordinates(left_u, u, inside, inner, 2, LEFT_CHECKS),
+            left_size0,
+            left_size1,
+            left_size2,
+            left_table0,
+            left_table1,
+            left_table2,
+            LEFT_MODE0,
+            LEFT_MODE1,
+            LEFT_MODE2,
+            LEFT_BY_ROWS,
+            WIDEN,
+        )
+        c = _tile(
+            right + base_r,
+            offset_c,
+            inside_c,
+            c0 + rb0,
+            c1 + rb1,
+            c2 + rb2,
+            _entries(right_t, t, inside, plain, 0, 0) + _entries(right_u, u, inside, inner, 0, 0),
+            inside,
+            _coordinates(right_t, t, inside, plain, 0, RIGHT_CHECKS)
+            + _coordinates(right_u, u, inside, inner, 0, RIGHT_CHECKS),
+            _coordinates(right_t, t, inside, plain, 1, RIGHT_CHECKS)
+            + _coordinates(right_u, u, inside, inner, 1, RIGHT_CHECKS),
+            _coordinates(right_t, t, inside, plain, 2, RIGHT_CHECKS)
+            + _coordinates(right_u, u, inside, inner, 2, RIGHT_CHECKS),
+            right_size0,
+            right_size1,
+            right_size2,
+            right_table0,
+            right_table1,
+            right_table2,
+            RIGHT_MODE0,
+            RIGHT_MODE1,
+            RIGHT_MODE2,
+            RIGHT_BY_ROWS,
+            WIDEN,
+        )
+        part = tl.dot(a, tl.trans(c), part, input_precision=PRECISION)
+    return part
+
+
+POINTERS = (
     *("left", "right", "out", "left_b", "left_r", "left_t", "left_u", "right_b", "right_c", "right_t", "right_u"),
     *("out_b", "out_r", "out_c", "left_table0", "left_table1", "left_table2"),
     *("right_table0", "right_table1", "right_table2"),
 )
-_NUMBERS = (
+NUMBERS = (
     *("left_size0", "left_size1", "left_size2", "right_size0", "right_size1", "right_size2"),
     *("batch", "squared", "rows", "columns", "plain", "inner", "tiles_c", "tiles", "splits", "apart", "scale"),
 )
+"""The arguments that are tensors, and those that are numbers; their values and alignments compile nothing new."""
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def pattern_product(
     left,
     right,
@@ -219,82 +359,121 @@ def pattern_product(
         last_s = sums
     else:  # this program takes one b, and some of s
         share = tl.cdiv(tl.cdiv(sums, splits), SUMS) * SUMS
-        first_b = kept
-        last_b = kept + 1
         first_s = split * share
         last_s = tl.minimum(first_s + share, sums)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for b in range(first_b, last_b):
-        base_l = tl.load(left_b + b)
-        base_r = tl.load(right_b + b)
-        lb0 = _coordinates(left_b, b, True, batches, 0, LEFT_CHECKS)
-        lb1 = _coordinates(left_b, b, True, batches, 1, LEFT_CHECKS)
-        lb2 = _coordinates(left_b, b, True, batches, 2, LEFT_CHECKS)
-        rb0 = _coordinates(right_b, b, True, batches, 0, RIGHT_CHECKS)
-        rb1 = _coordinates(right_b, b, True, batches, 1, RIGHT_CHECKS)
-        rb2 = _coordinates(right_b, b, True, batches, 2, RIGHT_CHECKS)
-        part = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for s in tl.range(first_s, last_s, SUMS, num_stages=STAGES):
-            at = s + tl.arange(0, SUMS)
-            inside = at < last_s
-            t = at // inner
-            u = at - t * inner
-            a = _tile(
-                left + base_l,
-                offset_r,
-                inside_r,
-                r0 + lb0,
-                r1 + lb1,
-                r2 + lb2,
-                _entries(left_t, t, inside, plain, 0, 0) + _entries(left_u, u, inside, inner, 0, 0),
-                inside,
-                _coordinates(left_t, t, inside, plain, 0, LEFT_CHECKS)
-                + _coordinates(left_u, u, inside, inner, 0, LEFT_CHECKS),
-                _coordinates(left_t, t, inside, plain, 1, LEFT_CHECKS)
-                + _coordinates(left_u, u, inside, inner, 1, LEFT_CHECKS),
-                _coordinates(left_t, t, inside, plain, 2, LEFT_CHECKS)
-                + _coordinates(left_u, u, inside, inner, 2, LEFT_CHECKS),
-                left_size0,
-                left_size1,
-                left_size2,
+    if SQUARE:
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for b in range(first_b, last_b):
+            part = _part(
+                left,
+                right,
+                left_b,
+                left_t,
+                left_u,
+                right_b,
+                right_t,
+                right_u,
                 left_table0,
                 left_table1,
                 left_table2,
-                LEFT_MODE0,
-                LEFT_MODE1,
-                LEFT_MODE2,
-                LEFT_BY_ROWS,
-                WIDEN,
-            )
-            c = _tile(
-                right + base_r,
-                offset_c,
-                inside_c,
-                c0 + rb0,
-                c1 + rb1,
-                c2 + rb2,
-                _entries(right_t, t, inside, plain, 0, 0) + _entries(right_u, u, inside, inner, 0, 0),
-                inside,
-                _coordinates(right_t, t, inside, plain, 0, RIGHT_CHECKS)
-                + _coordinates(right_u, u, inside, inner, 0, RIGHT_CHECKS),
-                _coordinates(right_t, t, inside, plain, 1, RIGHT_CHECKS)
-                + _coordinates(right_u, u, inside, inner, 1, RIGHT_CHECKS),
-                _coordinates(right_t, t, inside, plain, 2, RIGHT_CHECKS)
-                + _coordinates(right_u, u, inside, inner, 2, RIGHT_CHECKS),
-                right_size0,
-                right_size1,
-                right_size2,
                 right_table0,
                 right_table1,
                 right_table2,
+                left_size0,
+                left_size1,
+                left_size2,
+                right_size0,
+                right_size1,
+                right_size2,
+                b,
+                batches,
+                plain,
+                inner,
+                first_s,
+                last_s,
+                offset_r,
+                inside_r,
+                r0,
+                r1,
+                r2,
+                offset_c,
+                inside_c,
+                c0,
+                c1,
+                c2,
+                LEFT_CHECKS,
+                RIGHT_CHECKS,
+                LEFT_MODE0,
+                LEFT_MODE1,
+                LEFT_MODE2,
                 RIGHT_MODE0,
                 RIGHT_MODE1,
                 RIGHT_MODE2,
+                LEFT_BY_ROWS,
                 RIGHT_BY_ROWS,
+                ROWS,
+                COLUMNS,
+                SUMS,
+                STAGES,
+                PRECISION,
                 WIDEN,
             )
-            part = tl.dot(a, tl.trans(c), part, input_precision=PRECISION)
-        total += part * part if SQUARE else part
+            total += part * part
+    else:
+        total = _part(
+            left,
+            right,
+            left_b,
+            left_t,
+            left_u,
+            right_b,
+            right_t,
+            right_u,
+            left_table0,
+            left_table1,
+            left_table2,
+            right_table0,
+            right_table1,
+            right_table2,
+            left_size0,
+            left_size1,
+            left_size2,
+            right_size0,
+            right_size1,
+            right_size2,
+            kept,
+            batches,
+            plain,
+            inner,
+            first_s,
+            last_s,
+            offset_r,
+            inside_r,
+            r0,
+            r1,
+            r2,
+            offset_c,
+            inside_c,
+            c0,
+            c1,
+            c2,
+            LEFT_CHECKS,
+            RIGHT_CHECKS,
+            LEFT_MODE0,
+            LEFT_MODE1,
+            LEFT_MODE2,
+            RIGHT_MODE0,
+            RIGHT_MODE1,
+            RIGHT_MODE2,
+            LEFT_BY_ROWS,
+            RIGHT_BY_ROWS,
+            ROWS,
+            COLUMNS,
+            SUMS,
+            STAGES,
+            PRECISION,
+            WIDEN,
+        )
     total *= scale
 
     target = out + tl.load(out_b + kept)

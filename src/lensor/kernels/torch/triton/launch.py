@@ -6,17 +6,21 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from triton import knobs
 
+from lensor.cache import Cache
 from lensor.kernels import reading
 from lensor.kernels.torch.triton.kernels import pattern_product
-from lensor.kernels.torch.triton.tiles import INTERPRETED, WITH_TENSOR_CORES, WITHOUT_TENSOR_CORES, Tile, fitting
+from lensor.kernels.torch.triton.tiles import INTERPRETED, Tile, fitting, has_tensor_cores, tiles_for
+from lensor.kernels.torch.tensors import allows_tf32
 from lensor.plan import steps as s
-from lensor.plan.steps.patterns import WORKSPACE
+from lensor.plan.steps.patterns import MOST_SPLITS, WORKSPACE
 
 IS_INTERPRETED = bool(knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of any device."""
@@ -27,8 +31,14 @@ _WAVES = 2
 _LEAST_SUMS = 4
 """Each program that shares a sum takes at least this many steps of the loop."""
 
-_MOST_SPLITS = 64
-"""At most this many programs share a sum."""
+_MOST_ADDED = 128 * 64
+"""Larger tiles are stored and added later, since adding them atomically needs too many registers."""
+
+_MOST_TRIED = 4
+"""At most this many tiles are timed."""
+
+_tuned = Cache(maxsize=1024)
+"""The fastest tile for each step and setting for which tiles were timed."""
 
 _is_tuning: ContextVar[bool] = ContextVar("lensor.tuning", default=False)
 
@@ -60,14 +70,6 @@ class Setting(NamedTuple):
         return Setting(left.stride(), right.stride(), left.dtype, left.device, is_tf32, deterministic)
 
 
-def allows_tf32() -> bool:
-    """Whether torch may round the factors of float32 products to TF32."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
-
-
 class Launcher:
     """Runs a pattern product on tensors of any device with Triton; tables are made for the first call of each kind.
 
@@ -90,27 +92,37 @@ class Launcher:
 
     def _made(self, setting: Setting, left: torch.Tensor, right: torch.Tensor) -> _Launch:
         tables = _Tables(self.step, setting)
-        tiles = [self.tile] if self.tile is not None else _tiles(self.step, setting)
-        found = [_Launch(tables, tile, self.splits) for tile in (tiles if _is_tuning.get() else tiles[:1])]
-        if len(found) == 1 or left.device.type != "cuda":
-            return found[0]
-        return min(found, key=lambda launch: _seconds(launch, left, right))
+        key = (replace(self.step, takes=(), factor=Fraction(1)), setting)
+        tile = self.tile or _tuned.get(key)
+        if tile is not None:
+            return _Launch(tables, tile, self.splits)
+        tiles = _tiles(tables)
+        if not _is_tuning.get():
+            return _Launch(tables, tiles[0], self.splits)
+        found = [_Launch(tables, tile, self.splits) for tile in tiles[:_MOST_TRIED]]
+        fastest = min(found, key=lambda launch: _seconds(launch, left, right))
+        _tuned.put(key, fastest.tile)
+        return fastest
 
 
-def _tiles(step: s.PatternProduct, setting: Setting) -> list[Tile]:
-    rows, columns = step.size(step.rows), step.size(step.columns)
+def _tiles(tables: _Tables) -> list[Tile]:
+    """The tiles for a step on a device, the one with the least estimated time first."""
+    step, setting = tables.step, tables.setting
     if setting.device.type != "cuda":
         tiles = INTERPRETED
     else:
-        has_cores = torch.cuda.get_device_capability(setting.device) >= (8, 0)
         is_exact = setting.dtype is torch.float32 and not setting.is_tf32
-        tiles = WITH_TENSOR_CORES if has_cores and not is_exact else WITHOUT_TENSOR_CORES
-    return fitting(tiles, rows, columns, step.is_gram)
+        tiles = tiles_for(torch.cuda.get_device_capability(setting.device), is_exact)
+    rows, columns = step.size(step.rows), step.size(step.columns)
+    is_heavy = bool(step.squared) or any(2 in modes or 0 not in modes for modes in tables.modes)
+    return fitting(tiles, rows, columns, is_gram=step.is_gram, is_heavy=is_heavy)
 
 
 def _seconds(launch: _Launch, left: torch.Tensor, right: torch.Tensor, repeats: int = 5) -> float:
     """The shortest time of a launch, by events on the device."""
     launch(left, right)
+    if left.device.type != "cuda":
+        return 0.0  # the time of an interpreter says nothing
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
@@ -207,7 +219,9 @@ def _summed(step: s.PatternProduct, apart: dict[int, int]) -> tuple[s.Shape, s.S
 def _reads_by_rows(reads: reading.Reads) -> bool:
     """Whether neighbouring rows are next to each other in memory more often than neighbouring terms of the sum."""
     _, rows, plain, inner = reads.groups
-    return _adjacent(rows, reads) > max(_adjacent(inner, reads), _adjacent(plain, reads) if len(inner.offsets) == 1 else 0)
+    return _adjacent(rows, reads) > max(
+        _adjacent(inner, reads), _adjacent(plain, reads) if len(inner.offsets) == 1 else 0
+    )
 
 
 def _adjacent(group: reading.Group, reads: reading.Reads) -> float:
@@ -237,10 +251,11 @@ class _Launch:
         steps = tables.squared if is_square else -(-plain * inner // tile.sums)
         if splits is None:
             splits = _splits(setting.device, batch * self.tiles, steps if is_square else steps // _LEAST_SUMS)
-            splits = max(min(splits, WORKSPACE // max(tables.length, 1)), 1)
+            splits = max(min(splits, WORKSPACE // max(tables.length, 1) + 1), 1)
         self.splits = max(min(splits, steps), 1)
         self.is_partial = self.splits > 1 or (self.is_reduced and self.tiles > 1)
-        self.is_atomic = self.is_partial and setting.dtype is torch.float32 and not setting.is_deterministic
+        may_add = setting.dtype is torch.float32 and not setting.is_deterministic
+        self.is_atomic = self.is_partial and may_add and tile.rows * tile.columns <= _MOST_ADDED
         self.is_empty = 0 in tables.sizes or not self.tiles
         self.grid = (batch * self.tiles * self.splits,)
         self.entries = self.tiles if self.is_reduced else 1  # results of a split, for each entry of the result
@@ -303,9 +318,9 @@ def _splits(device: torch.device, programs: int, most: int) -> int:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     else:
         processors = 2
-    return max(min(-(-_WAVES * processors // max(programs, 1)), most, _MOST_SPLITS), 1)
+    return max(min(-(-_WAVES * processors // max(programs, 1)), most, MOST_SPLITS), 1)
 
 
 def _has_half_products(setting: Setting) -> bool:
     """Whether the device multiplies tensors of this dtype without conversion; Triton has none for older ones."""
-    return setting.device.type != "cuda" or torch.cuda.get_device_capability(setting.device) >= (8, 0)
+    return setting.device.type != "cuda" or has_tensor_cores(torch.cuda.get_device_capability(setting.device))

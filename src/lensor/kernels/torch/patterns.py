@@ -1,0 +1,298 @@
+"""Pattern products in torch: by a fused kernel on GPUs, and as a composition of operators everywhere else.
+
+The fused kernel is the custom operator `lensor::pattern_product`, which compilers keep in their graphs. Its derivative is
+a composition: entries of the cotangent are added where the operand was read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from lensor.affine import Piece
+from lensor.kernels.reading import places
+from lensor.kernels.torch.capture import Constant
+from lensor.kernels.torch.tensors import is_plain
+from lensor.plan import steps as s
+
+_PART = 1 << 24
+"""A composition stores at most this many entries of patches and products at once, if it can be divided that far."""
+
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_LEAST_CAPABILITY = (7, 5)
+
+
+@lru_cache
+def fuses(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether pattern products of tensors of this kind run as one kernel."""
+    if device.type != "cuda" or dtype not in _FUSED_DTYPES or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+def pattern_product(step: s.PatternProduct) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that runs a pattern product."""
+    compose = Composition(step)
+    kernel: Callable[..., Any] | None = None
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        nonlocal kernel
+        if not fuses(left.dtype, left.device):
+            return compose(left, right)
+        if not is_plain(left) or not is_plain(right) or type(left) is not torch.Tensor or left.requires_grad:
+            return _as_operator(step, left, right)
+        if kernel is None:
+            kernel = _launcher(step)
+        return kernel(left, right)
+
+    return product
+
+
+def _launcher(step: s.PatternProduct) -> Callable[..., Any]:
+    from lensor.kernels.torch.triton import Launcher
+
+    return Launcher(step)
+
+
+# -------------------------------------------------------------------------------------------------------- composition
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a product: the range of one index, and the positions that it reads of both operands."""
+
+    index: int | None
+    start: int
+    step: s.PatternProduct
+    reads: tuple[tuple[tuple[Constant, Constant | None], ...], ...]
+
+
+class Composition:
+    """A pattern product as torch operators: index, multiply with einsum, and add the parts."""
+
+    def __init__(self, step: s.PatternProduct) -> None:
+        self.step = step
+        self._parts: list[_Part] | None = None
+
+    @property
+    def parts(self) -> list[_Part]:
+        if self._parts is None:
+            self._parts = list(_parts(self.step))
+        return self._parts
+
+    def __call__(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        step, dtype = self.step, left.dtype
+        left, right = _wide(left), _wide(right)
+        found: list[torch.Tensor] = []
+        is_kept = self.parts[0].index in step.order
+        for part in self.parts:
+            value = self._value(part, left, right)
+            found = [*found, value] if is_kept or not found else [found[0] + value]
+        out = torch.cat(found, step.order.index(self.parts[0].index or 0)) if len(found) > 1 else found[0]
+        return (out if step.factor == 1 else out * _number(step.factor)).to(dtype)
+
+    def _value(self, part: _Part, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        step = self.step
+        a, b = _read(part, 0, left), _read(part, 1, right)
+        if not step.squared:
+            return _einsum(a, b, step.order)
+        c = _einsum(a, b, step.free)
+        found = (c * c).sum([step.free.index(index) for index in step.squared])
+        kept = [index for index in step.free if index in step.order]
+        return found.permute([kept.index(index) for index in step.order])
+
+    def derivative(self, place: int, left: torch.Tensor, right: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+        """The VJP with respect to an operand (0: the first, 1: the second)."""
+        step, dtype = self.step, left.dtype
+        left, right, cotangent = _wide(left), _wide(right), _wide(cotangent) * _number(step.factor)
+        array = (left, right)[place]
+        found = torch.zeros_like(array)
+        for part in self.parts:
+            given = cotangent
+            if part.index in step.order:
+                given = given.narrow(step.order.index(part.index), part.start, part.step.sizes[part.index])
+            reads = [_read(part, 0, left), _read(part, 1, right)]
+            held = step.order
+            if step.squared:
+                c = _einsum(reads[0], reads[1], step.free)
+                kept = [part.step.sizes[index] if index in step.order else 1 for index in step.free]
+                order = [step.order.index(index) for index in step.free if index in step.order]
+                given, held = 2 * c * given.permute(order).reshape(kept), step.free
+            own, other = reads[place], reads[1 - place]
+            missing = [index for index in own[1] if index not in held and index not in other[1]]
+            value = _einsum((given, list(held)), other, [index for index in own[1] if index not in missing])
+            sizes = [part.step.sizes[index] for index in own[1]]
+            shape = [1 if index in missing else size for index, size in zip(own[1], sizes, strict=True)]
+            value = value.reshape(shape).expand(sizes)
+            at, inside = _places(part, place, array)
+            every = own[1]
+            full = [part.step.sizes[index] if index in every else 1 for index in range(len(step.sizes))]
+            value = value.reshape(full)
+            if inside is not None:
+                value = torch.where(inside, value, 0)
+            found = found.index_put(tuple(at), value, accumulate=True)
+        return found.to(dtype)
+
+
+def _parts(step: s.PatternProduct) -> Iterator[_Part]:
+    """Divide one index so that no array of a part is too large: a batch or a summed index, or one of the result."""
+    sizes = step.sizes
+    held = [{index for axis in axes for index, _ in axis.terms} for axes in (step.left, step.right)]
+    largest = max(math.prod(sizes[index] for index in group) for group in (*held, step.free))
+    order = [index for index in range(len(sizes)) if index in step.batch or index not in step.free] or step.free
+    index = max(order, key=lambda index: sizes[index], default=None)
+    count = 1 if index is None else max(min(sizes[index], -(-largest // _PART)), 1)
+    bounds = [0 if index is None else sizes[index] * at // count for at in range(count + 1)]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        part, start = step, {}
+        if count > 1 and index is not None:
+            part = replace(step, sizes=tuple([high - low if at == index else n for at, n in enumerate(sizes)]))
+            start = {index: low}
+        reads = tuple(
+            [tuple([_constants(axis, part.sizes, start) for axis in axes]) for axes in (step.left, step.right)]
+        )
+        yield _Part(index if count > 1 else None, low, part, reads)
+
+
+def _constants(axis: s.Axis, sizes: s.Shape, start: dict[int, int]) -> tuple[Constant, Constant | None]:
+    key = (axis, sizes, tuple(start.items()))
+    inside = places(axis, sizes, start)[1]
+    return (
+        Constant((*key, "places"), lambda: torch.from_numpy(places(axis, sizes, start)[0])),
+        None if inside is None else Constant((*key, "inside"), lambda: torch.from_numpy(inside)),
+    )
+
+
+def _places(part: _Part, side: int, like: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The positions that a part reads, for each axis, and where all of them exist."""
+    at, inside = [], None
+    for where, exists in part.reads[side]:
+        at.append(where(like))
+        if exists is not None:
+            inside = exists(like) if inside is None else inside & exists(like)
+    return at, inside
+
+
+def _read(part: _Part, side: int, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """The entries that a part reads, with an axis for each index that they depend on, and these indices."""
+    axes = (part.step.left, part.step.right)[side]
+    held = sorted({index for axis in axes for index, _ in axis.terms})
+    at, inside = _places(part, side, x)
+    found = x[tuple(at)] if at else x.reshape((1,) * len(part.step.sizes))
+    if inside is not None:
+        found = torch.where(inside, found, 0)
+    return found.reshape([part.step.sizes[index] for index in held]), held
+
+
+def _einsum(a: tuple[torch.Tensor, Sequence[int]], b: tuple[torch.Tensor, Sequence[int]], out: Sequence[int]) -> Any:
+    letters = string.ascii_letters
+    names = ["".join(letters[index] for index in group) for group in (a[1], b[1], out)]
+    return torch.einsum(f"{names[0]},{names[1]}->{names[2]}", a[0], b[0])
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision is too coarse for sums of parts."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _number(factor: Any) -> Any:
+    return float(factor) if isinstance(factor, Fraction) else factor
+
+
+# ---------------------------------------------------------------------------------------------------- custom operator
+def _as_operator(step: s.PatternProduct, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    out = torch.ops.lensor.pattern_product(left, right, _text(step), list(step.sizes))
+    return out if isinstance(step.factor, Fraction) and step.factor == 1 else out * _number(step.factor)
+
+
+def _text(step: s.PatternProduct) -> str:
+    """Everything except the sizes and the factor, so that graphs for all sizes can contain the step."""
+    groups = [step.batch, step.rows, step.columns, step.order]
+    axes = [[[axis.terms, axis.outer] for axis in side] for side in (step.left, step.right)]
+    return json.dumps([step.takes[0] == step.takes[1], groups, axes])
+
+
+@lru_cache(maxsize=1024)
+def _step(text: str, sizes: tuple[int, ...]) -> s.PatternProduct:
+    is_one, groups, sides = json.loads(text)
+
+    def line(pieces: Any) -> Any:
+        return tuple([Piece(*piece) for piece in pieces])
+
+    def axis(terms: Any, outer: Any) -> s.Axis:
+        found = tuple([s.Term(index, line(pieces)) for index, pieces in terms])
+        return s.Axis(found, None if outer is None else line(outer))
+
+    axes = [tuple([axis(*one) for one in side]) for side in sides]
+    return s.PatternProduct((0, 0) if is_one else (0, 1), sizes, *map(tuple, groups), *axes)
+
+
+@lru_cache(maxsize=1024)
+def _kernel(text: str, sizes: tuple[int, ...]) -> Callable[..., Any]:
+    return _launcher(_step(text, sizes))
+
+
+@lru_cache(maxsize=1024)
+def _composition(text: str, sizes: tuple[int, ...]) -> Composition:
+    return Composition(_step(text, sizes))
+
+
+@torch.library.custom_op("lensor::pattern_product", mutates_args=())
+def _operator(left: torch.Tensor, right: torch.Tensor, step: str, sizes: Sequence[int]) -> torch.Tensor:
+    if fuses(left.dtype, left.device):
+        return _kernel(step, tuple(sizes))(left, right)
+    return _composition(step, tuple(sizes))(left, right)
+
+
+@_operator.register_fake
+def _fake(left: torch.Tensor, right: torch.Tensor, step: str, sizes: Sequence[int]) -> torch.Tensor:
+    order = json.loads(step)[1][3]
+    return left.new_empty([sizes[index] for index in order])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    left, right, ctx.step, ctx.sizes = inputs
+    ctx.save_for_backward(left, right)
+
+
+def _backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+    left, right = ctx.saved_tensors
+    compose = _composition(ctx.step, tuple(ctx.sizes))
+    found = [
+        compose.derivative(place, left, right, cotangent) if ctx.needs_input_grad[place] else None for place in (0, 1)
+    ]
+    return *found, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_save)
+
+
+@_operator.register_vmap
+def _vmap(
+    info: Any, in_dims: Sequence[Any], left: torch.Tensor, right: torch.Tensor, step: str, sizes: Sequence[int]
+) -> tuple[torch.Tensor, int]:
+    """A mapped axis is one more index of the batch, which may be missing on one operand."""
+    known = _step(step, tuple(sizes))
+    index = len(sizes)
+    arrays, sides = [], []
+    for array, dim, axes in zip((left, right), in_dims, (known.left, known.right), strict=False):
+        arrays.append(array if dim is None else array.movedim(dim, 0))
+        sides.append(axes if dim is None else (s.Axis((s.Term(index, s.IDENTITY),)), *axes))
+    mapped = replace(
+        known,
+        takes=(0, 1) if (in_dims[0] is None) != (in_dims[1] is None) else known.takes,
+        sizes=(*sizes, info.batch_size),
+        batch=(*known.batch, index),
+        order=(index, *known.order),
+        left=sides[0],
+        right=sides[1],
+    )
+    return torch.ops.lensor.pattern_product(*arrays, _text(mapped), list(mapped.sizes)), 0

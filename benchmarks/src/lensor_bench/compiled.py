@@ -31,10 +31,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "product, tables": {"modes": (_TABLES, _NONE)},
     "product, channels last": {"modes": (_ZEROS, _NONE), "by_rows": True},
     "product, split": {"modes": (_ZEROS, _NONE), "ATOMIC": True},
+    "product, few channels": {"modes": (_ZEROS, _NONE), "uniform": False},
+    "product, few channels, tables": {"modes": (_TABLES, _NONE), "uniform": False},
     "Gram": {"modes": (_ZEROS, _ZEROS), "GRAM": True},
     "Gram, 3-d": {"modes": ((1, 1, 1), (1, 1, 1)), "GRAM": True},
     "Gram, tables": {"modes": (_TABLES, _TABLES), "GRAM": True},
+    "Gram, few channels": {"modes": (_ZEROS, _ZEROS), "GRAM": True, "uniform": False},
+    "Gram, few channels, 3-d": {"modes": ((1, 1, 1), (1, 1, 1)), "GRAM": True, "uniform": False},
     "squares": {"modes": (_ZEROS, _NONE), "SQUARE": True},
+    "squares, few channels": {"modes": (_ZEROS, _NONE), "SQUARE": True, "uniform": False},
     "norms": {"modes": (_ZEROS, _NONE), "SQUARE": True, "REDUCE": True},
 }
 """The variants of the kernel: how axes are checked, and the epilogues."""
@@ -72,13 +77,17 @@ def compile_all(
 
 def _tiles(capability: int, kind: str, variant: str) -> Sequence[Any]:
     """The tiles that a launch of this variant may choose."""
-    from lensor.kernels.torch.triton.tiles import fitting, tiles_for
+    from lensor.kernels.torch.triton.launch import MOST_ADDED
+    from lensor.kernels.torch.triton.tiles import Side, fitting, tiles_for
 
     options = VARIANTS[variant]
-    tiles = tiles_for((capability // 10, capability % 10), has_exact_products=kind == "float32")
-    is_heavy = "SQUARE" in options or any(2 in modes or 0 not in modes for modes in options["modes"])
-    found = fitting(tiles, 1, 1, is_gram="GRAM" in options, is_heavy=is_heavy)
-    return [tile for tile in found if "ATOMIC" not in options or tile.rows * tile.columns <= 128 * 64]
+    capabilities = (capability // 10, capability % 10)
+    tiles = tiles_for(capabilities, has_exact_products=kind == "float32")
+    # With one row for each group, tiles of one group would have too many gaps.
+    each, by_rows = 4096 if options.get("uniform", True) else 1, options.get("by_rows", False)
+    rows, columns = (Side(9, each, sum(map(bool, one)), by_rows) for one in options["modes"])
+    found = fitting(tiles, rows, columns, is_gram="GRAM" in options, is_square="SQUARE" in options)
+    return [tile for tile in found if "ATOMIC" not in options or tile.rows * tile.columns <= MOST_ADDED]
 
 
 def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
@@ -90,7 +99,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
 
     dtype, precision = NUMBERS[kind]
     options = dict(VARIANTS[variant])
-    modes, by_rows = options.pop("modes"), options.pop("by_rows", False)
+    modes, by_rows, uniform = options.pop("modes"), options.pop("by_rows", False), options.pop("uniform", True)
     constants = {
         **{f"{side}_CHECKS": sum(mode > 0 for mode in one) for side, one in zip(("LEFT", "RIGHT"), modes, strict=True)},
         **{
@@ -99,6 +108,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
             for at, mode in enumerate(one)
         },
         **{"LEFT_BY_ROWS": by_rows, "RIGHT_BY_ROWS": by_rows},
+        **{f"{side}_UNIFORM": uniform or not any(one) for side, one in zip(("LEFT", "RIGHT"), modes, strict=True)},
         **{name: options.get(name, False) for name in ("SQUARE", "REDUCE", "GRAM", "ATOMIC")},
         **{"ROWS": tile.rows, "COLUMNS": tile.columns, "SUMS": tile.sums, "STAGES": tile.stages},
         **{"PRECISION": precision, "WIDEN": capability < 80 and dtype != "fp32"},
@@ -113,23 +123,36 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.warps, "enable_fp_fusion": True},
     )
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        command = [str(tools / "cuobjdump"), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = found.asm["ptx"]
+    registers, spilled = _assembled(code, capability)
     return Compiled(
         capability,
         kind,
         variant,
         "×".join(map(str, tile[:3])) + f", {tile.warps} warps, {tile.stages} stages",
-        numbers["REG"],
-        numbers["STACK"] + numbers["LOCAL"],
+        registers,
+        spilled,
         found.metadata.shared,
         code.count("mma.sync"),
         code.count("wgmma.mma_async"),
         code.count("fma.rn.f32"),
     )
+
+
+def _assembled(code: str, capability: int) -> tuple[int, int]:
+    """The registers of a kernel, and the bytes of its spill stores, as NVIDIA's assembler reports them."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    target = re.search(r"\.target (\w+)", code)
+    assert target is not None
+    for name in ("ptxas", "ptxas-blackwell"):  # newer code needs the newer one
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(code)
+            file.flush()
+            command = [str(tools / name), "-v", f"-arch={target[1]}", file.name, "-o", "/dev/null"]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=120).stderr
+        registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+        if registers and spilled:
+            return int(registers[1]), int(spilled[1])
+    raise RuntimeError(f"ptxas cannot assemble the kernel for sm_{capability}: {said}")

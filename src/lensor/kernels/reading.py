@@ -59,6 +59,18 @@ class Group:
         """Offsets and coordinates as one array [1 + number of checked axes, size of the group]."""
         return np.stack([self.offsets, *self.coordinates])
 
+    def padded(self, groups: int, length: int) -> Group:
+        """The same for rows that consist of several groups, each of which is followed by a gap up to this length."""
+        coordinates = [padded(one, groups, length, OUTSIDE) for one in self.coordinates]
+        return Group(padded(self.offsets, groups, length, 0), coordinates)
+
+
+def padded(table: np.ndarray, groups: int, length: int, value: int) -> np.ndarray:
+    """Fill each group of a table up to a length with a value."""
+    whole = np.full((groups, length), value, np.int64)
+    whole[:, : len(table) // max(groups, 1)] = table.reshape(groups, -1)
+    return whole.reshape(-1)
+
 
 class Check(NamedTuple):
     """A checked axis: coordinates from 0 to `size` − 1 exist. If there is a table, it contains offsets, or −1."""

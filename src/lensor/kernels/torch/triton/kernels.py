@@ -32,13 +32,21 @@ def _coordinates(table, at, inside, size, axis: tl.constexpr, CHECKS: tl.constex
 
 
 @triton.jit
-def _checked(offsets, inside, one, two, size, table, MODE: tl.constexpr):
-    """Add the offset of a checked axis, and restrict the reads to positions on it.
+def _row_coordinates(table, at, first, inside, size, axis: tl.constexpr, CHECKS: tl.constexpr, UNIFORM: tl.constexpr):
+    """The coordinates of the rows of a tile; one number if they are all the same."""
+    if UNIFORM:
+        return _coordinates(table, first, True, size, axis, CHECKS)
+    else:
+        return _coordinates(table, at, inside, size, axis, CHECKS)
+
+
+@triton.jit
+def _checked(offsets, inside, coordinates, size, table, MODE: tl.constexpr):
+    """Add the offsets of a checked axis, and restrict the reads to positions on it.
 
     As an unsigned number, a negative coordinate is larger than any size.
     """
     if MODE > 0:
-        coordinates = one + two
         inside = inside & (coordinates.to(tl.uint32, bitcast=True) < size.to(tl.uint32))
         if MODE > 1:
             found = tl.load(table + coordinates, mask=inside, other=-1)
@@ -51,7 +59,6 @@ def _checked(offsets, inside, one, two, size, table, MODE: tl.constexpr):
 def _tile(
     array,
     offset_r,
-    inside_r,
     r0,
     r1,
     r2,
@@ -69,30 +76,37 @@ def _tile(
     MODE0: tl.constexpr,
     MODE1: tl.constexpr,
     MODE2: tl.constexpr,
+    UNIFORM: tl.constexpr,
     BY_ROWS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """The entries [rows, sums] of an operand; neighbouring threads read neighbouring rows if BY_ROWS."""
-    if BY_ROWS:
-        offset_r, r0, r1, r2 = offset_r[None, :], r0[None, :], r1[None, :], r2[None, :]
-        offset_s, s0, s1, s2 = offset_s[:, None], s0[:, None], s1[:, None], s2[:, None]
+    """The entries [rows, sums] of an operand; neighbouring threads read neighbouring rows if BY_ROWS.
+
+    If all rows have the same coordinates (UNIFORM), only terms of the sum are checked. Rows beyond the last one read
+    anything, since their results are not stored.
+    """
+    if UNIFORM:
+        offset_s, inside_s = _checked(offset_s, inside_s, r0 + s0, size0, table0, MODE0)
+        offset_s, inside_s = _checked(offset_s, inside_s, r1 + s1, size1, table1, MODE1)
+        offset_s, inside_s = _checked(offset_s, inside_s, r2 + s2, size2, table2, MODE2)
+        if BY_ROWS:
+            offsets = offset_r[None, :] + offset_s[:, None]
+            inside = inside_s[:, None]
+        else:
+            offsets = offset_r[:, None] + offset_s[None, :]
+            inside = inside_s[None, :]
     else:
-        offset_r, r0, r1, r2 = offset_r[:, None], r0[:, None], r1[:, None], r2[:, None]
-        offset_s, s0, s1, s2 = offset_s[None, :], s0[None, :], s1[None, :], s2[None, :]
-    offsets = offset_r + offset_s
-    if MODE0 > 0:  # without a row or a term of the sum, the coordinate is outside
-        coordinates = r0 + s0
-        inside = coordinates.to(tl.uint32, bitcast=True) < size0.to(tl.uint32)
-        if MODE0 > 1:
-            found = tl.load(table0 + coordinates, mask=inside, other=-1)
-            inside = inside & (found >= 0)
-            offsets += found
-    elif BY_ROWS:
-        inside = inside_r[None, :] & inside_s[:, None]
-    else:
-        inside = inside_r[:, None] & inside_s[None, :]
-    offsets, inside = _checked(offsets, inside, r1, s1, size1, table1, MODE1)
-    offsets, inside = _checked(offsets, inside, r2, s2, size2, table2, MODE2)
+        if BY_ROWS:
+            offsets = offset_r[None, :] + offset_s[:, None]
+            inside = inside_s[:, None]
+            r0, r1, r2, s0, s1, s2 = r0[None, :], r1[None, :], r2[None, :], s0[:, None], s1[:, None], s2[:, None]
+        else:
+            offsets = offset_r[:, None] + offset_s[None, :]
+            inside = inside_s[None, :]
+            r0, r1, r2, s0, s1, s2 = r0[:, None], r1[:, None], r2[:, None], s0[None, :], s1[None, :], s2[None, :]
+        offsets, inside = _checked(offsets, inside, r0 + s0, size0, table0, MODE0)
+        offsets, inside = _checked(offsets, inside, r1 + s1, size1, table1, MODE1)
+        offsets, inside = _checked(offsets, inside, r2 + s2, size2, table2, MODE2)
     found = tl.load(array + offsets, mask=inside, other=0.0)
     if WIDEN:
         found = found.to(tl.float32)
@@ -139,12 +153,10 @@ def _part(
     first_s,
     last_s,
     offset_r,
-    inside_r,
     r0,
     r1,
     r2,
     offset_c,
-    inside_c,
     c0,
     c1,
     c2,
@@ -156,7 +168,9 @@ def _part(
     RIGHT_MODE0: tl.constexpr,
     RIGHT_MODE1: tl.constexpr,
     RIGHT_MODE2: tl.constexpr,
+    LEFT_UNIFORM: tl.constexpr,
     LEFT_BY_ROWS: tl.constexpr,
+    RIGHT_UNIFORM: tl.constexpr,
     RIGHT_BY_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -183,7 +197,6 @@ def _part(
         a = _tile(
             left + base_l,
             offset_r,
-            inside_r,
             r0 + lb0,
             r1 + lb1,
             r2 + lb2,
@@ -204,13 +217,13 @@ def _part(
             LEFT_MODE0,
             LEFT_MODE1,
             LEFT_MODE2,
+            LEFT_UNIFORM,
             LEFT_BY_ROWS,
             WIDEN,
         )
         c = _tile(
             right + base_r,
             offset_c,
-            inside_c,
             c0 + rb0,
             c1 + rb1,
             c2 + rb2,
@@ -231,6 +244,7 @@ def _part(
             RIGHT_MODE0,
             RIGHT_MODE1,
             RIGHT_MODE2,
+            RIGHT_UNIFORM,
             RIGHT_BY_ROWS,
             WIDEN,
         )
@@ -297,7 +311,9 @@ def pattern_product(
     RIGHT_MODE0: tl.constexpr,
     RIGHT_MODE1: tl.constexpr,
     RIGHT_MODE2: tl.constexpr,
+    LEFT_UNIFORM: tl.constexpr,
     LEFT_BY_ROWS: tl.constexpr,
+    RIGHT_UNIFORM: tl.constexpr,
     RIGHT_BY_ROWS: tl.constexpr,
     SQUARE: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -321,7 +337,7 @@ def pattern_product(
         left_size0 … right_size2: the numbers of positions on the checked axes.
         batch: the number of kept b.
         squared: for each of them, the number of squared b.
-        rows, columns, plain, inner: the sizes of r, c, t and u.
+        rows, columns, plain, inner: the sizes of r and c with gaps, and of t and u. In gaps, `out_r` or `out_c` is −1.
         tiles_c, tiles: the number of tiles along c, and in total.
         splits: the number of programs that share a sum; `apart` is the distance of their results, if not ATOMIC.
         scale: the factor of the result.
@@ -336,18 +352,20 @@ def pattern_product(
     else:
         tile_r = tile // tiles_c
         tile_c = tile % tiles_c
-    at_r = tile_r * ROWS + tl.arange(0, ROWS)
-    at_c = tile_c * COLUMNS + tl.arange(0, COLUMNS)
+    first_r = tile_r * ROWS
+    first_c = tile_c * COLUMNS
+    at_r = first_r + tl.arange(0, ROWS)
+    at_c = first_c + tl.arange(0, COLUMNS)
     inside_r = at_r < rows
     inside_c = at_c < columns
     offset_r = _entries(left_r, at_r, inside_r, rows, 0, 0)
     offset_c = _entries(right_c, at_c, inside_c, columns, 0, 0)
-    r0 = _coordinates(left_r, at_r, inside_r, rows, 0, LEFT_CHECKS)
-    r1 = _coordinates(left_r, at_r, inside_r, rows, 1, LEFT_CHECKS)
-    r2 = _coordinates(left_r, at_r, inside_r, rows, 2, LEFT_CHECKS)
-    c0 = _coordinates(right_c, at_c, inside_c, columns, 0, RIGHT_CHECKS)
-    c1 = _coordinates(right_c, at_c, inside_c, columns, 1, RIGHT_CHECKS)
-    c2 = _coordinates(right_c, at_c, inside_c, columns, 2, RIGHT_CHECKS)
+    r0 = _row_coordinates(left_r, at_r, first_r, inside_r, rows, 0, LEFT_CHECKS, LEFT_UNIFORM)
+    r1 = _row_coordinates(left_r, at_r, first_r, inside_r, rows, 1, LEFT_CHECKS, LEFT_UNIFORM)
+    r2 = _row_coordinates(left_r, at_r, first_r, inside_r, rows, 2, LEFT_CHECKS, LEFT_UNIFORM)
+    c0 = _row_coordinates(right_c, at_c, first_c, inside_c, columns, 0, RIGHT_CHECKS, RIGHT_UNIFORM)
+    c1 = _row_coordinates(right_c, at_c, first_c, inside_c, columns, 1, RIGHT_CHECKS, RIGHT_UNIFORM)
+    c2 = _row_coordinates(right_c, at_c, first_c, inside_c, columns, 2, RIGHT_CHECKS, RIGHT_UNIFORM)
 
     sums = plain * inner
     batches = batch * squared
@@ -392,12 +410,10 @@ def pattern_product(
                 first_s,
                 last_s,
                 offset_r,
-                inside_r,
                 r0,
                 r1,
                 r2,
                 offset_c,
-                inside_c,
                 c0,
                 c1,
                 c2,
@@ -409,7 +425,9 @@ def pattern_product(
                 RIGHT_MODE0,
                 RIGHT_MODE1,
                 RIGHT_MODE2,
+                LEFT_UNIFORM,
                 LEFT_BY_ROWS,
+                RIGHT_UNIFORM,
                 RIGHT_BY_ROWS,
                 ROWS,
                 COLUMNS,
@@ -448,12 +466,10 @@ def pattern_product(
             first_s,
             last_s,
             offset_r,
-            inside_r,
             r0,
             r1,
             r2,
             offset_c,
-            inside_c,
             c0,
             c1,
             c2,
@@ -465,7 +481,9 @@ def pattern_product(
             RIGHT_MODE0,
             RIGHT_MODE1,
             RIGHT_MODE2,
+            LEFT_UNIFORM,
             LEFT_BY_ROWS,
+            RIGHT_UNIFORM,
             RIGHT_BY_ROWS,
             ROWS,
             COLUMNS,
@@ -479,27 +497,28 @@ def pattern_product(
     target = out + tl.load(out_b + kept)
     if not ATOMIC:
         target += split.to(tl.int64) * apart
+    to_r = _entries(out_r, at_r, inside_r, rows, 0, -1)
+    to_c = _entries(out_c, at_c, inside_c, columns, 0, -1)
+    inside = (to_r >= 0)[:, None] & (to_c >= 0)[None, :]
     if REDUCE:
-        value = tl.sum(total)
+        value = tl.sum(tl.where(inside, total, 0.0))
         if ATOMIC:
             tl.atomic_add(target, value)
         else:
             tl.store(target + tile, value)
     else:
-        to_r = _entries(out_r, at_r, inside_r, rows, 0, 0)
-        to_c = _entries(out_c, at_c, inside_c, columns, 0, 0)
         where = target + to_r[:, None] + to_c[None, :]
-        inside = inside_r[:, None] & inside_c[None, :]
         if ATOMIC:
             tl.atomic_add(where, total, mask=inside)
         else:
             tl.store(where, total, mask=inside)
         if GRAM:
             if tile_r != tile_c:
-                mirror_r = _entries(out_r, at_c, inside_c, rows, 0, 0)
-                mirror_c = _entries(out_c, at_r, inside_r, columns, 0, 0)
-                where = target + mirror_r[None, :] + mirror_c[:, None]
+                mirror_r = _entries(out_r, at_c, inside_c, rows, 0, -1)
+                mirror_c = _entries(out_c, at_r, inside_r, columns, 0, -1)
+                where = target + mirror_r[:, None] + mirror_c[None, :]
+                inside = (mirror_r >= 0)[:, None] & (mirror_c >= 0)[None, :]
                 if ATOMIC:
-                    tl.atomic_add(where, total, mask=inside)
+                    tl.atomic_add(where, tl.trans(total), mask=inside)
                 else:
-                    tl.store(where, total, mask=inside)
+                    tl.store(where, tl.trans(total), mask=inside)

@@ -17,7 +17,7 @@ from triton import knobs
 from lensor.cache import Cache
 from lensor.kernels import reading
 from lensor.kernels.torch.triton.kernels import pattern_product
-from lensor.kernels.torch.triton.tiles import INTERPRETED, Tile, fitting, has_tensor_cores, tiles_for
+from lensor.kernels.torch.triton.tiles import INTERPRETED, Side, Tile, fitting, has_tensor_cores, tiles_for
 from lensor.kernels.torch.tensors import allows_tf32
 from lensor.plan import steps as s
 from lensor.plan.steps.patterns import MOST_SPLITS, WORKSPACE
@@ -31,7 +31,7 @@ _WAVES = 2
 _LEAST_SUMS = 4
 """Each program that shares a sum takes at least this many steps of the loop."""
 
-_MOST_ADDED = 128 * 64
+MOST_ADDED = 128 * 64
 """Larger tiles are stored and added later, since adding them atomically needs too many registers."""
 
 _MOST_TRIED = 4
@@ -91,31 +91,52 @@ class Launcher:
         return launch(left, right)
 
     def _made(self, setting: Setting, left: torch.Tensor, right: torch.Tensor) -> _Launch:
-        tables = _Tables(self.step, setting)
         key = (replace(self.step, takes=(), factor=Fraction(1)), setting)
         tile = self.tile or _tuned.get(key)
         if tile is not None:
-            return _Launch(tables, tile, self.splits)
-        tiles = _tiles(tables)
+            return _Launch(_Tables(self.step, setting, tile), tile, self.splits)
+        tiles = _tiles(self.step, setting)[: _MOST_TRIED if _is_tuning.get() else 1]
+        found = [_Launch(_Tables(self.step, setting, tile), tile, self.splits) for tile in tiles]
         if not _is_tuning.get():
-            return _Launch(tables, tiles[0], self.splits)
-        found = [_Launch(tables, tile, self.splits) for tile in tiles[:_MOST_TRIED]]
+            return found[0]
         fastest = min(found, key=lambda launch: _seconds(launch, left, right))
         _tuned.put(key, fastest.tile)
         return fastest
 
 
-def _tiles(tables: _Tables) -> list[Tile]:
+def _tiles(step: s.PatternProduct, setting: Setting) -> list[Tile]:
     """The tiles for a step on a device, the one with the least estimated time first."""
-    step, setting = tables.step, tables.setting
     if setting.device.type != "cuda":
         tiles = INTERPRETED
     else:
         is_exact = setting.dtype is torch.float32 and not setting.is_tf32
         tiles = tiles_for(torch.cuda.get_device_capability(setting.device), is_exact)
-    rows, columns = step.size(step.rows), step.size(step.columns)
-    is_heavy = bool(step.squared) or any(2 in modes or 0 not in modes for modes in tables.modes)
-    return fitting(tiles, rows, columns, is_gram=step.is_gram, is_heavy=is_heavy)
+    rows = _side(step, step.rows, step.left, setting.left)
+    columns = _side(step, step.columns, step.right, setting.right)
+    return fitting(tiles, rows, columns, is_gram=step.is_gram, is_square=bool(step.squared))
+
+
+def _side(step: s.PatternProduct, group: s.Shape, axes: Sequence[s.Axis], strides: Sequence[int]) -> Side:
+    """The rows or columns of a step, as a side of tiles."""
+    checked, plain = _divided(step, group, axes)
+    checks = sum(_is_checked(axis, step.sizes) for axis in axes)
+    apart = _distances(axes, strides)
+
+    def least(indices: s.Shape) -> float:
+        return min((apart.get(index, math.inf) for index in indices if step.sizes[index] > 1), default=math.inf)
+
+    return Side(step.size(checked), step.size(plain), checks, least(plain) < least(step.summed))
+
+
+def _is_checked(axis: s.Axis, sizes: s.Shape) -> bool:
+    return axis.outer is not None or not axis.is_full(sizes)
+
+
+def _divided(step: s.PatternProduct, group: s.Shape, axes: Sequence[s.Axis]) -> tuple[s.Shape, s.Shape]:
+    """The indices of a group on checked axes, and the others."""
+    on_checked = {index for axis in axes if _is_checked(axis, step.sizes) for index, _ in axis.terms}
+    checked = tuple([index for index in group if index in on_checked])
+    return checked, tuple([index for index in group if index not in on_checked])
 
 
 def _seconds(launch: _Launch, left: torch.Tensor, right: torch.Tensor, repeats: int = 5) -> float:
@@ -135,29 +156,36 @@ def _seconds(launch: _Launch, left: torch.Tensor, right: torch.Tensor, repeats: 
 class _Tables:
     """The tables of a step for operands with given strides, on their device."""
 
-    def __init__(self, step: s.PatternProduct, setting: Setting) -> None:
+    def __init__(self, step: s.PatternProduct, setting: Setting, tile: Tile) -> None:
         self.step, self.setting = step, setting
         sizes = step.sizes
-        operands = ((step.left, setting.left), (step.right, setting.right))
         kept = reading.kept_batch(step)
         self.batch = (*kept, *(index for index in step.batch if index not in kept))
-        apart = [_distances(axes, strides) for axes, strides in operands]
-        self.rows = _by_distance(step.rows, apart[0])
+        apart = [
+            _distances(axes, strides) for axes, strides in ((step.left, setting.left), (step.right, setting.right))
+        ]
+        rows = _side(step, step.rows, step.left, setting.left)
+        columns = _side(step, step.columns, step.right, setting.right)
+        self.is_uniform = [rows.is_uniform(tile.rows), columns.is_uniform(tile.columns)]
+        order_r = _ordered(_divided(step, step.rows, step.left), apart[0], self.is_uniform[0])
+        order_c = _ordered(_divided(step, step.columns, step.right), apart[1], self.is_uniform[1])
         if step.is_gram:
             pairs = dict(zip(step.rows, step.columns, strict=True))
-            self.columns = tuple([pairs[index] for index in self.rows])
-        else:
-            self.columns = _by_distance(step.columns, apart[1])
+            order_c = tuple([pairs[index] for index in order_r])
         plain, inner = _summed(step, apart[0])
-        left = reading.reads_for(step.left, setting.left, sizes, (self.batch, self.rows, plain, inner))
-        right = reading.reads_for(step.right, setting.right, sizes, (self.batch, self.columns, plain, inner))
-        self.sizes = [step.size(group) for group in (kept, self.rows, self.columns, plain, inner)]
+        left = reading.reads_for(step.left, setting.left, sizes, (self.batch, order_r, plain, inner))
+        right = reading.reads_for(step.right, setting.right, sizes, (self.batch, order_c, plain, inner))
+        out = reading.outputs_for(step, kept, order_r, order_c)
+        for at, (side, length, reads) in enumerate(((rows, tile.rows, left), (columns, tile.columns, right))):
+            if self.is_uniform[at] and side.checks:
+                reads.groups[1] = reads.groups[1].padded(side.groups, side.padded(length) // side.groups)
+                out[1 + at] = reading.padded(out[1 + at], side.groups, side.padded(length) // side.groups, -1)
+        self.sizes = [step.size(kept), len(out[1]), len(out[2]), step.size(plain), step.size(inner)]
         self.squared = step.size(self.batch) // max(self.sizes[0], 1)
         self.shape = step.shape(())
         self.length = math.prod(self.shape)
-        self.by_rows = [_reads_by_rows(one) for one in (left, right)]
+        self.by_rows = [rows.is_by_rows, columns.is_by_rows]
         self.modes = [_modes(one) for one in (left, right)]
-        out = reading.outputs_for(step, kept, self.rows, self.columns)
         is_wide = max(_last(left), _last(right), WORKSPACE, self.length) >= 1 << 31
         self._dtype = np.int64 if is_wide else np.int32
         self.left, self.right = ([self._on_device(group.table()) for group in one.groups] for one in (left, right))
@@ -165,9 +193,9 @@ class _Tables:
         self.checked = [
             self._on_device(np.zeros(1, np.int64) if check.table is None else check.table)
             for one in (left, right)
-            for check in _padded(one.checks)
+            for check in _filled(one.checks)
         ]
-        self.lengths = [check.size for one in (left, right) for check in _padded(one.checks)]
+        self.lengths = [check.size for one in (left, right) for check in _filled(one.checks)]
 
     def _on_device(self, table: np.ndarray) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -178,7 +206,15 @@ class _Tables:
         return self.out[0] * tiles
 
 
-def _padded(checks: Sequence[reading.Check]) -> list[reading.Check]:
+def _ordered(divided: tuple[s.Shape, s.Shape], apart: dict[int, int], is_uniform: bool) -> s.Shape:
+    """The indices of a group, those whose positions are close in memory last; the checked ones first if uniform."""
+    checked, plain = divided
+    if is_uniform:
+        return (*_by_distance(checked, apart), *_by_distance(plain, apart))
+    return _by_distance((*checked, *plain), apart)
+
+
+def _filled(checks: Sequence[reading.Check]) -> list[reading.Check]:
     return [*checks, *[reading.Check(0, None)] * (reading.MOST_CHECKED - len(checks))]
 
 
@@ -205,30 +241,10 @@ def _by_distance(group: s.Shape, apart: dict[int, int]) -> s.Shape:
 
 def _summed(step: s.PatternProduct, apart: dict[int, int]) -> tuple[s.Shape, s.Shape]:
     """The summed indices, as those that need no checks, and the others; both parts have at least one index, if any."""
-    checked = {
-        index
-        for axis in (*step.left, *step.right)
-        if axis.outer is not None or not axis.is_full(step.sizes)
-        for index, _ in axis.terms
-    }
+    checked = {*_divided(step, step.summed, step.left)[0], *_divided(step, step.summed, step.right)[0]}
     every = _by_distance(step.summed, apart)
     inner = tuple([index for index in every if index in checked]) or every[-1:]
     return tuple([index for index in every if index not in inner]), inner
-
-
-def _reads_by_rows(reads: reading.Reads) -> bool:
-    """Whether neighbouring rows are next to each other in memory more often than neighbouring terms of the sum."""
-    _, rows, plain, inner = reads.groups
-    return _adjacent(rows, reads) > max(
-        _adjacent(inner, reads), _adjacent(plain, reads) if len(inner.offsets) == 1 else 0
-    )
-
-
-def _adjacent(group: reading.Group, reads: reading.Reads) -> float:
-    places = group.offsets.copy()
-    for check, coordinates in zip(reads.checks, group.coordinates, strict=True):
-        places += coordinates if check.table is not None else 0
-    return float(np.mean(np.diff(places) == 1)) if len(places) > 1 else 0.0
 
 
 def _last(reads: reading.Reads) -> int:
@@ -255,7 +271,7 @@ class _Launch:
         self.splits = max(min(splits, steps), 1)
         self.is_partial = self.splits > 1 or (self.is_reduced and self.tiles > 1)
         may_add = setting.dtype is torch.float32 and not setting.is_deterministic
-        self.is_atomic = self.is_partial and may_add and tile.rows * tile.columns <= _MOST_ADDED
+        self.is_atomic = self.is_partial and may_add and tile.rows * tile.columns <= MOST_ADDED
         self.is_empty = 0 in tables.sizes or not self.tiles
         self.grid = (batch * self.tiles * self.splits,)
         self.entries = self.tiles if self.is_reduced else 1  # results of a split, for each entry of the result
@@ -280,6 +296,8 @@ class _Launch:
                 for side, modes in zip(("LEFT", "RIGHT"), tables.modes, strict=True)
                 for at, mode in enumerate(modes)
             },
+            "LEFT_UNIFORM": tables.is_uniform[0],
+            "RIGHT_UNIFORM": tables.is_uniform[1],
             "LEFT_BY_ROWS": tables.by_rows[0],
             "RIGHT_BY_ROWS": tables.by_rows[1],
             "SQUARE": is_square,

@@ -24,9 +24,14 @@ class Tile(NamedTuple):
     stages: int
 
     @property
-    def entries(self) -> int:
-        """The number of entries of both operands that are read at once."""
-        return self.sums * (self.rows + self.columns)
+    def is_small(self) -> bool:
+        """Whether a tile leaves enough registers to sum squares, or to check each entry."""
+        return self.rows * self.columns <= 64 * 64
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a tile leaves too few registers to turn the operands."""
+        return self.rows * self.columns > 128 * 64
 
     @property
     def share(self) -> float:
@@ -35,18 +40,16 @@ class Tile(NamedTuple):
 
 
 _WITH_TENSOR_CORES = (
-    Tile(128, 128, 16, 8, 4),
-    Tile(128, 64, 32, 8, 4),
-    Tile(64, 128, 32, 8, 4),
-    Tile(128, 64, 16, 8, 4),
-    Tile(64, 128, 16, 8, 4),
-    Tile(64, 64, 32, 4, 4),
-    Tile(64, 32, 32, 4, 4),
-    Tile(32, 64, 32, 4, 4),
-    Tile(32, 32, 32, 4, 4),
-    Tile(64, 16, 32, 4, 4),
-    Tile(16, 64, 32, 4, 4),
-    Tile(16, 16, 64, 4, 4),
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 64, 32, 8, 3),
+    Tile(64, 128, 32, 8, 3),
+    Tile(64, 64, 32, 8, 3),
+    Tile(64, 32, 32, 4, 3),
+    Tile(32, 64, 32, 4, 3),
+    Tile(32, 32, 32, 4, 3),
+    Tile(64, 16, 32, 4, 3),
+    Tile(16, 64, 32, 4, 3),
+    Tile(16, 16, 64, 4, 3),
 )
 """Tiles for products in TF32, float16 and bfloat16 on GPUs with compute capability 8.0 or higher."""
 
@@ -77,28 +80,59 @@ def tiles_for(capability: tuple[int, int], has_exact_products: bool) -> tuple[Ti
     return _WITH_TENSOR_CORES if has_tensor_cores(capability) and not has_exact_products else _WITHOUT_TENSOR_CORES
 
 
-_MOST_ENTRIES = 3072
-"""Variants of the kernel that need many registers read at most this many entries of both operands at once."""
+_UNIFORM = 2.0
+"""Tiles whose rows have different coordinates take about this many times as long: each entry is checked for itself."""
 
 
-def fitting(
-    tiles: Sequence[Tile], rows: int, columns: int, *, is_gram: bool = False, is_heavy: bool = False
-) -> list[Tile]:
-    """The tiles for a product with this many rows and columns, the ones with the least estimated time first.
+class Side(NamedTuple):
+    """The rows or the columns of a product, as one side of its tiles.
+
+    Args:
+        groups: the number of combinations of the indices on checked axes.
+        each: the number of rows for each of them.
+        checks: the number of checked axes.
+        is_by_rows: whether neighbouring rows are closer in memory than neighbouring terms of the sum.
+    """
+
+    groups: int
+    each: int
+    checks: int
+    is_by_rows: bool = False
+
+    def is_uniform(self, length: int) -> bool:
+        """Whether tiles of this length contain rows of one group only, which leaves gaps after the last one of each."""
+        return not self.checks or self.groups == 1 or self.padded(length) <= _UNIFORM * self.groups * self.each
+
+    def padded(self, length: int) -> int:
+        """The number of rows if each group fills its last tile."""
+        return self.groups * -(-self.each // length) * length
+
+    def rows(self, length: int) -> int:
+        """The number of rows, including gaps, in tiles of this length."""
+        return self.padded(length) if self.checks and self.is_uniform(length) else self.groups * self.each
+
+    def cost(self, length: int) -> float:
+        return -(-self.rows(length) // length) * length * (1.0 if self.is_uniform(length) else _UNIFORM)
+
+
+def fitting(tiles: Sequence[Tile], rows: Side, columns: Side, *, is_gram: bool, is_square: bool) -> list[Tile]:
+    """The tiles for a product, the ones with the least estimated time first.
 
     Args:
         tiles: the tiles to choose from.
-        rows: number of rows.
-        columns: number of columns.
+        rows: the rows of the product.
+        columns: the columns.
         is_gram: whether tiles must be square.
-        is_heavy: whether the kernel sums squares, reads tables, or checks three axes, and so needs many registers.
+        is_square: whether the kernel sums squares.
     """
 
-    def cost(tile: Tile) -> float:
-        computed = -(-rows // tile.rows) * tile.rows * (-(-columns // tile.columns)) * tile.columns
-        return computed / tile.share
+    def allowed(tile: Tile) -> bool:
+        if is_gram and tile.rows != tile.columns:
+            return False
+        is_light = rows.is_uniform(tile.rows) and columns.is_uniform(tile.columns) and not is_square
+        if tile.is_large and (rows.is_by_rows or columns.is_by_rows):
+            return False
+        return is_light or tile.is_small
 
-    found = [tile for tile in tiles if tile.rows == tile.columns or not is_gram]
-    if is_heavy:
-        found = [tile for tile in found if tile.entries <= _MOST_ENTRIES] or found[-1:]
-    return sorted(found, key=cost)
+    found = [tile for tile in tiles if allowed(tile)]
+    return sorted(found, key=lambda tile: rows.cost(tile.rows) * columns.cost(tile.columns) / tile.share)

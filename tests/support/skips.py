@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ SKIPS = [
     Listed("tests/project/test_site.py", "Chromium and its driver are not installed", ROOT, not INSTALLS),
     Listed("benchmarks/tests/test_bench.py", "there is no limit on this system", "Linux only", not LINUX),
     Listed("benchmarks/tests/test_bench.py", "there is no full disk on this system", "Linux only", not LINUX),
+    Listed("tests/kernels/test_pattern_products.py", "no GPU", "CI has none", not torch.cuda.is_available()),
+    Listed(
+        "tests/kernels/test_pattern_products.py", "fewer than two GPUs", "CI has none", torch.cuda.device_count() < 2
+    ),
     Listed("tests/test_evaluate.py", "no fork on this system", "Windows has none", not hasattr(os, "fork")),
 ]
 

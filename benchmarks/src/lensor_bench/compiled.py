@@ -85,17 +85,18 @@ def _tiles(capability: int, kind: str, variant: str) -> Sequence[Any]:
     tiles = tiles_for(capabilities, has_exact_products=kind == "float32")
     # With one row for each group, tiles of one group would have too many gaps.
     each, by_rows = 4096 if options.get("uniform", True) else 1, options.get("by_rows", False)
-    rows, columns = (Side(9, each, sum(map(bool, one)), by_rows) for one in options["modes"])
+    rows, columns = (Side(9, each, sum(map(bool, one)), by_rows, 2 in one) for one in options["modes"])
     found = fitting(tiles, rows, columns, is_gram="GRAM" in options, is_square="SQUARE" in options)
     return [tile for tile in found if "ATOMIC" not in options or tile.rows * tile.columns <= MOST_ADDED]
 
 
 def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
     import triton
-    from lensor.kernels.torch.triton.kernels import NUMBERS as ARGUMENTS
-    from lensor.kernels.torch.triton.kernels import POINTERS, pattern_product
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from lensor.kernels.torch.triton.kernels import NUMBERS as ARGUMENTS
+    from lensor.kernels.torch.triton.kernels import POINTERS, pattern_product
 
     dtype, precision = NUMBERS[kind]
     options = dict(VARIANTS[variant])
@@ -107,11 +108,16 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
             for side, one in zip(("LEFT", "RIGHT"), modes, strict=True)
             for at, mode in enumerate(one)
         },
-        **{"LEFT_BY_ROWS": by_rows, "RIGHT_BY_ROWS": by_rows},
+        "LEFT_BY_ROWS": by_rows,
+        "RIGHT_BY_ROWS": by_rows,
         **{f"{side}_UNIFORM": uniform or not any(one) for side, one in zip(("LEFT", "RIGHT"), modes, strict=True)},
         **{name: options.get(name, False) for name in ("SQUARE", "REDUCE", "GRAM", "ATOMIC")},
-        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "SUMS": tile.sums, "STAGES": tile.stages},
-        **{"PRECISION": precision, "WIDEN": capability < 80 and dtype != "fp32"},
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "SUMS": tile.sums,
+        "STAGES": tile.stages,
+        "PRECISION": precision,
+        "WIDEN": capability < 80 and dtype != "fp32",
     }
     types = {"left": f"*{dtype}", "right": f"*{dtype}", "out": "*fp32", "apart": "i64", "scale": "fp32"}
     signature = {

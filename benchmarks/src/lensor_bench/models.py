@@ -42,6 +42,16 @@ def _classifier(config: str, **options: Any) -> nn.Module:
     return Logits(model(getattr(transformers, f"{config}Config")(num_labels=CLASSES, **options)))
 
 
+def image_classifier(name: str) -> nn.Module:
+    """A classifier with random weights, by its name in `MODELS`, or "resnet50".
+
+    Raises:
+        CommandError: if transformers is not installed.
+    """
+    require("torch", "transformers")
+    return MODELS[name]() if name in MODELS else _classifier("ResNet")
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: _classifier("ResNet", hidden_sizes=[64, 128, 256, 512], depths=[2] * 4, layer_type="basic"),
     "convnext-tiny": lambda: _classifier("ConvNext"),
@@ -197,6 +207,18 @@ def _curvlinops(
         return made
 
     return call
+
+
+def curvlinops_factors(
+    model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Calls that compute the factors with curvlinops, if it is installed."""
+    if not _installed("curvlinops"):
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = layers_of(model)
+    return {f"curvlinops, {one}": _silent(_curvlinops(model, loss, layers, data, one)) for one in _APPROX}
 
 
 def _backpack(make: Callable[[], nn.Module], loss: nn.Module, data: tuple[Tensor, Tensor]) -> Callable[[], Any]:

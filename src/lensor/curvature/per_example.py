@@ -104,7 +104,7 @@ def per_example_gradient_norms(
                 continue
             (use,) = uses
             x = batch.capture.inputs[use]
-            weights[name] = network(_squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
+            weights[name] = network(squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
         biases = {
             name: batch.bias_gradients(uses, vectors).norm(dim=1)
             for name, uses in batch.capture.by_parameter(True).items()
@@ -116,7 +116,7 @@ def per_example_gradient_norms(
         return found
 
 
-def _squared_norms(spec: ConvSpec) -> AnyNetwork:
+def squared_norms(spec: ConvSpec) -> AnyNetwork:
     """Σ over the weight of the squared per-example gradients: X, V -> [n]."""
     gradients = conv_weight_vjp(spec).keep("n")
     share = [index for leg in gradients.output for index in leg]

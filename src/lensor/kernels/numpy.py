@@ -194,7 +194,6 @@ def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.n
 
 def _pattern_product(step: s.PatternProduct) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Store everything that is read, and multiply with einsum: the definition of the step."""
-    every = range(len(step.sizes))
 
     def read(x: np.ndarray, axes: Sequence[s.Axis]) -> tuple[np.ndarray, list[int]]:
         held = sorted({index for axis in axes for index, _ in axis.terms})
@@ -203,9 +202,7 @@ def _pattern_product(step: s.PatternProduct) -> Callable[[np.ndarray, np.ndarray
         for _, inside in found:
             if inside is not None:
                 entries = np.where(inside, entries, x.dtype.type(0))
-        entries = np.broadcast_to(
-            entries, [max(n, step.sizes[i] if i in held else 1) for i, n in zip(every, entries.shape)]
-        )
+        entries = np.broadcast_to(entries, [size if at in held else 1 for at, size in enumerate(step.sizes)])
         return entries.reshape([step.sizes[index] for index in held]), held
 
     def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:

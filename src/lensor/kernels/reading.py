@@ -27,7 +27,7 @@ def places(axis: s.Axis, sizes: Sequence[int], start: dict[int, int]) -> tuple[n
 
     Args:
         axis: the axis.
-        sizes: the sizes of all indices; the arrays have an axis for each, of length 1 if the axis does not depend on it.
+        sizes: the sizes of all indices; the arrays have an axis for each, of length 1 if they do not depend on it.
         start: for some indices, the first value, if it is not 0.
     """
     found, inside = np.zeros((1,) * len(sizes), np.int64), None
@@ -130,7 +130,7 @@ def reads_for(axes: Sequence[s.Axis], strides: Sequence[int], sizes: Sequence[in
         size = one.high - one.low
         for at, (group, part) in enumerate(zip(found, one.coordinates, strict=True)):
             inside = part > OUTSIDE
-            if inside.any() and abs(part[inside]).max() >= _LARGEST or size >= _LARGEST:
+            if (inside.any() and abs(part[inside]).max() >= _LARGEST) or size >= _LARGEST:
                 raise ValueError(f"coordinates of {size} positions are too large, expected fewer than {_LARGEST}")
             if one.table is None:
                 group.offsets += np.where(inside, one.slope * part + (one.base if at == 0 else 0), 0)

@@ -19,15 +19,16 @@ _PARTS_OF_SQUARES = 32
 """Maximum number of parts into which a sum of squares is divided."""
 
 
-def candidates(net: AnyNetwork, in_parts: bool = True) -> list[Plan]:
+def candidates(net: AnyNetwork, in_parts: bool = True, fused: bool = False) -> list[Plan]:
     """List the distinct candidate plans for a network with known sizes.
 
     Args:
         net: the network.
         in_parts: whether to include plans that divide an index into parts for speed; in half precision, adding the
             parts loses accuracy.
+        fused: whether to include plans with kernels for products of arrays read through patterns.
     """
-    plans = whole(net)
+    plans = whole(net, fused=fused)
     found = all_divided(net, divisions(net, plans)) if in_parts else []
     return plans + [plan for plan in found if _is_new(plan, plans)]
 

@@ -95,7 +95,8 @@ def choose(
 def choose_resizable(net: AnyNetwork, sizes: Sizes, backend: Backend, kind: Sequence[Any]) -> Resizable | None:
     """Choose the best plan for a network whose open indices may have any sizes, by estimates for typical sizes.
 
-    The result is None if no candidate allows all sizes. Candidates in parts of an index do not.
+    The result is None if no candidate allows all sizes. Candidates in parts of an index do not, and neither do pattern
+    products, whose tables depend on the sizes.
 
     Args:
         net: the network.
@@ -108,8 +109,12 @@ def choose_resizable(net: AnyNetwork, sizes: Sizes, backend: Backend, kind: Sequ
     if family is None:
         return None
     estimates = zip(family.estimates(sizes, target), family.members, strict=True)
-    found = [(seconds, member.form) for seconds, member in estimates if member.form is not None]
+    found = [(seconds, form) for seconds, member in estimates if (form := member.form) and not _has_tables(form.plan)]
     return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _has_tables(plan: Plan) -> bool:
+    return any(isinstance(step, s.PatternProduct) for step in plan.steps)
 
 
 def _finished(plan: Plan, net: AnyNetwork, known: Sequence[Candidate], reason: str, itemsize: int) -> Plan:

@@ -2,7 +2,7 @@
 
 import typer
 
-from lensor_bench.commands import bench, conformance, models, reproduce
+from lensor_bench.commands import bench, conformance, gpu, models, reproduce
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -13,6 +13,7 @@ def add_commands(app: typer.Typer) -> None:
     group.callback()(bench.bench)
     for command in (
         *(bench.candidates, bench.overhead, bench.planning, bench.growth, bench.report),
+        *(gpu.gpu, gpu.compiled),
         *(models.models, models.steps, models.training, models.sampling),
     ):
         group.command()(command)

@@ -20,7 +20,6 @@ from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions, 
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 
-
 _PRECISIONS = {(True, True): "tf32", (False, True): "float32 with tf32 convolutions", (True, False): "float32"}
 """How GPUs multiply in float32, by whether products and convolutions may be rounded to TF32."""
 

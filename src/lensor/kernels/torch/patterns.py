@@ -1,17 +1,19 @@
 """Pattern products in torch: by a fused kernel on GPUs, and as a composition of operators everywhere else.
 
-The fused kernel is the custom operator `lensor::pattern_product`, which compilers keep in their graphs. Its derivative is
-a composition: entries of the cotangent are added where the operand was read.
+The fused kernel is the custom operator `lensor::pattern_product`, which compilers keep in their graphs. Its derivative
+is a composition: entries of the cotangent are added where the operand was read.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import string
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from lensor.affine import Piece
+from lensor.cache import clear_caches
 from lensor.kernels.reading import places
 from lensor.kernels.torch.capture import Constant
 from lensor.kernels.torch.tensors import is_plain
@@ -32,30 +35,64 @@ _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (7, 5)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def fuses(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether pattern products of tensors of this kind run as one kernel."""
-    if device.type != "cuda" or dtype not in _FUSED_DTYPES or find_spec("triton") is None:
+    if dtype not in _FUSED_DTYPES:
         return False
-    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    return _has_kernels(device) if device.type == "cuda" else _is_interpreting.get()
+
+
+@lru_cache
+def _has_kernels(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+_is_interpreting: ContextVar[bool] = ContextVar("lensor.interpreting", default=False)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Run pattern products on CPUs by Triton's interpreter, to test the kernel; plans are not kept.
+
+    Raises:
+        RuntimeError: if Triton compiles kernels, because TRITON_INTERPRET=1 was not set when it was imported.
+    """
+    from lensor.kernels.torch.triton.launch import IS_INTERPRETED
+
+    if not IS_INTERPRETED:
+        raise RuntimeError("Triton compiles kernels for GPUs, expected TRITON_INTERPRET=1 when it is imported")
+    clear_caches()
+    token = _is_interpreting.set(True)
+    try:
+        yield
+    finally:
+        _is_interpreting.reset(token)
+        clear_caches()
 
 
 def pattern_product(step: s.PatternProduct) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The function that runs a pattern product."""
-    compose = Composition(step)
+    compose, text, sizes = Composition(step), _text(step), list(step.sizes)
     kernel: Callable[..., Any] | None = None
 
     def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         nonlocal kernel
         if not fuses(left.dtype, left.device):
             return compose(left, right)
-        if not is_plain(left) or not is_plain(right) or type(left) is not torch.Tensor or left.requires_grad:
-            return _as_operator(step, left, right)
+        if not (_is_bare(left) and _is_bare(right)):
+            out = torch.ops.lensor.pattern_product(left, right, text, sizes)
+            return out if step.factor == 1 else out * float(step.factor)
         if kernel is None:
             kernel = _launcher(step)
         return kernel(left, right)
 
     return product
+
+
+def _is_bare(x: torch.Tensor) -> bool:
+    """Whether a kernel may read a tensor directly, because nothing is traced, transformed or recorded."""
+    return is_plain(x) and type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _launcher(step: s.PatternProduct) -> Callable[..., Any]:
@@ -97,7 +134,7 @@ class Composition:
             value = self._value(part, left, right)
             found = [*found, value] if is_kept or not found else [found[0] + value]
         out = torch.cat(found, step.order.index(self.parts[0].index or 0)) if len(found) > 1 else found[0]
-        return (out if step.factor == 1 else out * _number(step.factor)).to(dtype)
+        return (out if step.factor == 1 else out * float(step.factor)).to(dtype)
 
     def _value(self, part: _Part, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         step = self.step
@@ -112,7 +149,7 @@ class Composition:
     def derivative(self, place: int, left: torch.Tensor, right: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
         """The VJP with respect to an operand (0: the first, 1: the second)."""
         step, dtype = self.step, left.dtype
-        left, right, cotangent = _wide(left), _wide(right), _wide(cotangent) * _number(step.factor)
+        left, right, cotangent = _wide(left), _wide(right), _wide(cotangent) * float(step.factor)
         array = (left, right)[place]
         found = torch.zeros_like(array)
         for part in self.parts:
@@ -143,15 +180,18 @@ class Composition:
 
 
 def _parts(step: s.PatternProduct) -> Iterator[_Part]:
-    """Divide one index so that no array of a part is too large: a batch or a summed index, or one of the result."""
+    """Divide one index so that no array of a part is too large: a batch or a summed index, or one of the result.
+
+    A summed index is not divided if sums are squared.
+    """
     sizes = step.sizes
     held = [{index for axis in axes for index, _ in axis.terms} for axes in (step.left, step.right)]
     largest = max(math.prod(sizes[index] for index in group) for group in (*held, step.free))
-    order = [index for index in range(len(sizes)) if index in step.batch or index not in step.free] or step.free
+    order = (*step.batch, *(() if step.squared else step.summed)) or step.free
     index = max(order, key=lambda index: sizes[index], default=None)
     count = 1 if index is None else max(min(sizes[index], -(-largest // _PART)), 1)
     bounds = [0 if index is None else sizes[index] * at // count for at in range(count + 1)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         part, start = step, {}
         if count > 1 and index is not None:
             part = replace(step, sizes=tuple([high - low if at == index else n for at, n in enumerate(sizes)]))
@@ -203,18 +243,9 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _number(factor: Any) -> Any:
-    return float(factor) if isinstance(factor, Fraction) else factor
-
-
 # ---------------------------------------------------------------------------------------------------- custom operator
-def _as_operator(step: s.PatternProduct, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    out = torch.ops.lensor.pattern_product(left, right, _text(step), list(step.sizes))
-    return out if isinstance(step.factor, Fraction) and step.factor == 1 else out * _number(step.factor)
-
-
 def _text(step: s.PatternProduct) -> str:
-    """Everything except the sizes and the factor, so that graphs for all sizes can contain the step."""
+    """Everything except the sizes and the factor."""
     groups = [step.batch, step.rows, step.columns, step.order]
     axes = [[[axis.terms, axis.outer] for axis in side] for side in (step.left, step.right)]
     return json.dumps([step.takes[0] == step.takes[1], groups, axes])

@@ -1,9 +1,9 @@
 """The Triton kernel for pattern products.
 
-One program computes one tile [ROWS, COLUMNS] of C[b, r, c] = Σ_s L[b, r, s] R[b, s, c] and loops over s. Entries of L and
-R are read at the sum of four offsets, one from each group of indices (b, r or c, and s as a plain part t and an inner part
-u), which are read from tables. An operand has up to three checked axes: coordinates from the same tables are added, and
-the read is zero if a sum is outside the axis. An axis in another mode than zero padding has a table of offsets.
+One program computes one tile [ROWS, COLUMNS] of C[b, r, c] = Σ_s L[b, r, s] R[b, s, c] and loops over s. Entries of L
+and R are read at the sum of four offsets from tables, one for each group of indices: b, r or c, and s as a plain part t
+and an inner part u. An operand has up to three checked axes: coordinates from the same tables are added, and the read
+is zero if a sum is outside the axis. For padding modes other than zeros, an axis has a table of offsets.
 
 All sizes are arguments, so other shapes compile nothing.
 """
@@ -326,22 +326,17 @@ def pattern_product(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of a pattern product, or of a part of its sum.
-
-    Args:
-        left, right, out: the operands and the result.
-        left_b, left_r, left_t, left_u, right_b, right_c, right_t, right_u: tables [1 + checks, size] of offsets and
-            coordinates for each group of indices.
-        out_b, out_r, out_c: offsets in the result.
-        left_table0 … right_table2: tables of offsets of the checked axes with MODE 2.
-        left_size0 … right_size2: the numbers of positions on the checked axes.
-        batch: the number of kept b.
-        squared: for each of them, the number of squared b.
-        rows, columns, plain, inner: the sizes of r and c with gaps, and of t and u. In gaps, `out_r` or `out_c` is −1.
-        tiles_c, tiles: the number of tiles along c, and in total.
-        splits: the number of programs that share a sum; `apart` is the distance of their results, if not ATOMIC.
-        scale: the factor of the result.
-    """
+    """One tile of a pattern product, or of a part of its sum."""
+    # left, right, out: the operands and the result
+    # left_b … right_u: tables [1 + checks, size] of offsets and coordinates for each group of indices
+    # out_b, out_r, out_c: offsets in the result; −1 for rows and columns in gaps
+    # left_table0 … right_table2: tables of offsets of the checked axes with MODE 2
+    # left_size0 … right_size2: numbers of positions on the checked axes
+    # batch, squared: the number of kept b, and of squared b for each of them
+    # rows, columns, plain, inner: the sizes of r and c with gaps, and of t and u
+    # tiles_c, tiles: the number of tiles along c, and in total
+    # splits, apart: the number of programs that share a sum, and the distance of their results if not ATOMIC
+    # scale: the factor of the result
     pid = tl.program_id(0)
     tile = pid % tiles
     pid = pid // tiles
@@ -512,7 +507,7 @@ def pattern_product(
             tl.atomic_add(where, total, mask=inside)
         else:
             tl.store(where, total, mask=inside)
-        if GRAM:
+        if GRAM:  # noqa: SIM102  (GRAM is known to the compiler, the tiles are not)
             if tile_r != tile_c:
                 mirror_r = _entries(out_r, at_c, inside_c, rows, 0, -1)
                 mirror_c = _entries(out_c, at_r, inside_r, columns, 0, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from triton import knobs
 
 from lensor.cache import Cache
 from lensor.kernels import reading
+from lensor.kernels.torch.tensors import allows_tf32
 from lensor.kernels.torch.triton.kernels import pattern_product
 from lensor.kernels.torch.triton.tiles import INTERPRETED, Side, Tile, fitting, has_tensor_cores, tiles_for
-from lensor.kernels.torch.tensors import allows_tf32
 from lensor.plan import steps as s
 from lensor.plan.steps.patterns import MOST_SPLITS, WORKSPACE
 
@@ -31,7 +32,7 @@ _WAVES = 2
 _LEAST_SUMS = 4
 """Each program that shares a sum takes at least this many steps of the loop."""
 
-MOST_ADDED = 128 * 64
+MOST_ADDED = 64 * 64
 """Larger tiles are stored and added later, since adding them atomically needs too many registers."""
 
 _MOST_TRIED = 4
@@ -125,7 +126,8 @@ def _side(step: s.PatternProduct, group: s.Shape, axes: Sequence[s.Axis], stride
     def least(indices: s.Shape) -> float:
         return min((apart.get(index, math.inf) for index in indices if step.sizes[index] > 1), default=math.inf)
 
-    return Side(step.size(checked), step.size(plain), checks, least(plain) < least(step.summed))
+    has_tables = any(axis.outer is not None and len(axis.outer) > 1 for axis in axes) or checks > reading.MOST_CHECKED
+    return Side(step.size(checked), step.size(plain), checks, least(plain) < least(step.summed), has_tables)
 
 
 def _is_checked(axis: s.Axis, sizes: s.Shape) -> bool:
@@ -150,7 +152,7 @@ def _seconds(launch: _Launch, left: torch.Tensor, right: torch.Tensor, repeats: 
         launch(left, right)
         event.record()
     events[-1].synchronize()
-    return min(one.elapsed_time(two) for one, two in zip(events, events[1:], strict=False))
+    return min(one.elapsed_time(two) for one, two in itertools.pairwise(events))
 
 
 class _Tables:
@@ -332,10 +334,7 @@ class _Launch:
 
 
 def _splits(device: torch.device, programs: int, most: int) -> int:
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        processors = 2
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(min(-(-_WAVES * processors // max(programs, 1)), most, MOST_SPLITS), 1)
 
 

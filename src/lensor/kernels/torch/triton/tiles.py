@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
     @property
     def is_large(self) -> bool:
-        """Whether a tile leaves too few registers to turn the operands."""
+        """Whether a tile leaves too few registers to transpose the operands, or to read tables."""
         return self.rows * self.columns > 128 * 64
 
     @property
@@ -43,10 +43,10 @@ _WITH_TENSOR_CORES = (
     Tile(128, 128, 32, 8, 3),
     Tile(128, 64, 32, 8, 3),
     Tile(64, 128, 32, 8, 3),
-    Tile(64, 64, 32, 8, 3),
+    Tile(64, 64, 32, 8, 4),
     Tile(64, 32, 32, 4, 3),
     Tile(32, 64, 32, 4, 3),
-    Tile(32, 32, 32, 4, 3),
+    Tile(32, 32, 32, 8, 3),
     Tile(64, 16, 32, 4, 3),
     Tile(16, 64, 32, 4, 3),
     Tile(16, 16, 64, 4, 3),
@@ -92,12 +92,14 @@ class Side(NamedTuple):
         each: the number of rows for each of them.
         checks: the number of checked axes.
         is_by_rows: whether neighbouring rows are closer in memory than neighbouring terms of the sum.
+        has_tables: whether a checked axis has a table.
     """
 
     groups: int
     each: int
     checks: int
     is_by_rows: bool = False
+    has_tables: bool = False
 
     def is_uniform(self, length: int) -> bool:
         """Whether tiles of this length contain rows of one group only, which leaves gaps after the last one of each."""
@@ -130,7 +132,7 @@ def fitting(tiles: Sequence[Tile], rows: Side, columns: Side, *, is_gram: bool, 
         if is_gram and tile.rows != tile.columns:
             return False
         is_light = rows.is_uniform(tile.rows) and columns.is_uniform(tile.columns) and not is_square
-        if tile.is_large and (rows.is_by_rows or columns.is_by_rows):
+        if tile.is_large and any(side.is_by_rows or side.has_tables for side in (rows, columns)):
             return False
         return is_light or tile.is_small
 

@@ -114,7 +114,7 @@ def test_empty_and_single_axes(op: str, dtype: torch.dtype, batch: int) -> None:
     step, operands = first_step(op)
     index = next(at for at in (*step.summed, *step.squared) if step.sizes[at] == 2)
     at = [
-        [place for place, axis in enumerate(axes) if any(t.index == index for t in axis.terms)]
+        [place for place, axis in enumerate(axes) if any(t.number == index for t in axis.terms)]
         for axes in (step.left, step.right)
     ]
     step = replace(step, sizes=tuple([batch if at == index else size for at, size in enumerate(step.sizes)]))

@@ -33,6 +33,7 @@ from lensor.inspect.operations import OPERATIONS, Operation
 from lensor.kernels import load
 from lensor.kernels.torch.patterns import interpreting
 from lensor.lowering import FUSED, candidates, lower
+from lensor.plan import Plan
 from lensor.planner import estimate, profile_of
 from lensor.runtime import Runnable
 from lensor_bench.measure import extra_bytes, interleaved, relative_error
@@ -190,7 +191,7 @@ class Run:
             net = bind_shapes(operation.network(layer.spec), {name: tuple(x.shape) for name, x in given.items()})
             expected = self._expected(operation, {name: x.double() for name, x in given.items()}, layer.spec)
             simplified = net.simplify()
-            plans = {"chosen": net.plan(**given)}
+            plans = {"chosen": _planned(net, given)}
             plans |= {one.name: lower(simplified, one) for one in FUSED if one.applies(simplified)}
         except Exception as error:
             yield Row(*known, "all", "failed", in_one_line(error))
@@ -238,7 +239,7 @@ class Run:
         try:
             given = self._operands(operation, layer.spec, _dtype(numbers))
             net, spec = operation.network(layer.spec), layer.spec
-            plan = net.plan(**given)
+            plan = _planned(net, given)
             run = Runnable(plan, load("torch"))
             beside = self._beside(operation, given, spec)
             calls = [lambda: _STANDARD[operation.name](beside, spec), lambda: run(given)]
@@ -354,7 +355,7 @@ class Run:
             call()
         return interleaved(list(calls), 0.0 if self.is_small else seconds, 3, 30, self.device)
 
-    def _bound(self, plan: Any, numbers: str) -> float | None:
+    def _bound(self, plan: Plan, numbers: str) -> float | None:
         """The least seconds for the flops of a plan, and for reading its operands and writing its result."""
         if self.peak is None or numbers not in self.peak.rates:
             return None
@@ -362,10 +363,15 @@ class Run:
         entries = sum(math.prod(step.size) for step in plan.steps if step.name == "operand") + math.prod(plan.shape)
         return max(plan.flops / self.peak.rates[numbers], entries * itemsize / self.peak.memory)
 
-    def _estimate(self, plan: Any, given: dict[str, torch.Tensor]) -> float:
+    def _estimate(self, plan: Plan, given: dict[str, torch.Tensor]) -> float:
         backend = load("torch")
         kind = backend.kind(next(iter(given.values())))
         return estimate(plan, profile_of(backend, kind), backend.itemsize(kind), backend.dtype(kind))
+
+
+def _planned(net: Any, given: dict[str, torch.Tensor]) -> Plan:
+    """The plan that a call with these operands uses."""
+    return net.plan(**given)
 
 
 def _dtype(numbers: str) -> torch.dtype:
@@ -402,24 +408,14 @@ def _small_layers() -> list[Layer]:
 # ------------------------------------------------------------------------------------------------------------- results
 def read(path: Path) -> list[Row]:
     """Read the rows of a file; an unfinished last line is ignored."""
-    kinds = {"str": str, "float | None": float, "int | None": int}
-    rows = []
+    kinds: dict[str, Callable[[str], Any]] = {
+        "str": str,
+        "float | None": lambda text: float(text) if text else None,
+        "int | None": lambda text: int(text) if text else None,
+    }
     with path.open(newline="", encoding="utf-8") as file:
-        for record in csv.DictReader(file):
-            if None in record.values():
-                continue
-            values = {field.name: record[field.name] for field in fields(Row)}
-            rows.append(
-                Row(
-                    **{
-                        f.name: None
-                        if "None" in str(f.type) and not values[f.name]
-                        else kinds[str(f.type)](values[f.name])
-                        for f in fields(Row)
-                    }
-                )
-            )
-    return rows
+        records = [record for record in csv.DictReader(file) if None not in record.values()]
+    return [Row(**{one.name: kinds[str(one.type)](record[one.name]) for one in fields(Row)}) for record in records]
 
 
 def summary(rows: Sequence[Row], machine: str) -> str:

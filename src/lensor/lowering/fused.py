@@ -25,9 +25,13 @@ def pattern_product(
     kept = [*batch, *rows, *columns]
     later = [index for index in kept if index not in state.open]
     order = [*later, *sorted((index for index in kept if index in state.open), key=state.open.index)]
-    groups = [tuple([number[index] for index in group]) for group in (batch, rows, columns, order)]
+
+    def numbers(group: Sequence[str]) -> tuple[int, ...]:
+        return tuple([number[index] for index in group])
+
+    groups = (numbers(batch), numbers(rows), numbers(columns))
     values = (left.value, right.value)
-    step = s.PatternProduct(values, state.shape(every), *groups, left.axes, right.axes)
+    step = s.PatternProduct(values, state.shape(every), *groups, numbers(order), left.axes, right.axes)
     return Tensor(program.add(step), tuple(order))
 
 

@@ -20,7 +20,11 @@ from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions, 
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 
-_PRECISIONS = {(True, True): "tf32", (False, True): "float32 with tf32 convolutions", (True, False): "float32"}
+_PRECISIONS: dict[tuple[bool, ...], str] = {
+    (True, True): "tf32",
+    (False, True): "float32 with tf32 convolutions",
+    (True, False): "float32",
+}
 """How GPUs multiply in float32, by whether products and convolutions may be rounded to TF32."""
 
 
@@ -42,13 +46,13 @@ class TorchBackend:
         return "cpu", "", torch.get_num_threads()  # other devices, such as meta, are planned like CPUs
 
     def dtype(self, kind: Sequence[Any]) -> str:
-        return _PRECISIONS.get(kind[3:]) or str(kind[1]).removeprefix("torch.")
+        return _PRECISIONS.get(tuple(kind[3:])) or str(kind[1]).removeprefix("torch.")
 
     def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
         return torch.ones(tuple(shape), dtype=getattr(torch, dtype), device=device)
 
     def describe(self, kind: Sequence[Any]) -> str:
-        dtype, device = _PRECISIONS.get(kind[3:]) or kind[1], kind[2]
+        dtype, device = _PRECISIONS.get(tuple(kind[3:])) or kind[1], kind[2]
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return f"torch {torch.__version__}, {dtype}, {on}, {torch.get_num_threads()} threads"
 
@@ -171,7 +175,7 @@ class TorchBackend:
         return fuses(kind[1], kind[2])
 
     def convolves_as_it_multiplies(self, kind: Sequence[Any]) -> bool:
-        return kind[3:] != (False, True)
+        return tuple(kind[3:]) != (False, True)
 
     def itemsize(self, kind: Sequence[Any]) -> int:
         return kind[1].itemsize

@@ -262,8 +262,9 @@ def _step(text: str, sizes: tuple[int, ...]) -> s.PatternProduct:
         found = tuple([s.Term(index, line(pieces)) for index, pieces in terms])
         return s.Axis(found, None if outer is None else line(outer))
 
-    axes = [tuple([axis(*one) for one in side]) for side in sides]
-    return s.PatternProduct((0, 0) if is_one else (0, 1), sizes, *map(tuple, groups), *axes)
+    batch, rows, columns, order = map(tuple, groups)
+    left, right = (tuple([axis(*one) for one in side]) for side in sides)
+    return s.PatternProduct((0, 0) if is_one else (0, 1), sizes, batch, rows, columns, order, left, right)
 
 
 @lru_cache(maxsize=1024)

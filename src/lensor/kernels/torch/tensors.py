@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
@@ -39,10 +41,10 @@ def allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # reading `allow_tf32` raises an error if the newer setting was used
         return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
+    return bool(matmul.allow_tf32)
 
 
 def allows_tf32_convolutions() -> bool:
     """The same for convolutions, for which it is torch's default."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32

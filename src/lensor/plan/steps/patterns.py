@@ -27,11 +27,11 @@ class Term(NamedTuple):
     """The contribution of one index to a position.
 
     Args:
-        index: the number of the index.
+        number: the number of the index.
         line: its contribution; where it is not defined, the array is not read.
     """
 
-    index: int
+    number: int
     line: Line
 
 

@@ -8,6 +8,9 @@ is zero if a sum is outside the axis. For padding modes other than zeros, an axi
 All sizes are arguments, so other shapes compile nothing.
 """
 
+# Triton compiles these functions: numbers are constants of the kernel, and branches on them are taken at compile time.
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

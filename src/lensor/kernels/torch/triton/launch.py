@@ -26,6 +26,8 @@ from lensor.plan.steps.patterns import MOST_SPLITS, WORKSPACE
 IS_INTERPRETED = bool(knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of any device."""
 
+_kernel: Any = pattern_product  # its arguments are not those of a function
+
 _WAVES = 2
 """A sum is split among programs if there are fewer tiles than this many for each multiprocessor."""
 
@@ -327,9 +329,9 @@ class _Launch:
             out = left.new_empty(shape)
         if left.device.type == "cuda" and left.device.index != torch.cuda.current_device():
             with torch.cuda.device(left.device):
-                pattern_product[self.grid](left, right, out, *self.arguments, **self.options)
+                _kernel[self.grid](left, right, out, *self.arguments, **self.options)
         else:
-            pattern_product[self.grid](left, right, out, *self.arguments, **self.options)
+            _kernel[self.grid](left, right, out, *self.arguments, **self.options)
         return out if self.is_atomic or not self.is_partial else out.sum((0, 2)).to(dtype).reshape(shape)
 
 

@@ -34,6 +34,7 @@ from lensor.kernels import load
 from lensor.kernels.torch.patterns import interpreting
 from lensor.lowering import FUSED, candidates, lower
 from lensor.plan import Plan
+from lensor.plan.steps import Input, PatternProduct
 from lensor.planner import estimate, profile_of
 from lensor.runtime import Runnable
 from lensor_bench.measure import extra_bytes, interleaved, relative_error
@@ -360,8 +361,7 @@ class Run:
         if self.peak is None or numbers not in self.peak.rates:
             return None
         itemsize = 2 if numbers == "bfloat16" else 4
-        entries = sum(math.prod(step.size) for step in plan.steps if step.name == "operand") + math.prod(plan.shape)
-        return max(plan.flops / self.peak.rates[numbers], entries * itemsize / self.peak.memory)
+        return max(plan.flops / self.peak.rates[numbers], _entries(plan) * itemsize / self.peak.memory)
 
     def _estimate(self, plan: Plan, given: dict[str, torch.Tensor]) -> float:
         backend = load("torch")
@@ -369,9 +369,52 @@ class Run:
         return estimate(plan, profile_of(backend, kind), backend.itemsize(kind), backend.dtype(kind))
 
 
+def _entries(plan: Plan) -> int:
+    """The entries of the operands and of the result."""
+    return sum(math.prod(step.size) for step in plan.steps if isinstance(step, Input)) + math.prod(plan.shape)
+
+
 def _planned(net: Any, given: dict[str, torch.Tensor]) -> Plan:
     """The plan that a call with these operands uses."""
     return net.plan(**given)
+
+
+class Bound(NamedTuple):
+    """What a plan with fused kernels needs, and the least milliseconds for it by device and numbers."""
+
+    operation: str
+    convolution: str
+    plan: str
+    flops: int
+    entries: int
+    milliseconds: dict[tuple[str, str], float]
+
+
+_BOUNDED = (
+    ConvSpec(64, 64, (56, 56), 3, padding=1),
+    ConvSpec(256, 256, (14, 14), 3, padding=1),
+    ConvSpec(512, 512, (7, 7), 3, padding=1),
+)
+
+
+def bounds(batch: int) -> Iterator[Bound]:
+    """The flops and bytes of the plans with fused kernels for three layers of ResNet, which need no GPU to count."""
+    for spec in _BOUNDED:
+        layer = Layer("resnet", "", spec, 1)
+        for name in ("kfac_expand", "kfac_reduce", _NORMS.name, "ggn_diagonal"):
+            net = bind_shapes(_OPERATIONS[name].network(spec), _OPERATIONS[name].shapes(spec, batch, 2)).simplify()
+            plans = {plan.steps: plan for plan in (lower(net, one) for one in reversed(FUSED) if one.applies(net))}
+            for plan in reversed(plans.values()):
+                if not any(isinstance(step, PatternProduct) for step in plan.steps):
+                    continue
+                entries = _entries(plan)
+                least = {
+                    (device, numbers): 1e3
+                    * max(plan.flops / rate, entries * (2 if numbers == "bfloat16" else 4) / peak.memory)
+                    for device, peak in PEAKS.items()
+                    for numbers, rate in peak.rates.items()
+                }
+                yield Bound(name, layer.label, plan.strategy, plan.flops, entries, least)
 
 
 def _dtype(numbers: str) -> torch.dtype:
@@ -499,4 +542,4 @@ def _regrets(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-__all__ = ["NUMBERS", "PEAKS", "PHASES", "Peak", "Row", "Run", "multiplying", "read", "summary"]
+__all__ = ["NUMBERS", "PEAKS", "PHASES", "Peak", "Row", "Run", "bounds", "multiplying", "read", "summary"]

@@ -27,12 +27,15 @@ class Contraction:
         products: special products of two tensors, tried in order before the general one.
         halves: whether to contract two equal halves of a term along the same path, so that they share one computation.
         path: source of the contraction path, as in `find_path`.
+        tables_first: whether to multiply the patterns that remain with each other before anything else, so that each
+            operand is read once.
     """
 
     meetings: tuple[Meeting, ...] = ()
     products: tuple[Product, ...] = ()
     halves: bool = False
     path: str = "auto"
+    tables_first: bool = False
 
 
 def contract(state: State, way: Contraction) -> Tensor:
@@ -82,6 +85,11 @@ def _path(state: State, way: Contraction, items: Sequence[Tensor | Pattern], wan
         loose = [item.legs[leg] for leg in loose_legs(item, used)] if isinstance(item, Pattern) else []
         inputs.append(held[at].difference(*loose))
     sizes = {index: max(size, 1) for index, size in state.sizes.items()}
+    tables = [at for at, item in enumerate(items) if isinstance(item, Pattern)]
+    product = frozenset().union(*(inputs[at] for at in tables))
+    if way.tables_first and 1 < len(tables) < len(items) and state.size(product) <= state.limit:
+        inputs = [held for at, held in enumerate(inputs) if at not in tables] + [product]
+        return [tuple(tables), *find_path(inputs, frozenset(wanted), sizes, way.path)]
     return find_path(inputs, frozenset(wanted), sizes, way.path)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 from lensor.lowering.contraction import Contraction
@@ -20,7 +21,7 @@ from lensor.lowering.sampled import place_chosen, read_chosen
 from lensor.lowering.state import State
 from lensor.lowering.toeplitz import defer_toeplitz
 from lensor.lowering.windows import overlap_add, read_spread, read_windows, split_modes, without_table
-from lensor.network import AnyNetwork, Operand, Pattern
+from lensor.network import AnyNetwork, Network, Node, Operand, Pattern, indices_of
 from lensor.plan import Plan
 from lensor.plan import steps as s
 from lensor.simplification.lags import has_lags, lags
@@ -35,6 +36,18 @@ def _always(net: AnyNetwork) -> bool:
 
 def _has_patterns(net: AnyNetwork) -> bool:
     return any(isinstance(node, Pattern) for term in net.terms for node in term.nodes)
+
+
+def _has_sums_of_patterns(net: AnyNetwork) -> bool:
+    """Whether several patterns of a term have a leg that nothing else uses, so that they are tables of two legs."""
+    return any(sum(map(partial(_has_loose_leg, term), term.nodes)) > 1 for term in net.terms)
+
+
+def _has_loose_leg(term: Network, node: Node) -> bool:
+    if not isinstance(node, Pattern):
+        return False
+    used = {*term.output_indices, *(index for one in term.nodes if one is not node for index in indices_of(one))}
+    return any(leg and used.isdisjoint(leg) for leg in node.legs)
 
 
 def _has_selections(net: AnyNetwork) -> bool:
@@ -123,6 +136,7 @@ _VIEWS = Contraction(meetings=(overlap_add, without_table))
 _BATCHED = Contraction(meetings=(overlap_add, without_table), products=(broadcast, added_up))
 _HALVES = Contraction(meetings=(overlap_add, without_table), halves=True)
 _FUSED = Contraction(meetings=(overlap_add, without_table), products=(pattern_product,), halves=True)
+_TABLES = replace(_FUSED, tables_first=True)
 _START = (read_chosen, split_modes)
 _CONVOLVE = (*_START, read_crops, convolve, read_windows)
 _LAGS = (*_START, read_crops, convolve, defer_toeplitz, read_windows)
@@ -167,6 +181,7 @@ STRATEGIES = (
 """The strategies for all backends; a network is lowered with each strategy that applies to it."""
 
 FUSED = (
+    Strategy("patterns, tables first", (*_LATE, read_spread), _TABLES, (share,), _has_sums_of_patterns),
     Strategy("patterns", (*_LATE, read_spread), _FUSED, (share,)),
     Strategy(
         "patterns, lags",

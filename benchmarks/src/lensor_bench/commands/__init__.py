@@ -13,7 +13,7 @@ def add_commands(app: typer.Typer) -> None:
     group.callback()(bench.bench)
     for command in (
         *(bench.candidates, bench.overhead, bench.planning, bench.growth, bench.report),
-        *(gpu.gpu, gpu.compiled),
+        *(gpu.gpu, gpu.bounds, gpu.compiled),
         *(models.models, models.steps, models.training, models.sampling),
     ):
         group.command()(command)

@@ -54,6 +54,25 @@ def _gpu(out: Path, minutes: float, batch: int) -> None:
     console().print(text, soft_wrap=True, highlight=False)
 
 
+def bounds(batch: Batch = 32, debug: Debug = False) -> None:
+    """Print the flops and bytes of the fused plans for three layers, and the time that they bound on some GPUs."""
+    with reported(debug):
+        require("torch")
+        from lensor_bench.gpu import bounds
+
+        columns = [
+            *(("T4", "float32"), ("A100", "float32"), ("A100", "tf32"), ("A100", "bfloat16")),
+            *(("H100", "float32"), ("H100", "tf32"), ("H100", "bfloat16")),
+        ]
+        heads = ["operation", "convolution", "plan", "Gflop", "MB (float32)", *(f"{a} {b}" for a, b in columns)]
+        lines = [f"| {' | '.join(heads)} |", f"|{'---|' * 3}{'--:|' * (len(heads) - 3)}"]
+        for one in bounds(batch):
+            times = [f"{one.milliseconds[column]:.3f}" for column in columns]
+            cells = [one.operation, one.convolution, one.plan, f"{one.flops / 1e9:.2f}", f"{4 * one.entries / 1e6:.1f}"]
+            lines.append(f"| {' | '.join([*cells, *times])} |")
+        console().print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
 def compiled(
     out: Annotated[Path, typer.Option(help="File (CSV).")] = Path("compiled.csv"),
     capability: Annotated[list[str] | None, typer.Option(help="From 75, 80, 90; all by default.")] = None,

@@ -1,4 +1,4 @@
-"""The command for GPUs, small on a CPU with Triton's interpreter, and the kernels compiled for GPUs that are not there."""
+"""The command for GPUs, run small on a CPU, and the kernels compiled for GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lensor_bench.gpu import PHASES, Row, Run, bounds, multiplying, read, summary
 
 from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions
-from lensor_bench.gpu import PHASES, Row, Run, bounds, multiplying, read, summary
 
 CPU = torch.device("cpu")
 

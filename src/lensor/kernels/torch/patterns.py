@@ -32,20 +32,20 @@ _PART = 1 << 24
 
 _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_LEAST_CAPABILITY = (7, 5)
-
 
 @torch.compiler.assume_constant_result
 def fuses(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether pattern products of tensors of this kind run as one kernel."""
     if dtype not in _FUSED_DTYPES:
         return False
-    return _has_kernels(device) if device.type == "cuda" else _is_interpreting.get()
+    return _has_kernels(dtype, device) if device.type == "cuda" else _is_interpreting.get()
 
 
 @lru_cache
-def _has_kernels(device: torch.device) -> bool:
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+def _has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton is installed, and multiplies about as fast as torch: not in half precision on older GPUs."""
+    least = (7, 5) if dtype is torch.float32 else (8, 0)
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= least
 
 
 _is_interpreting: ContextVar[bool] = ContextVar("lensor.interpreting", default=False)
@@ -92,7 +92,11 @@ def pattern_product(step: s.PatternProduct) -> Callable[[torch.Tensor, torch.Ten
 
 def _is_bare(x: torch.Tensor) -> bool:
     """Whether a kernel may read a tensor directly, because nothing is traced, transformed or recorded."""
-    return is_plain(x) and type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled())
+    return (
+        is_plain(x)
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _launcher(step: s.PatternProduct) -> Callable[..., Any]:

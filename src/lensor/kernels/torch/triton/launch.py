@@ -19,7 +19,7 @@ from lensor.cache import Cache
 from lensor.kernels import reading
 from lensor.kernels.torch.tensors import allows_tf32
 from lensor.kernels.torch.triton.kernels import pattern_product
-from lensor.kernels.torch.triton.tiles import INTERPRETED, Side, Tile, fitting, has_tensor_cores, tiles_for
+from lensor.kernels.torch.triton.tiles import INTERPRETED, Side, Tile, fitting, tiles_for
 from lensor.plan import steps as s
 from lensor.plan.steps.patterns import MOST_SPLITS, WORKSPACE
 
@@ -313,7 +313,7 @@ class _Launch:
             "SUMS": tile.sums,
             "STAGES": tile.stages,
             "PRECISION": "tf32" if setting.is_tf32 else "ieee",
-            "WIDEN": is_narrow and (IS_INTERPRETED or not _has_half_products(setting)),
+            "WIDEN": is_narrow and IS_INTERPRETED,
             "num_warps": tile.warps,
         }
 
@@ -338,8 +338,3 @@ class _Launch:
 def _splits(device: torch.device, programs: int, most: int) -> int:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(min(-(-_WAVES * processors // max(programs, 1)), most, MOST_SPLITS), 1)
-
-
-def _has_half_products(setting: Setting) -> bool:
-    """Whether the device multiplies tensors of this dtype without conversion; Triton has none for older ones."""
-    return setting.device.type != "cuda" or has_tensor_cores(torch.cuda.get_device_capability(setting.device))

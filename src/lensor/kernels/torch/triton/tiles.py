@@ -64,20 +64,15 @@ _WITHOUT_TENSOR_CORES = (
     Tile(16, 64, 16, 4, 3),
     Tile(16, 16, 32, 4, 3),
 )
-"""Tiles for float32, and for all dtypes on older GPUs, for which Triton does not use tensor cores."""
+"""Tiles for products in float32, which do not use tensor cores."""
 
 INTERPRETED = (Tile(16, 16, 16, 4, 1), Tile(32, 32, 16, 4, 1), Tile(32, 16, 32, 4, 1))
 """Tiles for Triton's interpreter, which runs kernels on CPUs to test them."""
 
 
-def has_tensor_cores(capability: tuple[int, int]) -> bool:
-    """Whether Triton uses the tensor cores of a GPU."""
-    return capability >= (8, 0)
-
-
 def tiles_for(capability: tuple[int, int], has_exact_products: bool) -> tuple[Tile, ...]:
-    """The tiles for a GPU, for exact float32 products or for products on tensor cores."""
-    return _WITH_TENSOR_CORES if has_tensor_cores(capability) and not has_exact_products else _WITHOUT_TENSOR_CORES
+    """The tiles for a GPU, for exact float32 products or for products on tensor cores (compute capability 8.0)."""
+    return _WITH_TENSOR_CORES if capability >= (8, 0) and not has_exact_products else _WITHOUT_TENSOR_CORES
 
 
 _UNIFORM = 2.0

@@ -23,6 +23,10 @@ MOST_SPLITS = 64
 """At most this many programs share a sum."""
 
 
+_TILE = 16
+"""Tiles of a product have at least this many rows and columns."""
+
+
 class Term(NamedTuple):
     """The contribution of one index to a position.
 
@@ -222,5 +226,12 @@ class PatternProduct(Step):
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         rows, columns, summed = map(self.size, (self.rows, self.columns, self.summed))
-        # Tiles have at least 16 rows and columns; computing positions takes about as long as half of the products.
-        return Rate("products", 0.6 * min(1.0, rows / 16, columns / 16, max(summed / 16, 0.1)))
+        share = 0.6 * min(1.0, rows / _TILE, columns / _TILE, max(summed / _TILE, 0.1))
+        # With too few rows for each position of a kernel, each entry is checked for itself.
+        sides = ((self.rows, self.left), (self.columns, self.right))
+        return Rate("products", share * math.prod(0.7 for side in sides if not self._fills_tiles(*side)))
+
+    def _fills_tiles(self, group: tuple[int, ...], axes: Sequence[Axis]) -> bool:
+        """Whether the rows or columns are all plain, or fill tiles for each combination of the other ones."""
+        read = {index for axis in axes if not axis.is_plain for index, _ in axis.terms}
+        return read.isdisjoint(group) or self.size(index for index in group if index not in read) >= _TILE

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lensor
 from lensor import ConvSpec, IndexPattern, contraction, ops
-from lensor.lowering import BY_NAME, STRATEGIES, candidates, lower, lower_in_parts
+from lensor.lowering import BY_NAME, FUSED, STRATEGIES, candidates, lower, lower_in_parts
 from lensor.lowering.alternatives import fits
 from lensor.lowering.assemble import lower_part
 from lensor.lowering.slicing import sliceable
@@ -118,10 +118,12 @@ def test_no_better_plan_for_networks_of_parts(kernel: int, stride: int, dilation
 
 
 def test_every_strategy_has_a_name_of_its_own_and_is_chosen_from() -> None:
-    assert len(BY_NAME) == len(STRATEGIES)
+    assert len(BY_NAME) == len(STRATEGIES) + len(FUSED)
     net = bound(ops.kfac_input_factor(ConvSpec(4, 6, (9,), 3, padding=1)), 3)
     found = {plan.strategy for plan in candidates(net)}
-    assert {"windows", "dense", "lags"} <= found <= set(BY_NAME)
+    assert {"windows", "dense", "lags"} <= found <= {strategy.name for strategy in STRATEGIES}
+    fused = {plan.strategy for plan in candidates(net, fused=True)}
+    assert {"patterns", "patterns, lags"} <= fused <= set(BY_NAME)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -16,10 +15,10 @@ import lensor.functional as F
 from lensor.kernels import load
 from lensor.kernels.reading import reads_for
 from lensor.kernels.torch import patterns
-from lensor.kernels.torch.triton import Launcher, Tile
+from lensor.kernels.torch.triton import Launcher, Tile, launch
 from lensor.kernels.torch.triton.tiles import Side, fitting, tiles_for
 from lensor.lowering import BY_NAME, FUSED, lower
-from lensor.plan.steps import PatternProduct
+from lensor.plan.steps import IDENTITY, Axis, PatternProduct, Term
 from lensor.runtime import run
 from tests.support.cases import BUILDERS, SPECS, assert_close, bound, operands_of
 from tests.support.dense import evaluate_dense
@@ -135,10 +134,10 @@ def test_sums_split_among_programs_are_bit_equal_if_torch_asks_for_it() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*found)
-    assert not any(launch.is_atomic for launch in launcher._launches.values())
-    assert all(launch.splits == 3 for launch in launcher._launches.values())
+    assert not any(one.is_atomic for one in launcher._launches.values())
+    assert all(one.splits == 3 for one in launcher._launches.values())
     launcher(x, x)
-    assert any(launch.is_atomic for launch in launcher._launches.values())
+    assert any(one.is_atomic for one in launcher._launches.values())
 
 
 def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,17 +145,17 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (x.to(DEVICE, torch.float32) for x in operands)
     launcher = Launcher(step)
     launcher(x, y)
-    (launch,) = launcher._launches.values()
+    (known,) = launcher._launches.values()
     new, poisoned = torch.Tensor.new_empty, []
 
     def new_empty(self: torch.Tensor, shape: tuple, **options: object) -> torch.Tensor:
         found = new(self, shape, **options)
-        if shape == launch.tables.shape:
+        if shape == known.tables.shape:
             poisoned.append(found.fill_(torch.nan))
         return found
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    found = launch(x, y)
+    found = known(x, y)
     assert [found] == poisoned
     assert found.isfinite().all()
 
@@ -169,7 +168,7 @@ def test_other_sizes_and_strides_compile_nothing() -> None:
         launcher = Launcher(step)
         x = operands[0].to(DEVICE, torch.float32)
         launcher(x, x)
-        found += [launch.options for launch in launcher._launches.values()]
+        found += [one.options for one in launcher._launches.values()]
     assert found[0] == found[1]
 
 
@@ -180,6 +179,64 @@ def test_many_checked_axes_are_merged() -> None:
     reads = reads_for(step.left, (144, 144, 48, 12, 6, 2, 1), step.sizes, (step.batch, step.rows, step.summed))
     assert len(reads.checks) == 3
     assert any(check.table is not None for check in reads.checks)
+
+
+def plain(index: int) -> Axis:
+    return Axis((Term(index, IDENTITY),))
+
+
+def test_a_gram_matrix_does_not_use_a_tile_tuned_for_other_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = PatternProduct((0, 1), (40, 40, 9), (), (0,), (1,), (0, 1), (plain(0), plain(2)), (plain(1), plain(2)))
+    monkeypatch.setattr(launch, "_seconds", lambda one, *_: one.tile.columns - one.tile.rows)  # let an oblong tile win
+    x, y = torch.randn(2, 40, 9, device=DEVICE)
+    with launch.tuning():
+        assert_close(Launcher(step)(x, y).cpu().numpy(), (x @ y.mT).cpu().numpy(), 1e-5)
+    assert_close(Launcher(replace(step, takes=(0, 0)))(x, x).cpu().numpy(), (x @ x.mT).cpu().numpy(), 1e-5)
+    with pytest.raises(ValueError, match=r"32 rows and 16 columns, expected equal numbers"):
+        Launcher(replace(step, takes=(0, 0)), Tile(32, 16, 32, 4, 1))(x, x)
+
+
+def test_rows_and_columns_are_squared_together() -> None:
+    step = PatternProduct((0, 1), (4, 5, 7), (), (0,), (1,), (1,), (plain(0), plain(2)), (plain(1), plain(2)))
+    with pytest.raises(
+        ValueError, match=r"indices \[0\] of rows and columns are squared, expected all of them or none"
+    ):
+        Launcher(step)
+
+
+@pytest.mark.parametrize("op", ["kfac_input_factor", "conv_weight_vjp", "ggn_diagonal"])
+def test_reads_lie_in_the_operands_in_gaps_too(op: str) -> None:
+    """With 12 channels, tiles of 16 rows have gaps; no read that passes the checks is outside an operand."""
+    net = bound(BUILDERS[op](lensor.ConvSpec(12, 12, (5, 4), 3, padding=1))).simplify()
+    plan = lower(net, BY_NAME["patterns"])
+    step = next(step for step in plan.steps if isinstance(step, PatternProduct))
+    arrays = [torch.zeros(plan.shapes[at], device=DEVICE) for at in step.takes]
+    tables = launch._Tables(step, launch.Setting.of(*arrays), Tile(16, 16, 16, 4, 1))
+    assert any(tables.is_uniform)
+    for groups, lengths, array in (
+        (tables.left, tables.lengths[:3], arrays[0]),
+        (tables.right, tables.lengths[3:], arrays[1]),
+    ):
+        b, r, t, u = (group.cpu().numpy().astype(np.int64) for group in groups)
+        total = (
+            b[:, :, None, None, None] + r[:, None, :, None, None] + t[:, None, None, :, None] + u[:, None, None, None]
+        )
+        inside = np.ones(total.shape[1:], bool)
+        for coordinates, length in zip(total[1:], lengths, strict=False):
+            inside &= (coordinates >= 0) & (coordinates < length)
+        assert total[0][inside].min() >= 0
+        assert total[0][inside].max() < array.numel()
+
+
+def test_sizes_that_the_kernel_cannot_count_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 4, 6, 5)
+    expected = F.kfac_input_factor(x, 3, padding=1)
+    monkeypatch.setattr("lensor.kernels.reading._LARGEST", 2)
+    only_fused(monkeypatch)
+    with kernel_everywhere() as made:
+        assert_close(F.kfac_input_factor(x, 3, padding=1).numpy(), expected.numpy(), 1e-5)
+    assert made
+    assert not made[0]._launches
 
 
 def test_tiles_fit_the_product() -> None:
@@ -201,7 +258,7 @@ def test_tiles_fit_the_product() -> None:
 def test_the_operator_has_derivatives_and_maps(op: str, spec: str) -> None:
     for step, operands in steps_of(op, spec):
         text, sizes = patterns._text(step), list(step.sizes)
-        compose = patterns.Composition(replace(step, factor=Fraction(1)))
+        compose = patterns.Composition(step)
         inputs = [x.clone().requires_grad_() for x in operands]
         if step.takes[0] == step.takes[1]:
             inputs[1] = inputs[0]
@@ -224,9 +281,9 @@ def test_the_operator_has_derivatives_and_maps(op: str, spec: str) -> None:
                 for one, dim in zip((x, y), dims, strict=True)
             ]
             mapped = torch.func.vmap(partial(torch.ops.lensor.pattern_product, step=text, sizes=sizes), dims)(*stacked)
-            plain = replace(step, factor=Fraction(1), takes=(0, 1))
+            apart = replace(step, takes=(0, 1))
             each = [
-                patterns.Composition(plain)(
+                patterns.Composition(apart)(
                     *[s if dim is None else s.select(dim, at) for s, dim in zip(stacked, dims, strict=True)]
                 )
                 for at in range(3)
@@ -291,6 +348,62 @@ def test_gradients_maps_and_graphs_of_calls_with_the_kernel(call: tuple, monkeyp
         torch.compiler.reset()
 
 
+@pytest.mark.parametrize("call", user_calls(), ids=["kfac", "ggn", "per example"])
+def test_function_transforms_in_graphs(call: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, x, v = call
+    tangent = torch.randn_like(x)
+
+    def jvp(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: function(x, v), (x,), (tangent,))[1]
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda x: function(x, v).square().sum())(x)
+
+    expected = [jvp(x), gradient(x)]
+    only_fused(monkeypatch)
+    with kernel_everywhere():
+        for transformed, wanted in zip((jvp, gradient), expected, strict=True):
+            assert_close(transformed(x).numpy(), wanted.numpy(), 1e-5)
+            compiled = torch.compile(transformed, backend="aot_eager")
+            assert_close(compiled(x).numpy(), wanted.numpy(), 1e-5)
+        torch.compiler.reset()
+
+
+def test_jacobians_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jacobian(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jacrev(lambda x: F.kfac_input_factor(x, 2))(x)
+
+    x = torch.randn(1, 2, 3, 3)
+    expected = jacobian(x)
+    only_fused(monkeypatch)
+    with kernel_everywhere():
+        assert_close(torch.compile(jacobian, backend="aot_eager")(x).numpy(), expected.numpy(), 1e-5)
+        torch.compiler.reset()
+
+
+def test_factors_apply_before_rounding_to_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums exceed the largest number in float16, their means do not."""
+    x = torch.ones(16, 1, 80, 80, dtype=torch.float16)
+    only_fused(monkeypatch)
+    monkeypatch.setattr(patterns, "_launcher", patterns.Composition)  # the interpreter would take long
+    with patterns.interpreting():
+        for function in (F.kfac_input_factor, torch.compile(F.kfac_input_factor, backend="aot_eager")):
+            assert function(x, 3, padding=1).max() == 6400
+        assert torch.func.vmap(lambda x: F.kfac_input_factor(x, 3, padding=1))(x[None]).max() == 6400
+        torch.compiler.reset()
+
+
+def test_autocast_applies_as_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 4, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.kfac_input_factor(x, 3, padding=1)
+    only_fused(monkeypatch)
+    with kernel_everywhere(), torch.autocast("cpu", torch.bfloat16):
+        found = F.kfac_input_factor(x, 3, padding=1)
+        assert found.dtype == expected.dtype == torch.bfloat16
+    assert_close(found.float().numpy(), expected.float().numpy(), 2e-2)
+
+
 def test_exported_graphs_contain_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     class Factor(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -308,7 +421,7 @@ def test_exported_graphs_contain_the_operator(monkeypatch: pytest.MonkeyPatch) -
 def only_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the planner no other strategies, since a CPU's profile would choose them."""
     monkeypatch.setattr("lensor.lowering.alternatives.STRATEGIES", ())
-    monkeypatch.setattr("lensor.lowering.alternatives.FUSED", FUSED[:1])
+    monkeypatch.setattr("lensor.lowering.alternatives.FUSED", (BY_NAME["patterns"],))
     monkeypatch.setattr("lensor.planner.families.Target.divisions", lambda *_: [])
 
 

@@ -43,8 +43,12 @@ def places(axis: s.Axis, sizes: Sequence[int], start: dict[int, int]) -> tuple[n
     return found, inside
 
 
+class TooLarge(ValueError):
+    """A product has more positions than the kernels can count."""
+
+
 @dataclass
-class Group:
+class GroupTable:
     """What a group of indices contributes to the reads of an operand, for all combinations of its indices.
 
     Args:
@@ -59,16 +63,18 @@ class Group:
         """Offsets and coordinates as one array [1 + number of checked axes, size of the group]."""
         return np.stack([self.offsets, *self.coordinates])
 
-    def padded(self, groups: int, length: int) -> Group:
+    def padded(self, groups: int, length: int) -> GroupTable:
         """The same for rows that consist of several groups, each of which is followed by a gap up to this length."""
-        coordinates = [padded(one, groups, length, OUTSIDE) for one in self.coordinates]
-        return Group(padded(self.offsets, groups, length, 0), coordinates)
+        coordinates = [padded(one, groups, length) for one in self.coordinates]
+        return GroupTable(padded(self.offsets, groups, length), coordinates)
 
 
-def padded(table: np.ndarray, groups: int, length: int, value: int) -> np.ndarray:
-    """Fill each group of a table up to a length with a value."""
-    whole = np.full((groups, length), value, np.int64)
-    whole[:, : len(table) // max(groups, 1)] = table.reshape(groups, -1)
+def padded(table: np.ndarray, groups: int, length: int, value: int | None = None) -> np.ndarray:
+    """Fill each group of a table up to a length with a value, by default its first one, which can be read safely."""
+    parts = table.reshape(groups, -1)
+    whole = np.empty((groups, length), np.int64)
+    whole[:] = parts[:, :1] if value is None else value
+    whole[:, : parts.shape[1]] = parts
     return whole.reshape(-1)
 
 
@@ -80,7 +86,7 @@ class Check(NamedTuple):
 
 
 @dataclass
-class Reads:
+class OperandTables:
     """How a kernel reads an operand.
 
     The memory offset is the sum of the offsets of all groups and of the tables of the checked axes at the sums of the
@@ -91,7 +97,7 @@ class Reads:
         checks: the checked axes.
     """
 
-    groups: list[Group]
+    groups: list[GroupTable]
     checks: list[Check]
 
 
@@ -106,11 +112,13 @@ class _Checked(NamedTuple):
     base: int
 
 
-def reads_for(axes: Sequence[s.Axis], strides: Sequence[int], sizes: Sequence[int], groups: Sequence[s.Shape]) -> Reads:
+def reads_for(
+    axes: Sequence[s.Axis], strides: Sequence[int], sizes: Sequence[int], groups: Sequence[s.Shape]
+) -> OperandTables:
     """The tables for an operand with these strides; `groups` are the indices of each group.
 
     Raises:
-        ValueError: if a coordinate is too large for the kernels.
+        TooLarge: if a coordinate is too large for the kernels.
     """
     offsets = [np.zeros(math.prod(sizes[index] for index in group), np.int64) for group in groups]
     checked: list[_Checked] = []
@@ -124,19 +132,19 @@ def reads_for(axes: Sequence[s.Axis], strides: Sequence[int], sizes: Sequence[in
     while len(checked) > MOST_CHECKED:
         *rest, one, two = checked
         checked = [*rest, _merged(one, two)]
-    found = [Group(one) for one in offsets]
+    found = [GroupTable(one) for one in offsets]
     checks = []
     for one in checked:
         size = one.high - one.low
         for at, (group, part) in enumerate(zip(found, one.coordinates, strict=True)):
             inside = part > OUTSIDE
             if (inside.any() and abs(part[inside]).max() >= _LARGEST) or size >= _LARGEST:
-                raise ValueError(f"coordinates of {size} positions are too large, expected fewer than {_LARGEST}")
+                raise TooLarge(f"coordinates of {size} positions are too large, expected fewer than {_LARGEST}")
             if one.table is None:
                 group.offsets += np.where(inside, one.slope * part + (one.base if at == 0 else 0), 0)
             group.coordinates.append(np.where(inside, part - (one.low if at == 0 else 0), OUTSIDE))
         checks.append(Check(size, one.table))
-    return Reads(found, checks)
+    return OperandTables(found, checks)
 
 
 def _total(axis: s.Axis, sizes: Sequence[int], group: s.Shape) -> np.ndarray:

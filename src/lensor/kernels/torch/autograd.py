@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch._C import _is_any_autocast_enabled
+
+from lensor.kernels.torch.tensors import casts_of
 
 
 class Derivatives:
@@ -81,34 +82,6 @@ class Transformed(_Planned):
         return found
 
 
-class _Casts(NamedTuple):
-    """The autocast state, to be restored later, and the dtype of the operands."""
-
-    device: str
-    to: torch.dtype
-    dtype: torch.dtype
-
-    def again(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device, self.to)
-
-
 def is_positions(x: torch.Tensor) -> bool:
     """Whether a tensor contains positions, which are not differentiated."""
     return not (x.is_floating_point() or x.is_complex())
-
-
-def casts_of(x: torch.Tensor) -> _Casts | None:
-    """The autocast state for a tensor's device, or None if autocast is off."""
-    if not _is_any_autocast_enabled():
-        return None
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return _Casts(device, torch.get_autocast_dtype(device), x.dtype)
-
-
-def uncast(device: str) -> AbstractContextManager[Any]:
-    """A context that disables autocast, which would otherwise compute products in half precision again."""
-    if not _is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

@@ -12,11 +12,11 @@ from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from lensor.kernels.torch.autograd import Derivatives, Transformed, record, uncast
+from lensor.kernels.torch.autograd import Derivatives, Transformed, record
 from lensor.kernels.torch.memory import format_of, is_channels_last
 from lensor.kernels.torch.patterns import fuses
 from lensor.kernels.torch.steps import STEPS
-from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions, is_plain, unviewed
+from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions, is_plain, uncast, unviewed
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 

@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch._C import _are_functorch_transforms_active
 
 from lensor.affine import Piece
-from lensor.cache import clear_caches
-from lensor.kernels.reading import places
+from lensor.cache import Cache, clear_caches
+from lensor.kernels.reading import TooLarge, places
 from lensor.kernels.torch.capture import Constant
-from lensor.kernels.torch.tensors import is_plain
+from lensor.kernels.torch.tensors import casts_of, is_plain, uncast
 from lensor.plan import steps as s
 
 _PART = 1 << 24
@@ -43,9 +45,14 @@ def fuses(dtype: torch.dtype, device: torch.device) -> bool:
 
 @lru_cache
 def _has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether Triton is installed, and multiplies about as fast as torch: not in half precision on older GPUs."""
+    """Whether Triton 3.4 or later is installed, and multiplies about as fast as torch.
+
+    It does not in half precision on older GPUs.
+    """
+    if torch.version.hip is not None or find_spec("triton") is None or find_spec("triton.knobs") is None:
+        return False
     least = (7, 5) if dtype is torch.float32 else (8, 0)
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= least
+    return torch.cuda.get_device_capability(device) >= least
 
 
 _is_interpreting: ContextVar[bool] = ContextVar("lensor.interpreting", default=False)
@@ -78,16 +85,36 @@ def pattern_product(step: s.PatternProduct) -> Callable[[torch.Tensor, torch.Ten
 
     def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         nonlocal kernel
-        if not fuses(left.dtype, left.device):
+        casts = casts_of(left)
+        if casts is not None and casts.dtype in _FUSED_DTYPES:  # autocast applies to it as to a matrix product
+            left, right = left.to(casts.to), right.to(casts.to)
+        if not fuses(left.dtype, left.device) or _is_transformed_in_graph():
             return compose(left, right)
         if not (_is_bare(left) and _is_bare(right)):
-            out = torch.ops.lensor.pattern_product(left, right, text, sizes)
-            return out if step.factor == 1 else out * float(step.factor)
+            return torch.ops.lensor.pattern_product(left, right, text, sizes)
         if kernel is None:
-            kernel = _launcher(step)
+            kernel = _kernel(step)
         return kernel(left, right)
 
     return product
+
+
+def _is_transformed_in_graph() -> bool:
+    """Whether a compiler traces a function transform, for which it needs operators with all derivatives."""
+    return torch.compiler.is_compiling() and _are_functorch_transforms_active()
+
+
+def _kernel(step: s.PatternProduct) -> Callable[..., torch.Tensor]:
+    """The kernel for a step, replaced by the composition for sizes that it cannot handle."""
+    launcher = _launcher(step)
+
+    def run(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        try:
+            return launcher(left, right)
+        except TooLarge:
+            return Composition(step)(left, right)
+
+    return run
 
 
 def _is_bare(x: torch.Tensor) -> bool:
@@ -130,15 +157,19 @@ class Composition:
         return self._parts
 
     def __call__(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        step, dtype = self.step, left.dtype
-        left, right = _wide(left), _wide(right)
+        dtype = left.dtype
+        with uncast(left.device.type):
+            return self._added(_wide(left), _wide(right)).to(dtype)
+
+    def _added(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        step = self.step
         found: list[torch.Tensor] = []
         is_kept = self.parts[0].index in step.order
         for part in self.parts:
             value = self._value(part, left, right)
             found = [*found, value] if is_kept or not found else [found[0] + value]
         out = torch.cat(found, step.order.index(self.parts[0].index or 0)) if len(found) > 1 else found[0]
-        return (out if step.factor == 1 else out * float(step.factor)).to(dtype)
+        return out if step.factor == 1 else out * float(step.factor)
 
     def _value(self, part: _Part, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         step = self.step
@@ -152,6 +183,10 @@ class Composition:
 
     def derivative(self, place: int, left: torch.Tensor, right: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
         """The VJP with respect to an operand (0: the first, 1: the second)."""
+        with uncast(left.device.type):
+            return self._derivative(place, left, right, cotangent)
+
+    def _derivative(self, place: int, left: torch.Tensor, right: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
         step, dtype = self.step, left.dtype
         left, right, cotangent = _wide(left), _wide(right), _wide(cotangent) * float(step.factor)
         array = (left, right)[place]
@@ -179,7 +214,7 @@ class Composition:
             value = value.reshape(full)
             if inside is not None:
                 value = torch.where(inside, value, 0)
-            found = found.index_put(tuple(at), value, accumulate=True)
+            found = found.index_put(tuple(at), value, accumulate=True) if at else found + value.sum()
         return found.to(dtype)
 
 
@@ -249,15 +284,14 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------- custom operator
 def _text(step: s.PatternProduct) -> str:
-    """Everything except the sizes and the factor."""
+    """Everything except the sizes, as text, which a graph can contain."""
     groups = [step.batch, step.rows, step.columns, step.order]
     axes = [[[axis.terms, axis.outer] for axis in side] for side in (step.left, step.right)]
-    return json.dumps([step.takes[0] == step.takes[1], groups, axes])
+    return json.dumps([step.takes[0] == step.takes[1], groups, axes, str(step.factor)])
 
 
-@lru_cache(maxsize=1024)
 def _step(text: str, sizes: tuple[int, ...]) -> s.PatternProduct:
-    is_one, groups, sides = json.loads(text)
+    is_one, groups, sides, factor = json.loads(text)
 
     def line(pieces: Any) -> Any:
         return tuple([Piece(*piece) for piece in pieces])
@@ -268,24 +302,23 @@ def _step(text: str, sizes: tuple[int, ...]) -> s.PatternProduct:
 
     batch, rows, columns, order = map(tuple, groups)
     left, right = (tuple([axis(*one) for one in side]) for side in sides)
-    return s.PatternProduct((0, 0) if is_one else (0, 1), sizes, batch, rows, columns, order, left, right)
+    takes = (0, 0) if is_one else (0, 1)
+    return s.PatternProduct(takes, sizes, batch, rows, columns, order, left, right, Fraction(factor))
 
 
-@lru_cache(maxsize=1024)
-def _kernel(text: str, sizes: tuple[int, ...]) -> Callable[..., Any]:
-    return _launcher(_step(text, sizes))
+_kernels, _compositions = Cache(maxsize=256), Cache(maxsize=256)
 
 
-@lru_cache(maxsize=1024)
 def _composition(text: str, sizes: tuple[int, ...]) -> Composition:
-    return Composition(_step(text, sizes))
+    return _compositions.get_or_make((text, sizes), lambda: Composition(_step(text, sizes)))
 
 
 @torch.library.custom_op("lensor::pattern_product", mutates_args=())
 def _operator(left: torch.Tensor, right: torch.Tensor, step: str, sizes: Sequence[int]) -> torch.Tensor:
     if fuses(left.dtype, left.device):
-        return _kernel(step, tuple(sizes))(left, right)
-    return _composition(step, tuple(sizes))(left, right)
+        known = _kernels.get_or_make((step, tuple(sizes)), lambda: _kernel(_step(step, tuple(sizes))))
+        return known(left, right).contiguous()
+    return _composition(step, tuple(sizes))(left, right).contiguous()
 
 
 @_operator.register_fake

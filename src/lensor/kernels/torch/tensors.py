@@ -1,10 +1,12 @@
-"""Kinds of tensors: plain tensors, tensors wrapped by transforms, and views; and the precision of their products."""
+"""Kinds of tensors (plain, wrapped by transforms, views), and the precision of their products (TF32, autocast)."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch._C import _is_any_autocast_enabled
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 
@@ -48,3 +50,31 @@ def allows_tf32_convolutions() -> bool:
     """The same for convolutions, for which it is torch's default."""
     cudnn: Any = torch.backends.cudnn
     return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
+class Casts(NamedTuple):
+    """The autocast state, to be restored later, and the dtype of the operands."""
+
+    device: str
+    to: torch.dtype
+    dtype: torch.dtype
+
+    def again(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, self.to)
+
+
+def casts_of(x: torch.Tensor) -> Casts | None:
+    """The autocast state for a tensor's device, or None if autocast is off."""
+    if not _is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return Casts(device, torch.get_autocast_dtype(device), x.dtype)
+
+
+def uncast(device: str) -> AbstractContextManager[Any]:
+    """A context that disables autocast, which would otherwise compute products in half precision again."""
+    if not _is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -44,7 +44,8 @@ class Axis:
     """How one axis of an array is read: at the position `outer(Σ line(index))`, and as zero where this is not defined.
 
     With a term for an output index, one for a kernel index, and padding in `outer`, this is an index pattern. With one
-    term and no `outer`, it is a plain axis. Several terms without `outer` are an axis that merges several indices.
+    term and no `outer`, it is a plain axis. Several terms without `outer` are an axis that merges several indices. A
+    position that is defined must lie in the array.
 
     Args:
         terms: the contributions of the indices.
@@ -129,7 +130,8 @@ class PatternProduct(Step):
         right: how each axis of the second operand is read.
         factor: a factor of the result.
 
-    The other indices are s, or if they are in `batch`, `rows` or `columns`, squared.
+    The other indices are s, or if they are in `batch`, `rows` or `columns`, squared. Either all indices of rows and
+    columns are squared or none. Each index occurs in an operand.
     """
 
     name: ClassVar[str] = "pattern product"
@@ -222,7 +224,8 @@ class PatternProduct(Step):
 
     def scratch(self, taken: Sequence[Laid], result: Shape) -> int:
         size = math.prod(result)
-        return min(MOST_SPLITS * size, WORKSPACE + size)
+        tables = 4 * sum(map(self.size, (self.batch, self.rows, self.columns)))
+        return min(MOST_SPLITS * size, WORKSPACE + size) + tables
 
     def rate(self, shapes: Sequence[Shape], result: Shape) -> Rate:
         rows, columns, summed = map(self.size, (self.rows, self.columns, self.summed))

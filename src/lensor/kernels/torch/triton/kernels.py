@@ -16,7 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_OUTSIDE = tl.constexpr(-(1 << 29))
+from lensor.kernels.reading import OUTSIDE
+
+_OUTSIDE = tl.constexpr(OUTSIDE)
 
 
 @triton.jit
@@ -35,12 +37,12 @@ def _coordinates(table, at, inside, size, axis: tl.constexpr, CHECKS: tl.constex
 
 
 @triton.jit
-def _row_coordinates(table, at, first, inside, size, axis: tl.constexpr, CHECKS: tl.constexpr, UNIFORM: tl.constexpr):
+def _row_coordinates(table, at, first, size, axis: tl.constexpr, CHECKS: tl.constexpr, UNIFORM: tl.constexpr):
     """The coordinates of the rows of a tile; one number if they are all the same."""
     if UNIFORM:
         return _coordinates(table, first, True, size, axis, CHECKS)
     else:
-        return _coordinates(table, at, inside, size, axis, CHECKS)
+        return _coordinates(table, at, True, size, axis, CHECKS)
 
 
 @triton.jit
@@ -85,8 +87,7 @@ def _tile(
 ):
     """The entries [rows, sums] of an operand; neighbouring threads read neighbouring rows if BY_ROWS.
 
-    If all rows have the same coordinates (UNIFORM), only terms of the sum are checked. Rows beyond the last one read
-    anything, since their results are not stored.
+    If all rows have the same coordinates (UNIFORM), only terms of the sum are checked.
     """
     if UNIFORM:
         offset_s, inside_s = _checked(offset_s, inside_s, r0 + s0, size0, table0, MODE0)
@@ -356,14 +357,17 @@ def pattern_product(
     at_c = first_c + tl.arange(0, COLUMNS)
     inside_r = at_r < rows
     inside_c = at_c < columns
-    offset_r = _entries(left_r, at_r, inside_r, rows, 0, 0)
-    offset_c = _entries(right_c, at_c, inside_c, columns, 0, 0)
-    r0 = _row_coordinates(left_r, at_r, first_r, inside_r, rows, 0, LEFT_CHECKS, LEFT_UNIFORM)
-    r1 = _row_coordinates(left_r, at_r, first_r, inside_r, rows, 1, LEFT_CHECKS, LEFT_UNIFORM)
-    r2 = _row_coordinates(left_r, at_r, first_r, inside_r, rows, 2, LEFT_CHECKS, LEFT_UNIFORM)
-    c0 = _row_coordinates(right_c, at_c, first_c, inside_c, columns, 0, RIGHT_CHECKS, RIGHT_UNIFORM)
-    c1 = _row_coordinates(right_c, at_c, first_c, inside_c, columns, 1, RIGHT_CHECKS, RIGHT_UNIFORM)
-    c2 = _row_coordinates(right_c, at_c, first_c, inside_c, columns, 2, RIGHT_CHECKS, RIGHT_UNIFORM)
+    # Rows beyond the last one read what the last one reads; their results are not stored.
+    read_r = tl.minimum(at_r, rows - 1)
+    read_c = tl.minimum(at_c, columns - 1)
+    offset_r = _entries(left_r, read_r, True, rows, 0, 0)
+    offset_c = _entries(right_c, read_c, True, columns, 0, 0)
+    r0 = _row_coordinates(left_r, read_r, first_r, rows, 0, LEFT_CHECKS, LEFT_UNIFORM)
+    r1 = _row_coordinates(left_r, read_r, first_r, rows, 1, LEFT_CHECKS, LEFT_UNIFORM)
+    r2 = _row_coordinates(left_r, read_r, first_r, rows, 2, LEFT_CHECKS, LEFT_UNIFORM)
+    c0 = _row_coordinates(right_c, read_c, first_c, columns, 0, RIGHT_CHECKS, RIGHT_UNIFORM)
+    c1 = _row_coordinates(right_c, read_c, first_c, columns, 1, RIGHT_CHECKS, RIGHT_UNIFORM)
+    c2 = _row_coordinates(right_c, read_c, first_c, columns, 2, RIGHT_CHECKS, RIGHT_UNIFORM)
 
     sums = plain * inner
     batches = batch * squared
@@ -501,13 +505,13 @@ def pattern_product(
     if REDUCE:
         value = tl.sum(tl.where(inside, total, 0.0))
         if ATOMIC:
-            tl.atomic_add(target, value)
+            tl.atomic_add(target, value, sem="relaxed")
         else:
             tl.store(target + tile, value)
     else:
         where = target + to_r[:, None] + to_c[None, :]
         if ATOMIC:
-            tl.atomic_add(where, total, mask=inside)
+            tl.atomic_add(where, total, mask=inside, sem="relaxed")
         else:
             tl.store(where, total, mask=inside)
         if GRAM:  # noqa: SIM102  (GRAM is known to the compiler, the tiles are not)
@@ -517,6 +521,6 @@ def pattern_product(
                 where = target + mirror_r[:, None] + mirror_c[None, :]
                 inside = (mirror_r >= 0)[:, None] & (mirror_c >= 0)[None, :]
                 if ATOMIC:
-                    tl.atomic_add(where, tl.trans(total), mask=inside)
+                    tl.atomic_add(where, tl.trans(total), mask=inside, sem="relaxed")
                 else:
                     tl.store(where, tl.trans(total), mask=inside)

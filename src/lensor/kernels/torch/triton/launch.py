@@ -37,6 +37,9 @@ _LEAST_SUMS = 4
 MOST_ADDED = 64 * 64
 """Larger tiles are stored and added later, since adding them atomically needs too many registers."""
 
+_MOST_LAUNCHES = 8
+"""A launcher keeps the tables for at most this many kinds of operands, such as memory orders."""
+
 _MOST_TRIED = 4
 """At most this many tiles are timed."""
 
@@ -74,7 +77,10 @@ class Setting(NamedTuple):
 
 
 class Launcher:
-    """Runs a pattern product on tensors of any device with Triton; tables are made for the first call of each kind.
+    """Runs a pattern product with Triton; tables are made for the first call with each kind of operands.
+
+    Raises:
+        ValueError: if rows or columns are squared, but not both.
 
     Args:
         step: the step.
@@ -83,6 +89,9 @@ class Launcher:
     """
 
     def __init__(self, step: s.PatternProduct, tile: Tile | None = None, splits: int | None = None) -> None:
+        squared = {*step.rows, *step.columns} & {*step.squared}
+        if squared and squared != {*step.rows, *step.columns}:
+            raise ValueError(f"indices {sorted(squared)} of rows and columns are squared, expected all of them or none")
         self.step, self.tile, self.splits = step, tile, splits
         self._launches: dict[Setting, _Launch] = {}
 
@@ -90,11 +99,14 @@ class Launcher:
         setting = Setting.of(left, right)
         launch = self._launches.get(setting)
         if launch is None or _is_tuning.get():
+            while len(self._launches) >= _MOST_LAUNCHES:
+                self._launches.pop(next(iter(self._launches)), None)
             launch = self._launches[setting] = self._made(setting, left, right)
         return launch(left, right)
 
     def _made(self, setting: Setting, left: torch.Tensor, right: torch.Tensor) -> _Launch:
-        key = (replace(self.step, takes=(), factor=Fraction(1)), setting)
+        takes = (0, int(self.step.takes[0] != self.step.takes[1]))  # a Gram matrix needs other tiles
+        key = (replace(self.step, takes=takes, factor=Fraction(1)), setting)
         tile = self.tile or _tuned.get(key)
         if tile is not None:
             return _Launch(_Tables(self.step, setting, tile), tile, self.splits)
@@ -193,6 +205,7 @@ class _Tables:
         is_wide = max(_last(left), _last(right), WORKSPACE, self.length) >= 1 << 31
         self._dtype = np.int64 if is_wide else np.int32
         self.left, self.right = ([self._on_device(group.table()) for group in one.groups] for one in (left, right))
+        self._kept = out[0]
         self.out = [self._on_device(one) for one in out]
         self.checked = [
             self._on_device(np.zeros(1, np.int64) if check.table is None else check.table)
@@ -207,7 +220,7 @@ class _Tables:
 
     def partial_out(self, tiles: int) -> torch.Tensor:
         """Offsets of kept b in an array with one entry for each of them and each tile."""
-        return self.out[0] * tiles
+        return self._on_device(self._kept * tiles)
 
 
 def _ordered(divided: tuple[s.Shape, s.Shape], apart: dict[int, int], is_uniform: bool) -> s.Shape:
@@ -222,7 +235,7 @@ def _filled(checks: Sequence[reading.Check]) -> list[reading.Check]:
     return [*checks, *[reading.Check(0, None)] * (reading.MOST_CHECKED - len(checks))]
 
 
-def _modes(reads: reading.Reads) -> list[int]:
+def _modes(reads: reading.OperandTables) -> list[int]:
     """For each checked axis, 1 if its coordinates are only compared with its size, 2 if it has a table; 0: none."""
     found = [1 if check.table is None else 2 for check in reads.checks]
     return found + [0] * (reading.MOST_CHECKED - len(found))
@@ -251,7 +264,7 @@ def _summed(step: s.PatternProduct, apart: dict[int, int]) -> tuple[s.Shape, s.S
     return tuple([index for index in every if index not in inner]), inner
 
 
-def _last(reads: reading.Reads) -> int:
+def _last(reads: reading.OperandTables) -> int:
     """About the largest offset of an operand."""
     tables = sum(int(check.table.max(initial=0)) for check in reads.checks if check.table is not None)
     return tables + sum(int(np.abs(group.offsets).max(initial=0)) for group in reads.groups)
@@ -262,6 +275,10 @@ class _Launch:
 
     def __init__(self, tables: _Tables, tile: Tile, splits: int | None) -> None:
         step, setting = tables.step, tables.setting
+        if step.is_gram and tile.rows != tile.columns:
+            raise ValueError(
+                f"a tile of a Gram matrix has {tile.rows} rows and {tile.columns} columns, expected equal numbers"
+            )
         self.tables, self.tile = tables, tile
         batch, rows, columns, plain, inner = tables.sizes
         down, across = -(-rows // tile.rows), -(-columns // tile.columns)
@@ -271,13 +288,16 @@ class _Launch:
         steps = tables.squared if is_square else -(-plain * inner // tile.sums)
         if splits is None:
             splits = _splits(setting.device, batch * self.tiles, steps if is_square else steps // _LEAST_SUMS)
-            splits = max(min(splits, WORKSPACE // max(tables.length, 1) + 1), 1)
+            each = tables.length * (self.tiles if self.is_reduced else 1)
+            splits = max(min(splits, WORKSPACE // max(each, 1) + 1), 1)
         self.splits = max(min(splits, steps), 1)
         self.is_partial = self.splits > 1 or (self.is_reduced and self.tiles > 1)
         may_add = setting.dtype is torch.float32 and not setting.is_deterministic
         self.is_atomic = self.is_partial and may_add and tile.rows * tile.columns <= MOST_ADDED
         self.is_empty = 0 in tables.sizes or not self.tiles
         self.grid = (batch * self.tiles * self.splits,)
+        if max(*self.grid, batch * tables.squared, plain * inner + tile.sums) >= 1 << 31:
+            raise reading.TooLarge("the product has more than 2³¹ programs, batch positions or terms of a sum")
         self.entries = self.tiles if self.is_reduced else 1  # results of a split, for each entry of the result
         out = [tables.partial_out(self.entries), *tables.out[1:]] if self.is_partial else tables.out
         if self.is_atomic:

@@ -75,8 +75,11 @@ def tiles_for(capability: tuple[int, int], has_exact_products: bool) -> tuple[Ti
     return _WITH_TENSOR_CORES if capability >= (8, 0) and not has_exact_products else _WITHOUT_TENSOR_CORES
 
 
-_UNIFORM = 2.0
+_SLOWER = 2.0
 """Tiles whose rows have different coordinates take about this many times as long: each entry is checked for itself."""
+
+_MOST_PADDED = 2.0
+"""Gaps may make the rows at most this many times as many."""
 
 
 class Side(NamedTuple):
@@ -98,7 +101,7 @@ class Side(NamedTuple):
 
     def is_uniform(self, length: int) -> bool:
         """Whether tiles of this length contain rows of one group only, which leaves gaps after the last one of each."""
-        return not self.checks or self.groups == 1 or self.padded(length) <= _UNIFORM * self.groups * self.each
+        return not self.checks or self.groups == 1 or self.padded(length) <= _MOST_PADDED * self.groups * self.each
 
     def padded(self, length: int) -> int:
         """The number of rows if each group fills its last tile."""
@@ -109,7 +112,7 @@ class Side(NamedTuple):
         return self.padded(length) if self.checks and self.is_uniform(length) else self.groups * self.each
 
     def cost(self, length: int) -> float:
-        return -(-self.rows(length) // length) * length * (1.0 if self.is_uniform(length) else _UNIFORM)
+        return -(-self.rows(length) // length) * length * (1.0 if self.is_uniform(length) else _SLOWER)
 
 
 def fitting(tiles: Sequence[Tile], rows: Side, columns: Side, *, is_gram: bool, is_square: bool) -> list[Tile]:

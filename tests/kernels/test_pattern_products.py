@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -332,10 +333,7 @@ def test_gradients_maps_and_graphs_of_calls_with_the_kernel(call: tuple, monkeyp
     again = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((function(again, v) * weights).sum(), again)
     mapped = torch.func.vmap(function, (0, None))(torch.stack([x, 2 * x]), v)
-    only_fused(monkeypatch)
-    with kernel_everywhere() as made:
-        assert_close(function(x.to(DEVICE), v.to(DEVICE)).cpu().numpy(), expected.numpy(), 1e-5)
-        assert made
+    with composed_kernel(monkeypatch):
         again = x.clone().requires_grad_()
         (found,) = torch.autograd.grad((function(again, v) * weights).sum(), again)
         assert_close(found.numpy(), gradient.numpy(), 1e-5)
@@ -345,7 +343,16 @@ def test_gradients_maps_and_graphs_of_calls_with_the_kernel(call: tuple, monkeyp
         assert_close(compiled(again, v).detach().numpy(), expected.numpy(), 1e-5)
         (found,) = torch.autograd.grad((compiled(again, v) * weights).sum(), again)
         assert_close(found.numpy(), gradient.numpy(), 1e-5)
-        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("call", user_calls(), ids=["kfac", "ggn", "per example"])
+def test_calls_run_the_kernel(call: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, x, v = call
+    expected = function(x, v)
+    only_fused(monkeypatch)
+    with kernel_everywhere() as made:
+        assert_close(function(x.to(DEVICE), v.to(DEVICE)).cpu().numpy(), expected.numpy(), 1e-5)
+    assert made
 
 
 @pytest.mark.parametrize("call", user_calls(), ids=["kfac", "ggn", "per example"])
@@ -360,13 +367,11 @@ def test_function_transforms_in_graphs(call: tuple, monkeypatch: pytest.MonkeyPa
         return torch.func.grad(lambda x: function(x, v).square().sum())(x)
 
     expected = [jvp(x), gradient(x)]
-    only_fused(monkeypatch)
-    with kernel_everywhere():
+    with composed_kernel(monkeypatch):
         for transformed, wanted in zip((jvp, gradient), expected, strict=True):
             assert_close(transformed(x).numpy(), wanted.numpy(), 1e-5)
             compiled = torch.compile(transformed, backend="aot_eager")
             assert_close(compiled(x).numpy(), wanted.numpy(), 1e-5)
-        torch.compiler.reset()
 
 
 def test_jacobians_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,22 +380,17 @@ def test_jacobians_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x = torch.randn(1, 2, 3, 3)
     expected = jacobian(x)
-    only_fused(monkeypatch)
-    with kernel_everywhere():
+    with composed_kernel(monkeypatch):
         assert_close(torch.compile(jacobian, backend="aot_eager")(x).numpy(), expected.numpy(), 1e-5)
-        torch.compiler.reset()
 
 
 def test_factors_apply_before_rounding_to_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums exceed the largest number in float16, their means do not."""
     x = torch.ones(16, 1, 80, 80, dtype=torch.float16)
-    only_fused(monkeypatch)
-    monkeypatch.setattr(patterns, "_launcher", patterns.Composition)  # the interpreter would take long
-    with patterns.interpreting():
+    with composed_kernel(monkeypatch):
         for function in (F.kfac_input_factor, torch.compile(F.kfac_input_factor, backend="aot_eager")):
             assert function(x, 3, padding=1).max() == 6400
         assert torch.func.vmap(lambda x: F.kfac_input_factor(x, 3, padding=1))(x[None]).max() == 6400
-        torch.compiler.reset()
 
 
 def test_autocast_applies_as_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +416,16 @@ def test_exported_graphs_contain_the_operator(monkeypatch: pytest.MonkeyPatch) -
         program = torch.export.export(Factor(), (x,))
         assert any("lensor.pattern_product" in str(node.target) for node in program.graph.nodes)
         assert_close(program.module()(x).numpy(), expected.numpy(), 1e-5)
+
+
+@contextmanager
+def composed_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside the `with` block, plans have pattern products as on a GPU, but compositions run them: they are faster."""
+    only_fused(monkeypatch)
+    monkeypatch.setattr(patterns, "_launcher", patterns.Composition)
+    with patterns.interpreting():
+        yield
+    torch.compiler.reset()
 
 
 def only_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ test: lint $(PEERS)
 
 test-all: lint $(PEERS)
 	$(BIN)/python -m tests.sweeps.operations
+	$(BIN)/python -m tests.sweeps.patterns
 	$(PYTEST)
 
 # Build the site in docs/_build; a warning is an error.

@@ -102,7 +102,7 @@ def test_a_bound_batch_size_and_a_resized_plan_give_the_same() -> None:
 # -------------------------------------------------------------------------------------------------------------- kernel
 @pytest.mark.parametrize("k", range(4 * len(CHOSEN)))
 def test_the_kernel_is_right(k: int) -> None:
-    """Hyper-parameters, modes, groups, dtypes, epilogues, layouts; `python -m tests.sweeps.patterns` has more."""
+    """Hyper-parameters, modes, groups, dtypes, epilogues, layouts; `python -m tests.sweeps.patterns` runs more."""
     product = product_of(1, k)
     assert product.error() <= TOLERANCE[product.dtype], product
 

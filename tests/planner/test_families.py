@@ -108,7 +108,9 @@ def test_a_plan_does_not_depend_on_what_was_planned_before() -> None:
 def test_another_batch_size_is_not_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     whole = families.whole
-    monkeypatch.setattr(families, "whole", lambda net, *known: calls.append(net) or whole(net, *known))
+    monkeypatch.setattr(
+        families, "whole", lambda net, *known, **which: calls.append(net) or whole(net, *known, **which)
+    )
     lensor.clear_caches()
     net = ops.kfac_input_factor(SPEC, "reduce")
     for batch in range(8, 16):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lensor.kernels import load
 from lensor.kernels.reading import reads_for
 from lensor.kernels.torch import patterns
 from lensor.kernels.torch.triton import Launcher, Tile, launch
+from lensor.kernels.torch.triton.kernels import pattern_product
 from lensor.kernels.torch.triton.tiles import Side, fitting, tiles_for
 from lensor.lowering import BY_NAME, FUSED, lower
 from lensor.plan.steps import IDENTITY, Axis, PatternProduct, Term
@@ -159,6 +161,30 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     found = known(x, y)
     assert [found] == poisoned
     assert found.isfinite().all()
+
+
+def test_kernels_that_spill_registers_are_compiled_again_with_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        n_regs, n_spills = 80, 3
+
+    class Kernel:
+        limits: ClassVar[list[int | None]] = []
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            def run(*arguments: object, maxnreg: int | None = None, **options: object) -> Compiled:
+                self.limits.append(maxnreg)
+                pattern_product[grid](*arguments, **options)
+                return Compiled()
+
+            return run
+
+    monkeypatch.setattr(launch, "_kernel", Kernel())
+    step, operands = first_step()
+    x = operands[0].to(DEVICE, torch.float32)
+    launcher = Launcher(step, splits=3)  # atomic additions: the second launch must not add to the first
+    for _ in range(2):
+        assert_close(launcher(x, x).cpu().numpy(), reference(step, operands), 1e-5)
+    assert Kernel.limits == [None, 80, 80]
 
 
 def test_other_sizes_and_strides_compile_nothing() -> None:

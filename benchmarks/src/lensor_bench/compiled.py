@@ -46,7 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Compiled(NamedTuple):
-    """What a compiled kernel needs; `shared` and `spilled` are in bytes, and the rest are numbers of instructions."""
+    """What a compiled kernel needs.
+
+    `shared` and `spilled` are in bytes; `mma`, `wgmma` and `fma` are numbers of instructions. `limited` is true if the
+    kernel had spilled registers and was compiled again with a limit.
+    """
 
     capability: int
     numbers: str
@@ -58,6 +62,7 @@ class Compiled(NamedTuple):
     mma: int
     wgmma: int
     fma: int
+    limited: bool
 
 
 def compile_all(
@@ -97,10 +102,11 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
 
     from lensor.kernels.torch.triton.kernels import NUMBERS as ARGUMENTS
     from lensor.kernels.torch.triton.kernels import POINTERS, pattern_product
+    from lensor.kernels.torch.triton.launch import limited
 
     dtype, precision = NUMBERS[kind]
-    options = dict(VARIANTS[variant])
-    modes, by_rows, uniform = options.pop("modes"), options.pop("by_rows", False), options.pop("uniform", True)
+    epilogue = dict(VARIANTS[variant])
+    modes, by_rows, uniform = epilogue.pop("modes"), epilogue.pop("by_rows", False), epilogue.pop("uniform", True)
     constants = {
         **{f"{side}_CHECKS": sum(mode > 0 for mode in one) for side, one in zip(("LEFT", "RIGHT"), modes, strict=True)},
         **{
@@ -111,7 +117,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
         "LEFT_BY_ROWS": by_rows,
         "RIGHT_BY_ROWS": by_rows,
         **{f"{side}_UNIFORM": uniform or not any(one) for side, one in zip(("LEFT", "RIGHT"), modes, strict=True)},
-        **{name: options.get(name, False) for name in ("SQUARE", "REDUCE", "GRAM", "ATOMIC")},
+        **{name: epilogue.get(name, False) for name in ("SQUARE", "REDUCE", "GRAM", "ATOMIC")},
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "SUMS": tile.sums,
@@ -124,13 +130,21 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
         name: types.get(name) or ("*i32" if name in POINTERS else "i32" if name in ARGUMENTS else "constexpr")
         for name in pattern_product.arg_names
     }
-    found = triton.compile(
-        ASTSource(fn=pattern_product, signature=signature, constexprs=constants),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.warps, "enable_fp_fusion": True},
-    )
+    options = {"num_warps": tile.warps, "enable_fp_fusion": True}
+
+    def compiled(limit: dict[str, int]) -> tuple[Any, int, int]:
+        found = triton.compile(
+            ASTSource(fn=pattern_product, signature=signature, constexprs=constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={**options, **limit},
+        )
+        return found, *_assembled(found.asm["ptx"], capability)
+
+    found, registers, spilled = compiled({})
+    limit = limited(registers, spilled)
+    if limit:  # as a launch does
+        found, registers, spilled = compiled(limit)
     code = found.asm["ptx"]
-    registers, spilled = _assembled(code, capability)
     return Compiled(
         capability,
         kind,
@@ -142,6 +156,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
         code.count("mma.sync"),
         code.count("wgmma.mma_async"),
         code.count("fma.rn.f32"),
+        bool(limit),
     )
 
 

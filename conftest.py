@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from typing import Any
 
 import pytest
-import torch
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 from sybil.sybil import SybilCollection
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # run Triton kernels by its interpreter; read when triton is imported
 
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 

@@ -1,7 +1,8 @@
 """Hypothesis draws the same examples in every run; HYPOTHESIS_PROFILE=search draws many new ones.
 
 Every test finds the global generators of random numbers in the same state, whatever ran before it.
-Tests that run side by side have one thread each: those of several would wait for each other.
+Tests that run side by side have one thread each: those of several would wait for each other. Nothing may import NumPy
+or torch before this module.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and torch are loaded
 
+os.environ.setdefault("JAX_ENABLE_X64", "1")  # arrays of JAX have the dtypes that tests give them
+
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # run Triton kernels by its interpreter; read when triton is imported
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(

@@ -102,7 +102,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
 
     from lensor.kernels.torch.triton.kernels import NUMBERS as ARGUMENTS
     from lensor.kernels.torch.triton.kernels import POINTERS, pattern_product
-    from lensor.kernels.torch.triton.launch import limited
+    from lensor.kernels.torch.triton.launch import limits
 
     dtype, precision = NUMBERS[kind]
     epilogue = dict(VARIANTS[variant])
@@ -132,7 +132,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
     }
     options = {"num_warps": tile.warps, "enable_fp_fusion": True}
 
-    def compiled(limit: dict[str, int]) -> tuple[Any, int, int]:
+    def compiled(**limit: int) -> tuple[Any, int, int]:
         found = triton.compile(
             ASTSource(fn=pattern_product, signature=signature, constexprs=constants),
             target=GPUTarget("cuda", capability, 32),
@@ -140,10 +140,11 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
         )
         return found, *_assembled(found.asm["ptx"], capability)
 
-    found, registers, spilled = compiled({})
-    limit = limited(registers, spilled)
-    if limit:  # as a launch does
-        found, registers, spilled = compiled(limit)
+    found, registers, spilled = compiled()
+    is_limited = spilled > 0
+    for limit in limits(registers):  # as a launch does
+        if spilled:
+            found, registers, spilled = compiled(maxnreg=limit)
     code = found.asm["ptx"]
     return Compiled(
         capability,
@@ -156,7 +157,7 @@ def _compile(capability: int, kind: str, variant: str, tile: Any) -> Compiled:
         code.count("mma.sync"),
         code.count("wgmma.mma_async"),
         code.count("fma.rn.f32"),
-        bool(limit),
+        is_limited,
     )
 
 

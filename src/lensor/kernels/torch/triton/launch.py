@@ -345,10 +345,11 @@ class _Launch:
         out, compiled = self._launched(left, right)
         if self._is_new:
             self._is_new = False
-            limit = limited(getattr(compiled, "n_regs", 0), getattr(compiled, "n_spills", 0))
-            if limit:
-                self.options.update(limit)
-                out, _ = self._launched(left, right)
+            for limit in limits(getattr(compiled, "n_regs", 0)):
+                if not getattr(compiled, "n_spills", 0):
+                    break
+                self.options["maxnreg"] = limit
+                out, compiled = self._launched(left, right)
         return out if self.is_atomic or not self.is_partial else out.sum((0, 2)).to(dtype).reshape(shape)
 
     def _launched(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -365,13 +366,13 @@ class _Launch:
         return out, _kernel[self.grid](left, right, out, *self.arguments, **self.options)
 
 
-def limited(registers: int, spilled: int) -> dict[str, int]:
-    """The options for compiling a kernel again that has spilled registers.
+def limits(registers: int) -> tuple[int, ...]:
+    """The limits with which to compile a kernel again that spills some of its registers, one after the other.
 
     NVIDIA's assembler then fits one more block into a multiprocessor and misses by a few bytes. If it is told to use as
-    many registers as it has chosen, it spills less, mostly nothing.
+    many registers as it has chosen, or a few more, it spills less, mostly nothing.
     """
-    return {"maxnreg": registers} if spilled else {}
+    return registers, registers + 16
 
 
 def _splits(device: torch.device, programs: int, most: int) -> int:

@@ -257,7 +257,7 @@ def test_mixed_and_integer_dtypes_are_refused() -> None:
     for dtype in (torch.int64, torch.bool, torch.uint8):
         with pytest.raises(TypeError, match="expected a floating or complex dtype"):
             net(X=ours["X"].to(dtype), W=ours["W"].to(dtype))
-    with pytest.raises(TypeError, match="expected a NumPy or torch array"):
+    with pytest.raises(TypeError, match="expected an array of NumPy, torch or JAX"):
         net(X=x.tolist(), W=w)
 
 

@@ -123,7 +123,7 @@ class Operation:
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """The cached call for these arrays and options, prepared if it is new."""
-        key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, _device(array)))
+        key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, kernels.device_of(array)))
         call = _calls.get(key)
         if call is None:
             call = self.prepare(arrays, options)
@@ -151,7 +151,7 @@ class Operation:
 
     def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
         """Run the call as part of a graph that a framework captures, with shapes and plan as constants."""
-        kinds = tuple((shape_of(array), array.dtype, _device(array)) for array in arrays)
+        kinds = tuple((shape_of(array), array.dtype, kernels.device_of(array)) for array in arrays)
         return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
 
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
@@ -319,10 +319,6 @@ def _inferred(shape: Shape, other: Shape) -> Shape:
     return tuple([size if size == another else -1 for size, another in zip(shape, other, strict=True)])
 
 
-def _device(array: Array) -> Any:
-    return getattr(array, "device", None)
-
-
 _parts = operator.attrgetter("shape", "dtype", "device")
 
 
@@ -354,8 +350,9 @@ def check_arrays(arrays: Mapping[str, Array], real: bool) -> bool:
             raise TypeError(
                 f"{first[0]} has dtype {names[first[0]]} and {name} has dtype {names[name]}, expected one dtype"
             )
-        if _device(array) != _device(first[1]):
+        devices = kernels.device_of(first[1]), kernels.device_of(array)
+        if devices[0] != devices[1]:
             raise ValueError(
-                f"{first[0]} is on device {_device(first[1])} and {name} on device {_device(array)}, expected the same"
+                f"{first[0]} is on device {devices[0]} and {name} on device {devices[1]}, expected the same"
             )
     return names[first[0]].startswith(("complex", "clongdouble"))

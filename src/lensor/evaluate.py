@@ -15,6 +15,7 @@ from lensor.choices import Effort
 from lensor.errors import SubscriptsError
 from lensor.kernels import Backend, backend_of, load, override_of
 from lensor.network import AnyNetwork, Network, Operand, Select, contraction
+from lensor.network.nodes import new_name
 from lensor.network.subscripts import (
     expand_ellipsis,
     format_legs,
@@ -121,17 +122,33 @@ def _refuse_symbols(shapes: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _derived(
-    plan: Plan, backend: Backend, kind: str, operand: str, like: Any, *, settings: Settings, in_channels_last: bool
+    plan: Plan,
+    backend: Backend,
+    kind: str,
+    operand: Any,
+    like: Any,
+    *,
+    settings: Settings,
+    in_channels_last: bool = False,
 ) -> Callable[[Sequence[Any], Any], Any]:
-    """Plan the VJP or JVP of a plan's network; return a function of the plan's operands and a direction."""
+    """Plan the VJP or JVP of a plan's network; return a function of the plan's operands and a direction.
+
+    With kind "batch", plan the network with an index for the first axis of `like`, which the operands with the names
+    `operand` have in addition; the function ignores the direction.
+    """
     net = plan.network
     assert net is not None
     direction = "V"
     while direction in net.operand_names:
         direction += "_"
-    derived = net.vjp(operand, direction) if kind == "vjp" else net.jvp(operand, direction)
     shapes = {step.operand: step.size for step in plan.steps if isinstance(step, Input)}
-    shapes[direction] = plan.shape if kind == "vjp" else shapes[operand]
+    if kind == "batch":
+        size = int(like.shape[0])
+        derived = net.batch(new_name("batch", {*net.sizes}), operand, size)
+        shapes.update((name, (size, *shapes[name])) for name in operand)
+    else:
+        derived = net.vjp(operand, direction) if kind == "vjp" else net.jvp(operand, direction)
+        shapes[direction] = plan.shape if kind == "vjp" else shapes[operand]
     ready = runnable(
         compile(derived, {name: shapes[name] for name in derived.operand_names}, like=like, settings=settings), backend
     )

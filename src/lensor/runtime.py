@@ -49,8 +49,13 @@ class Runnable:
         self.names = [step.operand for step in self.inputs]
         self.unrecorded = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last, form))
         if plan.deriver is not None and self.names:
-            self.unchecked = backend.differentiable(self.unrecorded, self.derivative, _needs(plan.network, self.names))
+            self.unchecked = backend.differentiable(self)
         self._derivatives: dict[tuple, Callable[..., Any]] = {}
+
+    @cached_property
+    def needs(self) -> tuple[tuple[int, ...], ...]:
+        """For each operand, the places of the operands that are needed for the derivative with respect to it."""
+        return _needs(self.plan.network, self.names)
 
     @cached_property
     def channels_last(self) -> Runnable:
@@ -102,6 +107,20 @@ class Runnable:
                 for step, array in zip(self.inputs, arrays, strict=True)
             ]
         return found(arrays, direction)
+
+    def batched(self, places: Sequence[int], arrays: Sequence[Any]) -> Any:
+        """Evaluate the network for each position of a first axis that the operands at `places` have in addition.
+
+        The network with this index is planned on the first call with an axis of this size.
+        """
+        assert self.plan.deriver is not None
+        like = arrays[places[0]]
+        key = ("batch", tuple(places), like.shape[0], self.backend.kind(like), self.backend.is_traced(like))
+        found = self._derivatives.get(key)
+        if found is None:
+            names = tuple([self.names[place] for place in places])
+            found = self._derivatives[key] = self.plan.deriver(self.plan, self.backend, "batch", names, like)
+        return found(arrays, None)
 
 
 def _needs(net: AnyNetwork | None, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -511,7 +511,7 @@ def test_einsum_operands() -> None:
     x = RNG.standard_normal((3, 4))
     with pytest.raises(TypeError, match="arrays of numpy and torch, expected one framework"):
         lensor.einsum("i j, i j -> j", x, torch.tensor(x))
-    with pytest.raises(TypeError, match=r"has type builtins\.list, expected a NumPy or torch array"):
+    with pytest.raises(TypeError, match=r"has type builtins\.list, expected an array of NumPy, torch or JAX"):
         lensor.einsum("i -> i", [1.0, 2.0])
     with pytest.raises(TypeError, match=r"has dtype int64, expected a floating or complex dtype"):
         lensor.einsum("i -> i", np.arange(3))

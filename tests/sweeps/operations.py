@@ -1,6 +1,7 @@
 """Every operation against its oracle on many random convolutions, on every backend.
 
-    python -m tests.sweeps.operations [--cases 20000] [--seed 0] [--workers 2] [--minutes 30] [--resume FILE]
+    python -m tests.sweeps.operations [--cases 20000] [--seed 0] [--backend NAME] [--workers 2] [--minutes 30]
+        [--resume FILE]
 
 Case k of a seed is always the same one; a failure is printed with the command that runs that case alone. Results are
 appended to a file of JSON lines, from which `--resume` goes on. The exit status is 0 if all cases ran and passed, 1 if
@@ -26,23 +27,26 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from tests.support.oracles import OPERATIONS, Case, make_case
 from tests.support.strategies import random_call
 
-BACKENDS = ("numpy", "torch")
+jax.config.update("jax_enable_x64", True)
+BACKENDS = ("numpy", "torch", "jax")
 TOLERANCE = 1e-10
 CHUNK = 40
 Result = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------- a single case
-def case_of(seed: int, k: int) -> tuple[Case, str]:
-    """Case k of a seed, and its backend: operations take turns, and each its backends."""
+def case_of(seed: int, k: int, backend: str | None = None) -> tuple[Case, str]:
+    """Case k of a seed, and its backend: operations take turns, and each its backends if none is given."""
     op = tuple(OPERATIONS)[k % len(OPERATIONS)]
-    backend = BACKENDS[k // len(OPERATIONS) % len(BACKENDS)]
+    backend = backend or BACKENDS[k // len(OPERATIONS) % len(BACKENDS)]
     return make_case(op, **random_call(np.random.default_rng([seed, k]), op)), backend
 
 
@@ -50,13 +54,15 @@ def as_array(array: np.ndarray, backend: str, dtype: str | None = None) -> Any:
     """A backend's own copy of an array, in a dtype."""
     if backend == "numpy":
         return array.astype(dtype or array.dtype)
+    if backend == "jax":
+        return jnp.array(array, dtype or array.dtype)
     tensor = torch.from_numpy(array)
     return tensor.to(getattr(torch, dtype), copy=True) if dtype else tensor.clone()
 
 
 def mismatch(found: Any, expected: np.ndarray, backend: str, dtype: str | None = None, rtol: float = TOLERANCE) -> str:
     """What is wrong with a result, or nothing; differences are measured by the largest expected entry."""
-    kind = {"numpy": np.ndarray, "torch": torch.Tensor}[backend]
+    kind = {"numpy": np.ndarray, "torch": torch.Tensor, "jax": jax.Array}[backend]
     if not isinstance(found, kind):
         return f"result is a {type(found).__name__}, expected a {kind.__name__}"
     dtype = dtype or str(expected.dtype)
@@ -64,7 +70,9 @@ def mismatch(found: Any, expected: np.ndarray, backend: str, dtype: str | None =
         return f"result has dtype {found.dtype}, expected {dtype}"
     if tuple(found.shape) != expected.shape:
         return f"result has shape {tuple(found.shape)}, expected {expected.shape}"
-    values = found if isinstance(found, np.ndarray) else found.detach().to(getattr(torch, str(expected.dtype))).numpy()
+    if isinstance(found, torch.Tensor):
+        found = found.detach().to(getattr(torch, str(expected.dtype)))
+    values = np.asarray(found)
     difference = np.abs(values.astype(expected.dtype) - expected)
     largest = max(1.0, float(np.abs(expected).max(initial=0.0)))
     wrong = ~(difference <= rtol * largest)
@@ -89,12 +97,12 @@ def check(case: Case, backend: str, dtype: str | None = None, rtol: float = TOLE
     return problem or (f"operand {changed[0]} was changed" if changed else "")
 
 
-def run_case(seed: int, k: int) -> Result:
+def run_case(seed: int, k: int, on: str | None = None) -> Result:
     """The line of case k for the state file."""
     start = time.perf_counter()
     result: Result = {"k": k}
     try:
-        case, backend = case_of(seed, k)
+        case, backend = case_of(seed, k, on)
         result |= {"op": case.op, "backend": backend}
         problem = ""
         try:
@@ -110,9 +118,11 @@ def run_case(seed: int, k: int) -> Result:
     return result
 
 
-def run_chunk(seed: int, cases: Sequence[int]) -> list[Result]:
+def run_chunk(seed: int, cases: Sequence[int], on: str | None) -> list[Result]:
     """Several cases, in a worker."""
-    return [run_case(seed, k) for k in cases]
+    found = [run_case(seed, k, on) for k in cases]
+    jax.clear_caches()
+    return found
 
 
 def _start_worker() -> None:
@@ -187,12 +197,12 @@ def described(result: Result) -> str:
     return f"{result['call']}\n  on {result['backend']}: {result['problem']}"
 
 
-def rerun_command(seed: int, k: int) -> str:
-    """What runs case k alone."""
-    return f"python -m tests.sweeps.operations --seed {seed} --case {k}"
+def rerun_command(seed: int, result: Result) -> str:
+    """What runs the case of a result alone."""
+    return f"python -m tests.sweeps.operations --seed {seed} --case {result['k']} --backend {result['backend']}"
 
 
-def sweep(state: State, seed: int, cases: int, workers: int, minutes: float) -> None:
+def sweep(state: State, seed: int, cases: int, workers: int, minutes: float, on: str | None = None) -> None:
     """Run all cases that the state has no result for, until they are done or time is out."""
     left = [k for k in range(cases) if k not in state.results]
     chunks = deque(left[at : at + CHUNK] for at in range(0, len(left), CHUNK))
@@ -205,7 +215,7 @@ def sweep(state: State, seed: int, cases: int, workers: int, minutes: float) -> 
             while chunks or running:
                 while chunks and len(running) < 2 * workers:
                     chunk = chunks.popleft()
-                    running[pool.submit(run_chunk, seed, chunk)] = chunk
+                    running[pool.submit(run_chunk, seed, chunk, on)] = chunk
                 finished, _ = wait(running, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED)
                 if not finished:
                     break
@@ -230,7 +240,7 @@ def report(results: Sequence[Result], cases: int, seed: int, shown: int = 40) ->
     """Print failures and counts; the exit status."""
     failures = [result for result in results if "problem" in result]
     for result in failures[:shown]:
-        print(f"\n{described(result)}\n  {rerun_command(seed, result['k'])}")
+        print(f"\n{described(result)}\n  {rerun_command(seed, result)}")
     if len(failures) > shown:
         print(f"\n... and {len(failures) - shown} more")
     counts = Counter((result["op"], result["backend"]) for result in results)
@@ -239,7 +249,7 @@ def report(results: Sequence[Result], cases: int, seed: int, shown: int = 40) ->
     for op in [*OPERATIONS, *(["?"] if any(result["op"] == "?" for result in results) else [])]:
         backends = ("?",) if op == "?" else BACKENDS
         print(f"{op:26}" + "".join(f"{counts[op, backend]:8}{wrong[op, backend]:8}" for backend in backends))
-    fewest = min(counts[op, backend] for op in OPERATIONS for backend in BACKENDS)
+    fewest = min(counts[op, backend] for op in OPERATIONS for backend in {result["backend"] for result in results})
     print(f"\nfewest cases of an operation on a backend: {fewest}")
     seconds = sum(result["seconds"] for result in results)
     print(f"\n{len(results)} of {cases} cases, {len(failures)} failed, {seconds:.0f} seconds of work")
@@ -253,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cases", type=int, default=20_000, help="number of cases (default: 20000)")
     parser.add_argument("--seed", type=int, default=0, help="what the cases are drawn from (default: 0)")
+    parser.add_argument("--backend", choices=BACKENDS, help="run all cases on this backend")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
     parser.add_argument("--minutes", type=float, default=30, help="time after which to stop (default: 30)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="results to go on from and append to")
@@ -260,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.case is not None:
         _start_worker()
-        result = run_case(options.seed, options.case)
+        result = run_case(options.seed, options.case, options.backend)
         print(described(result) if "problem" in result else json.dumps(result))
         return int("problem" in result)
     path = options.resume
@@ -270,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = Path(name)
     print(f"results go to {path}")
     state = State(path, options.seed)
-    sweep(state, options.seed, options.cases, options.workers, options.minutes)
+    sweep(state, options.seed, options.cases, options.workers, options.minutes, options.backend)
     results = [state.results[k] for k in sorted(state.results) if k < options.cases]
     status = report(results, options.cases, options.seed)
     if len(results) < options.cases:

@@ -48,7 +48,7 @@ class Implementation:
             return lensor.__version__ if self.package == "lensor" else "unknown"
 
 
-def _call(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
+def call_of(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
     """Lensor's function for an operation."""
     if spec.transposed:  # torch's names cover only the forward pass, whereas networks cover all operations
         net = OPERATIONS[operation].network(spec)
@@ -73,12 +73,12 @@ def _call(operation: str, given: Operands, spec: ConvSpec) -> Callable[[], torch
 
 
 def _estimated(operation: str) -> Way:
-    return lambda given, spec: _call(operation, given, spec)
+    return lambda given, spec: call_of(operation, given, spec)
 
 
 def _measured(operation: str) -> Way:
     def way(given: Operands, spec: ConvSpec) -> Callable[[], torch.Tensor]:
-        call = _call(operation, given, spec)
+        call = call_of(operation, given, spec)
 
         def measured() -> torch.Tensor:
             with lensor.planning(effort="measure"):

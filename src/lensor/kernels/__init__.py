@@ -14,11 +14,11 @@ _LOADED: dict[str, Backend] = {}
 
 
 def load(name: str) -> Backend:
-    """Return the backend with this name, `"numpy"` or `"torch"`."""
+    """Return the backend with this name, `"numpy"`, `"torch"` or `"jax"`."""
     backend = _LOADED.get(name)
     if backend is None:
-        if name not in ("numpy", "torch"):
-            raise ValueError(f"backend {name!r} is unknown, expected 'numpy' or 'torch'")
+        if name not in ("numpy", "torch", "jax"):
+            raise ValueError(f"backend {name!r} is unknown, expected 'numpy', 'torch' or 'jax'")
         backend = import_module(f"lensor.kernels.{name}").BACKEND
         _LOADED[name] = backend
     return backend
@@ -28,20 +28,29 @@ def name_of(array: Any) -> str:
     """Return the name of the framework to which an array belongs.
 
     Raises:
-        TypeError: if it is not a NumPy or torch array, or if its entries alone do not define its meaning: a masked
-            array, a matrix or another subclass of NumPy arrays, or a sparse, nested, quantized or masked tensor.
+        TypeError: if it is not an array of NumPy, torch or JAX, or if its entries alone do not define its meaning: a
+            masked array, a matrix or another subclass of NumPy arrays, or a sparse, nested, quantized or masked tensor.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         if array.layout is not torch.strided or array.is_nested or array.is_quantized or _is_masked(array):
             raise TypeError(_why_not_tensor(array))
         return "torch"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(array, jax.Array):
+        return "jax"
     numpy = sys.modules["numpy"]
     if type(array) is numpy.ndarray or isinstance(array, (numpy.generic, numpy.memmap)):
         return "numpy"
     if isinstance(array, numpy.ndarray):
         raise TypeError(_why_not_array(array))
-    raise TypeError(f"an operand has type {_type_name(array)}, expected a NumPy or torch array")
+    raise TypeError(f"an operand has type {_type_name(array)}, expected an array of NumPy, torch or JAX")
+
+
+def device_of(array: Any) -> Any:
+    """The device of an array; None if it has none, or for JAX, which moves arrays itself."""
+    jax = sys.modules.get("jax")
+    return None if jax is not None and isinstance(array, jax.Array) else getattr(array, "device", None)
 
 
 def _type_name(array: Any) -> str:
@@ -144,6 +153,7 @@ __all__ = [
     "Backend",
     "backend_of",
     "constant_in_graphs",
+    "device_of",
     "is_capturing",
     "is_symbolic",
     "load",

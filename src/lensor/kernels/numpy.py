@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lensor.kernels.common import common_steps, reads_of
 from lensor.kernels.constants import materialize_summed
-from lensor.kernels.reading import places
-from lensor.kernels.selection import read_at
-from lensor.pattern import IndexPattern
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 
@@ -69,13 +67,9 @@ def _sum_squares(step: s.SumSquares) -> Callable[[np.ndarray], np.ndarray]:
     return sum_squares
 
 
-def _reads(crop: IndexPattern) -> np.ndarray:
-    return crop.reading().at(np.arange(crop.output_size), np.array(0))
-
-
 def _scatter_add(step: s.ScatterAdd) -> Callable[[np.ndarray], np.ndarray]:
     def scatter_add(x: np.ndarray) -> np.ndarray:
-        whole, reads = np.zeros(step.shape([x.shape]), x.dtype), _reads(step.pattern)
+        whole, reads = np.zeros(step.shape([x.shape]), x.dtype), reads_of(step.pattern)
         np.add.at(np.moveaxis(whole, step.axis, 0), reads, np.moveaxis(x, step.axis, 0))
         return whole
 
@@ -89,17 +83,6 @@ def _put(step: s.Put) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         return whole
 
     return put
-
-
-def _read(step: s.Read) -> Callable[..., np.ndarray]:
-    def read(x: np.ndarray, *positions: np.ndarray) -> np.ndarray:
-        ordered = [positions[axis.positions - 1] for axis in step.axes]
-        places = read_at(step, ordered, np.arange, np.where)
-        lead, tail = x.shape[: step.axis], x.shape[step.axis + len(step.axes) :]
-        flat = np.concatenate([x.reshape(*lead, -1, *tail), np.zeros((*lead, 1, *tail), x.dtype)], axis=step.axis)
-        return flat.take(places, step.axis).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
-
-    return read
 
 
 def _slice(step: s.Slice) -> Callable[[np.ndarray], np.ndarray]:
@@ -192,54 +175,20 @@ def _convolution(step: s.Convolution) -> Callable[[np.ndarray, np.ndarray], np.n
     return {"forward": forward, "weight_grad": weight_grad, "input_grad": input_grad}[step.kind]
 
 
-def _pattern_product(step: s.PatternProduct) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Store everything that is read, and multiply with einsum: the definition of the step."""
-
-    def read(x: np.ndarray, axes: Sequence[s.Axis]) -> tuple[np.ndarray, list[int]]:
-        held = sorted({index for axis in axes for index, _ in axis.terms})
-        found = [places(axis, step.sizes, {}) for axis in axes]
-        entries = x[tuple([at for at, _ in found])]
-        for _, inside in found:
-            if inside is not None:
-                entries = np.where(inside, entries, x.dtype.type(0))
-        entries = np.broadcast_to(entries, [size if at in held else 1 for at, size in enumerate(step.sizes)])
-        return entries.reshape([step.sizes[index] for index in held]), held
-
-    def product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        (a, on_a), (b, on_b) = read(x, step.left), read(y, step.right)
-        if not step.squared:
-            return np.einsum(a, on_a, b, on_b, step.order, optimize=True) * x.dtype.type(float(step.factor))
-        c = np.einsum(a, on_a, b, on_b, step.free, optimize=True)
-        return np.einsum(c, step.free, c, step.free, step.order) * x.dtype.type(float(step.factor))
-
-    return product
-
-
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
+    **common_steps(np),
     s.Constant: _constant,
-    s.Fill: lambda step: lambda like: np.full(step.size, float(step.value), like.dtype),
-    s.Identity: lambda step: lambda like: np.eye(step.size, dtype=like.dtype),
-    s.Reshape: lambda step: lambda x: x.reshape(step.size),
-    s.Transpose: lambda step: lambda x: x.transpose(step.order),
     s.Slice: _slice,
     s.Pad: _pad,
     s.Stuff: _stuff,
-    s.Gather: lambda step: lambda x: x.take(_reads(step.pattern), axis=step.axis),
+    s.Gather: lambda step: lambda x: x.take(reads_of(step.pattern), axis=step.axis),
     s.Window: _window,
     s.OverlapAdd: _overlap_add,
     s.Diagonal: lambda step: lambda x: x.diagonal(axis1=step.first, axis2=step.second),
-    s.SumAxes: lambda step: lambda x: x.sum(axis=step.axes),
-    s.Expand: lambda step: lambda x: np.broadcast_to(x, step.size),
-    s.Pick: lambda step: lambda x, positions: np.take(x, positions, axis=step.axis),
     s.ScatterAdd: _scatter_add,
     s.Put: _put,
-    s.Read: _read,
-    s.Multiply: lambda step: np.multiply,
     s.MatMul: _matmul,
     s.Gram: _gram,
-    s.PatternProduct: _pattern_product,
-    s.Flip: lambda step: lambda x: np.flip(x, step.axes),
-    s.Concat: lambda step: lambda *parts: np.concatenate(parts, axis=step.axis),
     s.Convolution: _convolution,
     s.SumSquares: _sum_squares,
     s.Add: _add,
@@ -316,10 +265,8 @@ class NumpyBackend:
 
         return call
 
-    def differentiable(
-        self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]
-    ) -> Callable[..., Any]:
-        return run
+    def differentiable(self, ready: Any) -> Callable[..., Any]:
+        return ready.unrecorded
 
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
         return True

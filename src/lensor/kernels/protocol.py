@@ -99,19 +99,13 @@ class Backend(Protocol):
         """
         ...
 
-    def differentiable(
-        self,
-        run: Callable[..., Any],
-        derivative: Callable[[str, int, Sequence[Any], Any], Any],
-        needs: Sequence[Sequence[int]],
-    ) -> Callable[..., Any]:
-        """Give a function derivatives, if the framework records derivatives.
+    def differentiable(self, ready: Any) -> Callable[..., Any]:
+        """The function of a plan, with derivatives if the framework records them.
 
         Args:
-            run: the function.
-            derivative: `derivative(kind, place, arrays, direction)` computes the VJP ("vjp") or JVP ("jvp") with
-                respect to the array at `place`.
-            needs: for each place, the places of the arrays that its derivative needs; the other arrays may be None.
+            ready: the plan with the backend's functions, a `lensor.runtime.Runnable`: `unrecorded` runs its steps,
+                `derivative` computes a VJP or JVP of its network, `needs` lists the operands for each of them, and
+                `batched` maps it over a first axis of some operands.
         """
         ...
 

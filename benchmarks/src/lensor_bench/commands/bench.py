@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from lensor.inspect.catalogue import NETS
-from lensor.inspect.errors import CommandError, require
+from lensor.inspect.errors import CommandError, choose, require
 from lensor.inspect.files import refuse_folder_early, writing
 from lensor.inspect.operations import OPERATIONS, STANDARD
 from lensor.inspect.options import Batch, Columns, Debug, Device, Dtype, Kinds, Repeats, Resume, Seconds, Threads
@@ -53,6 +53,9 @@ def bench(
     repeats: Repeats = 20,
     seconds: Seconds = 0.3,
     neighbours: Neighbours = 0,
+    framework: Annotated[
+        str, typer.Option(help="torch, or jax: Lensor beside jax.lax, both compiled by jax.jit.")
+    ] = "torch",
     out: Annotated[Path, typer.Option(help="Results file (CSV).")] = Path("bench.csv"),
     resume: Resume = False,
     debug: Debug = False,
@@ -66,9 +69,8 @@ def bench(
         return
     names = (names_of(ops), names_of(nets), names_of(impl), names_of(kinds))
     with reported(debug, interrupted=f"interrupted: finished rows are in {out}; continue with --resume"):
-        _bench(
-            Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds, neighbours), out, resume
-        )
+        settings = Settings(*names, batch, columns, dtype, threads, device, limit, repeats, seconds, neighbours)
+        _bench(settings, out, resume, *choose("framework", [framework], ("torch", "jax")))
 
 
 def report(
@@ -179,10 +181,14 @@ def planning(
         _planning(Settings(*names, columns=columns, threads=1, limit=limit), shapes)
 
 
-def _bench(settings: Settings, out: Path, resume: bool) -> None:
+def _bench(settings: Settings, out: Path, resume: bool, framework: str) -> None:
     """Measure the nets' convolutions, with a progress bar, and print the summary."""
     require("torch")
-    from lensor_bench.run import Bench
+    if framework == "jax":
+        require("jax")
+        from lensor_bench.in_jax import JaxBench as Bench
+    else:
+        from lensor_bench.run import Bench
 
     bench = Bench(settings)
     if not bench.cases:

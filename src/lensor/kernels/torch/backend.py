@@ -145,10 +145,8 @@ class TorchBackend:
 
         return call
 
-    def differentiable(
-        self, run: Callable[..., Any], derivative: Callable[..., Any], needs: Sequence[Sequence[int]]
-    ) -> Callable[..., Any]:
-        own = Derivatives(run, derivative, needs)
+    def differentiable(self, ready: Any) -> Callable[..., Any]:
+        run, own = ready.unrecorded, Derivatives(ready.unrecorded, ready.derivative, ready.needs)
 
         def recorded(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
             if forward_ad._current_level >= 0 or _are_functorch_transforms_active():

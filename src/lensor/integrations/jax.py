@@ -1,0 +1,320 @@
+"""Convolutions for models in JAX, and their Kronecker factors.
+
+`conv_general_dilated` and `dot_general` have the arguments of the functions of `jax.lax`, so libraries of layers can
+call them; `lensor.integrations.flax` and `lensor.integrations.equinox` contain such layers. `kfac` computes the factors
+of a model with these layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import lensor.functional as F
+from lensor.choices import Approx, FactorFisher, words
+from lensor.errors import require_choice
+
+_LOSSES = ("cross_entropy", "mse")
+
+
+class Factors(NamedTuple):
+    """The Kronecker factors of one parameter.
+
+    Args:
+        A: [groups, d, d], of the inputs of the layer.
+        B: [groups, c_out / groups, c_out / groups], of the gradients with respect to its outputs.
+    """
+
+    A: Any
+    B: Any
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+def conv_general_dilated(
+    lhs: Any,
+    rhs: Any,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **options: Any,
+) -> Any:
+    """A convolution with the arguments of `jax.lax.conv_general_dilated`, computed by `lensor.functional.conv`.
+
+    Pass it to layers that accept such a function, for example `flax.nnx.Conv(..., conv_general_dilated=...)`.
+
+    Args:
+        lhs: the input.
+        rhs: the kernel.
+        window_strides: the stride for each dimension.
+        padding: "SAME", "SAME_LOWER", "VALID" or a pair of widths for each dimension.
+        lhs_dilation: must be 1.
+        rhs_dilation: the dilation for each dimension.
+        dimension_numbers: the order of the axes, as for `jax.lax`.
+        feature_group_count: the number of groups.
+        batch_group_count: must be 1.
+        precision: must be None: the setting `jax_default_matmul_precision` applies.
+        preferred_element_type: None, or the dtype of the input.
+        options: must be None or absent.
+
+    Raises:
+        ValueError: for an argument that this function does not support, or shapes that do not match.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lensor.integrations.jax import conv_general_dilated
+        >>> x, w = jnp.ones((2, 3, 8)), jnp.ones((4, 3, 3))
+        >>> conv_general_dilated(x, w, (2,), "SAME").shape
+        (2, 4, 4)
+    """
+    dims = lhs.ndim - 2
+    unsupported = {
+        "lhs_dilation": tuple(lhs_dilation or ()) not in ((), (1,) * dims),
+        "batch_group_count": batch_group_count != 1,
+        "precision": precision is not None,
+        "preferred_element_type": preferred_element_type not in (None, lhs.dtype),
+        **{name: value is not None for name, value in options.items()},
+    }
+    for name, is_wrong in unsupported.items():
+        if is_wrong:
+            raise ValueError(f"{name} is not the default, expected the default: this convolution does not support it")
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    x, w = lhs.transpose(numbers.lhs_spec), rhs.transpose(numbers.rhs_spec)
+    dilation = tuple(rhs_dilation or (1,) * dims)
+    if isinstance(padding, str):
+        spans = [(size - 1) * step + 1 for size, step in zip(w.shape[2:], dilation, strict=True)]
+        padding = lax.padtype_to_pads(x.shape[2:], spans, window_strides, padding)
+    settings = {
+        "stride": tuple(window_strides),
+        "padding": tuple([tuple(one) for one in padding]),
+        "dilation": dilation,
+        "groups": feature_group_count,
+    }
+    found = _noted(rhs, x, F.conv(x, w, **settings), settings | {"kernel_size": w.shape[2:]})
+    order = [0] * found.ndim
+    for place, axis in enumerate(numbers.out_spec):
+        order[axis] = place
+    return found.transpose(order)
+
+
+def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = None, **options: Any) -> Any:
+    """A product with the arguments of `jax.lax.dot_general` that `kfac` recognises as a linear layer.
+
+    Pass it to layers that accept such a function, for example `flax.nnx.Linear(..., dot_general=...)`.
+
+    Args:
+        lhs: the input; its last axis is summed.
+        rhs: the kernel, [in, out].
+        dimension_numbers: which axes are summed and which are shared, as for `jax.lax`.
+        precision: as for `jax.lax`.
+        options: as for `jax.lax`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lensor.integrations.jax import dot_general
+        >>> dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), (((1,), (0,)), ((), ()))).shape
+        (2, 4)
+    """
+    found = lax.dot_general(lhs, rhs, dimension_numbers, precision=precision, **options)
+    (summed_l, summed_r), (shared, _) = dimension_numbers
+    if shared or rhs.ndim != 2 or tuple(summed_l) != (lhs.ndim - 1,) or tuple(summed_r) != (0,):
+        return found
+    return linear(rhs, lhs, found)
+
+
+def linear(weight: Any, x: Any, result: Any) -> Any:
+    """Let `kfac` know that `result` [*, out] is a linear layer's output for `x` [*, in]; the result is the same array.
+
+    Args:
+        weight: the weight, a leaf of the parameters.
+        x: the input; the axes before the last one are positions.
+        result: the output.
+    """
+    rows = x.reshape(1, -1, x.shape[-1]).swapaxes(1, 2)
+    outs = result.reshape(1, -1, result.shape[-1]).swapaxes(1, 2)
+    found = _noted(weight, rows, outs, {"kernel_size": (1,)})
+    return result if found is outs else found.swapaxes(1, 2).reshape(result.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+class _Use(NamedTuple):
+    """A call of a layer."""
+
+    weight: Any
+    settings: Mapping[str, Any]
+    shape: tuple[int, ...]  # of the output for one example, [c_out, *output_size]
+
+
+class _Tape:
+    """The calls of layers while a model runs, in their order; their outputs are changed by `shifts`."""
+
+    def __init__(self, shifts: Sequence[Any] | None = None) -> None:
+        self.shifts = shifts
+        self.uses: list[_Use] = []
+        self.inputs: list[Any] = []
+
+    def noted(self, weight: Any, x: Any, y: Any, settings: Mapping[str, Any]) -> Any:
+        if len(x) != 1:
+            raise ValueError(
+                f"a layer has an input of {len(x)} examples, expected one: apply(params, x) gets one example"
+            )
+        place = len(self.uses)
+        self.uses.append(_Use(weight, settings, y.shape[1:]))
+        self.inputs.append(x[0])
+        return y if self.shifts is None else y + self.shifts[place][None]
+
+
+_tape: ContextVar[_Tape | None] = ContextVar("lensor.jax.tape", default=None)
+
+
+def _noted(weight: Any, x: Any, y: Any, settings: Mapping[str, Any]) -> Any:
+    tape = _tape.get()
+    return y if tape is None else tape.noted(weight, x, y, settings)
+
+
+def _ran(tape: _Tape, apply: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
+    token = _tape.set(tape)
+    try:
+        return apply(params, x)
+    finally:
+        _tape.reset(token)
+
+
+# -------------------------------------------------------------------------------------------------------------- factors
+def kfac(
+    apply: Callable[[Any, Any], Any],
+    params: Any,
+    data: tuple[Any, Any],
+    *,
+    loss: str = "cross_entropy",
+    approx: Approx = "expand",
+    fisher: FactorFisher = "type-2",
+    key: Any = None,
+    mc_samples: int = 1,
+) -> dict[str, Factors]:
+    """Kronecker-factored approximation of the generalised Gauss-Newton matrix of a model in JAX.
+
+    The factors are those of the mean loss over the data. The layers must be Lensor's: those of
+    `lensor.integrations.flax` or `lensor.integrations.equinox`, or any that call `conv_general_dilated` and
+    `dot_general` of this module. Parameters of other layers, and biases, have no factors. You can call the function
+    inside `jax.jit`.
+
+    Args:
+        apply: `apply(params, x)` computes the model's outputs, a vector, for one example.
+        params: the parameters, any pytree; the layers' weights must be its leaves.
+        data: the inputs and targets of all examples, with the examples first.
+        loss: "cross_entropy" for targets that are classes, or "mse", the mean over examples and outputs.
+        approx: "expand" treats the positions of a layer as examples, "reduce" sums over them first.
+        fisher: "type-2": the exact Hessian of the loss with respect to the outputs, with one backward pass for each
+            output; "mc": sampled from the model's own distribution; "empirical": the gradients of the loss itself.
+        key: a random key, for "mc".
+        mc_samples: the number of samples, for "mc".
+
+    Returns:
+        The factors for each weight, by its path in `params` (`jax.tree_util.keystr`). Kernels of layers of flax are
+        factored like those of torch: d are the input channels of a group times the kernel's positions.
+
+    Raises:
+        TypeError: if "mc" is requested without a key.
+        ValueError: if a layer runs several times, or not on the parameters, or inside another transform such as `vmap`;
+            for an unknown choice; or if shapes do not match.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lensor.integrations.jax import conv_general_dilated, kfac
+        >>> def apply(params, x):
+        ...     return conv_general_dilated(x[None], params["w"], (1, 1), "VALID").mean((0, 2, 3))
+        >>> params = {"w": jnp.ones((10, 3, 3, 3))}
+        >>> factors = kfac(apply, params, (jnp.ones((4, 3, 8, 8)), jnp.array([1, 5, 0, 3])))
+        >>> {name: (found.A.shape, found.B.shape) for name, found in factors.items()}
+        {"['w']": ((1, 27, 27), (1, 10, 10))}
+
+    Equation:
+        See `lensor.curvature.kfac`.
+    """
+    require_choice("loss", loss, _LOSSES)
+    require_choice("approx", approx, words(Approx))
+    require_choice("fisher", fisher, ("type-2", "mc", "empirical"))
+    inputs, targets = data
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    tape = _Tape()
+    try:
+        jax.eval_shape(lambda: _ran(tape, apply, params, first))
+        zeros = [jnp.zeros(use.shape, x.dtype) for use, x in zip(tape.uses, tape.inputs, strict=True)]
+
+        def one(x: Any, shifts: Sequence[Any]) -> tuple[Any, list[Any]]:
+            again = _Tape(shifts)
+            return _ran(again, apply, params, x), again.inputs
+
+        count = len(jax.tree.leaves(inputs)[0])
+        shifts = [jnp.broadcast_to(zero, (count, *zero.shape)) for zero in zeros]
+        outputs, backward, read = jax.vjp(lambda shifts: jax.vmap(one)(inputs, shifts), shifts, has_aux=True)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "a layer of the model runs inside a transform such as vmap or scan, expected apply(params, x) to compute"
+            " the outputs for one example without one"
+        ) from error
+    if outputs.ndim != 2:
+        raise ValueError(f"apply returns an array of shape {outputs.shape[1:]} for one example, expected a vector")
+    columns = _columns(outputs, targets, loss, fisher, key, mc_samples)
+    (gradients,) = jax.vmap(backward)(columns)
+    names = _names(params, tape.uses)
+    found = {}
+    for name, use, x, gradient in zip(names, tape.uses, read, gradients, strict=True):
+        groups = use.settings.get("groups", 1)
+        found[name] = Factors(
+            F.kfac_input_factor(x, approx=approx, **use.settings), F.kfac_output_factor(gradient, groups, approx=approx)
+        )
+    return found
+
+
+def _names(params: Any, uses: Sequence[_Use]) -> list[str]:
+    """The path of each layer's weight in the parameters."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = {id(leaf): jax.tree_util.keystr(path) for path, leaf in leaves}
+    names = [paths.get(id(use.weight)) for use in uses]
+    if None in names:
+        shape = uses[names.index(None)].weight.shape
+        raise ValueError(
+            f"the weight of shape {shape} of a layer is not a leaf of params, expected apply(params, x) to use the"
+            " leaves of params themselves as weights"
+        )
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the layer with weight {name} runs {names.count(name)} times, expected once")
+    return [str(name) for name in names]
+
+
+def _columns(outputs: Any, targets: Any, loss: str, fisher: str, key: Any, mc_samples: int) -> Any:
+    """Columns [v, batch, outputs] of a square root of the loss Hessian, for the mean loss."""
+    count, size = outputs.shape
+    if fisher == "mc" and key is None:
+        raise TypeError("key is None, expected a random key for fisher='mc'")
+    expected = (count,) if loss == "cross_entropy" else (count, size)
+    if targets.shape != expected:
+        raise ValueError(f"targets have shape {targets.shape}, expected {expected} for loss={loss!r}")
+    if loss == "mse":
+        scale = (count * size) ** -0.5
+        if fisher == "type-2":
+            return jnp.broadcast_to(jnp.eye(size, dtype=outputs.dtype)[:, None] * (2**0.5 * scale), (size, count, size))
+        if fisher == "mc":
+            return jax.random.normal(key, (mc_samples, count, size), outputs.dtype) * (scale * (2 / mc_samples) ** 0.5)
+        return (2 * scale * (outputs - targets))[None]
+    p, scale = jax.nn.softmax(outputs), count**-0.5
+    if fisher == "type-2":
+        roots = jnp.sqrt(p).T[..., None]
+        return scale * roots * (jnp.eye(size, dtype=p.dtype)[:, None] - p)
+    if fisher == "mc":
+        drawn = jax.random.categorical(key, outputs, shape=(mc_samples, count))
+        return (p - jax.nn.one_hot(drawn, size, dtype=p.dtype)) * (scale * mc_samples**-0.5)
+    return scale * (p - jax.nn.one_hot(targets, size, dtype=p.dtype))[None]

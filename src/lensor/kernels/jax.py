@@ -1,0 +1,411 @@
+"""The JAX backend: the steps in `jax.numpy` and `jax.lax`, and plans as a primitive with the network's own derivatives.
+
+A plan of a network is one primitive. Its JVP is the plan of the network's JVP, a network that is linear in the tangent;
+transposing this one gives the plan of its VJP. Mapping it (`vmap`) gives the plan of a network with one more index.
+These plans are primitives, too, so both modes work to any order. `jax.custom_jvp` would have let JAX transpose single
+steps, and `jax.custom_vjp` excludes forward mode.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from lensor.kernels.common import common_steps, reads_of
+from lensor.kernels.constants import materialize_summed
+from lensor.plan import steps as s
+from lensor.spec import ConvSpec
+
+_MOST_RUNS = 8
+"""Up to this many runs of positions are read as slices, which is faster than indexing."""
+
+_MOST_SLICES = 64
+"""Windows with up to this many kernel positions are read as slices."""
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+def _constant(step: s.Constant) -> Callable[[Any], Any]:
+    return lambda like: jnp.asarray(materialize_summed(step.pattern, step.summed, np.dtype(np.float64)), like.dtype)
+
+
+def _padded(x: Any, axis: int, left: int, right: int, between: int = 0) -> Any:
+    """The array with zeros before, after and between the positions of an axis; negative widths cut positions off."""
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (left, right, between)
+    return lax.pad(x, np.zeros((), x.dtype), widths)
+
+
+def _sliced(x: Any, axis: int, start: int, step: int, count: int) -> Any:
+    stop = start + (count - 1) * step + 1 if count else start
+    return lax.slice_in_dim(x, start, stop, step, axis)
+
+
+def _run(x: Any, axis: int, start: int, step: int, length: int) -> Any:
+    if step == 0:
+        one = lax.slice_in_dim(x, start, start + 1, 1, axis)
+        return jnp.broadcast_to(one, (*x.shape[:axis], length, *x.shape[axis + 1 :]))
+    low = min(start, start + step * (length - 1))
+    x = _sliced(x, axis, low, abs(step), length)
+    return x if step > 0 else jnp.flip(x, axis)
+
+
+def _gather(step: s.Gather) -> Callable[[Any], Any]:
+    axis, runs = step.axis, step.runs()
+    if 0 < len(runs) <= _MOST_RUNS:
+        return lambda x: jnp.concatenate([_run(x, axis, *one) for one in runs], axis)
+    return lambda x: jnp.take(x, reads_of(step.pattern), axis, mode="clip")
+
+
+def _scatter_add(step: s.ScatterAdd) -> Callable[[Any], Any]:
+    def scatter_add(x: Any) -> Any:
+        where = (*[slice(None)] * step.axis, reads_of(step.pattern))
+        return jnp.zeros(step.shape([x.shape]), x.dtype).at[where].add(x)
+
+    return scatter_add
+
+
+def _put(step: s.Put) -> Callable[[Any, Any], Any]:
+    def put(x: Any, positions: Any) -> Any:
+        where = (*[slice(None)] * step.axis, positions)
+        return jnp.zeros(step.shape([x.shape]), x.dtype).at[where].add(x)
+
+    return put
+
+
+def _window(step: s.Window) -> Callable[[Any], Any]:
+    def window(x: Any) -> Any:
+        starts = range(0, step.kernel * step.dilation, step.dilation)
+        if step.kernel <= _MOST_SLICES:
+            return jnp.stack([_sliced(x, step.axis, start, step.stride, step.positions) for start in starts], -1)
+        reads = np.arange(step.positions)[:, None] * step.stride + np.array(starts)
+        return jnp.moveaxis(jnp.take(x, reads, step.axis, mode="clip"), step.axis + 1, -1)
+
+    return window
+
+
+def _overlap_add(step: s.OverlapAdd) -> Callable[[Any], Any]:
+    def overlap_add(x: Any) -> Any:
+        span = (x.shape[step.axis] - 1) * step.stride + 1
+        out = None
+        for k in range(x.shape[-1]):
+            left = k * step.dilation
+            part = _padded(x[..., k], step.axis, left, step.length - left - span, step.stride - 1)
+            out = part if out is None else out + part
+        return out
+
+    return overlap_add
+
+
+def _diagonal(step: s.Diagonal) -> Callable[[Any], Any]:
+    def diagonal(x: Any) -> Any:
+        size = x.shape[step.first]
+        x = jnp.moveaxis(x, (step.first, step.second), (-2, -1))
+        return _sliced(x.reshape(*x.shape[:-2], -1), x.ndim - 2, 0, size + 1, size)
+
+    return diagonal
+
+
+def _scaled(x: Any, factor: Fraction) -> Any:
+    return x if factor == 1 else x * np.asarray(float(factor), x.dtype)
+
+
+def _add_at(step: s.AddAt) -> Callable[[Any, Any], Any]:
+    return lambda a, b: a.at[step.part(b.shape)].add(b)
+
+
+def _convolution(step: s.Convolution) -> Callable[[Any, Any], Any]:
+    dims, groups, padding = len(step.stride), step.groups, [(width, width) for width in step.padding]
+    if step.kind == "forward":
+
+        def forward(x: Any, w: Any) -> Any:
+            return lax.conv_general_dilated(
+                x, w, step.stride, padding, rhs_dilation=step.dilation, feature_group_count=groups
+            )
+
+        return forward
+    if step.kind == "weight_grad":
+        swapped = lax.ConvDimensionNumbers(*[(1, 0, *range(2, 2 + dims))] * 3)
+
+        def weight_grad(x: Any, v: Any) -> Any:
+            widths = [
+                (q, (k - 1) * d + (o - 1) * t + 1 - i - q)
+                for i, o, k, t, d, q in zip(
+                    x.shape[2:], v.shape[2:], step.size[2:], step.stride, step.dilation, step.padding, strict=True
+                )
+            ]
+            return lax.conv_general_dilated(
+                x,
+                v,
+                step.dilation,
+                widths,
+                rhs_dilation=step.stride,
+                dimension_numbers=swapped,
+                batch_group_count=groups,
+            )
+
+        return weight_grad
+
+    def input_grad(v: Any, w: Any) -> Any:
+        spatial = tuple(range(2, 2 + dims))
+        w = jnp.flip(w, spatial).reshape(groups, -1, *w.shape[1:]).swapaxes(1, 2)
+        w = w.reshape(-1, *w.shape[2:])
+        widths = [
+            (d * (k - 1) - q, i + q - (o - 1) * t - 1)
+            for i, o, k, t, d, q in zip(
+                step.size[2:], v.shape[2:], w.shape[2:], step.stride, step.dilation, step.padding, strict=True
+            )
+        ]
+        return lax.conv_general_dilated(
+            v, w, (1,) * dims, widths, lhs_dilation=step.stride, rhs_dilation=step.dilation, feature_group_count=groups
+        )
+
+    return input_grad
+
+
+_STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
+    **common_steps(jnp),
+    s.Constant: _constant,
+    s.Slice: lambda step: lambda x: _sliced(x, step.axis, step.start, step.step, step.count),
+    s.Pad: lambda step: lambda x: _padded(x, step.axis, step.left, step.right),
+    s.Stuff: lambda step: lambda x: _padded(x, step.axis, 0, 0, step.step - 1),
+    s.Gather: _gather,
+    s.Window: _window,
+    s.OverlapAdd: _overlap_add,
+    s.Diagonal: _diagonal,
+    s.ScatterAdd: _scatter_add,
+    s.Put: _put,
+    s.MatMul: lambda step: lambda a, b: _scaled(jnp.matmul(a, b), step.factor),
+    s.Gram: lambda step: lambda x: _scaled(jnp.matmul(x, x.swapaxes(-1, -2)), step.factor),
+    s.Convolution: _convolution,
+    s.SumSquares: lambda step: lambda x: (x * x).sum(step.axes),
+    s.Add: lambda step: jnp.add,
+    s.AddAt: _add_at,
+    s.Multiple: lambda step: lambda x: _scaled(x, step.factor),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- primitive
+class _Planned:
+    """A plan as the parameter of the primitive."""
+
+    def __init__(self, ready: Any) -> None:
+        self.ready = ready
+        self.jitted = jax.jit(ready.unrecorded)
+
+    def __repr__(self) -> str:
+        return self.ready.plan.name
+
+
+_plan = Primitive("lensor_plan")
+
+
+@_plan.def_impl
+def _evaluated(*arrays: Any, planned: _Planned) -> Any:
+    return planned.jitted(*arrays)
+
+
+@_plan.def_abstract_eval
+def _abstract(*avals: Any, planned: _Planned) -> Any:
+    return jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
+
+
+def _lowered(*arrays: Any, planned: _Planned) -> Any:
+    return planned.ready.unrecorded(*arrays)
+
+
+mlir.register_lowering(_plan, mlir.lower_fun(_lowered, multiple_results=False))
+
+
+def _differentiated(primals: Sequence[Any], tangents: Sequence[Any], *, planned: _Planned) -> tuple[Any, Any]:
+    result, tangent = _plan.bind(*primals, planned=planned), None
+    for place, direction in enumerate(tangents):
+        if type(direction) is not ad.Zero and direction.dtype != jax.dtypes.float0:
+            part = planned.ready.derivative("jvp", place, primals, direction)
+            tangent = part if tangent is None else tangent + part
+    return result, ad.Zero(jax.typeof(result).to_tangent_aval()) if tangent is None else tangent
+
+
+ad.primitive_jvps[_plan] = _differentiated
+
+
+def _transposed(cotangent: Any, *arrays: Any, planned: _Planned) -> list[Any]:
+    linear = [place for place, array in enumerate(arrays) if ad.is_undefined_primal(array)]
+    if any(other in linear for place in linear for other in planned.ready.needs[place]):
+        raise NotImplementedError(f"{planned} is not linear in the operands {linear} together, so it has no transpose")
+    if type(cotangent) is ad.Zero:
+        return [ad.Zero(array.aval) if place in linear else None for place, array in enumerate(arrays)]
+    # `derivative` conjugates the operands, but JAX's transposes are linear.
+    known = [None if place in linear else _conj(array) for place, array in enumerate(arrays)]
+    derivative = planned.ready.derivative
+    return [derivative("vjp", place, known, cotangent) if place in linear else None for place in range(len(arrays))]
+
+
+ad.primitive_transposes[_plan] = _transposed
+
+
+def _mapped(arrays: Sequence[Any], axes: Sequence[int | None], *, planned: _Planned) -> tuple[Any, int]:
+    moved = [array if axis is None else jnp.moveaxis(array, axis, 0) for array, axis in zip(arrays, axes, strict=True)]
+    places = tuple([place for place, axis in enumerate(axes) if axis is not None])
+    if all(jnp.issubdtype(arrays[place].dtype, jnp.inexact) for place in places):
+        return planned.ready.batched(places, moved), 0
+    # All examples of a network share the positions that it reads, so the steps are mapped.
+    return jax.vmap(planned.ready.unrecorded, [None if axis is None else 0 for axis in axes])(*moved), 0
+
+
+batching.primitive_batchers[_plan] = _mapped
+
+
+def _conj(array: Any) -> Any:
+    return jnp.conj(array) if jnp.iscomplexobj(array) else array
+
+
+def _varying(arrays: Sequence[Any]) -> Sequence[Any]:
+    """The arrays, marked as varying over the same axes of a mesh inside `shard_map`, as operands of a primitive are.
+
+    The derivative of this mark is the sum over these axes.
+    """
+    every = [_axes_of(array) for array in arrays]
+    union = frozenset().union(*every)
+    if not union:
+        return arrays
+    missing = [tuple(union - one) for one in every]
+    return [_marked(array, names) if names else array for array, names in zip(arrays, missing, strict=True)]
+
+
+def _axes_of(array: Any) -> frozenset[str]:
+    """The axes of a mesh over which an array varies; JAX 0.10 has a new name for them."""
+    found = jax.typeof(array)
+    return found.mat.varying if hasattr(found, "mat") else getattr(found, "vma", frozenset())
+
+
+def _marked(array: Any, names: tuple[str, ...]) -> Any:
+    mark: Any = getattr(lax, "pvary", None) or partial(lax.pcast, to="varying")  # JAX 0.10 has the second one only
+    return mark(array, names)
+
+
+# ------------------------------------------------------------------------------------------------------------- backend
+class JaxBackend:
+    """The backend for JAX arrays, concrete or traced."""
+
+    name = "jax"
+    steps = _STEPS
+
+    def kind(self, array: Any) -> tuple:
+        if self.is_traced(array) or not isinstance(array, jax.Array):
+            return ("jax", np.dtype(array.dtype), jax.default_backend())
+        return ("jax", np.dtype(array.dtype), min(array.devices(), key=lambda device: device.id).platform)
+
+    def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
+        if kind[2] == "cpu":
+            return "cpu", "JAX", os.cpu_count() or 1
+        return kind[2], jax.devices(kind[2])[0].device_kind, 1
+
+    def dtype(self, kind: Sequence[Any]) -> str:
+        return kind[1].name
+
+    def example(self, shape: Sequence[int], dtype: str, device: str) -> Any:
+        return jax.device_put(jnp.ones(tuple(shape), dtype), jax.devices(device)[0])
+
+    def describe(self, kind: Sequence[Any]) -> str:
+        return f"jax {jax.__version__}, {kind[1]}, {jax.devices(kind[2])[0].device_kind}"
+
+    def check(self, arrays: Sequence[Any], names: Sequence[str]) -> None:
+        for array, name in zip(arrays, names, strict=True):
+            if not jnp.issubdtype(array.dtype, jnp.inexact) or array.dtype.itemsize < 2:
+                raise TypeError(
+                    f"{name} has dtype {array.dtype}, expected a floating or complex dtype of at least 16 bits"
+                )
+            if array.dtype != arrays[0].dtype:
+                raise TypeError(f"{name} has dtype {array.dtype}, expected {arrays[0].dtype}, the dtype of {names[0]}")
+
+    def check_positions(self, array: Any, name: str, below: int) -> None:
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
+        if array.size and not self.is_traced(array) and (array.min() < 0 or array.max() >= below):
+            raise ValueError(f"{name} has positions {array.min()} to {array.max()}, expected 0 to {below - 1}")
+
+    def default_reference(self) -> Any:
+        return jnp.zeros((), float)
+
+    def is_complex(self, array: Any) -> bool:
+        return jnp.iscomplexobj(array)
+
+    def conj(self, array: Any) -> Any:
+        return jnp.conj(array)
+
+    def copy(self, array: Any, *, channels_last: bool = False) -> Any:
+        return array  # JAX arrays are immutable
+
+    def owned(self, array: Any, *others: Any, channels_last: bool = False) -> Any:
+        return array
+
+    def settled(self, array: Any, *, channels_last: bool = False) -> Any:
+        return array
+
+    def formatted(self, ready: Any, spec: ConvSpec) -> Callable[..., Any]:
+        return ready.unchecked
+
+    def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
+        if one_sum is not None:
+            return run
+
+        def call(*arrays: Any) -> Any:
+            if all(array.dtype != jnp.float16 for array in arrays):
+                return run(*arrays)
+            wide = [array.astype(jnp.float32) if array.dtype == jnp.float16 else array for array in arrays]
+            return run(*wide).astype(jnp.float16)
+
+        return call
+
+    def differentiable(self, ready: Any) -> Callable[..., Any]:
+        planned = _Planned(ready)
+        return lambda *arrays: _plan.bind(*_varying(arrays), planned=planned)
+
+    def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
+        return True
+
+    def fuses(self, kind: Sequence[Any]) -> bool:
+        return False
+
+    def convolves_as_it_multiplies(self, kind: Sequence[Any]) -> bool:
+        return True  # both follow `jax_default_matmul_precision`
+
+    def itemsize(self, kind: Sequence[Any]) -> int:
+        return kind[1].itemsize
+
+    def spread(self, count: int, below: int, kind: Sequence[Any]) -> Any:
+        return jnp.asarray(np.linspace(0, max(below - 1, 0), count).astype(np.int32))
+
+    def random(self, shape: Sequence[int], kind: Sequence[Any]) -> Any:
+        values = np.random.default_rng(0).standard_normal(shape, np.float32)
+        return jax.device_put(jnp.asarray(values, kind[1]), jax.devices(kind[2])[0])
+
+    def placeholder(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+    def timed(self, call: Callable[[], Any], kind: Sequence[Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+
+    def tuning(self, kind: Sequence[Any]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def is_traced(self, array: Any) -> bool:
+        return isinstance(array, Tracer)
+
+
+BACKEND = JaxBackend()

@@ -3,7 +3,7 @@
     python -m examples.natural_gradient_jax [--library equinox] [--steps 40]
 
 Each step draws a batch, computes the gradient and the factors A and B of each weight, and moves the weight by
-(B + δ)⁻¹ G (A + δ)⁻¹. Biases move along their gradients. Gradient descent with the same batches is shown beside it.
+(B + √δ)⁻¹ G (A + √δ)⁻¹. Biases move along their gradients. Gradient descent with the same batches is shown beside it.
 """
 
 from __future__ import annotations

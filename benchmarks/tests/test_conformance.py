@@ -53,6 +53,12 @@ def test_lensor_is_right_everywhere(lensors: Matrix) -> None:
     assert max(one.error for one in lensors.cells) < 1e-12
 
 
+def test_lensor_is_right_everywhere_in_jax(lensors: Matrix) -> None:
+    found = examine(LIBRARIES["lensor-jax"])
+    assert [one.status for one in found.cells] == [one.status for one in lensors.cells]
+    assert max(one.error for one in found.cells) < 1e-12
+
+
 def test_lensor_has_every_cell_that_there_is(lensors: Matrix) -> None:
     empty = {(one.quantity, one.column) for one in lensors.cells if one.status == NONE}
     modes = ("circular", "reflect", "replicate")
@@ -86,7 +92,7 @@ def test_page_is_up_to_date(lensors: Matrix) -> None:
     assert f"    lensor conformance --peer {','.join(LIBRARIES)} --markdown docs/conformance.md\n" in page
 
 
-@pytest.mark.parametrize("name", [name for name in LIBRARIES if name != "lensor"])
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if not name.startswith("lensor")])
 def test_peers_are_examined(name: str) -> None:
     pytest.importorskip(LIBRARIES[name].module)
     found = examine(LIBRARIES[name], list(LIBRARIES[name].ways))

@@ -123,7 +123,12 @@ class Operation:
 
     def remembered(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
         """The cached call for these arrays and options, prepared if it is new."""
-        key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, kernels.device_of(array)))
+        try:
+            key = self.key(arrays, options, lambda array: (shape_of(array), array.dtype, _device(array)))
+        except TypeError:
+            shapes = [tuple(array.shape) for array in arrays]
+            message = f"operands have the shapes {shapes}, expected numbers as sizes: plans are for known sizes"
+            raise TypeError(message) from None
         call = _calls.get(key)
         if call is None:
             call = self.prepare(arrays, options)
@@ -151,7 +156,7 @@ class Operation:
 
     def captured(self, arrays: tuple[Array, ...], options: tuple) -> Array:
         """Run the call as part of a graph that a framework captures, with shapes and plan as constants."""
-        kinds = tuple((shape_of(array), array.dtype, kernels.device_of(array)) for array in arrays)
+        kinds = tuple((shape_of(array), array.dtype, _device(array)) for array in arrays)
         return getattr(_captured_calls, _captured_call(self.name, kinds, options)).run(arrays)
 
     def prepare(self, arrays: tuple[Array, ...], options: tuple) -> _Call:
@@ -317,6 +322,10 @@ def _has_unknown(options: Any) -> bool:
 def _inferred(shape: Shape, other: Shape) -> Shape:
     """A shape for `reshape`, with −1 for the size that differs between two shapes."""
     return tuple([size if size == another else -1 for size, another in zip(shape, other, strict=True)])
+
+
+def _device(array: Array) -> Any:
+    return getattr(array, "device", None)
 
 
 _parts = operator.attrgetter("shape", "dtype", "device")

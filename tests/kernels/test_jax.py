@@ -144,8 +144,31 @@ def test_positions_of_sampled_networks_are_traced() -> None:
     assert_close(found, expected, 1e-12)
     each = jax.vmap(lambda at: net(**{"X": arrays["X"], "V": V, name: at}))(jnp.stack([rows, rows]))
     assert_close(each[1], expected, 1e-12)
+    for wrong in ([1, 4, 7], [1, 4, -2]):  # traced positions cannot be checked
+        assert jnp.isnan(jax.jit(lambda at: net(**{"X": arrays["X"], "V": V, name: at}))(jnp.array(wrong))).all()
     with pytest.raises(ValueError, match="positions 1 to 7, expected 0 to 6"):
         net(**arrays, **{name: jnp.array([1, 4, 7])})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64"])
+def test_narrow_positions_do_not_overflow(dtype: str) -> None:
+    net = lensor.ops.conv_weight_vjp(lensor.ConvSpec(1, 1, (397,), (4,), stride=(3,))).sample("o1", 0.05)
+    (name,) = net.selections
+    x, v, at = normal(1, 1, 397), normal(1, 1, 132, seed=1), [3, 60, 70, 100, 120, 126, 127]
+    expected = net(X=np.asarray(x), V=np.asarray(v), **{name: np.array(at)})
+    assert_close(net(X=x, V=v, **{name: jnp.array(at, dtype)}), expected, 1e-12)
+    assert_close(net(X=np.asarray(x), V=np.asarray(v), **{name: np.array(at, dtype)}), expected, 1e-12)
+
+
+def test_convolutions_that_stop_the_compiler_are_rewritten() -> None:
+    """XLA ends the process while it compiles the transposed convolution with these sizes."""
+    x, w, v = normal(2, 3, 3, 4), normal(3, 3, 2, 3), normal(2, 3, 3, 2)
+    found = F.conv_input_vjp(x.shape, w, v, padding=(2, 1), dilation=(4, 2))
+    assert_close(found, F.conv_input_vjp(x.shape, *map(np.asarray, (w, v)), padding=(2, 1), dilation=(4, 2)), 1e-12)
+
+
+def test_long_sums_in_bfloat16() -> None:
+    assert float(F.fold(jnp.ones((1, 300, 301), jnp.bfloat16), (600,), (300,)).max()) == 300.0
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms

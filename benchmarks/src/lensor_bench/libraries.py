@@ -8,11 +8,12 @@ Any error that a library raises is its answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
 import lensor
@@ -149,6 +150,41 @@ def _lensor_lacks(quantity: str, conv: Convolution) -> bool:
     return quantity == "fold" and conv.transposed
 
 
+_LENSOR: dict[str, Way] = {
+    "forward": _lensor_forward,
+    "transposed_forward": _lensor_transposed_forward,
+    "input_vjp": _lensor_input_vjp,
+    "weight_vjp": _lensor_weight_vjp,
+    "per_example_weight_vjp": _lensor_per_example_weight_vjp,
+    "kfac_expand": _lensor_kfac_input("expand"),
+    "kfac_reduce": _lensor_kfac_input("reduce"),
+    "kfac_output_expand": _lensor_kfac_output("expand"),
+    "kfac_output_reduce": _lensor_kfac_output("reduce"),
+    "ggn_diagonal": _lensor_ggn_diagonal,
+    "unfold": _lensor_unfold,
+    "fold": _lensor_fold,
+}
+
+
+def _in_jax(way: Way) -> Way:
+    """The same calls with arrays of JAX in double precision."""
+
+    def called(case: Case) -> Tensor:
+        import jax
+        import jax.numpy as jnp
+
+        before = jax.config.read("jax_enable_x64")
+        jax.config.update("jax_enable_x64", True)
+        try:
+            operands = {name: getattr(case, name) for name in ("X", "W", "b", "V", "S", "U")}
+            arrays = {name: None if x is None else jnp.asarray(x.numpy()) for name, x in operands.items()}
+            return torch.from_numpy(np.array(way(replace(case, **arrays))))
+        finally:
+            jax.config.update("jax_enable_x64", before)
+
+    return called
+
+
 # ------------------------------------------------------------------------------------------------------------- einconv
 def _einconv_hyper(conv: Convolution, *but: str) -> dict[str, Any]:
     """The hyper-parameters, with a padding mode only if it is not zeros, since einconv has no such argument."""
@@ -248,22 +284,17 @@ LIBRARIES = {
             "lensor",
             "lensor",
             "lensor",
-            {
-                "forward": _lensor_forward,
-                "transposed_forward": _lensor_transposed_forward,
-                "input_vjp": _lensor_input_vjp,
-                "weight_vjp": _lensor_weight_vjp,
-                "per_example_weight_vjp": _lensor_per_example_weight_vjp,
-                "kfac_expand": _lensor_kfac_input("expand"),
-                "kfac_reduce": _lensor_kfac_input("reduce"),
-                "kfac_output_expand": _lensor_kfac_output("expand"),
-                "kfac_output_reduce": _lensor_kfac_output("reduce"),
-                "ggn_diagonal": _lensor_ggn_diagonal,
-                "unfold": _lensor_unfold,
-                "fold": _lensor_fold,
-            },
+            _LENSOR,
             "functions of `lensor.functional`; networks of `lensor.ops` for derivatives and GGN diagonal of transposed"
             " convolutions and for Kronecker factors with a bias. Factors are at the paper's scale.",
+            _lensor_lacks,
+        ),
+        Library(
+            "lensor-jax",
+            "lensor",
+            "jax",
+            {name: _in_jax(way) for name, way in _LENSOR.items()},
+            "the same functions and networks, with arrays of JAX.",
             _lensor_lacks,
         ),
         Library(

@@ -57,6 +57,9 @@ class Linear(eqx.nn.Linear):
 
     def __call__(self, x: Any, *, key: Any = None) -> Any:
         """The output [out_features] for one input [in_features]; the key is ignored."""
+        expected = () if self.in_features == "scalar" else (self.in_features,)
+        if x.shape != expected:
+            raise ValueError(f"the input has shape {x.shape}, expected {expected}: map the layer over examples")
         found = jnp.reshape(self.weight @ jnp.reshape(x, -1), -1)
         found = lensor_jax.linear(self.weight, jnp.reshape(x, -1), found)
         found = found if self.bias is None else found + self.bias

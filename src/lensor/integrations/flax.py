@@ -10,9 +10,10 @@ from lensor.integrations import jax as lensor_jax
 
 
 class Conv(nnx.Conv):
-    """`flax.nnx.Conv` computed by Lensor, for any number of dimensions; the arguments are the same.
+    """`flax.nnx.Conv` computed by Lensor, for any number of dimensions, with the same arguments.
 
-    Use it for derivatives planned by Lensor, and for factors by `lensor.integrations.jax.kfac`.
+    Use it for derivatives planned by Lensor, and for factors by `lensor.integrations.jax.kfac`. Calls raise ValueError
+    for an `input_dilation`, `precision` or `preferred_element_type` other than the default.
 
     Args:
         arguments: the arguments of `flax.nnx.Conv`.

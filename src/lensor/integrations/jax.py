@@ -13,13 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
 import lensor.functional as F
 from lensor.choices import Approx, FactorFisher, words
 from lensor.errors import require_choice
 
 _LOSSES = ("cross_entropy", "mse")
+
+_MARK = "lensor layer"
+"""The name of the outputs of layers in jaxprs."""
 
 
 class Factors(NamedTuple):
@@ -63,7 +69,7 @@ def conv_general_dilated(
         dimension_numbers: the order of the axes, as for `jax.lax`.
         feature_group_count: the number of groups.
         batch_group_count: must be 1.
-        precision: must be None: the setting `jax_default_matmul_precision` applies.
+        precision: must be None or the default: the setting `jax_default_matmul_precision` applies.
         preferred_element_type: None, or the dtype of the input.
         options: must be None or absent.
 
@@ -77,21 +83,23 @@ def conv_general_dilated(
         >>> conv_general_dilated(x, w, (2,), "SAME").shape
         (2, 4, 4)
     """
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     dims = lhs.ndim - 2
-    unsupported = {
-        "lhs_dilation": tuple(lhs_dilation or ()) not in ((), (1,) * dims),
-        "batch_group_count": batch_group_count != 1,
-        "precision": precision is not None,
-        "preferred_element_type": preferred_element_type not in (None, lhs.dtype),
-        **{name: value is not None for name, value in options.items()},
+    supported: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "lhs_dilation": (None if lhs_dilation is None else tuple(lhs_dilation), (None, (1,) * dims)),
+        "batch_group_count": (batch_group_count, (1,)),
+        "precision": (precision, (None, lax.Precision.DEFAULT, "default")),
+        "preferred_element_type": (preferred_element_type, (None, lhs.dtype)),
+        **{name: (value, (None,)) for name, value in options.items()},
     }
-    for name, is_wrong in unsupported.items():
-        if is_wrong:
-            raise ValueError(f"{name} is not the default, expected the default: this convolution does not support it")
+    for name, (found, expected) in supported.items():
+        if found not in expected:
+            raise ValueError(f"{name} is {found}, expected {' or '.join(map(str, expected))}")
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     x, w = lhs.transpose(numbers.lhs_spec), rhs.transpose(numbers.rhs_spec)
-    dilation = tuple(rhs_dilation or (1,) * dims)
+    dilation = (1,) * dims if rhs_dilation is None else tuple(rhs_dilation)
     if isinstance(padding, str):
+        require_choice("padding", padding.upper(), ("SAME", "SAME_LOWER", "VALID"))
         spans = [(size - 1) * step + 1 for size, step in zip(w.shape[2:], dilation, strict=True)]
         padding = lax.padtype_to_pads(x.shape[2:], spans, window_strides, padding)
     settings = {
@@ -153,6 +161,7 @@ class _Use(NamedTuple):
     weight: Any
     settings: Mapping[str, Any]
     shape: tuple[int, ...]  # of the output for one example, [c_out, *output_size]
+    dtype: Any
 
 
 class _Tape:
@@ -169,7 +178,7 @@ class _Tape:
                 f"a layer has an input of {len(x)} examples, expected one: apply(params, x) gets one example"
             )
         place = len(self.uses)
-        self.uses.append(_Use(weight, settings, y.shape[1:]))
+        self.uses.append(_Use(weight, settings, y.shape[1:], y.dtype))
         self.inputs.append(x[0])
         return y if self.shifts is None else y + self.shifts[place][None]
 
@@ -178,7 +187,7 @@ _tape: ContextVar[_Tape | None] = ContextVar("lensor.jax.tape", default=None)
 
 
 def _noted(weight: Any, x: Any, y: Any, settings: Mapping[str, Any]) -> Any:
-    tape = _tape.get()
+    tape, y = _tape.get(), checkpoint_name(y, _MARK)
     return y if tape is None else tape.noted(weight, x, y, settings)
 
 
@@ -225,9 +234,10 @@ def kfac(
         factored like those of torch: d are the input channels of a group times the kernel's positions.
 
     Raises:
-        TypeError: if "mc" is requested without a key.
-        ValueError: if a layer runs several times, or not on the parameters, or inside another transform such as `vmap`;
-            for an unknown choice; or if shapes do not match.
+        TypeError: if "mc" is requested without a key, or if classes are not integers.
+        ValueError: if a layer runs several times, or not on the parameters, or inside another transform such as `vmap`,
+            `jax.lax.scan` or `jax.checkpoint`; if no layer is Lensor's; for an unknown choice; or if shapes do not
+            match.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -245,49 +255,92 @@ def kfac(
     require_choice("loss", loss, _LOSSES)
     require_choice("approx", approx, words(Approx))
     require_choice("fisher", fisher, ("type-2", "mc", "empirical"))
-    inputs, targets = data
+    params, inputs, targets = jax.tree.map(jnp.asarray, (params, *data))
+    count = _examples(inputs)
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
     tape = _Tape()
     try:
-        jax.eval_shape(lambda: _ran(tape, apply, params, first))
-        zeros = [jnp.zeros(use.shape, x.dtype) for use, x in zip(tape.uses, tape.inputs, strict=True)]
+        # Functions under jax.jit run again instead of being taken from JAX's cache, so that all calls are seen.
+        with jax.disable_jit():
+            found = jax.eval_shape(lambda: _ran(tape, apply, params, first))
+        if not hasattr(found, "shape") or len(found.shape) != 1:
+            raise ValueError(f"apply returns {found} for one example, expected a vector")
+        _require_all(tape, _marks(jax.make_jaxpr(apply)(params, first).jaxpr))
 
         def one(x: Any, shifts: Sequence[Any]) -> tuple[Any, list[Any]]:
             again = _Tape(shifts)
-            return _ran(again, apply, params, x), again.inputs
+            with jax.disable_jit():
+                return _ran(again, apply, params, x), again.inputs
 
-        count = len(jax.tree.leaves(inputs)[0])
-        shifts = [jnp.broadcast_to(zero, (count, *zero.shape)) for zero in zeros]
+        shifts = [jnp.zeros((count, *use.shape), use.dtype) for use in tape.uses]
         outputs, backward, read = jax.vjp(lambda shifts: jax.vmap(one)(inputs, shifts), shifts, has_aux=True)
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "a layer of the model runs inside a transform such as vmap or scan, expected apply(params, x) to compute"
             " the outputs for one example without one"
         ) from error
-    if outputs.ndim != 2:
-        raise ValueError(f"apply returns an array of shape {outputs.shape[1:]} for one example, expected a vector")
     columns = _columns(outputs, targets, loss, fisher, key, mc_samples)
     (gradients,) = jax.vmap(backward)(columns)
     names = _names(params, tape.uses)
-    found = {}
+    factors = {}
     for name, use, x, gradient in zip(names, tape.uses, read, gradients, strict=True):
         groups = use.settings.get("groups", 1)
-        found[name] = Factors(
+        factors[name] = Factors(
             F.kfac_input_factor(x, approx=approx, **use.settings), F.kfac_output_factor(gradient, groups, approx=approx)
         )
-    return found
+    return factors
+
+
+def _examples(inputs: Any) -> int:
+    """The number of examples."""
+    counts = {leaf.shape[:1] for leaf in jax.tree.leaves(inputs)}
+    if len(counts) != 1 or counts & {(), (0,)}:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
+        raise ValueError(f"inputs have the shapes {shapes}, expected arrays with the same positive number of examples")
+    ((count,),) = counts
+    return count
+
+
+def _marks(jaxpr: Any) -> int:
+    """The number of calls of layers in a jaxpr, including the ones inside it."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "name" and equation.params.get("name") == _MARK
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                count += _marks(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+def _require_all(tape: _Tape, marks: int) -> None:
+    """Raise ValueError if some calls of layers were not seen, because JAX had traced a part of the model before."""
+    seen = len(tape.uses)
+    if not seen or seen != marks:
+        raise ValueError(
+            f"the model calls {marks} layers of Lensor, and {seen} of them outside of jax.checkpoint and other"
+            " functions that JAX has traced before, expected at least one, and all of them outside"
+        )
 
 
 def _names(params: Any, uses: Sequence[_Use]) -> list[str]:
     """The path of each layer's weight in the parameters."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = {id(leaf): jax.tree_util.keystr(path) for path, leaf in leaves}
-    names = [paths.get(id(use.weight)) for use in uses]
+    paths: dict[int, list[str]] = {}
+    for path, leaf in leaves:
+        paths.setdefault(id(leaf), []).append(jax.tree_util.keystr(path))
+    found = [paths.get(id(use.weight), [None]) for use in uses]
+    for every in found:
+        if len(every) > 1:
+            raise ValueError(f"the leaves {every} of params are the same array, expected a different one for each")
+    names = [every[0] for every in found]
     if None in names:
         shape = uses[names.index(None)].weight.shape
         raise ValueError(
             f"the weight of shape {shape} of a layer is not a leaf of params, expected apply(params, x) to use the"
-            " leaves of params themselves as weights"
+            " leaves of params themselves as weights (a layer that casts or masks its weight does not)"
         )
     for name in names:
         if names.count(name) > 1:
@@ -303,6 +356,13 @@ def _columns(outputs: Any, targets: Any, loss: str, fisher: str, key: Any, mc_sa
     expected = (count,) if loss == "cross_entropy" else (count, size)
     if targets.shape != expected:
         raise ValueError(f"targets have shape {targets.shape}, expected {expected} for loss={loss!r}")
+    if loss == "cross_entropy":
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(f"targets have dtype {targets.dtype}, expected integers, the numbers of classes")
+        if not isinstance(targets, Tracer):
+            known = np.asarray(targets)  # inside jax.jit, functions of JAX would trace it
+            if known.min() < 0 or known.max() >= size:
+                raise ValueError(f"targets are {known.min()} to {known.max()}, expected 0 to {size - 1}")
     if loss == "mse":
         scale = (count * size) ** -0.5
         if fisher == "type-2":

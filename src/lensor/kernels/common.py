@@ -42,11 +42,14 @@ def reads_of(crop: IndexPattern) -> np.ndarray:
 
 def _read(step: s.Read, xp: Any) -> Callable[..., Any]:
     def read(x: Any, *positions: Any) -> Any:
-        ordered = [positions[axis.positions - 1] for axis in step.axes]
-        places = read_at(step, ordered, xp.arange, xp.where)
+        wide = xp.arange(0).dtype  # positions in 8 bits would overflow
+        ordered = [positions[axis.positions - 1].astype(wide) for axis in step.axes]
+        flat_positions = read_at(step, ordered, xp.arange, xp.where)
         lead, tail = x.shape[: step.axis], x.shape[step.axis + len(step.axes) :]
         flat = xp.concatenate([x.reshape(*lead, -1, *tail), xp.zeros((*lead, 1, *tail), x.dtype)], axis=step.axis)
-        return xp.take(flat, places, step.axis).reshape(step.shape([x.shape, *(each.shape for each in positions)]))
+        return xp.take(flat, flat_positions, step.axis).reshape(
+            step.shape([x.shape, *(each.shape for each in positions)])
+        )
 
     return read
 

@@ -2,8 +2,10 @@
 
 A plan of a network is one primitive. Its JVP is the plan of the network's JVP, a network that is linear in the tangent;
 transposing this one gives the plan of its VJP. Mapping it (`vmap`) gives the plan of a network with one more index.
-These plans are primitives, too, so both modes work to any order. `jax.custom_jvp` would have let JAX transpose single
-steps, and `jax.custom_vjp` excludes forward mode.
+These plans are primitives, too, so both modes work to any order. (If the positions of a selection are mapped, the steps
+are mapped one by one instead, since a network has one vector of positions.)
+
+`jax.custom_jvp` would have let JAX transpose single steps, and `jax.custom_vjp` excludes forward mode.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +83,33 @@ def _scatter_add(step: s.ScatterAdd) -> Callable[[Any], Any]:
 def _put(step: s.Put) -> Callable[[Any, Any], Any]:
     def put(x: Any, positions: Any) -> Any:
         where = (*[slice(None)] * step.axis, positions)
-        return jnp.zeros(step.shape([x.shape]), x.dtype).at[where].add(x)
+        found = jnp.zeros(step.shape([x.shape]), x.dtype).at[where].add(x)
+        return _only_if_inside(found, [(positions, step.size)])
 
     return put
+
+
+def _pick(step: s.Pick) -> Callable[[Any, Any], Any]:
+    def pick(x: Any, positions: Any) -> Any:
+        return _only_if_inside(jnp.take(x, positions, step.axis), [(positions, x.shape[step.axis])])
+
+    return pick
+
+
+def _read(step: s.Read) -> Callable[..., Any]:
+    read = _COMMON[s.Read](step)
+
+    def checked(x: Any, *positions: Any) -> Any:
+        limits = [(positions[axis.positions - 1], axis.sizes[axis.second]) for axis in step.axes]
+        return _only_if_inside(read(x, *positions), limits)
+
+    return checked
+
+
+def _only_if_inside(found: Any, limits: Sequence[tuple[Any, int]]) -> Any:
+    """The result, or NaN if a position is negative or not below its limit: traced ones cannot be checked before."""
+    inside = [((positions >= 0) & (positions.astype(int) < below)).all() for positions, below in limits]
+    return jnp.where(jnp.stack(inside).all(), found, np.asarray(np.nan, found.dtype))
 
 
 def _window(step: s.Window) -> Callable[[Any], Any]:
@@ -99,12 +126,14 @@ def _window(step: s.Window) -> Callable[[Any], Any]:
 def _overlap_add(step: s.OverlapAdd) -> Callable[[Any], Any]:
     def overlap_add(x: Any) -> Any:
         span = (x.shape[step.axis] - 1) * step.stride + 1
-        out = None
+        dtype, out = x.dtype, None
+        x = x.astype(jnp.float32) if dtype.itemsize == 2 else x  # long sums in half precision stop growing
         for k in range(x.shape[-1]):
             left = k * step.dilation
             part = _padded(x[..., k], step.axis, left, step.length - left - span, step.stride - 1)
             out = part if out is None else out + part
-        return out
+        assert out is not None
+        return out.astype(dtype)
 
     return overlap_add
 
@@ -168,15 +197,32 @@ def _convolution(step: s.Convolution) -> Callable[[Any, Any], Any]:
                 step.size[2:], v.shape[2:], w.shape[2:], step.stride, step.dilation, step.padding, strict=True
             )
         ]
+        between = step.stride
+        if _stops_the_compiler(v.shape[2:], w.shape[2:], between):
+            for axis, more in enumerate(between, start=2):
+                v = _padded(v, axis, 0, 0, more - 1)
+            v, between = lax.optimization_barrier(v), (1,) * dims
         return lax.conv_general_dilated(
-            v, w, (1,) * dims, widths, lhs_dilation=step.stride, rhs_dilation=step.dilation, feature_group_count=groups
+            v, w, (1,) * dims, widths, lhs_dilation=between, rhs_dilation=step.dilation, feature_group_count=groups
         )
 
     return input_grad
 
 
+def _stops_the_compiler(sizes: Sequence[int], kernel: Sequence[int], between: Sequence[int]) -> bool:
+    """Whether XLA may end the process while it compiles such a convolution, as it does at least up to JAX 0.10.
+
+    For kernels with more entries than the input, XLA exchanges the two. It fails if the input has zeros between its
+    entries and the kernel is larger than the input along one axis, but smaller along another one.
+    """
+    larger = any(k > size for k, size in zip(kernel, sizes, strict=True))
+    smaller = any(k < size for k, size in zip(kernel, sizes, strict=True))
+    return larger and smaller and max(between, default=1) > 1
+
+
+_COMMON = common_steps(jnp)
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
-    **common_steps(jnp),
+    **_COMMON,
     s.Constant: _constant,
     s.Slice: lambda step: lambda x: _sliced(x, step.axis, step.start, step.step, step.count),
     s.Pad: lambda step: lambda x: _padded(x, step.axis, step.left, step.right),
@@ -187,6 +233,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Diagonal: _diagonal,
     s.ScatterAdd: _scatter_add,
     s.Put: _put,
+    s.Pick: _pick,
+    s.Read: _read,
     s.MatMul: lambda step: lambda a, b: _scaled(jnp.matmul(a, b), step.factor),
     s.Gram: lambda step: lambda x: _scaled(jnp.matmul(x, x.swapaxes(-1, -2)), step.factor),
     s.Convolution: _convolution,
@@ -198,12 +246,21 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
 
 
 # ----------------------------------------------------------------------------------------------------------- primitive
+_compiled: WeakKeyDictionary[_Planned, Callable[..., Any]] = WeakKeyDictionary()
+_results: WeakKeyDictionary[_Planned, dict[tuple, Any]] = WeakKeyDictionary()
+"""The compiled function of each plan, and the types of its results for types of operands.
+
+Plans do not refer to these, since Lensor's caches weigh everything to which a plan refers.
+"""
+
+
 class _Planned:
     """A plan as the parameter of the primitive."""
 
     def __init__(self, ready: Any) -> None:
         self.ready = ready
-        self.jitted = jax.jit(ready.unrecorded)
+        _compiled[self] = jax.jit(ready.unrecorded)
+        _results[self] = {}
 
     def __repr__(self) -> str:
         return self.ready.plan.name
@@ -214,12 +271,15 @@ _plan = Primitive("lensor_plan")
 
 @_plan.def_impl
 def _evaluated(*arrays: Any, planned: _Planned) -> Any:
-    return planned.jitted(*arrays)
+    return _compiled[planned](*arrays)
 
 
 @_plan.def_abstract_eval
 def _abstract(*avals: Any, planned: _Planned) -> Any:
-    return jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
+    found = _results[planned].get(avals)
+    if found is None:
+        found = _results[planned][avals] = jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
+    return found
 
 
 def _lowered(*arrays: Any, planned: _Planned) -> Any:
@@ -334,8 +394,12 @@ class JaxBackend:
     def check_positions(self, array: Any, name: str, below: int) -> None:
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
-        if array.size and not self.is_traced(array) and (array.min() < 0 or array.max() >= below):
-            raise ValueError(f"{name} has positions {array.min()} to {array.max()}, expected 0 to {below - 1}")
+        if not array.size or self.is_traced(array):
+            return
+        known = np.asarray(array)  # inside jax.jit, functions of JAX would trace it
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= below:
+            raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
 
     def default_reference(self) -> Any:
         return jnp.zeros((), float)

@@ -230,8 +230,11 @@ class NumpyBackend:
     def check_positions(self, array: Any, name: str, below: int) -> None:
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
-        if array.size and (array.min() < 0 or array.max() >= below):
-            raise ValueError(f"{name} has positions {array.min()} to {array.max()}, expected 0 to {below - 1}")
+        if not array.size:
+            return
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= below:
+            raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
 
     def default_reference(self) -> Any:
         return np.zeros((), np.float64)

@@ -64,6 +64,24 @@ NUMPY = replace(
 )
 """NumPy has no convolutions: the backend multiplies patches, which it copies."""
 
+JAX = replace(
+    TWO_CORES,
+    name="JAX on a CPU",
+    call=3e-6,
+    speeds=_cpu(
+        Speeds(
+            products=Speed(120e9, 15e-6),
+            batched=Speed(85e9, 25e-6),
+            forward=Speed(65e9, 30e-6),
+            input_grad=Speed(60e9, 30e-6),
+            weight_grad=Speed(35e9, 50e-6),
+            grouped=Speed(1.5e9, 50e-6),
+            depthwise=Speed(0.3e9, 50e-6),
+        )
+    ),
+)
+"""JAX on two cores: XLA has no fast convolutions with groups for CPUs. Measured with JAX 0.10."""
+
 MANY_CORES = Machine(
     name="many-core CPU",
     threads=32,
@@ -139,11 +157,11 @@ def typical(kind: str, name: str, threads: int) -> Machine:
 
     Args:
         kind: "cpu", or the type of another device.
-        name: name of the device; for a CPU, "NumPy" if NumPy runs the plans.
+        name: name of the device; for a CPU, "NumPy" or "JAX" if these run the plans.
         threads: number of threads of a CPU.
     """
-    if name == "NumPy":
-        return NUMPY
+    if name in ("NumPy", "JAX"):
+        return NUMPY if name == "NumPy" else JAX
     if kind == "cpu":
         return TWO_CORES if threads <= _FEW else MANY_CORES
     return next((profile for part, profile in GPUS.items() if part in name), A100)

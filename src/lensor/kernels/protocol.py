@@ -23,7 +23,7 @@ class Backend(Protocol):
         ...
 
     def device(self, kind: Sequence[Any]) -> tuple[str, str, int]:
-        """The type of a device ("cpu", ...), its name ("NumPy" or "JAX" if these run on a CPU), and the CPU's threads."""
+        """The type of a device ("cpu", ...), its name ("NumPy" or "JAX" if these run on a CPU), and a CPU's threads."""
         ...
 
     def dtype(self, kind: Sequence[Any]) -> str:

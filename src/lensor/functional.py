@@ -1,10 +1,10 @@
 """Convolutions, their derivatives and their curvature as functions of arrays.
 
 Argument names and their order follow `torch.nn.functional` and `torch.nn.grad`. All arrays passed to a function must
-come from one framework, NumPy, torch or JAX; the result comes from the same framework. The number N of spatial dimensions is
-taken from the weight's shape, else from the length of `kernel_size`, else from the input's shape, which must then
-include a batch axis. `padding` is an int, "same", "valid", one int per dimension, or one (left, right) pair per
-dimension.
+come from one framework, NumPy, torch or JAX; the result comes from the same framework. The number N of spatial
+dimensions is taken from the weight's shape, else from the length of `kernel_size`, else from the input's shape, which
+must then include a batch axis. `padding` is an int, "same", "valid", one int per dimension, or one (left, right) pair
+per dimension.
 
 Each function builds the network for its operation from shapes and hyper-parameters alone and evaluates it. The plan is
 cached, so a later call with the same shapes and hyper-parameters reuses it.

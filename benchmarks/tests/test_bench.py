@@ -115,7 +115,7 @@ def test_efforts_are_what_the_names_say(operation: str, monkeypatch: pytest.Monk
             seen.append(settings.effort)
         return torch.zeros(())
 
-    monkeypatch.setattr(implementations_module, "_call", lambda *_: call)
+    monkeypatch.setattr(implementations_module, "call_of", lambda *_: call)
     for name in ("lensor", "lensor-measure"):
         IMPLEMENTATIONS[name].ways[operation]({}, SPECS[0])()
     assert seen == ["estimate", "measure"]

@@ -198,7 +198,7 @@ def test_exit_status_tells_that_lensor_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peer", "kfac"], "peer is 'kfac', expected one of lensor, einconv, backpack, opacus"),
+        (["--peer", "kfac"], "peer is 'kfac', expected one of lensor, lensor-jax, einconv, backpack, opacus"),
         (
             ["--quantity", "hessian"],
             "quantity is 'hessian', expected one of forward, transposed_forward, input_vjp",

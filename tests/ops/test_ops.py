@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -177,8 +178,8 @@ def arranged(array: np.ndarray, layout: str, backend: str) -> Any:
             array = np.asfortranarray(array)
         case "read backwards" if backend == "numpy":  # torch has no negative strides
             array = array[..., ::-1].copy()[..., ::-1]
-    if backend == "torch":
-        return torch.from_numpy(array)
+    if backend != "numpy":
+        return torch.from_numpy(array) if backend == "torch" else jnp.array(array)
     array = array.view()
     array.flags.writeable = False
     return array

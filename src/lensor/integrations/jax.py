@@ -141,7 +141,7 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = Non
 
 
 def linear(weight: Any, x: Any, result: Any) -> Any:
-    """Let `kfac` know that `result` [*, out] is a linear layer's output for `x` [*, in]; the result is the same array.
+    """Let `kfac` know that `result` [*, out] is a linear layer's output for `x` [*, in]; use the returned array.
 
     Args:
         weight: the weight, a leaf of the parameters.
@@ -151,7 +151,7 @@ def linear(weight: Any, x: Any, result: Any) -> Any:
     rows = x.reshape(1, -1, x.shape[-1]).swapaxes(1, 2)
     outs = result.reshape(1, -1, result.shape[-1]).swapaxes(1, 2)
     found = _noted(weight, rows, outs, {"kernel_size": (1,)})
-    return result if found is outs else found.swapaxes(1, 2).reshape(result.shape)
+    return found.swapaxes(1, 2).reshape(result.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ recording

@@ -40,6 +40,27 @@ def reads_of(crop: IndexPattern) -> np.ndarray:
     return crop.reading().at(np.arange(crop.output_size), np.array(0))
 
 
+def require_inside(positions: np.ndarray, name: str, below: int) -> None:
+    """Raise ValueError if a position is negative or not below the limit."""
+    if not positions.size:
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or high >= below:
+        raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
+
+
+def widened(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes in float32 for float16 operands and returns float16."""
+
+    def call(*arrays: Any) -> Any:
+        if all(array.dtype != np.float16 for array in arrays):
+            return run(*arrays)
+        wide = [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]
+        return run(*wide).astype(np.float16)
+
+    return call
+
+
 def _read(step: s.Read, xp: Any) -> Callable[..., Any]:
     def read(x: Any, *positions: Any) -> Any:
         wide = xp.arange(0).dtype  # positions in 8 bits would overflow

@@ -27,7 +27,7 @@ from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from lensor.kernels.common import common_steps, reads_of
+from lensor.kernels.common import common_steps, reads_of, require_inside, widened
 from lensor.kernels.constants import materialize_summed
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
@@ -308,7 +308,7 @@ def _transposed(cotangent: Any, *arrays: Any, planned: _Planned) -> list[Any]:
     if type(cotangent) is ad.Zero:
         return [ad.Zero(array.aval) if place in linear else None for place, array in enumerate(arrays)]
     # `derivative` conjugates the operands, but JAX's transposes are linear.
-    known = [None if place in linear else _conj(array) for place, array in enumerate(arrays)]
+    known = [None if place in linear else jnp.conj(array) for place, array in enumerate(arrays)]
     derivative = planned.ready.derivative
     return [derivative("vjp", place, known, cotangent) if place in linear else None for place in range(len(arrays))]
 
@@ -326,10 +326,6 @@ def _mapped(arrays: Sequence[Any], axes: Sequence[int | None], *, planned: _Plan
 
 
 batching.primitive_batchers[_plan] = _mapped
-
-
-def _conj(array: Any) -> Any:
-    return jnp.conj(array) if jnp.iscomplexobj(array) else array
 
 
 def _varying(arrays: Sequence[Any]) -> Sequence[Any]:
@@ -394,12 +390,8 @@ class JaxBackend:
     def check_positions(self, array: Any, name: str, below: int) -> None:
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
-        if not array.size or self.is_traced(array):
-            return
-        known = np.asarray(array)  # inside jax.jit, functions of JAX would trace it
-        low, high = int(known.min()), int(known.max())
-        if low < 0 or high >= below:
-            raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
+        if not self.is_traced(array):
+            require_inside(np.asarray(array), name, below)  # inside jax.jit, functions of JAX would trace it
 
     def default_reference(self) -> Any:
         return jnp.zeros((), float)
@@ -423,16 +415,7 @@ class JaxBackend:
         return ready.unchecked
 
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
-        if one_sum is not None:
-            return run
-
-        def call(*arrays: Any) -> Any:
-            if all(array.dtype != jnp.float16 for array in arrays):
-                return run(*arrays)
-            wide = [array.astype(jnp.float32) if array.dtype == jnp.float16 else array for array in arrays]
-            return run(*wide).astype(jnp.float16)
-
-        return call
+        return run if one_sum is not None else widened(run)
 
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         planned = _Planned(ready)

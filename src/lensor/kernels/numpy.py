@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lensor.kernels.common import common_steps, reads_of
+from lensor.kernels.common import common_steps, reads_of, require_inside, widened
 from lensor.kernels.constants import materialize_summed
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
@@ -230,11 +230,7 @@ class NumpyBackend:
     def check_positions(self, array: Any, name: str, below: int) -> None:
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
-        if not array.size:
-            return
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= below:
-            raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
+        require_inside(array, name, below)
 
     def default_reference(self) -> Any:
         return np.zeros((), np.float64)
@@ -260,13 +256,7 @@ class NumpyBackend:
         return ready.unchecked
 
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
-        def call(*arrays: np.ndarray) -> np.ndarray:  # NumPy accumulates in half precision even inside one step
-            if all(array.dtype != np.float16 for array in arrays):
-                return run(*arrays)
-            wide = [array.astype(np.float32) if array.dtype == np.float16 else array for array in arrays]
-            return run(*wide).astype(np.float16)
-
-        return call
+        return widened(run)  # NumPy accumulates in half precision even inside one step
 
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         return ready.unrecorded

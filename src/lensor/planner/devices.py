@@ -82,6 +82,9 @@ JAX = replace(
 )
 """JAX on two cores: XLA has no fast convolutions with groups for CPUs. Measured with JAX 0.10."""
 
+FRAMEWORKS = {"NumPy": NUMPY, "JAX": JAX}
+"""Profiles of CPUs for frameworks other than torch."""
+
 MANY_CORES = Machine(
     name="many-core CPU",
     threads=32,
@@ -160,8 +163,8 @@ def typical(kind: str, name: str, threads: int) -> Machine:
         name: name of the device; for a CPU, "NumPy" or "JAX" if these run the plans.
         threads: number of threads of a CPU.
     """
-    if name in ("NumPy", "JAX"):
-        return NUMPY if name == "NumPy" else JAX
+    if name in FRAMEWORKS:
+        return FRAMEWORKS[name]
     if kind == "cpu":
         return TWO_CORES if threads <= _FEW else MANY_CORES
     return next((profile for part, profile in GPUS.items() if part in name), A100)

@@ -66,15 +66,14 @@ def test_three_backends_are_equal(data: st.DataObject) -> None:
     case = make_case(op, **data.draw(calls(op)))
     network = getattr(lensor.ops, case.op)(lensor.ConvSpec(**case.spec), **case.options)
     expected = network(**case.operands, **case.sizes)
-    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
     arrays = {name: jnp.asarray(array) for name, array in case.operands.items()}
     for found in (network(**arrays, **case.sizes), network(**tensors(case.operands), **case.sizes)):
         assert found.dtype == (jnp.float64 if isinstance(found, jax.Array) else torch.float64)
-        assert_close(found, expected, 1e-12 * scale)
+        assert_close(found, expected, 1e-12)
     shapes = {name: array.shape for name, array in arrays.items()}
     strategy = data.draw(st.sampled_from(STRATEGIES))
     plan = lower(lensor.evaluate.bind_shapes(network.bind(case.sizes), shapes).simplify(), strategy)
-    assert_close(run(plan, arrays), expected, 1e-12 * scale)
+    assert_close(run(plan, arrays), expected, 1e-12)
 
 
 @pytest.mark.slow
@@ -119,7 +118,7 @@ def test_large_values_in_half_precision_do_not_overflow() -> None:
     x = jnp.full((4, 8, 16, 16), 20.0, jnp.float16)
     found = F.kfac_input_factor(x, (3, 3), approx="expand")
     assert jnp.isinf(found).all()  # 400 · 14² is more than float16 can represent
-    assert jnp.isfinite(F.kfac_input_factor(x, (3, 3), approx="reduce")).all()
+    assert (F.kfac_input_factor(x, (3, 3), approx="reduce") == 400).all()  # squares of sums over positions overflow
 
 
 def test_einsum_networks_and_plans_take_arrays_of_jax() -> None:
@@ -397,6 +396,9 @@ def test_errors_say_what_was_found_and_expected() -> None:
         F.conv(X.astype(jnp.float8_e4m3fn), W.astype(jnp.float8_e4m3fn))
     with pytest.raises(ValueError, match="shape"):
         jax.jit(conv)(X[:, :3], W)
+    (batch,) = jax.export.symbolic_shape("b")
+    with pytest.raises(TypeError, match="expected numbers as sizes"):
+        jax.export.export(jax.jit(conv))(jax.ShapeDtypeStruct((batch, 4, 7, 6), X.dtype), W)
 
 
 def test_plans_describe_jax() -> None:

@@ -160,14 +160,14 @@ def test_derivatives_hold_against_differences(name: str) -> None:
 
 def test_complex_derivatives_hold_against_differences() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(shape, generator=generator, dtype=torch.complex128) for shape in ((2, 4, 5, 4), (6, 2, 3, 2)))
+    x, w = (torch.randn(shape, generator=generator, dtype=torch.complex128) for shape in ((2, 2, 3, 3), (4, 1, 3, 2)))
 
     def call(x: Any, w: Any) -> Any:
         return F.conv(x, w, stride=(2, 1), padding=1, groups=2)
 
     pair = (x.requires_grad_(), w.requires_grad_())
-    assert torch.autograd.gradcheck(call, pair, fast_mode=True, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(call, pair, fast_mode=True)
+    assert torch.autograd.gradcheck(call, pair, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, pair)
 
 
 def test_a_network_with_an_operand_twice_and_a_sum_of_terms() -> None:

@@ -10,7 +10,6 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -125,7 +124,6 @@ class JaxBench(Bench):
             ]
         )
         self.setting = replace(self.setting, device=f"jax {jax.default_backend()}")
-        self.machine = replace(self.machine, torch=f"jax {version('jax')}")
 
     def _measure(self, case: Case, implementations: Sequence[Implementation]) -> dict[str, Found]:
         gc.collect()

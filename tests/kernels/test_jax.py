@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lensor
 import lensor.functional as F
 from lensor.kernels import load
+from lensor.kernels.jax import BACKEND as JAX
 from lensor.lowering import STRATEGIES, lower
 from lensor.plan import Plan
 from lensor.plan import steps as s
@@ -171,6 +172,27 @@ def test_long_sums_in_bfloat16() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms
+@pytest.mark.parametrize("rows", [511, 512, 1025, 1536])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_gram_matrices_in_blocks(rows: int, dtype: str) -> None:
+    X = normal(2, rows, 3, dtype=dtype)
+    found = lensor.einsum("g i k, g j k -> g i j", X, X)
+    assert_close(np.asarray(found), np.einsum("gik,gjk->gij", X, X), 1e-12)
+    assert (found == found.swapaxes(1, 2)).all()
+
+
+@given(st.data())
+def test_transposes_and_products_with_axes_of_size_one(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=6))
+    order = tuple(data.draw(st.permutations(range(len(shape)))))
+    x = normal(*shape)
+    transpose = JAX.steps[s.Transpose](s.Transpose((0,), order))
+    assert (np.asarray(transpose(x)) == np.asarray(x).transpose(order)).all()
+    a, b = normal(*shape[:-2], 3, 4), normal(*shape[:-2], 4, 2)
+    product = JAX.steps[s.MatMul](s.MatMul((0, 1)))
+    assert_close(np.asarray(product(a, b)), np.asarray(a) @ np.asarray(b), 1e-12)
+
+
 def test_jit() -> None:
     assert_close(jax.jit(conv)(X, W), F.conv(np.asarray(X), np.asarray(W), **OPTIONS), 1e-12)
 

@@ -10,6 +10,7 @@ are mapped one by one instead, since a network has one vector of positions.)
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,9 @@ _MOST_RUNS = 8
 
 _MOST_SLICES = 64
 """Windows with up to this many kernel positions are read as slices."""
+
+_LEAST_ROWS = 512
+"""Gram matrices of at least this many rows are computed in blocks, on and below the diagonal only."""
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -147,6 +151,38 @@ def _diagonal(step: s.Diagonal) -> Callable[[Any], Any]:
     return diagonal
 
 
+def _transpose(step: s.Transpose) -> Callable[[Any], Any]:
+    """Axes of size 1 are left out, since XLA would copy the array if they stood between a transpose and a product."""
+
+    def transpose(x: Any) -> Any:
+        kept = [axis for axis in step.order if x.shape[axis] != 1]
+        small = x.reshape([size for size in x.shape if size != 1])
+        order = [sorted(kept).index(axis) for axis in kept]
+        return small.transpose(order).reshape([x.shape[axis] for axis in step.order])
+
+    return transpose
+
+
+def _matmul(a: Any, b: Any) -> Any:
+    """The product of matrices; XLA computes a batch of one pair of matrices more slowly than a product of two."""
+    shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if not shape or math.prod(shape) != 1:
+        return jnp.matmul(a, b)
+    found = jnp.matmul(a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:]))
+    return found.reshape(*shape, *found.shape)
+
+
+def _gram(x: Any) -> Any:
+    """The products of all pairs of rows; the blocks above the diagonal are transposes of those below it."""
+    rows = x.shape[-2]
+    if rows < _LEAST_ROWS:
+        return _matmul(x, x.swapaxes(-1, -2))
+    first, second = x[..., : rows // 2, :], x[..., rows // 2 :, :]
+    below = _matmul(second, first.swapaxes(-1, -2))
+    upper = jnp.concatenate([_gram(first), below.swapaxes(-1, -2)], -1)
+    return jnp.concatenate([upper, jnp.concatenate([below, _gram(second)], -1)], -2)
+
+
 def _scaled(x: Any, factor: Fraction) -> Any:
     return x if factor == 1 else x * np.asarray(float(factor), x.dtype)
 
@@ -224,6 +260,7 @@ _COMMON = common_steps(jnp)
 _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     **_COMMON,
     s.Constant: _constant,
+    s.Transpose: _transpose,
     s.Slice: lambda step: lambda x: _sliced(x, step.axis, step.start, step.step, step.count),
     s.Pad: lambda step: lambda x: _padded(x, step.axis, step.left, step.right),
     s.Stuff: lambda step: lambda x: _padded(x, step.axis, 0, 0, step.step - 1),
@@ -235,8 +272,8 @@ _STEPS: dict[type[s.Step], Callable[[Any], Callable[..., Any]]] = {
     s.Put: _put,
     s.Pick: _pick,
     s.Read: _read,
-    s.MatMul: lambda step: lambda a, b: _scaled(jnp.matmul(a, b), step.factor),
-    s.Gram: lambda step: lambda x: _scaled(jnp.matmul(x, x.swapaxes(-1, -2)), step.factor),
+    s.MatMul: lambda step: lambda a, b: _scaled(_matmul(a, b), step.factor),
+    s.Gram: lambda step: lambda x: _scaled(_gram(x), step.factor),
     s.Convolution: _convolution,
     s.SumSquares: lambda step: lambda x: (x * x).sum(step.axes),
     s.Add: lambda step: jnp.add,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -16,7 +18,7 @@ from examples.natural_gradient_jax import MODELS, train
 from lensor import curvature
 from lensor.integrations import equinox as layers
 from lensor.integrations import flax as flax_layers
-from lensor.integrations.jax import conv_general_dilated, kfac
+from lensor.integrations.jax import conv_general_dilated, dot_general, kfac
 from tests.support.cases import assert_close
 
 RNG = np.random.default_rng(0)
@@ -266,3 +268,84 @@ def test_natural_gradients_learn_the_digits_in_fewer_steps(library: str) -> None
     model = MODELS[library]()
     plain, natural = (train(model, 8, *one) for one in ((False, 0.3), (True, 0.3)))
     assert natural[-1] < 0.5 * plain[-1]
+
+
+def product(x: Any, w: Any) -> Any:
+    return dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def test_weights_that_are_used_elsewhere_are_refused() -> None:
+    x, y, w = (
+        jnp.asarray(RNG.standard_normal((4, 3))),
+        jnp.array([0, 1, 2, 0]),
+        jnp.asarray(RNG.standard_normal((3, 3))),
+    )
+    penalty = jax.jit(lambda w: (w * w).sum())
+    for model in (
+        lambda w, x: product(jnp.tanh(x @ w), w),
+        lambda w, x: product(x, w) + penalty(w),
+        lambda w, x: product(x, w) + w[0],
+    ):
+        with pytest.raises(ValueError, match=r"the weight  is read [23] times"):
+            kfac(model, w, (x, y))
+    assert set(kfac(jax.jit(lambda w, x: product(x, w)), w, (x, y))) == {""}
+
+
+def test_factors_can_be_differentiated() -> None:
+    x, y = jnp.asarray(RNG.standard_normal((4, 3))), jnp.array([0, 1, 1, 0])
+    w = jnp.asarray(RNG.standard_normal((3, 1, 2)))
+
+    def size(w: Any) -> Any:
+        found = kfac(lambda w, x: conv_general_dilated(x[None, None], w, (1,), "VALID").mean((0, 2)), w, (x, y % 3))
+        return (found[""].B ** 2).sum()
+
+    assert_close(jax.grad(size)(w), jax.grad(jax.jit(size))(w), 1e-12)
+
+
+def test_classes_out_of_range_under_jit_give_nan() -> None:
+    x, y, w = (
+        jnp.asarray(RNG.standard_normal((4, 3))),
+        jnp.array([0, 1, 2, 0]),
+        jnp.asarray(RNG.standard_normal((3, 3))),
+    )
+    for fisher in ("empirical", "type-2"):
+        factors = jax.jit(lambda t, how=fisher: kfac(lambda w, x: product(x, w), w, (x, t), fisher=how))
+        assert jnp.isnan(factors(y - 1)[""].B).all()
+        assert_close(factors(y)[""].B, kfac(lambda w, x: product(x, w), w, (x, y), fisher=fisher)[""].B, 1e-12)
+
+
+def test_arguments_of_kfac_are_checked() -> None:
+    x, y, w = jnp.ones((4, 3)), jnp.array([0, 1, 2, 0]), jnp.ones((3, 3))
+    with pytest.raises(TypeError, match=r"the leaf \['f'\] of params has type function, expected arrays"):
+        kfac(lambda p, x: product(x, p["w"]), {"w": w, "f": test_linear_layers_take_one_example}, (x, y))
+    with pytest.raises(TypeError, match="expected a pair"):
+        kfac(lambda w, x: product(x, w), w, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mc_samples is 2\.5"):
+        kfac(lambda w, x: product(x, w), w, (x, y), fisher="mc", key=KEYS[0], mc_samples=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a pair for each dimension"):
+        conv_general_dilated(jnp.ones((1, 1, 4)), jnp.ones((1, 1, 2)), (1,), [1])  # type: ignore[list-item]
+
+
+SHARDED = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
+from lensor.integrations.jax import dot_general, kfac
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+x, y, w = rng.standard_normal((4, 3)), np.array([0, 1, 2, 0]), rng.standard_normal((3, 3))
+model = lambda w, x: dot_general(x, w, (((0,), (0,)), ((), ())))
+mesh = Mesh(np.array(jax.devices()), ("d",))
+for loss, targets in (("cross_entropy", y), ("mse", rng.standard_normal((4, 3)))):
+    for fisher in ("type-2", "empirical"):
+        factors = lambda w, x, y: kfac(model, w, (x, y), loss=loss, fisher=fisher)
+        mean = lambda *a: jax.tree.map(lambda one: jax.lax.pmean(one, "d"), factors(*a))
+        sharded = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P())
+        for one, two in zip(jax.jit(sharded)(w, x, targets)[""], factors(w, x, targets)[""]):
+            np.testing.assert_allclose(one, two, rtol=1e-12)
+"""
+
+
+def test_factors_in_shard_map() -> None:
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=300)

@@ -146,6 +146,9 @@ def test_positions_of_sampled_networks_are_traced() -> None:
     assert_close(each[1], expected, 1e-12)
     for wrong in ([1, 4, 7], [1, 4, -2]):  # traced positions cannot be checked
         assert jnp.isnan(jax.jit(lambda at: net(**{"X": arrays["X"], "V": V, name: at}))(jnp.array(wrong))).all()
+    unsigned = jnp.array([0, 4, 5], jnp.uint32)
+    below = jax.jit(lambda at: net(**{"X": arrays["X"], "V": V, name: at - jnp.uint32(1)}))(unsigned)
+    assert jnp.isnan(below).all()
     with pytest.raises(ValueError, match="positions 1 to 7, expected 0 to 6"):
         net(**arrays, **{name: jnp.array([1, 4, 7])})
 
@@ -172,6 +175,20 @@ def test_long_sums_in_bfloat16() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms
+def test_long_sums_over_equal_positions_in_bfloat16() -> None:
+    x, w = jnp.ones((1, 1, 4), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+    total = jax.grad(lambda x: F.conv(x, w, padding=300, padding_mode="replicate").astype("float32").sum())(x)
+    assert_close(total.astype("float32"), np.array([[[301, 1, 1, 301]]]), 1e-2)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_weak_types_are_those_of_the_operands(padding: int) -> None:
+    x, w = jnp.broadcast_to(jnp.asarray(2.0), (1, 2, 5)), jnp.broadcast_to(jnp.asarray(0.1), (2, 2, 3))
+    one = jnp.ones((), jnp.bfloat16)
+    assert (F.conv(x, w, padding=padding) + one).dtype == jnp.bfloat16
+    assert (F.conv(x, jnp.asarray(w, jnp.float32), padding=padding) + one).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("rows", [511, 512, 1025, 1536])
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_gram_matrices_in_blocks(rows: int, dtype: str) -> None:

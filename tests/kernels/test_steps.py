@@ -22,7 +22,7 @@ def kinds() -> set[type[s.Step]]:
     return exported - {s.Step}
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 def test_every_step_has_a_function(backend: str) -> None:
     table = load(backend).steps
     missing = {kind.__name__ for kind in kinds() if kind not in table and not issubclass(kind, s.Input)}

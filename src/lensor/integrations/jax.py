@@ -8,6 +8,7 @@ of a model with these layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jax.core import Tracer
 import lensor.functional as F
 from lensor.choices import Approx, FactorFisher, words
 from lensor.errors import require_choice
+from lensor.kernels.jax import varying
 
 _LOSSES = ("cross_entropy", "mse")
 
@@ -74,7 +76,8 @@ def conv_general_dilated(
         options: must be None or absent.
 
     Raises:
-        ValueError: for an argument that this function does not support, or shapes that do not match.
+        ValueError: for an argument that this function does not support, shapes that do not match, negative padding, or
+            an empty output.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -83,7 +86,7 @@ def conv_general_dilated(
         >>> conv_general_dilated(x, w, (2,), "SAME").shape
         (2, 4, 4)
     """
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    lhs, weight, rhs = jnp.asarray(lhs), rhs, jnp.asarray(rhs)
     dims = lhs.ndim - 2
     supported: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "lhs_dilation": (None if lhs_dilation is None else tuple(lhs_dilation), (None, (1,) * dims)),
@@ -95,6 +98,8 @@ def conv_general_dilated(
     for name, (found, expected) in supported.items():
         if found not in expected:
             raise ValueError(f"{name} is {found}, expected {' or '.join(map(str, expected))}")
+    if not isinstance(padding, str) and any(np.shape(one) != (2,) for one in padding):
+        raise ValueError(f"padding is {padding}, expected 'SAME', 'SAME_LOWER', 'VALID' or a pair for each dimension")
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     x, w = lhs.transpose(numbers.lhs_spec), rhs.transpose(numbers.rhs_spec)
     dilation = (1,) * dims if rhs_dilation is None else tuple(rhs_dilation)
@@ -108,7 +113,7 @@ def conv_general_dilated(
         "dilation": dilation,
         "groups": feature_group_count,
     }
-    found = _noted(rhs, x, F.conv(x, w, **settings), settings | {"kernel_size": w.shape[2:]})
+    found = _noted(weight, x, F.conv(x, w, **settings), settings | {"kernel_size": w.shape[2:]})
     order = [0] * found.ndim
     for place, axis in enumerate(numbers.out_spec):
         order[axis] = place
@@ -216,7 +221,7 @@ def kfac(
     The factors are those of the mean loss over the data. The layers must be Lensor's: those of
     `lensor.integrations.flax` or `lensor.integrations.equinox`, or any that call `conv_general_dilated` and
     `dot_general` of this module. Parameters of other layers, and biases, have no factors. You can call the function
-    inside `jax.jit`.
+    inside `jax.jit`, which is much faster than outside of it. Traced classes that are out of range give NaN.
 
     Args:
         apply: `apply(params, x)` computes the model's outputs, a vector, for one example.
@@ -234,10 +239,11 @@ def kfac(
         factored like those of torch: d are the input channels of a group times the kernel's positions.
 
     Raises:
-        TypeError: if "mc" is requested without a key, or if classes are not integers.
+        TypeError: if "mc" is requested without a key, if classes are not integers, if a leaf of the parameters is not
+            an array, or if data is not a pair.
         ValueError: if a layer runs several times, or not on the parameters, or inside another transform such as `vmap`,
-            `jax.lax.scan` or `jax.checkpoint`; if no layer is Lensor's; for an unknown choice; or if shapes do not
-            match.
+            `jax.lax.scan` or `jax.checkpoint`; if a layer's weight is used elsewhere, too; if no layer is Lensor's; for
+            an unknown choice; or if shapes do not match.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -255,35 +261,47 @@ def kfac(
     require_choice("loss", loss, _LOSSES)
     require_choice("approx", approx, words(Approx))
     require_choice("fisher", fisher, ("type-2", "mc", "empirical"))
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise TypeError(f"data has type {type(data).__name__}, expected a pair (inputs, targets)")
+    if not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"mc_samples is {mc_samples}, expected an integer of at least 1")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+            raise TypeError(
+                f"the leaf {jax.tree_util.keystr(path)} of params has type {type(leaf).__name__}, expected arrays:"
+                " split the model first, for example by equinox.partition(model, equinox.is_array)"
+            )
     params, inputs, targets = jax.tree.map(jnp.asarray, (params, *data))
     count = _examples(inputs)
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
     tape = _Tape()
     try:
-        # Functions under jax.jit run again instead of being taken from JAX's cache, so that all calls are seen.
-        with jax.disable_jit():
+        jaxpr = jax.make_jaxpr(apply)(params, first).jaxpr
+        # If layers are in functions under jax.jit, these run again instead of being taken from JAX's cache.
+        everything_runs = jax.disable_jit if _marks(jaxpr) != _marks(jaxpr, inside=False) else nullcontext
+        with everything_runs():
             found = jax.eval_shape(lambda: _ran(tape, apply, params, first))
         if not hasattr(found, "shape") or len(found.shape) != 1:
             raise ValueError(f"apply returns {found} for one example, expected a vector")
-        _require_all(tape, _marks(jax.make_jaxpr(apply)(params, first).jaxpr))
+        _require_all(tape, _marks(jaxpr))
 
         def one(x: Any, shifts: Sequence[Any]) -> tuple[Any, list[Any]]:
             again = _Tape(shifts)
-            with jax.disable_jit():
+            with everything_runs():
                 return _ran(again, apply, params, x), again.inputs
 
-        shifts = [jnp.zeros((count, *use.shape), use.dtype) for use in tape.uses]
+        leaves = jax.tree.leaves((inputs, params))
+        shifts = [varying([jnp.zeros((count, *use.shape), use.dtype), *leaves])[0] for use in tape.uses]
         outputs, backward, read = jax.vjp(lambda shifts: jax.vmap(one)(inputs, shifts), shifts, has_aux=True)
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "a layer of the model runs inside a transform such as vmap or scan, expected apply(params, x) to compute"
             " the outputs for one example without one"
         ) from error
-    columns = _columns(outputs, targets, loss, fisher, key, mc_samples)
-    (gradients,) = jax.vmap(backward)(columns)
     names = _names(params, tape.uses)
+    _require_once(names, params, jaxpr)
+    columns = _columns(outputs, targets, loss, fisher, key, mc_samples)
+    (gradients,) = jax.vmap(backward)(varying([columns, outputs])[0])
     factors = {}
     for name, use, x, gradient in zip(names, tape.uses, read, gradients, strict=True):
         groups = use.settings.get("groups", 1)
@@ -303,16 +321,48 @@ def _examples(inputs: Any) -> int:
     return count
 
 
-def _marks(jaxpr: Any) -> int:
-    """The number of calls of layers in a jaxpr, including the ones inside it."""
+def _marks(jaxpr: Any, inside: bool = True) -> int:
+    """The number of calls of layers in a jaxpr; with `inside`, including those in the jaxprs inside it."""
     count = 0
     for equation in jaxpr.eqns:
         count += equation.primitive.name == "name" and equation.params.get("name") == _MARK
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                count += _marks(inner) if hasattr(inner, "eqns") else 0
+        count += sum(map(_marks, _inner(equation))) if inside else 0
     return count
+
+
+def _inner(equation: Any) -> list[Any]:
+    """The jaxprs inside an equation."""
+    values = [
+        getattr(inner, "jaxpr", inner)
+        for value in equation.params.values()
+        for inner in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return [inner for inner in values if hasattr(inner, "eqns")]
+
+
+def _reads(jaxpr: Any, variable: Any) -> int:
+    """The number of equations that read a variable of a jaxpr, also in the functions to which it is passed."""
+    count = 0
+    for equation in jaxpr.eqns:
+        places = [at for at, one in enumerate(equation.invars) if one is variable]
+        inner = _inner(equation)
+        if places and len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
+            count += sum(_reads(inner[0], inner[0].invars[at]) for at in places)
+        else:
+            count += len(places)
+    return count
+
+
+def _require_once(names: Sequence[str], params: Any, jaxpr: Any) -> None:
+    """Raise ValueError if a weight of a layer is also used outside of the layer."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for (path, _), variable in zip(leaves, jaxpr.invars, strict=False):
+        name = jax.tree_util.keystr(path)
+        if name in names and (reads := _reads(jaxpr, variable)) != 1:
+            raise ValueError(
+                f"the weight {name} is read {reads} times by the model, expected once, by its layer: its factors"
+                " describe one use"
+            )
 
 
 def _require_all(tape: _Tape, marks: int) -> None:
@@ -363,6 +413,9 @@ def _columns(outputs: Any, targets: Any, loss: str, fisher: str, key: Any, mc_sa
             known = np.asarray(targets)  # inside jax.jit, functions of JAX would trace it
             if known.min() < 0 or known.max() >= size:
                 raise ValueError(f"targets are {known.min()} to {known.max()}, expected 0 to {size - 1}")
+        else:
+            inside = (targets >= 0) & (targets < size)
+            outputs = jnp.where(inside[:, None], outputs, jnp.nan)
     if loss == "mse":
         scale = (count * size) ** -0.5
         if fisher == "type-2":

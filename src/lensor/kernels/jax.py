@@ -78,16 +78,21 @@ def _gather(step: s.Gather) -> Callable[[Any], Any]:
 
 def _scatter_add(step: s.ScatterAdd) -> Callable[[Any], Any]:
     def scatter_add(x: Any) -> Any:
-        where = (*[slice(None)] * step.axis, reads_of(step.pattern))
-        return jnp.zeros(step.shape([x.shape]), x.dtype).at[where].add(x)
+        return _added_at(x, step.axis, reads_of(step.pattern), step.shape([x.shape]))
 
     return scatter_add
 
 
+def _added_at(x: Any, axis: int, positions: Any, shape: Sequence[int]) -> Any:
+    """The sums of the entries with the same position along an axis."""
+    wide = jnp.float32 if x.dtype.itemsize == 2 else x.dtype  # long sums in half precision stop growing
+    found = jnp.zeros(shape, wide).at[(*[slice(None)] * axis, positions)].add(x.astype(wide))
+    return found.astype(x.dtype)
+
+
 def _put(step: s.Put) -> Callable[[Any, Any], Any]:
     def put(x: Any, positions: Any) -> Any:
-        where = (*[slice(None)] * step.axis, positions)
-        found = jnp.zeros(step.shape([x.shape]), x.dtype).at[where].add(x)
+        found = _added_at(x, step.axis, positions, step.shape([x.shape]))
         return _only_if_inside(found, [(positions, step.size)])
 
     return put
@@ -112,8 +117,12 @@ def _read(step: s.Read) -> Callable[..., Any]:
 
 def _only_if_inside(found: Any, limits: Sequence[tuple[Any, int]]) -> Any:
     """The result, or NaN if a position is negative or not below its limit: traced ones cannot be checked before."""
-    inside = [((positions >= 0) & (positions.astype(int) < below)).all() for positions, below in limits]
+    inside = [((positions >= 0) & (_widest(positions) < below)).all() for positions, below in limits]
     return jnp.where(jnp.stack(inside).all(), found, np.asarray(np.nan, found.dtype))
+
+
+def _widest(positions: Any) -> Any:
+    return positions.astype(np.uint64 if jnp.issubdtype(positions.dtype, jnp.unsignedinteger) else int)
 
 
 def _window(step: s.Window) -> Callable[[Any], Any]:
@@ -315,7 +324,9 @@ def _evaluated(*arrays: Any, planned: _Planned) -> Any:
 def _abstract(*avals: Any, planned: _Planned) -> Any:
     found = _results[planned].get(avals)
     if found is None:
-        found = _results[planned][avals] = jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
+        found = jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
+        # As for the operators of JAX, whatever the plan does.
+        found = _results[planned][avals] = found.update(weak_type=all(aval.weak_type for aval in avals))
     return found
 
 
@@ -365,7 +376,7 @@ def _mapped(arrays: Sequence[Any], axes: Sequence[int | None], *, planned: _Plan
 batching.primitive_batchers[_plan] = _mapped
 
 
-def _varying(arrays: Sequence[Any]) -> Sequence[Any]:
+def varying(arrays: Sequence[Any]) -> Sequence[Any]:
     """The arrays, marked as varying over the same axes of a mesh inside `shard_map`, as operands of a primitive are.
 
     The derivative of this mark is the sum over these axes.
@@ -456,7 +467,7 @@ class JaxBackend:
 
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         planned = _Planned(ready)
-        return lambda *arrays: _plan.bind(*_varying(arrays), planned=planned)
+        return lambda *arrays: _plan.bind(*varying(arrays), planned=planned)
 
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
         return True

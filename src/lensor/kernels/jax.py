@@ -324,9 +324,7 @@ def _evaluated(*arrays: Any, planned: _Planned) -> Any:
 def _abstract(*avals: Any, planned: _Planned) -> Any:
     found = _results[planned].get(avals)
     if found is None:
-        found = jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
-        # As for the operators of JAX, whatever the plan does.
-        found = _results[planned][avals] = found.update(weak_type=all(aval.weak_type for aval in avals))
+        found = _results[planned][avals] = jax.make_jaxpr(planned.ready.unrecorded)(*avals).out_avals[0]
     return found
 
 
@@ -374,6 +372,11 @@ def _mapped(arrays: Sequence[Any], axes: Sequence[int | None], *, planned: _Plan
 
 
 batching.primitive_batchers[_plan] = _mapped
+
+
+def _strong(array: Any) -> Any:
+    """The array without a weak type, which some steps would keep and others not, so that results depend on the plan."""
+    return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
 
 def varying(arrays: Sequence[Any]) -> Sequence[Any]:
@@ -467,7 +470,7 @@ class JaxBackend:
 
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         planned = _Planned(ready)
-        return lambda *arrays: _plan.bind(*varying(arrays), planned=planned)
+        return lambda *arrays: _plan.bind(*varying([_strong(array) for array in arrays]), planned=planned)
 
     def can_run(self, steps: Sequence[s.Step], kind: Sequence[Any]) -> bool:
         return True

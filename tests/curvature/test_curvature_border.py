@@ -102,7 +102,7 @@ class Reused(nn.Module):
         return self.last(h.flatten(1)[:, :8])
 
 
-@pytest.mark.parametrize("how", ["twice", "function", "transposed", "tied", "detached"])
+@pytest.mark.parametrize("how", ["twice", "function", "transposed", "tied", "detached", "penalty", "product", "bias"])
 def test_calls_of_a_layer_s_function_count_wherever_they_are(how: str) -> None:
     model, x, y = Reused(how).double(), torch.randn(3, 2, 4).double(), torch.tensor([0, 2, 1])
     if how != "tied":
@@ -110,7 +110,7 @@ def test_calls_of_a_layer_s_function_count_wherever_they_are(how: str) -> None:
     check_by_example(model, x, y)
     if how != "detached":
         for call in (kfac, curvature.ggn_mini_blocks, curvature.hessian_diagonal):
-            with pytest.raises(ValueError, match=r"shared|tied|another kind"):
+            with pytest.raises(ValueError, match=r"shared|tied|another kind|outside of the layer"):
                 call(model, SUM, (x, y))
 
 
@@ -122,7 +122,10 @@ def test_other_uses_of_a_parameter_are_refused_by_name(how: str, frozen: bool) -
     if frozen:
         model.layer.requires_grad_(False)
     name = "layer.bias" if how == "bias" else "layer.weight"
-    for call in (kfac, curvature.ggn_diagonal, per_example_gradients, curvature.hessian_diagonal):
+    calls = [kfac, curvature.hessian_diagonal, curvature.ggn_mini_blocks]
+    if frozen:  # autograd does not record these uses
+        calls += [curvature.ggn_diagonal, per_example_gradients, per_example_gradient_norms]
+    for call in calls:
         with pytest.raises(ValueError, match=f"parameter '{name}' of layer 'layer' is also used outside of the layer"):
             call(model, SUM, data)
     assert "last.weight" in kfac(model, SUM, data, layers=["last"])
@@ -148,7 +151,7 @@ def test_a_weight_used_in_a_function_of_one_s_own_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Double.apply(self.layer(x), self.layer.weight)
 
-    with pytest.raises(ValueError, match=r"'layer.weight' of layer 'layer' is also used .* by (DoubleBackward|sum)"):
+    with pytest.raises(ValueError, match=r"'layer.weight' of layer 'layer' is also used .* by DoubleBackward"):
         per_example_gradients(Model(), CE, (torch.randn(4, 3), torch.tensor([0, 1, 2, 0])))
 
 
@@ -269,7 +272,9 @@ def test_examples_that_are_mixed_or_reordered_are_refused(how: str) -> None:
             call()
 
 
-def test_what_does_not_follow_the_examples_is_refused() -> None:
+def test_layers_of_a_table() -> None:
+    """A layer whose input does not depend on the examples: all examples share its outputs."""
+
     class Table(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -277,13 +282,14 @@ def test_what_does_not_follow_the_examples_is_refused() -> None:
             self.register_buffer("table", torch.randn(4, 2))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(x + self.layer(self.table).mean(0))
+            return self.last(torch.tanh(x + self.layer(self.table).mean(0)))
 
-    data = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    model, data = Table().double(), (torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 0]))
+    check_by_example(model, *data)
     with pytest.raises(
         ValueError, match=r"layer 'layer' has an input of shape \(4, 2\) that does not depend on the number"
     ):
-        per_example_gradients(Table(), CE, data)
+        kfac(model, CE, data)
 
 
 def test_a_model_of_one_size_needs_to_be_told() -> None:
@@ -643,16 +649,15 @@ def test_empty_batches_of_per_example_quantities() -> None:
             call(model, CE, (x, y))
 
 
-def test_norms_are_of_all_parameters_or_raise() -> None:
-    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 3))
-    data = torch.randn(4, 2, 5), torch.tensor([0, 1, 2, 0])
-    for call in (
-        lambda **k: per_example_gradient_norms(model, CE, data, **k),
-        lambda **k: curvature.empirical_ntk(model, data[0], **k),
-    ):
-        with pytest.raises(ValueError, match=r"parameters of 1 \(GroupNorm\), expected .* layers="):
-            call()
-        call(layers=["0", "3"])
+def test_norms_are_of_all_parameters() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    data = torch.randn(4, 2, 5).double(), torch.tensor([0, 1, 2, 0])
+    check_by_example(model, *data)
+    names = ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
+    assert list(per_example_gradient_norms(model, CE, data)) == names
+    assert list(per_example_gradient_norms(model, CE, data, layers=["1"])) == names[2:4]
+    with pytest.raises(ValueError, match="layers has '2', expected names from '0', '1', '3'"):
+        per_example_gradient_norms(model, CE, data, layers=["2"])
     model[1].requires_grad_(False)
     model[0].bias.requires_grad_(False)
     assert list(per_example_gradient_norms(model, CE, data)) == ["0.weight", "3.weight", "3.bias"]
@@ -978,7 +983,7 @@ def test_losses_that_differentiate_the_model_are_refused() -> None:
             call(model, residual, (x, y))
 
 
-def test_tied_weights_under_autocast_are_refused() -> None:
+def test_tied_weights_under_autocast() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -988,9 +993,14 @@ def test_tied_weights_under_autocast_are_refused() -> None:
             return torch.tanh(self.e(x)) @ self.e.weight
 
     model, x = Tied(), torch.randn(5, 6)
-    for call in (kfac, per_example_gradients, curvature.ggn_diagonal):
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="used outside of the layer"):
-            call(model, MSE, (x, x))
+    loss = nn.MSELoss(reduction="sum")
+    want = by_example(model, loss, x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = per_example_gradients(model, loss, (x, x))
+        with pytest.raises(ValueError, match="used outside of the layer"):
+            kfac(model, MSE, (x, x))
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0.05, atol=0.05 * float(gradient.abs().max()))
 
 
 _AFTER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -1504,17 +1514,13 @@ def test_states_of_another_precision_go_on() -> None:
         torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-6)
 
 
-def test_attention_is_left_out_with_a_warning() -> None:
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_attention() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).eval().double()
     x, y = torch.randn(4, 3, 8).double(), torch.tensor([0, 1, 2, 0])
+    check_by_example(model, x, y)
     names = ["0.linear1", "0.linear2", "2"]
-    with pytest.warns(UserWarning, match=r"0\.self_attn \(MultiheadAttention\)"):
-        found = per_example_gradients(model, SUM, (x, y))
-    assert {name.rpartition(".")[0] for name in found} == set(names)
-    want = by_example(model, SUM, x, y)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, want[name])
     for fisher in ("type-2", "forward-only"):
         assert len(kfac(model, CE, (x, y), fisher=fisher, layers=names)) == 6
 

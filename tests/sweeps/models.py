@@ -35,7 +35,7 @@ from tests.support.models import COMPILED, Case, make_case, tripled, unpacked
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 OUTCOMES = ("right", "refused", "WRONG", "crash", "unchecked")
-COMPLETE = ("per_example_gradient_norms", "empirical_ntk")
+COMPLETE = ("per_example_gradients", "per_example_gradient_norms", "ggn_diagonal", "empirical_ntk")
 """Functions that have to be of every parameter that trains; others may leave out what they warn of."""
 
 

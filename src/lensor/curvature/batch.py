@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from lensor.choices import Fisher, words
 from lensor.curvature.batch_axes import BatchAxis, Given
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.collector import output_axis, require_independent
+from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.layers import Layer, layers_of
+from lensor.curvature.layers import all_parameters
 from lensor.curvature.losses import LossRoot, class_weights, require_loss, require_tensor
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
@@ -44,7 +44,11 @@ class Batch:
     ) -> None:
         self.size = size_of(inputs, empty=empty)
         self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
-        self.capture = KeptInputs(targets, self.size, self.batch_axes, given)
+        self.capture = (
+            CompleteCapture(targets, inputs, self.size, self.batch_axes, given)
+            if targets.complete
+            else KeptInputs(targets, self.size, self.batch_axes, given)
+        )
         self.shared = shared
         self.returned = run(model, inputs, self.capture)
 
@@ -89,6 +93,13 @@ class Batch:
             ValueError: if the model or the loss mixes examples.
         """
         axes = self.batch_axes.outputs if self.batch_axes is not None else None
+        outputs = [one for one in tensors_in(self.returned) if one.requires_grad]
+        if axes and all(axis is None for axis in axes) and any(one.ndim for one in outputs):
+            raise ValueError(
+                f"the model's outputs have shapes {[tuple(one.shape) for one in outputs]}, none of which depends on the"
+                f" number of examples, expected outputs for each of {self.size} examples: the first axis of the inputs"
+                " must be that of the examples"
+            )
         found = [
             (tensor, axis)
             for tensor, axis in zip(tensors_in(self.returned), axes or (), strict=False)
@@ -105,24 +116,49 @@ class Batch:
                 " example depends on the outputs of others"
             )
 
-    def stacks(self, columns: Iterator[Tensor]) -> Iterator[dict[Use, Tensor]]:
-        """Propagate columns to the layers' outputs; yield a few at a time, as [v, batch, channels, *positions]."""
+    def propagated(self, columns: Iterator[Tensor]) -> Iterator[list[dict[Any, Any]]]:
+        """Propagate columns to the outputs of all uses; yield a few at a time."""
         while chunk := list(itertools.islice(columns, _AT_ONCE)):
-            found = [self.capture.gradients(self.outputs, column, keep=True) for column in chunk]
-            yield {use: torch.stack([one[use] for one in found]) for use in self.capture.uses}
+            yield [self.capture.gradients(self.outputs, column, keep=True) for column in chunk]
+
+    def only_use(self, name: str, others: Mapping[str, Any]) -> Use | None:
+        """The only use of a weight, if it has one and no function other than a layer's uses it."""
+        uses = self.capture.by_parameter().get(name, [])
+        return uses[0] if len(uses) == 1 and name not in others else None
 
     def weight_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
         """The weight gradient of every example, [batch, *weight_shape], summed over the weight's uses."""
         return sum_of(gradients_of(use, self.capture.inputs[use], vectors[use]) for use in uses)
 
-    def bias_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
-        """The bias gradient of every example, [batch, channels], summed over the bias's uses."""
-        return sum_of(over_positions(vectors[use]) for use in uses)
+    def of_functions(self, vectors: Mapping[Any, Any]) -> dict[str, Tensor]:
+        """The gradients of every example that come from functions other than layers'; see `CompleteCapture`."""
+        return self.capture.of_functions(vectors) if isinstance(self.capture, CompleteCapture) else {}
 
-    def ordered(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Merge two mappings by parameter name, in the order of the layers."""
-        both = weights | biases
-        return {name: both[name] for name in self.capture.targets.parameters if name in both}
+    def gradients(
+        self, vectors: Mapping[Any, Any], others: Mapping[str, Tensor], without: Container[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the gradient of every example, [batch, *shape], for each parameter.
+
+        Args:
+            vectors: the gradients at the outputs of the uses.
+            others: the result of `of_functions` for these vectors.
+            without: names to leave out.
+        """
+        weights, biases = self.capture.by_parameter(), self.capture.by_parameter(True)
+        for name, parameter in self.capture.targets.parameters.items():
+            if name in without:
+                continue
+            parts = [others[name]] if name in others else []
+            if name in weights:
+                parts.append(self.weight_gradients(weights[name], vectors))
+            if name in biases:
+                parts.append(sum_of(over_positions(vectors[use]) for use in biases[name]))
+            yield name, sum_of(parts) if parts else self._zeros(parameter)
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        """The gradients of every example for a parameter that is not used."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return torch.zeros((self.size, *parameter.shape), dtype=dtype, device=parameter.device)
 
 
 def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch: int) -> bool:
@@ -161,24 +197,6 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
     for one in others:
         first = first + one
     return first
-
-
-def trained(found: list[Layer], asked: Iterable[str] | None) -> list[Layer]:
-    """The layers with trainable parameters, without frozen biases; all layers, unchanged, if the user named them."""
-    if asked is not None:
-        return found
-    biases = [layer.module.bias for layer in found]
-    trained = [
-        layer if isinstance(bias, Tensor) and bias.requires_grad else replace(layer, bias=None)
-        for layer, bias in zip(found, biases, strict=True)
-        if any(p.requires_grad for p in layer.module.parameters(recurse=False))
-    ]
-    if not trained:
-        raise ValueError(
-            "no parameter of the model's layers requires a gradient, expected at least one: to use frozen layers, name"
-            " them with layers="
-        )
-    return trained
 
 
 def add_parts(found: dict[str, Tensor], parts: dict[str, Tensor], share: float) -> None:
@@ -220,23 +238,19 @@ def propagated(
     loss: Any,
     data: Any,
     layers: Iterable[str] | None,
-    strict: bool,
     given: Given,
-    complete: bool = False,
-) -> Iterator[tuple[Batch, dict[Use, Tensor]]]:
-    """Run one batch and yield it with the gradients at its layers' outputs.
+) -> Iterator[tuple[Batch, dict[Any, Any]]]:
+    """Run one batch and yield it with the gradients at the outputs of its layers and of functions with parameters.
 
     Args:
         model: the model.
         loss: any callable of (outputs, targets).
         data: one pair (inputs, targets).
         layers: names of modules.
-        strict: whether to raise an error for parametrised layers of unsupported kinds.
         given: the batch_axis that the user specified.
-        complete: whether every trainable parameter must belong to a supported layer, unless `layers` is given.
     """
     model = unwrapped(model)
-    watched = Targets(layers_of(model, layers, strict, shared=True, trainable=complete))
+    watched = Targets(*all_parameters(model, layers))
     refuse_mixing(model)
     _refuse_hooks(watched)
     pairs = list(itertools.islice(batches(data), 2))

@@ -44,6 +44,23 @@ class BatchAxis:
 
 
 @dataclass(frozen=True)
+class FunctionAxes:
+    """The position of the examples in the arguments and results of a function; None for values without examples.
+
+    Args:
+        name: the name of the function.
+        arguments: the positions in the leaves of the arguments.
+        results: the positions in the results.
+        is_mixing: whether a result without an axis of examples depends on them.
+    """
+
+    name: str
+    arguments: Mapping[int, BatchAxis]
+    results: tuple[BatchAxis | None, ...]
+    is_mixing: bool = False
+
+
+@dataclass(frozen=True)
 class BatchAxes:
     """The batch axis of every layer's input and of the outputs; None for tensors without examples.
 
@@ -51,10 +68,12 @@ class BatchAxes:
         calls: the number of axes and the position of the examples, by call. None for a single example or an empty
             batch, where the axis is obvious.
         outputs: the position of the examples in each output tensor.
+        functions: the positions for the functions that take parameters, in their order, if these were requested.
     """
 
     calls: Mapping[Key, tuple[int, BatchAxis | None]] | None
     outputs: tuple[BatchAxis | None, ...] | None
+    functions: tuple[FunctionAxes, ...] | None = None
 
 
 def only_axis(shape: Sequence[int], batch: int) -> BatchAxis:

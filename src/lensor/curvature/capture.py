@@ -18,6 +18,7 @@ from lensor.curvature.graph import Node, Reached, inner_nodes, leading_to, tenso
 from lensor.curvature.layers import Layer, require_known_layers
 from lensor.curvature.trials import find_batch_axes
 from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed
+from lensor.curvature.writes import address, written
 from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec
 
@@ -259,8 +260,6 @@ class Capture(Watch):
             ValueError: if a layer did not run, if one ran twice (unless `shared`), or if a function other than the
                 layer's own used a parameter.
         """
-        ran = {use.weight for use in self.uses}
-        idle = [layer.name for name, layer in self.targets.weights.values() if name not in ran]
         others = {name: how for name, how in self._others.items() if not self._has_graph(name)}
         self._reached = Reached(tensors_in(roots))
         known = {node for nodes in self._nodes.values() for node in nodes}
@@ -275,15 +274,8 @@ class Capture(Watch):
                 strangers = [one for one in self._reached.consumers.get(node, ()) if one not in known]
                 if strangers:
                     others.setdefault(use.weight, str(strangers[0].name()))
-        if others:
-            name, how = next(iter(others.items()))
-            layer = self.targets.owners[name]
-            raise ValueError(
-                f"parameter {name!r} of layer {layer.name!r} is also used outside of the layer, by {how}, expected"
-                f" calls of the layer's own function only: leave the layer out with layers="
-            )
-        if idle:
-            raise ValueError(f"these layers did not run on the data: {_listed(idle)}; leave them out with layers=")
+        self._require_alone(others)
+        self._require_running()
         if shared:
             return
         for name, uses in self.by_parameter().items():
@@ -297,6 +289,23 @@ class Capture(Watch):
                 raise ValueError(
                     f"layer {use.layer.name!r} was called with bias {use.bias!r}, expected its own, {use.layer.bias!r}"
                 )
+
+    def _require_alone(self, others: Mapping[str, str]) -> None:
+        """Raise ValueError if other functions use parameters of layers; `others` contains the names of both."""
+        if others:
+            name, how = next(iter(others.items()))
+            layer = self.targets.owners[name]
+            raise ValueError(
+                f"parameter {name!r} of layer {layer.name!r} is also used outside of the layer, by {how}, expected"
+                f" calls of the layer's own function only: leave the layer out with layers="
+            )
+
+    def _require_running(self, used: Iterable[str] = ()) -> None:
+        """Raise ValueError if a layer did not run, unless another function used its weight."""
+        ran = {use.weight for use in self.uses}.union(used)
+        idle = [layer.name for name, layer in self.targets.weights.values() if name not in ran]
+        if idle:
+            raise ValueError(f"these layers did not run on the data: {_listed(idle)}; leave them out with layers=")
 
     def _has_graph(self, name: str) -> bool:
         """Whether the graph contains uses of a parameter."""
@@ -330,7 +339,7 @@ class Capture(Watch):
         """
         uses = self.uses if only is None else [only]
         self.require_gradients(uses)
-        edges = [self._edges[use] for use in uses]
+        edges = [self._edges[use] for use in uses] + (self._more_edges() if only is None else [])
         try:
             found = torch.autograd.grad(
                 outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True
@@ -347,13 +356,21 @@ class Capture(Watch):
                 "a part of the model is checkpointed with use_reentrant=True, which does not support gradients of"
                 " single tensors: pass use_reentrant=False to torch.utils.checkpoint"
             ) from error
-        result = {}
-        for use, gradient in zip(uses, found, strict=True):
+        result: dict[Any, Any] = self._more_gradients(found[len(uses) :])
+        for use, gradient in zip(uses, found[: len(uses)], strict=True):
             if gradient is None:
                 self._require_unused(use)
                 gradient = vector.new_zeros(use.shape)
             result[use] = use.as_convolution(_widened(gradient))
         return result
+
+    def _more_edges(self) -> list[GradientEdge]:
+        """Edges of the graph besides those of the layers' outputs."""
+        return []
+
+    def _more_gradients(self, found: Sequence[Tensor | None]) -> dict[Any, Any]:
+        """The entries of `gradients` for these edges."""
+        return {}
 
     def _require_unused(self, use: Use) -> None:
         """Raise if a layer's output was replaced in the graph: its gradient is then unknown, not zero."""
@@ -366,14 +383,40 @@ class Capture(Watch):
 
 
 class KeptInputs(Capture):
-    """A capture that stores the layers' inputs."""
+    """A capture that stores the layers' inputs; those that later functions write into are copied before."""
 
     def __init__(self, targets: Targets, batch: int, axes: BatchAxes | None, given: Given) -> None:
         super().__init__(targets, self._keep, batch, axes, given)
         self.inputs: dict[Use, Tensor] = {}
+        self._versions: dict[Use, int] = {}
+        self._in_memory: dict[int, list[Use]] = {}
 
     def _keep(self, use: Use, x: Tensor) -> None:
-        self.inputs[use] = x.clone()  # the next function may write into it
+        self.inputs[use], self._versions[use] = x, x._version
+        self._in_memory.setdefault(address(x), []).append(use)
+
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Call a function and return its result."""
+        for tensor in written(function, arguments, named):
+            if isinstance(tensor, Tensor):
+                for use in self._in_memory.pop(address(tensor), ()):
+                    copied = self.inputs[use].clone()
+                    self.inputs[use], self._versions[use] = copied, copied._version
+        return super().call(function, arguments, named)
+
+    def check(self, roots: Any, shared: bool = False) -> None:
+        """As for `Capture`; raises ValueError, too, if code that cannot be watched wrote into a layer's input."""
+        super().check(roots, shared)
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        """Raise ValueError if a layer's input has other values than when the layer ran."""
+        for use, version in self._versions.items():
+            if self.inputs[use]._version != version:
+                raise ValueError(
+                    f"the input of layer {use.layer.name!r} was changed in place by code that cannot be watched,"
+                    " expected functions of torch: leave the layer out with layers="
+                )
 
     def spec(self, use: Use) -> ConvSpec:
         """The convolution that a use computes."""

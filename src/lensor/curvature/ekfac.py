@@ -84,12 +84,12 @@ def ekfac(
             batch = Batch(model, watched, own(inputs), batch_axis)
             root = batch.root(loss, own(targets))
             total += root.normaliser
-            for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
+            for columns in batch.propagated(root.of(fisher, mc_samples, generator)):
                 with computing(root.f):
-                    for use, s in itertools.product(batch.capture.uses, range(len(next(iter(stacks.values()))))):
-                        gradients = {use.weight: batch.weight_gradients([use], {use: stacks[use][s]})}
+                    for use, vectors in itertools.product(batch.capture.uses, columns):
+                        gradients = {use.weight: batch.weight_gradients([use], vectors)}
                         if use.bias is not None:
-                            gradients[use.bias] = over_positions(stacks[use][s])
+                            gradients[use.bias] = over_positions(vectors[use])
                         for name in (one for one in gradients if one in factors):
                             q_a, q_b, _ = eigen.parts[name]
                             turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.arguments import described
 from lensor.choices import Fisher
-from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing, sum_of
+from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
-from lensor.curvature.layers import layers_of
+from lensor.curvature.layers import all_parameters, layers_of
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
@@ -58,17 +58,23 @@ def ggn_diagonal(
         ValueError: for an unknown choice, an unknown layer, a layer that does not run, or a model that mixes examples.
     """
 
-    def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
-        if len(uses) == 1:
-            (use,) = uses
-            x = batch.capture.inputs[use]
-            return network(ops.ggn_diagonal, use.spec(x))(X=x, S=stacks[use]).reshape(use.weight_shape)
-        columns = range(len(stacks[uses[0]]))
-        return sum_of(
-            batch.weight_gradients(uses, {use: stacks[use][at] for use in uses}).square().sum(0) for at in columns
-        )
+    def parts(batch: Batch, columns: Sequence[Mapping[Any, Any]]) -> dict[str, Tensor]:
+        others = [batch.of_functions(one) for one in columns]
+        found: dict[str, Tensor] = {}
+        for name in batch.capture.targets.parameters:
+            use = batch.only_use(name, others[0])
+            if use is not None:
+                x = batch.capture.inputs[use]
+                s = torch.stack([one[use] for one in columns])
+                found[name] = network(ops.ggn_diagonal, use.spec(x))(X=x, S=s).reshape(use.weight_shape)
+        rest: dict[str, Tensor] = {}
+        for one, other in zip(columns, others, strict=True):
+            add_parts(rest, {name: g.square().sum(0) for name, g in batch.gradients(one, other, without=found)}, 1.0)
+        return found | rest
 
-    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights, shared=True)
+    check_roots(loss, fisher, mc_samples)
+    targets = Targets(*all_parameters(unwrapped(model), layers))
+    return _of_roots(model, targets, loss, data, fisher, mc_samples, generator, batch_axis, parts, shared=True)
 
 
 @described(SHARED)
@@ -109,10 +115,8 @@ def ggn_mini_blocks(
     """
     require_choice("block", block, ("filter", "kernel", "position"))
 
-    def weights(batch: Batch, uses: Sequence[Use], stacks: Mapping[Use, Tensor]) -> Tensor:
-        (use,) = uses
-        x = batch.capture.inputs[use]
-        found = network(ops.ggn_mini_blocks, use.spec(x), block)(X=x, S=stacks[use])
+    def of_weight(use: Use, x: Tensor, s: Tensor) -> Tensor:
+        found = network(ops.ggn_mini_blocks, use.spec(x), block)(X=x, S=s)
         # Omit the kernel axes of size 1 of linear maps with positions and of layers with frames.
         kernel = use.weight_shape[2:]
         front, rest = {
@@ -122,26 +126,34 @@ def ggn_mini_blocks(
         }[block]
         return found.reshape(*front, *rest)
 
-    return _of_roots(model, loss, data, fisher, layers, strict, mc_samples, generator, batch_axis, weights)
+    def parts(batch: Batch, columns: Sequence[Mapping[Any, Any]]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for use in batch.capture.uses:
+            s = torch.stack([one[use] for one in columns])
+            found[use.weight] = of_weight(use, batch.capture.inputs[use], s)
+            if use.bias is not None:
+                found[use.bias] = over_positions(s, 3).square().sum((0, 1))
+        return found
+
+    check_roots(loss, fisher, mc_samples)
+    targets = Targets(layers_of(unwrapped(model), layers, strict))
+    return _of_roots(model, targets, loss, data, fisher, mc_samples, generator, batch_axis, parts)
 
 
 def _of_roots(
     model: nn.Module,
+    watched: Targets,
     loss: nn.Module,
     data: Any,
     fisher: Fisher,
-    layers: Iterable[str] | None,
-    strict: bool,
     mc_samples: int,
     generator: torch.Generator | None,
     given: Given,
-    weights: Callable[[Batch, Sequence[Use], Mapping[Use, Tensor]], Tensor],
+    parts: Callable[[Batch, Sequence[Mapping[Any, Any]]], dict[str, Tensor]],
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """The sums, over all columns and examples, of what `weights` computes for weights and of the squares for biases."""
-    check_roots(loss, fisher, mc_samples)
+    """The sums over all batches of what `parts` computes for some propagated columns, by parameter."""
     model = unwrapped(model)
-    watched = Targets(layers_of(model, layers, strict, shared=shared))
     refuse_mixing(model)
     found: dict[str, Tensor] = {}
     total = 0.0
@@ -151,11 +163,8 @@ def _of_roots(
             root = batch.root(loss, own(targets))
             share = root.normaliser
             total += share
-            for stacks in batch.stacks(root.of(fisher, mc_samples, generator)):
+            for columns in batch.propagated(root.of(fisher, mc_samples, generator)):
                 with computing(root.f):
-                    parts = {name: weights(batch, uses, stacks) for name, uses in batch.capture.by_parameter().items()}
-                    for name, uses in batch.capture.by_parameter(True).items():
-                        parts[name] = sum_of(over_positions(stacks[use], 3) for use in uses).square().sum((0, 1))
-                    add_parts(found, parts, share)
+                    add_parts(found, parts(batch, columns), share)
     divisor = require_counted(total) if loss.reduction == "mean" else 1.0
     return {name: found[name] / divisor for name in watched.parameters if name in found}

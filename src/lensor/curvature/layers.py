@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,18 +89,12 @@ def layers_of(
             parameters, or, if `strict` or `trainable`, for parametrised layers of unsupported kinds.
     """
     require_module(model)
-    found: list[Layer] = []
+    found = list(_plain_layers(model))
+    plain = {layer.name for layer in found}
     unknown: list[str] = []
-    # Attention uses the parameters of its last linear layer without calling that layer.
-    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module) and id(module) not in inside:
-            if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
-                raise ValueError(f"layer {name!r} is lazy, expected an initialised layer: call the model first")
-            prefix = f"{name}." if name else ""
-            found.append(Layer(name, module, f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None))
-        elif own and (not trainable or any(p.requires_grad for p in own.values())):
+        own = list(module.parameters(recurse=False))
+        if own and name not in plain and (not trainable or any(p.requires_grad for p in own)):
             unknown.append(f"{name or '(the model)'} ({type(module).__name__})")
     if layers is not None:
         wanted = [layers] if isinstance(layers, str) else list(layers)
@@ -120,19 +114,93 @@ def layers_of(
         warnings.warn(message, stacklevel=_depth())
     if not found:
         raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
-    for layer in found:
-        if any(p.is_complex() for p in layer.module.parameters(recurse=False)):
-            raise ValueError(
-                f"layer {layer.name!r} has complex parameters, expected real ones: leave it out with layers="
-            )
-        if any(p.is_inference() for p in layer.module.parameters(recurse=False)):
-            raise ValueError(
-                f"layer {layer.name!r} has parameters made under torch.inference_mode, expected ordinary ones: make the"
-                " model outside of it, or replace the parameters by clones"
-            )
+    _require_usable(found)
     if not shared:
         _refuse_tied(model, found)
     return found
+
+
+def all_parameters(
+    model: nn.Module, layers: Iterable[str] | None = None
+) -> tuple[list[Layer], dict[str, nn.Parameter]]:
+    """The layers of a model, and the parameters of these layers and of other modules, in the order of the model.
+
+    Parameters of other modules are left out if they do not require a gradient. A parameter with several names has the
+    first one.
+
+    Args:
+        model: the model.
+        layers: names of modules with parameters; all of them unless given.
+
+    Raises:
+        TypeError: if `model` is not a module.
+        ValueError: for an unknown name, for a model without parameters that require gradients, for lazy layers or
+            complex parameters.
+    """
+    require_module(model)
+    owners = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+    wanted = list(owners)
+    if layers is not None:
+        wanted = [layers] if isinstance(layers, str) else list(layers)
+        if not wanted:
+            raise ValueError("layers is empty, expected at least one name")
+        missing = [name for name in wanted if name not in owners]
+        if missing and owners:
+            raise ValueError(f"layers has {_listed(missing)}, expected names from {_listed(owners)}")
+    names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    found = [
+        replace(
+            layer,
+            weight=names[id(layer.module.weight)],
+            bias=None if layer.bias is None else names[id(layer.module.bias)],
+        )
+        for layer in _plain_layers(model)
+        if layer.name in wanted
+    ]
+    plain = {id(parameter) for layer in found for parameter in layer.module.parameters(recurse=False)}
+    asked = {id(parameter) for name in wanted for parameter in owners[name].parameters(recurse=False)}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in asked and (parameter.requires_grad or id(parameter) in plain)
+    }
+    if not parameters:
+        raise ValueError("the model has no layer and no parameter that requires a gradient, expected at least one")
+    _require_usable(found)
+    for name, parameter in parameters.items():
+        _require_real(name.rpartition(".")[0], [parameter])
+    return found, parameters
+
+
+def _plain_layers(model: nn.Module) -> Iterator[Layer]:
+    """The convolutions, transposed convolutions and linear layers of a model, in the order of its modules."""
+    # Attention uses the parameters of its last linear layer without calling that layer.
+    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    for name, module in model.named_modules():
+        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module) and id(module) not in inside:
+            if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+                raise ValueError(f"layer {name!r} is lazy, expected an initialised layer: call the model first")
+            prefix = f"{name}." if name else ""
+            yield Layer(name, module, f"{prefix}weight", f"{prefix}bias" if module.bias is not None else None)
+
+
+def _require_usable(found: Iterable[Layer]) -> None:
+    """Raise ValueError for layers with complex parameters, or with parameters made under torch.inference_mode."""
+    for layer in found:
+        _require_real(layer.name, layer.module.parameters(recurse=False))
+
+
+def _require_real(name: str, parameters: Iterable[Any]) -> None:
+    for parameter in parameters:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layer {name!r} is lazy, expected an initialised layer: call the model first")
+        if parameter.is_complex():
+            raise ValueError(f"layer {name!r} has complex parameters, expected real ones: leave it out with layers=")
+        if parameter.is_inference():
+            raise ValueError(
+                f"layer {name!r} has parameters made under torch.inference_mode, expected ordinary ones: make the"
+                " model outside of it, or replace the parameters by clones"
+            )
 
 
 def require_known_layers(names: Iterable[str], model: nn.Module) -> None:

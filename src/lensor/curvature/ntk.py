@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.arguments import described
-from lensor.curvature.batch import Batch, refuse_mixing, sum_of, trained
+from lensor.curvature.batch import Batch, refuse_mixing
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import output_axis
-from lensor.curvature.data import over_positions
 from lensor.curvature.described import SHARED
-from lensor.curvature.layers import layers_of
+from lensor.curvature.layers import all_parameters
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 
@@ -36,6 +35,7 @@ def empirical_ntk(
     Args:
         model: the model, in evaluation mode or without layers that mix examples; outputs [batch, c].
         inputs: a batch: a tensor, a tuple of arguments or a mapping.
+        strict: has no effect, since all parameters are supported.
 
     Returns:
         [batch, batch, c, c]: J Jᵀ; the first example and the first output form its row, the second ones its column.
@@ -52,7 +52,13 @@ def empirical_ntk(
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
     model = unwrapped(model)
-    targets = Targets(trained(layers_of(model, layers, strict, shared=True, trainable=True), layers))
+    targets = Targets(*all_parameters(model, layers))
+    wanted = {name for name, one in targets.parameters.items() if layers is not None or one.requires_grad}
+    if not wanted:
+        raise ValueError(
+            "no parameter of the model's layers requires a gradient, expected at least one: to use frozen layers, name"
+            " them with layers="
+        )
     refuse_mixing(model)
     with running(model):
         try:
@@ -77,19 +83,18 @@ def empirical_ntk(
         stacked = [batch.capture.gradients(outputs, unit, keep=True) for unit in units]
         with computing(f):
             found = torch.zeros((c * n, c * n), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
-            for name, uses in batch.capture.by_parameter().items():
-                if layers is None and not targets.parameters[name].requires_grad:
-                    continue
-                s = {use: torch.stack([one[use] for one in stacked]) for use in uses}
-                if len(uses) == 1:
-                    (use,) = uses
-                    found += network(ops.ggn_gram, batch.capture.spec(use))(X=batch.capture.inputs[use], S=s[use])
-                    continue
-                rows = [batch.weight_gradients(uses, {use: s[use][at] for use in uses}).flatten(1) for at in range(c)]
-                found += torch.cat(rows) @ torch.cat(rows).mT
-            for uses in batch.capture.by_parameter(True).values():
-                flat = sum_of(torch.cat([over_positions(one[use]) for one in stacked]) for use in uses)
-                found += flat @ flat.mT
+            others = [batch.of_functions(one) for one in stacked]
+            skipped = set(targets.parameters) - wanted
+            for name in wanted:
+                use = batch.only_use(name, others[0])
+                if use is not None:
+                    s = torch.stack([one[use] for one in stacked])
+                    found += network(ops.ggn_gram, batch.capture.spec(use))(X=batch.capture.inputs[use], S=s)
+                    skipped.add(name)
+            columns = [batch.gradients(one, other, skipped) for one, other in zip(stacked, others, strict=True)]
+            for parts in zip(*columns, strict=True):
+                rows = torch.cat([gradient.flatten(1) for _, gradient in parts]).to(found.dtype)
+                found += rows @ rows.mT
         return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
 
 

@@ -36,9 +36,12 @@ def per_example_gradients(
         loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the
             model returns; torch's own losses receive one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
+        layers: names of modules whose own parameters are wanted; all trainable parameters, and the frozen ones of
+            convolutions and linear layers, unless given.
+        strict: has no effect, since all parameters are supported.
 
     Returns:
-        A mapping from the name of each weight and bias to a tensor [batch, *parameter_shape].
+        A mapping from the name of each parameter to a tensor [batch, *parameter_shape].
 
     Example:
         >>> import torch
@@ -54,10 +57,8 @@ def per_example_gradients(
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
     """
-    with propagated(model, loss, data, layers, strict, batch_axis) as (batch, vectors):
-        weights = {name: batch.weight_gradients(uses, vectors) for name, uses in batch.capture.by_parameter().items()}
-        biases = {name: batch.bias_gradients(uses, vectors) for name, uses in batch.capture.by_parameter(True).items()}
-        return batch.ordered(weights, biases)
+    with propagated(model, loss, data, layers, batch_axis) as (batch, vectors):
+        return dict(batch.gradients(vectors, batch.of_functions(vectors)))
 
 
 @described(SHARED)
@@ -78,12 +79,11 @@ def per_example_gradient_norms(
         loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the
             model returns; torch's own losses receive one tensor, such as `outputs.logits`.
         data: a pair (inputs, targets).
-        strict: has no effect here: trainable parameters in layers of unsupported kinds always raise an error unless
-            `layers` is given.
+        strict: has no effect, since all parameters are supported.
 
     Returns:
-        A mapping from the name of each trainable weight and bias (or of all in `layers`) to a tensor [batch]. The norm
-        of the whole gradient is the square root of the sum of squares over all parameters.
+        A mapping from the name of each trainable parameter (or of all in `layers`) to a tensor [batch]. The norm of
+        the whole gradient is the square root of the sum of squares over all parameters.
 
     Example:
         >>> import torch
@@ -96,24 +96,18 @@ def per_example_gradient_norms(
         TypeError: for a model or data of an unsupported type.
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
-    with propagated(model, loss, data, layers, strict, batch_axis, complete=True) as (batch, vectors):
-        weights: dict[str, Tensor] = {}
-        for name, uses in batch.capture.by_parameter().items():
-            if len(uses) > 1:
-                weights[name] = batch.weight_gradients(uses, vectors).flatten(1).norm(dim=1)
-                continue
-            (use,) = uses
-            x = batch.capture.inputs[use]
-            weights[name] = network(squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
-        biases = {
-            name: batch.bias_gradients(uses, vectors).norm(dim=1)
-            for name, uses in batch.capture.by_parameter(True).items()
-        }
-        found = batch.ordered(weights, biases)
-        if layers is None:
-            trained = batch.capture.targets.parameters
-            found = {name: norm for name, norm in found.items() if trained[name].requires_grad}
-        return found
+    with propagated(model, loss, data, layers, batch_axis) as (batch, vectors):
+        others = batch.of_functions(vectors)
+        found: dict[str, Tensor] = {}
+        for name, parameter in batch.capture.targets.parameters.items():
+            use = batch.only_use(name, others)
+            if use is not None and (layers is not None or parameter.requires_grad):
+                x = batch.capture.inputs[use]
+                found[name] = network(squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
+        for name, gradient in batch.gradients(vectors, others, without=found):
+            if layers is not None or batch.capture.targets.parameters[name].requires_grad:
+                found[name] = gradient.flatten(1).norm(dim=1)
+        return {name: found[name] for name in batch.capture.targets.parameters if name in found}
 
 
 def squared_norms(spec: ConvSpec) -> AnyNetwork:

@@ -23,10 +23,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Key, NoBatchAxisError
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, FunctionAxes, Key, NoBatchAxisError
 from lensor.curvature.data import Inputs, outputs_of
+from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.watching import (
     Preserving,
@@ -35,10 +36,11 @@ from lensor.curvature.watching import (
     aside,
     eagerly,
     forgotten,
+    require_unmapped,
     uncast,
     undisturbed,
-    written,
 )
+from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall
 
 _ROUNDINGS, _ROUNDINGS_OF_HALF = 1e3, 12
@@ -126,11 +128,13 @@ class _Trial(Watch):
     Args:
         targets: the parameters whose calls are recorded.
         wide: whether to convert half precision to single precision, except for functions that write into a tensor.
+        flow: the dependences of tensors, if the calls of all functions with parameters are recorded.
     """
 
-    def __init__(self, targets: Targets, wide: bool) -> None:
-        super().__init__(targets)
+    def __init__(self, targets: Targets, wide: bool, flow: Flow | None = None) -> None:
+        super().__init__(targets, flow)
         self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
+        self.functions: list[_Function] = []
         self.by_values = False
         """Whether shapes may depend on values, in which case examples may have different numbers of rows."""
 
@@ -151,6 +155,48 @@ class _Trial(Watch):
             self.seen.add((name, self._counts[name]), call.input, call.kind != "linear")
         self._counts[name] += 1
         return run()
+
+    def on_function(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Run a function, and record its arguments and results if it takes parameters."""
+        if self.flow is None:
+            return self.call(function, arguments, named)
+        leaves = tree_leaves((tuple(arguments), named))
+        if not any(self.flow.comes_from_parameters(leaf) for leaf in leaves):
+            return self.call(function, arguments, named)
+        found = _Function(getattr(function, "__name__", str(function)), len(self.functions))
+        self.functions.append(found)
+        for at, leaf in enumerate(leaves):
+            require_unmapped(leaf, f"the function {found.name}, which takes parameters,")
+            if self.flow.comes_from_examples(leaf):
+                found.arguments.append(at)
+                self._add(found.argument(at), leaf)
+        result = self.call(function, arguments, named)
+        for at, one in enumerate(results_of(function, arguments, named, result)):
+            self._add(found.result(at), one)
+            found.results += 1
+        return result
+
+    def _add(self, key: Key, x: Tensor) -> None:
+        with torch.no_grad(), uncast(x):
+            self.seen.add(key, x if x.is_floating_point() or x.is_complex() else x.double(), whole=False)
+
+
+@dataclass
+class _Function:
+    """A call of a function that takes parameters: the places of the arguments with examples, and its results."""
+
+    name: str
+    place: int
+    arguments: list[int] = field(default_factory=list)
+    results: int = 0
+
+    def argument(self, at: int) -> Key:
+        """The key of an argument."""
+        return f"an argument of {self.name} (call {self.place} with parameters)", at
+
+    def result(self, at: int) -> Key:
+        """The key of a result."""
+        return f"a result of {self.name} (call {self.place} with parameters)", at
 
 
 def _copied(value: Any) -> Any:
@@ -241,6 +287,7 @@ class _Finder:
     def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> None:
         self.model, self.targets, self.batch, self.wide = model, targets, batch, False
         self.by_values = False
+        self.functions: list[_Function] = []
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         if self._are_equal():
             self.inputs = self._noisy()
@@ -289,6 +336,7 @@ class _Finder:
         if list(a.shapes) != list(b.shapes):
             raise NoBatchAxisError("the model calls different layers for a different number of examples")
         axes = {key: _axis(key, a, b, one, two) for key in a.shapes}
+        functions = self.functions
         if any(axis is not None and None in (axis.order, axis.independent) for axis in axes.values()):
             # Batch statistics depend on the set of examples, but not on their order.
             three = [*one[1:], one[0]]
@@ -304,8 +352,11 @@ class _Finder:
                     if len(fits) != 1:
                         fits = _fits(axis, key, c, d, one, three)
                     axes[key] = replace(axis, order=fits[0] if len(fits) == 1 else None)
-        calls = {key: (len(a.shapes[key]), axis) for key, axis in axes.items() if key[0] != _OUTPUTS}
-        return BatchAxes(calls, tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS))
+        outputs = tuple(axis for key, axis in axes.items() if key[0] == _OUTPUTS)
+        of_functions = tuple(_function_axes(one, axes, a, b) for one in functions)
+        layers = {name for name, _ in self.targets.weights.values()}
+        calls = {key: (len(a.shapes[key]), axis) for key, axis in axes.items() if key[0] in layers}
+        return BatchAxes(calls, outputs, of_functions)
 
     def _checked(self, axes: BatchAxes) -> BatchAxes:
         """Check the axes with passes over all examples.
@@ -334,16 +385,34 @@ class _Finder:
 
         calls = axes.calls or {}
         outputs = axes.outputs or ()
+        functions = [
+            replace(
+                known,
+                arguments={
+                    at: there
+                    for at, axis in known.arguments.items()
+                    if (there := checked(ran.argument(at), axis)) is not None
+                },
+                results=tuple(checked(ran.result(at), axis) for at, axis in enumerate(known.results)),
+            )
+            for known, ran in zip(axes.functions or (), self.functions, strict=True)
+        ]
         return BatchAxes(
             {key: (ndim, checked(key, axis)) for key, (ndim, axis) in calls.items()},
             tuple(checked((_OUTPUTS, at), axis) for at, axis in enumerate(outputs)),
+            tuple(functions),
         )
 
     def _pass(self, places: list[int]) -> _Seen:
         """Run a pass with some of the examples, without side effects on the model or the random generators."""
         inputs = self._each(lambda x: x[places])
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        trial = _Trial(self.targets, self.wide)
+        flow = None
+        if self.targets.complete:
+            marks = with_examples(tree_leaves(self.inputs), self.batch)
+            examples = [leaf for leaf, mark in zip(tree_leaves(inputs), marks, strict=True) if mark]
+            flow = Flow(self.targets.parameters.values(), examples)
+        trial = _Trial(self.targets, self.wide, flow)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
             stack.callback(random.setstate, random.getstate())
@@ -361,6 +430,7 @@ class _Finder:
             with Preserving(), trial:
                 outputs = outputs_of(self.model, inputs)
             self.by_values |= trial.by_values
+            self.functions = trial.functions
             for at, tensor in enumerate(tensors_in(outputs)):
                 with torch.no_grad(), uncast(tensor):
                     trial.seen.add((_OUTPUTS, at), tensor, whole=False)
@@ -412,6 +482,22 @@ def _fits(
         if bool(((rows[[one.index(place) for place in two]] - others).abs() <= accuracy).all()):
             found.append(order)
     return found
+
+
+def _function_axes(function: _Function, axes: Mapping[Key, BatchAxis | None], a: _Seen, b: _Seen) -> FunctionAxes:
+    """The positions of the examples in the arguments and results of a function."""
+    taken = {at: axes[function.argument(at)] for at in function.arguments}
+    keys = [function.result(at) for at in range(function.results)]
+    results = tuple(axes[key] for key in keys)
+    is_mixing = any(
+        axis is None and key in a.values and not _are_close(a.values[key], b.values[key], a.accuracies[key])
+        for key, axis in zip(keys, results, strict=True)
+    )
+    return FunctionAxes(function.name, {at: axis for at, axis in taken.items() if axis is not None}, results, is_mixing)
+
+
+def _are_close(one: Tensor, two: Tensor, accuracy: float) -> bool:
+    return bool(((one - two).abs() <= accuracy).all())
 
 
 def _axis(key: Key, a: _Seen, b: _Seen, one: list[int], two: list[int]) -> BatchAxis | None:

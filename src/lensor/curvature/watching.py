@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -14,7 +14,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[r
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lensor.curvature.flow import Flow
 from lensor.curvature.layers import Layer
+from lensor.curvature.writes import address, results_of, written
 from lensor.nn.calls import LayerCall, layer_call
 
 
@@ -23,10 +25,12 @@ class Targets:
 
     Args:
         layers: the layers. A parameter that several layers share is one target, named after the first of these layers.
+        parameters: the parameters of these layers and of other modules, in the order of the results, if any function
+            may use them.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[Layer], parameters: Mapping[str, Tensor] | None = None) -> None:
+        self.layers, self.complete = list(layers), parameters is not None
         self.weights: dict[int, tuple[str, Layer]] = {}
         self.biases: dict[int, str] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -40,9 +44,18 @@ class Targets:
             if layer.bias is not None and id(bias) not in self.biases:
                 self.biases[id(bias)] = layer.bias
                 self._add(layer.bias, bias, layer)
+        if parameters is not None:
+            self.parameters = dict(parameters)
+            self.names = {id(parameter): name for name, parameter in parameters.items()}
 
     def _add(self, name: str, parameter: Any, layer: Layer) -> None:
         self.parameters[name], self.owners[name], self.names[id(parameter)] = parameter, layer, name
+
+    def is_layer(self, call: LayerCall) -> bool:
+        """Whether a call is a layer's: with its weight, and without a bias that was computed from parameters."""
+        if id(call.weight) not in self.weights:
+            return False
+        return not self.complete or call.bias is None or id(call.bias) in self.biases or not call.bias.requires_grad
 
 
 class Watch(TorchFunctionMode):
@@ -52,12 +65,13 @@ class Watch(TorchFunctionMode):
     the interception, in any order. It does not see calls in other threads.
 
     Args:
-        targets: the parameters; calls with their weights go to `on_layer`, other uses to `on_other`.
+        targets: the parameters; calls of layers go to `on_layer`, and other functions to `on_function`.
+        flow: the dependences of tensors, if these are needed.
     """
 
-    def __init__(self, targets: Targets) -> None:
+    def __init__(self, targets: Targets, flow: Flow | None = None) -> None:
         super().__init__()
-        self.targets, self._depth = targets, 0
+        self.targets, self.flow, self._depth = targets, flow, 0
 
     def __enter__(self) -> Self:
         self._depth = depth()
@@ -70,14 +84,16 @@ class Watch(TorchFunctionMode):
         named = named or {}
         if depth() > self._depth:  # Lensor itself runs the model inside the watched run
             return function(*arguments, **named)
+        result = self._result(function, arguments, named)
+        if self.flow is not None:
+            self.flow.mark(tree_leaves((tuple(arguments), named)), results_of(function, arguments, named, result))
+        return result
+
+    def _result(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         call = layer_call(function, arguments, named)
-        if call is not None and id(call.weight) in self.targets.weights:
+        if call is not None and self.targets.is_layer(call):
             name = self.targets.weights[id(call.weight)][1].name
-            if is_functorch_wrapped_tensor(call.input):
-                raise ValueError(
-                    f"layer {name!r} runs inside of a transform of torch.func (vmap, grad), where its input does not"
-                    " contain all examples: leave it out with layers="
-                )
+            require_unmapped(call.input, f"layer {name!r}")
 
             def run() -> Tensor:
                 try:
@@ -88,14 +104,7 @@ class Watch(TorchFunctionMode):
                     raise ValueError(f"layer {name!r} cannot be computed: {error}") from error
 
             return self.on_layer(call, run)
-        result = self.call(function, arguments, named)
-        names = self.targets.names
-        for value in (*arguments, *named.values()):
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                name = names.get(id(one))
-                if name is not None and _is_use(function, one, result):
-                    self.on_other(name, getattr(function, "__name__", str(function)))
-        return result
+        return self.on_function(function, arguments, named)
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         """Call a function and return its result."""
@@ -105,8 +114,28 @@ class Watch(TorchFunctionMode):
         """Handle a call with one of the weights; the return value replaces the result of the call."""
         raise NotImplementedError
 
+    def on_function(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Handle any other call; the return value replaces its result."""
+        result = self.call(function, arguments, named)
+        names = self.targets.names
+        for value in (*arguments, *named.values()):
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                name = names.get(id(one))
+                if name is not None and is_use(function, one, result):
+                    self.on_other(name, getattr(function, "__name__", str(function)))
+        return result
+
     def on_other(self, name: str, function: str) -> None:
         """Handle another function's use of a parameter."""
+
+
+def require_unmapped(value: Any, what: str) -> None:
+    """Raise ValueError for a tensor inside of a transform of torch.func; `what` names the function that takes it."""
+    if isinstance(value, Tensor) and is_functorch_wrapped_tensor(value):
+        raise ValueError(
+            f"{what} runs inside of a transform of torch.func (vmap, grad), where its input does not contain all"
+            " examples: leave it out with layers="
+        )
 
 
 _WITHOUT_VALUES = {
@@ -126,7 +155,7 @@ _WITHOUT_VALUES = {
 """Functions whose result is independent of their argument's values, or detached from it."""
 
 
-def _is_use(function: Callable[..., Any], parameter: Tensor, result: Any) -> bool:
+def is_use(function: Callable[..., Any], parameter: Tensor, result: Any) -> bool:
     """Whether a function computed a tensor from the values of a parameter."""
     if function in _WITHOUT_VALUES:
         return False
@@ -156,22 +185,6 @@ def depth() -> int:
     return getattr(_thread, "depth", 0)
 
 
-_WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
-_WRITES |= {"__setitem__", "__set__", "__ilshift__", "__irshift__"}
-
-
-def written(function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> list[Any]:
-    """The tensors that a torch function writes into: its `out`, or the first argument of an in-place function."""
-    name = getattr(function, "__name__", "")
-    if named.get("out") is not None:
-        found = named["out"]
-    elif arguments and (name in _WRITES or (name[-1:] == "_" and name[-2:] != "__")):
-        found = arguments[0]
-    else:
-        return []
-    return list(found) if isinstance(found, (tuple, list)) else [found]
-
-
 _DATA = vars(torch._C.TensorBase)["data"]
 
 
@@ -191,10 +204,10 @@ class _Kept:
         if self._owners is None:
             self._owners = {}
             for one in _tensors_of(self.model):
-                place = _address(one)
+                place = address(one)
                 if place:
                     self._owners.setdefault(place, one)
-        place = _address(tensor)
+        place = address(tensor)
         if data and any(tensor is one for one in self._owners.values()):
             self._data.setdefault(id(tensor), (tensor, tensor.detach()))
         elif place in self._owners and place not in self._storages:
@@ -207,14 +220,6 @@ class _Kept:
             tensor.data = data
         for owner, storage in self._storages.values():
             owner.untyped_storage().copy_(storage)
-
-
-def _address(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 for tensors without memory."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -1,0 +1,309 @@
+"""A capture of all parameters: of layers, and of any other function that takes parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, FunctionAxes, Given, given_axis
+from lensor.curvature.capture import KeptInputs, Use
+from lensor.curvature.data import Inputs
+from lensor.curvature.flow import Flow, with_examples
+from lensor.curvature.functions import FunctionUse, Output, Source
+from lensor.curvature.graph import Node, Reached, inner_nodes, tensors_in
+from lensor.curvature.watching import Targets, is_use, require_unmapped
+from lensor.curvature.writes import results_of, written
+from lensor.nn.calls import LayerCall
+
+
+class CompleteCapture(KeptInputs):
+    """A capture that also follows the parameters through other functions than those of layers.
+
+    The result of a function of parameters only (a derived tensor) is treated like a parameter: the gradients of single
+    examples with respect to it are propagated to the parameters at the end. A function whose result depends on the
+    examples is kept as a `FunctionUse`.
+
+    Args:
+        targets: the parameters.
+        inputs: the inputs of the model.
+        batch: the number of examples.
+        axes: as for `Capture`.
+        given: as for `Capture`.
+    """
+
+    def __init__(self, targets: Targets, inputs: Inputs, batch: int, axes: BatchAxes | None, given: Given) -> None:
+        super().__init__(targets, batch, axes, given)
+        leaves = tree_leaves(inputs)
+        marks = with_examples(leaves, batch)
+        examples = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
+        self.flow: Flow = Flow(targets.parameters.values(), examples)
+        self.functions: list[FunctionUse] = []
+        self._derived: dict[int, Tensor] = {}
+        self._known: set[Node] = set()
+        self._used: set[str] = set()
+        self._seen = 0
+
+    # ------------------------------------------------------------------------------------------------------- watching
+    def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
+        """Run a layer's function, as a function of parameters only if its input does not depend on the examples."""
+        name = self.targets.weights[id(call.weight)][0]
+        key = name, self._counts.get(name, -1) + 1
+        calls = None if self.batch_axes is None else self.batch_axes.calls
+        if calls is None:
+            depends = self.flow.comes_from_examples(call.input)
+        else:
+            depends = key not in calls or calls[key][1] is not None
+        if depends:
+            return super().on_layer(call, run)
+        self._counts[name] = key[1]
+        out = run()
+        self._add_derived([call.input, call.weight, call.bias], [out])
+        return out
+
+    def on_function(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Run a function, and keep it if it takes parameters and returns a result that depends on the examples."""
+        leaves, tree = tree_flatten((tuple(arguments), named))
+        if not any(self.flow.comes_from_parameters(leaf) for leaf in leaves):
+            return self.call(function, arguments, named)
+        axes = self._axes_of(function)
+        places = [at for at, leaf in enumerate(leaves) if self._is_source(leaf)]
+        if axes is not None:
+            depends = any(axis is not None for axis in axes.results) or axes.is_mixing
+        else:
+            depends = any(self.flow.comes_from_examples(leaf) for leaf in leaves)
+        if not places or not depends or not torch.is_grad_enabled():
+            result = self.call(function, arguments, named)
+            if places:
+                self._add_derived(leaves, results_of(function, arguments, named, result))
+            self._note_frozen(function, [leaves[at] for at in places], result)
+            return result
+        for leaf in leaves:
+            require_unmapped(leaf, f"the function {getattr(function, '__name__', function)}, which takes parameters,")
+        return self._run(function, leaves, tree, places, axes)
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        leaves: list[Any],
+        tree: Any,
+        places: Sequence[int],
+        axes: FunctionAxes | None,
+    ) -> Any:
+        """Run a function on views of the parameters, and keep what its gradients need."""
+        sources = [Source(leaves[at], leaves[at].view_as(leaves[at]), at) for at in places]
+        passed = list(leaves)
+        for source in sources:
+            passed[source.place] = source.alias
+        kept = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        versions = {at: leaf._version for at, leaf in enumerate(kept) if isinstance(leaf, Tensor)}
+        arguments, named = tree_unflatten(passed, tree)
+        writes = bool(written(function, arguments, named))
+        state = torch.get_rng_state()
+        result = self.call(function, arguments, named)
+        self._note_frozen(function, [source.tensor for source in sources], result)
+        outputs = results_of(function, arguments, named, result)
+        if axes is not None and len(axes.results) != len(outputs):
+            raise ValueError(self._differs(function))
+        found = [
+            Output(get_gradient_edge(out), self._axis_of(out, at, axes, function), out.shape, out.dtype, out.device)
+            for at, out in enumerate(outputs)
+            if out.requires_grad
+        ]
+        if not found:
+            return result
+        if axes is not None and axes.is_mixing:
+            raise ValueError(
+                f"the function {axes.name} takes the parameter {self._name_of(sources[0].tensor)} and returns a value"
+                " that depends on all examples together, expected a model that treats every example alike: leave the"
+                " module out with layers="
+            )
+        can_rerun = not writes and bool((torch.get_rng_state() == state).all())
+        self.functions.append(
+            FunctionUse(
+                function,
+                kept,
+                tree,
+                versions,
+                None if axes is None else axes.arguments,
+                sources,
+                found,
+                self.batch,
+                can_rerun,
+            )
+        )
+        self._known |= {source.alias.grad_fn for source in sources}
+        self._used |= {
+            self.targets.names[key] for source in sources if (key := id(source.tensor)) in self.targets.names
+        }
+        return result
+
+    def _note_frozen(self, function: Callable[..., Any], sources: Sequence[Tensor], result: Any) -> None:
+        """Record that a function uses a frozen parameter of a layer, for which autograd does not record its calls."""
+        for source in sources:
+            if not source.requires_grad and is_use(function, source, result):
+                self._others.setdefault(self.targets.names[id(source)], getattr(function, "__name__", str(function)))
+
+    def _axes_of(self, function: Callable[..., Any]) -> FunctionAxes | None:
+        """The positions of the examples for the next function, from the trial passes."""
+        place, self._seen = self._seen, self._seen + 1
+        known = None if self.batch_axes is None else self.batch_axes.functions
+        if known is None:
+            return None
+        if place >= len(known) or known[place].name != getattr(function, "__name__", str(function)):
+            raise ValueError(self._differs(function))
+        return known[place]
+
+    def _differs(self, function: Callable[..., Any]) -> str:
+        name = getattr(function, "__name__", str(function))
+        return (
+            f"the function {name} did not occur like this in the trial pass: if the model's passes differ, specify"
+            " batch_axis="
+        )
+
+    def _axis_of(
+        self, out: Tensor, place: int, axes: FunctionAxes | None, function: Callable[..., Any]
+    ) -> BatchAxis | None:
+        """The position of the examples in a result."""
+        name, shape = getattr(function, "__name__", str(function)), tuple(out.shape)
+        if self.batch < 2:
+            return BatchAxis(0, len(out)) if out.ndim else None
+        if axes is not None:
+            found = axes.results[place]
+        elif isinstance(self.given, Mapping) or self.given is None:
+            found = None
+        else:
+            found = given_axis(self.given, name, shape, self.batch)
+        if found is not None and not found.independent:
+            raise ValueError(
+                f"the function {name} takes parameters and returns a tensor of shape {shape}, in which the rows of an"
+                " example depend on the other examples, on their order or on random numbers, expected a model that"
+                " treats every example alike: leave the module out with layers="
+            )
+        return found
+
+    def _is_source(self, leaf: Any) -> bool:
+        return id(leaf) in self.targets.names or id(leaf) in self._derived
+
+    def _add_derived(self, leaves: Sequence[Any], results: Sequence[Tensor]) -> None:
+        """Record the results of a function of parameters only."""
+        sources = [leaf for leaf in leaves if self._is_source(leaf)]
+        self._used |= {self.targets.names[id(source)] for source in sources if id(source) in self.targets.names}
+        for one in results:
+            if one.requires_grad and id(one) not in self.targets.names:
+                self._derived[id(one)] = one
+                self._known |= inner_nodes(one, leaves, sources)
+
+    def _name_of(self, tensor: Tensor) -> str:
+        return repr(self.targets.names.get(id(tensor), "(computed from parameters)"))
+
+    # -------------------------------------------------------------------------------------------------------- checking
+    def check(self, roots: Any, shared: bool = False) -> None:
+        """Raise unless every use of the parameters is captured.
+
+        Args:
+            roots: the ends of the graph: the outputs, or the loss.
+            shared: whether layers may run more than once.
+
+        Raises:
+            ValueError: if a layer did not run, if a function that cannot be watched used a parameter, or if a function
+                other than the layer's used a frozen one.
+        """
+        self._require_unchanged()
+        self._require_running(self._used)
+        self._require_alone(self._others)
+        self._reached = Reached(tensors_in(roots))
+        known = self._known.union(*self._nodes.values())
+        for name, parameter in self.targets.parameters.items():
+            found: list[Node] = [node for node in self._reached.users(parameter) if node not in known]
+            self._require_known(name, found)
+        aliases = {source.alias.grad_fn for use in self.functions for source in use.sources}
+        groups = [("", (self._known & self._reached.nodes) - aliases)]
+        groups += [(use.weight, nodes) for use, nodes in self._kept.items()]
+        for name, nodes in groups:
+            for node in nodes:
+                self._require_known(name, [one for one in self._reached.consumers.get(node, ()) if one not in known])
+
+    def _require_known(self, name: str, strangers: Sequence[Node]) -> None:
+        if strangers:
+            what = f"parameter {name!r}" if name else "a tensor that was computed from parameters"
+            if name in self.targets.owners:
+                layer = self.targets.owners[name].name
+                what = f"parameter {name!r} of layer {layer!r} is also used outside of the layer: it"
+            raise ValueError(
+                f"{what} is used by {strangers[0].name()}, which cannot be watched (a custom function of autograd, a"
+                " gradient that the model computes, or a part of the loss), expected functions of torch inside the"
+                " model: leave the module out with layers="
+            )
+
+    # ------------------------------------------------------------------------------------------------------- gradients
+    def gradients(
+        self, outputs: Tensor, vector: Tensor, keep: bool, again: bool = False, only: Use | None = None
+    ) -> dict[Any, Any]:
+        """As for `Capture`; the entries of functions are lists of one gradient, or None, for each output."""
+        return super().gradients(outputs, vector, keep or bool(self.functions), again, only)
+
+    def _more_edges(self) -> list[GradientEdge]:
+        return [output.edge for use in self.functions for output in use.outputs]
+
+    def _more_gradients(self, found: Sequence[Tensor | None]) -> dict[Any, Any]:
+        """The gradients at the outputs of functions, by use."""
+        rest, result = list(found), {}
+        reached = self._reached.nodes if self._reached is not None else set()
+        for use in self.functions:
+            mine, rest = rest[: len(use.outputs)], rest[len(use.outputs) :]
+            if all(one is None for one in mine):
+                if any(source.alias.grad_fn in reached for source in use.sources):
+                    raise ValueError(
+                        f"a result of the function {use.name}, which takes the parameter"
+                        f" {self._name_of(use.sources[0].tensor)}, was replaced, expected a model that uses this"
+                        " result: the gradient of a replaced result is not available"
+                    )
+                continue
+            result[use] = mine
+        return result
+
+    def of_functions(self, vectors: Mapping[Any, Any]) -> dict[str, Tensor]:
+        """The gradients of every example, [batch, *shape], as far as they come from functions other than layers'.
+
+        Args:
+            vectors: the gradients at the outputs of the uses, from `gradients`.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for use in self.functions:
+            if use not in vectors:
+                continue
+            for source, gradient in zip(use.sources, use.gradients(vectors[use]), strict=True):
+                there = found.get(id(source.tensor))
+                found[id(source.tensor)] = source.tensor, gradient if there is None else there[1] + gradient
+        named = {self.targets.names[key]: gradient for key, (_, gradient) in found.items() if key in self.targets.names}
+        derived = [pair for key, pair in found.items() if key not in self.targets.names]
+        if derived:
+            parameters = {name: one for name, one in self.targets.parameters.items() if one.requires_grad}
+            for name, gradient in zip(parameters, self._through(derived, list(parameters.values())), strict=True):
+                if gradient is not None:
+                    named[name] = named[name] + gradient if name in named else gradient
+        return named
+
+    def _through(
+        self, derived: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Propagate the gradients of every example from derived tensors to parameters."""
+        tensors = [tensor for tensor, _ in derived]
+        gradients = [gradient.to(tensor.dtype) for tensor, gradient in derived]
+        try:
+            return torch.autograd.grad(
+                tensors, parameters, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # a function on the way does not support vmap
+            single = [
+                torch.autograd.grad(
+                    tensors, parameters, [one[at] for one in gradients], retain_graph=True, allow_unused=True
+                )
+                for at in range(self.batch)
+            ]
+            return [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]

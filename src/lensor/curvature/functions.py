@@ -1,0 +1,237 @@
+"""Functions that take parameters: the gradients of single examples with respect to these arguments.
+
+There are three ways. A convolution or linear map is a network. Another function runs again under `torch.func.vmap`,
+which gives each example its part of the arguments, if the trial passes found these parts. Otherwise, the cotangent is
+propagated through the recorded graph once for each example, with zeros for all other examples; this way needs neither
+the arguments nor a function that can run on a single example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+
+from lensor import ops
+from lensor.curvature.batch_axes import BatchAxis
+from lensor.curvature.networks import network
+from lensor.nn.calls import layer_call
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter, or a tensor computed from parameters, as an argument of a function.
+
+    Args:
+        tensor: the tensor.
+        alias: the view of it that the function received, so that gradients for this call can be told from others.
+        place: the place among the leaves of the arguments.
+    """
+
+    tensor: Tensor
+    alias: Tensor
+    place: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result of a function that depends on the examples.
+
+    Args:
+        edge: the edge of the graph that leads to it.
+        axis: the position of the examples; None if it is unknown.
+        shape: its shape.
+        dtype: its dtype.
+        device: its device.
+    """
+
+    edge: GradientEdge
+    axis: BatchAxis | None
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> Tensor:
+        """Zeros of this shape."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(eq=False)
+class FunctionUse:
+    """A call of a function with parameters whose results depend on the examples.
+
+    Args:
+        function: the function.
+        leaves: the leaves of its arguments, detached.
+        tree: their structure: positional and named arguments.
+        versions: the versions of the leaves that are tensors, by place.
+        axes: the positions of the examples in the leaves, by place; None if they are unknown.
+        sources: the parameters among the arguments.
+        outputs: the results that can be differentiated.
+        batch: the number of examples.
+        can_rerun: whether the function can be called again with the same result.
+    """
+
+    function: Callable[..., Any]
+    leaves: list[Any]
+    tree: TreeSpec
+    versions: Mapping[int, int]
+    axes: Mapping[int, BatchAxis] | None
+    sources: list[Source]
+    outputs: list[Output]
+    batch: int
+    can_rerun: bool
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return getattr(self.function, "__name__", str(self.function))
+
+    def gradients(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of every example, [batch, *shape] for each source.
+
+        Args:
+            cotangents: the gradients with respect to the outputs; None for zero.
+        """
+        found = self._of_layer(cotangents) if self._is_unchanged() else None
+        if found is None and self.batch > 1 and self._can_map():
+            found = self._mapped(cotangents)
+        return self._masked(cotangents) if found is None else found
+
+    # --------------------------------------------------------------------------------------------- networks of layers
+    def _of_layer(self, cotangents: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The gradients by networks, if this is a call of a layer whose weight and bias are the only sources."""
+        arguments, named = tree_unflatten(self.leaves, self.tree)
+        call = layer_call(self.function, arguments, named)
+        (output,), (v,) = self.outputs[:1], cotangents[:1]
+        if call is None or output.axis is None or v is None or v.is_complex() or self.axes is None:
+            return None
+        places = {id(self.leaves[source.place]): source for source in self.sources}
+        known = [id(one) for one in (call.weight, call.bias) if one is not None]
+        x_axis = next((axis for at, axis in self.axes.items() if self.leaves[at] is call.input), None)
+        if not set(places) <= set(known) or x_axis is None or x_axis.order is None or output.axis.order is None:
+            return None
+        x, v = (_single(axis.first(one, self.batch)) for axis, one in ((x_axis, call.input), (output.axis, v)))
+        if call.kind == "linear":
+            x, v = (one.flatten(1, -2).movedim(-1, 1) if one.ndim > 2 else one for one in (x, v))
+        elif output.axis.rows > 1:
+            x, v = x.movedim(1, 2), v.movedim(1, 2)
+        found = {}
+        if id(call.weight) in places:
+            spec = call.spec(tuple(x.shape[2:]))
+            gradients = network(ops.conv_weight_vjp_per_example, spec)(X=x, V=v)
+            found[id(call.weight)] = gradients.reshape(self.batch, *call.weight.shape)
+        if call.bias is not None and id(call.bias) in places:
+            found[id(call.bias)] = v.flatten(2).sum(2) if v.ndim > 2 else v
+        return [found[id(self.leaves[source.place])] for source in self.sources]
+
+    # ------------------------------------------------------------------------------------------------ mapped functions
+    def _is_unchanged(self) -> bool:
+        """Whether the arguments still have the values that the function received."""
+        return self.can_rerun and all(self.leaves[at]._version == version for at, version in self.versions.items())
+
+    def _can_map(self) -> bool:
+        """Whether the examples' parts of all arguments and results are known."""
+        if not self._is_unchanged() or self.axes is None:
+            return False
+        axes = [*self.axes.values(), *[output.axis for output in self.outputs]]
+        return all(axis is not None and axis.order is not None for axis in axes)
+
+    def _mapped(self, cotangents: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The gradients by the function's own derivative, mapped over the examples; None if it cannot be mapped."""
+        assert self.axes is not None
+        axes = self.axes
+        places = list(axes)
+        given = [_split(_single(self.leaves[at]), axes[at], self.batch) for at in places]
+        vs = []
+        for output, v in zip(self.outputs, cotangents, strict=True):
+            assert output.axis is not None
+            vs.append(_split(output.zeros() if v is None else v, output.axis, self.batch))
+        values = [_single(self.leaves[source.place]) for source in self.sources]
+
+        def one(parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            def run(*sources: Tensor) -> tuple[Tensor, ...]:
+                leaves = [_single(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+                for at, part in zip(places, parts, strict=True):
+                    leaves[at] = part
+                for source, value in zip(self.sources, sources, strict=True):
+                    leaves[source.place] = value
+                arguments, named = tree_unflatten(leaves, self.tree)
+                found = [
+                    leaf
+                    for leaf in tree_leaves(self.function(*arguments, **named))
+                    if isinstance(leaf, Tensor) and leaf.is_floating_point()
+                ]
+                shapes = [tuple(leaf.shape) for leaf in found]
+                if shapes != [tuple(vector.shape) for vector in vectors]:
+                    raise ValueError("the function returns different shapes for a part of its arguments")
+                return tuple(found)
+
+            found, derivative, *_ = torch.func.vjp(run, *values)
+            return derivative(tuple(v.to(y.dtype) for v, y in zip(vectors, found, strict=True)))
+
+        try:
+            found = torch.func.vmap(one, ([at for _, at in given], [at for _, at in vs]))(
+                [part for part, _ in given], [v for v, _ in vs]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # any function of a user or of torch, some of which vmap does not support
+            return None
+        return list(found)
+
+    # ---------------------------------------------------------------------------------------------- the recorded graph
+    def _masked(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients by one backward pass through the function for each example."""
+        found: list[list[Tensor]] = []
+        edges = [output.edge for output in self.outputs]
+        for example in range(self.batch):
+            parts = []
+            for output, v in zip(self.outputs, cotangents, strict=True):
+                part = output.zeros()
+                if v is not None and self.batch == 1:
+                    part = v.to(output.dtype)
+                elif v is not None:
+                    axis = self._known(output)
+                    axis.first(part, self.batch)[example] = axis.first(v, self.batch)[example].to(output.dtype)
+                parts.append(part)
+            aliases = [source.alias for source in self.sources]
+            gradients = torch.autograd.grad(edges, aliases, parts, retain_graph=True, allow_unused=True)
+            found.append(
+                [
+                    _single(torch.zeros_like(alias) if one is None else one.to_dense() if one.is_sparse else one)
+                    for alias, one in zip(aliases, gradients, strict=True)
+                ]
+            )
+        return [torch.stack(one) for one in zip(*found, strict=True)]
+
+    def _known(self, output: Output) -> BatchAxis:
+        """The position of the examples in an output.
+
+        Raises:
+            ValueError: if it is unknown.
+        """
+        axis, shape = output.axis, tuple(output.shape)
+        if axis is None or axis.order is None:
+            raise ValueError(
+                f"the function {self.name} takes parameters and returns a tensor of shape {shape}, in which the"
+                f" positions of the {self.batch} examples cannot be found: leave the module out with layers="
+            )
+        return axis
+
+
+def _single(x: Tensor) -> Tensor:
+    """The tensor; in single precision, if it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _split(x: Tensor, axis: BatchAxis, batch: int) -> tuple[Tensor, int]:
+    """A view with one axis more, that of the examples, and its place; the rows of an example stay where they were."""
+    if axis.order == "inner":
+        return x.unflatten(axis.axis, (axis.rows, batch)), axis.axis + 1
+    return x.unflatten(axis.axis, (batch, axis.rows)), axis.axis

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lensor import ConvSpec, ops
-from lensor.curvature.per_example import squared_norms
+from lensor.curvature.batch import squared_norms
 from lensor.evaluate import bind_shapes
 from lensor.kernels.torch import patterns
 from lensor.kernels.torch.triton import Launcher

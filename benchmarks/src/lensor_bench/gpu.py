@@ -24,7 +24,7 @@ import torch
 
 import lensor
 from lensor import ConvSpec
-from lensor.curvature.per_example import squared_norms
+from lensor.curvature.batch import squared_norms
 from lensor.evaluate import bind_shapes
 from lensor.inspect.catalogue import PAPER, layers_of, merged
 from lensor.inspect.errors import in_one_line

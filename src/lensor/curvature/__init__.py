@@ -4,6 +4,7 @@ Importing this package imports torch.
 """
 
 from lensor.curvature.block import Block
+from lensor.curvature.clipped import ClippedGradients, clipped_gradients
 from lensor.curvature.ekfac import ekfac
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.ggn import ggn_diagonal, ggn_mini_blocks
@@ -15,10 +16,12 @@ from lensor.curvature.per_example import per_example_gradient_norms, per_example
 
 __all__ = [
     "Block",
+    "ClippedGradients",
     "EigenFactors",
     "Inverse",
     "KroneckerFactors",
     "LinAlgError",
+    "clipped_gradients",
     "ekfac",
     "empirical_ntk",
     "ggn_diagonal",

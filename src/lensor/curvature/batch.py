@@ -24,6 +24,9 @@ from lensor.curvature.losses import LossRoot, class_weights, require_loss, requi
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
+from lensor.network import AnyNetwork
+from lensor.network.subscripts import format_legs
+from lensor.spec import ConvSpec
 
 _AT_ONCE = 8
 """Number of columns of a root that are propagated and then contracted together."""
@@ -153,9 +156,9 @@ class Batch:
                 parts.append(self.weight_gradients(weights[name], vectors))
             if name in biases:
                 parts.append(sum_of(over_positions(vectors[use]) for use in biases[name]))
-            yield name, sum_of(parts) if parts else self._zeros(parameter)
+            yield name, sum_of(parts) if parts else self.zeros(parameter)
 
-    def _zeros(self, parameter: Tensor) -> Tensor:
+    def zeros(self, parameter: Tensor) -> Tensor:
         """The gradients of every example for a parameter that is not used."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return torch.zeros((self.size, *parameter.shape), dtype=dtype, device=parameter.device)
@@ -233,14 +236,10 @@ def share_of(loss: Any, batch: Batch, targets: Any) -> float:
 
 
 @contextmanager
-def propagated(
-    model: nn.Module,
-    loss: Any,
-    data: Any,
-    layers: Iterable[str] | None,
-    given: Given,
-) -> Iterator[tuple[Batch, dict[Any, Any]]]:
-    """Run one batch and yield it with the gradients at the outputs of its layers and of functions with parameters.
+def with_loss(
+    model: nn.Module, loss: Any, data: Any, layers: Iterable[str] | None, given: Given, frozen: bool = True
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Run one batch and yield it with the loss.
 
     Args:
         model: the model.
@@ -248,9 +247,10 @@ def propagated(
         data: one pair (inputs, targets).
         layers: names of modules.
         given: the batch_axis that the user specified.
+        frozen: as for `all_parameters`.
     """
     model = unwrapped(model)
-    watched = Targets(*all_parameters(model, layers))
+    watched = Targets(*all_parameters(model, layers, frozen))
     refuse_mixing(model)
     _refuse_hooks(watched)
     pairs = list(itertools.islice(batches(data), 2))
@@ -259,10 +259,7 @@ def propagated(
     ((inputs, targets),) = pairs
     with running(model):
         batch = Batch(model, watched, own(inputs), given, empty=True, shared=True)
-        value = batch.loss(loss, own(targets))
-        gradients = batch.capture.gradients(value, torch.ones_like(value), keep=False)
-        with computing(value):
-            yield batch, gradients
+        yield batch, batch.loss(loss, own(targets))
 
 
 def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
@@ -292,6 +289,13 @@ def refuse_mixing(model: nn.Module) -> None:
     ]
     if mixing:
         raise ValueError(f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first")
+
+
+def squared_norms(spec: ConvSpec) -> AnyNetwork:
+    """Σ over the weight of the squared per-example gradients: X, V -> [n]."""
+    gradients = ops.conv_weight_vjp(spec).keep("n")
+    share = [index for leg in gradients.output for index in leg]
+    return gradients.merge(gradients, share=share, output=format_legs((("n",),)))
 
 
 def gradients_of(use: Use, x: Tensor, v: Tensor) -> Tensor:

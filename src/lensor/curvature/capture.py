@@ -17,7 +17,7 @@ from lensor.curvature.data import Inputs, outputs_of
 from lensor.curvature.graph import Node, Reached, inner_nodes, leading_to, tensors_in
 from lensor.curvature.layers import Layer, require_known_layers
 from lensor.curvature.trials import find_batch_axes
-from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed
+from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed, widened
 from lensor.curvature.writes import address, written
 from lensor.nn.calls import LayerCall
 from lensor.spec import ConvSpec
@@ -59,6 +59,11 @@ class Use:
     def weight_shape(self) -> tuple[int, ...]:
         """The weight's shape in torch's layout."""
         return tuple(self.call.weight.shape)
+
+    @property
+    def weight_size(self) -> int:
+        """The number of entries of the weight."""
+        return self.call.weight.numel()
 
     def spec(self, x: Tensor) -> ConvSpec:
         """The convolution that the call computes, for an input [batch, channels, *positions]."""
@@ -177,7 +182,7 @@ class Capture(Watch):
         self._nodes[use] = inner_nodes(out, (call.input, call.weight, call.bias), parameters)
         self._kept[use] = leading_to(self._nodes[use], parameters) - {out.grad_fn}
         with computing(x):
-            self.on_input(use, use.as_convolution(_widened(x)))
+            self.on_input(use, use.as_convolution(widened(x)))
         if not out.requires_grad and torch.is_grad_enabled():  # everything before this layer is frozen
             out = out.detach().requires_grad_().clone()  # the next function may write into it, but not into a leaf
         elif out._is_view():
@@ -340,10 +345,21 @@ class Capture(Watch):
         uses = self.uses if only is None else [only]
         self.require_gradients(uses)
         edges = [self._edges[use] for use in uses] + (self._more_edges() if only is None else [])
+        found = self._differentiated(outputs, edges, vector, keep, again)
+        result: dict[Any, Any] = self._more_gradients(found[len(uses) :])
+        for use, gradient in zip(uses, found[: len(uses)], strict=True):
+            if gradient is None:
+                self._require_unused(use)
+                gradient = vector.new_zeros(use.shape)
+            result[use] = use.as_convolution(widened(gradient))
+        return result
+
+    def _differentiated(
+        self, outputs: Tensor, edges: Sequence[GradientEdge], vector: Tensor, keep: bool, again: bool
+    ) -> Sequence[Tensor | None]:
+        """The gradients at some edges, with errors that name the cause."""
         try:
-            found = torch.autograd.grad(
-                outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True
-            )
+            return torch.autograd.grad(outputs, edges, vector, retain_graph=keep, create_graph=again, allow_unused=True)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 raise ValueError(
@@ -356,13 +372,6 @@ class Capture(Watch):
                 "a part of the model is checkpointed with use_reentrant=True, which does not support gradients of"
                 " single tensors: pass use_reentrant=False to torch.utils.checkpoint"
             ) from error
-        result: dict[Any, Any] = self._more_gradients(found[len(uses) :])
-        for use, gradient in zip(uses, found[: len(uses)], strict=True):
-            if gradient is None:
-                self._require_unused(use)
-                gradient = vector.new_zeros(use.shape)
-            result[use] = use.as_convolution(_widened(gradient))
-        return result
 
     def _more_edges(self) -> list[GradientEdge]:
         """Edges of the graph besides those of the layers' outputs."""
@@ -477,10 +486,6 @@ def _telling(use: Use, on_output: OnInput) -> Callable[[Tensor], None]:
 
     def hook(gradient: Tensor) -> None:
         with computing(gradient):
-            on_output(use, use.as_convolution(_widened(gradient)))
+            on_output(use, use.as_convolution(widened(gradient)))
 
     return hook
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

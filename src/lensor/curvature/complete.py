@@ -11,14 +11,34 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, FunctionAxes, Given, given_axis
-from lensor.curvature.capture import KeptInputs, Use
+from lensor.curvature.capture import KeptInputs, Use, computing
 from lensor.curvature.data import Inputs
 from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.functions import FunctionUse, Output, Source
-from lensor.curvature.graph import Node, Reached, inner_nodes, tensors_in
-from lensor.curvature.watching import Targets, is_use, require_unmapped
+from lensor.curvature.graph import Node, Reached, inner_nodes, innermost, tensors_in
+from lensor.curvature.watching import Targets, is_use, require_unmapped, widened
 from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall
+
+
+class _Ear:
+    """What hooks on outputs tell: a place in the list of uses, an output's number and its gradient.
+
+    The hooks must not refer to the uses, whose tensors refer to the graph that holds the hooks: such a cycle is never
+    freed.
+    """
+
+    def __init__(self) -> None:
+        self.receive: Callable[[int, int, Tensor], None] | None = None
+
+    def hook(self, place: int, number: int) -> Callable[[Tensor], None]:
+        """A hook for an output of the use at a place."""
+
+        def hook(gradient: Tensor) -> None:
+            if self.receive is not None:
+                self.receive(place, number, gradient)
+
+        return hook
 
 
 class CompleteCapture(KeptInputs):
@@ -47,6 +67,8 @@ class CompleteCapture(KeptInputs):
         self._known: set[Node] = set()
         self._used: set[str] = set()
         self._seen = 0
+        self._ear = _Ear()
+        self._everything: list[Use | FunctionUse] = []
 
     # ------------------------------------------------------------------------------------------------------- watching
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
@@ -59,7 +81,9 @@ class CompleteCapture(KeptInputs):
         else:
             depends = key not in calls or calls[key][1] is not None
         if depends:
-            return super().on_layer(call, run)
+            out = super().on_layer(call, run)
+            self._listen(self.uses[-1], [out] if out.requires_grad else [])
+            return out
         self._counts[name] = key[1]
         out = run()
         self._add_derived([call.input, call.weight, call.bias], [out])
@@ -136,11 +160,17 @@ class CompleteCapture(KeptInputs):
                 can_rerun,
             )
         )
+        self._listen(self.functions[-1], [out for out in outputs if out.requires_grad])
         self._known |= {source.alias.grad_fn for source in sources}
         self._used |= {
             self.targets.names[key] for source in sources if (key := id(source.tensor)) in self.targets.names
         }
         return result
+
+    def _listen(self, use: Use | FunctionUse, outputs: Sequence[Tensor]) -> None:
+        for number, out in enumerate(outputs):
+            out.register_hook(self._ear.hook(len(self._everything), number))
+        self._everything.append(use)
 
     def _note_frozen(self, function: Callable[..., Any], sources: Sequence[Tensor], result: Any) -> None:
         """Record that a function uses a frozen parameter of a layer, for which autograd does not record its calls."""
@@ -247,59 +277,117 @@ class CompleteCapture(KeptInputs):
         """As for `Capture`; the entries of functions are lists of one gradient, or None, for each output."""
         return super().gradients(outputs, vector, keep or bool(self.functions), again, only)
 
+    def propagate(self, value: Tensor, keep: bool, receive: Callable[[Use | FunctionUse, int, Tensor], None]) -> None:
+        """Propagate the gradient of a number, and pass on each gradient at an output of a use as soon as it is known.
+
+        Args:
+            value: the number.
+            keep: whether the graph is needed again.
+            receive: takes the use, the number of its output, and the gradient: for a layer, as from `gradients`.
+        """
+        self.require_gradients(self.uses)
+        edges = [self._edges[use] for use in self.uses] + self._more_edges()
+        ends = innermost([value], {edge.node for edge in edges})
+        heard: set[int] = set()
+
+        def received(place: int, number: int, gradient: Tensor) -> None:
+            use = self._everything[place]
+            heard.add(place)
+            self._ear.receive = None  # a backward pass inside of this one is not meant
+            with computing(gradient):
+                receive(use, number, use.as_convolution(widened(gradient)) if isinstance(use, Use) else gradient)
+            self._ear.receive = received
+
+        self._ear.receive = received
+        try:
+            wanted = [edge for edge in edges if edge.node in ends]
+            if wanted:
+                self._differentiated(value, wanted, torch.ones_like(value), keep, False)
+        finally:
+            self._ear.receive = None
+        for place, use in enumerate(self._everything):
+            if place in heard:
+                continue
+            if isinstance(use, Use):
+                self._require_unused(use)
+            else:
+                self._require_unreached(use)
+
     def _more_edges(self) -> list[GradientEdge]:
         return [output.edge for use in self.functions for output in use.outputs]
 
     def _more_gradients(self, found: Sequence[Tensor | None]) -> dict[Any, Any]:
         """The gradients at the outputs of functions, by use."""
         rest, result = list(found), {}
-        reached = self._reached.nodes if self._reached is not None else set()
         for use in self.functions:
             mine, rest = rest[: len(use.outputs)], rest[len(use.outputs) :]
             if all(one is None for one in mine):
-                if any(source.alias.grad_fn in reached for source in use.sources):
-                    raise ValueError(
-                        f"a result of the function {use.name}, which takes the parameter"
-                        f" {self._name_of(use.sources[0].tensor)}, was replaced, expected a model that uses this"
-                        " result: the gradient of a replaced result is not available"
-                    )
-                continue
-            result[use] = mine
+                self._require_unreached(use)
+            else:
+                result[use] = mine
         return result
 
-    def of_functions(self, vectors: Mapping[Any, Any]) -> dict[str, Tensor]:
+    def _require_unreached(self, use: FunctionUse) -> None:
+        """Raise if the graph contains a function whose result was replaced: its gradient is then unknown, not zero."""
+        reached = self._reached.nodes if self._reached is not None else set()
+        if any(source.alias.grad_fn in reached for source in use.sources):
+            raise ValueError(
+                f"a result of the function {use.name}, which takes the parameter"
+                f" {self._name_of(use.sources[0].tensor)}, was replaced, expected a model that uses this result: the"
+                " gradient of a replaced result is not available"
+            )
+
+    def of_functions(self, vectors: Mapping[Any, Any], factors: Tensor | None = None) -> dict[str, Tensor]:
         """The gradients of every example, [batch, *shape], as far as they come from functions other than layers'.
 
         Args:
             vectors: the gradients at the outputs of the uses, from `gradients`.
+            factors: if given, the result is the sum over the examples of their gradients times these, [*shape].
         """
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        found: dict[int, Tensor] = {}
         for use in self.functions:
-            if use not in vectors:
-                continue
-            for source, gradient in zip(use.sources, use.gradients(vectors[use]), strict=True):
-                there = found.get(id(source.tensor))
-                found[id(source.tensor)] = source.tensor, gradient if there is None else there[1] + gradient
-        named = {self.targets.names[key]: gradient for key, (_, gradient) in found.items() if key in self.targets.names}
-        derived = [pair for key, pair in found.items() if key not in self.targets.names]
+            if use in vectors:
+                parts = use.gradients(vectors[use]) if factors is None else use.weighted_sum(vectors[use], factors)
+                self.add(found, use, parts)
+        return self.by_name(found, batched=factors is None)
+
+    def add(self, found: dict[int, Tensor], use: FunctionUse, parts: Sequence[Tensor]) -> None:
+        """Add gradients with respect to the sources of a use to a mapping by the sources' identities."""
+        for source, gradient in zip(use.sources, parts, strict=True):
+            key = id(source.tensor)
+            found[key] = found[key] + gradient if key in found else gradient
+
+    def by_name(self, found: Mapping[int, Tensor], batched: bool) -> dict[str, Tensor]:
+        """The gradients by parameter, with those of derived tensors propagated to the parameters.
+
+        Args:
+            found: gradients by the identity of a parameter or a derived tensor.
+            batched: whether they are those of every example, [batch, *shape].
+        """
+        names = self.targets.names
+        named = {names[key]: gradient for key, gradient in found.items() if key in names}
+        derived = [(self._derived[key], gradient) for key, gradient in found.items() if key not in names]
         if derived:
             parameters = {name: one for name, one in self.targets.parameters.items() if one.requires_grad}
-            for name, gradient in zip(parameters, self._through(derived, list(parameters.values())), strict=True):
+            through = self._through(derived, list(parameters.values()), batched)
+            for name, gradient in zip(parameters, through, strict=True):
                 if gradient is not None:
                     named[name] = named[name] + gradient if name in named else gradient
         return named
 
     def _through(
-        self, derived: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor]
+        self, derived: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], batched: bool
     ) -> Sequence[Tensor | None]:
-        """Propagate the gradients of every example from derived tensors to parameters."""
+        """Propagate gradients from derived tensors to parameters: those of every example if `batched`."""
         tensors = [tensor for tensor, _ in derived]
         gradients = [gradient.to(tensor.dtype) for tensor, gradient in derived]
         try:
             return torch.autograd.grad(
-                tensors, parameters, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
+                tensors, parameters, gradients, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
         except RuntimeError:  # a function on the way does not support vmap
+            if not batched:
+                raise
             single = [
                 torch.autograd.grad(
                     tensors, parameters, [one[at] for one in gradients], retain_graph=True, allow_unused=True

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from lensor import ops
 from lensor.curvature.batch_axes import BatchAxis
 from lensor.curvature.networks import network
+from lensor.curvature.watching import widened
 from lensor.nn.calls import layer_call
 
 
@@ -103,6 +104,19 @@ class FunctionUse:
             found = self._mapped(cotangents)
         return self._masked(cotangents) if found is None else found
 
+    def weighted_sum(self, cotangents: Sequence[Tensor | None], factors: Tensor) -> list[Tensor]:
+        """The sum over the examples of their gradients times factors [batch], for each source."""
+        parts = []
+        for output, v in zip(self.outputs, cotangents, strict=True):
+            part = output.zeros() if v is None else v.to(output.dtype, copy=True)
+            if v is not None and self.batch == 1:
+                part *= factors.to(part.dtype)
+            elif v is not None:
+                rows = self._known(output).first(part, self.batch)
+                rows *= factors.to(part.dtype).reshape(-1, *[1] * (rows.ndim - 1))
+            parts.append(part)
+        return self._backward(parts)
+
     # --------------------------------------------------------------------------------------------- networks of layers
     def _of_layer(self, cotangents: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The gradients by networks, if this is a call of a layer whose weight and bias are the only sources."""
@@ -116,7 +130,7 @@ class FunctionUse:
         x_axis = next((axis for at, axis in self.axes.items() if self.leaves[at] is call.input), None)
         if not set(places) <= set(known) or x_axis is None or x_axis.order is None or output.axis.order is None:
             return None
-        x, v = (_single(axis.first(one, self.batch)) for axis, one in ((x_axis, call.input), (output.axis, v)))
+        x, v = (widened(axis.first(one, self.batch)) for axis, one in ((x_axis, call.input), (output.axis, v)))
         if call.kind == "linear":
             x, v = (one.flatten(1, -2).movedim(-1, 1) if one.ndim > 2 else one for one in (x, v))
         elif output.axis.rows > 1:
@@ -147,16 +161,16 @@ class FunctionUse:
         assert self.axes is not None
         axes = self.axes
         places = list(axes)
-        given = [_split(_single(self.leaves[at]), axes[at], self.batch) for at in places]
+        given = [_split(widened(self.leaves[at]), axes[at], self.batch) for at in places]
         vs = []
         for output, v in zip(self.outputs, cotangents, strict=True):
             assert output.axis is not None
             vs.append(_split(output.zeros() if v is None else v, output.axis, self.batch))
-        values = [_single(self.leaves[source.place]) for source in self.sources]
+        values = [widened(self.leaves[source.place]) for source in self.sources]
 
         def one(parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             def run(*sources: Tensor) -> tuple[Tensor, ...]:
-                leaves = [_single(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+                leaves = [widened(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
                 for at, part in zip(places, parts, strict=True):
                     leaves[at] = part
                 for source, value in zip(self.sources, sources, strict=True):
@@ -189,7 +203,6 @@ class FunctionUse:
     def _masked(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients by one backward pass through the function for each example."""
         found: list[list[Tensor]] = []
-        edges = [output.edge for output in self.outputs]
         for example in range(self.batch):
             parts = []
             for output, v in zip(self.outputs, cotangents, strict=True):
@@ -200,15 +213,17 @@ class FunctionUse:
                     axis = self._known(output)
                     axis.first(part, self.batch)[example] = axis.first(v, self.batch)[example].to(output.dtype)
                 parts.append(part)
-            aliases = [source.alias for source in self.sources]
-            gradients = torch.autograd.grad(edges, aliases, parts, retain_graph=True, allow_unused=True)
-            found.append(
-                [
-                    _single(torch.zeros_like(alias) if one is None else one.to_dense() if one.is_sparse else one)
-                    for alias, one in zip(aliases, gradients, strict=True)
-                ]
-            )
+            found.append(self._backward(parts))
         return [torch.stack(one) for one in zip(*found, strict=True)]
+
+    def _backward(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients with respect to the sources, for gradients with respect to the outputs."""
+        edges, aliases = [output.edge for output in self.outputs], [source.alias for source in self.sources]
+        found = torch.autograd.grad(edges, aliases, vectors, retain_graph=True, allow_unused=True)
+        return [
+            widened(torch.zeros_like(alias) if one is None else one.to_dense() if one.is_sparse else one)
+            for alias, one in zip(aliases, found, strict=True)
+        ]
 
     def _known(self, output: Output) -> BatchAxis:
         """The position of the examples in an output.
@@ -223,11 +238,6 @@ class FunctionUse:
                 f" positions of the {self.batch} examples cannot be found: leave the module out with layers="
             )
         return axis
-
-
-def _single(x: Tensor) -> Tensor:
-    """The tensor; in single precision, if it is in half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _split(x: Tensor, axis: BatchAxis, batch: int) -> tuple[Tensor, int]:

@@ -110,3 +110,19 @@ class Reached:
 def _leaf(node: Node) -> Tensor | None:
     """The leaf whose gradient a node accumulates; None for other nodes."""
     return node.variable if type(node).__name__ == "AccumulateGrad" else None
+
+
+def innermost(roots: Iterable[Tensor], nodes: set[Node]) -> set[Node]:
+    """The nodes of a set from which no other node of the set is reachable, among those reachable from the roots."""
+    leads: dict[Node, bool] = {}  # whether a node of the set is reachable from a node, itself excluded
+    todo = [(root.grad_fn, False) for root in roots if root.grad_fn is not None]
+    while todo:
+        node, is_done = todo.pop()
+        following = [one for one, _ in node.next_functions if one is not None]
+        if is_done:
+            leads[node] = any(one in nodes or leads[one] for one in following)
+        elif node not in leads:
+            leads[node] = False  # a graph has no cycles
+            todo.append((node, True))
+            todo += [(one, False) for one in following if one not in leads]
+    return {node for node, more in leads.items() if node in nodes and not more}

@@ -121,7 +121,7 @@ def layers_of(
 
 
 def all_parameters(
-    model: nn.Module, layers: Iterable[str] | None = None
+    model: nn.Module, layers: Iterable[str] | None = None, frozen: bool = True
 ) -> tuple[list[Layer], dict[str, nn.Parameter]]:
     """The layers of a model, and the parameters of these layers and of other modules, in the order of the model.
 
@@ -131,6 +131,7 @@ def all_parameters(
     Args:
         model: the model.
         layers: names of modules with parameters; all of them unless given.
+        frozen: whether to include the frozen parameters of layers, although `layers` is not given.
 
     Raises:
         TypeError: if `model` is not a module.
@@ -157,7 +158,14 @@ def all_parameters(
         for layer in _plain_layers(model)
         if layer.name in wanted
     ]
-    plain = {id(parameter) for layer in found for parameter in layer.module.parameters(recurse=False)}
+    if not frozen and layers is None:
+        found = [
+            replace(layer, bias=layer.bias if layer.bias is not None and layer.module.bias.requires_grad else None)
+            for layer in found
+            if any(parameter.requires_grad for parameter in layer.module.parameters(recurse=False))
+        ]
+    plain = {id(layer.module.weight) for layer in found}
+    plain |= {id(layer.module.bias) for layer in found if layer.bias is not None}
     asked = {id(parameter) for name in wanted for parameter in owners[name].parameters(recurse=False)}
     parameters = {
         name: parameter

@@ -52,7 +52,7 @@ def empirical_ntk(
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
     model = unwrapped(model)
-    targets = Targets(*all_parameters(model, layers))
+    targets = Targets(*all_parameters(model, layers, frozen=False))
     wanted = {name for name, one in targets.parameters.items() if layers is not None or one.requires_grad}
     if not wanted:
         raise ValueError(

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lensor.arguments import described
-from lensor.curvature.batch import propagated
+from lensor.curvature.batch import with_loss
 from lensor.curvature.batch_axes import Given
+from lensor.curvature.capture import computing
 from lensor.curvature.described import SHARED
-from lensor.curvature.networks import network
-from lensor.network import AnyNetwork
-from lensor.network.subscripts import format_legs
-from lensor.ops.derivatives import conv_weight_vjp
-from lensor.spec import ConvSpec
+from lensor.curvature.streaming import Streamed
 
 
 @described(SHARED)
@@ -57,8 +55,10 @@ def per_example_gradients(
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
     """
-    with propagated(model, loss, data, layers, batch_axis) as (batch, vectors):
-        return dict(batch.gradients(vectors, batch.of_functions(vectors)))
+    with with_loss(model, loss, data, layers, batch_axis) as (batch, value):
+        vectors = batch.capture.gradients(value, torch.ones_like(value), keep=False)
+        with computing(value):
+            return dict(batch.gradients(vectors, batch.of_functions(vectors)))
 
 
 @described(SHARED)
@@ -96,22 +96,8 @@ def per_example_gradient_norms(
         TypeError: for a model or data of an unsupported type.
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
-    with propagated(model, loss, data, layers, batch_axis) as (batch, vectors):
-        others = batch.of_functions(vectors)
-        found: dict[str, Tensor] = {}
-        for name, parameter in batch.capture.targets.parameters.items():
-            use = batch.only_use(name, others)
-            if use is not None and (layers is not None or parameter.requires_grad):
-                x = batch.capture.inputs[use]
-                found[name] = network(squared_norms, use.spec(x))(X=x, V=vectors[use]).clamp_min(0).sqrt()
-        for name, gradient in batch.gradients(vectors, others, without=found):
-            if layers is not None or batch.capture.targets.parameters[name].requires_grad:
-                found[name] = gradient.flatten(1).norm(dim=1)
-        return {name: found[name] for name in batch.capture.targets.parameters if name in found}
-
-
-def squared_norms(spec: ConvSpec) -> AnyNetwork:
-    """Σ over the weight of the squared per-example gradients: X, V -> [n]."""
-    gradients = conv_weight_vjp(spec).keep("n")
-    share = [index for leg in gradients.output for index in leg]
-    return gradients.merge(gradients, share=share, output=format_legs((("n",),)))
+    with with_loss(model, loss, data, layers, batch_axis, frozen=False) as (batch, value):
+        parameters = batch.capture.targets.parameters
+        names = [name for name, one in parameters.items() if layers is not None or one.requires_grad]
+        found = Streamed(batch, value, names, is_weighted=False).squares()
+        return {name: square.sqrt() for name, square in found.items()}

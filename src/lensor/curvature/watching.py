@@ -296,6 +296,11 @@ def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(value, value.copy()) for value in vars(module).values() if type(value) in (list, dict)]
 
 
+def widened(x: Tensor) -> Tensor:
+    """The tensor; in single precision, if it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def uncast(like: Tensor) -> AbstractContextManager[Any]:
     """Turn off `torch.autocast` for Lensor's own computations."""
     kind = like.device.type

@@ -1,0 +1,127 @@
+"""Sums of clipped gradients of single examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lensor.arguments import described
+from lensor.curvature.batch import MEANS, is_torchs, with_loss
+from lensor.curvature.batch_axes import Given
+from lensor.curvature.capture import computing
+from lensor.curvature.described import SHARED
+from lensor.curvature.streaming import Streamed
+from lensor.errors import require_choice
+
+
+class ClippedGradients(NamedTuple):
+    """The result of `clipped_gradients`.
+
+    Args:
+        gradients: a mapping from the name of each trainable parameter to a tensor of its shape.
+        norms: [batch], the norms of the examples' gradients before clipping, over all these parameters.
+    """
+
+    gradients: dict[str, Tensor]
+    norms: Tensor
+
+
+@described(SHARED)
+def clipped_gradients(
+    model: nn.Module,
+    loss: Any,
+    data: Any,
+    max_norm: float,
+    *,
+    noise: float | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str | None = None,
+    layers: Iterable[str] | None = None,
+    batch_axis: Given = None,
+) -> ClippedGradients:
+    """The sum or mean of the examples' gradients, each clipped to a maximal norm: the gradient of private training.
+
+    It takes one forward and one backward pass, and the gradients of single examples of convolutions and linear layers
+    are never formed: their norms come from networks, and the clipped sum from the kept cotangents, scaled for each
+    example (Lee & Kifer, 2021; Bu et al., 2023). Use `per_example_gradient_norms` if you need only the norms.
+
+    Args:
+        loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the
+            model returns; torch's own losses receive one tensor, such as `outputs.logits`.
+        data: a pair (inputs, targets).
+        max_norm: the maximal norm C of an example's gradient over all parameters; longer gradients are scaled to it.
+        noise: the noise multiplier σ: Gaussian noise with standard deviation σ C is added to each entry of the sum of
+            the clipped gradients. No noise unless given. This function does no privacy accounting.
+        generator: random generator for the noise.
+        reduction: "sum" or "mean": whether the loss is a sum or a mean over examples. For a mean, the gradients of
+            examples are those of their own losses, not divided by the number of examples N, and the result is divided
+            by N. Unless given, it is that of one of torch's own losses.
+        layers: names of modules whose own parameters are included; all trainable parameters unless given.
+
+    Returns:
+        The clipped gradients by parameter, and the norms before clipping.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import clipped_gradients
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(28, 3))
+        >>> data = torch.randn(8, 2, 9), torch.randint(3, (8,))
+        >>> found = clipped_gradients(model, torch.nn.CrossEntropyLoss(), data, max_norm=1.0)
+        >>> for name, parameter in model.named_parameters():
+        ...     parameter.grad = found.gradients[name]
+        >>> found.norms.shape
+        torch.Size([8])
+
+    Raises:
+        TypeError: for a model or data of an unsupported type.
+        ValueError: for an unknown layer, a layer that does not run, a model that mixes examples, a norm that is not
+            positive, negative noise, or an unknown reduction.
+
+    Equation:
+        Σ_n min(1, C / ‖g_n‖) g_n + σ C z, with standard normal z (Abadi et al., 2016).
+    """
+    if not (math.isfinite(max_norm) and max_norm > 0):
+        raise ValueError(f"max_norm is {max_norm}, expected a positive finite number")
+    if noise is not None and not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise is {noise}, expected a finite number of at least 0")
+    is_mean = _is_mean(loss, reduction)
+    with with_loss(model, loss, data, layers, batch_axis, frozen=False) as (batch, value):
+        parameters = batch.capture.targets.parameters
+        names = [name for name, one in parameters.items() if layers is not None or one.requires_grad]
+        streamed = Streamed(batch, value, names, is_weighted=True)
+        squares = list(streamed.squares().values())
+        norms = torch.stack([one.to(squares[0]) for one in squares]).sum(0).sqrt() * (batch.size if is_mean else 1)
+        factors = (max_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+        with computing(value):
+            found = streamed.weighted_sums(factors)  # the parts of a mean are divided by N already
+        if noise:
+            deviation = noise * max_norm / (max(batch.size, 1) if is_mean else 1)
+            for name, gradient in found.items():
+                draw = torch.randn(
+                    gradient.shape, generator=generator, dtype=gradient.dtype, device=_device(generator, gradient)
+                )
+                found[name] = gradient + deviation * draw.to(gradient.device)
+        return ClippedGradients(found, norms)
+
+
+def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    return like.device if generator is None else generator.device
+
+
+def _is_mean(loss: Any, reduction: str | None) -> bool:
+    """Whether the loss is a mean over examples.
+
+    Raises:
+        ValueError: if this is unknown.
+    """
+    if reduction is None:
+        reduction = getattr(loss, "reduction", None) if is_torchs(loss) else None
+        if reduction is None:
+            raise ValueError("reduction is None, expected 'sum' or 'mean' for a loss that is not one of torch's own")
+        return reduction in MEANS
+    require_choice("reduction", reduction, ("sum", "mean"))
+    return reduction == "mean"

@@ -1,0 +1,272 @@
+"""Parameters of any module: gradients per example, norms, clipped sums, GGN diagonals and the NTK, against loops."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lensor import curvature
+from lensor.curvature import clipped_gradients, per_example_gradient_norms, per_example_gradients
+from lensor.curvature.complete import _Ear
+from tests.curvature.test_curvature_border import SUM, by_example, check_by_example
+
+C, T = 8, 6
+"""Channels and positions of the values between the blocks of a model, [batch, T, C]."""
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Parts(nn.Module):
+    """A module with parameters of its own and a function of (module, values)."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **parameters: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in parameters.items():
+            setattr(self, name, value if isinstance(value, nn.Module) else nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def channels_first(module: nn.Module) -> nn.Module:
+    return Parts(lambda self, x: self.inner(x.transpose(1, 2)).transpose(1, 2), inner=module)
+
+
+def written(self: Any, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, 0] = self.first[0]
+    out[:, 1:] = x[:, 1:] * self.scale
+    out += self.scale
+    return out
+
+
+def attention(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x, x, x)[0]
+
+
+def recurrent(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x)[0]
+
+
+def frames(self: Any, x: Tensor) -> Tensor:
+    """All frames of all examples along the first axis, times outermost."""
+    rows = self.norm(x.transpose(0, 1).flatten(0, 1) * self.scale[0])
+    return rows.unflatten(0, (T, -1)).transpose(0, 1)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "layer norm": lambda: nn.LayerNorm(C),
+    "layer norm of all": lambda: nn.LayerNorm((T, C)),
+    "rms norm": lambda: nn.RMSNorm(C),
+    "group norm": lambda: channels_first(nn.GroupNorm(2, C)),
+    "batch norm": lambda: channels_first(nn.BatchNorm1d(C)),
+    "prelu": lambda: channels_first(nn.PReLU(C)),
+    "one prelu": nn.PReLU,
+    "bilinear": lambda: Parts(lambda self, x: self.inner(x, x.flip(1)), inner=nn.Bilinear(C, C, C)),
+    "attention": lambda: Parts(attention, inner=nn.MultiheadAttention(C, 2, batch_first=True)),
+    "attention, biases": lambda: Parts(
+        attention, inner=nn.MultiheadAttention(C, 2, batch_first=True, add_bias_kv=True, dropout=0.5)
+    ),
+    "encoder": lambda: nn.TransformerEncoderLayer(C, 2, C, batch_first=True),
+    "lstm": lambda: Parts(recurrent, inner=nn.LSTM(C, C // 2, batch_first=True, bidirectional=True)),
+    "gru": lambda: Parts(recurrent, inner=nn.GRU(C, C, batch_first=True)),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(C, C)),
+    "weight norm of a convolution": lambda: channels_first(
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(C, C, 3, padding=1, groups=2))
+    ),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(C, C)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(C, C)),
+    "scale and shift": lambda: Parts(
+        lambda self, x: x * self.scale + self.shift, scale=random(C), shift=random(1, T, C)
+    ),
+    "transposed product": lambda: Parts(
+        lambda self, x: torch.addmm(self.bias, x.reshape(-1, C), self.weight).view(x.shape),
+        weight=random(C, C),
+        bias=random(C),
+    ),
+    "einsum": lambda: Parts(lambda self, x: torch.einsum("ntc,tcd->ntd", x, self.weight), weight=random(T, C, C)),
+    "class token": lambda: Parts(
+        lambda self, x: torch.cat([self.token.expand(len(x), -1, -1), x[:, 1:]], 1), token=random(1, 1, C)
+    ),
+    "normalised weight": lambda: Parts(
+        lambda self, x: F.linear(x, F.normalize(self.weight, dim=1), self.bias * 2), weight=random(C, C), bias=random(C)
+    ),
+    "table of positions": lambda: Parts(
+        lambda self, x: x + self.table[torch.arange(T).flip(0) % 4], table=random(4, C)
+    ),
+    "network of a table": lambda: Parts(
+        lambda self, x: x + self.inner(torch.linspace(0, 1, T)[:, None]),
+        inner=nn.Sequential(nn.Linear(1, 4), nn.GELU(), nn.Linear(4, C)),
+    ),
+    "written": lambda: Parts(written, first=random(1, C), scale=random(C)),
+    "tied": lambda: Parts(lambda self, x: torch.tanh(self.inner(x)) @ self.inner.weight, inner=nn.Linear(C, C)),
+    "twice": lambda: Parts(lambda self, x: self.inner(torch.tanh(self.inner(x))), inner=nn.LayerNorm(C)),
+    "frames": lambda: Parts(frames, norm=nn.LayerNorm(C), scale=random(1, C)),
+    "in place": lambda: nn.Sequential(nn.LayerNorm(C), nn.ReLU(inplace=True), nn.Linear(C, C), nn.ReLU(inplace=True)),
+    "unused": lambda: Parts(lambda self, x: x, unused=random(3)),
+}
+
+
+def model_of(*names: str) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, C), *[BLOCKS[name]() for name in names], nn.Flatten(), nn.Linear(T * C, 3)).eval()
+
+
+def data_of(batch: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, T, 3), torch.arange(batch) % 3
+
+
+def check_clipped(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    want = by_example(model, SUM, x, y)
+    norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in want.values()]).sum(0).sqrt()
+    most = float(norms.median())
+    for reduction in ("sum", "mean"):
+        found = clipped_gradients(model, nn.CrossEntropyLoss(reduction=reduction), (x, y), most)
+        torch.testing.assert_close(found.norms, norms)
+        factors = (most / norms).clamp(max=1) / (len(x) if reduction == "mean" else 1)
+        assert list(found.gradients) == [name for name, p in model.named_parameters() if p.requires_grad]
+        for name, gradient in found.gradients.items():
+            torch.testing.assert_close(gradient, torch.tensordot(factors, want[name], 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- any module
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:RNN module weights")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str) -> None:
+    model, (x, y) = model_of(name), data_of()
+    check_by_example(model, x, y)
+    check_clipped(model, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:RNN module weights")
+@settings(max_examples=15)
+@given(
+    st.lists(st.sampled_from(sorted(set(BLOCKS) - {"orthogonal"})), min_size=2, max_size=4),
+    st.integers(1, 5),
+    st.data(),
+)
+def test_any_blocks_together(names: list[str], batch: int, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    model, (x, y) = model_of(*names), data_of(batch)
+    want, found = by_example(model, SUM, x, y), per_example_gradients(model, SUM, (x, y))
+    norms = per_example_gradient_norms(model, SUM, (x, y))
+    for name, gradient in want.items():
+        bound = 1e-9 * max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=bound)
+        torch.testing.assert_close(norms[name], gradient.flatten(1).norm(dim=1), rtol=1e-7, atol=1e-7)
+    check_clipped(model, x, y)
+
+
+def test_random_functions_use_the_recorded_graph() -> None:
+    """Dropout inside attention: the gradients are those of the pass that ran, with its random numbers."""
+    model, (x, y) = model_of("attention, biases"), data_of()
+    model.train()
+    with pytest.raises(ValueError, match="random numbers"):
+        per_example_gradients(model, SUM, (x, y))
+    found = per_example_gradients(model, SUM, (x[:1], y[:1]))
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model, (x, y) = model_of("layer norm", "scale and shift", "in place"), data_of()
+    want = by_example(model, SUM, x, y)
+    own = by_example(model.to(dtype), SUM, x.to(dtype), y)
+    found = per_example_gradients(model, SUM, (x.to(dtype), y))
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        largest = float((own[name] - want[name]).norm()) + 0.01 * float(want[name].norm())
+        assert float((gradient - want[name]).norm()) <= 1.2 * largest
+
+
+def test_modules_are_chosen_by_name() -> None:
+    model, data = model_of("layer norm", "scale and shift"), data_of()
+    assert list(per_example_gradients(model, SUM, data, layers=["1", "2"])) == [
+        "1.weight",
+        "1.bias",
+        "2.scale",
+        "2.shift",
+    ]
+    with pytest.raises(ValueError, match="layers has '3', expected names from '0', '1', '2', '4'"):
+        curvature.ggn_diagonal(model, SUM, data, layers=["3"])
+
+
+def test_statistics_of_the_batch_are_refused() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.last = nn.Parameter(torch.ones(T)), nn.Linear(T * 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.mean((0, 2)) * self.scale  # no axis of examples, but another value for each batch
+            return self.last((x + mean[:, None]).flatten(1))
+
+    with pytest.raises(ValueError, match=r"depends on all examples together|depend on the other examples"):
+        per_example_gradients(Centred(), SUM, data_of())
+
+
+def test_graphs_are_freed() -> None:
+    """Hooks in the graph hold a small object, and the graph must not be part of a cycle with it."""
+    model, data = model_of("layer norm", "scale and shift", "twice"), data_of()
+    calls: list[Callable[[], Any]] = [
+        lambda: per_example_gradients(model, SUM, data),
+        lambda: per_example_gradient_norms(model, SUM, data),
+        lambda: clipped_gradients(model, SUM, data, 1.0),
+    ]
+    for call in calls:
+        call()
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is _Ear]
+
+
+# ------------------------------------------------------------------------------------------------------------- clipping
+def test_noise_of_clipped_gradients() -> None:
+    model, data = model_of("layer norm"), data_of()
+    plain = clipped_gradients(model, SUM, data, 0.5).gradients
+    noisy = [
+        clipped_gradients(model, SUM, data, 0.5, noise=2.0, generator=torch.Generator().manual_seed(seed)).gradients
+        for seed in (1, 1, 2)
+    ]
+    for name in plain:
+        assert torch.equal(noisy[0][name], noisy[1][name])
+        assert not torch.equal(noisy[0][name], noisy[2][name])
+    noise = torch.cat([(noisy[0][name] - plain[name]).flatten() for name in plain])
+    assert abs(float(noise.std()) - 1.0) < 0.15  # 2 · 0.5, over 211 entries
+    mean = nn.CrossEntropyLoss()
+    one = clipped_gradients(model, mean, data, 0.5, noise=2.0, generator=torch.Generator().manual_seed(1)).gradients
+    for name in plain:
+        torch.testing.assert_close(one[name], noisy[0][name] / 4)
+
+
+def test_arguments_of_clipped_gradients() -> None:
+    model, data = model_of(), data_of()
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"max_norm is {wrong}, expected a positive finite number"):
+            clipped_gradients(model, SUM, data, wrong)
+    with pytest.raises(ValueError, match=r"noise is -1\.0"):
+        clipped_gradients(model, SUM, data, 1.0, noise=-1.0)
+    with pytest.raises(ValueError, match="reduction is None, expected 'sum' or 'mean'"):
+        clipped_gradients(model, lambda o, y: F.cross_entropy(o, y), data, 1.0)
+    one = clipped_gradients(model, lambda o, y: F.cross_entropy(o, y), data, 1.0, reduction="mean")
+    two = clipped_gradients(model, nn.CrossEntropyLoss(), data, 1.0)
+    torch.testing.assert_close(one.norms, two.norms)
+    model[0].requires_grad_(False)
+    assert list(clipped_gradients(model, SUM, data, 1.0).gradients) == ["2.weight", "2.bias"]

@@ -24,6 +24,14 @@ class ClippedGradients(NamedTuple):
     Args:
         gradients: a mapping from the name of each trainable parameter to a tensor of its shape.
         norms: [batch], the norms of the examples' gradients before clipping, over all these parameters.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature import clipped_gradients
+        >>> data = torch.ones(2, 3), torch.zeros(2, 1)
+        >>> found = clipped_gradients(torch.nn.Linear(3, 1), torch.nn.MSELoss(reduction="sum"), data, max_norm=1.0)
+        >>> sorted(found.gradients), found.norms.shape
+        (['bias', 'weight'], torch.Size([2]))
     """
 
     gradients: dict[str, Tensor]

@@ -53,19 +53,19 @@ def check_by_example(model: nn.Module, x: Tensor, y: Tensor, loss: Any = SUM) ->
     found, norms = per_example_gradients(model, loss, (x, y)), per_example_gradient_norms(model, loss, (x, y))
     for name, gradient in want.items():
         torch.testing.assert_close(found[name], gradient)
-        torch.testing.assert_close(norms[name], gradient.flatten(1).norm(dim=1))
+        torch.testing.assert_close(norms[name], gradient.reshape(len(x), -1).norm(dim=1))
     if not isinstance(model(x), Tensor) or model(x).ndim != 2:
         return
     outputs = model(x).shape[1]
     rows = [by_example(model, lambda f, _, c=c: f[:, c].sum(), x, y) for c in range(outputs)]
-    jacobian = torch.stack([torch.cat([row[name].flatten(1) for name in want], 1) for row in rows], 1)
+    jacobian = torch.stack([torch.cat([row[name].reshape(len(x), -1) for name in want], 1) for row in rows], 1)
     torch.testing.assert_close(curvature.empirical_ntk(model, x), torch.einsum("ncp,mdp->nmcd", jacobian, jacobian))
     if loss is SUM:
         p = model(x).detach().softmax(1)
         hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None]
         diagonal = curvature.ggn_diagonal(model, loss, (x, y))
         for name in want:
-            one = torch.stack([row[name].flatten(1) for row in rows], 1)
+            one = torch.stack([row[name].reshape(len(x), -1) for row in rows], 1)
             expected = torch.einsum("ncp,ncd,ndp->p", one, hessian, one).reshape(want[name].shape[1:])
             torch.testing.assert_close(diagonal[name], expected)
 

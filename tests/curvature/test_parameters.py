@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,7 +137,7 @@ def data_of(batch: int = 4) -> tuple[Tensor, Tensor]:
 
 def check_clipped(model: nn.Module, x: Tensor, y: Tensor) -> None:
     want = by_example(model, SUM, x, y)
-    norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in want.values()]).sum(0).sqrt()
+    norms = torch.stack([gradient.reshape(len(x), -1).square().sum(1) for gradient in want.values()]).sum(0).sqrt()
     most = float(norms.median())
     for reduction in ("sum", "mean"):
         found = clipped_gradients(model, nn.CrossEntropyLoss(reduction=reduction), (x, y), most)
@@ -175,14 +176,75 @@ def test_any_blocks_together(names: list[str], batch: int, data: st.DataObject) 
     check_clipped(model, x, y)
 
 
-def test_random_functions_use_the_recorded_graph() -> None:
-    """Dropout inside attention: the gradients are those of the pass that ran, with its random numbers."""
-    model, (x, y) = model_of("attention, biases"), data_of()
+@pytest.mark.parametrize("name", ["attention, biases", "encoder", "lstm"])
+def test_random_functions_use_the_recorded_graph(name: str) -> None:
+    """Dropout inside functions: the gradients are those of the pass that ran, with its random numbers."""
+    model, (x, y) = model_of(name), data_of()
     model.train()
-    with pytest.raises(ValueError, match="random numbers"):
-        per_example_gradients(model, SUM, (x, y))
-    found = per_example_gradients(model, SUM, (x[:1], y[:1]))
-    assert all(gradient.isfinite().all() for gradient in found.values())
+    if name == "lstm":
+        model[1].inner = nn.LSTM(C, C, num_layers=2, dropout=0.5, batch_first=True)
+    torch.manual_seed(1)
+    found = per_example_gradients(model, SUM, (x, y))
+    torch.manual_seed(1)
+    want = torch.autograd.grad(SUM(model(x), y), list(model.parameters()))
+    for gradient, expected in zip(found.values(), want, strict=True):
+        torch.testing.assert_close(gradient.sum(0), expected)
+
+
+def shared_bias(self: Any, x: Tensor) -> Tensor:
+    return F.linear(torch.tanh(self.inner(x)), self.weight, self.inner.bias)
+
+
+def view_and_base(self: Any, x: Tensor) -> Tensor:
+    x = x.clone()
+    part = x[:, :2]
+    part.mul_(self.scale)
+    return torch.cat([part, x[:, 2:] + x[:, :1]], 1)
+
+
+def base_only(self: Any, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :2].mul_(self.scale)
+    return x
+
+
+def filled(self: Any, x: Tensor) -> Tensor:
+    out = self.table.repeat(len(x), 1, 1)
+    out[:, 1:] = x[:, 1:]
+    return out
+
+
+def masked(self: Any, x: Tensor) -> Tensor:
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return (x @ x.mT + self.bias.masked_fill(hidden, float("-inf"))).softmax(-1) @ x
+
+
+SUBTLE: dict[str, Callable[[], nn.Module]] = {
+    "shared bias": lambda: Parts(shared_bias, inner=nn.Linear(C, C), weight=random(C, C)),
+    "view and base": lambda: Parts(view_and_base, scale=random(C)),
+    "base only": lambda: Parts(base_only, scale=random(C)),
+    "filled": lambda: Parts(filled, table=random(1, T, C)),
+    "masked": lambda: Parts(masked, bias=random(T, T)),
+    "temperature": lambda: Parts(lambda self, x: x * self.scale.exp(), scale=torch.tensor(0.3)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("name", SUBTLE)
+def test_subtle_uses(name: str, batch: int) -> None:
+    model = nn.Sequential(nn.Linear(3, C), SUBTLE[name](), nn.Flatten(), nn.Linear(T * C, 3)).eval()
+    x, y = data_of(batch)
+    check_by_example(model, x, y)
+    check_clipped(model, x, y)
+
+
+def test_empty_batches_and_other_mappings() -> None:
+    model, (x, y) = model_of("layer norm", "lstm"), data_of()
+    for name, gradient in per_example_gradients(model, SUM, (x[:0], y[:0])).items():
+        assert gradient.shape == (0, *model.get_parameter(name).shape)
+    want = per_example_gradients(model, SUM, (x, y))
+    found = per_example_gradients(model, SUM, (UserDict(input=x), y))
+    assert all(torch.equal(found[name], gradient) for name, gradient in want.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -270,3 +332,26 @@ def test_arguments_of_clipped_gradients() -> None:
     torch.testing.assert_close(one.norms, two.norms)
     model[0].requires_grad_(False)
     assert list(clipped_gradients(model, SUM, data, 1.0).gradients) == ["2.weight", "2.bias"]
+
+
+def test_means_whose_examples_have_different_weights_are_refused() -> None:
+    model, (x, _) = model_of(), data_of()
+    some = torch.tensor([0, 1, -100, -100])
+    for loss, y in (
+        (nn.CrossEntropyLoss(), some),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10, 0.1])), some % 3),
+    ):
+        with pytest.raises(ValueError, match="expected equal ones"):
+            clipped_gradients(model, loss, (x, y), 1.0)
+    check = clipped_gradients(model, nn.CrossEntropyLoss(reduction="sum"), (x, some), 1.0)
+    assert check.norms[2:].eq(0).all()
+    assert check.gradients["0.weight"].isfinite().all()
+
+
+def test_small_factors_in_half_precision() -> None:
+    model = Parts(lambda self, x: x @ self.weight, weight=random(3, 3)).half()
+    x = (10 * torch.randn(4, 3)).half()
+    found = clipped_gradients(
+        model, lambda out, y: 10 * out.float().square().sum(), (x, torch.zeros(4)), 1e-4, reduction="sum"
+    )
+    assert 5e-5 < float(found.gradients["weight"].norm()) < 5e-4

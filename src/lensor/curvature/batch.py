@@ -16,7 +16,7 @@ from lensor.choices import Fisher, words
 from lensor.curvature.batch_axes import BatchAxis, Given
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.collector import output_axis, require_independent
-from lensor.curvature.complete import CompleteCapture
+from lensor.curvature.complete import WHOLE, CompleteCapture
 from lensor.curvature.data import batches, one_tensor, over_positions, size_of
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import all_parameters
@@ -45,7 +45,8 @@ class Batch:
         empty: bool = False,
         shared: bool = False,
     ) -> None:
-        self.size = size_of(inputs, empty=empty)
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        self.size, self.targets = size_of(inputs, empty=empty), None
         self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
         self.capture = (
             CompleteCapture(targets, inputs, self.size, self.batch_axes, given)
@@ -74,7 +75,7 @@ class Batch:
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
         """The loss for the value that the model returned; torch's own losses take the one tensor in it."""
-        outputs = self.returned
+        outputs, self.targets = self.returned, targets
         if is_torchs(loss):
             outputs = self.outputs
             require_tensor(targets)
@@ -151,6 +152,9 @@ class Batch:
         for name, parameter in self.capture.targets.parameters.items():
             if name in without:
                 continue
+            if WHOLE in vectors:
+                yield name, vectors[WHOLE][name]
+                continue
             parts = [others[name]] if name in others else []
             if name in weights:
                 parts.append(self.weight_gradients(weights[name], vectors))
@@ -192,6 +196,11 @@ def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch
 def is_torchs(loss: Any) -> bool:
     """Whether the loss is one of torch's own modules, which take one output tensor."""
     return isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn.")
+
+
+def rows_of(gradients: Tensor) -> Tensor:
+    """Gradients [batch, *shape] as rows [batch, entries]."""
+    return gradients.flatten(1) if gradients.ndim > 1 else gradients[:, None]
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:

@@ -87,7 +87,7 @@ def clipped_gradients(
     Raises:
         TypeError: for a model or data of an unsupported type.
         ValueError: for an unknown layer, a layer that does not run, a model that mixes examples, a norm that is not
-            positive, negative noise, or an unknown reduction.
+            positive, negative noise, an unknown reduction, or a mean in which the examples have different weights.
 
     Equation:
         Σ_n min(1, C / ‖g_n‖) g_n + σ C z, with standard normal z (Abadi et al., 2016).
@@ -98,6 +98,8 @@ def clipped_gradients(
         raise ValueError(f"noise is {noise}, expected a finite number of at least 0")
     is_mean = _is_mean(loss, reduction)
     with with_loss(model, loss, data, layers, batch_axis, frozen=False) as (batch, value):
+        if reduction is None and is_mean:
+            _require_equal_weights(loss, batch.targets)
         parameters = batch.capture.targets.parameters
         names = [name for name, one in parameters.items() if layers is not None or one.requires_grad]
         streamed = Streamed(batch, value, names, is_weighted=True)
@@ -133,3 +135,23 @@ def _is_mean(loss: Any, reduction: str | None) -> bool:
         return reduction in MEANS
     require_choice("reduction", reduction, ("sum", "mean"))
     return reduction == "mean"
+
+
+def _require_equal_weights(loss: nn.Module, targets: Tensor) -> None:
+    """Raise unless a mean of torch's own gives each example the same weight, so that its own loss is known.
+
+    Raises:
+        ValueError: for different weights, which class weights and ignored targets cause.
+    """
+    if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or targets.is_floating_point() or not len(targets):
+        return
+    counted = targets != loss.ignore_index
+    weights = counted.float()
+    if loss.weight is not None:
+        weights = loss.weight[targets.where(counted, torch.zeros_like(targets))] * counted
+    weights = weights.reshape(len(targets), -1).sum(1)
+    if not torch.allclose(weights, weights[:1].expand_as(weights)):
+        raise ValueError(
+            f"the examples have the weights {weights.tolist()} in the mean loss, expected equal ones: with class"
+            " weights or ignored targets, an example's share of the mean depends on the other examples; use a sum"
+        )

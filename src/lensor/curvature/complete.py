@@ -20,6 +20,9 @@ from lensor.curvature.watching import Targets, is_use, require_unmapped, widened
 from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall
 
+WHOLE = "whole"
+"""The key of the gradients by parameter in the result of `CompleteCapture.gradients` for a single example."""
+
 
 class _Ear:
     """What hooks on outputs tell: a place in the list of uses, an output's number and its gradient.
@@ -58,6 +61,8 @@ class CompleteCapture(KeptInputs):
 
     def __init__(self, targets: Targets, inputs: Inputs, batch: int, axes: BatchAxes | None, given: Given) -> None:
         super().__init__(targets, batch, axes, given)
+        self.is_single = batch == 1 and all(one.requires_grad for one in targets.parameters.values())
+        """Whether the gradient of the batch is that of its only example, so that no function has to be watched."""
         leaves = tree_leaves(inputs)
         marks = with_examples(leaves, batch)
         examples = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
@@ -74,6 +79,9 @@ class CompleteCapture(KeptInputs):
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
         """Run a layer's function, as a function of parameters only if its input does not depend on the examples."""
         name = self.targets.weights[id(call.weight)][0]
+        if self.is_single:
+            self._used.add(name)
+            return run()
         key = name, self._counts.get(name, -1) + 1
         calls = None if self.batch_axes is None else self.batch_axes.calls
         if calls is None:
@@ -91,6 +99,13 @@ class CompleteCapture(KeptInputs):
 
     def on_function(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         """Run a function, and keep it if it takes parameters and returns a result that depends on the examples."""
+        if self.is_single:
+            self._used |= {
+                self.targets.names[id(one)]
+                for one in tree_leaves((tuple(arguments), named))
+                if id(one) in self.targets.names
+            }
+            return self.call(function, arguments, named)
         leaves, tree = tree_flatten((tuple(arguments), named))
         if not any(self.flow.comes_from_parameters(leaf) for leaf in leaves):
             return self.call(function, arguments, named)
@@ -245,6 +260,8 @@ class CompleteCapture(KeptInputs):
         """
         self._require_unchanged()
         self._require_running(self._used)
+        if self.is_single:
+            return
         self._require_alone(self._others)
         self._reached = Reached(tensors_in(roots))
         known = self._known.union(*self._nodes.values())
@@ -275,6 +292,8 @@ class CompleteCapture(KeptInputs):
         self, outputs: Tensor, vector: Tensor, keep: bool, again: bool = False, only: Use | None = None
     ) -> dict[Any, Any]:
         """As for `Capture`; the entries of functions are lists of one gradient, or None, for each output."""
+        if self.is_single:
+            return {WHOLE: self.whole(outputs, vector)}
         return super().gradients(outputs, vector, keep or bool(self.functions), again, only)
 
     def propagate(self, value: Tensor, keep: bool, receive: Callable[[Use | FunctionUse, int, Tensor], None]) -> None:
@@ -312,6 +331,17 @@ class CompleteCapture(KeptInputs):
                 self._require_unused(use)
             else:
                 self._require_unreached(use)
+
+    def whole(self, outputs: Tensor, vector: Tensor) -> dict[str, Tensor]:
+        """The gradient of a batch of one example, [1, *shape] for each parameter."""
+        parameters = self.targets.parameters
+        found = torch.autograd.grad(
+            outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return {
+            name: widened(gradient.to_dense() if gradient.is_sparse else gradient)[None]
+            for name, gradient in zip(parameters, found, strict=True)
+        }
 
     def _more_edges(self) -> list[GradientEdge]:
         return [output.edge for use in self.functions for output in use.outputs]

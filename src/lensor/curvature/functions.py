@@ -3,7 +3,7 @@
 There are three ways. A convolution or linear map is a network. Another function runs again under `torch.func.vmap`,
 which gives each example its part of the arguments, if the trial passes found these parts. Otherwise, the cotangent is
 propagated through the recorded graph once for each example, with zeros for all other examples; this way needs neither
-the arguments nor a function that can run on a single example.
+the arguments nor a function that can run on a single example, and is the only one if `batch_axis` was given.
 """
 
 from __future__ import annotations
@@ -99,8 +99,10 @@ class FunctionUse:
         Args:
             cotangents: the gradients with respect to the outputs; None for zero.
         """
+        if not self.batch:
+            return [source.tensor.new_zeros((0, *source.tensor.shape)) for source in self.sources]
         found = self._of_layer(cotangents) if self._is_unchanged() else None
-        if found is None and self.batch > 1 and self._can_map():
+        if found is None and self._can_map():
             found = self._mapped(cotangents)
         return self._masked(cotangents) if found is None else found
 
@@ -108,13 +110,11 @@ class FunctionUse:
         """The sum over the examples of their gradients times factors [batch], for each source."""
         parts = []
         for output, v in zip(self.outputs, cotangents, strict=True):
-            part = output.zeros() if v is None else v.to(output.dtype, copy=True)
-            if v is not None and self.batch == 1:
-                part *= factors.to(part.dtype)
-            elif v is not None:
+            part = output.zeros() if v is None else v.clone().to(torch.promote_types(v.dtype, factors.dtype))
+            if v is not None:
                 rows = self._known(output).first(part, self.batch)
                 rows *= factors.to(part.dtype).reshape(-1, *[1] * (rows.ndim - 1))
-            parts.append(part)
+            parts.append(part.to(output.dtype))
         return self._backward(parts)
 
     # --------------------------------------------------------------------------------------------- networks of layers
@@ -196,8 +196,26 @@ class FunctionUse:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # any function of a user or of torch, some of which vmap does not support
-            return None
+            return self._looped(one, given, vs)
         return list(found)
+
+    def _looped(
+        self,
+        one: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]],
+        given: Sequence[tuple[Tensor, int]],
+        vs: Sequence[tuple[Tensor, int]],
+    ) -> list[Tensor] | None:
+        """The same without `vmap`, one example after the other; None if the function cannot run on one example."""
+        try:
+            found = [
+                one([part.select(at, n) for part, at in given], [v.select(at, n) for v, at in vs])
+                for n in range(self.batch)
+            ]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # as above
+            return None
+        return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
     # ---------------------------------------------------------------------------------------------- the recorded graph
     def _masked(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
@@ -207,9 +225,7 @@ class FunctionUse:
             parts = []
             for output, v in zip(self.outputs, cotangents, strict=True):
                 part = output.zeros()
-                if v is not None and self.batch == 1:
-                    part = v.to(output.dtype)
-                elif v is not None:
+                if v is not None:
                     axis = self._known(output)
                     axis.first(part, self.batch)[example] = axis.first(v, self.batch)[example].to(output.dtype)
                 parts.append(part)

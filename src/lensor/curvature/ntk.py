@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.arguments import described
-from lensor.curvature.batch import Batch, refuse_mixing
+from lensor.curvature.batch import Batch, refuse_mixing, rows_of
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import output_axis
@@ -93,7 +93,7 @@ def empirical_ntk(
                     skipped.add(name)
             columns = [batch.gradients(one, other, skipped) for one, other in zip(stacked, others, strict=True)]
             for parts in zip(*columns, strict=True):
-                rows = torch.cat([gradient.flatten(1) for _, gradient in parts]).to(found.dtype)
+                rows = torch.cat([rows_of(gradient) for _, gradient in parts]).to(found.dtype)
                 found += rows @ rows.mT
         return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
 

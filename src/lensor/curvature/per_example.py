@@ -73,7 +73,8 @@ def per_example_gradient_norms(
 ) -> dict[str, Tensor]:
     """The Euclidean norm of every example's gradient, for each parameter.
 
-    This needs less memory than `per_example_gradients`, because the gradients need not exist at the same time.
+    This needs less memory than `per_example_gradients`: the gradients for convolutions and linear layers are not formed,
+    and those for other functions not for all parameters at the same time.
 
     Args:
         loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the

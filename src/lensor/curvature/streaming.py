@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lensor import ops
-from lensor.curvature.batch import Batch, gradients_of, squared_norms
+from lensor.curvature.batch import Batch, gradients_of, rows_of, squared_norms
 from lensor.curvature.capture import Use, computing
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import over_positions
@@ -45,6 +45,10 @@ class Streamed:
         self._layers: list[tuple[Use, Tensor]] = []
         self._functions: dict[FunctionUse, list[Tensor | None]] = {}
         self._counts = self._count()
+        if self.capture.is_single:
+            whole = self.capture.whole(value, torch.ones_like(value))
+            self._gradients |= {name: whole[name] for name in self.names}
+            return
         later = [use for use in self.capture.functions if not self._is_at_once(use)]
         self.capture.propagate(value, bool(later), self._receive)
         with computing(value):
@@ -60,6 +64,8 @@ class Streamed:
         names = self.capture.targets.names
         for use in self.capture.uses:
             found[use.weight] += 1
+            if use.bias is not None:
+                found[use.bias] += 1
         for use in self.capture.functions:
             for source in use.sources:
                 for name in [names[id(source.tensor)]] if id(source.tensor) in names else found:
@@ -108,7 +114,7 @@ class Streamed:
         alone = all(self._counts.get(names.get(id(source.tensor), ""), 2) == 1 for source in use.sources)
         if alone:  # the gradients are not kept
             for source, part in zip(use.sources, parts, strict=True):
-                self._squares[names[id(source.tensor)]] = part.flatten(1).square().sum(1)
+                self._squares[names[id(source.tensor)]] = rows_of(part).square().sum(1)
         else:
             self.capture.add(self._of_sources, use, parts)
         if not alone or not self._is_weighted:
@@ -122,10 +128,13 @@ class Streamed:
     # ------------------------------------------------------------------------------------------------------- results
     def squares(self) -> dict[str, Tensor]:
         """The squared norm of every example's gradient, [batch], by parameter."""
-        found = {name: gradient.flatten(1).square().sum(1) for name, gradient in self._gradients.items()}
+        found = {name: rows_of(gradient).square().sum(1) for name, gradient in self._gradients.items()}
         found |= self._squares
-        zero = self.batch.zeros(torch.empty(0)).sum(1)
-        return {name: found.get(name, zero) for name in self.names}
+        parameters = self.capture.targets.parameters
+        return {
+            name: found[name] if name in found else rows_of(self.batch.zeros(parameters[name])).sum(1)
+            for name in self.names
+        }
 
     def weighted_sums(self, factors: Tensor) -> dict[str, Tensor]:
         """The sums over the examples of their gradients times factors [batch], by parameter."""
@@ -142,4 +151,6 @@ class Streamed:
                 self.capture.add(of_sources, use, use.weighted_sum(vectors, factors))
         found |= self.capture.by_name(of_sources, batched=False)
         parameters = self.capture.targets.parameters
-        return {name: found[name] if name in found else torch.zeros_like(parameters[name]) for name in self.names}
+        return {
+            name: found[name] if name in found else self.batch.zeros(parameters[name]).sum(0) for name in self.names
+        }

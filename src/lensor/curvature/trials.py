@@ -74,7 +74,7 @@ class _Seen:
         if not x.is_floating_point() or not x.numel():
             return
         rows = x.detach().flatten(1) if whole and x.ndim > 1 else x.detach()
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)  # masks have −inf
         eps = torch.finfo(x.dtype).eps
         if torch.finfo(x.dtype).bits < 32:
             self.coarse.add(key)
@@ -92,6 +92,29 @@ _DROPOUTS = {
     getattr(nn.functional, name)
     for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 } | {torch.dropout, torch.alpha_dropout, torch.feature_alpha_dropout, torch.feature_dropout}
+
+
+_WITH_DROPOUT: dict[Any, tuple[str, int]] = {
+    nn.functional.scaled_dot_product_attention: ("dropout_p", 4),
+    nn.functional.multi_head_attention_forward: ("dropout_p", 10),
+}
+"""Functions with a probability of dropout: the name and position of this argument."""
+
+_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}  # pyright: ignore
+
+
+def _without_dropout(
+    function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments of a function, with zero as the probability of dropout."""
+    if function in _WITH_DROPOUT:
+        name, place = _WITH_DROPOUT[function]
+        if name in named:
+            return arguments, named | {name: 0.0}
+        return [*arguments[:place], *[0.0 for _ in arguments[place : place + 1]], *arguments[place + 1 :]], named
+    if function in _RECURRENT:  # the only number that is not an integer
+        return [0.0 if isinstance(one, float) else one for one in arguments], named
+    return arguments, named
 
 
 _BY_VALUES = {
@@ -144,6 +167,7 @@ class _Trial(Watch):
             return arguments[0] if arguments else named["input"]
         if _gives_shapes_by_values(function, arguments, named):
             self.by_values = True
+        arguments, named = _without_dropout(function, arguments, named)
         if self.wide and not written(function, arguments, named):
             arguments, named = tree_map(_widened, (tuple(arguments), named))
         return function(*arguments, **named)

@@ -52,11 +52,16 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
 def results_of(
     function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any], result: Any
 ) -> list[Tensor]:
-    """The tensors that a function returned, and those that it wrote into."""
-    found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    for one in written(function, arguments, named):
-        if isinstance(one, Tensor) and all(one is not other for other in found):
-            found.append(one)
+    """The tensors that a function returned, and those that it wrote into.
+
+    If it wrote into a view, the tensor behind the view has the new value, and the graph leads to the view through it.
+    """
+    into = [one for one in written(function, arguments, named) if isinstance(one, Tensor)]
+    found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and all(leaf is not one for one in into)]
+    for one in into:
+        behind = one._base if one._is_view() and one._base is not None else one
+        if all(behind is not other for other in found):
+            found.append(behind)
     return found
 
 

@@ -73,8 +73,8 @@ def per_example_gradient_norms(
 ) -> dict[str, Tensor]:
     """The Euclidean norm of every example's gradient, for each parameter.
 
-    This needs less memory than `per_example_gradients`: the gradients for convolutions and linear layers are not formed,
-    and those for other functions not for all parameters at the same time.
+    This needs less memory than `per_example_gradients`: the gradients for convolutions and linear layers are not
+    formed, and those for other functions do not have to be kept.
 
     Args:
         loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the

@@ -46,7 +46,8 @@ class Batch:
         shared: bool = False,
     ) -> None:
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        self.size, self.targets = size_of(inputs, empty=empty), None
+        self.size = size_of(inputs, empty=empty)
+        self.targets: Any = None
         self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
         self.capture = (
             CompleteCapture(targets, inputs, self.size, self.batch_axes, given)

@@ -26,7 +26,7 @@ def measured(spec: ConvSpec, folder: Path) -> list:
     return results.rows
 
 
-@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("mode", ["zeros", pytest.param("circular", marks=pytest.mark.slow)])
 def test_lensor_agrees_with_the_standard_implementations(mode: str, tmp_path: Path) -> None:
     rows = measured(
         ConvSpec(4, 6, (7, 6), (3, 2), stride=(2, 1), padding=(1, 1), groups=2, padding_mode=mode), tmp_path

@@ -199,6 +199,7 @@ def test_gram_matrices_in_blocks(rows: int, dtype: str) -> None:
     assert (found == found.swapaxes(1, 2)).all()
 
 
+@settings(max_examples=25)
 @given(st.data())
 def test_transposes_and_products_with_axes_of_size_one(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=6))

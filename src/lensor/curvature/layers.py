@@ -173,7 +173,10 @@ def all_parameters(
         if id(parameter) in asked and (parameter.requires_grad or id(parameter) in plain)
     }
     if not parameters:
-        raise ValueError("the model has no layer and no parameter that requires a gradient, expected at least one")
+        raise ValueError(
+            "the model has no layer and no parameter that requires a gradient, expected at least one: to use frozen"
+            " layers, name them with layers="
+        )
     _require_usable(found)
     for name, parameter in parameters.items():
         _require_real(name.rpartition(".")[0], [parameter])

@@ -54,11 +54,6 @@ def empirical_ntk(
     model = unwrapped(model)
     targets = Targets(*all_parameters(model, layers, frozen=False))
     wanted = {name for name, one in targets.parameters.items() if layers is not None or one.requires_grad}
-    if not wanted:
-        raise ValueError(
-            "no parameter of the model's layers requires a gradient, expected at least one: to use frozen layers, name"
-            " them with layers="
-        )
     refuse_mixing(model)
     with running(model):
         try:

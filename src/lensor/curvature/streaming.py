@@ -72,16 +72,16 @@ class Streamed:
                     found[name] += 1
         return found
 
-    def _is_small(self, entries: int, vectors: Iterable[Tensor | None], inputs: int = 0) -> bool:
-        """Whether the gradients of the examples have fewer entries than what they are computed from."""
-        return self.batch.size * entries <= inputs + sum(one.numel() for one in vectors if one is not None)
+    def _is_small(self, entries: int, sources: int) -> bool:
+        """Whether the gradients of the examples, of `entries` each, have no more entries than their sources."""
+        return self.batch.size * entries <= sources
 
     def _is_at_once(self, use: FunctionUse) -> bool:
         """Whether the gradients for a function can be formed as soon as the gradient at its output is known."""
         if len(use.outputs) > 1:
             return False
         entries = sum(source.tensor.numel() for source in use.sources)
-        return not self._is_weighted or self.batch.size * entries <= use.outputs[0].shape.numel()
+        return not self._is_weighted or self._is_small(entries, use.outputs[0].shape.numel())
 
     def _receive(self, use: Use | FunctionUse, number: int, v: Tensor) -> None:
         """Take the gradient at an output."""
@@ -100,7 +100,9 @@ class Streamed:
         if use.weight not in self._wanted:
             return
         with preferring(max(_LEAST_BYTES, x.nbytes + v.nbytes)):
-            if self._counts[use.weight] > 1 or (self._is_weighted and self._is_small(use.weight_size, [x, v])):
+            if self._counts[use.weight] > 1 or (
+                self._is_weighted and self._is_small(use.weight_size, x.numel() + v.numel())
+            ):
                 self._add(use.weight, gradients_of(use, x, v))
                 return
             self._squares[use.weight] = network(squared_norms, use.spec(x))(X=x, V=v).clamp_min(0)

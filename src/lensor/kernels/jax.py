@@ -117,12 +117,13 @@ def _read(step: s.Read) -> Callable[..., Any]:
 
 def _only_if_inside(found: Any, limits: Sequence[tuple[Any, int]]) -> Any:
     """The result, or NaN if a position is negative or not below its limit: traced ones cannot be checked before."""
-    inside = [((positions >= 0) & (_widest(positions) < below)).all() for positions, below in limits]
+    inside = [((positions >= 0) & (positions <= _last(positions.dtype, below))).all() for positions, below in limits]
     return jnp.where(jnp.stack(inside).all(), found, np.asarray(np.nan, found.dtype))
 
 
-def _widest(positions: Any) -> Any:
-    return positions.astype(np.uint64 if jnp.issubdtype(positions.dtype, jnp.unsignedinteger) else int)
+def _last(dtype: Any, below: int) -> Any:
+    """The largest position below a limit that the dtype has."""
+    return np.asarray(min(below - 1, int(jnp.iinfo(dtype).max)), dtype)
 
 
 def _window(step: s.Window) -> Callable[[Any], Any]:

@@ -53,9 +53,10 @@ def clipped_gradients(
 ) -> ClippedGradients:
     """The sum or mean of the examples' gradients, each clipped to a maximal norm: the gradient of private training.
 
-    It takes one forward and one backward pass, and the gradients of single examples of convolutions and linear layers
-    are never formed: their norms come from networks, and the clipped sum from the kept cotangents, scaled for each
-    example (Lee & Kifer, 2021; Bu et al., 2023). Use `per_example_gradient_norms` if you need only the norms.
+    It takes one forward and one backward pass. For convolutions and linear layers, the gradients of single examples are
+    formed only if they are smaller than the layer's input and output. Otherwise their norms come from networks, and the
+    clipped sum from the gradients at the outputs, scaled for each example (Lee & Kifer, 2021; Bu et al., 2023). Use
+    `per_example_gradient_norms` if you need only the norms.
 
     Args:
         loss: any callable of (outputs, targets) that is a sum or mean over examples. It receives everything that the

@@ -1,9 +1,10 @@
 """Functions that take parameters: the gradients of single examples with respect to these arguments.
 
 There are three ways. A convolution or linear map is a network. Another function runs again under `torch.func.vmap`,
-which gives each example its part of the arguments, if the trial passes found these parts. Otherwise, the cotangent is
-propagated through the recorded graph once for each example, with zeros for all other examples; this way needs neither
-the arguments nor a function that can run on a single example, and is the only one if `batch_axis` was given.
+which gives each example its part of the arguments, if the trial passes found these parts; where `vmap` does not support
+the function, it runs on one example after the other. Otherwise, the cotangent is propagated through the recorded graph
+once for each example, with zeros for all other examples; this way needs neither the arguments nor a function that can
+run on a single example, and is the only one if `batch_axis` was given.
 """
 
 from __future__ import annotations

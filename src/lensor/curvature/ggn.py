@@ -41,9 +41,12 @@ def ggn_diagonal(
     Use this when the diagonal entries suffice; use `ggn_mini_blocks` for one block per filter, kernel or position.
 
     Args:
+        layers: names of modules whose own parameters are wanted; all trainable parameters, and the frozen ones of
+            convolutions and linear layers, unless given.
+        strict: has no effect, since all parameters are supported.
 
     Returns:
-        A mapping from the name of each weight and bias to a tensor of its shape.
+        A mapping from the name of each parameter to a tensor of its shape.
 
     Example:
         >>> import torch

@@ -30,6 +30,9 @@ ModelNormalisation: TypeAlias = Literal[
 Form: TypeAlias = Literal["factor", "root"]
 """A Kronecker factor itself, or a root, whose Gram matrix is the factor."""
 
+Others: TypeAlias = Literal["diagonal", "full", "skip"]
+"""The blocks of parameters that have no Kronecker factors."""
+
 Method: TypeAlias = Literal["cholesky", "eigen", "woodbury"]
 """How damped factors are inverted."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -382,8 +381,9 @@ def test_model_is_left_as_found() -> None:
     net[0].weight.grad = torch.ones_like(net[0].weight)
     before = copy.deepcopy(net.state_dict())
     data = torch.randn(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
-    with pytest.warns(UserWarning, match=r"1 \(BatchNorm2d\)"):
+    with pytest.raises(ValueError, match=r"mixed by the statistics of 1: call model.eval\(\) first"):
         kfac(net, nn.CrossEntropyLoss(), data)
+    kfac(net, nn.CrossEntropyLoss(), data, others="skip")
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight))
@@ -854,27 +854,28 @@ class _Summed(nn.Sequential):
 
 
 def test_other_functions_of_a_weight_are_no_layers() -> None:
-    """Subclasses with a forward pass of their own and parametrisations: named, never taken for the plain layer."""
+    """Subclasses with a forward pass of their own and parametrisations: never taken for the plain layer."""
     parametrized, old = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
     nn.utils.parametrizations.weight_norm(parametrized[0])
     nn.utils.spectral_norm(old[0])
-    names = {
-        "0 (_Standardised)": nn.Sequential(_Standardised(4, 3, 1), nn.Flatten(), nn.Linear(9, 3)),
-        "0 (_Scaled)": nn.Sequential(_Scaled(), nn.Linear(3, 3)),
-        "0 (ParametrizedLinear)": parametrized,
-        "0 (Linear)": old,
-    }
-    for name, net in names.items():
-        x = torch.randn(4, 4, 3) if "Standard" in name else torch.randn(4, 3)
-        with pytest.warns(UserWarning, match=f"curvature is not supported for the parameters of .*{re.escape(name)}"):
-            found = kfac(net, nn.CrossEntropyLoss(), (x, Y))
-        assert not any(key.startswith("0.") for key in found)
+    nets = [
+        nn.Sequential(_Standardised(4, 3, 1), nn.Flatten(), nn.Linear(9, 3)),
+        nn.Sequential(_Scaled(), nn.Linear(3, 3)),
+        parametrized,
+        old,
+    ]
+    for net in nets:
+        x = torch.randn(4, 4, 3) if net is nets[0] else torch.randn(4, 3)
+        found = kfac(net, nn.CrossEntropyLoss(), (x, Y))
+        assert set(found) == set(dict(net.named_parameters()))
+        assert all(block.factored != name.startswith("0.") for name, block in found.items())
         net.eval()
         wanted = torch.autograd.grad(nn.CrossEntropyLoss()(net(x), Y), list(net.parameters()), materialize_grads=True)
         gradients = curvature.per_example_gradients(net, nn.CrossEntropyLoss(), (x, Y))
         for key, want in zip(dict(net.named_parameters()), wanted, strict=True):
             torch.testing.assert_close(gradients[key].sum(0), want)
-        with pytest.raises(ValueError, match=re.escape(name)):
+        first = next(name for name in found if name.startswith("0."))
+        with pytest.raises(ValueError, match=f"the parameters '{first}'.* have no Kronecker factors"):
             kfac(net, nn.CrossEntropyLoss(), (x, Y), strict=True)
     own = nn.Sequential(lensor.nn.Conv1d(4, 3, 1), nn.Flatten(), lensor.sampling.Linear(9, 3, keep={"n": 0.5}))
     assert set(kfac(own.eval(), nn.CrossEntropyLoss(), (torch.randn(4, 4, 3), Y), strict=True)) >= {
@@ -962,7 +963,14 @@ def test_inputs_may_be_several_or_named() -> None:
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no module": (lambda: kfac(3, nn.MSELoss(), (X, X)), TypeError, "model has type int, expected torch.nn.Module"),
-    "no layer": (lambda: kfac(nn.ReLU(), nn.MSELoss(), (X, X)), ValueError, "no convolution"),
+    "no parameter": (lambda: kfac(nn.ReLU(), nn.MSELoss(), (X, X)), ValueError, "no layer and no parameter"),
+    "no layer": (lambda: kfac(nn.LayerNorm(3), nn.MSELoss(), (X, X)), ValueError, "no convolution"),
+    "others": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), others="all"), ValueError, "'diagonal', 'full'"),
+    "others without gradients": (
+        lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), others="full", fisher="forward-only"),
+        ValueError,
+        "others is 'full', expected 'skip' for fisher='forward-only'",
+    ),
     "loss": (lambda: kfac(nn.Linear(3, 3), nn.L1Loss(), (X, X)), TypeError, "L1Loss, expected torch.nn.CrossEntropy"),
     "reduction": (
         lambda: kfac(nn.Linear(3, 3), nn.MSELoss(reduction="none"), (X, X)),
@@ -971,8 +979,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "approx": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), approx="kfc"), ValueError, "'expand', 'reduce'"),
     "fisher": (lambda: kfac(nn.Linear(3, 3), nn.MSELoss(), (X, X), fisher="ef"), ValueError, "'type-2', 'mc'"),
-    "tied": (lambda: kfac(_tied(), nn.MSELoss(), (X, X)), ValueError, "0.weight and 1.weight are tied"),
-    "twice": (lambda: kfac(_Twice(), nn.MSELoss(), (X, X)), ValueError, "twice"),
+    "tied": (
+        lambda: kfac(_tied(), nn.MSELoss(), (X, X), bias="joint"),
+        ValueError,
+        "the weight '0.weight' is not always used together with the bias '0.bias'",
+    ),
+    "twice": (lambda: curvature.ggn_mini_blocks(_Twice(), nn.MSELoss(), (X, X)), ValueError, "twice"),
     "idle": (lambda: kfac(_Idle(), nn.MSELoss(), (X, X)), ValueError, "did not run on the data.*idle"),
     "layer": (
         lambda: kfac(_Idle(), nn.MSELoss(), (X, X), layers=["nope"]),
@@ -1059,7 +1071,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "strict": (
         lambda: kfac(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), nn.MSELoss(), (X, X), strict=True),
         ValueError,
-        r"curvature is not supported for the parameters of 1 \(LayerNorm\)",
+        "the parameters '1.weight', '1.bias' have no Kronecker factors",
     ),
     "mixing": (
         lambda: curvature.per_example_gradients(

@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,8 @@ def test_calls_of_a_layer_s_function_count_wherever_they_are(how: str) -> None:
         del model.other
     check_by_example(model, x, y)
     if how != "detached":
-        for call in (kfac, curvature.ggn_mini_blocks, curvature.hessian_diagonal):
-            with pytest.raises(ValueError, match=r"shared|tied|another kind|outside of the layer"):
-                call(model, SUM, (x, y))
+        with pytest.raises(ValueError, match=r"shared|tied|another kind|outside of the layer"):
+            curvature.ggn_mini_blocks(model, SUM, (x, y))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -122,9 +122,9 @@ def test_other_uses_of_a_parameter_are_refused_by_name(how: str, frozen: bool) -
     if frozen:
         model.layer.requires_grad_(False)
     name = "layer.bias" if how == "bias" else "layer.weight"
-    calls = [kfac, curvature.hessian_diagonal, curvature.ggn_mini_blocks]
+    calls = [partial(kfac, others="skip"), curvature.ggn_mini_blocks]
     if frozen:  # autograd does not record these uses
-        calls += [curvature.ggn_diagonal, per_example_gradients]
+        calls += [kfac, curvature.hessian_diagonal, curvature.ggn_diagonal, per_example_gradients]
     for call in calls:
         with pytest.raises(ValueError, match=f"parameter '{name}' of layer 'layer' is also used outside of the layer"):
             call(model, SUM, data)
@@ -289,7 +289,10 @@ def test_layers_of_a_table() -> None:
     with pytest.raises(
         ValueError, match=r"layer 'layer' has an input of shape \(4, 2\) that does not depend on the number"
     ):
-        kfac(model, CE, data)
+        kfac(model, CE, data, others="skip")
+    found, diagonal = kfac(model, CE, data), curvature.ggn_diagonal(model, CE, data)
+    assert not found["layer.weight"].factored
+    torch.testing.assert_close(found.diagonal()["layer.weight"], diagonal["layer.weight"])
 
 
 def test_a_model_of_one_size_needs_to_be_told() -> None:
@@ -998,7 +1001,8 @@ def test_tied_weights_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = per_example_gradients(model, loss, (x, x))
         with pytest.raises(ValueError, match="used outside of the layer"):
-            kfac(model, MSE, (x, x))
+            kfac(model, MSE, (x, x), others="skip")
+        assert not kfac(model, MSE, (x, x))["e.weight"].factored
     for name, gradient in want.items():
         torch.testing.assert_close(found[name], gradient, rtol=0.05, atol=0.05 * float(gradient.abs().max()))
 
@@ -1456,7 +1460,9 @@ def test_outputs_in_slots() -> None:
         data = torch.randn(batch, 3), torch.arange(batch) % 3
         for axis in (None, 0):
             with pytest.raises(ValueError, match="is also used outside of the layer"):
-                kfac(Reused(tied=True), CE, data, batch_axis=axis)
+                kfac(Reused(tied=True), CE, data, batch_axis=axis, others="skip")
+            found = kfac(Reused(tied=True), CE, data, batch_axis=axis)
+            assert [block.factored for block in found.values()] == [False, True]
             kfac(Reused(tied=False), CE, data, batch_axis=axis)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lensor import curvature
 from lensor.curvature import clipped_gradients, per_example_gradient_norms, per_example_gradients
@@ -150,6 +151,47 @@ def test_blocks(name: str) -> None:
     model, (x, y) = model_of(name), data_of()
     check_by_example(model, x, y)
     check_clipped(model, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:RNN module weights")
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "orthogonal"])
+def test_hessian_diagonals_and_factors(name: str) -> None:
+    """Entries of the Hessian by differentiating twice, and the diagonals among the blocks of `kfac`."""
+    model, (x, y) = model_of(name), data_of(3)
+    with sdpa_kernel(SDPBackend.MATH):
+        value = SUM(model(x), y)
+    parameters = dict(model.named_parameters())
+    slopes = torch.autograd.grad(value, list(parameters.values()), create_graph=True, materialize_grads=True)
+    found = curvature.hessian_diagonal(model, SUM, (x, y))
+    factors, diagonal = curvature.kfac(model, SUM, (x, y)), curvature.ggn_diagonal(model, SUM, (x, y))
+    assert list(found) == list(factors) == list(parameters)
+    for (key, one), slope in zip(parameters.items(), slopes, strict=True):
+        if not factors[key].factored:
+            torch.testing.assert_close(factors.diagonal()[key], diagonal[key])
+        for at in torch.randperm(one.numel())[:5].tolist():
+            (row,) = (
+                torch.autograd.grad(
+                    slope.reshape(-1)[at], one, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                if slope.requires_grad
+                else (torch.zeros_like(one),)
+            )
+            torch.testing.assert_close(found[key].reshape(-1)[at], row.reshape(-1)[at], rtol=1e-7, atol=1e-9)
+
+
+def test_hessian_diagonals_of_other_parameters_by_draws_are_unbiased() -> None:
+    torch.manual_seed(0)
+    model, data = (
+        nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2)),
+        (torch.randn(4, 3), torch.randn(4, 2)),
+    )
+    exact = curvature.hessian_diagonal(model, nn.MSELoss(), data)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [curvature.hessian_diagonal(model, nn.MSELoss(), data, samples=1, generator=generator) for _ in range(300)]
+    for name in ("1.weight", "1.bias"):
+        every = torch.stack([one[name] for one in drawn])
+        error = every.std(0) / len(drawn) ** 0.5
+        assert bool(((every.mean(0) - exact[name]).abs() < 4.5 * error + 1e-9).all())
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:RNN module weights")

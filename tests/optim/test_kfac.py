@@ -524,6 +524,29 @@ def test_states_of_other_optimizers_are_refused() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
+class _Shared(nn.Module):
+    """A model with a layer that runs twice, a layer with the same weight and another bias, and a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twin, self.norm, self.last = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+            nn.LayerNorm(4),
+            nn.Linear(4, 3),
+        )
+        self.twin.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(torch.tanh(self.first(x.flatten(1)[:, :4])))
+        return self.last(self.norm(self.twin(x)))
+
+
+def _shared() -> nn.Module:
+    torch.manual_seed(0)
+    return _Shared().double()
+
+
 def _rank(rank: int, file: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{file}", world_size=2, rank=rank)
@@ -536,6 +559,8 @@ def _rank(rank: int, file: str, out: str) -> None:
         share = slice(0, 4) if rank == 0 else slice(4, 10)
         factors = kfac(model, CE, (x[share], y[share]), approx=approx, group=group)
         found[f"factors {approx}"] = {name: (block.A, block.B) for name, block in factors.items()}
+        others = kfac(_shared(), CE, (x[share], y[share]), approx=approx, group=group)
+        found[f"others {approx}"] = {name: (block.A, block.B) for name, block in others.items()}
         wrapped = nn.parallel.DistributedDataParallel(model)
         method = "woodbury" if approx == "reduce" else "cholesky"
         optimizer = KFAC(wrapped, CE, lr=0.1, damping=0.1, approx=approx, method=method, group=group)
@@ -556,13 +581,16 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     found = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(2)]
     for approx in ("expand", "reduce"):
         whole = kfac(network(), CE, batch(0, count=10), approx=approx)
+        others = kfac(_shared(), CE, batch(0, count=10), approx=approx)
         model = network()
         method = "woodbury" if approx == "reduce" else "cholesky"
         train(model, KFAC(model, CE, lr=0.1, damping=0.1, approx=approx, method=method), range(4))
         for one in found:
-            for name, (a, b) in one[f"factors {approx}"].items():
-                torch.testing.assert_close(a, whole[name].A, rtol=1e-6, atol=1e-9)
-                torch.testing.assert_close(b, whole[name].B, rtol=1e-6, atol=1e-9)
+            for which, blocks in (("factors", whole), ("others", others)):
+                assert set(one[f"{which} {approx}"]) == set(blocks)
+                for name, (a, b) in one[f"{which} {approx}"].items():
+                    torch.testing.assert_close(a, blocks[name].A, rtol=1e-6, atol=1e-9)
+                    torch.testing.assert_close(b, blocks[name].B, rtol=1e-6, atol=1e-9)
             for name, p in one[f"parameters {approx}"].items():
                 torch.testing.assert_close(p, parameters(model)[name], rtol=1e-6, atol=1e-8)
         shared = [one[f"shared {approx}"] for one in found]

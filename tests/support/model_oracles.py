@@ -296,22 +296,33 @@ class Oracle:
                 found[name] = module
         return found
 
+    def with_same(self, name: str, key: str) -> list[str]:
+        """The layers with the same weight or bias as a layer."""
+        own = getattr(self.layers[name], key)
+        return [other for other, module in self.layers.items() if getattr(module, key) is own]
+
     def factors(
-        self, name: str, approx: str, fisher: str, joint: bool, trained_bias: bool = True, unweighted: bool = False
+        self,
+        name: str,
+        approx: str,
+        fisher: str,
+        joint: bool,
+        trained_bias: bool = True,
+        unweighted: bool = False,
+        key: str = "weight",
     ) -> tuple[Tensor, Tensor]:
-        """A and B of a layer by definition, all its calls and rows of an example being positions."""
+        """A and B of a layer's weight or bias by definition, all its calls and rows of an example being positions."""
         module = self.layers[name]
         bias = module.bias is not None and joint and trained_bias
         a: Any = 0
         b: Any = 0
         divisor = self.unweighted if unweighted else self.divisor
         for record, (_, curved, slope) in zip(self.records[0], self.jacobians, strict=True):
-            one = record[name]
-            p = torch.cat(one.patches, 1)
+            uses = [record[other] for other in self.with_same(name, key)]
+            p = torch.cat([patch for one in uses for patch in one.patches], 1)
             if bias:
                 p = torch.cat([p, torch.ones_like(p[..., :1])], 2)
-            j = one.jacobian
-            assert j is not None
+            j = torch.cat([one.jacobian for one in uses if one.jacobian is not None], 2)
             positions = j.shape[2]
             if approx == "reduce":
                 p, j = p.mean(1, keepdim=True), j.sum(2, keepdim=True)
@@ -333,10 +344,10 @@ class Oracle:
         assert self.case.loss.unweighted is not None
         return self.case.loss.unweighted(unpacked(self.case.pack, out)[0], self.case.wide_targets)
 
-    def positions(self, name: str) -> int:
-        jacobian = self.records[0][0][name].jacobian
-        assert jacobian is not None
-        return jacobian.shape[2]
+    def positions(self, name: str, key: str = "weight") -> int:
+        """The number of positions of all calls with a layer's weight or bias, for one example."""
+        found = [self.records[0][0][other].jacobian for other in self.with_same(name, key)]
+        return sum(one.shape[2] for one in found if one is not None)
 
     def weight_rows(self, name: str, rows: Tensor) -> Tensor:
         """Vectors of a weight's shape as [..., groups, rows of B, rows of A]."""

@@ -35,7 +35,14 @@ from tests.support.models import COMPILED, Case, make_case, tripled, unpacked
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 OUTCOMES = ("right", "refused", "WRONG", "crash", "unchecked")
-COMPLETE = ("per_example_gradients", "per_example_gradient_norms", "ggn_diagonal", "empirical_ntk")
+COMPLETE = (
+    "per_example_gradients",
+    "per_example_gradient_norms",
+    "ggn_diagonal",
+    "empirical_ntk",
+    "hessian_diagonal",
+    "kfac",
+)
 """Functions that have to be of every parameter that trains; others may leave out what they warn of."""
 
 
@@ -235,29 +242,38 @@ def kronecker(check: Check) -> Iterator[Any]:
         "bias": rng.choice(["separate", "joint"]),
     }
     found = yield lambda: curvature.kfac(case.model, case.loss.given, data, **options, **check.chosen)
-    compare_factors(check, found, options["approx"], options["fisher"], options["bias"] == "joint")
+    compare_factors(check, found, options["approx"], options["fisher"], options["bias"] == "joint", complete=True)
     del oracle
 
 
-def compare_factors(check: Check, found: Mapping[str, Any], approx: str, fisher: str, joint: bool) -> None:
-    """Blocks by their definition."""
+def compare_factors(
+    check: Check, found: Mapping[str, Any], approx: str, fisher: str, joint: bool, complete: bool = False
+) -> None:
+    """Blocks by their definition; `complete` if there have to be blocks of all parameters."""
     oracle = check.oracle
     named = {check.name(name): block for name, block in found.items()}
     held = {check.name(one) for block in found.values() for one in block.names}
-    check.complete("kfac", held)
+    if not complete or fisher != "forward-only":
+        check.complete("kfac", held)
     layers = {own(name): name for name in oracle.layers}
     biases = {own(name, "bias"): name for name in oracle.layers}
     for name, block in named.items():
+        if complete and not block.factored:
+            diagonal = oracle.ggn_diagonal(fisher)[name]
+            check.close(f"diagonal of {name}", block.B.reshape(diagonal.shape), diagonal, float(diagonal.abs().max()))
+            continue
         if name in layers:
             layer = layers[name]
             within = joint and len(block.names) == 2
-            if joint and not within and own(layer, "bias") in oracle.trained:
+            bias = named.get(own(layer, "bias"))
+            elsewhere = complete and bias is not None and not bias.factored
+            if joint and not within and own(layer, "bias") in oracle.trained and not elsewhere:
                 raise Wrong(f"the block of {name} has no bias")
             a, b = _defined(check, layer, approx, fisher, within)
         elif name in biases:
             layer = biases[name]
-            a, b = _defined(check, layer, approx, fisher, False)
-            ones = oracle.positions(layer) if approx == "expand" else 1
+            a, b = _defined(check, layer, approx, fisher, False, "bias")
+            ones = oracle.positions(layer, "bias") if approx == "expand" else 1
             a = torch.full((len(b), 1, 1), float(ones), dtype=torch.float64)
         else:
             raise Wrong(f"a block of {name}, which is not a layer's alone")
@@ -282,14 +298,20 @@ def _largest_factor(check: Check, approx: str, fisher: str) -> float:
     return max(float(_defined(check, name, approx, fisher, False)[1].abs().max()) for name in check.oracle.plain_layers)
 
 
-def _defined(check: Check, layer: str, approx: str, fisher: str, joint: bool) -> tuple[Tensor, Tensor]:
+def _defined(
+    check: Check, layer: str, approx: str, fisher: str, joint: bool, key: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """A and B of a layer's weight, or of its bias."""
     records = check.oracle.records[0]
-    if any(record[layer].jacobian is None or not record[layer].faithful for record in records):
+    layers = check.oracle.with_same(layer, key)
+    if any(record[one].jacobian is None or not record[one].faithful for record in records for one in layers):
         raise Unchecked(f"a block of {layer}, whose function something else than the module calls")
-    weight = own(layer)
-    if weight in check.oracle.records[1]:
-        raise Wrong(f"a block of {weight}, which is used elsewhere, too")
-    return check.oracle.factors(layer, approx, fisher, joint)
+    name = own(layer, key)
+    if name in check.oracle.records[1]:
+        if "weight beside its layer" in check.case.traits:
+            raise Unchecked(f"a block of {name}, which another call of the layer's function uses")
+        raise Wrong(f"a block of {name}, which is used elsewhere, too")
+    return check.oracle.factors(layer, approx, fisher, joint, key=key)
 
 
 def eigen(check: Check) -> Iterator[Any]:
@@ -328,7 +350,9 @@ def eigen(check: Check) -> Iterator[Any]:
             groups = getattr(oracle.layers[biases[weight]], "groups", 1)
             rows = [one[0][weight].reshape(len(one[0][weight]), groups, -1, 1) for one in oracle.jacobians]
         else:
-            raise Wrong(f"a block of {weight}, which is not a layer's alone")
+            rows = [one[0][weight].reshape(len(one[0][weight]), -1, 1, 1) for one in oracle.jacobians]
+        if not block.factored:
+            rows = [one[0][weight].reshape(len(one[0][weight]), -1, 1, 1) for one in oracle.jacobians]
         expected = oracle.quadratic([q_b.mT @ one @ q_a for one in rows], fisher)
         check.close(f"eigenvalues of {weight} ({fisher})", values, expected, float(expected.abs().max()), 10.0)
 

@@ -16,12 +16,12 @@ from lensor.choices import Fisher, words
 from lensor.curvature.batch_axes import BatchAxis, Given
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.collector import output_axis, require_independent
-from lensor.curvature.complete import WHOLE, CompleteCapture
-from lensor.curvature.data import batches, one_tensor, over_positions, size_of
+from lensor.curvature.complete import CompleteCapture
+from lensor.curvature.data import batches, one_tensor, size_of
+from lensor.curvature.example_gradients import sum_of
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import all_parameters
 from lensor.curvature.losses import LossRoot, class_weights, require_loss, require_tensor
-from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 from lensor.network import AnyNetwork
@@ -44,13 +44,14 @@ class Batch:
         *,
         empty: bool = False,
         shared: bool = False,
+        whole: bool = True,
     ) -> None:
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         self.size = size_of(inputs, empty=empty)
         self.targets: Any = None
         self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
         self.capture = (
-            CompleteCapture(targets, inputs, self.size, self.batch_axes, given)
+            CompleteCapture(targets, inputs, self.size, self.batch_axes, given, whole=whole)
             if targets.complete
             else KeptInputs(targets, self.size, self.batch_axes, given)
         )
@@ -131,10 +132,6 @@ class Batch:
         uses = self.capture.by_parameter().get(name, [])
         return uses[0] if len(uses) == 1 and name not in others else None
 
-    def weight_gradients(self, uses: Sequence[Use], vectors: Mapping[Use, Tensor]) -> Tensor:
-        """The weight gradient of every example, [batch, *weight_shape], summed over the weight's uses."""
-        return sum_of(gradients_of(use, self.capture.inputs[use], vectors[use]) for use in uses)
-
     def of_functions(self, vectors: Mapping[Any, Any]) -> dict[str, Tensor]:
         """The gradients of every example that come from functions other than layers'; see `CompleteCapture`."""
         return self.capture.of_functions(vectors) if isinstance(self.capture, CompleteCapture) else {}
@@ -142,31 +139,9 @@ class Batch:
     def gradients(
         self, vectors: Mapping[Any, Any], others: Mapping[str, Tensor], without: Container[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the gradient of every example, [batch, *shape], for each parameter.
-
-        Args:
-            vectors: the gradients at the outputs of the uses.
-            others: the result of `of_functions` for these vectors.
-            without: names to leave out.
-        """
-        weights, biases = self.capture.by_parameter(), self.capture.by_parameter(True)
-        for name, parameter in self.capture.targets.parameters.items():
-            if name in without:
-                continue
-            if WHOLE in vectors:
-                yield name, vectors[WHOLE][name]
-                continue
-            parts = [others[name]] if name in others else []
-            if name in weights:
-                parts.append(self.weight_gradients(weights[name], vectors))
-            if name in biases:
-                parts.append(sum_of(over_positions(vectors[use]) for use in biases[name]))
-            yield name, sum_of(parts) if parts else self.zeros(parameter)
-
-    def zeros(self, parameter: Tensor) -> Tensor:
-        """The gradients of every example for a parameter that is not used."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return torch.zeros((self.size, *parameter.shape), dtype=dtype, device=parameter.device)
+        """Yield the name and the gradient of every example for each parameter; see `CompleteCapture.of_examples`."""
+        assert isinstance(self.capture, CompleteCapture)
+        return self.capture.of_examples(vectors, others, without)
 
 
 def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch: int) -> bool:
@@ -197,19 +172,6 @@ def _is_mixing(value: Tensor, outputs: Sequence[tuple[Tensor, BatchAxis]], batch
 def is_torchs(loss: Any) -> bool:
     """Whether the loss is one of torch's own modules, which take one output tensor."""
     return isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn.")
-
-
-def rows_of(gradients: Tensor) -> Tensor:
-    """Gradients [batch, *shape] as rows [batch, entries]."""
-    return gradients.flatten(1) if gradients.ndim > 1 else gradients[:, None]
-
-
-def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of one or more tensors."""
-    first, *others = parts
-    for one in others:
-        first = first + one
-    return first
 
 
 def add_parts(found: dict[str, Tensor], parts: dict[str, Tensor], share: float) -> None:
@@ -306,8 +268,3 @@ def squared_norms(spec: ConvSpec) -> AnyNetwork:
     gradients = ops.conv_weight_vjp(spec).keep("n")
     share = [index for leg in gradients.output for index in leg]
     return gradients.merge(gradients, share=share, output=format_legs((("n",),)))
-
-
-def gradients_of(use: Use, x: Tensor, v: Tensor) -> Tensor:
-    """The weight gradient of every example; linear maps are computed as convolutions."""
-    return network(ops.conv_weight_vjp_per_example, use.spec(x))(X=x, V=v).reshape(len(x), *use.weight_shape)

@@ -29,7 +29,10 @@ class Block:
         formed: A [groups, d, d], or None if only its root is stored.
         root: [groups, n, d] with A = rootᵀ root, or None.
         B: [groups, c, c].
-        positions: number of spatial positions of the layer's output; 0 if it differs between batches.
+        positions: number of spatial positions of the layer's output, over all its uses; 0 if it differs between
+            batches.
+        factored: whether the block is a Kronecker product; otherwise A is 1, and B is the block itself, or one number
+            per group for its diagonal.
 
     Example:
         >>> import torch
@@ -47,6 +50,7 @@ class Block:
     root: Tensor | None
     B: Tensor
     positions: int
+    factored: bool = True
 
     def __repr__(self) -> str:
         return f"Block({', '.join(map(repr, self.names))}, {self.form})"
@@ -54,6 +58,8 @@ class Block:
     @property
     def form(self) -> str:
         """The sizes of the factors as text."""
+        if not self.factored:
+            return f"dense {self.B.shape[1]}²" if self.groups == 1 else f"diagonal of {self.groups} entries"
         rows = "" if self.root is None else f", A's root of {self.root.shape[1]} rows"
         return f"{self.groups} × kron(B {self.B.shape[1]}², A {self.d}²){rows}"
 
@@ -107,7 +113,7 @@ class Block:
         if self.transposed:
             inner, kernel = self.shape[0] // self.groups, math.prod(self.shape[2:])
             rows = rows.reshape(*front, self.groups, c, inner, kernel).transpose(-3, -2)
-        return {self.names[0]: rows.reshape(*front, *self.shape)} | found
+        return {self.names[0]: rows.reshape((*front, *self.shape))} | found
 
     def product(self, rows: Tensor) -> Tensor:
         """Multiply kron(B, A) by vectors in row form."""
@@ -149,7 +155,7 @@ def require_alike(name: str, one: Block, other: Block | None) -> None:
     keys = [
         None
         if block is None
-        else (block.names, block.transposed, block.B.shape, block.d, block.B.dtype, block.B.device)
+        else (block.names, block.transposed, block.factored, block.B.shape, block.d, block.B.dtype, block.B.device)
         for block in (one, other)
     ]
     if keys[0] != keys[1]:
@@ -175,6 +181,7 @@ def block_of(name: str, state: Any) -> Block:
             state.get("root"),
             state["B"],
             int(state["positions"]),
+            bool(state.get("factored", True)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(f"cannot be read ({type(error).__name__}: {error})") from None
@@ -190,6 +197,8 @@ def block_of(name: str, state: Any) -> Block:
             raise damaged(f"has {key} of shape {tuple(tensor.shape)}, expected square matrices")
         if (tensor.shape[0], tensor.dtype, tensor.device) != (block.groups, block.B.dtype, block.B.device):
             raise damaged(f"has {key} and B with different groups, dtypes or devices, expected the same")
+    if not block.factored and (block.formed is None or block.d != 1 or len(block.names) != 1):
+        raise damaged(f"has the factors {block.form} and parameters {block.names}, expected A of one row")
     c, more = block.B.shape[1], len(block.names) - 1
     fits = math.prod(block.shape) == block.groups * c * (block.d - more)
     if block.transposed:
@@ -197,6 +206,32 @@ def block_of(name: str, state: Any) -> Block:
     if not fits:
         raise damaged(f"has the factors {block.form}, expected factors for a parameter of shape {block.shape}")
     return block
+
+
+def plain_block(name: str, shape: tuple[int, ...], values: Tensor) -> Block:
+    """The block of a parameter without Kronecker factors.
+
+    Args:
+        name: the parameter.
+        shape: its shape.
+        values: the block [entries, entries], or its diagonal [entries].
+    """
+    b = values[:, None, None] if values.ndim == 1 else values[None]
+    a = b.new_ones(1, 1, 1).expand(len(b), 1, 1)
+    return Block((name,), shape, False, a, None, b, positions=1, factored=False)
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices; matrices with one row need no decomposition."""
+    if matrices.shape[-1] == 1:
+        return matrices[..., 0], torch.ones_like(matrices)
+    values, vectors = torch.linalg.eigh(matrices)
+    return values, vectors
+
+
+def eigvalsh(matrices: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices."""
+    return matrices[..., 0] if matrices.shape[-1] == 1 else torch.linalg.eigvalsh(matrices)
 
 
 def traces_of(matrices: Tensor) -> Tensor:

@@ -346,7 +346,7 @@ class Capture(Watch):
         self.require_gradients(uses)
         edges = [self._edges[use] for use in uses] + (self._more_edges() if only is None else [])
         found = self._differentiated(outputs, edges, vector, keep, again)
-        result: dict[Any, Any] = self._more_gradients(found[len(uses) :])
+        result: dict[Any, Any] = self._more_gradients(found[len(uses) :]) if only is None else {}
         for use, gradient in zip(uses, found[: len(uses)], strict=True):
             if gradient is None:
                 self._require_unused(use)

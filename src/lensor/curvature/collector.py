@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.choices import Approx, FactorFisher
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
-from lensor.curvature.block import Block
+from lensor.curvature.block import Block, plain_block
 from lensor.curvature.capture import Capture, Use, computing, run
-from lensor.curvature.data import one_tensor, size_of
+from lensor.curvature.complete import CompleteCapture
+from lensor.curvature.data import one_tensor, over_positions, size_of
 from lensor.curvature.distribution import gather
+from lensor.curvature.example_gradients import rows_of, sum_of
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer
 from lensor.curvature.losses import LossRoot, require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
+from lensor.spec import ConvSpec
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Sums:
 
 
 class Collector:
-    """Collects Kronecker factors batch by batch.
+    """Collects Kronecker factors batch by batch, and blocks for parameters without Kronecker factors.
 
     Args:
         layers: the layers.
@@ -73,18 +76,61 @@ class Collector:
         joint: whether weight and bias share a block.
         fisher: as for `kfac`; "forward-only" makes B the identity.
         keep_graph: whether to keep the graph for later backward passes by other code.
+        parameters: the parameters of these layers and of other modules, in the order of the blocks; those that have no
+            Kronecker factors get blocks of their own. Only the layers' parameters get blocks unless given.
+        dense: the largest number of entries of a parameter without Kronecker factors whose block is a dense matrix;
+            the blocks of larger ones are diagonal.
     """
 
     approx: Approx
     fisher: FactorFisher
 
     def __init__(
-        self, layers: list[Layer], approx: Approx, joint: bool, fisher: FactorFisher, keep_graph: bool = False
+        self,
+        layers: list[Layer],
+        approx: Approx,
+        joint: bool,
+        fisher: FactorFisher,
+        keep_graph: bool = False,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        dense: int = 0,
     ) -> None:
         self.layers, self.approx, self.joint, self.fisher, self.keep_graph = layers, approx, joint, fisher, keep_graph
-        self.sums = {layer.weight: Sums([] if approx == "reduce" else None) for layer in layers}
+        self.parameters, self.dense = parameters, dense
+        owned = {name: layer for layer in layers for name in (layer.weight, layer.bias) if name is not None}
+        self._layers = {layer.weight: layer for layer in reversed(layers)}
+        self._left = set(parameters or ()) - set(owned)
+        """The parameters without Kronecker factors."""
+        self._order = list(owned) if parameters is None else list(parameters)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Start anew."""
+        self.sums = {
+            name: Sums([] if self.approx == "reduce" else None) for name in self._layers if name not in self._left
+        }
+        self._joined: dict[str, str] = {
+            name: layer.bias
+            for name, layer in self._layers.items()
+            if self.joint and name in self.sums and layer.bias is not None and layer.bias not in self._left
+        }
+        """The biases that share a block with a weight."""
+        owned = {layer.bias for layer in self.layers} - set(self._joined.values()) - self._left
+        self.biases = {name: Sums(None) for name in self._order if name in owned}
+        self._alike: dict[str, str] = {}
+        """The weights with the same output factors as the biases."""
+        self.plain: dict[str, Tensor] = {}
+        self._roots: dict[str, list[tuple[int, Tensor]]] = {}
+        self._uses: dict[str, list[tuple[Use, int]]] = {}
+        self._mixed: set[str] = set()
         self.examples, self.outputs = 0, 1
         self.weight = 0.0
+
+    @property
+    def like(self) -> Tensor:
+        """One of the sums."""
+        found = [one for sums in self.sums.values() for one in (sums.a, sums.b, *(sums.roots or ())) if one is not None]
+        return [*found, *self.plain.values()][0]
 
     def add(
         self,
@@ -97,17 +143,25 @@ class Collector:
         batch_axis: Given = None,
     ) -> None:
         """Add one batch: a forward pass, and one backward pass to the layers' outputs for each column of the root."""
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         batch = size_of(inputs)
-        watched = Targets(self.layers)
+        watched = Targets(self.layers, self.parameters)
         axes = Capture.batch_axes_of(model, inputs, watched, batch, batch_axis)
-        ordered = self.approx == "reduce"
 
         def passed(into: Collector, record: bool) -> tuple[Capture, Any]:
-            capture = Capture(watched, into.add_input, batch, axes, batch_axis, ordered=ordered, independent=False)
+            ordered = self.approx == "reduce" or any(name in self._left for name in watched.owners)
+            if self.parameters is None:
+                capture = Capture(watched, into.add_input, batch, axes, batch_axis, ordered=ordered, independent=False)
+            else:
+                capture = CompleteCapture(
+                    watched, inputs, batch, axes, batch_axis, into._take, ordered, independent=False, whole=False
+                )
             return capture, run(model, inputs, capture, record=record)
 
         if self.fisher != "forward-only":
             capture, returned = passed(self, record=True)
+            while self._leave(capture):
+                capture, returned = passed(self, record=True)
         else:
             try:
                 one = Collector(self.layers, self.approx, self.joint, self.fisher)
@@ -115,57 +169,150 @@ class Collector:
             except RuntimeError:  # the model itself computes gradients
                 one = Collector(self.layers, self.approx, self.joint, self.fisher)
                 capture, returned = passed(one, record=True)
+            one.count(batch, 0)
+            one.examples = 0
             self.merge(one)
-        capture.check(returned)
+        capture.check(returned, shared=True)
+        self._require_joint(capture)
         outputs = one_tensor(returned)
         with computing(outputs):
-            root = LossRoot(loss, outputs, targets, batch, output_axis(axes, returned, outputs, batch))
+            axis = output_axis(axes, returned, outputs, batch, independent=bool(self._left))
+            root = LossRoot(loss, outputs, targets, batch, axis)
         self.count(batch, root.normaliser)
         self.outputs = outputs.numel() // batch
         if self.fisher != "forward-only":
             self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root)
 
+    def _take(self, use: Use, x: Tensor) -> bool:
+        """Add a layer's input, and return whether the gradients of single examples do not need it."""
+        if self.sums.get(use.weight) is not None and self._is_own(use):
+            self.add_input(use, x)
+        else:
+            self._mixed |= {use.weight} - self._left
+            self._note(use, x)
+        return use.weight not in self._left
+
+    def _leave(self, capture: Capture) -> bool:
+        """Leave out parameters that functions other than their layer's use; return whether a new pass is needed.
+
+        Raises:
+            ValueError: if these parameters had factors in previous batches.
+        """
+        if not isinstance(capture, CompleteCapture):
+            return False
+        found = (capture.used | self._mixed) - self._left & set(self._order)
+        if found and self.examples:
+            raise ValueError(
+                f"the parameter {sorted(found)[0]!r} is used by other functions than in the first batch, expected the"
+                " same ones in each batch: leave the layer out with layers="
+            )
+        self._left |= found
+        if found:
+            self._clear()
+        return bool(found)
+
+    def _require_joint(self, capture: Capture) -> None:
+        """Raise ValueError if a bias that shares a block with a weight has other uses."""
+        weights, biases = capture.by_parameter(), capture.by_parameter(True)
+        for name, bias in self._joined.items():
+            if weights.get(name) != biases.get(bias):
+                raise _not_joint(name, bias)
+
     def count(self, batch: int, normaliser: float) -> None:
-        """Add a batch's number of examples and the divisor of its mean loss."""
+        """Finish a forward pass: add the number of examples and the divisor of their mean loss.
+
+        The roots of a layer that ran several times are added up: all its positions share one mean patch.
+
+        Raises:
+            ValueError: if a weight and its bias were used together in previous batches, but not in this one.
+        """
+        for name, used in self._uses.items():
+            (self.sums if name in self.sums else self.biases)[name].add_positions(sum(o for _, o in used), batch)
+        alike = {name: used[0][0].weight for name, used in self._uses.items() if name in self.biases}
+        alike = {name: weight for name, weight in alike.items() if self._uses[name] == self._uses.get(weight)}
+        if self.examples and self._uses and alike != self._alike:
+            raise ValueError(
+                f"the parameters {sorted(dict(alike.items() ^ self._alike.items()))} are used in other calls than in"
+                " previous batches, expected the same calls"
+            )
+        self._alike = alike if self._uses else self._alike
+        for name, parts in self._roots.items():
+            sums, total = self.sums[name], sum(positions for positions, _ in parts)
+            assert sums.roots is not None
+            root = parts[0][1] if len(parts) == 1 else sum_of(one * (rows / total) for rows, one in parts)
+            sums.roots.append(root)
+            sums.condense()
+        self._uses, self._roots = {}, {}
         self.examples += batch
         self.weight += normaliser
 
     def merge(self, other: Collector) -> None:
         """Add the sums of another collector for the same layers, which must not be used after this call."""
         self.count(other.examples, other.weight)
-        self.outputs = other.outputs
-        for name, sums in self.sums.items():
-            sums.merge(other.sums[name])
+        self.outputs, self._alike = other.outputs, other._alike
+        for mine, theirs in ((self.sums, other.sums), (self.biases, other.biases)):
+            for name, sums in mine.items():
+                sums.merge(theirs[name])
+        for name, values in other.plain.items():
+            self.plain[name] = self.plain[name].add_(values) if name in self.plain else values
 
     def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], root: LossRoot) -> None:
         """Propagate each column of the root to the layers' outputs; the last backward pass frees the graph."""
         weight = root.normaliser if root.loss.reduction == "mean" else 1.0
+        groups = [(self.sums[name], uses) for name, uses in capture.by_parameter().items() if name in self.sums]
+        for name, uses in capture.by_parameter(True).items():
+            if name in self.biases and name not in self._alike:
+                groups.append((self.biases[name], uses))
         column: Tensor | None = next(columns)
         while column is not None:
             following = next(columns, None)
             gradients = capture.gradients(outputs, column, keep=self.keep_graph or following is not None)
             with computing(outputs):
-                for use in capture.uses:
-                    self.add_output(use, gradients[use], weight)
+                for sums, uses in groups:
+                    self._add_outputs(sums, uses, gradients, weight)
+                if self._left:
+                    self._add_plain(capture, gradients, weight)
             column = following
+
+    def _add_plain(self, capture: Capture, vectors: Mapping[Any, Any], weight: float) -> None:
+        """Add the squares, or outer products, of the gradients of single examples for one column of the root."""
+        assert isinstance(capture, CompleteCapture)
+        without = set(self._order) - self._left
+        for name, gradients in capture.of_examples(vectors, capture.of_functions(vectors), without):
+            rows = rows_of(gradients)
+            part = rows.mT @ rows if rows.shape[1] <= self.dense else rows.square().sum(0)
+            self.plain[name] = self.plain[name].add_(part, alpha=weight) if name in self.plain else part.mul_(weight)
+
+    def _is_own(self, use: Use) -> bool:
+        """Whether a use is a call of the layer's own operation."""
+        layer = use.layer
+        return use.groups == layer.groups and (use.call.kind == "conv_transpose") == layer.is_transposed
+
+    def _note(self, use: Use, x: Tensor) -> None:
+        """Record a use of a weight and of a bias, and its number of positions."""
+        positions = math.prod(use.spec(x).output_size)
+        for name in (use.weight, use.bias):
+            if name in self.sums or name in self.biases:
+                self._uses.setdefault(name, []).append((use, positions))
 
     @torch.no_grad()
     def add_input(self, use: Use, x: Tensor) -> None:
         """Add a layer's input, [batch, channels, *positions]."""
-        layer = use.layer
-        if use.groups != layer.groups or (use.call.kind == "conv_transpose") != layer.is_transposed:
+        if not self._is_own(use):
             raise ValueError(
-                f"the weight of layer {layer.name!r} is used by another kind of operation, expected the layer's own"
+                f"the weight of layer {use.layer.name!r} is used by another kind of operation, expected the layer's own"
             )
         sums, spec = self.sums[use.weight], use.spec(x)
-        joint = self.joint and layer.bias is not None
-        sums.add_positions(math.prod(spec.output_size), len(x))
+        bias = self._joined.get(use.weight)
+        if bias is not None and use.bias != bias:
+            raise _not_joint(use.weight, bias)
+        joint = bias is not None
+        self._note(use, x)
         if sums.roots is not None:
             root = network(ops.kfac_input_root, spec)(X=x)
             if joint:
                 root = torch.cat([root, root.new_ones((*root.shape[:2], 1))], 2)
-            sums.roots.append(root)
-            sums.condense()
+            self._roots.setdefault(use.weight, []).append((math.prod(spec.output_size), root))
             return
         if self.approx == "expand":  # positions count as examples
             x = use.as_examples(x)
@@ -173,16 +320,28 @@ class Collector:
         factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
         sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
+    def _add_outputs(self, sums: Sums, uses: Sequence[Use], gradients: Mapping[Use, Tensor], weight: float) -> None:
+        """Add one column of the root at the outputs of all uses of a parameter, whose positions count together."""
+        if self.approx == "reduce" and len(uses) > 1:
+            total = sum_of(over_positions(gradients[use]) for use in uses)
+            self._add_factor(sums, total, uses[0].output_spec(total), weight)
+            return
+        positions = [gradients[use].shape[2:].numel() for use in uses]
+        for use, count in zip(uses, positions, strict=True):
+            self.add_output(use, gradients[use], weight * (count / sum(positions)), sums)
+
     @torch.no_grad()
-    def add_output(self, use: Use, gradient: Tensor, weight: float) -> None:
-        """Add one column of the root at a layer's output."""
-        sums = self.sums[use.weight]
+    def add_output(self, use: Use, gradient: Tensor, weight: float, sums: Sums | None = None) -> None:
+        """Add one column of the root at a layer's output; to the sums of the layer's weight unless others are given."""
         if self.approx == "expand":
             examples = len(gradient)
             gradient = use.as_examples(gradient)
             weight *= examples / len(gradient)
+        self._add_factor(self.sums[use.weight] if sums is None else sums, gradient, use.output_spec(gradient), weight)
+
+    def _add_factor(self, sums: Sums, gradient: Tensor, spec: ConvSpec, weight: float) -> None:
         # The output factor depends on the output only, so use a convolution with kernel size 1.
-        factor = network(ops.kfac_output_factor, use.output_spec(gradient), self.approx)(V=gradient[None])
+        factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(self, reduction: str, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
@@ -190,9 +349,14 @@ class Collector:
         blocks: dict[str, Block] = {}
         if group is not None:
             gather(self, group)
-        for layer in self.layers:
-            sums = self.sums[layer.weight]
-            a, root = sums.a, None
+
+        def averaged(b: Tensor) -> Tensor:
+            return b.div_(require_counted(self.weight)) if reduction == "mean" else b
+
+        owners = {layer.bias: layer for layer in reversed(self.layers) if layer.bias is not None}
+        outer: dict[str, Tensor] = {}
+        for name, sums in self.sums.items():
+            layer, a, root = self._layers[name], sums.a, None
             if sums.roots:
                 root = torch.cat(sums.roots, 1)
                 if a is not None:
@@ -202,15 +366,25 @@ class Collector:
                 a = a.div_(self.examples)
             if root is not None:
                 root = root * self.examples**-0.5
-            b = sums.b
-            if b is not None:
-                b = b.div_(require_counted(self.weight)) if reduction == "mean" else b
+            b = None if sums.b is None else averaged(sums.b)
             if b is None:  # forward only, or no gradient reached the layer
                 b = _constant(layer, a if a is not None else root, float(self.fisher == "forward-only"))
-            positions = sums.positions or 0
-            mean = sums.ones / self.examples
-            blocks |= _blocks(layer, a, root, b, self.joint, positions, mean if self.approx == "expand" else 1.0)
-        return KroneckerFactors(blocks, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
+            outer[name] = b
+            names = (name, self._joined[name]) if name in self._joined else (name,)
+            blocks[name] = Block(names, layer.weight_shape, layer.is_transposed, a, root, b, sums.positions or 0)
+        for name, sums in self.biases.items():
+            layer = owners[name]
+            b = outer.get(self._alike.get(name, "")) if sums.b is None else averaged(sums.b)
+            if b is None:  # no gradient reached the bias
+                b = _constant(layer, self.like, 0.0)
+            mean = sums.ones / self.examples if self.approx == "expand" else 1.0
+            # The input of a bias is 1 at every position.
+            factor = b.new_full((layer.groups, 1, 1), mean)
+            blocks[name] = Block((name,), (layer.output_channels,), False, factor, None, b, sums.positions or 0)
+        for name, values in self.plain.items():
+            blocks[name] = plain_block(name, tuple((self.parameters or {})[name].shape), averaged(values))
+        ordered = {name: blocks[name] for name in self._order if name in blocks}
+        return KroneckerFactors(ordered, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
 
 
 def output_axis(
@@ -259,23 +433,15 @@ def require_independent(axis: BatchAxis) -> None:
         )
 
 
+def _not_joint(weight: str, bias: str) -> ValueError:
+    return ValueError(
+        f"bias is 'joint', but the weight {weight!r} is not always used together with the bias {bias!r}, expected"
+        " bias='separate' for this model"
+    )
+
+
 def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:
     """An output factor that is a multiple of the identity."""
     assert like is not None
     c_out = layer.output_channels // layer.groups
     return torch.eye(c_out, dtype=like.dtype, device=like.device).mul_(factor).repeat(layer.groups, 1, 1)
-
-
-def _blocks(
-    layer: Layer, a: Tensor | None, root: Tensor | None, b: Tensor, joint: bool, positions: int, ones: float
-) -> dict[str, Block]:
-    """The blocks of one layer; `ones` is the input factor of the bias."""
-    joint = joint and layer.bias is not None
-    names = (layer.weight, layer.bias) if joint and layer.bias is not None else (layer.weight,)
-    found = {layer.weight: Block(names, layer.weight_shape, layer.is_transposed, a, root, b, positions)}
-    if layer.bias is not None and not joint:
-        # The input of a bias is 1 at every position.
-        factor = b.new_full((layer.groups, 1, 1), ones)
-        shape = (layer.output_channels,)
-        found[layer.bias] = Block((layer.bias,), shape, False, factor, None, b, positions)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, FunctionAxes, Given, given_axis
 from lensor.curvature.capture import KeptInputs, Use, computing
-from lensor.curvature.data import Inputs
+from lensor.curvature.data import Inputs, over_positions
+from lensor.curvature.example_gradients import sum_of, weight_gradients, zeros_of
 from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.functions import FunctionUse, Output, Source
 from lensor.curvature.graph import Node, Reached, inner_nodes, innermost, tensors_in
@@ -57,11 +58,27 @@ class CompleteCapture(KeptInputs):
         batch: the number of examples.
         axes: as for `Capture`.
         given: as for `Capture`.
+        take: if given, it receives every input of a layer, and returns whether the input does not have to be kept.
+        ordered: as for `Capture`, for the inputs of layers.
+        independent: as for `Capture`, for the inputs of layers.
+        whole: whether the gradient of a batch of one example may be computed as a whole, without the uses of layers.
     """
 
-    def __init__(self, targets: Targets, inputs: Inputs, batch: int, axes: BatchAxes | None, given: Given) -> None:
+    def __init__(
+        self,
+        targets: Targets,
+        inputs: Inputs,
+        batch: int,
+        axes: BatchAxes | None,
+        given: Given,
+        take: Callable[[Use, Tensor], bool] | None = None,
+        ordered: bool = True,
+        independent: bool = True,
+        whole: bool = True,
+    ) -> None:
         super().__init__(targets, batch, axes, given)
-        self.is_single = batch == 1 and all(one.requires_grad for one in targets.parameters.values())
+        self.ordered, self.independent, self._take = ordered, independent, take
+        self.is_single = whole and batch == 1 and all(one.requires_grad for one in targets.parameters.values())
         """Whether the gradient of the batch is that of its only example, so that no function has to be watched."""
         leaves = tree_leaves(inputs)
         marks = with_examples(leaves, batch)
@@ -76,6 +93,15 @@ class CompleteCapture(KeptInputs):
         self._everything: list[Use | FunctionUse] = []
 
     # ------------------------------------------------------------------------------------------------------- watching
+    def _keep(self, use: Use, x: Tensor) -> None:
+        if self._take is None or not self._take(use, x):
+            super()._keep(use, x)
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The parameters that functions other than a layer's own used."""
+        return frozenset(self._used)
+
     def on_layer(self, call: LayerCall, run: Callable[[], Tensor]) -> Tensor:
         """Run a layer's function, as a function of parameters only if its input does not depend on the examples."""
         name = self.targets.weights[id(call.weight)][0]
@@ -380,6 +406,30 @@ class CompleteCapture(KeptInputs):
                 parts = use.gradients(vectors[use]) if factors is None else use.weighted_sum(vectors[use], factors)
                 self.add(found, use, parts)
         return self.by_name(found, batched=factors is None)
+
+    def of_examples(
+        self, vectors: Mapping[Any, Any], others: Mapping[str, Tensor], without: Container[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the gradient of every example, [batch, *shape], for each parameter.
+
+        Args:
+            vectors: the gradients at the outputs of the uses.
+            others: the result of `of_functions` for these vectors.
+            without: names to leave out.
+        """
+        weights, biases = self.by_parameter(), self.by_parameter(True)
+        for name, parameter in self.targets.parameters.items():
+            if name in without:
+                continue
+            if WHOLE in vectors:
+                yield name, vectors[WHOLE][name]
+                continue
+            parts = [others[name]] if name in others else []
+            if name in weights:
+                parts.append(weight_gradients(self, weights[name], vectors))
+            if name in biases:
+                parts.append(sum_of(over_positions(vectors[use]) for use in biases[name]))
+            yield name, sum_of(parts) if parts else zeros_of(parameter, self.batch)
 
     def add(self, found: dict[int, Tensor], use: FunctionUse, parts: Sequence[Tensor]) -> None:
         """Add gradients with respect to the sources of a use to a mapping by the sources' identities."""

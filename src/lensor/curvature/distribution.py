@@ -19,8 +19,8 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         collected: the Collector; changed in place.
         group: the ranks.
     """
-    like = next(sums.a if sums.a is not None else sums.roots[0] for sums in collected.sums.values())
-    layers = list(collected.sums.values())
+    like = collected.like
+    layers = [*collected.sums.values(), *collected.biases.values()]
     mine = [collected.examples, collected.weight, *(sums.ones for sums in layers)]
     counts = torch.tensor(mine, dtype=torch.float64, device=like.device)
     dist.all_reduce(counts, group=group)
@@ -34,7 +34,8 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         if sums.b is not None:
             dist.all_reduce(sums.b, group=group)
         if sums.roots is None:
-            dist.all_reduce(sums.a, group=group)
+            if sums.a is not None:
+                dist.all_reduce(sums.a, group=group)
             continue
         root = torch.cat(sums.roots, 1) if sums.roots else None
         rows = 0 if root is None else root.shape[1]
@@ -52,6 +53,8 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
             total = total + sums.a
         dist.all_reduce(total, group=group)
         sums.a, sums.roots = total, []
+    for values in collected.plain.values():
+        dist.all_reduce(values, group=group)
 
 
 def _gathered(root: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lensor import ops
 from lensor.arguments import described
 from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, check_roots, refuse_mixing
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
-from lensor.curvature.data import batches, over_positions
+from lensor.curvature.data import batches
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.inverses import EigenFactors
-from lensor.curvature.layers import layers_of, require_module
+from lensor.curvature.layers import all_parameters, require_module
 from lensor.curvature.losses import require_counted
+from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets
 from lensor.errors import require_type
+from lensor.network import AnyNetwork, Network, Operand
+from lensor.spec import ConvSpec
 
 
 @described(SHARED)
@@ -72,28 +77,73 @@ def ekfac(
             raise ValueError(f"factors has {name!r}, expected the factors of this model, which has no such parameter")
         if shapes[name] != shape:
             raise ValueError(f"the factors of {name!r} have shape {shape}, expected that of the model: {shapes[name]}")
-    chosen = layers_of(model, [name.rpartition(".")[0] for name in factors if name.rpartition(".")[2] == "weight"])
+    chosen, parameters = all_parameters(model)
+    held = {name: parameters[name] for name in shapes if name in factors.shapes and name in parameters}
+    missing = set(factors.shapes) - set(held)
+    if missing:
+        raise ValueError(f"factors has frozen parameters {sorted(missing)}, expected trainable ones")
+    layers = [layer for layer in chosen if layer.weight in held or layer.bias in held]
     refuse_mixing(model)
     check_roots(loss, fisher, mc_samples)
     total = 0.0
-    watched = Targets(chosen)
+    watched = Targets(layers, held)
     with running(model):
         eigen = factors.eigh()
         values = {name: torch.zeros_like(part[2]) for name, part in eigen.parts.items()}
         for inputs, targets in batches(data):
-            batch = Batch(model, watched, own(inputs), batch_axis)
+            batch = Batch(model, watched, own(inputs), batch_axis, shared=True)
             root = batch.root(loss, own(targets))
             total += root.normaliser
             for columns in batch.propagated(root.of(fisher, mc_samples, generator)):
                 with computing(root.f):
-                    for use, vectors in itertools.product(batch.capture.uses, columns):
-                        gradients = {use.weight: batch.weight_gradients([use], vectors)}
-                        if use.bias is not None:
-                            gradients[use.bias] = over_positions(vectors[use])
-                        for name in (one for one in gradients if one in factors):
-                            q_a, q_b, _ = eigen.parts[name]
-                            turned = q_b.mT @ factors[name].to_rows(gradients) @ q_a
-                            values[name] += turned.square().sum(0) * root.normaliser
+                    for name, part in _parts(batch, columns, factors, eigen):
+                        values[name] += part * root.normaliser
     share = require_counted(total) if loss.reduction == "mean" else 1.0
-    parts = {name: (q_a, q_b, values[name] / share) for name, (q_a, q_b, _) in eigen.parts.items()}
+    parts = {name: (q_a, q_b, values[name].clamp_min(0) / share) for name, (q_a, q_b, _) in eigen.parts.items()}
     return EigenFactors(dict(factors), parts)
+
+
+def _parts(
+    batch: Batch, columns: Sequence[Mapping[Any, Any]], factors: KroneckerFactors, eigen: EigenFactors
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of a block and its eigenvalues' part from one batch and some columns of the root."""
+    done: set[str] = set()
+    others = [batch.of_functions(one) for one in columns]
+    for name, block in factors.items():
+        use = batch.only_use(name, others[0]) if len(block.names) == 1 and block.factored else None
+        if use is not None:
+            x, (q_a, q_b, _) = batch.capture.inputs[use], eigen.parts[name]
+            s = torch.stack([one[use] for one in columns])
+            yield name, network(_eigenvalues, use.spec(x))(X=x, S=s, Q_A=q_a.to(x.dtype), Q_B=q_b.to(x.dtype))
+            done.add(name)
+    owners = {one: name for name, block in factors.items() for one in block.names}
+    for vectors, rest in zip(columns, others, strict=True):
+        waiting: dict[str, Tensor] = {}
+        for one, gradients in batch.gradients(vectors, rest, done):
+            waiting[one] = gradients
+            name = owners[one]
+            if all(part in waiting for part in factors[name].names):
+                rows = factors[name].to_rows({part: waiting.pop(part) for part in factors[name].names})
+                q_a, q_b, _ = eigen.parts[name]
+                yield name, (q_b.mT @ rows.to(q_a.dtype) @ q_a).square().sum(0)
+
+
+def _eigenvalues(spec: ConvSpec) -> AnyNetwork:
+    """The squares of the gradients of single examples in a basis: X, S, Q_A, Q_B -> [groups, c, d].
+
+    `ggn_diagonal` with Q_A and Q_B at the weight's indices. Whether the patches, the gradients at the output or the
+    gradient is multiplied by them first is for the plan.
+    """
+    roots = ops.conv_weight_vjp(spec).keep("n").rename_operands(V="S").batch("v", ["S"])
+    _, _, (g, *_), *_ = roots.output
+    inside, outside = ("c_out", "c_in") if spec.transposed else ("c_in", "c_out")
+    rows = [inside, *(index for leg in roots.output[4:] for index in leg)]
+    sizes = {index: roots.sizes[index] for index in (g, outside, *rows)}
+    sizes |= {"b": sizes[outside], "a": math.prod(sizes[index] or 0 for index in rows)}
+    q_a = (("g",), tuple(rows), ("a",))
+    q_b = (("g",), (outside,), ("b",))
+    turned = roots.merge(
+        Network.make([Operand("Q_A", q_a)], q_a, sizes), share=["g", *rows], output=f"v n g {outside} a"
+    )
+    turned = turned.merge(Network.make([Operand("Q_B", q_b)], q_b, sizes), share=["g", outside], output="v n g b a")
+    return turned.merge(turned, share=["v", "n", "g", "b", "a"], output="g b a")

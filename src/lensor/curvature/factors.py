@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lensor.choices import Approx, Method, ModelNormalisation, words
 from lensor.conventions import MODEL_CONVENTIONS
-from lensor.curvature.block import Block, block_of, each_factor, require_alike, traces_of
+from lensor.curvature.block import Block, block_of, each_factor, eigh, eigvalsh, require_alike, traces_of
 from lensor.curvature.inverses import EigenFactors, Inverse, require_not_negative
 from lensor.curvature.operators import Operator
 from lensor.errors import require_choice, require_type
@@ -88,7 +88,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of the roots where they are stored).
                 "cholesky": (B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹ with π² = (tr A/d)/(tr B/c) (Martens & Grosse, 2015), by
                 Cholesky decompositions. "woodbury": the same, with A inverted through its root; exactly (c A + λI)⁻¹
-                where B is c times the identity.
+                where B is c times the identity. Blocks without Kronecker factors are inverted exactly by all methods.
 
         Raises:
             TypeError: for a damping that is not a number.
@@ -101,8 +101,8 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         """The eigenvectors and eigenvalues of every block."""
         blocks, parts = self._blocks, {}
         for name, block in blocks.items():
-            a, q_a = torch.linalg.eigh(block.A)
-            b, q_b = torch.linalg.eigh(block.B)
+            a, q_a = eigh(block.A)
+            b, q_b = eigh(block.B)
             parts[name] = q_a, q_b, b.clamp_min(0)[..., :, None] * a.clamp_min(0)[..., None, :]
         return EigenFactors(blocks, parts)
 
@@ -125,13 +125,13 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         require_not_negative(damping)
         found = []
         for block in self.values():
-            b = torch.linalg.eigvalsh(block.B).clamp_min(0)
+            b = eigvalsh(block.B).clamp_min(0)
             if block.root is not None:
                 a = torch.linalg.svdvals(block.root).square()
                 rest = (block.d - a.shape[1]) * b.numel()
                 found.append(rest * torch.log(b.new_tensor(damping)) if rest else b.new_zeros(()))
             else:
-                a = torch.linalg.eigvalsh(block.A).clamp_min(0)
+                a = eigvalsh(block.A).clamp_min(0)
             found.append(torch.log(b[:, :, None] * a[:, None, :] + damping).sum())
         return torch.stack(found).sum()
 
@@ -237,6 +237,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                 "shape": list(block.shape),
                 "transposed": block.transposed,
                 "positions": block.positions,
+                "factored": block.factored,
                 **block.tensors(),
             }
             for name, block in self.items()

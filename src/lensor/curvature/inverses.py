@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lensor.choices import Method
-from lensor.curvature.block import Block, traces_of
+from lensor.curvature.block import Block, eigh, traces_of
 from lensor.curvature.operators import Operator
 from lensor.curvature.watching import uncast
 from lensor.errors import require_choice
@@ -91,7 +91,8 @@ class Inverse(Operator):
         self._solvers = {}
         for name, block in blocks.items():
             with uncast(block.B):
-                self._solvers[name] = _WAYS[method].of(name, block, damping)
+                way = _WAYS[method] if block.factored else _Eigen
+                self._solvers[name] = way.of(name, block, damping)
 
     def _options(self) -> str:
         return f"damping={self.damping}, method={self.method!r}, "
@@ -111,10 +112,10 @@ class _Eigen:
 
     @classmethod
     def of(cls, name: str, block: Block, damping: float) -> Self:
-        b, q_b = torch.linalg.eigh(block.B)
+        b, q_b = eigh(block.B)
         b = b.clamp_min(0)
         if block.root is None:
-            a, q_a = torch.linalg.eigh(block.A)
+            a, q_a = eigh(block.A)
         else:  # on the orthogonal complement of the root's rows, all eigenvalues are 0
             _, singular, q_at = torch.linalg.svd(block.root, full_matrices=False)
             a, q_a = singular.square(), q_at.mT

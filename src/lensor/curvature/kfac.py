@@ -10,16 +10,20 @@ import torch.distributed as dist
 from torch import nn
 
 from lensor.arguments import described
-from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, words
+from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, Others, words
+from lensor.curvature.batch import refuse_mixing
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import own, running, unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.data import batches
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
-from lensor.curvature.layers import layers_of
+from lensor.curvature.layers import all_parameters
 from lensor.curvature.losses import require_loss
 from lensor.errors import require_choice, require_type
+
+_DENSE = 1024
+"""The largest number of entries of a parameter whose block is a dense matrix for others="full"."""
 
 
 @described(SHARED)
@@ -33,6 +37,7 @@ def kfac(
     bias: Bias = "separate",
     convention: ModelNormalisation = "paper",
     layers: Iterable[str] | None = None,
+    others: Others | None = None,
     strict: bool = False,
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
@@ -44,9 +49,13 @@ def kfac(
 
     For every group of every convolution, transposed convolution (one to three dimensions, all hyper-parameters) and
     linear layer, kron(B, A) approximates the diagonal block of this matrix for the loss as given, that is, for its mean
-    or sum over all data. The model does not change: no gradient is accumulated, and normalisation statistics are
-    restored. Calls are intercepted inside each layer, so the effects of your hooks are included, whatever their order.
-    A compiled model runs uncompiled.
+    or sum over all data. If a weight is used several times (recurrence, tied layers), its uses count as further
+    positions. Other parameters (normalisation, embeddings, attention, weights that other functions use as well) have no
+    Kronecker factors. Their blocks are exact: the diagonal of the matrix, or the whole block of a parameter.
+
+    The model does not change: no gradient is accumulated, and normalisation statistics are restored. Calls are
+    intercepted inside each layer, so the effects of your hooks are included, whatever their order. A compiled model
+    runs uncompiled.
 
     For training, use `lensor.optim.KFAC`, which reuses your backward pass.
 
@@ -61,6 +70,11 @@ def kfac(
             "mc": sampled from the model's own distribution, unbiased; "empirical": gradients of the loss itself;
             "forward-only": B is the identity, without a backward pass.
         bias: "separate": one block for each bias; "joint": one block for weight and bias, with the bias last in A.
+        others: the blocks of parameters without Kronecker factors: "diagonal"; "full" (a dense matrix for a parameter
+            of at most 1,024 entries, and the diagonal for a larger one); "skip" (no blocks). Both forms need the
+            gradients of single examples, so the examples must not be mixed. "diagonal" unless given, and "skip" for
+            fisher="forward-only".
+        strict: whether parameters without Kronecker factors raise an error.
         convention: "paper" (A is divided by N, and B of "expand" by O), or the normalisation of a different library:
             see `KroneckerFactors.in_convention`.
         check_finite: whether to raise for factors that are not finite; this synchronises with the device.
@@ -71,7 +85,9 @@ def kfac(
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`
-        [groups, c_out/groups, c_out/groups]. It is also an operator with products, inverses and determinants.
+        [groups, c_out/groups, c_out/groups]. A block without Kronecker factors has A = 1, and B is the block itself or,
+        for a diagonal, has one group per entry. The mapping is also an operator with products, inverses and
+        determinants.
 
     Example:
         >>> import torch
@@ -86,14 +102,15 @@ def kfac(
 
     Raises:
         TypeError: for a loss, model, data or group of an unsupported type.
-        ValueError: for an unknown choice or name, tied weights, a layer that does not run exactly once, or a shape
-            that does not fit.
+        ValueError: for an unknown choice or name, a layer that does not run, a shape that does not fit, a model that
+            mixes examples while other parameters have blocks, a weight that other functions use as well with
+            others="skip", or bias="joint" for a bias that is not used with its weight.
         FloatingPointError: if a factor is not finite because an input, weight or loss contains NaN or infinity.
 
     Equation:
         A = 1/N Σ [X][X]ᵀ and B = 1/O Σ s sᵀ (expand), A = 1/N Σ x̄ x̄ᵀ with x̄ the mean patch and B = Σ (s1)(s1)ᵀ
         (reduce); s are columns of the loss Hessian's square root at the layer's output (Martens & Grosse, 2015; Grosse
-        & Martens, 2016; Eschenhagen et al., 2023).
+        & Martens, 2016; Eschenhagen et al., 2023). The sums and means run over the positions of all uses of a weight.
     """
     require_loss(loss)
     require_choice("approx", approx, words(Approx))
@@ -104,12 +121,39 @@ def kfac(
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
     if group is not None:
         require_type(group, "group", dist.ProcessGroup)
-    chosen = layers_of(unwrapped(model), layers, strict)
-    collected = Collector(chosen, approx, bias == "joint", fisher)
-    with running(unwrapped(model)):
+    if others is not None:
+        require_choice("others", others, words(Others))
+    if fisher == "forward-only" and others not in (None, "skip"):
+        raise ValueError(f"others is {others!r}, expected 'skip' for fisher='forward-only', which has no gradients")
+    model = unwrapped(model)
+    chosen, parameters = all_parameters(model, layers)
+    if not chosen:
+        raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
+    factored = {name for layer in chosen for name in (layer.weight, layer.bias)}
+    plain = [name for name in parameters if name not in factored]
+    if strict and plain:
+        raise ValueError(_without_factors(plain))
+    skips = others == "skip" or fisher == "forward-only"
+    if plain and not skips:
+        refuse_mixing(model)
+    dense = _DENSE if others == "full" else 0
+    collected = Collector(
+        chosen, approx, bias == "joint", fisher, parameters=None if skips else parameters, dense=dense
+    )
+    with running(model):
         for inputs, targets in batches(data):
-            collected.add(unwrapped(model), loss, own(inputs), own(targets), mc_samples, generator, batch_axis)
+            collected.add(model, loss, own(inputs), own(targets), mc_samples, generator, batch_axis)
         factors = collected.factors(str(loss.reduction), group)
+    plain = [name for name, block in factors.items() if not block.factored]
+    if strict and plain:
+        raise ValueError(_without_factors(plain))
     if check_finite:
         factors.check_finite()
     return factors if convention == "paper" else factors.in_convention(convention)
+
+
+def _without_factors(names: Iterable[str]) -> str:
+    return (
+        f"the parameters {', '.join(map(repr, names))} have no Kronecker factors, expected calls of convolutions and"
+        " linear layers only for strict=True: choose layers with layers="
+    )

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.arguments import described
-from lensor.curvature.batch import Batch, refuse_mixing, rows_of
+from lensor.curvature.batch import Batch, refuse_mixing
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import output_axis
 from lensor.curvature.described import SHARED
+from lensor.curvature.example_gradients import rows_of
 from lensor.curvature.layers import all_parameters
 from lensor.curvature.networks import network
 from lensor.curvature.watching import Targets

@@ -90,7 +90,10 @@ class Operator(ABC):
     def flatten(self, vectors: Vectors) -> Tensor:
         """Convert a mapping to one tensor with all parameters in its last axis: the inverse of `unflatten`."""
         self._check(vectors)
-        flat = [vectors[name].flatten(vectors[name].ndim - len(shape)) for name, shape in self.shapes.items()]
+        flat = [
+            vectors[name].reshape(*vectors[name].shape[: vectors[name].ndim - len(shape)], math.prod(shape))
+            for name, shape in self.shapes.items()
+        ]
         return torch.cat(flat, -1)
 
     def linear_operator(self) -> Any:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lensor import ops
-from lensor.curvature.batch import Batch, gradients_of, rows_of, squared_norms
+from lensor.curvature.batch import Batch, squared_norms
 from lensor.curvature.capture import Use, computing
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import over_positions
+from lensor.curvature.example_gradients import gradients_of, rows_of, zeros_of
 from lensor.curvature.functions import FunctionUse
 from lensor.curvature.networks import network
 from lensor.planner.settings import preferring
@@ -134,7 +135,7 @@ class Streamed:
         found |= self._squares
         parameters = self.capture.targets.parameters
         return {
-            name: found[name] if name in found else rows_of(self.batch.zeros(parameters[name])).sum(1)
+            name: found[name] if name in found else rows_of(zeros_of(parameters[name], self.batch.size)).sum(1)
             for name in self.names
         }
 
@@ -154,5 +155,6 @@ class Streamed:
         found |= self.capture.by_name(of_sources, batched=False)
         parameters = self.capture.targets.parameters
         return {
-            name: found[name] if name in found else self.batch.zeros(parameters[name]).sum(0) for name in self.names
+            name: found[name] if name in found else zeros_of(parameters[name], self.batch.size).sum(0)
+            for name in self.names
         }

@@ -1,0 +1,305 @@
+"""Kronecker factors of weights with several uses, and blocks of parameters without Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lensor import curvature
+from lensor.curvature import ekfac, kfac
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
+SUM = nn.MSELoss(reduction="sum")
+
+
+def jacobian(model: nn.Module, x: Tensor, name: str) -> Tensor:
+    """[examples, outputs of one example, entries] for a parameter."""
+    rows, parameter = [], dict(model.named_parameters())[name]
+    for one in x.split(1):
+        out = model(one).flatten()
+        parts = [torch.autograd.grad(entry, parameter, retain_graph=True)[0] for entry in out]
+        rows.append(torch.stack(parts).reshape(len(out), -1))
+    return torch.stack(rows)
+
+
+def ggn(model: nn.Module, x: Tensor, name: str) -> Tensor:
+    """The block of a parameter for a sum of squares, whose Hessian is twice the identity."""
+    j = jacobian(model, x, name)
+    return 2 * torch.einsum("nci,ncj->ij", j, j)
+
+
+# --------------------------------------------------------------------------------------------------------- exact cases
+class Deep(nn.Module):
+    """A deep linear network whose layers run on several positions, or several times."""
+
+    def __init__(self, how: str, is_mean: bool) -> None:
+        super().__init__()
+        self.how, self.is_mean = how, is_mean
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+        self.twin = nn.Linear(3, 4)
+        if how == "tied":
+            self.twin.weight, self.twin.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "positions":
+            out = self.second(self.first(x))
+        elif self.how == "frames":
+            out = self.second(self.first(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        else:
+            other = self.twin if self.how == "tied" else self.first
+            out = torch.stack([self.second(self.first(x[:, 0])), self.second(other(x[:, 1]))], 1)
+        return out.mean(1) if self.is_mean else out.flatten(1)
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("how", ["positions", "frames", "twice", "tied"])
+def test_factors_equal_the_ggn_of_deep_linear_networks(how: str, approx: Any, bias: Any) -> None:
+    """Expand is exact if the loss sees each position's output, and reduce if it sees their mean (Eschenhagen, 2023)."""
+    torch.manual_seed(0)
+    model = Deep(how, is_mean=approx == "reduce")
+    if how != "tied":
+        del model.twin
+    x = torch.randn(5, 2, 3)
+    found = kfac(model, SUM, (x, torch.zeros_like(model(x))), approx=approx, bias=bias)
+    assert all(block.factored for block in found.values())
+    for name, block in found.items():
+        if len(block.names) == 1:
+            torch.testing.assert_close(block.dense()[0], ggn(model, x, name))
+    weight = found["first.weight"]
+    if bias == "joint":
+        c, d = weight.B.shape[1], weight.d
+        dense = weight.dense()[0].reshape(c, d, c, d)[:, :-1, :, :-1].reshape(c * (d - 1), -1)
+        torch.testing.assert_close(dense, ggn(model, x, "first.weight"))
+
+
+class Recurrent(nn.Module):
+    """A convolution that runs several times, with a nonlinearity."""
+
+    def __init__(self, steps: int, transposed: bool = False) -> None:
+        super().__init__()
+        kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+        self.steps, self.conv, self.last = steps, kind(4, 4, 3, padding=1, groups=2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            x = torch.tanh(self.conv(x))
+        return self.last(x.sum(2))
+
+
+def test_one_position_of_one_example_is_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(3, 2)).double()
+    x = torch.randn(1, 2, 4)
+    for approx in ("expand", "reduce"):
+        found = kfac(model, SUM, (x, torch.zeros(1, 2)), approx=approx)
+        for name, block in found.items():
+            torch.testing.assert_close(block.dense()[0], ggn(model, x, name))
+
+
+@given(
+    steps=st.integers(1, 3),
+    transposed=st.booleans(),
+    approx=st.sampled_from(["expand", "reduce"]),
+    batch=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_uses_are_further_positions(steps: int, transposed: bool, approx: Any, batch: int, seed: int) -> None:
+    """The definition by loops: patches and gradients of all calls, from unfolded inputs and autograd."""
+    torch.manual_seed(seed)
+    model = Recurrent(steps, transposed)
+    x = torch.randn(batch, 4, 5)
+    found = kfac(model, SUM, (x, torch.zeros(batch, 2)), approx=approx)["conv.weight"]
+    a = torch.zeros(2, 6, 6)
+    b = torch.zeros(2, 2, 2)
+    for one in x.split(1):
+        patches, marks, h = [], [], one
+        for _ in range(steps):
+            padded = F.pad(h, (1, 1))
+            windows = torch.stack([padded[0, :, o : o + 3] for o in range(5)])  # [positions, channels, kernel]
+            if transposed:
+                windows = windows.flip(2)
+            patches.append(windows.unflatten(1, (2, 2)).flatten(2).movedim(1, 0).detach())
+            h = model.conv(h)
+            marks.append(h)
+            h = torch.tanh(h)
+        out = model.last(h.sum(2)).flatten()
+        p = torch.cat(patches, 1)
+        for entry in out:
+            parts = torch.autograd.grad(entry, marks, retain_graph=True)
+            s = torch.cat([part[0].T for part in parts]).unflatten(1, (2, 2)).movedim(1, 0)  # [groups, positions, c]
+            if approx == "reduce":
+                s = s.sum(1, keepdim=True)
+            b += 2 * torch.einsum("grc,grd->gcd", s, s) / (1 if approx == "reduce" else p.shape[1])
+        if approx == "reduce":
+            p = p.mean(1, keepdim=True)
+        a += torch.einsum("grc,grd->gcd", p, p) / batch
+    torch.testing.assert_close(found.A, a)
+    torch.testing.assert_close(found.B, b)
+    assert found.positions == 5 * steps
+
+
+def test_siamese_layers_with_biases_of_their_own() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x[:, 0]) - self.b(x[:, 1])
+
+    torch.manual_seed(0)
+    model, x = Siamese(), torch.randn(6, 2, 3)
+    found = kfac(model, SUM, (x, torch.zeros(6, 4)), approx="reduce")
+    assert list(found) == ["a.weight", "a.bias", "b.bias"]
+    for name in ("a.bias", "b.bias"):
+        torch.testing.assert_close(found[name].dense()[0], ggn(model, x, name))
+    with pytest.raises(ValueError, match=r"'a\.weight' is not always used together with the bias 'a\.bias'"):
+        kfac(model, SUM, (x, torch.zeros(6, 4)), bias="joint")
+
+
+def test_several_batches_of_shared_layers_are_one() -> None:
+    torch.manual_seed(0)
+    model, x, y = Recurrent(2), torch.randn(7, 4, 5), torch.randn(7, 2)
+    for approx in ("expand", "reduce"):
+        whole = kfac(model, nn.MSELoss(), (x, y), approx=approx)
+        parts = kfac(model, nn.MSELoss(), [(x[:3], y[:3]), (x[3:], y[3:])], approx=approx)
+        for name, block in whole.items():
+            torch.testing.assert_close(parts[name].A, block.A)
+            torch.testing.assert_close(parts[name].B, block.B)
+
+
+# ------------------------------------------------------------------------------------------- parameters without factors
+class Various(nn.Module):
+    """A model with parameters of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(7, 4), nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.last = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 7, bias=False)
+        self.tied.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embedding(x))
+        h = h + self.scale * self.attention(h, h, h, need_weights=False)[0]
+        return self.tied(torch.tanh(self.last(h))).mean(1)
+
+
+def various() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    return Various(), (torch.randint(7, (5, 3)), torch.randint(7, (5,)))
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_blocks_of_other_parameters_are_exact(fisher: Any, batch: int) -> None:
+    model, (x, y) = various()
+    loss, data = nn.CrossEntropyLoss(), (x[:batch], y[:batch])
+    found = kfac(model, loss, data, fisher=fisher)
+    assert list(found) == list(dict(model.named_parameters()))
+    assert {name for name, block in found.items() if block.factored} == {"last.weight", "last.bias"}
+    diagonal = curvature.ggn_diagonal(model, loss, data, fisher=fisher)
+    own = found.diagonal()
+    for name, block in found.items():
+        if not block.factored:
+            torch.testing.assert_close(own[name], diagonal[name])
+            assert block.groups == diagonal[name].numel()
+    assert list(kfac(model, loss, data, fisher=fisher, others="skip", layers=["last"])) == ["last.weight", "last.bias"]
+
+
+def test_dense_blocks_of_other_parameters_are_exact() -> None:
+    model, (x, _) = various()
+    outputs = model(x)
+    found = kfac(model, SUM, (x, torch.zeros_like(outputs)), others="full")
+    for name in ("norm.weight", "embedding.weight", "scale", "attention.in_proj_weight"):
+        torch.testing.assert_close(found[name].dense()[0], ggn(model, x, name))
+    assert found["norm.bias"].form == "dense 4²"
+
+
+@pytest.mark.parametrize("others", ["diagonal", "full"])
+def test_operators_with_blocks_of_other_parameters(others: Any) -> None:
+    model, data = various()
+    found = kfac(model, nn.CrossEntropyLoss(), data, others=others)
+    size, damping = found.size, 0.1
+    matrix = found @ torch.eye(size)
+    torch.testing.assert_close(matrix, matrix.mT)
+    exact = torch.linalg.inv(matrix + damping * torch.eye(size))
+    torch.testing.assert_close(found.inverse(damping) @ torch.eye(size), exact)
+    torch.testing.assert_close(found.logdet(damping), torch.logdet(matrix + damping * torch.eye(size)))
+    torch.testing.assert_close(found.trace(), matrix.trace())
+    torch.testing.assert_close(found.eigh() @ torch.eye(size), matrix)
+    few = data[0][:3], data[1][:3]
+    reduced = kfac(model, nn.CrossEntropyLoss(), few, others=others, approx="reduce", bias="joint")
+    places = [at for at, block in enumerate(_blocks(reduced)) if not block.factored]
+    exact = torch.linalg.inv(reduced @ torch.eye(reduced.size) + damping * torch.eye(reduced.size))
+    for method in ("cholesky", "woodbury"):
+        solved = reduced.inverse(damping, method) @ torch.eye(reduced.size)
+        torch.testing.assert_close(solved[places][:, places], exact[places][:, places])
+    again = type(found).from_state_dict(found.state_dict(), model)
+    torch.testing.assert_close(again @ torch.eye(size), matrix)
+    torch.testing.assert_close(found.ema_(again, 0.5) @ torch.eye(size), matrix)
+    torch.testing.assert_close(found.in_convention("curvlinops") @ torch.eye(size), matrix)
+
+
+def _blocks(found: Any) -> list[Any]:
+    """The block of each entry of a flat vector."""
+    owners = {name: block for block in found.values() for name in block.names}
+    return [owners[name] for name, shape in found.shapes.items() for _ in range(torch.Size(shape).numel())]
+
+
+@pytest.mark.parametrize("make", [lambda: various(), lambda: _recurrent()], ids=["various", "recurrent"])
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_corrected_eigenvalues_are_the_diagonal_in_the_basis(make: Callable[[], Any], bias: Any) -> None:
+    model, data = make()
+    loss = nn.CrossEntropyLoss() if not data[1].is_floating_point() else nn.MSELoss()
+    factors = kfac(model, loss, data, bias=bias)
+    found = ekfac(model, loss, data, factors)
+    names = dict(model.named_parameters())
+    j = {}
+    for name in names:
+        j[name] = jacobian(model, data[0], name)
+    outputs = model(data[0]).detach()
+    if loss.__class__ is nn.MSELoss:
+        hessian = 2 * torch.eye(outputs.shape[1]).expand(len(outputs), -1, -1) / outputs.numel()
+    else:
+        p = outputs.softmax(1)
+        hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(outputs)
+    for name, block in factors.items():
+        q_a, q_b, values = found.parts[name]
+        rows = block.to_rows({one: j[one].reshape(*j[one].shape[:2], *block.shapes[one]) for one in block.names})
+        turned = q_b.mT @ rows @ q_a
+        torch.testing.assert_close(values, torch.einsum("ncgba,ncd,ndgba->gba", turned, hessian, turned))
+
+
+def _recurrent() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, groups=2), nn.BatchNorm1d(4), Recurrent(2, transposed=True))
+    return model.eval(), (torch.randn(5, 4, 5), torch.randn(5, 2))
+
+
+def test_uses_that_change_between_batches_are_refused() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.layer(x)
+            return out @ self.layer.weight if x.shape[1] == 4 else out
+
+    x = torch.randn(5, 2, 3), torch.randn(5, 4, 3)
+    batches = [(one, torch.zeros_like(one)) for one in x]
+    with pytest.raises(ValueError, match=r"'layer\.weight' is used by other functions than in the first batch"):
+        kfac(Changing(), SUM, batches)
+    assert not kfac(Changing(), SUM, batches[::-1])["layer.weight"].factored

@@ -8,6 +8,7 @@ computed, and the input and the gradient at the output are kept, if a weighted s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ from lensor.planner.settings import preferring
 
 _LEAST_BYTES = 1 << 24
 """Plans prefer to need no more memory than a layer's input and output, or than this."""
+
+
+def preferred(x: Tensor, v: Tensor) -> AbstractContextManager[None]:
+    """Prefer plans that need no more memory than a layer's input and the gradient at its output."""
+    return preferring(max(_LEAST_BYTES, x.nbytes + v.nbytes))
 
 
 class Streamed:
@@ -100,7 +106,7 @@ class Streamed:
             self._add(use.bias, over_positions(v))
         if use.weight not in self._wanted:
             return
-        with preferring(max(_LEAST_BYTES, x.nbytes + v.nbytes)):
+        with preferred(x, v):
             if self._counts[use.weight] > 1 or (
                 self._is_weighted and self._is_small(use.weight_size, x.numel() + v.numel())
             ):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,13 +53,55 @@ def empirical_ntk(
         TypeError: for a model of an unsupported type, or inputs that the model does not take.
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
+    with output_units(model, inputs, layers, batch_axis) as (batch, wanted, stacked):
+        n, c = batch.outputs.shape
+        dtype = torch.promote_types(batch.outputs.dtype, torch.float32)
+        found = torch.zeros((c * n, c * n), dtype=dtype, device=batch.outputs.device)
+        others = [batch.of_functions(one) for one in stacked]
+        skipped = set(batch.capture.targets.parameters) - wanted
+        for name in wanted:
+            use = batch.only_use(name, others[0])
+            if use is not None:
+                s = torch.stack([one[use] for one in stacked])
+                found += network(ops.ggn_gram, batch.capture.spec(use))(X=batch.capture.inputs[use], S=s)
+                skipped.add(name)
+        columns = [batch.gradients(one, other, skipped) for one, other in zip(stacked, others, strict=True)]
+        for parts in zip(*columns, strict=True):
+            rows = torch.cat([rows_of(gradient) for _, gradient in parts]).to(found.dtype)
+            found += rows @ rows.mT
+        return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
+
+
+def jacobians(
+    model: nn.Module, inputs: Any, layers: Iterable[str] | None = None, batch_axis: Given = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The Jacobians of every example's outputs, [batch, c, *shape] by parameter, and the outputs [batch, c].
+
+    The arguments and errors are those of `empirical_ntk`.
+    """
+    with output_units(model, inputs, layers, batch_axis) as (batch, wanted, stacked):
+        skipped = set(batch.capture.targets.parameters) - wanted
+        columns = [dict(batch.gradients(one, batch.of_functions(one), skipped)) for one in stacked]
+        found = {name: torch.stack([one[name] for one in columns], 1) for name in columns[0]}
+        return found, batch.outputs.detach()
+
+
+@contextmanager
+def output_units(
+    model: nn.Module, inputs: Any, layers: Iterable[str] | None, given: Given
+) -> Iterator[tuple[Batch, set[str], list[dict[Any, Any]]]]:
+    """Run a model with outputs [batch, c] and propagate one unit vector for each of the c outputs.
+
+    Yields the batch, the names of the wanted parameters, and what was propagated, by use of the parameters. Nothing is
+    recorded within the `with` block.
+    """
     model = unwrapped(model)
     targets = Targets(*all_parameters(model, layers, frozen=False))
     wanted = {name for name, one in targets.parameters.items() if layers is not None or one.requires_grad}
     refuse_mixing(model)
     with running(model):
         try:
-            batch = Batch(model, targets, own(inputs), batch_axis, empty=True, shared=True)
+            batch = Batch(model, targets, own(inputs), given, empty=True, shared=True)
         except TypeError as error:
             if isinstance(inputs, (tuple, list)) and not _takes(model, inputs):
                 raise TypeError(
@@ -72,26 +115,12 @@ def empirical_ntk(
         if f.ndim != 2 or len(f) != batch.size:
             raise ValueError(f"the model's outputs have shape {tuple(f.shape)}, expected [batch, c]")
         output_axis(batch.batch_axes, batch.returned, outputs, batch.size, independent=True)
-        n, c = f.shape
-        units = [torch.zeros_like(f) for _ in range(c)]
+        units = [torch.zeros_like(f) for _ in range(f.shape[1])]
         for place, unit in enumerate(units):
             unit[:, place] = 1
         stacked = [batch.capture.gradients(outputs, unit, keep=True) for unit in units]
         with computing(f):
-            found = torch.zeros((c * n, c * n), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
-            others = [batch.of_functions(one) for one in stacked]
-            skipped = set(targets.parameters) - wanted
-            for name in wanted:
-                use = batch.only_use(name, others[0])
-                if use is not None:
-                    s = torch.stack([one[use] for one in stacked])
-                    found += network(ops.ggn_gram, batch.capture.spec(use))(X=batch.capture.inputs[use], S=s)
-                    skipped.add(name)
-            columns = [batch.gradients(one, other, skipped) for one, other in zip(stacked, others, strict=True)]
-            for parts in zip(*columns, strict=True):
-                rows = torch.cat([rows_of(gradient) for _, gradient in parts]).to(found.dtype)
-                found += rows @ rows.mT
-        return found.reshape(c, n, c, n).permute(1, 3, 0, 2)
+            yield batch, wanted, stacked
 
 
 def _takes(model: nn.Module, arguments: Sequence[Any]) -> bool:

@@ -24,12 +24,12 @@ $(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 	touch $@
 
 # BackPACK requires torchvision but does not import it. No torchvision fits the CPU build of torch, and one that does
-# not fit breaks transformers. curvlinops requires BackPACK. Both are therefore installed without their dependencies,
-# after the packages that they import. One test reads torchvision's models in a separate process; it needs only the
-# Python files of torchvision.
+# not fit breaks transformers. curvlinops requires BackPACK, and laplace-torch requires both. All three are therefore
+# installed without their dependencies, after the packages that they import. One test reads torchvision's models in a
+# separate process; it needs only the Python files of torchvision.
 $(PEERS): $(STAMP)
-	$(BIN)/pip install --quiet -c constraints.txt einconv einops linear_operator opacus scipy tqdm unfoldNd
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch curvlinops-for-pytorch
+	$(BIN)/pip install --quiet -c constraints.txt asdfghjkl einconv einops linear_operator opacus scipy torchmetrics tqdm unfoldNd
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch curvlinops-for-pytorch laplace-torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target .venv/torchvision torchvision
 	touch $@
 

@@ -188,7 +188,7 @@ def test_later_registrations_of_others_stay() -> None:
 
 
 def test_missing_opacus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opacus.grad_sample.grad_sample_module", None)
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
     monkeypatch.delitem(sys.modules, "lensor.integrations.opacus")
     with pytest.raises(ImportError, match=r"lensor.integrations.opacus requires Opacus 1.6 \(pip install opacus\)"):
         importlib.import_module("lensor.integrations.opacus")

@@ -15,8 +15,8 @@ from lensor.curvature.layers import Layer, layers_of
 from lensor.curvature.ntk import jacobians
 
 try:
-    from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
-    from laplace.utils import Kron
+    from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface  # type: ignore[import-not-found]
+    from laplace.utils import Kron  # type: ignore[import-not-found]
 except ImportError as error:
     raise ImportError(
         f"lensor.integrations.laplace requires laplace-torch 0.3 (pip install laplace-torch): {error}"
@@ -142,7 +142,7 @@ class LensorInterface(CurvatureInterface):
         found = per_example_gradients(model, self.lossfunc, (inputs, y), layers=self._layers(model))
         return self._subset(torch.cat([found[name].flatten(1) for name in self._names(model)], 1)), self._loss(x, y)
 
-    def diag(
+    def diag(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor | MutableMapping[str, Tensor | Any],
         y: Tensor,
@@ -181,7 +181,7 @@ class LensorInterface(CurvatureInterface):
         diagonal = self._subset(torch.cat([found[name].flatten() for name in self._names(model)]))
         return self.factor * self._loss(x, y), self.factor * diagonal
 
-    def kron(
+    def kron(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor | MutableMapping[str, Tensor | Any],
         y: Tensor,
@@ -247,7 +247,7 @@ class LensorInterface(CurvatureInterface):
             return self.lossfunc(self.model(x), y)
 
 
-class LensorGGN(LensorInterface, GGNInterface):
+class LensorGGN(LensorInterface, GGNInterface):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The generalised Gauss-Newton matrix for laplace-torch: `Laplace(..., backend=LensorGGN)`.
 
     It computes diagonals, Kronecker factors, Jacobians and full matrices for all weights, the last layer or a
@@ -288,7 +288,7 @@ class LensorGGN(LensorInterface, GGNInterface):
         return self.num_samples
 
 
-class LensorEF(LensorInterface, EFInterface):
+class LensorEF(LensorInterface, EFInterface):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The empirical Fisher for laplace-torch: `Laplace(..., backend=LensorEF)`; see `LensorGGN`.
 
     Args:

@@ -20,8 +20,8 @@ from lensor.nn.layers import output_padding_of
 from lensor.spec import ConvSpec
 
 try:
-    from opacus.grad_sample.grad_sample_module import GradSampleHooks
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
+    from opacus.grad_sample import grad_sample_module as _hooks  # type: ignore[import-not-found]
+    from opacus.grad_sample import grad_sample_module_fast_gradient_clipping as _ghost  # type: ignore[import-not-found]
 except ImportError as error:
     raise ImportError(f"lensor.integrations.opacus requires Opacus 1.6 (pip install opacus): {error}") from error
 
@@ -212,12 +212,11 @@ def register(*, norms: bool = True) -> Registration:
         >>> layer.weight.grad_sample.shape
         torch.Size([4, 3, 2, 3, 3])
     """
+    hooks, ghost = _hooks.GradSampleHooks, _ghost.GradSampleHooksFastGradientClipping
+    samplers = {id(one): one for one in (hooks.GRAD_SAMPLERS, ghost.GRAD_SAMPLERS)}  # one table in Opacus 1.6
     tables: list[tuple[dict[type[nn.Module], Any], Callable[..., Any]]] = [
-        (table, grad_samples)
-        for table in {
-            id(one.GRAD_SAMPLERS): one.GRAD_SAMPLERS for one in (GradSampleHooks, GradSampleHooksFastGradientClipping)
-        }.values()
+        (table, grad_samples) for table in samplers.values()
     ]
     if norms:
-        tables.append((GradSampleHooksFastGradientClipping.NORM_SAMPLERS, norm_samples))
+        tables.append((ghost.NORM_SAMPLERS, norm_samples))
     return Registration(tables)

@@ -23,6 +23,7 @@ from laplace.curvature import (
     CurvlinopsGGN,
 )
 
+from examples.laplace_digits import fit, trained
 from lensor.integrations.laplace import LensorEF, LensorGGN
 
 N, C = 10, 3
@@ -286,3 +287,12 @@ def test_missing_laplace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lensor.integrations.laplace")
     with pytest.raises(ImportError, match=r"lensor.integrations.laplace requires laplace-torch 0.3"):
         importlib.import_module("lensor.integrations.laplace")
+
+
+# -------------------------------------------------------------------------------------------------------------- example
+@pytest.mark.parametrize("subset", ["last_layer", "all"])
+def test_the_example(subset: str) -> None:
+    model = trained(3)
+    theirs, own = (fit(model, subset, "kron", backend, 300.0) for backend in ("laplace-torch", "Lensor"))
+    assert own.evidence == pytest.approx(theirs.evidence, rel=1e-4)
+    assert own.nll == pytest.approx(theirs.nll, rel=1e-3)

@@ -25,6 +25,7 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (  # no
     GradSampleHooksFastGradientClipping,
 )
 
+from examples.opacus_training import train  # noqa: E402
 from lensor.integrations.opacus import LAYERS, grad_samples, norm_samples, register  # noqa: E402
 
 N = 4
@@ -276,3 +277,11 @@ def test_autocast() -> None:
     found: Any = layer.weight.grad_sample
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.sum(0), layer.weight.grad, rtol=0.05, atol=0.5)
+
+
+# -------------------------------------------------------------------------------------------------------------- example
+def test_the_example_trains_in_less_memory() -> None:
+    theirs, own = (train(*one, epochs=1, noise=1.0, batch=64) for one in (("Opacus", "ghost"), ("Lensor", "ghost")))
+    assert own.accuracy == pytest.approx(theirs.accuracy, abs=0.02)
+    assert own.epsilon == pytest.approx(theirs.epsilon)
+    assert own.peak < 0.5 * theirs.peak

@@ -116,9 +116,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         names = None if some is None else [layer.name for layer in some]
 
         def call() -> Any:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = kfac(model, loss, data, approx=approx, fisher="empirical", layers=names)
+            found = kfac(model, loss, data, approx=approx, fisher="empirical", layers=names, others="skip")
             return {n: block.A for n, block in found.items()} if formed else found
 
         return call

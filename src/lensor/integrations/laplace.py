@@ -45,27 +45,29 @@ def _plain(model: nn.Module) -> list[Layer]:
         return layers_of(model, shared=True)
 
 
-def _factored(model: nn.Module, names: Sequence[str]) -> list[Layer]:
-    """The layers with these parameters; ValueError if laplace-torch cannot store the blocks of one of them."""
+_ADVICE = "use hessian_structure='diag' or 'full', or freeze them with requires_grad_(False)"
+
+
+def _modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The names of the modules with these parameters; ValueError if laplace-torch cannot store one of their blocks."""
     owners: dict[str, Layer] = {}
     for layer in _plain(model):
         owners |= {name: layer for name in (layer.weight, layer.bias) if name is not None}
-    advice = "use hessian_structure='diag' or 'full', or freeze them with requires_grad_(False)"
-    missing = [name for name in names if name not in owners]
+    parameters = dict(model.named_parameters())
+    missing = [name for name in names if name not in owners and parameters[name].ndim != 1]
     if missing:
         raise ValueError(
             f"the parameters {', '.join(missing)} have no Kronecker factors, expected those of linear layers and"
-            f" convolutions: {advice}"
+            f" convolutions, or parameters with one axis: {_ADVICE}"
         )
-    found = list(dict.fromkeys(owners[name] for name in names))
-    for layer in found:
+    for layer in dict.fromkeys(owners[name] for name in names if name in owners):
         if layer.groups > 1 or layer.is_transposed:
             kind = "is a transposed convolution" if layer.is_transposed else f"has {layer.groups} groups"
             raise ValueError(
                 f"layer {layer} {kind}, expected a linear layer or a convolution without groups: laplace-torch"
-                f" stores one product B ⊗ A with c_out rows for each weight; {advice}"
+                f" stores one product B ⊗ A with c_out rows for each weight; {_ADVICE}"
             )
-    return found
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
 class LensorInterface(CurvatureInterface):
@@ -212,9 +214,9 @@ class LensorInterface(CurvatureInterface):
 
         Raises:
             TypeError: for a model or inputs of an unsupported type.
-            ValueError: for a subnetwork, for trainable parameters other than those of linear layers and convolutions,
-                for groups and transposed convolutions, whose blocks are not of the form that laplace-torch stores, and
-                for a layer that does not run exactly once.
+            ValueError: for a subnetwork, for groups and transposed convolutions, whose blocks are not of the form that
+                laplace-torch stores, and for trainable parameters with several axes other than those of linear layers
+                and convolutions, or with more than 1,024 entries.
         """
         if self.subnetwork_indices is not None:
             raise ValueError("Kronecker factors of a subnetwork are not defined, expected 'diag' or 'full'")
@@ -227,12 +229,16 @@ class LensorInterface(CurvatureInterface):
             approx=kfac_approx,
             fisher=self._fisher,
             convention="curvlinops",
-            layers=[layer.name for layer in _factored(model, names)],
+            others="full",
+            layers=_modules(model, names),
             mc_samples=self._samples if mc_samples is None else mc_samples,
         )
         share, found = len(y) / N, []
         for name in names:
             block = factors[name]
+            if block.groups > 1 or (len(block.shape) > 1 and not block.factored):
+                what = "has too many entries" if len(block.shape) == 1 else "is also used by other functions"
+                raise ValueError(f"the parameter {name} {what} for a block that laplace-torch can store: {_ADVICE}")
             if len(block.shape) > 1:
                 found.append([block.B[0], block.A[0] * share])
             else:
@@ -253,8 +259,8 @@ class LensorGGN(LensorInterface, GGNInterface):  # pyright: ignore[reportIncompa
     It computes diagonals, Kronecker factors, Jacobians and full matrices for all weights, the last layer or a
     subnetwork (without Kronecker factors). Diagonals and full matrices cover all parameters of any model that does not
     mix examples, such as normalisation in evaluation mode and attention; Kronecker factors cover linear layers and
-    convolutions without groups. Frozen parameters are left out. Arguments for `diag` and `kron` are passed as
-    `asdl_fisher_kwargs`.
+    convolutions without groups, and dense blocks cover other parameters with one axis. Frozen parameters are left out.
+    Arguments for `diag` and `kron` are passed as `asdl_fisher_kwargs`.
 
     Args:
         model: the model.

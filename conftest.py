@@ -14,6 +14,9 @@ from sybil.sybil import SybilCollection
 
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 
+TOGETHER = ("benchmarks/tests/test_conformance.py", "tests/examples/test_demo.py", "tests/project/test_site.py")
+"""Files whose tests run in one worker, because they share a result that takes long to compute."""
+
 pytest_plugins = ["tests.support.session", "tests.support.skips"]
 
 # No SkipParser: an example that it skips counts as one that passed.
@@ -34,6 +37,8 @@ pytest_collect_file = SybilCollection([pages, *docstrings]).pytest()
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests go to the workers one by one, the examples of a document together: they share a namespace.
 
+    The tests of the files in `TOGETHER` stay together, too.
+
     A scheduler of one's own, because `--dist=loadgroup` of pytest-xdist 3.8 has no effect under pytest 9.2.
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -41,6 +46,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, rest = nodeid.partition("::")
-            return path if rest.startswith("line:") else nodeid
+            return path if rest.startswith("line:") or path in TOGETHER else nodeid
 
     return Scheduling(config, log)

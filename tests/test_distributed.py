@@ -49,7 +49,7 @@ def work(rank: int, count: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_what_one_process_gives(count: int, tmp_path: Path) -> None:
     processes = mp.start_processes(work, (count, str(tmp_path)), count, join=False, start_method="spawn")
     assert processes is not None

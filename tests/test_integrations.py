@@ -263,7 +263,7 @@ def test_models_without_factors_are_refused() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- example
-@pytest.mark.parametrize("library", MODELS)
+@pytest.mark.parametrize("library", [pytest.param(one, marks=[pytest.mark.slow] * (one != "flax")) for one in MODELS])
 def test_natural_gradients_learn_the_digits_in_fewer_steps(library: str) -> None:
     model = MODELS[library]()
     plain, natural = (train(model, 8, *one) for one in ((False, 0.3), (True, 0.3)))

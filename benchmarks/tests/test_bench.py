@@ -350,6 +350,7 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
     assert path.read_bytes() == after
 
 
+@pytest.mark.slow
 def test_kill_in_mid_run_loses_and_repeats_no_row(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     options = ["--nets", "2c2d,3c3d", "--ops", "forward,weight_vjp,kfac_reduce", "--impl", "lensor"]
@@ -669,6 +670,7 @@ def test_relative_error_is_over_the_largest_entry() -> None:
     assert relative_error(torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0])) == 0.125
 
 
+@pytest.mark.slow
 def test_overhead_of_every_function() -> None:
     found = CliRunner().invoke(cli.make_app(), ["bench", "overhead", "--seconds", "0"])
     assert found.exit_code == 0, found.output
@@ -741,6 +743,7 @@ def test_growth_varies_one_size_at_a_time() -> None:
     assert sum(spec == growth.BASE for _, spec in cases) == len(growth.AXES[0].values)
 
 
+@pytest.mark.slow
 def test_growth_measures_plots_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = tuple(
         replace(axis, values=values)

@@ -99,7 +99,12 @@ def test_bounds_count_one_triangle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "numbers", "instruction"), [(75, "float32", "fma"), (80, "tf32", "mma"), (90, "bfloat16", "wgmma")]
+    ("capability", "numbers", "instruction"),
+    [
+        pytest.param(75, "float32", "fma", marks=pytest.mark.slow),
+        pytest.param(80, "tf32", "mma", marks=pytest.mark.slow),
+        (90, "bfloat16", "wgmma"),
+    ],
 )
 def test_kernels_compile_without_a_gpu(tmp_path: Path, capability: int, numbers: str, instruction: str) -> None:
     out = tmp_path / "compiled.csv"

@@ -174,6 +174,7 @@ def test_figures_and_what_they_need() -> None:
     assert reproduce.needed(reproduce.FIGURES) == PAPER_OPERATIONS
 
 
+@pytest.mark.slow
 def test_measures_what_is_missing_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = reproduce.layers(quick=True)
     smallest = (min(few, key=lambda layer: layer.spec.in_channels * layer.spec.input_size[0]),)
@@ -217,6 +218,7 @@ def test_the_share_that_is_as_good_is_read_from_the_curves() -> None:
     assert crs.equal_share(crs_points(0.01), crs.REAL) is None
 
 
+@pytest.mark.slow
 def test_sampled_gradients_are_measured_once_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "crs.csv"
     settings = crs.Settings(batch=2, shares=(0.5, 1.0), few=(0.5,), seeds=1, others=1)

@@ -69,6 +69,7 @@ def test_every_net_is_held_for_both_inputs() -> None:
     }
 
 
+@pytest.mark.slow
 def test_data_is_what_the_models_have(tmp_path: Path) -> None:
     """In a process of its own: transformers must not find a torchvision whose compiled part does not load."""
     places = [path for path in (str(TORCHVISION), os.environ.get("PYTHONPATH")) if path]

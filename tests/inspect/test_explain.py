@@ -210,6 +210,7 @@ def test_page_holds_everything_and_refers_to_nothing() -> None:
     assert "0.25×" in text
 
 
+@pytest.mark.slow
 def test_page_of_a_resnet_in_a_browser(browser: Any, tmp_path: Path) -> None:
     html = tmp_path / "resnet.html"
     shape = ("--input-shape", "3x32x32", "--ops", "kfac_reduce,forward")

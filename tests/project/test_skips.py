@@ -79,7 +79,7 @@ WORKERS = ("-p", "xdist", "-n", "2")
 FILES = {f"test_{form.replace(' ', '_')}": f"import pytest\n\n{code}\n" for form, code in FORMS.items()}
 
 
-@pytest.mark.parametrize("options", [(), WORKERS], ids=["alone", "workers"])
+@pytest.mark.parametrize("options", [(), pytest.param(WORKERS, marks=pytest.mark.slow)], ids=["alone", "workers"])
 def test_a_skip_that_is_not_listed_fails(
     options: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_module_that_skips_ends_the_run(pytester: pytest.Pytester, monkeypatch
     found.stdout.re_match_lines(["test_module.py.*no reason is listed in tests/support/skips.py:.*"])
 
 
-@pytest.mark.parametrize("options", [(), WORKERS], ids=["alone", "workers"])
+@pytest.mark.parametrize("options", [(), pytest.param(WORKERS, marks=pytest.mark.slow)], ids=["alone", "workers"])
 def test_listed_skips_are_told_with_their_reasons(
     options: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

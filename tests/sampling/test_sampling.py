@@ -609,6 +609,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_average_their_own_draws(tmp_path: Path) -> None:
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lensor.curvature import clipped_gradients, per_example_gradient_norms, per_example_gradients
+from lensor.curvature import (
+    clipped_gradients,
+    ekfac,
+    ggn_diagonal,
+    hessian_diagonal,
+    kfac,
+    per_example_gradient_norms,
+    per_example_gradients,
+)
+from lensor.optim import KFAC
 
 BATCH, CLASSES = 3, 5
 Case = tuple[nn.Module, Any, Tensor, Callable[[Any, Tensor], Tensor]]
@@ -234,3 +243,65 @@ def test_every_parameter_of(name: str) -> None:
     for n in range(BATCH):
         for key, gradient in gradients(case, slice(n, n + 1)).items():
             close(norms[key][n], gradient.norm())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+def test_blocks_of_every_parameter_of(name: str) -> None:
+    """Diagonals are sums of squared gradients, and corrected eigenvalues keep the trace, for all parameters."""
+    model, x, y, loss = MODELS[name]()
+    model.eval()
+    sum_of_examples: nn.Module = nn.CrossEntropyLoss(reduction="sum")
+    if loss is not of_classes:
+        sum_of_examples, y = nn.MSELoss(reduction="sum"), torch.zeros_like(ran(model, x))
+    elif name == "unet":
+        y = torch.randint(CLASSES, (BATCH, *x.shape[2:]))
+    factors = kfac(model, sum_of_examples, (x, y), fisher="empirical")
+    squares = {n: g.square().sum(0) for n, g in per_example_gradients(model, sum_of_examples, (x, y)).items()}
+    assert set(factors.shapes) == set(squares)
+    diagonal = factors.diagonal()
+    for block in factors.values():
+        if not block.factored:
+            torch.testing.assert_close(diagonal[block.names[0]], squares[block.names[0]], rtol=1e-10, atol=0)
+    total = torch.stack([one.sum() for one in squares.values()]).sum()
+    torch.testing.assert_close(
+        ekfac(model, sum_of_examples, (x, y), factors, fisher="empirical").trace(), total, rtol=1e-10, atol=0
+    )
+
+
+def test_linear_layers_of_gpt2_have_the_factors_of_torchs() -> None:
+    """`Conv1D` stores its weight as [inputs, outputs]."""
+    from transformers.pytorch_utils import Conv1D
+
+    def made(layer: nn.Module) -> nn.Module:
+        class Mean(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).mean(1)
+
+        return Mean(layer, nn.Tanh(), nn.Linear(5, 2))
+
+    one, two = made(nn.Linear(3, 5)), made(Conv1D(5, 3))
+    state = one.state_dict()
+    two.load_state_dict(state | {"0.weight": state["0.weight"].T})
+    loss, data = nn.CrossEntropyLoss(), (torch.randn(6, 4, 3), torch.randint(2, (6,)))
+    for approx in ("expand", "reduce"):
+        for bias in ("separate", "joint"):
+            factors = [kfac(model, loss, data, approx=approx, bias=bias) for model in (one, two)]
+            for name, block in factors[0].items():
+                assert factors[1][name].factored
+                torch.testing.assert_close(factors[1][name].A, block.A)
+                torch.testing.assert_close(factors[1][name].B, block.B)
+            vectors = {name: torch.randn(shape) for name, shape in factors[0].shapes.items()}
+            turned = vectors | {"0.weight": vectors["0.weight"].T}
+            solved = [f.inverse(0.1) @ v for f, v in zip(factors, (vectors, turned), strict=True)]
+            torch.testing.assert_close(solved[1]["0.weight"].T, solved[0]["0.weight"])
+    for quantity in (per_example_gradients, ggn_diagonal, hessian_diagonal):
+        found = [quantity(model, loss, data) for model in (one, two)]
+        torch.testing.assert_close(found[1]["0.weight"].mT, found[0]["0.weight"])
+    optimizers = [KFAC(model, loss, lr=0.1, fisher="empirical") for model in (one, two)]
+    for model, optimizer in zip((one, two), optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model(data[0]), data[1]).backward()
+            optimizer.step()
+    torch.testing.assert_close(two[0].weight.T, one[0].weight)

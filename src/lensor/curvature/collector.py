@@ -286,7 +286,7 @@ class Collector:
     def _is_own(self, use: Use) -> bool:
         """Whether a use is a call of the layer's own operation."""
         layer = use.layer
-        return use.groups == layer.groups and (use.call.kind == "conv_transpose") == layer.is_transposed
+        return use.groups == layer.groups and use.call.is_transposed == layer.is_transposed
 
     def _note(self, use: Use, x: Tensor) -> None:
         """Record a use of a weight and of a bias, and its number of positions."""

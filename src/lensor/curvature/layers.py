@@ -12,11 +12,13 @@ from typing import Any
 from torch import nn
 
 _Conv = nn.modules.conv._ConvNd
+_TRANSFORMERS = "transformers.pytorch_utils"
+"""The module in which transformers defines `Conv1D`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A convolution, transposed convolution or linear layer of a model.
+    """A convolution, transposed convolution or linear layer of a model, or a `Conv1D` of transformers.
 
     Args:
         name: the path of the module, "" for the model itself.
@@ -33,7 +35,7 @@ class Layer:
     @property
     def is_linear(self) -> bool:
         """Whether this is a linear layer, whose positions are the axes between batch and features."""
-        return isinstance(self.module, nn.Linear)
+        return isinstance(self.module, nn.Linear) or _is_conv1d(self.module)
 
     @property
     def groups(self) -> int:
@@ -48,7 +50,7 @@ class Layer:
     @property
     def is_transposed(self) -> bool:
         """Whether the weight has the input channels first."""
-        return bool(getattr(self.module, "transposed", False))
+        return bool(getattr(self.module, "transposed", False)) or _is_conv1d(self.module)
 
     @property
     def output_channels(self) -> int:
@@ -188,7 +190,7 @@ def _plain_layers(model: nn.Module) -> Iterator[Layer]:
     # Attention uses the parameters of its last linear layer without calling that layer.
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
-        if isinstance(module, (_Conv, nn.Linear)) and _is_plain(module) and id(module) not in inside:
+        if _is_layer(module) and _is_plain(module) and id(module) not in inside:
             if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
                 raise ValueError(f"layer {name!r} is lazy, expected an initialised layer: call the model first")
             prefix = f"{name}." if name else ""
@@ -216,7 +218,7 @@ def _require_real(name: str, parameters: Iterable[Any]) -> None:
 
 def require_known_layers(names: Iterable[str], model: nn.Module) -> None:
     """Raise ValueError if `batch_axis` contains a name that is not a convolution or linear layer of the model."""
-    known = [name for name, module in model.named_modules() if isinstance(module, (_Conv, nn.Linear))]
+    known = [name for name, module in model.named_modules() if _is_layer(module)]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"batch_axis has {_listed(unknown)}, expected names from {_listed(known)}")
@@ -234,6 +236,16 @@ def _depth() -> int:
     return level
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (_Conv, nn.Linear)) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of transformers' GPT-2, whose weight has the layout [inputs, outputs]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == _TRANSFORMERS
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a layer computes the same function as torch's layer, with parameters as its weight and bias.
 
@@ -245,7 +257,7 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     for method in ("forward", "_conv_forward"):
         maker = next((one.__module__ for one in type(module).__mro__ if method in vars(one)), "torch.nn.")
-        if _is_changed(module, method) or not maker.startswith(("torch.nn.", "lensor.")):
+        if _is_changed(module, method) or not maker.startswith(("torch.nn.", "lensor.", _TRANSFORMERS)):
             return False
     return True
 

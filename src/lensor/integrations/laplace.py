@@ -61,7 +61,7 @@ def _modules(model: nn.Module, names: Sequence[str]) -> list[str]:
             f" convolutions, or parameters with one axis: {_ADVICE}"
         )
     for layer in dict.fromkeys(owners[name] for name in names if name in owners):
-        if layer.groups > 1 or layer.is_transposed:
+        if layer.groups > 1 or (layer.is_transposed and not layer.is_linear):
             kind = "is a transposed convolution" if layer.is_transposed else f"has {layer.groups} groups"
             raise ValueError(
                 f"layer {layer} {kind}, expected a linear layer or a convolution without groups: laplace-torch"
@@ -240,7 +240,8 @@ class LensorInterface(CurvatureInterface):
                 what = "has too many entries" if len(block.shape) == 1 else "is also used by other functions"
                 raise ValueError(f"the parameter {name} {what} for a block that laplace-torch can store: {_ADVICE}")
             if len(block.shape) > 1:
-                found.append([block.B[0], block.A[0] * share])
+                b, a = block.B[0], block.A[0] * share
+                found.append([a, b] if block.transposed else [b, a])
             else:
                 found.append([block.B[0] * block.A[0]])
         return self.factor * self._loss(x, y), self.factor * Kron(found)

@@ -29,6 +29,7 @@ class LayerCall:
         groups: number of channel groups.
         padding_mode: padding mode.
         output_padding: output padding of a transposed convolution.
+        inputs_first: whether the weight of a linear map has the layout [inputs, outputs].
     """
 
     kind: Literal["linear", "conv", "conv_transpose"]
@@ -41,6 +42,12 @@ class LayerCall:
     groups: int = 1
     padding_mode: PaddingMode = "zeros"
     output_padding: Any = 0
+    inputs_first: bool = False
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight has the input channels first."""
+        return self.kind == "conv_transpose" or self.inputs_first
 
     @property
     def dims(self) -> int:
@@ -56,7 +63,9 @@ class LayerCall:
         first, second = self.weight.shape[:2]
         bias = self.bias is not None
         if self.kind == "linear":
-            return ConvSpec(second, first, tuple(input_size), 1 if input_size else (), bias=bias)
+            channels = (first, second) if self.inputs_first else (second, first)
+            kernel = 1 if input_size else ()
+            return ConvSpec(*channels, tuple(input_size), kernel, bias=bias, transposed=self.inputs_first)
         more = len(input_size) - self.dims
         transposed = self.kind == "conv_transpose"
         channels = (first, second * self.groups) if transposed else (second * self.groups, first)
@@ -116,7 +125,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerC
     return LayerCall("linear", input, weight, bias)
 
 
-_FUNCTIONS: dict[Callable[..., Any], Callable[..., LayerCall]] = {
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+) -> LayerCall | None:
+    """A linear map if the added tensor is a bias: its entries belong to the columns of the second matrix."""
+    is_layer = beta == alpha == 1 and out is None and input.shape == mat2.shape[1:]
+    return LayerCall("linear", mat1, mat2, input, inputs_first=True) if is_layer else None
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., LayerCall | None]] = {
     torch.conv1d: _conv,
     torch.conv2d: _conv,
     torch.conv3d: _conv,
@@ -126,6 +143,7 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., LayerCall]] = {
     torch.conv_transpose3d: _conv_transpose,
     convolve_transposed: _conv_transpose,
     torch.nn.functional.linear: _linear,
+    torch.addmm: _addmm,
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import opt_einsum
 import pytest
 import torch
-from lensor_bench import growth, models, steps
+from lensor_bench import growth, models, private, steps
 from lensor_bench import implementations as implementations_module
 from lensor_bench import run as run_module
 from lensor_bench.candidates import choices
@@ -628,6 +628,8 @@ def test_bench_and_its_report(tmp_path: Path) -> None:
         (["report", "r.csv", "--roof", "0", "2", "--out", "o"], "--roof is 0 2, expected two positive numbers"),
         (["--ops", "forward", "growth", "out"], "--ops before growth is ignored: give options after the command"),
         (["models", "--csv", "."], "cannot write .: it is a folder"),
+        (["private", "--csv", "."], "cannot write .: it is a folder"),
+        (["private", "--max-norm", "0"], "--max-norm is 0, expected a positive number"),
     ],
 )
 def test_bench_errors_are_one_line(arguments: list[str], words: str) -> None:
@@ -827,6 +829,47 @@ def test_factors_are_compared_with_those_of_curvlinops() -> None:
     assert models._compared(own, fake).startswith("equal to curvlinops' in 2 layers, largest difference 0e+00")
     fake._gradient_covariances["2"][0, 0] *= 1.1
     assert models._compared(own, fake).startswith("DIFFERS from curvlinops' in 2 layers")
+
+
+def test_clipped_gradients_of_whole_models_are_checked_and_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def small(normalized: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        norm = torch.nn.BatchNorm2d(4) if normalized else torch.nn.Identity()
+        layers = (torch.nn.Conv2d(3, 4, 3, stride=2), norm, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
+        return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4, models.CLASSES))
+
+    makers = {
+        "plain": lambda: small(normalized=False),
+        "frozen": lambda: private.frozen_normalization(small(normalized=True)),
+        "normalized": lambda: small(normalized=True),
+    }
+    monkeypatch.setattr(private, "PRIVATE_MODELS", makers)
+    found = list(private.measure([], batch=3, size=32, max_norm=0.5, rounds=1, threads=1))
+    ways = ["SGD, not clipped", "Lensor"]
+    if private.find_spec("opacus") is not None:
+        ways += ["Opacus, hooks", "Opacus, ghost", "Opacus, ghost, Lensor"]
+    assert [(one.model, one.way) for one in found] == [(name, way) for name in makers for way in ways]
+    refused = {(one.model, one.way) for one in found if one.seconds is None}
+    assert refused == {("normalized", way) for way in ways[2:]}
+    for one in found:
+        assert (one.difference or 0.0) < 1e-5, one
+        assert one.seconds is None or min(one.seconds, one.ratio or 0.0, one.peak or 0) > 0, one
+    table = tmp_path / "private.csv"
+    fast = ("--batch", "2", "--size", "32", "--threads", "1", "--repeats", "1")
+    run = invoke("bench", "private", "plain", *fast, "--csv", str(table))
+    assert run.exit_code == 0, run.output
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(ways)
+    unknown = invoke("bench", "private", "vgg", *fast)
+    assert unknown.exit_code == 1
+    assert "model is 'vgg', expected one of plain, frozen, normalized" in unknown.stderr
+
+
+def test_different_sums_are_reported() -> None:
+    with pytest.raises(ValueError, match="1 parameters have gradients, expected 2"):
+        private.difference({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(3)})
+    assert private.difference({"a": torch.tensor([1.0, 4.0])}, {"a": torch.tensor([2.0, 4.0])}) == 0.25
 
 
 def test_training_is_tuned_run_and_plotted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The paper's three small CNNs: 3c3d and 2c2d as in DeepOBS, and All-CNN-C.
+"""The paper's three small CNNs: 3c3d and 2c2d as in DeepOBS, and All-CNN-C; and VGG-11 for small images.
 
 The padding is uneven where TensorFlow's "same" padding is (3×3 max pooling and convolutions with stride 2).
 """
@@ -83,6 +83,34 @@ def all_cnn_c(classes: int = 100) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_normal_(module.weight)
             _fill(module.bias, 0.1)
+    return model
+
+
+def vgg11(classes: int = 10) -> nn.Module:
+    """VGG-11 for 3×64² images (other sizes from 32 on are pooled to 2²), without normalisation and dropout.
+
+    Example:
+        >>> import torch
+        >>> from lensor_bench.nets import vgg11
+        >>> vgg11()(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for widths in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    model = nn.Sequential(
+        *layers,
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()),
+        nn.Linear(512, classes),
+    )
+    for module in model:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            _fill(module.bias, 0.0)
     return model
 
 

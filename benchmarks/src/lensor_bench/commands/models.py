@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from lensor.inspect.errors import choose, require
+from lensor.inspect.errors import CommandError, choose, require
 from lensor.inspect.files import refuse_early, refuse_folder_early, writing
 from lensor.inspect.options import Batch, Debug, Repeats, Threads
 from lensor.inspect.terminal import console, names_of, reported
@@ -42,6 +42,23 @@ def steps(
     """Measure the cost of a training step with KFAC, compared with a step of plain gradient descent."""
     with reported(debug):
         _steps(names or [], seconds, repeats, threads)
+
+
+def private(
+    names: Annotated[list[str] | None, typer.Argument(help="Models; an unknown one lists them.")] = None,
+    batch: Batch = 32,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the images.")] = 64,
+    max_norm: Annotated[float, typer.Option(help="Maximal norm of an example's gradient.")] = 1.0,
+    threads: Threads = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the shortest time counts.")] = 5,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure sums of clipped gradients of whole models, compared with gradient descent and with Opacus."""
+    with reported(debug):
+        if not max_norm > 0:
+            raise CommandError(f"--max-norm is {max_norm:g}, expected a positive number")
+        _private(names or [], batch, size, max_norm, repeats, threads, csv)
 
 
 def training(
@@ -93,6 +110,38 @@ def _models(
                     ("{:.3f}", one.seconds),
                     ("{:.3f}", one.beyond),
                     ("{:,.0f}", one.peak and one.peak / 1e6),
+                )
+            ]
+            lines.append((one.model, one.way, *numbers, one.message))
+            table.add_row(*lines[-1])
+    shown.print(table)
+    if csv is not None:
+        with writing(csv), csv.open("w", encoding="utf-8", newline="") as file:
+            write_rows(file, lines)
+
+
+def _private(
+    names: Sequence[str], batch: int, size: int, max_norm: float, repeats: int, threads: int, csv: Path | None
+) -> None:
+    require("torch", "transformers")
+    from lensor_bench.private import measure
+
+    if csv is not None:
+        refuse_early(csv)
+    headings = ("model", "way", "s", "× SGD's", "peak, MB", "× SGD's", "difference", "")
+    table = Table(*headings[:2], *(Column(name, justify="right") for name in headings[2:7]), headings[7])
+    lines: list[tuple[str, ...]] = [headings]
+    shown = console()
+    with shown.status("measuring"):
+        for one in measure(names, batch, size, max_norm, repeats, threads):
+            numbers = [
+                "–" if value is None else text.format(value)
+                for text, value in (
+                    ("{:.3f}", one.seconds),
+                    ("{:.2f}", one.ratio),
+                    ("{:,.0f}", one.peak and one.peak / 1e6),
+                    ("{:.2f}", one.peak_ratio),
+                    ("{:.0e}", one.difference),
                 )
             ]
             lines.append((one.model, one.way, *numbers, one.message))

@@ -200,10 +200,12 @@ def _opacus_hooks(model: nn.Module, data: Data, max_norm: float) -> Way:
     watched = import_module("opacus").GradSampleModule(_prepared(model), loss_reduction="sum", strict=False)
     optimizer = import_module("opacus.optimizers").DPOptimizer(_plain(model), **_options(max_norm, len(data[0])))
 
+    trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
     def call() -> Gradients:
         loss(watched(data[0]), data[1]).backward()
         optimizer.clip_and_accumulate()
-        return {name: p.summed_grad for name, p in model.named_parameters() if p.requires_grad}
+        return {name: p.summed_grad for name, p in trained.items()}
 
     return call, lambda: optimizer.zero_grad(set_to_none=True)
 

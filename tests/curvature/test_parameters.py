@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +131,20 @@ def model_of(*names: str) -> nn.Module:
 
 def data_of(batch: int = 4) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, T, 3), torch.arange(batch) % 3
+
+
+def test_clipping_does_not_import_the_compiler() -> None:
+    code = """
+import sys
+import torch
+from lensor.curvature import clipped_gradients
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 5))
+data = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 3])
+clipped_gradients(model, torch.nn.CrossEntropyLoss(), data, max_norm=1.0)
+found = {"sympy", "torch._dynamo", "triton"} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 def check_clipped(model: nn.Module, x: Tensor, y: Tensor) -> None:

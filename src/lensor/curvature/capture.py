@@ -355,7 +355,7 @@ class Capture(Watch):
         return result
 
     def _differentiated(
-        self, outputs: Tensor, edges: Sequence[GradientEdge], vector: Tensor, keep: bool, again: bool
+        self, outputs: Tensor, edges: Sequence[GradientEdge], vector: Tensor | None, keep: bool, again: bool
     ) -> Sequence[Tensor | None]:
         """The gradients at some edges, with errors that name the cause."""
         try:

@@ -347,7 +347,7 @@ class CompleteCapture(KeptInputs):
         try:
             wanted = [edge for edge in edges if edge.node in ends]
             if wanted:
-                self._differentiated(value, wanted, torch.ones_like(value), keep, False)
+                self._differentiated(value, wanted, None, keep, False)  # a vector would import sympy
         finally:
             self._ear.receive = None
         for place, use in enumerate(self._everything):

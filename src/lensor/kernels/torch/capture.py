@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from lensor.cache import Cache
+from lensor.kernels import constant_in_graphs
 from lensor.kernels.torch.tensors import is_plain
 
 _constants = Cache(maxsize=256, weigh=lambda entry: entry[1].nbytes)
@@ -58,7 +59,7 @@ class _Captured:
 _captured = _Captured()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _captured_constant(number: int, dtype: torch.dtype, device: torch.device) -> str:
     """Store a constant in `_captured` and return its name."""
     name = f"constant_{number}_{dtype}_{device}".replace(".", "_").replace(":", "_")

@@ -24,6 +24,7 @@ from torch._C import _are_functorch_transforms_active
 
 from lensor.affine import Piece
 from lensor.cache import Cache, clear_caches
+from lensor.kernels import constant_in_graphs
 from lensor.kernels.reading import TooLarge, places
 from lensor.kernels.torch.capture import Constant
 from lensor.kernels.torch.tensors import casts_of, is_plain, uncast
@@ -35,7 +36,7 @@ _PART = 1 << 24
 _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def fuses(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether pattern products of tensors of this kind run as one kernel."""
     if dtype not in _FUSED_DTYPES:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lensor import evaluate, kernels, planner, runtime
 from lensor.cache import Cache
+from lensor.kernels.marks import constant_in_graphs
 from lensor.network import AnyNetwork
 from lensor.spec import ConvSpec
 
@@ -228,7 +229,7 @@ _captured_names = Cache(maxsize=4096)
 _captured_numbers = itertools.count()
 
 
-@kernels.constant_in_graphs
+@constant_in_graphs
 def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     """Return the name of a call in `_captured_calls`, using constants only."""
     settings = planner.untimed(planner.current())
@@ -241,7 +242,7 @@ def _captured_call(operation: str, kinds: tuple, options: tuple) -> str:
     return _captured_name((operation, kinds, repr(options), settings), prepare)
 
 
-@kernels.constant_in_graphs
+@constant_in_graphs
 def _captured_call_for_all_sizes(operation: str, kinds: tuple, options: tuple) -> str:
     """Return the name of a call in `_captured_calls` for all values of sizes that are None; "" if there is no plan."""
     known = [_Kind(*kind) for kind in kinds]
@@ -262,7 +263,7 @@ def _captured_name(key: tuple, prepare: Callable[[], _Call | _CallForAllSizes | 
     return name
 
 
-@kernels.constant_in_graphs
+@constant_in_graphs
 def _is_limited() -> bool:
     """Whether a memory limit is set; checking it requires a plan, and thus known sizes."""
     return planner.current().max_bytes is not None

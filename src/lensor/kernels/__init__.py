@@ -140,19 +140,9 @@ def symbolic() -> Any:
     return symbolic
 
 
-def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let compilers call a function of constants while they capture a graph, and treat its result as a constant.
-
-    This is equivalent to `torch.compiler.assume_constant_result`, but does not import torch.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 __all__ = [
     "Backend",
     "backend_of",
-    "constant_in_graphs",
     "device_of",
     "is_capturing",
     "is_symbolic",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from lensor.cache import Cache
-from lensor.kernels import constant_in_graphs
+from lensor.kernels.marks import constant_in_graphs
 from lensor.kernels.torch.tensors import is_plain
 
 _constants = Cache(maxsize=256, weigh=lambda entry: entry[1].nbytes)

@@ -24,7 +24,7 @@ from torch._C import _are_functorch_transforms_active
 
 from lensor.affine import Piece
 from lensor.cache import Cache, clear_caches
-from lensor.kernels import constant_in_graphs
+from lensor.kernels.marks import constant_in_graphs
 from lensor.kernels.reading import TooLarge, places
 from lensor.kernels.torch.capture import Constant
 from lensor.kernels.torch.tensors import casts_of, is_plain, uncast

@@ -10,6 +10,7 @@ from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.ggn import ggn_diagonal, ggn_mini_blocks
 from lensor.curvature.hessian import hessian_diagonal
 from lensor.curvature.inverses import EigenFactors, Inverse, LinAlgError
+from lensor.curvature.jacobian import jacobians
 from lensor.curvature.kfac import kfac
 from lensor.curvature.ntk import empirical_ntk
 from lensor.curvature.per_example import per_example_gradient_norms, per_example_gradients
@@ -27,6 +28,7 @@ __all__ = [
     "ggn_diagonal",
     "ggn_mini_blocks",
     "hessian_diagonal",
+    "jacobians",
     "kfac",
     "per_example_gradient_norms",
     "per_example_gradients",

@@ -45,9 +45,10 @@ class Batch:
         empty: bool = False,
         shared: bool = False,
         whole: bool = True,
+        size: int | None = None,
     ) -> None:
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        self.size = size_of(inputs, empty=empty)
+        self.size = size_of(inputs, empty=empty) if size is None else size
         self.targets: Any = None
         self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
         self.capture = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Inputs = Any
 """Inputs of a model: a tensor, a tuple of positional arguments, or a mapping of named arguments."""
@@ -92,6 +92,15 @@ def size_of(inputs: Inputs, *, empty: bool = False) -> int:
     if len(first) == 0 and not empty:
         raise ValueError("the batch is empty, expected at least one example")
     return len(first)
+
+
+def narrowed(inputs: Inputs, batch: int, start: int, stop: int) -> Inputs:
+    """The inputs of some of the examples: views of the tensors whose first axis holds `batch` examples."""
+
+    def one(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
+
+    return tree_map(one, inputs)
 
 
 def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:

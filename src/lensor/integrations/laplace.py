@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lensor.choices import Approx, Fisher
 from lensor.curvature import ggn_diagonal, kfac, per_example_gradients
+from lensor.curvature.jacobian import jacobians_and_outputs
 from lensor.curvature.layers import Layer, layers_of
-from lensor.curvature.ntk import jacobians
 
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface  # type: ignore[import-not-found]
@@ -123,7 +123,7 @@ class LensorInterface(CurvatureInterface):
         if enable_backprop:
             return super().jacobians(x, enable_backprop=True)
         model, inputs = _called(self.model, x)
-        found, outputs = jacobians(model, inputs, self._layers(model))
+        found, outputs = jacobians_and_outputs(model, inputs, self._layers(model))
         return self._subset(torch.cat([found[name].flatten(2) for name in self._names(model)], 2)), outputs
 
     def gradients(self, x: Tensor | MutableMapping[str, Tensor | Any], y: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ from lensor.curvature.data import batches, one_tensor, size_of
 from lensor.curvature.example_gradients import sum_of
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import all_parameters
-from lensor.curvature.losses import LossRoot, class_weights, require_loss, require_tensor
+from lensor.curvature.losses import LossRoot, class_weights, require_tensor
+from lensor.curvature.registry import reduction_of, registered, require_loss, root_of
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 from lensor.network import AnyNetwork
@@ -68,19 +69,20 @@ class Batch:
         """Raise unless every use of the parameters in the graph of the roots was captured; see `Capture.check`."""
         self.capture.check(roots, self.shared)
 
-    def root(self, loss: nn.Module, targets: Any) -> LossRoot:
+    def root(self, loss: Any, targets: Any) -> LossRoot:
         """The square root of the loss Hessian with respect to the outputs."""
         self.check(self.returned)
         outputs = self.outputs
         with computing(outputs):
             axis = output_axis(self.batch_axes, self.returned, outputs, self.size, independent=True)
-            return LossRoot(loss, outputs, targets, self.size, axis)
+            return root_of(loss, outputs, targets, self.size, axis)
 
     def loss(self, loss: Any, targets: Any) -> Tensor:
-        """The loss for the value that the model returned; torch's own losses take the one tensor in it."""
+        """The loss of what the model returned; torch's own and registered losses take the one tensor in it."""
         outputs, self.targets = self.returned, targets
-        if is_torchs(loss):
+        if is_torchs(loss) or registered(loss) is not None:
             outputs = self.outputs
+        if is_torchs(loss):
             require_tensor(targets)
         with torch.enable_grad():
             value = loss(outputs, targets)
@@ -187,9 +189,11 @@ MEANS = ("mean", "batchmean")
 
 def share_of(loss: Any, batch: Batch, targets: Any) -> float:
     """The weight of a batch in the mean over all data; 1 for a sum."""
-    reduction = getattr(loss, "reduction", "mean")
+    reduction = reduction_of(loss) or "mean"
     if reduction not in MEANS:
         return 1.0
+    if registered(loss) is not None:
+        return root_of(loss, batch.outputs, targets, 1).normaliser
     if reduction == "batchmean" or not is_torchs(loss):
         return float(batch.size)
     if type(loss) is nn.NLLLoss:
@@ -235,10 +239,10 @@ def with_loss(
         yield batch, batch.loss(loss, own(targets))
 
 
-def check_roots(loss: nn.Module, fisher: Fisher, mc_samples: int) -> None:
+def check_roots(loss: Any, fisher: Fisher, mc_samples: int) -> None:
     """Raise unless the loss Hessian has a square root for these choices."""
-    require_loss(loss)
     require_choice("fisher", fisher, words(Fisher))
+    require_loss(loss, fisher)
     if mc_samples < 1:
         raise ValueError(f"mc_samples is {mc_samples}, expected at least 1")
 

@@ -14,7 +14,9 @@ from lensor.curvature.batch import MEANS, is_torchs, with_loss
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing
 from lensor.curvature.described import SHARED
+from lensor.curvature.registry import reduction_of, registered
 from lensor.curvature.streaming import Streamed
+from lensor.curvature.token_loss import TokenCrossEntropyLoss
 from lensor.errors import require_choice
 
 
@@ -100,7 +102,10 @@ def clipped_gradients(
     is_mean = _is_mean(loss, reduction)
     with with_loss(model, loss, data, layers, batch_axis, frozen=False) as (batch, value):
         if reduction is None and is_mean:
-            _require_equal_weights(loss, batch.targets)
+            targets = batch.targets
+            if type(loss) is TokenCrossEntropyLoss:
+                targets = loss.aligned(batch.outputs, targets)
+            _require_equal_weights(loss, targets)
         parameters = batch.capture.targets.parameters
         names = [name for name, one in parameters.items() if layers is not None or one.requires_grad]
         streamed = Streamed(batch, value, names, is_weighted=True)
@@ -130,9 +135,16 @@ def _is_mean(loss: Any, reduction: str | None) -> bool:
         ValueError: if this is unknown.
     """
     if reduction is None:
-        reduction = getattr(loss, "reduction", None) if is_torchs(loss) else None
+        known = registered(loss)
+        is_known = is_torchs(loss) or type(loss) is TokenCrossEntropyLoss
+        if known is not None and (reduction_of(loss) == "sum" or known.normaliser is None):
+            is_known = True
+        reduction = reduction_of(loss) if is_known else None
         if reduction is None:
-            raise ValueError("reduction is None, expected 'sum' or 'mean' for a loss that is not one of torch's own")
+            raise ValueError(
+                "reduction is None, expected 'sum' or 'mean' for a loss that is not one of torch's own, or has its own"
+                " normaliser"
+            )
         return reduction in MEANS
     require_choice("reduction", reduction, ("sum", "mean"))
     return reduction == "mean"

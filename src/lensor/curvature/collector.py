@@ -25,6 +25,7 @@ from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer
 from lensor.curvature.losses import LossRoot, require_counted
 from lensor.curvature.networks import network
+from lensor.curvature.registry import reduction_of, root_of
 from lensor.curvature.watching import Targets
 from lensor.spec import ConvSpec
 
@@ -135,7 +136,7 @@ class Collector:
     def add(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: Any,
         inputs: Any,
         targets: Tensor,
         mc_samples: int,
@@ -177,7 +178,7 @@ class Collector:
         outputs = one_tensor(returned)
         with computing(outputs):
             axis = output_axis(axes, returned, outputs, batch, independent=bool(self._left))
-            root = LossRoot(loss, outputs, targets, batch, axis)
+            root = root_of(loss, outputs, targets, batch, axis)
         self.count(batch, root.normaliser)
         self.outputs = outputs.numel() // batch
         if self.fisher != "forward-only":
@@ -258,7 +259,7 @@ class Collector:
 
     def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], root: LossRoot) -> None:
         """Propagate each column of the root to the layers' outputs; the last backward pass frees the graph."""
-        weight = root.normaliser if root.loss.reduction == "mean" else 1.0
+        weight = root.normaliser if reduction_of(root.loss) == "mean" else 1.0
         groups = [(self.sums[name], uses) for name, uses in capture.by_parameter().items() if name in self.sums]
         for name, uses in capture.by_parameter(True).items():
             if name in self.biases and name not in self._alike:

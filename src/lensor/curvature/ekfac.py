@@ -22,6 +22,7 @@ from lensor.curvature.inverses import EigenFactors
 from lensor.curvature.layers import all_parameters, require_module
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
+from lensor.curvature.registry import reduction_of
 from lensor.curvature.watching import Targets
 from lensor.errors import require_type
 from lensor.network import AnyNetwork, Network, Operand
@@ -31,7 +32,7 @@ from lensor.spec import ConvSpec
 @described(SHARED)
 def ekfac(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Any,
     data: Any,
     factors: KroneckerFactors,
     *,
@@ -98,7 +99,7 @@ def ekfac(
                 with computing(root.f):
                     for name, part in _parts(batch, columns, factors, eigen):
                         values[name] += part * root.normaliser
-    share = require_counted(total) if loss.reduction == "mean" else 1.0
+    share = require_counted(total) if reduction_of(loss) == "mean" else 1.0
     parts = {name: (q_a, q_b, values[name].clamp_min(0) / share) for name, (q_a, q_b, _) in eigen.parts.items()}
     return EigenFactors(dict(factors), parts)
 

@@ -19,6 +19,7 @@ from lensor.curvature.described import SHARED
 from lensor.curvature.layers import all_parameters, layers_of
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
+from lensor.curvature.registry import reduction_of
 from lensor.curvature.watching import Targets
 from lensor.errors import require_choice
 
@@ -26,7 +27,7 @@ from lensor.errors import require_choice
 @described(SHARED)
 def ggn_diagonal(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Any,
     data: Any,
     *,
     fisher: Fisher = "type-2",
@@ -83,7 +84,7 @@ def ggn_diagonal(
 @described(SHARED)
 def ggn_mini_blocks(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Any,
     data: Any,
     *,
     block: str = "filter",
@@ -146,7 +147,7 @@ def ggn_mini_blocks(
 def _of_roots(
     model: nn.Module,
     watched: Targets,
-    loss: nn.Module,
+    loss: Any,
     data: Any,
     fisher: Fisher,
     mc_samples: int,
@@ -169,5 +170,5 @@ def _of_roots(
             for columns in batch.propagated(root.of(fisher, mc_samples, generator)):
                 with computing(root.f):
                     add_parts(found, parts(batch, columns), share)
-    divisor = require_counted(total) if loss.reduction == "mean" else 1.0
+    divisor = require_counted(total) if reduction_of(loss) == "mean" else 1.0
     return {name: found[name] / divisor for name in watched.parameters if name in found}

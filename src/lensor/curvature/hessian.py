@@ -20,6 +20,7 @@ from lensor.curvature.described import SHARED
 from lensor.curvature.example_gradients import gradients_of
 from lensor.curvature.layers import all_parameters
 from lensor.curvature.losses import require_counted
+from lensor.curvature.registry import reduction_of, registered
 from lensor.curvature.watching import Targets
 
 _AT_ONCE = 16
@@ -29,7 +30,7 @@ _AT_ONCE = 16
 @described(SHARED)
 def hessian_diagonal(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Any,
     data: Any,
     *,
     samples: int | None = None,
@@ -82,11 +83,12 @@ def hessian_diagonal(
     refuse_mixing(model)
     found: dict[str, Tensor] = {}
     total, seen = 0.0, 0
-    mean = getattr(loss, "reduction", "mean") in MEANS
+    mean = (reduction_of(loss) or "mean") in MEANS
     with running(model), sdpa_kernel(SDPBackend.MATH):  # torch's other kernels cannot be differentiated twice
         for inputs, targets in batches(data):
             seen += 1
-            if seen > 1 and not (is_torchs(loss) and getattr(loss, "reduction", None) in (*MEANS, "sum")):
+            is_known = is_torchs(loss) or registered(loss) is not None
+            if seen > 1 and not (is_known and reduction_of(loss) in (*MEANS, "sum")):
                 raise ValueError(
                     "data has several batches, expected one for this loss: only one of torch's own losses with"
                     " reduction 'mean', 'batchmean' or 'sum' determines how batches are averaged"

@@ -19,7 +19,7 @@ from lensor.curvature.data import batches
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import all_parameters
-from lensor.curvature.losses import require_loss
+from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
 
 _DENSE = 1024
@@ -29,7 +29,7 @@ _DENSE = 1024
 @described(SHARED)
 def kfac(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Any,
     data: Any,
     *,
     approx: Approx = "expand",
@@ -62,7 +62,8 @@ def kfac(
     Args:
         model: the model; its training or evaluation mode is kept.
         loss: `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum"; class
-            weights, label smoothing, `ignore_index` and `pos_weight` are supported.
+            weights, label smoothing, `ignore_index` and `pos_weight` are supported. Also `TokenCrossEntropyLoss`, and
+            losses of your own after `register_loss`.
         data: a pair (inputs, targets) of tensors, or an iterable of pairs, such as a DataLoader. A tuple or mapping of
             inputs is passed as the model's positional or named arguments.
         approx: "expand" treats the positions of a layer as examples, "reduce" sums over them first.
@@ -112,9 +113,9 @@ def kfac(
         (reduce); s are columns of the loss Hessian's square root at the layer's output (Martens & Grosse, 2015; Grosse
         & Martens, 2016; Eschenhagen et al., 2023). The sums and means run over the positions of all uses of a weight.
     """
-    require_loss(loss)
     require_choice("approx", approx, words(Approx))
     require_choice("fisher", fisher, words(FactorFisher))
+    require_loss(loss, fisher)
     require_choice("bias", bias, words(Bias))
     require_choice("convention", convention, words(ModelNormalisation))
     if mc_samples < 1:
@@ -143,7 +144,7 @@ def kfac(
     with running(model):
         for inputs, targets in batches(data):
             collected.add(model, loss, own(inputs), own(targets), mc_samples, generator, batch_axis)
-        factors = collected.factors(str(loss.reduction), group)
+        factors = collected.factors(str(reduction_of(loss)), group)
     plain = [name for name, block in factors.items() if not block.factored]
     if strict and plain:
         raise ValueError(_without_factors(plain))

@@ -51,7 +51,20 @@ class LossRoot:
     ) -> None:
         require_loss(loss)
         require_tensor(targets)
-        self.loss, self.outputs, self.targets = loss, outputs, targets
+        self.loss, self.targets = loss, targets
+        self._divide(outputs, examples, axis)
+        if isinstance(loss, nn.CrossEntropyLoss):
+            self.total, self.normaliser = class_weights(loss, self.f, targets)
+        else:
+            if targets is not None and targets.shape != outputs.shape:
+                raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(outputs.shape)}")
+            self.total, self.normaliser = None, float(outputs.numel())
+        if loss.reduction == "sum":
+            self.normaliser = 1.0
+
+    def _divide(self, outputs: Tensor, examples: int, axis: BatchAxis | None) -> None:
+        """Find the rows of the outputs that belong to each example."""
+        self.outputs = outputs
         if outputs.ndim == 0 or len(outputs) % examples:
             raise ValueError(
                 f"the model's outputs have shape {tuple(outputs.shape)} for {examples} examples, expected the examples,"
@@ -61,14 +74,6 @@ class LossRoot:
         self._inner = axis is not None and axis.order == "inner"
         f = outputs.detach()
         self.f = f if f.dtype in (torch.float32, torch.float64) else f.float()
-        if isinstance(loss, nn.CrossEntropyLoss):
-            self.total, self.normaliser = class_weights(loss, self.f, targets)
-        else:
-            if targets is not None and targets.shape != outputs.shape:
-                raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {tuple(outputs.shape)}")
-            self.total, self.normaliser = None, float(outputs.numel())
-        if loss.reduction == "sum":
-            self.normaliser = 1.0
 
     @property
     def _scale(self) -> float:
@@ -85,16 +90,19 @@ class LossRoot:
                 column[:, place] = diagonal[:, place]
             else:
                 column = self._class_column(place)
-            column = (column.reshape(self.f.shape) * self._scale).to(self.outputs.dtype)
-            if self._rows == 1:
-                yield column
-                continue
-            for row in range(self._rows):
-                examples = len(column) // self._rows
-                those = slice(row * examples, (row + 1) * examples) if self._inner else slice(row, None, self._rows)
-                alone = torch.zeros_like(column)
-                alone[those] = column[those]
-                yield alone
+            yield from self._by_rows((column.reshape(self.f.shape) * self._scale).to(self.outputs.dtype))
+
+    def _by_rows(self, column: Tensor) -> Iterator[Tensor]:
+        """Divide a column into one for each row of an example: their losses are added, so they share no column."""
+        if self._rows == 1:
+            yield column
+            return
+        for row in range(self._rows):
+            examples = len(column) // self._rows
+            those = slice(row * examples, (row + 1) * examples) if self._inner else slice(row, None, self._rows)
+            alone = torch.zeros_like(column)
+            alone[those] = column[those]
+            yield alone
 
     def _class_column(self, place: int) -> Tensor:
         """√T (√p ⊙ e_c − p √p_c) at one position, for class c; zero at the other positions."""
@@ -200,7 +208,7 @@ def require_loss(loss: nn.Module) -> None:
         )
         raise TypeError(
             f"loss has type {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the"
-            " Hessian of other losses is unknown"
+            " Hessian of other losses is unknown, unless you pass it to lensor.curvature.register_loss"
         )
     if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
         raise TypeError(

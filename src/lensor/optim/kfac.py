@@ -20,7 +20,7 @@ from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.layers import Layer, layers_of, require_module
-from lensor.curvature.losses import require_loss
+from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
 from lensor.optim.checkpoint import as_parameters, require_same_form
 from lensor.optim.inversion import Inversion
@@ -104,7 +104,7 @@ class KFAC(torch.optim.Optimizer):
     """
 
     steps: int = _of("tracker", "steps", "Number of steps so far.")
-    loss: nn.Module = _of("tracker", "loss", "The minimised loss.")
+    loss: Any = _of("tracker", "loss", "The minimised loss.")
     approx: Approx = _of("tracker", "approx", "The treatment of positions.")
     fisher: FactorFisher = _of("tracker", "fisher", "The Fisher matrix.")
     mc_samples: int = _of("tracker", "mc_samples", "Number of draws per example.")
@@ -119,7 +119,7 @@ class KFAC(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: Any,
         lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-2,
@@ -273,7 +273,7 @@ class KFAC(torch.optim.Optimizer):
         new = None
         if pending is not None and pending.examples and self.tracker.is_due:
             self._require_outputs(pending)
-            new = pending.factors(str(self.loss.reduction), self.group)
+            new = pending.factors(str(reduction_of(self.loss)), self.group)
         trouble = self._nonfinite(new)
         if trouble:
             if self.nonfinite == "raise":
@@ -472,7 +472,7 @@ def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> Kro
     return new._with({name: kept[name] if name in both else block for name, block in new.items()})
 
 
-def _needs_targets(loss: nn.Module) -> bool:
+def _needs_targets(loss: Any) -> bool:
     """Whether the Hessian of the loss with respect to the outputs depends on the targets."""
     if isinstance(loss, nn.CrossEntropyLoss):
         return loss.weight is not None or loss.ignore_index >= 0

@@ -22,7 +22,7 @@ from lensor.curvature.capture import Capture, Use, computing
 from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
-from lensor.curvature.losses import LossRoot
+from lensor.curvature.registry import reduction_of, root_of
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
 
@@ -47,7 +47,7 @@ class Tracker:
     """
 
     model: nn.Module
-    loss: nn.Module
+    loss: Any
     approx: Approx
     fisher: FactorFisher
     joint: bool
@@ -166,7 +166,7 @@ class Tracker:
         outputs = one_tensor(out)
         with computing(outputs):
             axis = output_axis(layout, out, outputs, capture.batch)
-            root = LossRoot(self.loss, outputs, None, capture.batch, axis)
+            root = root_of(self.loss, outputs, None, capture.batch, axis)
         one.normaliser = root.normaliser
         one.collected.count(capture.batch, root.normaliser)
         if self.fisher == "empirical":
@@ -231,7 +231,7 @@ class Tracker:
         if one.used_in is not self.pending or self.pending is None:
             return  # its step has been taken or discarded
         scale = self.grad_scaler.get_scale() if self.grad_scaler is not None else 1.0
-        mean = self.loss.reduction == "mean"
+        mean = reduction_of(self.loss) == "mean"
         factor = one.normaliser * ((self.accumulation_steps if mean else 1) / scale) ** 2
         with computing(gradient):
             self.pending.add_output(use, gradient, factor * (one.normaliser if mean else 1.0))

@@ -14,6 +14,7 @@ from torch.func import functional_call, hessian, jacrev
 from lensor import curvature
 from lensor.curvature import FunctionModule, TokenCrossEntropyLoss, check_loss, kfac, register_loss
 from lensor.curvature.registry import root_of
+from lensor.optim import KFAC
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -168,6 +169,42 @@ def test_clipped_means_need_equal_numbers_of_tokens() -> None:
     assert found.norms.shape == (B,)
 
 
+class _Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.hidden = logits, logits.tanh()
+
+
+def test_objects_with_logits() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor) -> _Output:
+            return _Output(self.model(tokens))
+
+    loss, model, (x, y) = TokenCrossEntropyLoss(shift=True), Language(), _tokens()
+    for call in (curvature.ggn_diagonal, curvature.per_example_gradients, curvature.hessian_diagonal):
+        found = call(Wrapped(model), loss, (x, y))
+        for name, one in call(model, loss, (x, y)).items():
+            close(found[f"model.{name}"], one)
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical"])
+def test_the_optimizer_takes_token_losses(fisher: Any) -> None:
+    loss, model, (x, _) = TokenCrossEntropyLoss(shift=True), Language(), _tokens()
+    optimizer = KFAC(model, loss, lr=0.01, damping=0.1, fisher=fisher)
+    factors = kfac(model, loss, (x, x), fisher=fisher, others="skip")
+    before = loss(model(x), x)
+    before.backward()
+    pending = optimizer.tracker.pending
+    assert pending is not None
+    if fisher != "mc":
+        close(pending.factors("mean")["last.weight"].B, factors["last.weight"].B)
+    optimizer.step()
+    assert float(loss(model(x), x).detach()) < float(before.detach())
+
+
 # --------------------------------------------------------------------------------------------------- registered losses
 class Poisson(nn.Module):
     """A loss with an option, whose root is a method."""
@@ -261,8 +298,6 @@ def test_rows_of_examples_of_registered_losses() -> None:
 
 
 def test_the_optimizer_takes_registered_losses() -> None:
-    from lensor.optim import KFAC
-
     model, x, y = _small()
     model = nn.Sequential(model[0], nn.Flatten(), nn.Linear(12, 3))
     loss = Poisson(1.0)

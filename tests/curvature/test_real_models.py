@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lensor.curvature import (
+    TokenCrossEntropyLoss,
     clipped_gradients,
     ekfac,
     ggn_diagonal,
@@ -246,13 +247,15 @@ def test_every_parameter_of(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+@pytest.mark.parametrize("name", MODELS)
 def test_blocks_of_every_parameter_of(name: str) -> None:
     """Diagonals are sums of squared gradients, and corrected eigenvalues keep the trace, for all parameters."""
     model, x, y, loss = MODELS[name]()
     model.eval()
     sum_of_examples: nn.Module = nn.CrossEntropyLoss(reduction="sum")
-    if loss is not of_classes:
+    if loss is of_tokens:
+        sum_of_examples = TokenCrossEntropyLoss(reduction="sum", shift=True)
+    elif loss is not of_classes:
         sum_of_examples, y = nn.MSELoss(reduction="sum"), torch.zeros_like(ran(model, x))
     elif name == "unet":
         y = torch.randint(CLASSES, (BATCH, *x.shape[2:]))

@@ -166,11 +166,11 @@ def tables() -> list[dict[Any, Any]]:
 def test_registrations_are_undone() -> None:
     before = tables()
     with register():
-        assert all(GradSampleHooks.GRAD_SAMPLERS[layer] is grad_samples for layer in LAYERS)
+        assert all(GradSampleHooks.GRAD_SAMPLERS[layer].func is grad_samples for layer in LAYERS)
         inner = register()
         inner.remove()
         inner.remove()
-        assert GradSampleHooksFastGradientClipping.NORM_SAMPLERS[nn.Conv2d] is norm_samples
+        assert GradSampleHooksFastGradientClipping.NORM_SAMPLERS[nn.Conv2d].func is norm_samples
     assert tables() == before
     with register(norms=False):
         assert nn.Conv2d not in GradSampleHooksFastGradientClipping.NORM_SAMPLERS
@@ -293,3 +293,14 @@ def test_the_example_trains_in_less_memory() -> None:
     assert own.accuracy == pytest.approx(theirs.accuracy, abs=0.02)
     assert own.epsilon == pytest.approx(theirs.epsilon)
     assert own.peak < 0.5 * theirs.peak
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_registrations_are_removed_in_any_order(order: tuple[int, int]) -> None:
+    samplers = GradSampleHooks.GRAD_SAMPLERS
+    own = dict(samplers)
+    registrations = register(), register()
+    registrations[order[0]].remove()
+    assert samplers[nn.Conv1d] is not own[nn.Conv1d]
+    registrations[order[1]].remove()
+    assert samplers == own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -303,3 +305,106 @@ def test_uses_that_change_between_batches_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'layer\.weight' is used by other functions than in the first batch"):
         kfac(Changing(), SUM, batches)
     assert not kfac(Changing(), SUM, batches[::-1])["layer.weight"].factored
+
+
+def test_a_repeated_first_pass_sees_the_model_as_it_was() -> None:
+    """The first forward pass is repeated if it shows that a function uses a weight: buffers, lists and dropout."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.last = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+            self.register_buffer("k", torch.ones(()))
+            self.calls: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            k = self.k.clone()
+            with torch.no_grad():
+                self.k.mul_(2.0)
+            self.calls.append(1)
+            x = self.a(x) * k * len(self.calls) + F.linear(x, self.a.weight * 0.5)
+            return self.last(self.norm(F.dropout(x, 0.5, self.training).tanh()))
+
+    torch.manual_seed(0)
+    model, data = Counting(), (torch.randn(6, 4), torch.randint(3, (6,)))
+    for is_training in (False, True):
+        model.train(is_training)
+        torch.manual_seed(5)
+        expected = curvature.ggn_diagonal(model, nn.CrossEntropyLoss(), data)
+        model.calls.clear()
+        torch.manual_seed(5)
+        found = kfac(model, nn.CrossEntropyLoss(), data)
+        for name in ("a.weight", "norm.weight", "norm.bias"):
+            torch.testing.assert_close(found.diagonal()[name], expected[name])
+        model.calls.clear()
+
+
+def test_mixed_examples_are_refused_when_a_weight_turns_out_to_have_no_factors() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.a(x)).tanh() + F.linear(x, self.a.weight * 2)[:, :4])
+
+    data = torch.randn(6, 4), torch.randint(3, (6,))
+    for axis in (None, 0):
+        with pytest.raises(ValueError, match="mixed by the statistics of norm"):
+            kfac(Mixing(), nn.CrossEntropyLoss(), data, batch_axis=axis)
+
+
+def test_inputs_of_previous_batches_are_freed() -> None:
+    """Without the garbage collector: captures must not be in cycles of references."""
+    model, alive = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)), []
+
+    def loader() -> Any:
+        for _ in range(4):
+            x = torch.randn(6, 4)
+            alive.append(weakref.ref(x))
+            yield x, torch.randint(3, (6,))
+            del x
+            counts.append(sum(one() is not None for one in alive))
+
+    calls: list[Callable[[Any], Any]] = [
+        lambda data: kfac(model, nn.CrossEntropyLoss(), data),
+        lambda data: curvature.ggn_diagonal(model, nn.CrossEntropyLoss(), data),
+        lambda data: curvature.hessian_diagonal(model, nn.CrossEntropyLoss(), data, samples=1),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        for call in calls:
+            counts: list[int] = []
+            alive.clear()
+            call(loader())
+            assert max(counts) <= 2, counts
+    finally:
+        gc.enable()
+
+
+def test_layers_with_one_weight_have_the_same_block_by_either_name() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.b(self.a(x).tanh()).tanh())
+
+    torch.manual_seed(0)
+    model, data = Tied(), (torch.randn(6, 4), torch.randint(3, (6,)))
+    whole = kfac(model, nn.CrossEntropyLoss(), data)
+    for name in ("a", "b"):
+        found = kfac(model, nn.CrossEntropyLoss(), data, layers=[name])
+        assert list(found) == ["a.weight", f"{name}.bias"]
+        for key, block in found.items():
+            torch.testing.assert_close(block.dense(), whole[key].dense())
+
+
+def test_models_without_layers_have_blocks() -> None:
+    model, data = nn.LayerNorm(3), (torch.randn(4, 3), torch.randn(4, 3))
+    diagonal = curvature.ggn_diagonal(model, nn.MSELoss(), data)
+    for name, one in kfac(model, nn.MSELoss(), data).diagonal().items():
+        torch.testing.assert_close(one, diagonal[name])

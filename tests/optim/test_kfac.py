@@ -527,7 +527,7 @@ def test_states_of_other_optimizers_are_refused() -> None:
 class _Shared(nn.Module):
     """A model with a layer that runs twice, a layer with the same weight and another bias, and a normalisation."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_tied: bool = True) -> None:
         super().__init__()
         self.first, self.twin, self.norm, self.last = (
             nn.Linear(4, 4),
@@ -535,7 +535,8 @@ class _Shared(nn.Module):
             nn.LayerNorm(4),
             nn.Linear(4, 3),
         )
-        self.twin.weight = self.first.weight
+        if is_tied:
+            self.twin.weight = self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(torch.tanh(self.first(x.flatten(1)[:, :4])))
@@ -572,6 +573,10 @@ def _rank(rank: int, file: str, out: str) -> None:
             optimizer.step()
         found[f"parameters {approx}"] = parameters(model)
         found[f"shared {approx}"] = sorted(optimizer.inversion.solvers)
+    try:
+        kfac(_Shared(is_tied=rank == 0).double(), CE, batch(0), group=group)
+    except ValueError as error:
+        found["error"] = str(error)
     torch.save(found, f"{out}.{rank}")
     dist.destroy_process_group()
 
@@ -595,6 +600,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(p, parameters(model)[name], rtol=1e-6, atol=1e-8)
         shared = [one[f"shared {approx}"] for one in found]
         assert sorted(shared[0] + shared[1]) == ["0.weight", "3.weight"]  # each layer's inverse is with one of them
+    assert all("another rank has other ones" in one["error"] for one in found)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

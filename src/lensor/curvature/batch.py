@@ -20,7 +20,7 @@ from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import batches, one_tensor, size_of
 from lensor.curvature.example_gradients import sum_of
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.layers import all_parameters
+from lensor.curvature.layers import all_parameters, refuse_mixing
 from lensor.curvature.losses import LossRoot, class_weights, require_tensor
 from lensor.curvature.registry import reduction_of, registered, require_loss, root_of
 from lensor.curvature.watching import Targets
@@ -255,17 +255,6 @@ def _refuse_hooks(targets: Targets) -> None:
                 f"parameter {name!r} has a hook, expected none: the hook's effect on the gradients of single examples"
                 " is not defined; remove it, or leave the layer out with layers="
             )
-
-
-def refuse_mixing(model: nn.Module) -> None:
-    """Raise for layers that normalise with batch statistics, because these layers mix the examples."""
-    mixing = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-    ]
-    if mixing:
-        raise ValueError(f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first")
 
 
 def squared_norms(spec: ConvSpec) -> AnyNetwork:

@@ -124,7 +124,9 @@ class Block:
         return (rows @ self.root.mT) @ self.root
 
     def scaled(self, a: float, b: float) -> Block:
-        """The block with A times `a` and B times `b`."""
+        """The block with A times `a` and B times `b`; without Kronecker factors, B times both."""
+        if not self.factored:
+            return replace(self, B=self.B * (a * b))
         return replace(
             self,
             formed=None if self.formed is None else self.formed * a,

@@ -114,7 +114,7 @@ class Capture(Watch):
     def __init__(
         self,
         targets: Targets,
-        on_input: OnInput,
+        on_input: OnInput | None,
         batch: int,
         axes: BatchAxes | None,
         given: Given = None,
@@ -182,7 +182,7 @@ class Capture(Watch):
         self._nodes[use] = inner_nodes(out, (call.input, call.weight, call.bias), parameters)
         self._kept[use] = leading_to(self._nodes[use], parameters) - {out.grad_fn}
         with computing(x):
-            self.on_input(use, use.as_convolution(widened(x)))
+            self._take_input(use, use.as_convolution(widened(x)))
         if not out.requires_grad and torch.is_grad_enabled():  # everything before this layer is frozen
             out = out.detach().requires_grad_().clone()  # the next function may write into it, but not into a leaf
         elif out._is_view():
@@ -194,6 +194,11 @@ class Capture(Watch):
                 out.register_hook(_telling(use, self.on_output))
         self.uses.append(use)
         return out
+
+    def _take_input(self, use: Use, x: Tensor) -> None:
+        """Receive a layer's input."""
+        if self.on_input is not None:
+            self.on_input(use, x)
 
     def _axis(self, call: LayerCall, layer: Layer, key: tuple[str, int], out: Tensor) -> BatchAxis:
         """The position of the examples in the input of a call.
@@ -310,7 +315,9 @@ class Capture(Watch):
         ran = {use.weight for use in self.uses}.union(used)
         idle = [layer.name for name, layer in self.targets.weights.values() if name not in ran]
         if idle:
-            raise ValueError(f"these layers did not run on the data: {_listed(idle)}; leave them out with layers=")
+            raise ValueError(
+                f"these layers did not run on the data of a batch: {_listed(idle)}; leave them out with layers="
+            )
 
     def _has_graph(self, name: str) -> bool:
         """Whether the graph contains uses of a parameter."""
@@ -325,8 +332,8 @@ class Capture(Watch):
         missing = [use.layer.name for use in uses if use not in self._edges]
         if missing:
             raise ValueError(
-                "these layers ran where gradients are not recorded (torch.no_grad, or a checkpoint with"
-                f" use_reentrant=True): {_listed(missing)}; leave them out with layers="
+                "calls with the weights of these layers ran where gradients are not recorded (torch.no_grad, or a"
+                f" checkpoint with use_reentrant=True): {_listed(missing)}; leave them out with layers="
             )
 
     # ------------------------------------------------------------------------------------------------------- gradients
@@ -395,12 +402,13 @@ class KeptInputs(Capture):
     """A capture that stores the layers' inputs; those that later functions write into are copied before."""
 
     def __init__(self, targets: Targets, batch: int, axes: BatchAxes | None, given: Given) -> None:
-        super().__init__(targets, self._keep, batch, axes, given)
+        super().__init__(targets, None, batch, axes, given)
         self.inputs: dict[Use, Tensor] = {}
         self._versions: dict[Use, int] = {}
         self._in_memory: dict[int, list[Use]] = {}
 
-    def _keep(self, use: Use, x: Tensor) -> None:
+    # A method, not `on_input`: an object that holds its own bound method is freed by the garbage collector only.
+    def _take_input(self, use: Use, x: Tensor) -> None:
         self.inputs[use], self._versions[use] = x, x._version
         self._in_memory.setdefault(address(x), []).append(use)
 

@@ -22,11 +22,11 @@ from lensor.curvature.distribution import gather
 from lensor.curvature.example_gradients import rows_of, sum_of
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
-from lensor.curvature.layers import Layer
+from lensor.curvature.layers import Layer, refuse_mixing
 from lensor.curvature.losses import LossRoot, require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.registry import reduction_of, root_of
-from lensor.curvature.watching import Targets
+from lensor.curvature.watching import Rewind, Targets
 from lensor.spec import ConvSpec
 
 
@@ -128,6 +128,13 @@ class Collector:
         self.weight = 0.0
 
     @property
+    def form(self) -> str:
+        """The sums that there are, as text."""
+        own = {name: [key for key in "ab" if getattr(one, key) is not None] for name, one in self.biases.items()}
+        of_weights = {name: one.b is not None for name, one in self.sums.items()}
+        return f"{of_weights} {own} {[(name, tuple(one.shape)) for name, one in self.plain.items()]}"
+
+    @property
     def like(self) -> Tensor:
         """One of the sums."""
         found = [one for sums in self.sums.values() for one in (sums.a, sums.b, *(sums.roots or ())) if one is not None]
@@ -159,9 +166,15 @@ class Collector:
                 )
             return capture, run(model, inputs, capture, record=record)
 
+        if self._left:
+            refuse_mixing(model)
         if self.fisher != "forward-only":
+            before = Rewind(model) if self.parameters is not None and not self.examples else None
             capture, returned = passed(self, record=True)
             while self._leave(capture):
+                refuse_mixing(model)
+                assert before is not None
+                before.restore()
                 capture, returned = passed(self, record=True)
         else:
             try:

@@ -93,9 +93,9 @@ class CompleteCapture(KeptInputs):
         self._everything: list[Use | FunctionUse] = []
 
     # ------------------------------------------------------------------------------------------------------- watching
-    def _keep(self, use: Use, x: Tensor) -> None:
+    def _take_input(self, use: Use, x: Tensor) -> None:
         if self._take is None or not self._take(use, x):
-            super()._keep(use, x)
+            super()._take_input(use, x)
 
     @property
     def used(self) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         group: the ranks.
     """
     like = collected.like
+    _require_alike(collected.form, like, group)
     layers = [*collected.sums.values(), *collected.biases.values()]
     mine = [collected.examples, collected.weight, *(sums.ones for sums in layers)]
     counts = torch.tensor(mine, dtype=torch.float64, device=like.device)
@@ -55,6 +57,22 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         sums.a, sums.roots = total, []
     for values in collected.plain.values():
         dist.all_reduce(values, group=group)
+
+
+def _require_alike(form: str, like: Tensor, group: dist.ProcessGroup) -> None:
+    """Raise ValueError on every rank unless all ranks have blocks of the same form.
+
+    Raises:
+        ValueError: if the ranks' models use their weights differently.
+    """
+    own = zlib.crc32(form.encode())
+    both = torch.tensor([own, -own], dtype=torch.int64, device=like.device)
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    if both.tolist() != [own, -own]:
+        raise ValueError(
+            f"this rank has the sums {form}, and another rank has other ones, expected models that use the same weights"
+            " in the same functions on all ranks: leave the layers out with layers="
+        )
 
 
 def _gathered(root: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.arguments import described
 from lensor.choices import Fisher
-from lensor.curvature.batch import Batch, check_roots, refuse_mixing
+from lensor.curvature.batch import Batch, check_roots
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.data import batches
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.inverses import EigenFactors
-from lensor.curvature.layers import all_parameters, require_module
+from lensor.curvature.layers import all_parameters, refuse_mixing, require_module
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.registry import reduction_of
@@ -62,8 +62,8 @@ def ekfac(
 
     Raises:
         TypeError: for a loss, model, data or factors of an unsupported type.
-        ValueError: for an unknown choice, factors of another model, a layer that does not run exactly once, or a model
-            that mixes examples.
+        ValueError: for an unknown choice, factors of another model, a layer that does not run, or a model that mixes
+            examples.
 
     Equation:
         Λ = Σ_n,v (Q_Bᵀ G Q_A)², where G is the weight gradient of one example for one column, as a matrix (George et

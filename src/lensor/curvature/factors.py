@@ -160,9 +160,10 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
 
         Args:
             convention: "paper", "curvlinops", "singd", "asdl", "nngeometry", "kfac-jax", "kfac-pytorch" or "laplace".
-                `docs/conventions.md` lists their scales. The product of the factors is the same, except for "kfac-jax"
-                (divided by the number of positions), "kfac-pytorch" (divided by N² and by the fifth power of the number
-                of positions) and "laplace" (for the summed loss).
+                `docs/conventions.md` lists their scales. The product of the factors is that of "paper", except for
+                "kfac-jax" (divided by the number of positions), "kfac-pytorch" (for a mean loss, divided by N² and by
+                the fifth power of the number of positions), "laplace" (for the summed loss), and conventions that
+                divide the factors of a summed loss by N.
 
         Raises:
             ValueError: for an unknown convention, or one that does not define these factors.

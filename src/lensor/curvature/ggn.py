@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.arguments import described
 from lensor.choices import Fisher
-from lensor.curvature.batch import Batch, add_parts, check_roots, refuse_mixing
+from lensor.curvature.batch import Batch, add_parts, check_roots
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
-from lensor.curvature.layers import all_parameters, layers_of
+from lensor.curvature.layers import all_parameters, layers_of, refuse_mixing
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.registry import reduction_of

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lensor.arguments import described
-from lensor.curvature.batch import MEANS, Batch, add_parts, is_torchs, refuse_mixing, share_of
+from lensor.curvature.batch import MEANS, Batch, add_parts, is_torchs, share_of
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Capture, Use, computing, own, running, unwrapped
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.example_gradients import gradients_of
-from lensor.curvature.layers import all_parameters
+from lensor.curvature.layers import all_parameters, refuse_mixing
 from lensor.curvature.losses import require_counted
 from lensor.curvature.registry import reduction_of, registered
 from lensor.curvature.watching import Targets

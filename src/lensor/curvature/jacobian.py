@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lensor.arguments import described
-from lensor.curvature.batch import Batch, refuse_mixing
+from lensor.curvature.batch import Batch
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import output_axis
 from lensor.curvature.described import SHARED
-from lensor.curvature.layers import all_parameters
+from lensor.curvature.layers import all_parameters, refuse_mixing
 from lensor.curvature.watching import Targets
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from lensor.arguments import described
 from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, Others, words
-from lensor.curvature.batch import refuse_mixing
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import own, running, unwrapped
 from lensor.curvature.collector import Collector
@@ -128,15 +127,13 @@ def kfac(
         raise ValueError(f"others is {others!r}, expected 'skip' for fisher='forward-only', which has no gradients")
     model = unwrapped(model)
     chosen, parameters = all_parameters(model, layers)
-    if not chosen:
-        raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
     factored = {name for layer in chosen for name in (layer.weight, layer.bias)}
     plain = [name for name in parameters if name not in factored]
     if strict and plain:
         raise ValueError(_without_factors(plain))
     skips = others == "skip" or fisher == "forward-only"
-    if plain and not skips:
-        refuse_mixing(model)
+    if skips and not chosen:
+        raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
     dense = _DENSE if others == "full" else 0
     collected = Collector(
         chosen, approx, bias == "joint", fisher, parameters=None if skips else parameters, dense=dense

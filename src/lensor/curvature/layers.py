@@ -185,6 +185,17 @@ def all_parameters(
     return found, parameters
 
 
+def refuse_mixing(model: nn.Module) -> None:
+    """Raise for layers that normalise with batch statistics, because these layers mix the examples."""
+    mixing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if mixing:
+        raise ValueError(f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first")
+
+
 def _plain_layers(model: nn.Module) -> Iterator[Layer]:
     """The convolutions, transposed convolutions and linear layers of a model, in the order of its modules."""
     # Attention uses the parameters of its last linear layer without calling that layer.

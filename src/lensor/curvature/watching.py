@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
@@ -52,10 +54,15 @@ class Targets:
         self.parameters[name], self.owners[name], self.names[id(parameter)] = parameter, layer, name
 
     def is_layer(self, call: LayerCall) -> bool:
-        """Whether a call is a layer's: with its weight, and without a bias that was computed from parameters."""
+        """Whether a call is a layer's: with its weight, and without a bias that was computed from parameters.
+
+        The bias may be a parameter that is not watched, but not one of another module that is.
+        """
         if id(call.weight) not in self.weights:
             return False
-        return not self.complete or call.bias is None or id(call.bias) in self.biases or not call.bias.requires_grad
+        if not self.complete or call.bias is None or id(call.bias) in self.biases or not call.bias.requires_grad:
+            return True
+        return call.bias.is_leaf and id(call.bias) not in self.names
 
 
 class Watch(TorchFunctionMode):
@@ -273,10 +280,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restore the attributes of modules after a trial run, including the contents of lists and dictionaries."""
-    known = [(module, dict(vars(module)), _copies(module)) for module in modules]
+    restore = _attributes(modules)
     try:
         yield
     finally:
+        restore()
+
+
+def _attributes(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Save the attributes of modules; the result restores them."""
+    known = [(module, dict(vars(module)), _copies(module)) for module in modules]
+
+    def restore() -> None:
         for module, before, copies in known:
             now = vars(module)
             for name in [name for name in now if name not in before]:
@@ -289,6 +304,37 @@ def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
                 elif held.keys() != copied.keys() or any(held[key] is not copied[key] for key in copied):
                     held.clear()
                     held.update(copied)
+
+    return restore
+
+
+class Rewind:
+    """The state of a model and of the random generators before the first pass within `undisturbed`.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._restore = _attributes(list(model.modules()))
+        training = any(module.training for module in model.modules())
+        self._buffers = [(one, one.detach().clone()) for one in (model.buffers() if training else ())]
+        cuda = torch.cuda.is_available() and any(one.is_cuda for one in model.parameters())
+        self._cuda = torch.cuda.get_rng_state_all() if cuda else []
+        self._generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        """Undo what the passes since then have changed."""
+        _thread.kept[-1].put_back()
+        self._restore()
+        with torch.no_grad():
+            for one, value in self._buffers:
+                one.copy_(value)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        torch.set_rng_state(self._generators[0])
+        random.setstate(self._generators[1])
+        np.random.set_state(self._generators[2])
 
 
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -60,12 +60,13 @@ def _modules(model: nn.Module, names: Sequence[str]) -> list[str]:
             f"the parameters {', '.join(missing)} have no Kronecker factors, expected those of linear layers and"
             f" convolutions, or parameters with one axis: {_ADVICE}"
         )
-    for layer in dict.fromkeys(owners[name] for name in names if name in owners):
+    for name in (name for name in names if name in owners):
+        layer = owners[name]
         if layer.groups > 1 or (layer.is_transposed and not layer.is_linear):
             kind = "is a transposed convolution" if layer.is_transposed else f"has {layer.groups} groups"
             raise ValueError(
-                f"layer {layer} {kind}, expected a linear layer or a convolution without groups: laplace-torch"
-                f" stores one product B ⊗ A with c_out rows for each weight; {_ADVICE}"
+                f"layer {layer} with the parameter {name!r} {kind}, expected a linear layer or a convolution without"
+                f" groups: laplace-torch stores one product B ⊗ A with c_out rows for each weight; {_ADVICE}"
             )
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -163,25 +164,43 @@ class Registration:
     """
 
     def __init__(self, tables: Sequence[tuple[dict[type[nn.Module], Any], Callable[..., Any]]]) -> None:
-        self._replaced = [(table, layer, function, table.get(layer)) for table, function in tables for layer in LAYERS]
+        # New objects, so that the functions of two registrations can be told apart.
+        own = [(table, partial(function)) for table, function in tables]
+        self._replaced = [(table, layer, function, table.get(layer)) for table, function in own for layer in LAYERS]
         for table, layer, function, _ in self._replaced:
             table[layer] = function
+        _active.append(self)
 
     def remove(self) -> None:
         """Restore the functions that were replaced, except where they have been replaced again since."""
+        if self not in _active:
+            return
+        _active.remove(self)
         for table, layer, function, before in self._replaced:
-            if table.get(layer) is function:
-                if before is None:
-                    del table[layer]
-                else:
-                    table[layer] = before
-        self._replaced = []
+            if table.get(layer) is not function:
+                for later in _active:
+                    later._forget(table, layer, function, before)
+            elif before is None:
+                del table[layer]
+            else:
+                table[layer] = before
+
+    def _forget(self, table: dict[type[nn.Module], Any], layer: type[nn.Module], function: Any, before: Any) -> None:
+        """Replace a function of a registration that was removed by the one that it had replaced."""
+        self._replaced = [
+            (*one[:3], before) if one[0] is table and one[1] is layer and one[3] is function else one
+            for one in self._replaced
+        ]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+_active: list[Registration] = []
+"""The registrations that were not removed."""
 
 
 def register(*, norms: bool = True) -> Registration:

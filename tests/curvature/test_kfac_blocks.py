@@ -164,6 +164,9 @@ def test_siamese_layers_with_biases_of_their_own() -> None:
     assert list(found) == ["a.weight", "a.bias", "b.bias"]
     for name in ("a.bias", "b.bias"):
         torch.testing.assert_close(found[name].dense()[0], ggn(model, x, name))
+    forward = kfac(model, SUM, (x, torch.zeros(6, 4)), fisher="forward-only")
+    for name, block in forward.items():
+        torch.testing.assert_close(block.B, torch.eye(4)[None], msg=name)
     with pytest.raises(ValueError, match=r"'a\.weight' is not always used together with the bias 'a\.bias'"):
         kfac(model, SUM, (x, torch.zeros(6, 4)), bias="joint")
 

@@ -389,8 +389,8 @@ class Collector:
         for name, sums in self.biases.items():
             layer = owners[name]
             b = outer.get(self._alike.get(name, "")) if sums.b is None else averaged(sums.b)
-            if b is None:  # no gradient reached the bias
-                b = _constant(layer, self.like, 0.0)
+            if b is None:  # forward only, or no gradient reached the bias
+                b = _constant(layer, self.like, float(self.fisher == "forward-only"))
             mean = sums.ones / self.examples if self.approx == "expand" else 1.0
             # The input of a bias is 1 at every position.
             factor = b.new_full((layer.groups, 1, 1), mean)

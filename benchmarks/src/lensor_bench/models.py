@@ -112,11 +112,14 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         value.backward()
         return value.detach()
 
-    def own(approx: Approx, formed: bool = False, some: Sequence[Layer] | None = None) -> Callable[[], Any]:
+    def own(
+        approx: Approx, formed: bool = False, some: Sequence[Layer] | None = None, axis: int | None = 0
+    ) -> Callable[[], Any]:
         names = None if some is None else [layer.name for layer in some]
 
         def call() -> Any:
-            found = kfac(model, loss, data, approx=approx, fisher="empirical", layers=names, others="skip")
+            options: dict[str, Any] = {"layers": names, "others": "skip", "batch_axis": axis}
+            found = kfac(model, loss, data, approx=approx, fisher="empirical", **options)
             return {n: block.A for n, block in found.items()} if formed else found
 
         return call
@@ -126,6 +129,9 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         "lensor, expand": own("expand"),
         "lensor, reduce, roots": own("reduce"),
         "lensor, reduce, formed": own("reduce", formed=True),
+        # The other libraries assume that the examples are along the first axis.
+        "lensor, expand, axis found": own("expand", axis=None),
+        "lensor, reduce, axis found": own("reduce", axis=None),
     }
     failed: dict[str, str] = {}
     if _installed("curvlinops"):

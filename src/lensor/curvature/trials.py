@@ -52,10 +52,27 @@ _known_lock = threading.Lock()
 """Cache of batch axes by model and form of the inputs, and its lock."""
 
 
+class _Weights:
+    """Vectors with which tensors are contracted: the first entries of one vector per dtype and device."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, rows: Tensor) -> Tensor:
+        """As many weights as the last axis of a tensor has entries."""
+        key, count = (rows.dtype, rows.device), rows.shape[-1]
+        known = self._vectors.get(key)
+        if known is None or len(known) < count:
+            places = torch.arange(count, device=rows.device, dtype=rows.dtype)
+            known = self._vectors[key] = torch.sin(1.7 * places + 1)
+        return known[:count]
+
+
 @dataclass
 class _Seen:
     """A record of one pass: shapes, and tensors contracted with a vector along some axes to save memory."""
 
+    weights: _Weights
     shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
     accuracies: dict[Key, float] = field(default_factory=dict)
@@ -83,8 +100,7 @@ class _Seen:
             self.accuracies[key] = _ROUNDINGS * eps * float(rows.abs().max())
         if rows.ndim > 1:
             self.accuracies[key] *= rows.shape[-1] ** 0.5
-            places = torch.arange(rows.shape[-1], device=rows.device, dtype=rows.dtype)
-            rows = rows @ torch.sin(1.7 * places + 1)
+            rows = rows @ self.weights.like(rows)
         self.values[key] = rows
 
 
@@ -151,12 +167,13 @@ class _Trial(Watch):
     Args:
         targets: the parameters whose calls are recorded.
         wide: whether to convert half precision to single precision, except for functions that write into a tensor.
+        weights: the vectors with which tensors are contracted.
         flow: the dependences of tensors, if the calls of all functions with parameters are recorded.
     """
 
-    def __init__(self, targets: Targets, wide: bool, flow: Flow | None = None) -> None:
+    def __init__(self, targets: Targets, wide: bool, weights: _Weights, flow: Flow | None = None) -> None:
         super().__init__(targets, flow)
-        self.seen, self.wide, self._counts = _Seen(), wide, Counter[str]()
+        self.seen, self.wide, self._counts = _Seen(weights), wide, Counter[str]()
         self.functions: list[_Function] = []
         self.by_values = False
         """Whether shapes may depend on values, in which case examples may have different numbers of rows."""
@@ -311,6 +328,7 @@ class _Finder:
     def __init__(self, model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> None:
         self.model, self.targets, self.batch, self.wide = model, targets, batch, False
         self.by_values = False
+        self.weights = _Weights()
         self.functions: list[_Function] = []
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         if self._are_equal():
@@ -436,7 +454,7 @@ class _Finder:
             marks = with_examples(tree_leaves(self.inputs), self.batch)
             examples = [leaf for leaf, mark in zip(tree_leaves(inputs), marks, strict=True) if mark]
             flow = Flow(self.targets.parameters.values(), examples)
-        trial = _Trial(self.targets, self.wide, flow)
+        trial = _Trial(self.targets, self.wide, self.weights, flow)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
             stack.callback(random.setstate, random.getstate())

@@ -400,8 +400,10 @@ def test_modules_of_functions() -> None:
     named = {name: one.detach() for name, one in model.named_parameters()}
     curved = hessian(lambda one: loss(functional_call(model, named | {"rest.0": one}, (x,)), y))(named["rest.0"])
     close(diagonal["rest.0"], curved.diagonal())
-    with pytest.raises(ValueError, match="the model has no convolution"):
-        kfac(model, loss, (x, y))
+    factors, diagonal = kfac(model, loss, (x, y)), curvature.ggn_diagonal(model, loss, (x, y))
+    for name, one in factors.diagonal().items():
+        assert not factors[name].factored  # there are no layers
+        torch.testing.assert_close(one, diagonal[name])
 
 
 def test_a_function_of_a_model_s_parameters_has_their_names() -> None:

@@ -15,7 +15,7 @@ class FunctionModule(nn.Module):
     Use it to pass such a function to `lensor.curvature`. Every function of torch that takes the parameters is covered:
     per-example gradients, their norms, `clipped_gradients`, `jacobians`, `empirical_ntk`, `ggn_diagonal` and
     `hessian_diagonal` are complete. Kronecker factors belong to layers that are modules, such as `torch.nn.Linear`, so
-    `kfac` and `ekfac` need a model with such layers, and raise an error for this module.
+    `kfac` and `ekfac` find no such layers in this module, and compute diagonals or dense blocks.
 
     Args:
         function: a function of (parameters, *inputs).

@@ -24,12 +24,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+T = TypeVar("T")
 Call = Callable[[], torch.Tensor]
 
 
@@ -61,7 +63,7 @@ def bytes_of(tensor: torch.Tensor) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-def peak_bytes(call: Call) -> tuple[int, torch.Tensor]:
+def peak_bytes(call: Callable[[], T]) -> tuple[int, T]:
     """The peak of torch's allocator during a call, beyond the memory before it, and the call's result."""
     peak, _, result = _traced(call)
     return peak, result
@@ -81,7 +83,7 @@ def extra_bytes(call: Call, device: torch.device) -> tuple[int, torch.Tensor]:
     return max(peak - bytes_of(result), 0) + kept, result
 
 
-def _traced(call: Call) -> tuple[int, int, torch.Tensor]:
+def _traced(call: Callable[[], T]) -> tuple[int, int, T]:
     """The peak memory during a call, the memory after it, and its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()

@@ -146,7 +146,7 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
     for way, call in list(ways.items()):
         try:
             call()
-            peaks[way] = _peak(call)
+            peaks[way] = peak_bytes(call)[0]
             results[way] = call()
         except Exception as error:  # any error that a library raises for an unsupported model
             failed[way] = in_one_line(error, 120)
@@ -177,17 +177,6 @@ def _silent(call: Callable[[], Any]) -> Callable[[], Tensor]:
         return torch.empty(0)
 
     return run
-
-
-def _peak(call: Callable[[], Any]) -> int:
-    """The peak memory in bytes, including the result."""
-    kept: list[Any] = []
-
-    def run() -> Tensor:
-        kept.append(call())
-        return torch.empty(0)
-
-    return peak_bytes(run)[0]
 
 
 def _installed(module: str) -> bool:

@@ -102,7 +102,7 @@ def _model(name: str, batch: int, size: int, max_norm: float, rounds: int) -> It
                 differences[way] = difference(found, expected)
             del found
             reset()
-            peaks[way] = _peak(call)
+            peaks[way] = peak_bytes(call)[0]
             reset()
             ways[way] = call, reset
         except Exception as error:  # any error that a library raises for an unsupported model
@@ -128,17 +128,6 @@ def _run(call: Callable[[], Gradients], reset: Callable[[], None]) -> Callable[[
         return torch.empty(0)
 
     return run
-
-
-def _peak(call: Callable[[], Gradients]) -> int:
-    """The peak memory in bytes, including the result."""
-    kept: list[Gradients] = []
-
-    def run() -> Tensor:
-        kept.append(call())
-        return torch.empty(0)
-
-    return peak_bytes(run)[0]
 
 
 def difference(found: Gradients, expected: Gradients) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -96,28 +96,12 @@ def _models(
     require("torch", "transformers")
     from lensor_bench.models import measure
 
-    if csv is not None:
-        refuse_early(csv)
-    headings = ("model", "way", "s", "beyond one pass, s", "peak, MB", "")
-    table = Table(*headings[:2], *(Column(name, justify="right") for name in headings[2:5]), headings[5])
-    lines: list[tuple[str, ...]] = [headings]
-    shown = console()
-    with shown.status("measuring"):
-        for one in measure(names, batch, size, seconds, repeats, threads):
-            numbers = [
-                "–" if value is None else text.format(value)
-                for text, value in (
-                    ("{:.3f}", one.seconds),
-                    ("{:.3f}", one.beyond),
-                    ("{:,.0f}", one.peak and one.peak / 1e6),
-                )
-            ]
-            lines.append((one.model, one.way, *numbers, one.message))
-            table.add_row(*lines[-1])
-    shown.print(table)
-    if csv is not None:
-        with writing(csv), csv.open("w", encoding="utf-8", newline="") as file:
-            write_rows(file, lines)
+    columns = {
+        "s": lambda one: _number("{:.3f}", one.seconds),
+        "beyond one pass, s": lambda one: _number("{:.3f}", one.beyond),
+        "peak, MB": lambda one: _megabytes(one.peak),
+    }
+    _tabulate(measure(names, batch, size, seconds, repeats, threads), columns, csv)
 
 
 def _private(
@@ -126,25 +110,34 @@ def _private(
     require("torch", "transformers")
     from lensor_bench.private import measure
 
+    columns = {
+        "s": lambda one: _number("{:.3f}", one.seconds),
+        "s over SGD's": lambda one: _number("{:.2f}", one.ratio),
+        "peak, MB": lambda one: _megabytes(one.peak),
+        "peak over SGD's": lambda one: _number("{:.2f}", one.peak_ratio),
+        "difference": lambda one: _number("{:.0e}", one.difference),
+    }
+    _tabulate(measure(names, batch, size, max_norm, repeats, threads), columns, csv)
+
+
+def _number(form: str, value: float | None) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _megabytes(value: int | None) -> str:
+    return _number("{:,.0f}", value and value / 1e6)
+
+
+def _tabulate(found: Iterable[Any], columns: Mapping[str, Callable[[Any], str]], csv: Path | None) -> None:
+    """Show measurements of ways for models, with columns of numbers and a message; also write them to a CSV file."""
     if csv is not None:
         refuse_early(csv)
-    headings = ("model", "way", "s", "× SGD's", "peak, MB", "× SGD's", "difference", "")
-    table = Table(*headings[:2], *(Column(name, justify="right") for name in headings[2:7]), headings[7])
-    lines: list[tuple[str, ...]] = [headings]
+    table = Table("model", "way", *(Column(name, justify="right") for name in columns), "")
+    lines: list[tuple[str, ...]] = [("model", "way", *columns, "")]
     shown = console()
     with shown.status("measuring"):
-        for one in measure(names, batch, size, max_norm, repeats, threads):
-            numbers = [
-                "–" if value is None else text.format(value)
-                for text, value in (
-                    ("{:.3f}", one.seconds),
-                    ("{:.2f}", one.ratio),
-                    ("{:,.0f}", one.peak and one.peak / 1e6),
-                    ("{:.2f}", one.peak_ratio),
-                    ("{:.0e}", one.difference),
-                )
-            ]
-            lines.append((one.model, one.way, *numbers, one.message))
+        for one in found:
+            lines.append((one.model, one.way, *(text(one) for text in columns.values()), one.message))
             table.add_row(*lines[-1])
     shown.print(table)
     if csv is not None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from lensor import ops
 from lensor.curvature.batch_axes import BatchAxis
+from lensor.curvature.data import over_positions
 from lensor.curvature.networks import network
 from lensor.curvature.watching import widened
 from lensor.nn.calls import layer_call
@@ -142,7 +143,7 @@ class FunctionUse:
             gradients = network(ops.conv_weight_vjp_per_example, spec)(X=x, V=v)
             found[id(call.weight)] = gradients.reshape(self.batch, *call.weight.shape)
         if call.bias is not None and id(call.bias) in places:
-            found[id(call.bias)] = v.flatten(2).sum(2) if v.ndim > 2 else v
+            found[id(call.bias)] = over_positions(v)
         return [found[id(self.leaves[source.place])] for source in self.sources]
 
     # ------------------------------------------------------------------------------------------------ mapped functions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from lensor.choices import Approx, Fisher
 from lensor.curvature import ggn_diagonal, kfac, per_example_gradients
 from lensor.curvature.jacobian import jacobians_and_outputs
-from lensor.curvature.layers import Layer, layers_of
+from lensor.curvature.layers import Layer, all_parameters
 
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface  # type: ignore[import-not-found]
@@ -39,19 +38,13 @@ def _called(model: nn.Module, x: Any) -> tuple[nn.Module, Any]:
     return (_OfMapping(model), dict(x)) if isinstance(x, Mapping) else (model, (x,))
 
 
-def _plain(model: nn.Module) -> list[Layer]:
-    """The layers of a model with Kronecker factors."""
-    with warnings.catch_warnings(action="ignore"):
-        return layers_of(model, shared=True)
-
-
 _ADVICE = "use hessian_structure='diag' or 'full', or freeze them with requires_grad_(False)"
 
 
 def _modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The names of the modules with these parameters; ValueError if laplace-torch cannot store one of their blocks."""
     owners: dict[str, Layer] = {}
-    for layer in _plain(model):
+    for layer in all_parameters(model)[0]:
         owners |= {name: layer for name in (layer.weight, layer.bias) if name is not None}
     parameters = dict(model.named_parameters())
     missing = [name for name in names if name not in owners and parameters[name].ndim != 1]

@@ -13,6 +13,7 @@ import lensor.nn as layers
 from lensor import ops
 from lensor.curvature.batch import squared_norms
 from lensor.curvature.capture import computing
+from lensor.curvature.data import over_positions
 from lensor.curvature.networks import network
 from lensor.curvature.streaming import preferred
 from lensor.curvature.watching import widened
@@ -81,7 +82,7 @@ def grad_samples(layer: Any, activations: Sequence[Tensor], backprops: Tensor) -
             )
             found[layer.weight] = weight.reshape(len(x), *layer.weight.shape).to(layer.weight.dtype)
         if layer.bias is not None and layer.bias.requires_grad:
-            found[layer.bias] = v.flatten(2).sum(2).to(layer.bias.dtype)
+            found[layer.bias] = over_positions(v).to(layer.bias.dtype)
     return found
 
 
@@ -121,7 +122,7 @@ def norm_samples(layer: Any, activations: Sequence[Tensor], backprops: Tensor) -
                 squares = network(squared_norms, spec)(X=x, V=v) if len(x) else x.new_zeros(0)
             found[layer.weight] = squares.clamp_min(0).sqrt()
         if layer.bias is not None and layer.bias.requires_grad:
-            found[layer.bias] = v.flatten(2).sum(2).norm(dim=1)
+            found[layer.bias] = over_positions(v).norm(dim=1)
     return found
 
 

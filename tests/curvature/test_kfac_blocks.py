@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lensor import curvature
 from lensor.curvature import ekfac, kfac
+from lensor.curvature.ekfac import _eigenvalues
+from lensor.curvature.networks import network
+from lensor.curvature.ntk import _gram
+from lensor.spec import ConvSpec
+from tests.support import oracles
+from tests.support.oracles import Geometry, draw, shapes
+from tests.support.strategies import specs
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 SUM = nn.MSELoss(reduction="sum")
@@ -411,3 +420,46 @@ def test_models_without_layers_have_blocks() -> None:
     diagonal = curvature.ggn_diagonal(model, nn.MSELoss(), data)
     for name, one in kfac(model, nn.MSELoss(), data).diagonal().items():
         torch.testing.assert_close(one, diagonal[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blocks_of_half_precision_are_single_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(24, 3)).float()
+    data = torch.randn(6, 2, 8).float(), torch.randint(3, (6,))
+    expected = kfac(model, nn.CrossEntropyLoss(), data)
+    found = kfac(copy.deepcopy(model).to(dtype), nn.CrossEntropyLoss(), (data[0].to(dtype), data[1]))
+    for name, block in found.items():
+        assert block.A.dtype == block.B.dtype == torch.float32
+        largest = float(expected[name].dense().abs().max())
+        torch.testing.assert_close(block.dense(), expected[name].dense(), rtol=0, atol=0.05 * largest)
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+@settings(max_examples=40)
+@given(spec=specs(), batch=st.integers(1, 3), seed=st.integers(0, 99))
+def test_networks_of_eigenvalues_and_kernels(spec: dict[str, Any], batch: int, seed: int) -> None:
+    """Over all hyper-parameters, against the gradients of single examples by torch's convolutions and autograd."""
+    g, rng = Geometry.of(spec), np.random.default_rng(seed)
+    sizes = shapes(g, batch, 2)
+    x, s = (draw(rng, sizes[name]) for name in ("input", "roots"))
+    rows = torch.from_numpy(oracles.ggn_roots(g, x, s)).reshape(2, batch, -1)
+    conv, inside, outside = ConvSpec(**spec), g.in_channels // g.groups, g.out_channels // g.groups
+    # The weight of a transposed convolution has the input channels first.
+    first, second = (inside, outside) if g.transposed else (outside, inside)
+    matrices = rows.reshape(2, batch, g.groups, first, second, -1)
+    matrices = (matrices.transpose(3, 4) if g.transposed else matrices).flatten(4)
+    size = matrices.shape[-1]
+    q_a = torch.linalg.qr(torch.randn(g.groups, size, size))[0]
+    q_b = torch.linalg.qr(torch.randn(g.groups, outside, outside))[0]
+    turned = q_b.mT @ matrices @ q_a
+    operands = {"X": torch.from_numpy(x), "S": torch.from_numpy(s)}
+    found = network(_eigenvalues, conv)(**operands, Q_A=q_a, Q_B=q_b)
+    torch.testing.assert_close(found, turned.square().sum((0, 1)))
+    for is_summed in (False, True):
+        one = network(_gram, conv, conv, is_summed, True)(**operands)
+        two = network(_gram, conv, conv, is_summed, False)(**operands, X2=operands["X"], S2=operands["S"])
+        flat = rows.reshape(-1, rows.shape[-1])
+        expected = torch.einsum("vnp,vmp->nm", rows, rows) if is_summed else flat @ flat.mT
+        torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(two, expected)

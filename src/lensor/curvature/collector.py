@@ -130,9 +130,8 @@ class Collector:
     @property
     def form(self) -> str:
         """The sums that there are, as text."""
-        own = {name: [key for key in "ab" if getattr(one, key) is not None] for name, one in self.biases.items()}
-        of_weights = {name: one.b is not None for name, one in self.sums.items()}
-        return f"{of_weights} {own} {[(name, tuple(one.shape)) for name, one in self.plain.items()]}"
+        factors = {name: one.b is not None for name, one in (self.sums | self.biases).items()}
+        return f"{factors} {[(name, tuple(one.shape)) for name, one in self.plain.items()]}"
 
     @property
     def like(self) -> Tensor:
@@ -183,8 +182,7 @@ class Collector:
             except RuntimeError:  # the model itself computes gradients
                 one = Collector(self.layers, self.approx, self.joint, self.fisher)
                 capture, returned = passed(one, record=True)
-            one.count(batch, 0)
-            one.examples = 0
+            one.finish(batch)
             self.merge(one)
         capture.check(returned, shared=True)
         self._require_joint(capture)
@@ -199,7 +197,7 @@ class Collector:
 
     def _take(self, use: Use, x: Tensor) -> bool:
         """Add a layer's input, and return whether the gradients of single examples do not need it."""
-        if self.sums.get(use.weight) is not None and self._is_own(use):
+        if use.weight in self.sums and self._is_own(use):
             self.add_input(use, x)
         else:
             self._mixed |= {use.weight} - self._left
@@ -214,7 +212,7 @@ class Collector:
         """
         if not isinstance(capture, CompleteCapture):
             return False
-        found = (capture.used | self._mixed) - self._left & set(self._order)
+        found = ((capture.used | self._mixed) - self._left) & set(self._order)
         if found and self.examples:
             raise ValueError(
                 f"the parameter {sorted(found)[0]!r} is used by other functions than in the first batch, expected the"
@@ -233,7 +231,13 @@ class Collector:
                 raise _not_joint(name, bias)
 
     def count(self, batch: int, normaliser: float) -> None:
-        """Finish a forward pass: add the number of examples and the divisor of their mean loss.
+        """Finish a forward pass, and add the number of examples and the divisor of their mean loss."""
+        self.finish(batch)
+        self.examples += batch
+        self.weight += normaliser
+
+    def finish(self, batch: int) -> None:
+        """Add what a forward pass of some examples left: numbers of positions, and roots of A.
 
         The roots of a layer that ran several times are added up: all its positions share one mean patch.
 
@@ -257,12 +261,11 @@ class Collector:
             sums.roots.append(root)
             sums.condense()
         self._uses, self._roots = {}, {}
-        self.examples += batch
-        self.weight += normaliser
 
     def merge(self, other: Collector) -> None:
         """Add the sums of another collector for the same layers, which must not be used after this call."""
-        self.count(other.examples, other.weight)
+        self.examples += other.examples
+        self.weight += other.weight
         self.outputs, self._alike = other.outputs, other._alike
         for mine, theirs in ((self.sums, other.sums), (self.biases, other.biases)):
             for name, sums in mine.items():

@@ -16,7 +16,7 @@ from lensor.curvature.data import Inputs, over_positions
 from lensor.curvature.example_gradients import sum_of, weight_gradients, zeros_of
 from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.functions import FunctionUse, Output, Source
-from lensor.curvature.graph import Node, Reached, inner_nodes, innermost, tensors_in
+from lensor.curvature.graph import Node, Reached, gradients_for_each, inner_nodes, innermost, tensors_in
 from lensor.curvature.watching import Targets, is_use, require_unmapped, widened
 from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall
@@ -461,17 +461,6 @@ class CompleteCapture(KeptInputs):
         """Propagate gradients from derived tensors to parameters: those of every example if `batched`."""
         tensors = [tensor for tensor, _ in derived]
         gradients = [gradient.to(tensor.dtype) for tensor, gradient in derived]
-        try:
-            return torch.autograd.grad(
-                tensors, parameters, gradients, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-        except RuntimeError:  # a function on the way does not support vmap
-            if not batched:
-                raise
-            single = [
-                torch.autograd.grad(
-                    tensors, parameters, [one[at] for one in gradients], retain_graph=True, allow_unused=True
-                )
-                for at in range(self.batch)
-            ]
-            return [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]
+        if batched:
+            return gradients_for_each(tensors, parameters, gradients)
+        return torch.autograd.grad(tensors, parameters, gradients, retain_graph=True, allow_unused=True)

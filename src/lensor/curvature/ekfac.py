@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lensor import ops
 from lensor.arguments import described
 from lensor.choices import Fisher
 from lensor.curvature.batch import Batch, check_roots
@@ -21,7 +20,7 @@ from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.inverses import EigenFactors
 from lensor.curvature.layers import all_parameters, refuse_mixing, require_module
 from lensor.curvature.losses import require_counted
-from lensor.curvature.networks import network
+from lensor.curvature.networks import example_roots, network
 from lensor.curvature.registry import reduction_of
 from lensor.curvature.watching import Targets
 from lensor.errors import require_type
@@ -135,11 +134,10 @@ def _eigenvalues(spec: ConvSpec) -> AnyNetwork:
     `ggn_diagonal` with Q_A and Q_B at the weight's indices. Whether the patches, the gradients at the output or the
     gradient is multiplied by them first is for the plan.
     """
-    roots = ops.conv_weight_vjp(spec).keep("n").rename_operands(V="S").batch("v", ["S"])
-    _, _, (g, *_), *_ = roots.output
+    roots = example_roots(spec)
     inside, outside = ("c_out", "c_in") if spec.transposed else ("c_in", "c_out")
     rows = [inside, *(index for leg in roots.output[4:] for index in leg)]
-    sizes = {index: roots.sizes[index] for index in (g, outside, *rows)}
+    sizes = {index: roots.sizes[index] for index in ("g", outside, *rows)}
     sizes |= {"b": sizes[outside], "a": math.prod(sizes[index] or 0 for index in rows)}
     q_a = (("g",), tuple(rows), ("a",))
     q_b = (("g",), (outside,), ("b",))

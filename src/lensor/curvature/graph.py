@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,30 @@ class Reached:
 def _leaf(node: Node) -> Tensor | None:
     """The leaf whose gradient a node accumulates; None for other nodes."""
     return node.variable if type(node).__name__ == "AccumulateGrad" else None
+
+
+def gradients_for_each(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients with respect to some tensors for each of several vectors at the outputs, [count, *shape].
+
+    They are computed in one batched backward pass, or one after the other if a function does not support `vmap`.
+
+    Args:
+        outputs: the ends of the graph, which is kept.
+        inputs: the tensors; the gradients of those that are not reached are None.
+        vectors: for each output, the vectors [count, *output_shape].
+    """
+    try:
+        return list(
+            torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        )
+    except RuntimeError:
+        single = [
+            torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True)
+            for one in zip(*vectors, strict=True)
+        ]
+        return [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]
 
 
 def innermost(roots: Iterable[Tensor], nodes: set[Node]) -> set[Node]:

@@ -18,6 +18,7 @@ from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import batches, over_positions
 from lensor.curvature.described import SHARED
 from lensor.curvature.example_gradients import gradients_of
+from lensor.curvature.graph import gradients_for_each
 from lensor.curvature.layers import all_parameters, refuse_mixing
 from lensor.curvature.losses import require_counted
 from lensor.curvature.registry import reduction_of, registered
@@ -172,18 +173,10 @@ def _entries(slope: Tensor, parameter: Tensor, places: range) -> Tensor:
     """The derivatives of some entries of a gradient with respect to the same entries of the parameter."""
     units = slope.new_zeros((len(places), slope.numel()))
     units[range(len(places)), places] = 1
-    units = units.reshape((-1, *slope.shape))
-    try:
-        (found,) = torch.autograd.grad(
-            slope, parameter, units, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        rows = None if found is None else found.reshape(len(places), -1)
-    except RuntimeError:  # a function on the way does not support vmap
-        single = [torch.autograd.grad(slope, parameter, one, retain_graph=True, allow_unused=True)[0] for one in units]
-        rows = None if single[0] is None else torch.stack(single).reshape(len(places), -1)
-    if rows is None:
+    (found,) = gradients_for_each([slope], [parameter], [units.reshape((-1, *slope.shape))])
+    if found is None:
         return slope.new_zeros(len(places))
-    return rows[range(len(places)), places]
+    return found.reshape(len(places), -1)[range(len(places)), places]
 
 
 def _quadratic(use: Use, x: Tensor, z: Tensor, curved: Tensor) -> dict[str, Tensor]:

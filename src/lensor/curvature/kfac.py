@@ -61,8 +61,8 @@ def kfac(
     Args:
         model: the model; its training or evaluation mode is kept.
         loss: `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum"; class
-            weights, label smoothing, `ignore_index` and `pos_weight` are supported. Also `TokenCrossEntropyLoss`, and
-            losses of your own after `register_loss`.
+            weights, label smoothing, `ignore_index` and `pos_weight` are supported. `TokenCrossEntropyLoss`, and
+            losses of your own after `register_loss`, are supported as well.
         data: a pair (inputs, targets) of tensors, or an iterable of pairs, such as a DataLoader. A tuple or mapping of
             inputs is passed as the model's positional or named arguments.
         approx: "expand" treats the positions of a layer as examples, "reduce" sums over them first.

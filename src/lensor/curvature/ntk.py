@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lensor import ops
 from lensor.arguments import described
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
@@ -30,7 +29,7 @@ from lensor.curvature.data import narrowed, size_of
 from lensor.curvature.described import SHARED
 from lensor.curvature.example_gradients import rows_of
 from lensor.curvature.jacobian import Passed, Watched
-from lensor.curvature.networks import network
+from lensor.curvature.networks import example_roots, network
 from lensor.network import AnyNetwork
 from lensor.pattern import as_integer
 from lensor.planner.settings import preferring
@@ -388,9 +387,7 @@ def _gram(spec: ConvSpec, other: ConvSpec, is_summed: bool, is_same: bool) -> An
         is_summed: whether v and w are the same index and summed: the result is [n, m].
         is_same: whether X2 and S2 are X and S.
     """
-    roots, second = (
-        ops.conv_weight_vjp(one).keep("n").rename_operands(V="S").batch("v", ["S"]) for one in (spec, other)
-    )
+    roots, second = example_roots(spec), example_roots(other)
     if not is_same:
         second = second.rename_operands(X="X2", S="S2")
     share = [index for leg in roots.output[2:] for index in leg]

@@ -82,6 +82,13 @@ def test_numpy_is_calibrated_without_torch(folder: Path, monkeypatch: pytest.Mon
     assert lensor.machine() is found
 
 
+def test_numpy_is_calibrated_for_its_own_dtypes() -> None:
+    """JAX adds bfloat16 to NumPy, whose einsum refuses it."""
+    pytest.importorskip("ml_dtypes")
+    assert calibration._lacks(load("numpy"), "bfloat16", "cpu")
+    assert not any(calibration._lacks(load("numpy"), dtype, "cpu") for dtype in ("float16", "float32", "float64"))
+
+
 def test_the_smallest_copy_is_a_copy() -> None:
     for entries in (64, 1 << 15, 1 << 20):
         plan = calibration._copy(entries)

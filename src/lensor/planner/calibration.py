@@ -172,9 +172,12 @@ def _measure(backend: Backend, device: str, key: tuple[str, str, int], kind: tup
 
 
 def _lacks(backend: Backend, dtype: str, device: str) -> bool:
-    """Whether the framework has no such dtype, such as NumPy without bfloat16."""
+    """Whether the backend does not compute in a dtype.
+
+    NumPy has no bfloat16, and if a library such as JAX adds it to NumPy, some of NumPy's functions refuse it.
+    """
     try:
-        backend.example((1,), dtype, device)
+        backend.check([backend.example((1,), dtype, device)], [dtype])
     except TypeError:
         return True
     return False

@@ -33,6 +33,9 @@ Form: TypeAlias = Literal["factor", "root"]
 Others: TypeAlias = Literal["diagonal", "full", "skip"]
 """The blocks of parameters that have no Kronecker factors."""
 
+Compiler: TypeAlias = Literal["inductor", "eager"]
+"""How a traced graph runs: compiled by torch, or as torch's operators, one after the other."""
+
 Method: TypeAlias = Literal["cholesky", "eigen", "woodbury"]
 """How damped factors are inverted."""
 

@@ -47,7 +47,8 @@ class Runnable:
         self.plan, self.backend, self.in_channels_last = plan, backend, in_channels_last
         self.inputs = [step for step in plan.steps if isinstance(step, s.Input)]
         self.names = [step.operand for step in self.inputs]
-        self.unrecorded = self.unchecked = _widened(plan, backend, _compiled(plan, backend, in_channels_last, form))
+        run = _widened(plan, backend, _compiled(plan, backend, in_channels_last, form))
+        self.unrecorded = self.unchecked = run if form is not None else backend.as_operator(self, run)
         if plan.deriver is not None and self.names:
             self.unchecked = backend.differentiable(self)
         self._derivatives: dict[tuple, Callable[..., Any]] = {}

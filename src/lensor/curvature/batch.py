@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lensor import ops
 from lensor.choices import Fisher, words
-from lensor.curvature.batch_axes import BatchAxis, Given
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
 from lensor.curvature.collector import output_axis, require_independent
 from lensor.curvature.complete import CompleteCapture
@@ -34,7 +34,21 @@ _AT_ONCE = 8
 
 
 class Batch:
-    """One batch after its forward pass: holds the layers' inputs and propagates vectors back to the layers' outputs."""
+    """One batch after its forward pass: holds the layers' inputs and propagates vectors back to the layers' outputs.
+
+    Args:
+        model: the model.
+        targets: the parameters.
+        inputs: the inputs of the model.
+        given: the batch_axis that the user specified.
+        empty: whether the batch may be empty.
+        shared: whether layers may run more than once.
+        whole: as for `CompleteCapture`.
+        size: the number of examples, found from the inputs unless given.
+        only_trainable: whether the frozen ones of these parameters are not needed; see `names`.
+        is_checked: whether the model and the loss were checked with a batch of the same shapes.
+        axes: the batch axes of this batch.
+    """
 
     def __init__(
         self,
@@ -47,11 +61,17 @@ class Batch:
         shared: bool = False,
         whole: bool = True,
         size: int | None = None,
+        only_trainable: bool = False,
+        is_checked: bool = False,
+        axes: BatchAxes | None = None,
     ) -> None:
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         self.size = size_of(inputs, empty=empty) if size is None else size
         self.targets: Any = None
-        self.batch_axes = Capture.batch_axes_of(model, inputs, targets, self.size, given)
+        self.names = [name for name, one in targets.parameters.items() if one.requires_grad or not only_trainable]
+        """The parameters that are needed."""
+        self._is_checked = is_checked
+        self.batch_axes = axes if is_checked else Capture.batch_axes_of(model, inputs, targets, self.size, given)
         self.capture = (
             CompleteCapture(targets, inputs, self.size, self.batch_axes, given, whole=whole)
             if targets.complete
@@ -92,7 +112,8 @@ class Batch:
         if not value.requires_grad:
             raise ValueError("the loss does not depend on the model's layers: no gradient is recorded")
         self.check(value)
-        self._require_apart(loss, value)
+        if not self._is_checked:
+            self._require_apart(loss, value)
         return value
 
     def _require_apart(self, loss: Any, value: Tensor) -> None:
@@ -230,13 +251,20 @@ def with_loss(
     watched = Targets(*all_parameters(model, layers, frozen))
     refuse_mixing(model)
     _refuse_hooks(watched)
+    inputs, targets = only_pair(data)
+    with running(model):
+        batch = Batch(
+            model, watched, own(inputs), given, empty=True, shared=True, only_trainable=not frozen and layers is None
+        )
+        yield batch, batch.loss(loss, own(targets))
+
+
+def only_pair(data: Any) -> tuple[Any, Any]:
+    """The inputs and targets of the only batch; ValueError if there are more."""
     pairs = list(itertools.islice(batches(data), 2))
     if len(pairs) > 1:
         raise ValueError("data has several batches, expected one pair (inputs, targets)")
-    ((inputs, targets),) = pairs
-    with running(model):
-        batch = Batch(model, watched, own(inputs), given, empty=True, shared=True)
-        yield batch, batch.loss(loss, own(targets))
+    return pairs[0]
 
 
 def check_roots(loss: Any, fisher: Fisher, mc_samples: int) -> None:

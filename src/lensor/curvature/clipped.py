@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lensor.arguments import described
-from lensor.curvature.batch import MEANS, is_torchs, with_loss
+from lensor.curvature.batch import MEANS, Batch, is_torchs
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing
+from lensor.curvature.compiled import Compile, on_batch
 from lensor.curvature.described import SHARED
 from lensor.curvature.registry import reduction_of, registered
 from lensor.curvature.streaming import Streamed
@@ -52,6 +54,7 @@ def clipped_gradients(
     reduction: str | None = None,
     layers: Iterable[str] | None = None,
     batch_axis: Given = None,
+    compile: Compile = False,
 ) -> ClippedGradients:
     """The sum or mean of the examples' gradients, each clipped to a maximal norm: the gradient of private training.
 
@@ -100,28 +103,38 @@ def clipped_gradients(
     if noise is not None and not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise is {noise}, expected a finite number of at least 0")
     is_mean = _is_mean(loss, reduction)
-    with with_loss(model, loss, data, layers, batch_axis, frozen=False) as (batch, value):
-        if reduction is None and is_mean:
-            targets = batch.targets
-            if type(loss) is TokenCrossEntropyLoss:
-                targets = loss.aligned(batch.outputs, targets)
-            _require_equal_weights(loss, targets)
-        parameters = batch.capture.targets.parameters
-        names = [name for name, one in parameters.items() if layers is not None or one.requires_grad]
-        streamed = Streamed(batch, value, names, is_weighted=True)
-        squares = list(streamed.squares().values())
-        norms = torch.stack([one.to(squares[0]) for one in squares]).sum(0).sqrt() * (batch.size if is_mean else 1)
-        factors = (max_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
-        with computing(value):
-            found = streamed.weighted_sums(factors)  # the parts of a mean are divided by N already
-        if noise:
-            deviation = noise * max_norm / (max(batch.size, 1) if is_mean else 1)
-            for name, gradient in found.items():
-                draw = torch.randn(
-                    gradient.shape, generator=generator, dtype=gradient.dtype, device=_device(generator, gradient)
-                )
-                found[name] = gradient + deviation * draw.to(gradient.device)
-        return ClippedGradients(found, norms)
+    needs_equal = reduction is None and is_mean
+    found, norms = on_batch(
+        _clipped,
+        model,
+        loss,
+        data,
+        layers,
+        batch_axis,
+        frozen=False,
+        compile=compile,
+        options=(torch.tensor(max_norm, dtype=torch.float64), is_mean),
+        check=partial(_require_equal_weights, loss) if needs_equal else None,
+    )
+    if noise:
+        deviation = noise * max_norm / (max(len(norms), 1) if is_mean else 1)
+        for name, gradient in found.items():
+            draw = torch.randn(
+                gradient.shape, generator=generator, dtype=gradient.dtype, device=_device(generator, gradient)
+            )
+            found[name] = gradient + deviation * draw.to(gradient.device)
+    return ClippedGradients(found, norms)
+
+
+def _clipped(batch: Batch, value: Tensor, given: tuple[Tensor, bool]) -> tuple[dict[str, Tensor], Tensor]:
+    """The sum of the clipped gradients and the norms, for a maximal norm and whether the loss is a mean."""
+    max_norm, is_mean = given
+    streamed = Streamed(batch, value, is_weighted=True)
+    squares = list(streamed.squares().values())
+    norms = torch.stack([one.to(squares[0]) for one in squares]).sum(0).sqrt() * (batch.size if is_mean else 1)
+    factors = (max_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+    with computing(value):
+        return streamed.weighted_sums(factors), norms  # the parts of a mean are divided by N already
 
 
 def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
@@ -150,12 +163,14 @@ def _is_mean(loss: Any, reduction: str | None) -> bool:
     return reduction == "mean"
 
 
-def _require_equal_weights(loss: nn.Module, targets: Tensor) -> None:
+def _require_equal_weights(loss: nn.Module, outputs: Tensor, targets: Any) -> None:
     """Raise unless a mean of torch's own gives each example the same weight, so that its own loss is known.
 
     Raises:
         ValueError: for different weights, which class weights and ignored targets cause.
     """
+    if type(loss) is TokenCrossEntropyLoss:
+        targets = loss.aligned(outputs, targets)
     if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or targets.is_floating_point() or not len(targets):
         return
     counted = targets != loss.ignore_index

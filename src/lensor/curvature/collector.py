@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,9 @@ from lensor.curvature.example_gradients import rows_of, sum_of
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer, refuse_mixing
-from lensor.curvature.losses import LossRoot, require_counted
+from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
-from lensor.curvature.registry import reduction_of, root_of
+from lensor.curvature.registry import root_of
 from lensor.curvature.watching import Rewind, Targets
 from lensor.spec import ConvSpec
 
@@ -66,6 +66,27 @@ class Sums:
             self.condense()
         self.positions = other.positions if self.positions in (None, other.positions) else 0
         self.ones += other.ones
+
+
+class Counts(NamedTuple):
+    """What a collector knows of a pass besides the sums, and needs to add sums of an equal pass.
+
+    `positions` has the number of output positions and the total number of ones for each parameter.
+    """
+
+    examples: int
+    outputs: int
+    alike: dict[str, str]
+    positions: dict[str, tuple[int | None, int]]
+    left: frozenset[str]
+
+
+class Added(NamedTuple):
+    """What `Collector.add` found: the positions of the examples in the layers and in the outputs, and the outputs."""
+
+    axes: BatchAxes | None
+    axis: BatchAxis
+    outputs: Tensor
 
 
 class Collector:
@@ -148,40 +169,28 @@ class Collector:
         mc_samples: int,
         generator: torch.Generator | None,
         batch_axis: Given = None,
-    ) -> None:
+    ) -> Added:
         """Add one batch: a forward pass, and one backward pass to the layers' outputs for each column of the root."""
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         batch = size_of(inputs)
-        watched = Targets(self.layers, self.parameters)
-        axes = Capture.batch_axes_of(model, inputs, watched, batch, batch_axis)
-
-        def passed(into: Collector, record: bool) -> tuple[Capture, Any]:
-            ordered = self.approx == "reduce" or any(name in self._left for name in watched.owners)
-            if self.parameters is None:
-                capture = Capture(watched, into.add_input, batch, axes, batch_axis, ordered=ordered, independent=False)
-            else:
-                capture = CompleteCapture(
-                    watched, inputs, batch, axes, batch_axis, into._take, ordered, independent=False, whole=False
-                )
-            return capture, run(model, inputs, capture, record=record)
-
+        axes = Capture.batch_axes_of(model, inputs, Targets(self.layers, self.parameters), batch, batch_axis)
         if self._left:
             refuse_mixing(model)
         if self.fisher != "forward-only":
             before = Rewind(model) if self.parameters is not None and not self.examples else None
-            capture, returned = passed(self, record=True)
+            capture, returned = self.passed(model, inputs, axes, batch_axis)
             while self._leave(capture):
                 refuse_mixing(model)
                 assert before is not None
                 before.restore()
-                capture, returned = passed(self, record=True)
+                capture, returned = self.passed(model, inputs, axes, batch_axis)
         else:
+            one = self.empty()
             try:
-                one = Collector(self.layers, self.approx, self.joint, self.fisher)
-                capture, returned = passed(one, record=False)
+                capture, returned = one.passed(model, inputs, axes, batch_axis)
             except RuntimeError:  # the model itself computes gradients
-                one = Collector(self.layers, self.approx, self.joint, self.fisher)
-                capture, returned = passed(one, record=True)
+                one = self.empty()
+                capture, returned = one.passed(model, inputs, axes, batch_axis, record=True)
             one.finish(batch)
             self.merge(one)
         capture.check(returned, shared=True)
@@ -193,7 +202,29 @@ class Collector:
         self.count(batch, root.normaliser)
         self.outputs = outputs.numel() // batch
         if self.fisher != "forward-only":
-            self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root)
+            self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root.normaliser)
+        return Added(axes, axis, outputs.detach())
+
+    def passed(
+        self, model: nn.Module, inputs: Any, axes: BatchAxes | None, given: Given, record: bool | None = None
+    ) -> tuple[Capture, Any]:
+        """Run a forward pass that adds the layers' inputs, and return the capture and what the model returned."""
+        watched, batch = Targets(self.layers, self.parameters), size_of(inputs)
+        ordered = self.approx == "reduce" or any(name in self._left for name in watched.owners)
+        if self.parameters is None:
+            capture = Capture(watched, self.add_input, batch, axes, given, ordered=ordered, independent=False)
+        else:
+            capture = CompleteCapture(
+                watched, inputs, batch, axes, given, self._take, ordered, independent=False, whole=False
+            )
+        return capture, run(model, inputs, capture, record=self.fisher != "forward-only" if record is None else record)
+
+    def empty(self) -> Collector:
+        """A collector of the same factors that has no sums."""
+        one = Collector(self.layers, self.approx, self.joint, self.fisher, self.keep_graph, self.parameters, self.dense)
+        one._left = set(self._left)
+        one._clear()
+        return one
 
     def _take(self, use: Use, x: Tensor) -> bool:
         """Add a layer's input, and return whether the gradients of single examples do not need it."""
@@ -262,6 +293,29 @@ class Collector:
             sums.condense()
         self._uses, self._roots = {}, {}
 
+    def take(self) -> tuple[Counts, Any, Any]:
+        """Remove the sums and return them: counts, sums of the forward pass, and sums of the backward passes."""
+        found = self.sums | self.biases
+        positions = {name: (one.positions, one.ones) for name, one in found.items()}
+        counts = Counts(self.examples, self.outputs, dict(self._alike), positions, frozenset(self._left))
+        forward = {name: (one.a, one.roots) for name, one in found.items()}
+        backward = {name: one.b for name, one in found.items()}, self.plain
+        self._clear()
+        return counts, forward, backward
+
+    def add_sums(self, counts: Counts, forward: Any, backward: Any, weight: float) -> None:
+        """Add what `take` of another collector returned, and the divisor of the mean loss; None for no sums."""
+        if not self.examples:
+            self._left = set(counts.left)
+            self._clear()
+        one = self.empty()
+        one.examples, one.outputs, one._alike, one.weight = counts.examples, counts.outputs, counts.alike, weight
+        factors, one.plain = backward or ({}, {})
+        for sums in (one.sums, one.biases):
+            for name in sums:
+                sums[name] = Sums(forward[name][1], forward[name][0], factors.get(name), *counts.positions[name])
+        self.merge(one)
+
     def merge(self, other: Collector) -> None:
         """Add the sums of another collector for the same layers, which must not be used after this call."""
         self.examples += other.examples
@@ -273,9 +327,15 @@ class Collector:
         for name, values in other.plain.items():
             self.plain[name] = self.plain[name].add_(values) if name in self.plain else values
 
-    def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], root: LossRoot) -> None:
-        """Propagate each column of the root to the layers' outputs; the last backward pass frees the graph."""
-        weight = root.normaliser if reduction_of(root.loss) == "mean" else 1.0
+    def add_columns(self, capture: Capture, outputs: Tensor, columns: Iterator[Tensor], weight: float) -> None:
+        """Propagate each column of the root to the layers' outputs; the last backward pass frees the graph.
+
+        Args:
+            capture: the capture of the forward pass.
+            outputs: the model's outputs.
+            columns: the columns of the root.
+            weight: a factor for the sums: the divisor of a mean loss, by which the columns are divided.
+        """
         groups = [(self.sums[name], uses) for name, uses in capture.by_parameter().items() if name in self.sums]
         for name, uses in capture.by_parameter(True).items():
             if name in self.biases and name not in self._alike:

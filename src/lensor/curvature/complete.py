@@ -17,6 +17,7 @@ from lensor.curvature.example_gradients import sum_of, weight_gradients, zeros_o
 from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.functions import FunctionUse, Output, Source
 from lensor.curvature.graph import Node, Reached, gradients_for_each, inner_nodes, innermost, tensors_in
+from lensor.curvature.randomness import random_draws
 from lensor.curvature.watching import Targets, is_use, require_unmapped, widened
 from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall
@@ -168,7 +169,7 @@ class CompleteCapture(KeptInputs):
         versions = {at: leaf._version for at, leaf in enumerate(kept) if isinstance(leaf, Tensor)}
         arguments, named = tree_unflatten(passed, tree)
         writes = bool(written(function, arguments, named))
-        state = torch.get_rng_state()
+        draws = random_draws()
         result = self.call(function, arguments, named)
         self._note_frozen(function, [source.tensor for source in sources], result)
         outputs = results_of(function, arguments, named, result)
@@ -187,7 +188,7 @@ class CompleteCapture(KeptInputs):
                 " that depends on all examples together, expected a model that treats every example alike: leave the"
                 " module out with layers="
             )
-        can_rerun = not writes and bool((torch.get_rng_state() == state).all())
+        can_rerun = not writes and random_draws() == draws
         self.functions.append(
             FunctionUse(
                 function,

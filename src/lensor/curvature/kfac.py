@@ -11,9 +11,11 @@ from torch import nn
 
 from lensor.arguments import described
 from lensor.choices import Approx, Bias, FactorFisher, ModelNormalisation, Others, words
+from lensor.curvature import compiled
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import own, running, unwrapped
 from lensor.curvature.collector import Collector
+from lensor.curvature.compiled import Compile, compiler_of
 from lensor.curvature.data import batches
 from lensor.curvature.described import SHARED
 from lensor.curvature.factors import KroneckerFactors
@@ -43,6 +45,7 @@ def kfac(
     check_finite: bool = True,
     group: dist.ProcessGroup | None = None,
     batch_axis: Given = None,
+    compile: Compile = False,
 ) -> KroneckerFactors:
     """Kronecker-factored approximation of the generalised Gauss-Newton matrix, in one pass over the data.
 
@@ -82,6 +85,9 @@ def kfac(
         batch_axis: axis of the examples in the layers' inputs: an axis, "outer" or "inner" (the examples share the
             first axis with other rows), or a mapping from layer names to these. Unless you specify it, a trial pass
             with a different number of examples determines it, so specify it for a model that cannot run such a pass.
+        compile: whether to compile the forward pass, one backward pass and the factors into graphs, which are used
+            again in later calls for batches of the same shapes. This takes up to minutes, and pays in loops over data
+            and in repeated calls; see the how-to on compiled passes.
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`
@@ -138,9 +144,16 @@ def kfac(
     collected = Collector(
         chosen, approx, bias == "joint", fisher, parameters=None if skips else parameters, dense=dense
     )
+    options = mc_samples, generator, batch_axis
+    compiler = compiler_of(compile)
+    if compiler is not None:
+        for at, (inputs, targets) in enumerate(batches(data)):
+            compiled.add(collected, model, loss, own(inputs), own(targets), *options, compiler, not at)
+    else:
+        with running(model):
+            for inputs, targets in batches(data):
+                collected.add(model, loss, own(inputs), own(targets), *options)
     with running(model):
-        for inputs, targets in batches(data):
-            collected.add(model, loss, own(inputs), own(targets), mc_samples, generator, batch_axis)
         factors = collected.factors(str(reduction_of(loss)), group)
     plain = [name for name, block in factors.items() if not block.factored]
     if strict and plain:

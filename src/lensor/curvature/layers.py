@@ -113,7 +113,7 @@ def layers_of(
             raise ValueError(f"{message}, expected a model with supported layers only: choose among them with layers=")
         if strict:
             raise ValueError(message)
-        warnings.warn(message, stacklevel=_depth())
+        warnings.warn(message, stacklevel=outer_level())
     if not found:
         raise ValueError("the model has no convolution, transposed convolution or linear layer, expected at least one")
     _require_usable(found)
@@ -239,7 +239,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _depth() -> int:
+def outer_level() -> int:
     """The stack level of the first caller outside Lensor, for warnings."""
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("lensor.", "contextlib")):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lensor.arguments import described
-from lensor.curvature.batch import with_loss
+from lensor.curvature.batch import Batch
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import computing
+from lensor.curvature.compiled import Compile, on_batch
 from lensor.curvature.described import SHARED
 from lensor.curvature.streaming import Streamed
 
@@ -25,6 +26,7 @@ def per_example_gradients(
     layers: Iterable[str] | None = None,
     strict: bool = False,
     batch_axis: Given = None,
+    compile: Compile = False,
 ) -> dict[str, Tensor]:
     """The gradients of every example's part of the loss; summed over examples, they equal the gradient of the loss.
 
@@ -55,10 +57,13 @@ def per_example_gradients(
     Equation:
         `n (g c_in) i, i o k, n (g c_out) o -> n (g c_out) c_in k`.
     """
-    with with_loss(model, loss, data, layers, batch_axis) as (batch, value):
-        vectors = batch.capture.gradients(value, torch.ones_like(value), keep=False)
-        with computing(value):
-            return dict(batch.gradients(vectors, batch.of_functions(vectors)))
+    return on_batch(_gradients, model, loss, data, layers, batch_axis, compile=compile)
+
+
+def _gradients(batch: Batch, value: Tensor, _: Any) -> dict[str, Tensor]:
+    vectors = batch.capture.gradients(value, torch.ones_like(value), keep=False)
+    with computing(value):
+        return dict(batch.gradients(vectors, batch.of_functions(vectors)))
 
 
 @described(SHARED)
@@ -70,6 +75,7 @@ def per_example_gradient_norms(
     layers: Iterable[str] | None = None,
     strict: bool = False,
     batch_axis: Given = None,
+    compile: Compile = False,
 ) -> dict[str, Tensor]:
     """The Euclidean norm of every example's gradient, for each parameter.
 
@@ -97,8 +103,9 @@ def per_example_gradient_norms(
         TypeError: for a model or data of an unsupported type.
         ValueError: for an unknown layer, a layer that does not run, or a model that mixes examples.
     """
-    with with_loss(model, loss, data, layers, batch_axis, frozen=False) as (batch, value):
-        parameters = batch.capture.targets.parameters
-        names = [name for name, one in parameters.items() if layers is not None or one.requires_grad]
-        found = Streamed(batch, value, names, is_weighted=False).squares()
-        return {name: square.sqrt() for name, square in found.items()}
+    return on_batch(_norms, model, loss, data, layers, batch_axis, frozen=False, compile=compile)
+
+
+def _norms(batch: Batch, value: Tensor, _: Any) -> dict[str, Tensor]:
+    streamed = Streamed(batch, value, is_weighted=False)
+    return {name: square.sqrt() for name, square in streamed.squares().items()}

@@ -7,7 +7,6 @@ computed, and the input and the gradient at the output are kept, if a weighted s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -38,13 +37,12 @@ class Streamed:
     Args:
         batch: the batch after its forward pass.
         value: the loss.
-        names: the parameters that are needed.
         is_weighted: whether `weighted_sums` will be called.
     """
 
-    def __init__(self, batch: Batch, value: Tensor, names: Iterable[str], is_weighted: bool) -> None:
+    def __init__(self, batch: Batch, value: Tensor, is_weighted: bool) -> None:
         assert isinstance(batch.capture, CompleteCapture)
-        self.batch, self.capture, self.names, self._is_weighted = batch, batch.capture, list(names), is_weighted
+        self.batch, self.capture, self.names, self._is_weighted = batch, batch.capture, batch.names, is_weighted
         self._wanted = set(self.names)
         self._gradients: dict[str, Tensor] = {}
         self._of_sources: dict[int, Tensor] = {}

@@ -469,6 +469,9 @@ class JaxBackend:
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
         return run if one_sum is not None else widened(run)
 
+    def as_operator(self, ready: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        return run
+
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         planned = _Planned(ready)
         return lambda *arrays: _plan.bind(*varying([_strong(array) for array in arrays]), planned=planned)

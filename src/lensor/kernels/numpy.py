@@ -258,6 +258,9 @@ class NumpyBackend:
     def widened(self, run: Callable[..., Any], one_sum: s.Step | None) -> Callable[..., Any]:
         return widened(run)  # NumPy accumulates in half precision even inside one step
 
+    def as_operator(self, ready: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        return run
+
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         return ready.unrecorded
 

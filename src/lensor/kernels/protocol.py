@@ -99,6 +99,15 @@ class Backend(Protocol):
         """
         ...
 
+    def as_operator(self, ready: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of a plan's steps; in a graph that the framework traces for `lensor`, it is one operator.
+
+        Args:
+            ready: the plan with the backend's functions, a `lensor.runtime.Runnable`.
+            run: the function.
+        """
+        ...
+
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         """The function of a plan, with derivatives if the framework records them.
 

@@ -175,7 +175,7 @@ class Tracker:
             if self.generator is None:
                 self.generator = torch.Generator(outputs.device).manual_seed(self.seed)
             columns = root.of(self.fisher, self.mc_samples, self.generator)
-            one.collected.add_columns(capture, outputs, columns, root)
+            one.collected.add_columns(capture, outputs, columns, root.normaliser)
         if outputs.requires_grad:
             outputs.register_hook(partial(_reach, weakref.ref(self), one))
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from lensor.kernels.torch.autograd import Derivatives, Transformed, record
 from lensor.kernels.torch.memory import format_of, is_channels_last
+from lensor.kernels.torch.operator import OnePlan
 from lensor.kernels.torch.patterns import fuses
 from lensor.kernels.torch.steps import STEPS
 from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions, is_plain, uncast, unviewed
@@ -144,6 +145,10 @@ class TorchBackend:
                 return run(*wide).to(torch.float16)
 
         return call
+
+    def as_operator(self, ready: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        like = next((at for at, step in enumerate(ready.inputs) if type(step) is s.Input), None)
+        return run if like is None else OnePlan(run, ready.plan.shape, like, ready.in_channels_last)
 
     def differentiable(self, ready: Any) -> Callable[..., Any]:
         run, own = ready.unrecorded, Derivatives(ready.unrecorded, ready.derivative, ready.needs)

@@ -1,0 +1,175 @@
+"""Functions that are traced into a graph of torch's operators and compiled.
+
+The graph is divided into two parts. The second part contains what depends on the `late` arguments, so that it can run
+several times for one run of the first part: backward passes for several vectors after one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lensor.choices import Compiler
+from lensor.kernels.torch.operator import tracing
+
+
+def _by_inductor(graph: fx.GraphModule, examples: list[Any]) -> Any:
+    return torch._inductor.compile(graph, examples)
+
+
+_COMPILERS: dict[Compiler, Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]] = {
+    "inductor": _by_inductor,
+    "eager": lambda graph, _: graph,
+}
+
+
+class Traced:
+    """A function as a compiled graph.
+
+    Args:
+        function: a function of two trees of tensors that returns two trees of tensors, the first of which does not
+            depend on the second argument. Parameters and other tensors that it reads become inputs of the graph, so
+            that it sees later changes of their values.
+        early: the first argument.
+        late: the second argument.
+        compiler: how the graph runs.
+
+    Raises:
+        ValueError: if the function cannot be traced, for example because it depends on the values of tensors.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Any], tuple[Any, Any]],
+        early: Any,
+        late: Any = (),
+        compiler: Compiler = "inductor",
+    ) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx  # imports the compiler's modules
+
+        late = tree_map(_contiguous, late)
+        first, tree = tree_flatten((early, late))
+        places = [at for at, leaf in enumerate(first) if isinstance(leaf, Tensor)]
+        count = sum(isinstance(leaf, Tensor) for leaf in tree_flatten(early)[0])
+        self._trees: list[Any] = []
+        self._sizes: list[int] = []
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            leaves = list(first)
+            for at, tensor in zip(places, tensors, strict=True):
+                leaves[at] = tensor
+            parts = [tree_flatten(part) for part in function(*tree_unflatten(leaves, tree))]
+            self._trees = [tree for _, tree in parts]
+            self._sizes = [len(leaves) for leaves, _ in parts]
+            return [leaf for leaves, _ in parts for leaf in leaves]
+
+        tensors: list[Any] = [first[at] for at in places]
+        with tracing() as self._plans:
+            try:
+                made = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the model and the loss cannot be traced into one graph, expected a pass that does not depend on"
+                    f" the values of tensors for compile=True: {error}"
+                ) from error
+        self._first, self._second, self._kept = _divided(made, count, self._sizes[0])
+        with _plainly(tensors):
+            given = [*tensors[:count], *self._kept[0]]
+            found = list(self._first(*given))
+            self._run = _COMPILERS[compiler](self._first, given)
+            if self._sizes[1]:
+                between = found[self._sizes[0] :]
+                given = [*tensors[count:], *self._kept[1], *between]
+                self._then = _COMPILERS[compiler](self._second, given)
+
+    def run(self, early: Any) -> tuple[Any, list[Tensor]]:
+        """The first tree, and the tensors that `then` needs."""
+        tensors = [leaf for leaf in tree_flatten(early)[0] if isinstance(leaf, Tensor)]
+        with _plainly(tensors):
+            found = list(self._run(*tensors, *self._kept[0]))
+        size = self._sizes[0]
+        return tree_unflatten(found[:size], self._trees[0]), found[size:]
+
+    def then(self, late: Any, between: Sequence[Tensor]) -> Any:
+        """The second tree."""
+        tensors = [leaf.contiguous() for leaf in tree_flatten(late)[0] if isinstance(leaf, Tensor)]
+        with _plainly(tensors):
+            found = list(self._then(*tensors, *self._kept[1], *between))
+        return tree_unflatten(found, self._trees[1])
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+@contextmanager
+def _plainly(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Run a graph without recording gradients, and without casts by `torch.autocast`, which it contains already."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in {tensor.device.type for tensor in tensors}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _divided(
+    made: fx.GraphModule, early: int, size: int
+) -> tuple[fx.GraphModule, fx.GraphModule, tuple[list[Tensor], list[Tensor]]]:
+    """The graphs of both parts, and the tensors of the traced module that they take after their arguments.
+
+    The second part begins where a late argument is used first. Its inputs are its arguments, these tensors, and the
+    values of the first part that it needs, which the first part returns after its results.
+    """
+    made.graph.eliminate_dead_code()
+    nodes = list(made.graph.nodes)
+    arguments = [node for node in nodes if node.op == "placeholder"]
+    (output,) = [node for node in nodes if node.op == "output"]
+    is_late = set(arguments[early:])
+    begun = False
+    for node in nodes:
+        begun = begun or (node.op == "call_function" and not is_late.isdisjoint(node.all_input_nodes))
+        if begun and node.op == "call_function":
+            is_late.add(node)
+    _require_unchanged(is_late)
+    results = list(output.args[0])
+    parts, kept, between = [], [], []
+    for late in (False, True):
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        wanted = results[size:] if late else results[:size]
+        body = [node for node in nodes if node.op == "call_function" and (node in is_late) == late]
+        needed = {one for node in body for one in node.all_input_nodes} | {one for one in wanted if one is not None}
+        for node in arguments[early:] if late else arguments[:early]:
+            copies[node] = graph.placeholder(node.name)
+        attributes = [node for node in nodes if node.op == "get_attr" and node in needed]
+        tensors = {node.target: getattr(made, str(node.target)) for node in attributes}
+        inputs = {target: graph.placeholder(f"kept_{at}") for at, target in enumerate(tensors)}
+        copies |= {node: inputs[node.target] for node in attributes}
+        if late:
+            between = [node for node in nodes if node in needed and node not in copies and node not in is_late]
+            copies |= {node: graph.placeholder(node.name) for node in between}
+        for node in body:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        parts.append((graph, [None if one is None else copies[one] for one in wanted], copies))
+        kept.append(list(tensors.values()))
+    first, returned, copies = parts[0]
+    first.output(tuple(returned + [copies[node] for node in between]))
+    parts[1][0].output(tuple(parts[1][1]))
+    made_parts = [fx.GraphModule(torch.nn.Module(), graph) for graph, *_ in parts]
+    return made_parts[0], made_parts[1], (kept[0], kept[1])
+
+
+def _require_unchanged(is_late: Iterable[fx.Node]) -> None:
+    """Raise ValueError if the second part writes into values of the first, which would differ in its next run."""
+    is_late = set(is_late)
+    for node in is_late:
+        schema = getattr(node.target, "_schema", None)
+        for argument, given in zip(schema.arguments if schema is not None else (), node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and given not in is_late:
+                raise ValueError(f"the pass cannot be compiled: its backward pass writes with {node.target}")

@@ -111,7 +111,8 @@ def compiler_of(compile: Compile) -> Compiler | None:
 
 def _key(what: str, model: nn.Module, fixed: Any, given: Any) -> tuple[Any, list[Any]]:
     """The key of a pass, and objects that it needs: everything on which its graph depends."""
-    found = Fingerprint([model, fixed], [given])
+    hooks = {name: one for name, one in vars(nn.modules.module).items() if name.startswith("_global_") and one}
+    found = Fingerprint([model, fixed, hooks], [given])
     kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     casts = tuple(
         (kind, torch.get_autocast_dtype(kind))
@@ -121,6 +122,7 @@ def _key(what: str, model: nn.Module, fixed: Any, given: Any) -> tuple[Any, list
     settings = (
         casts,
         torch.get_default_dtype(),
+        torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
         allows_tf32(),
         allows_tf32_convolutions(),
@@ -241,29 +243,32 @@ def on_batch(
         check: a function of the outputs (whose values are not used) and the targets that raises for unusable ones.
     """
     layers = None if layers is None else list(layers)
-    key, held, inputs, targets = None, [], None, None
-    compiler = compiler_of(compile)
-    if compiler is not None:
-        model = unwrapped(model)
-        inputs, targets = own(only_pair(data))
-        data = inputs, targets
-        key, held = _key(f"{compute.__qualname__} {compiler}", model, (loss, layers, given, frozen), (data, options))
-        found = passes.find(key)
-        if found is not None:
+
+    def uncompiled() -> tuple[Any, Batch]:
+        with with_loss(model, loss, data, layers, given, frozen) as (batch, value):
             if check is not None:
-                assert found.outputs is not None
-                check(found.outputs, targets)
-            with torch.inference_mode(False), undisturbed(model):
-                return found.traced.run((inputs, targets, options))[0]
-    with with_loss(model, loss, data, layers, given, frozen) as (batch, value):
+                check(batch.outputs, batch.targets)
+            return compute(batch, value, options), batch
+
+    compiler = compiler_of(compile)
+    if compiler is None:
+        return uncompiled()[0]
+    model = unwrapped(model)
+    inputs, targets = data = own(only_pair(data))
+    key, held = _key(f"{compute.__qualname__} {compiler}", model, (loss, layers, given, frozen), (data, options))
+    found = passes.find(key)
+    if found is not None:
         if check is not None:
-            check(batch.outputs, batch.targets)
-        result = compute(batch, value, options)
-    if compiler is None or not batch.size or not passes.admits(model, key[0]):
+            assert found.outputs is not None
+            check(found.outputs, targets)
+        with torch.inference_mode(False), undisturbed(model):
+            return found.traced.run((inputs, targets, options))[0]
+    result, batch = uncompiled()
+    if not batch.size or not passes.admits(model, key[0]):
         return result
     shape = None if check is None else batch.outputs.new_empty(()).expand(batch.outputs.shape)
     axes = batch.batch_axes
-    del batch, value
+    del batch
 
     def pass_over(early: Any, _: Any) -> tuple[Any, Any]:
         inputs, targets, options = early

@@ -50,14 +50,13 @@ class Traced:
         late: Any = (),
         compiler: Compiler = "inductor",
     ) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx  # imports the compiler's modules
-
         late = tree_map(_contiguous, late)
         first, tree = tree_flatten((early, late))
         places = [at for at, leaf in enumerate(first) if isinstance(leaf, Tensor)]
         count = sum(isinstance(leaf, Tensor) for leaf in tree_flatten(early)[0])
         self._trees: list[Any] = []
         self._sizes: list[int] = []
+        self._strides: list[tuple[int, ...]] = []
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             leaves = list(first)
@@ -70,13 +69,7 @@ class Traced:
 
         tensors: list[Any] = [first[at] for at in places]
         with tracing() as self._plans:
-            try:
-                made = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"the model and the loss cannot be traced into one graph, expected a pass that does not depend on"
-                    f" the values of tensors for compile=True: {error}"
-                ) from error
+            made = _graph_of(flat, tensors)
         self._first, self._second, self._kept = _divided(made, count, self._sizes[0])
         with _plainly(tensors):
             given = [*tensors[:count], *self._kept[0]]
@@ -84,6 +77,7 @@ class Traced:
             self._run = _COMPILERS[compiler](self._first, given)
             if self._sizes[1]:
                 between = found[self._sizes[0] :]
+                self._strides = [one.stride() for one in between]
                 given = [*tensors[count:], *self._kept[1], *between]
                 self._then = _COMPILERS[compiler](self._second, given)
 
@@ -93,7 +87,8 @@ class Traced:
         with _plainly(tensors):
             found = list(self._run(*tensors, *self._kept[0]))
         size = self._sizes[0]
-        return tree_unflatten(found[:size], self._trees[0]), found[size:]
+        between = [_in_format(*one) for one in zip(found[size:], self._strides, strict=True)]
+        return tree_unflatten(found[:size], self._trees[0]), between
 
     def then(self, late: Any, between: Sequence[Tensor]) -> Any:
         """The second tree."""
@@ -101,6 +96,58 @@ class Traced:
         with _plainly(tensors):
             found = list(self._then(*tensors, *self._kept[1], *between))
         return tree_unflatten(found, self._trees[1])
+
+
+def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """Trace a function of tensors.
+
+    It runs on the tensors, so that the graph has their memory formats. If the function depends on values, it runs on
+    tensors without values, for which libraries have other ways; then the memory formats of all values are checked.
+
+    Raises:
+        ValueError: if the function depends on values in any case, or if a memory format would be wrong.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx  # imports the compiler's modules
+
+    try:
+        return make_fx(function)(*tensors)
+    except RuntimeError as error:
+        if "get value out of a tracing tensor" not in str(error):
+            raise _not_traced(error) from error
+    try:
+        made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        with _plainly(tensors):
+            _WithFormats(made).run(*tensors)
+    except RuntimeError as error:
+        raise _not_traced(error) from error
+    return made
+
+
+def _not_traced(error: Exception) -> ValueError:
+    return ValueError(
+        "the pass cannot be traced into one graph, expected a model and a loss that do not depend on the values of"
+        f" tensors: {error}"
+    )
+
+
+class _WithFormats(fx.Interpreter):
+    """Runs a graph and raises RuntimeError for a value whose memory format differs from the one while tracing."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        found, expected = super().run_node(n), n.meta.get("val")
+        if isinstance(found, Tensor) and isinstance(expected, Tensor):
+            pairs = zip(found.shape, found.stride(), expected.stride(), strict=True)
+            if any(size > 1 and one != two for size, one, two in pairs):
+                raise RuntimeError(f"the result of {n.target} has strides {found.stride()}, not {expected.stride()}")
+        return found
+
+
+def _in_format(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor with these strides, which a compiled graph may have changed; a copy only if it has others."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _contiguous(leaf: Any) -> Any:

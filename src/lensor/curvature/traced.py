@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lensor.choices import Compiler
@@ -110,24 +111,54 @@ def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) 
     from torch.fx.experimental.proxy_tensor import make_fx  # imports the compiler's modules
 
     try:
-        return make_fx(function)(*tensors)
+        try:
+            with _WithoutValues():
+                made = make_fx(function)(*tensors)
+        except RuntimeError as error:
+            if _READS not in str(error):
+                raise
+            made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+            with _plainly(tensors):
+                _WithFormats(made).run(*tensors)
     except RuntimeError as error:
-        if "get value out of a tracing tensor" not in str(error):
-            raise _not_traced(error) from error
-    try:
-        made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        with _plainly(tensors):
-            _WithFormats(made).run(*tensors)
-    except RuntimeError as error:
-        raise _not_traced(error) from error
+        raise ValueError(
+            "the pass cannot be traced into one graph, expected a model and a loss that do not depend on the values of"
+            f" tensors: {error}"
+        ) from error
+    for node in made.graph.nodes:
+        if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()) or _has_unknown_size(node):
+            raise ValueError(
+                "the pass cannot be traced into one graph, expected results whose sizes do not depend on the values of"
+                f" tensors, and no values as numbers: {node.target}"
+            )
     return made
 
 
-def _not_traced(error: Exception) -> ValueError:
-    return ValueError(
-        "the pass cannot be traced into one graph, expected a model and a loss that do not depend on the values of"
-        f" tensors: {error}"
-    )
+_READS = "get value out of a tracing tensor"
+"""The beginning of torch's message for functions that read values."""
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Raises RuntimeError, as torch does while it traces, for functions whose reading of values torch does not see."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
+    ) -> Any:
+        """Handle one call."""
+        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            raise RuntimeError(f"{function.__name__} would {_READS}")
+        return function(*arguments, **(named or {}))
+
+
+def _has_unknown_size(node: fx.Node) -> bool:
+    """Whether the size of a result depends on values: selections by a mask, positions of nonzero entries."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    indices: Any = node.args[1]
+    kinds = [one.meta.get("val", one.meta.get("tensor_meta")) for one in indices if one is not None]
+    return any(kind is None or kind.dtype in (torch.bool, torch.uint8) for kind in kinds)
 
 
 class _WithFormats(fx.Interpreter):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lensor.choices import Approx
 from lensor.curvature import KroneckerFactors, kfac
+from lensor.curvature.compiled import Compile
 from lensor.curvature.layers import Layer, layers_of
 from lensor.inspect.errors import choose, in_one_line, require
 from lensor_bench.measure import interleaved, peak_bytes
@@ -82,9 +83,11 @@ class Measured:
 
 
 def measure(
-    names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int
+    names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int, compiled: bool = False
 ) -> Iterator[Measured]:
     """Time all ways for each model, interleaved, for the empirical Fisher of the mean cross entropy.
+
+    With `compiled`, passes that are traced or compiled are included; torch's compiler takes minutes for each.
 
     Raises:
         CommandError: for an unknown model or a missing package.
@@ -92,10 +95,10 @@ def measure(
     require("torch", "transformers")
     with using(threads):
         for name in choose("model", names, MODELS):
-            yield from _model(name, batch, size, seconds, repeats)
+            yield from _model(name, batch, size, seconds, repeats, compiled)
 
 
-def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> Iterator[Measured]:
+def _model(name: str, batch: int, size: int, seconds: float, repeats: int, compiled: bool) -> Iterator[Measured]:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     data = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
@@ -113,12 +116,16 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         return value.detach()
 
     def own(
-        approx: Approx, formed: bool = False, some: Sequence[Layer] | None = None, axis: int | None = 0
+        approx: Approx,
+        formed: bool = False,
+        some: Sequence[Layer] | None = None,
+        axis: int | None = 0,
+        compile: Compile = False,
     ) -> Callable[[], Any]:
         names = None if some is None else [layer.name for layer in some]
 
         def call() -> Any:
-            options: dict[str, Any] = {"layers": names, "others": "skip", "batch_axis": axis}
+            options: dict[str, Any] = {"layers": names, "others": "skip", "batch_axis": axis, "compile": compile}
             found = kfac(model, loss, data, approx=approx, fisher="empirical", **options)
             return {n: block.A for n, block in found.items()} if formed else found
 
@@ -133,6 +140,9 @@ def _model(name: str, batch: int, size: int, seconds: float, repeats: int) -> It
         "lensor, expand, axis found": own("expand", axis=None),
         "lensor, reduce, axis found": own("reduce", axis=None),
     }
+    for approx in _APPROX if compiled else ():
+        ways[f"lensor, {approx}, traced"] = own(approx, compile="eager")
+        ways[f"lensor, {approx}, compiled"] = own(approx, compile=True)
     failed: dict[str, str] = {}
     if _installed("curvlinops"):
         ways |= {f"curvlinops, {approx}": _curvlinops(model, loss, layers, data, approx) for approx in _APPROX}

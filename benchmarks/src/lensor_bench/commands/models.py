@@ -24,12 +24,15 @@ def models(
     threads: Threads = 2,
     repeats: Repeats = 10,
     seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for the rounds of each way.")] = 5.0,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Include compiled passes; compiling takes minutes.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the table to this CSV file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Measure Kronecker factors of whole models, compared with curvlinops and BackPACK if they are installed."""
     with reported(debug):
-        _models(names or [], batch, size, seconds, repeats, threads, csv)
+        _models(names or [], batch, size, seconds, repeats, threads, compiled, csv)
 
 
 def steps(
@@ -91,7 +94,14 @@ def sampling(
 
 
 def _models(
-    names: Sequence[str], batch: int, size: int, seconds: float, repeats: int, threads: int, csv: Path | None
+    names: Sequence[str],
+    batch: int,
+    size: int,
+    seconds: float,
+    repeats: int,
+    threads: int,
+    compiled: bool,
+    csv: Path | None,
 ) -> None:
     require("torch", "transformers")
     from lensor_bench.models import measure
@@ -101,7 +111,7 @@ def _models(
         "beyond one pass, s": lambda one: _number("{:.3f}", one.beyond),
         "peak, MB": lambda one: _megabytes(one.peak),
     }
-    _tabulate(measure(names, batch, size, seconds, repeats, threads), columns, csv)
+    _tabulate(measure(names, batch, size, seconds, repeats, threads, compiled), columns, csv)
 
 
 def _private(

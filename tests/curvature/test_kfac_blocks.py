@@ -274,11 +274,13 @@ def _blocks(found: Any) -> list[Any]:
 
 @pytest.mark.parametrize("make", [lambda: various(), lambda: _recurrent()], ids=["various", "recurrent"])
 @pytest.mark.parametrize("bias", ["separate", "joint"])
-def test_corrected_eigenvalues_are_the_diagonal_in_the_basis(make: Callable[[], Any], bias: Any) -> None:
+@pytest.mark.parametrize("basis", [None, torch.bfloat16])
+def test_corrected_eigenvalues_are_the_diagonal_in_the_basis(make: Callable[[], Any], bias: Any, basis: Any) -> None:
+    """In the rounded basis, too, if the eigenvectors are stored in half precision."""
     model, data = make()
     loss = nn.CrossEntropyLoss() if not data[1].is_floating_point() else nn.MSELoss()
     factors = kfac(model, loss, data, bias=bias)
-    found = ekfac(model, loss, data, factors)
+    found = ekfac(model, loss, data, factors, basis_dtype=basis)
     names = dict(model.named_parameters())
     j = {}
     for name in names:
@@ -291,9 +293,23 @@ def test_corrected_eigenvalues_are_the_diagonal_in_the_basis(make: Callable[[], 
         hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(outputs)
     for name, block in factors.items():
         q_a, q_b, values = found.parts[name]
+        assert basis in (None, q_a.dtype)
+        assert basis in (None, q_b.dtype)
+        q_a, q_b = q_a.double(), q_b.double()
         rows = block.to_rows({one: j[one].reshape(*j[one].shape[:2], *block.shapes[one]) for one in block.names})
         turned = q_b.mT @ rows @ q_a
         torch.testing.assert_close(values, torch.einsum("ncgba,ncd,ndgba->gba", turned, hessian, turned))
+    vector = torch.randn(found.size)
+    exact = ekfac(model, loss, data, factors)
+    for one, two in ((found @ vector, exact @ vector), (found.inverse(0.1) @ vector, exact.inverse(0.1) @ vector)):
+        assert one.dtype == vector.dtype
+        assert (one - two).norm() <= (1e-10 if basis is None else 2e-2) * two.norm()
+
+
+def test_a_basis_has_a_floating_dtype() -> None:
+    model, data = _recurrent()
+    with pytest.raises(TypeError, match=r"basis_dtype is torch\.int8, expected a floating dtype"):
+        ekfac(model, nn.MSELoss(), data, kfac(model, nn.MSELoss(), data), basis_dtype=torch.int8)
 
 
 def _recurrent() -> tuple[nn.Module, Any]:

@@ -12,5 +12,6 @@ SHARED = {
     "mc_samples": 'number of draws per example, for "mc".',
     "generator": "random generator for the draws.",
     "batch_axis": "axis of the examples in the layers' inputs, as for `kfac`; a trial pass determines it unless given.",
+    "compile": "whether, or how, the pass is compiled into a graph for batches of the same shapes, as for `kfac`.",
 }
 """Descriptions by the argument's name."""

@@ -39,6 +39,7 @@ def ekfac(
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     batch_axis: Given = None,
+    basis_dtype: torch.dtype | None = None,
 ) -> EigenFactors:
     """Kronecker factors with corrected eigenvalues: the GGN's diagonal in the factors' eigenbasis.
 
@@ -46,6 +47,9 @@ def ekfac(
 
     Args:
         factors: the result of `kfac` for this model.
+        basis_dtype: the dtype in which the eigenvectors are stored, such as torch.bfloat16 for half the memory. The
+            eigenvalues belong to the rounded vectors, and products use the dtype of the factors. That of the factors
+            unless given.
 
     Returns:
         An operator with the eigenvectors of the factors and corrected eigenvalues.
@@ -60,7 +64,7 @@ def ekfac(
         21
 
     Raises:
-        TypeError: for a loss, model, data or factors of an unsupported type.
+        TypeError: for a loss, model, data or factors of an unsupported type, or a dtype that is not floating.
         ValueError: for an unknown choice, factors of another model, a layer that does not run, or a model that mixes
             examples.
 
@@ -69,6 +73,8 @@ def ekfac(
         al., 2018).
     """
     require_module(model)
+    if basis_dtype is not None and not basis_dtype.is_floating_point:
+        raise TypeError(f"basis_dtype is {basis_dtype}, expected a floating dtype such as torch.bfloat16")
     require_type(factors, "factors", KroneckerFactors)
     model = unwrapped(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -89,6 +95,9 @@ def ekfac(
     watched = Targets(layers, held)
     with running(model):
         eigen = factors.eigh()
+        if basis_dtype is not None:
+            parts = {name: (a.to(basis_dtype), b.to(basis_dtype), one) for name, (a, b, one) in eigen.parts.items()}
+            eigen = EigenFactors(dict(factors), parts)
         values = {name: torch.zeros_like(part[2]) for name, part in eigen.parts.items()}
         for inputs, targets in batches(data):
             batch = Batch(model, watched, own(inputs), batch_axis, shared=True)
@@ -125,7 +134,7 @@ def _parts(
             if all(part in waiting for part in factors[name].names):
                 rows = factors[name].to_rows({part: waiting.pop(part) for part in factors[name].names})
                 q_a, q_b, _ = eigen.parts[name]
-                yield name, (q_b.mT @ rows.to(q_a.dtype) @ q_a).square().sum(0)
+                yield name, (q_b.to(rows.dtype).mT @ rows @ q_a.to(rows.dtype)).square().sum(0)
 
 
 def _eigenvalues(spec: ConvSpec) -> AnyNetwork:

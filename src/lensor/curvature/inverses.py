@@ -25,7 +25,8 @@ class EigenFactors(Operator):
 
     Args:
         blocks: the blocks.
-        parts: Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d] of each block.
+        parts: Q_A [groups, d, d], Q_B [groups, c, c] and the eigenvalues [groups, c, d] of each block. The matrices may
+            be stored in a dtype with lower precision.
 
     Example:
         >>> import torch
@@ -43,6 +44,7 @@ class EigenFactors(Operator):
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
         q_a, q_b, values = self.parts[name]
+        q_a, q_b = q_a.to(rows.dtype), q_b.to(rows.dtype)
         return q_b @ ((q_b.mT @ rows @ q_a) * values) @ q_a.mT
 
     def inverse(self, damping: float) -> EigenFactors:

@@ -85,9 +85,9 @@ def kfac(
         batch_axis: axis of the examples in the layers' inputs: an axis, "outer" or "inner" (the examples share the
             first axis with other rows), or a mapping from layer names to these. Unless you specify it, a trial pass
             with a different number of examples determines it, so specify it for a model that cannot run such a pass.
-        compile: whether to compile the forward pass, one backward pass and the factors into graphs, which are used
-            again in later calls for batches of the same shapes. This takes up to minutes, and pays in loops over data
-            and in repeated calls; see the how-to on compiled passes.
+        compile: whether to trace the pass into a graph that is used again for batches of the same shapes, also in later
+            calls: "eager" runs torch's operators one after the other, and True compiles them with torch's compiler,
+            which takes from seconds to minutes. The loss, the draws and a smaller last batch are not compiled.
 
     Returns:
         A mapping from the names of weights (and biases, if separate) to their blocks, with `.A` [groups, d, d] and `.B`

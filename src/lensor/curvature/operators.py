@@ -85,7 +85,7 @@ class Operator(ABC):
             )
         parts = vector.split([math.prod(shape) for shape in self.shapes.values()], -1)
         front = vector.shape[:-1]
-        return {n: p.reshape(*front, *shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
+        return {n: p.reshape((*front, *shape)) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
 
     def flatten(self, vectors: Vectors) -> Tensor:
         """Convert a mapping to one tensor with all parameters in its last axis: the inverse of `unflatten`."""

@@ -103,7 +103,7 @@ class FunctionUse:
         """
         if not self.batch:
             return [source.tensor.new_zeros((0, *source.tensor.shape)) for source in self.sources]
-        found = self._of_layer(cotangents) if self._is_unchanged() else None
+        found = self._of_layer(cotangents) if self.is_unchanged() else None
         if found is None and self._can_map():
             found = self._mapped(cotangents)
         return self._masked(cotangents) if found is None else found
@@ -147,13 +147,13 @@ class FunctionUse:
         return [found[id(self.leaves[source.place])] for source in self.sources]
 
     # ------------------------------------------------------------------------------------------------ mapped functions
-    def _is_unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether the arguments still have the values that the function received."""
         return self.can_rerun and all(self.leaves[at]._version == version for at, version in self.versions.items())
 
     def _can_map(self) -> bool:
         """Whether the examples' parts of all arguments and results are known."""
-        if not self._is_unchanged() or self.axes is None:
+        if not self.is_unchanged() or self.axes is None:
             return False
         axes = [*self.axes.values(), *[output.axis for output in self.outputs]]
         return all(axis is not None and axis.order is not None for axis in axes)
@@ -199,7 +199,7 @@ class FunctionUse:
             raise
         except Exception:  # any function of a user or of torch, some of which vmap does not support
             return self._looped(one, given, vs)
-        return list(found)
+        return list(map(_dense, found))
 
     def _looped(
         self,
@@ -217,7 +217,7 @@ class FunctionUse:
             raise
         except Exception:  # as above
             return None
-        return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        return [torch.stack(list(map(_dense, parts))) for parts in zip(*found, strict=True)]
 
     # ---------------------------------------------------------------------------------------------- the recorded graph
     def _masked(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
@@ -239,7 +239,7 @@ class FunctionUse:
         edges, aliases = [output.edge for output in self.outputs], [source.alias for source in self.sources]
         found = torch.autograd.grad(edges, aliases, vectors, retain_graph=True, allow_unused=True)
         return [
-            widened(torch.zeros_like(alias) if one is None else one.to_dense() if one.is_sparse else one)
+            widened(torch.zeros_like(alias) if one is None else _dense(one))
             for alias, one in zip(aliases, found, strict=True)
         ]
 
@@ -256,6 +256,11 @@ class FunctionUse:
                 f" positions of the {self.batch} examples cannot be found: leave the module out with layers="
             )
         return axis
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """The gradient as a dense tensor; those of embeddings may be sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _split(x: Tensor, axis: BatchAxis, batch: int) -> tuple[Tensor, int]:

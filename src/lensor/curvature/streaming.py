@@ -17,9 +17,11 @@ from lensor.curvature.batch import Batch, squared_norms
 from lensor.curvature.capture import Use, computing
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import over_positions
-from lensor.curvature.example_gradients import gradients_of, rows_of, zeros_of
+from lensor.curvature.example_gradients import gradients_of, rows_of, sum_of, zeros_of
 from lensor.curvature.functions import FunctionUse
 from lensor.curvature.networks import network
+from lensor.curvature.pairs import OuterProducts, are_linear, positions
+from lensor.curvature.pairs import squared_norms as squared_norms_of
 from lensor.planner.settings import preferring
 
 _LEAST_BYTES = 1 << 24
@@ -50,6 +52,8 @@ class Streamed:
         self._layers: list[tuple[Use, Tensor]] = []
         self._functions: dict[FunctionUse, list[Tensor | None]] = {}
         self._counts = self._count()
+        self._paired = self._find_paired()
+        self._products: dict[str, list[OuterProducts]] = {}
         if self.capture.is_single:
             whole = self.capture.whole(value, torch.ones_like(value))
             self._gradients |= {name: whole[name] for name in self.names}
@@ -57,6 +61,8 @@ class Streamed:
         later = [use for use in self.capture.functions if not self._is_at_once(use)]
         self.capture.propagate(value, bool(later), self._receive)
         with computing(value):
+            for name, products in self._products.items():
+                self._squares[name] = squared_norms_of(products)
             for use, vectors in self._functions.items():
                 self._add_function(use, vectors)
             for name, gradient in self.capture.by_name(self._of_sources, batched=True).items():
@@ -77,6 +83,25 @@ class Streamed:
                     found[name] += 1
         return found
 
+    def _find_paired(self) -> dict[Use | FunctionUse, str]:
+        """The uses of weights whose norms come from pairs of positions, with the names of these weights."""
+        names, uses = self.capture.targets.names, {name: [] for name in self._wanted}
+        for use in self.capture.uses:
+            if use.weight in uses:
+                uses[use.weight].append(use)
+        for use in self.capture.functions:
+            for name in {names.get(id(source.tensor), "") for source in use.sources} & uses.keys():
+                uses[name].append(use)
+        found = {}
+        for name, mine in uses.items():
+            is_one_layer = len(mine) == 1 and isinstance(mine[0], Use)  # its plans include pairs of positions
+            if is_one_layer or len(mine) != self._counts[name] or not mine or not are_linear(mine):
+                continue
+            counts, parameter = list(map(positions, mine)), self.capture.targets.parameters[name]
+            if sum(counts) ** 2 < parameter.numel():
+                found |= dict.fromkeys(mine, name)
+        return found
+
     def _is_small(self, entries: int, sources: int) -> bool:
         """Whether the gradients of the examples, of `entries` each, have no more entries than their sources."""
         return self.batch.size * entries <= sources
@@ -85,12 +110,17 @@ class Streamed:
         """Whether the gradients for a function can be formed as soon as the gradient at its output is known."""
         if len(use.outputs) > 1:
             return False
+        if use in self._paired:
+            return True
         entries = sum(source.tensor.numel() for source in use.sources)
         return not self._is_weighted or self._is_small(entries, use.outputs[0].shape.numel())
 
     def _receive(self, use: Use | FunctionUse, number: int, v: Tensor) -> None:
         """Take the gradient at an output."""
-        if isinstance(use, Use):
+        if isinstance(use, FunctionUse) and use in self._paired:
+            self._products.setdefault(self._paired[use], []).append(OuterProducts.of_embedding(use, v))
+            use.leaves.clear()
+        elif isinstance(use, Use):
             self._add_layer(use, v)
         elif self._is_at_once(use):
             self.capture.add(self._of_sources, use, use.gradients([v]))
@@ -105,6 +135,9 @@ class Streamed:
         if use.weight not in self._wanted:
             return
         with preferred(x, v):
+            if use in self._paired:
+                self._products.setdefault(use.weight, []).append(OuterProducts.of_layer(x, v))
+                return
             if self._counts[use.weight] > 1 or (
                 self._is_weighted and self._is_small(use.weight_size, x.numel() + v.numel())
             ):
@@ -158,6 +191,8 @@ class Streamed:
                 self.capture.add(of_sources, use, use.weighted_sum(vectors, factors))
         found |= self.capture.by_name(of_sources, batched=False)
         parameters = self.capture.targets.parameters
+        for name, products in self._products.items():
+            found[name] = sum_of(one.weighted_sum(factors, len(parameters[name])) for one in products)
         return {
             name: found[name] if name in found else zeros_of(parameters[name], self.batch.size).sum(0)
             for name in self.names

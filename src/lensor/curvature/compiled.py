@@ -164,8 +164,12 @@ def add(
         with computing(outputs):
             root = root_of(loss, outputs, targets, found.counts.examples, found.axis)
             sums: Any = None
-            for column in root.of(collected.fisher, mc_samples, generator):
-                sums = _plus(sums, found.traced.then(column, between), root.normaliser)
+            columns = root.of(collected.fisher, mc_samples, generator)
+            column = next(columns, None)
+            while column is not None:
+                following = next(columns, None)
+                sums = _plus(sums, found.traced.then(column, between, following is None), root.normaliser)
+                column = following
     collected.add_sums(found.counts, forward, sums, root.normaliser)
 
 

@@ -6,6 +6,7 @@ several times for one run of the first part: backward passes for several vectors
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -80,7 +81,10 @@ class Traced:
                 between = found[self._sizes[0] :]
                 self._strides = [one.stride() for one in between]
                 given = [*tensors[count:], *self._kept[1], *between]
-                self._then = _COMPILERS[compiler](self._second, given)
+                if compiler == "eager":
+                    self._then = _releasing(self._second, len(between))
+                else:
+                    self._then = _unpacked(_COMPILERS[compiler](self._second, given))
 
     def run(self, early: Any) -> tuple[Any, list[Tensor]]:
         """The first tree, and the tensors that `then` needs."""
@@ -91,12 +95,37 @@ class Traced:
         between = [_in_format(*one) for one in zip(found[size:], self._strides, strict=True)]
         return tree_unflatten(found[:size], self._trees[0]), between
 
-    def then(self, late: Any, between: Sequence[Tensor]) -> Any:
-        """The second tree."""
+    def then(self, late: Any, between: list[Tensor], is_last: bool = True) -> Any:
+        """The second tree; the last call may release tensors that it does not need any more, and empties the list."""
         tensors = [leaf.contiguous() for leaf in tree_flatten(late)[0] if isinstance(leaf, Tensor)]
+        given = [*tensors, *self._kept[1]]
         with _plainly(tensors):
-            found = list(self._then(*tensors, *self._kept[1], *between))
+            found = list(self._then(*given, between if is_last else list(between)))
+        if is_last:
+            between.clear()
         return tree_unflatten(found, self._trees[1])
+
+
+def _unpacked(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes its last arguments as a list."""
+    return lambda *given: run(*given[:-1], *given[-1])
+
+
+def _clear(held: list[Tensor]) -> None:
+    held.clear()
+
+
+def _releasing(graph: fx.GraphModule, count: int) -> fx.GraphModule:
+    """The same graph with its last inputs as a list, which it empties, so that each is released after its last use."""
+    made = fx.Graph()
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    copies = {node: made.placeholder(node.name) for node in inputs[: len(inputs) - count]}
+    held = made.placeholder("held")
+    for at, node in enumerate(inputs[len(inputs) - count :]):
+        copies[node] = made.call_function(operator.getitem, (held, at))
+    made.call_function(_clear, (held,))
+    made.output(made.graph_copy(graph.graph, copies))
+    return fx.GraphModule(torch.nn.Module(), made)
 
 
 def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> fx.GraphModule:

@@ -123,6 +123,16 @@ class Cache:
             while len(self._entries) > self.maxsize or self._total > self.max_bytes:
                 self._drop(next(iter(self._entries)))
 
+    def drop(self, key: Hashable) -> None:
+        """Drop the value for `key`, if there is one."""
+        with self._lock:
+            self._drop(key)
+
+    def count(self, is_counted: Callable[[Any], bool]) -> int:
+        """The number of keys for which a function is true."""
+        with self._lock:
+            return sum(map(is_counted, self._entries))
+
     def _drop(self, key: Hashable) -> None:
         if key in self._entries:
             del self._entries[key]

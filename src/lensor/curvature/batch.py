@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.choices import Fisher, words
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
-from lensor.curvature.capture import Capture, KeptInputs, Use, computing, own, run, running, unwrapped
+from lensor.curvature.capture import Capture, KeptInputs, Use, computing, run
 from lensor.curvature.collector import output_axis, require_independent
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import batches, one_tensor, size_of
@@ -233,30 +232,16 @@ def share_of(loss: Any, batch: Batch, targets: Any) -> float:
     return LossRoot(loss, batch.outputs, targets, 1).normaliser
 
 
-@contextmanager
-def with_loss(
-    model: nn.Module, loss: Any, data: Any, layers: Iterable[str] | None, given: Given, frozen: bool = True
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Run one batch and yield it with the loss.
+def watched_for_examples(model: nn.Module, layers: Iterable[str] | None, frozen: bool) -> Targets:
+    """The parameters whose gradients of single examples are wanted; the arguments are those of `all_parameters`.
 
-    Args:
-        model: the model.
-        loss: any callable of (outputs, targets).
-        data: one pair (inputs, targets).
-        layers: names of modules.
-        given: the batch_axis that the user specified.
-        frozen: as for `all_parameters`.
+    Raises:
+        ValueError: if the model mixes examples, or if a parameter has a hook.
     """
-    model = unwrapped(model)
     watched = Targets(*all_parameters(model, layers, frozen))
     refuse_mixing(model)
     _refuse_hooks(watched)
-    inputs, targets = only_pair(data)
-    with running(model):
-        batch = Batch(
-            model, watched, own(inputs), given, empty=True, shared=True, only_trainable=not frozen and layers is None
-        )
-        yield batch, batch.loss(loss, own(targets))
+    return watched
 
 
 def only_pair(data: Any) -> tuple[Any, Any]:

@@ -69,9 +69,14 @@ class Sums:
 
 
 class Counts(NamedTuple):
-    """What a collector knows of a pass besides the sums, and needs to add sums of an equal pass.
+    """The state of a collector after a pass, besides the sums.
 
-    `positions` has the number of output positions and the total number of ones for each parameter.
+    Args:
+        examples: the number of examples.
+        outputs: the number of outputs of an example.
+        alike: the weights with the same output factors as biases, by bias.
+        positions: for each parameter, the number of output positions and the total number of ones.
+        left: the parameters without Kronecker factors.
     """
 
     examples: int
@@ -82,11 +87,19 @@ class Counts(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What `Collector.add` found: the positions of the examples in the layers and in the outputs, and the outputs."""
+    """The result of `Collector.add`.
+
+    Args:
+        axes: the positions of the examples in the inputs of layers.
+        axis: the position of the examples in the outputs.
+        outputs: the outputs.
+        is_recorded: whether gradients were recorded.
+    """
 
     axes: BatchAxes | None
     axis: BatchAxis
     outputs: Tensor
+    is_recorded: bool
 
 
 class Collector:
@@ -176,6 +189,7 @@ class Collector:
         axes = Capture.batch_axes_of(model, inputs, Targets(self.layers, self.parameters), batch, batch_axis)
         if self._left:
             refuse_mixing(model)
+        is_recorded = True
         if self.fisher != "forward-only":
             before = Rewind(model) if self.parameters is not None and not self.examples else None
             capture, returned = self.passed(model, inputs, axes, batch_axis)
@@ -185,12 +199,12 @@ class Collector:
                 before.restore()
                 capture, returned = self.passed(model, inputs, axes, batch_axis)
         else:
-            one = self.empty()
+            is_recorded, one = False, self.empty()
             try:
-                capture, returned = one.passed(model, inputs, axes, batch_axis)
+                capture, returned = one.passed(model, inputs, axes, batch_axis, is_recorded)
             except RuntimeError:  # the model itself computes gradients
-                one = self.empty()
-                capture, returned = one.passed(model, inputs, axes, batch_axis, record=True)
+                is_recorded, one = True, self.empty()
+                capture, returned = one.passed(model, inputs, axes, batch_axis, is_recorded)
             one.finish(batch)
             self.merge(one)
         capture.check(returned, shared=True)
@@ -203,10 +217,10 @@ class Collector:
         self.outputs = outputs.numel() // batch
         if self.fisher != "forward-only":
             self.add_columns(capture, outputs, root.of(self.fisher, mc_samples, generator), root.normaliser)
-        return Added(axes, axis, outputs.detach())
+        return Added(axes, axis, outputs.detach(), is_recorded)
 
     def passed(
-        self, model: nn.Module, inputs: Any, axes: BatchAxes | None, given: Given, record: bool | None = None
+        self, model: nn.Module, inputs: Any, axes: BatchAxes | None, given: Given, is_recorded: bool = True
     ) -> tuple[Capture, Any]:
         """Run a forward pass that adds the layers' inputs, and return the capture and what the model returned."""
         watched, batch = Targets(self.layers, self.parameters), size_of(inputs)
@@ -217,7 +231,7 @@ class Collector:
             capture = CompleteCapture(
                 watched, inputs, batch, axes, given, self._take, ordered, independent=False, whole=False
             )
-        return capture, run(model, inputs, capture, record=self.fisher != "forward-only" if record is None else record)
+        return capture, run(model, inputs, capture, record=is_recorded)
 
     def empty(self) -> Collector:
         """A collector of the same factors that has no sums."""
@@ -302,6 +316,10 @@ class Collector:
         backward = {name: one.b for name, one in found.items()}, self.plain
         self._clear()
         return counts, forward, backward
+
+    def fits(self, counts: Counts) -> bool:
+        """Whether sums of a pass with these counts can be added: parameters are used as in previous batches."""
+        return not self.examples or (counts.left == self._left and counts.alike == self._alike)
 
     def add_sums(self, counts: Counts, forward: Any, backward: Any, weight: float) -> None:
         """Add what `take` of another collector returned, and the divisor of the mean loss; None for no sums."""

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lensor.cache import Cache
 from lensor.choices import Compiler, words
-from lensor.curvature.batch import Batch, only_pair, with_loss
+from lensor.curvature.batch import Batch, only_pair, watched_for_examples
 from lensor.curvature.batch_axes import BatchAxis, Given
 from lensor.curvature.capture import computing, own, running, unwrapped
 from lensor.curvature.collector import Added, Collector, Counts
 from lensor.curvature.data import one_tensor, size_of
-from lensor.curvature.fingerprint import Fingerprint
-from lensor.curvature.layers import all_parameters, outer_level
+from lensor.curvature.fingerprint import Fingerprint, TooLargeError
+from lensor.curvature.layers import outer_level
 from lensor.curvature.registry import root_of
 from lensor.curvature.traced import Traced
-from lensor.curvature.watching import Targets, undisturbed
+from lensor.curvature.watching import apart, undisturbed
 from lensor.errors import require_choice
 from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions
 from lensor.planner.settings import current
@@ -35,60 +37,75 @@ _MOST = 32
 """The largest number of graphs that are kept; those that were not used recently are dropped."""
 
 _MOST_OF_ONE = 8
-"""The largest number of passes of one kind that are compiled for a model; further ones run uncompiled."""
+"""The largest number of passes of one kind that are kept for a model; further ones run uncompiled."""
 
 
 @dataclass
-class _Pass:
-    """A compiled pass, and what was found out when it was traced.
+class _Factors:
+    """A compiled pass for factors, with what was found when it was traced.
 
     `held` are objects whose addresses are part of its key.
     """
 
     traced: Traced
     held: list[Any]
-    counts: Counts | None = None
-    axis: BatchAxis | None = None
-    outputs: Tensor | None = None
+    counts: Counts
+    axis: BatchAxis
+
+
+@dataclass
+class _Quantity:
+    """A compiled pass for a function of one batch; `outputs` has the shape of the model's outputs, but no values."""
+
+    traced: Traced
+    held: list[Any]
+    outputs: Tensor | None
 
 
 class _Passes:
-    """The compiled passes of all models."""
+    """The compiled passes of all models, by keys that begin with the kind of pass and the model's address."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Any, _Pass] = OrderedDict()
-        self._counts: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
+        self.known = Cache(maxsize=_MOST, weigh=lambda _: 0)
+        self._warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
-    def find(self, key: Any) -> _Pass | None:
-        """The pass with a key."""
-        found = self._known.get(key)
-        if found is not None:
-            self._known.move_to_end(key)
-        return found
+    def may_add(self, key: Any, again: Any, model: nn.Module) -> bool:
+        """Whether a pass may be compiled; warns if it may not.
 
-    def admits(self, model: nn.Module, what: str) -> bool:
-        """Whether another pass of this kind may be compiled for a model; warns for the first one that may not."""
-        counts = self._counts.setdefault(model, Counter())
-        counts[what] += 1
-        if counts[what] == _MOST_OF_ONE + 1:
+        Args:
+            key: its key before the uncompiled pass.
+            again: its key after the uncompiled pass; None if there is none.
+            model: the model.
+        """
+        if key is None or again is None:
+            self._warn(model, "size", "the model or the loss refers to too many values")
+        elif key != again:
+            self._warn(model, "state", "the pass changes attributes of the model or of the loss")
+        elif self.known.count(lambda one: one[:2] == key[:2]) >= _MOST_OF_ONE:
+            self._warn(model, key[0], f"{_MOST_OF_ONE} passes of this model with other shapes or states are compiled")
+        else:
+            return True
+        return False
+
+    def _warn(self, model: nn.Module, what: str, why: str) -> None:
+        warned = self._warned.setdefault(model, set())
+        if what not in warned:
+            warned.add(what)
             warnings.warn(
-                f"{_MOST_OF_ONE} passes of this model were compiled, expected equal shapes and an unchanged model in"
-                " calls with compile=True: passes for further shapes or states of the model run uncompiled",
+                f"{why}, expected equal shapes and an unchanged model in calls with compile=: this pass runs"
+                " uncompiled",
                 stacklevel=outer_level(),
             )
-        return counts[what] <= _MOST_OF_ONE
 
-    def add(self, key: Any, model: nn.Module, made: _Pass) -> None:
+    def add(self, key: Any, model: nn.Module, made: _Factors | _Quantity) -> None:
         """Keep a pass until its model is deleted, or until many others were used."""
-        self._known[key] = made
-        weakref.finalize(model, self._known.pop, key, None)
-        while len(self._known) > _MOST:
-            self._known.popitem(last=False)
+        self.known.put(key, made)
+        weakref.finalize(model, self.known.drop, key)
 
     def clear(self) -> None:
         """Drop all passes."""
-        self._known.clear()
-        self._counts.clear()
+        self.known.clear()
+        self._warned.clear()
 
 
 passes = _Passes()
@@ -110,9 +127,12 @@ def compiler_of(compile: Compile) -> Compiler | None:
 
 
 def _key(what: str, model: nn.Module, fixed: Any, given: Any) -> tuple[Any, list[Any]]:
-    """The key of a pass, and objects that it needs: everything on which its graph depends."""
-    hooks = {name: one for name, one in vars(nn.modules.module).items() if name.startswith("_global_") and one}
-    found = Fingerprint([model, fixed, hooks], [given])
+    """The key of a pass, and objects that it needs: everything on which its graph depends; None if this is too much."""
+    hooks = [one for name, one in vars(nn.modules.module).items() if name.startswith("_global_") and one]
+    try:
+        found = Fingerprint([model, fixed, hooks], [given])
+    except TooLargeError:
+        return None, []
     kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     casts = tuple(
         (kind, torch.get_autocast_dtype(kind))
@@ -129,6 +149,12 @@ def _key(what: str, model: nn.Module, fixed: Any, given: Any) -> tuple[Any, list
         current(),
     )
     return (what, id(model), settings, found.key), found.held
+
+
+def _operators_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which the functions of a model consist of operators that can be part of a graph."""
+    has_lstm = any(isinstance(module, nn.LSTM) for module in model.modules())  # oneDNN's operator has no workspace
+    return torch.backends.mkldnn.flags(enabled=False) if has_lstm else nullcontext()
 
 
 # -------------------------------------------------------------------------------------------------------------- factors
@@ -150,15 +176,15 @@ def add(
     """
     names = [layer.name for layer in collected.layers], list(collected.parameters or ())
     options = collected.approx, collected.joint, collected.fisher == "forward-only", collected.dense, names, given
-    key, held = _key(f"factors {compiler}", model, options, inputs)
-    found = passes.find(key)
-    if found is None:
+    key_of = partial(_key, f"factors {compiler}", model, options, inputs)
+    key, held = key_of()
+    found: _Factors | None = None if key is None else passes.known.get(key)
+    if found is None or not collected.fits(found.counts):
         with running(model):
             added = collected.add(model, loss, inputs, targets, mc_samples, generator, given)
-            if is_first and passes.admits(model, key[0]):
+            if is_first and passes.may_add(key, key_of()[0], model):
                 passes.add(key, model, _traced(collected, model, inputs, given, added, compiler, held))
         return
-    assert found.counts is not None
     with torch.inference_mode(False), undisturbed(model):
         (outputs, forward), between = found.traced.run(inputs)
         with computing(outputs):
@@ -192,15 +218,14 @@ def _traced(
     added: Added,
     compiler: Compiler,
     held: list[Any],
-) -> _Pass:
+) -> _Factors:
     """Trace and compile the pass over a batch that was added before."""
     has_columns = collected.fisher != "forward-only"
-    counts: Counts | None = None
+    counts: list[Counts] = []
 
     def pass_over(inputs: Any, column: Any) -> tuple[Any, Any]:
-        nonlocal counts
         one = collected.empty()
-        capture, returned = one.passed(model, inputs, added.axes, given)
+        capture, returned = one.passed(model, inputs, added.axes, given, added.is_recorded)
         capture.check(returned, shared=True)
         outputs = one_tensor(returned)
         batch = size_of(inputs)
@@ -208,11 +233,14 @@ def _traced(
         one.outputs, detached = outputs.numel() // batch, outputs.detach()
         if has_columns:
             one.add_columns(capture, outputs, iter([column]), 1.0)
-        counts, forward, backward = one.take()
+        found, forward, backward = one.take()
+        counts[:] = [found]
         return (detached, forward), backward if has_columns else ()
 
-    traced = Traced(pass_over, inputs, torch.ones_like(added.outputs) if has_columns else (), compiler)
-    return _Pass(traced, held, counts, added.axis)
+    column = torch.ones_like(added.outputs) if has_columns else ()
+    with apart(model), _operators_of(model):
+        traced = Traced(pass_over, inputs, column, compiler)
+    return _Factors(traced, held, counts[0], added.axis)
 
 
 # ------------------------------------------------------------------------------------------------------- quantities
@@ -248,40 +276,43 @@ def on_batch(
     """
     layers = None if layers is None else list(layers)
 
-    def uncompiled() -> tuple[Any, Batch]:
-        with with_loss(model, loss, data, layers, given, frozen) as (batch, value):
-            if check is not None:
-                check(batch.outputs, batch.targets)
-            return compute(batch, value, options), batch
-
+    trainable = not frozen and layers is None
     compiler = compiler_of(compile)
-    if compiler is None:
-        return uncompiled()[0]
     model = unwrapped(model)
-    inputs, targets = data = own(only_pair(data))
-    key, held = _key(f"{compute.__qualname__} {compiler}", model, (loss, layers, given, frozen), (data, options))
-    found = passes.find(key)
+    with torch.inference_mode(False):
+        inputs, targets = only_pair(data)
+        inputs, targets = data = own((dict(inputs) if isinstance(inputs, Mapping) else inputs, targets))
+    what, options_of_pass = f"{compute.__qualname__} {compiler}", (layers, given, frozen, check is not None)
+    key_of = partial(_key, what, model, (loss, options_of_pass), (data, options))
+    key, held = key_of() if compiler is not None else (None, [])
+    found: _Quantity | None = None if key is None else passes.known.get(key)
     if found is not None:
         if check is not None:
             assert found.outputs is not None
             check(found.outputs, targets)
         with torch.inference_mode(False), undisturbed(model):
             return found.traced.run((inputs, targets, options))[0]
-    result, batch = uncompiled()
-    if not batch.size or not passes.admits(model, key[0]):
-        return result
-    shape = None if check is None else batch.outputs.new_empty(()).expand(batch.outputs.shape)
-    axes = batch.batch_axes
-    del batch
-
-    def pass_over(early: Any, _: Any) -> tuple[Any, Any]:
-        inputs, targets, options = early
-        watched = Targets(*all_parameters(model, layers, frozen))
-        trainable = not frozen and layers is None
-        one = Batch(model, watched, inputs, given, shared=True, only_trainable=trainable, is_checked=True, axes=axes)
-        return compute(one, one.loss(loss, targets), options), ()
-
+    watched = watched_for_examples(model, layers, frozen)
     with running(model):
-        made = Traced(pass_over, (inputs, targets, options), (), compiler)
-    passes.add(key, model, _Pass(made, held, outputs=shape))
+        batch = Batch(model, watched, inputs, given, empty=True, shared=True, only_trainable=trainable)
+        value = batch.loss(loss, targets)
+        if check is not None:
+            check(batch.outputs, batch.targets)
+        result = compute(batch, value, options)
+        if compiler is None or not batch.size or not passes.may_add(key, key_of()[0], model):
+            return result
+        shape = None if check is None else batch.outputs.new_empty(()).expand(batch.outputs.shape)
+        axes = batch.batch_axes
+        del batch, value
+
+        def pass_over(early: Any, _: Any) -> tuple[Any, Any]:
+            inputs, targets, options = early
+            one = Batch(
+                model, watched, inputs, given, shared=True, only_trainable=trainable, is_checked=True, axes=axes
+            )
+            return compute(one, one.loss(loss, targets), options), ()
+
+        with apart(model), _operators_of(model):
+            made = Traced(pass_over, (inputs, targets, options), (), compiler)
+        passes.add(key, model, _Quantity(made, held, shape))
     return result

@@ -17,7 +17,7 @@ from lensor.curvature.example_gradients import sum_of, weight_gradients, zeros_o
 from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.functions import FunctionUse, Output, Source
 from lensor.curvature.graph import Node, Reached, gradients_for_each, inner_nodes, innermost, tensors_in
-from lensor.curvature.randomness import random_draws
+from lensor.curvature.tracing import random_draws
 from lensor.curvature.watching import Targets, is_use, require_unmapped, widened
 from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall

@@ -73,7 +73,7 @@ def ekfac(
         al., 2018).
     """
     require_module(model)
-    if basis_dtype is not None and not basis_dtype.is_floating_point:
+    if basis_dtype is not None and not (isinstance(basis_dtype, torch.dtype) and basis_dtype.is_floating_point):
         raise TypeError(f"basis_dtype is {basis_dtype}, expected a floating dtype such as torch.bfloat16")
     require_type(factors, "factors", KroneckerFactors)
     model = unwrapped(model)

@@ -22,6 +22,7 @@ from lensor import ops
 from lensor.curvature.batch_axes import BatchAxis
 from lensor.curvature.data import over_positions
 from lensor.curvature.networks import network
+from lensor.curvature.tracing import attempt
 from lensor.curvature.watching import widened
 from lensor.nn.calls import layer_call
 
@@ -192,9 +193,10 @@ class FunctionUse:
             return derivative(tuple(v.to(y.dtype) for v, y in zip(vectors, found, strict=True)))
 
         try:
-            found = torch.func.vmap(one, ([at for _, at in given], [at for _, at in vs]))(
-                [part for part, _ in given], [v for v, _ in vs]
-            )
+            with attempt():
+                found = torch.func.vmap(one, ([at for _, at in given], [at for _, at in vs]))(
+                    [part for part, _ in given], [v for v, _ in vs]
+                )
         except torch.OutOfMemoryError:
             raise
         except Exception:  # any function of a user or of torch, some of which vmap does not support
@@ -209,10 +211,11 @@ class FunctionUse:
     ) -> list[Tensor] | None:
         """The same without `vmap`, one example after the other; None if the function cannot run on one example."""
         try:
-            found = [
-                one([part.select(at, n) for part, at in given], [v.select(at, n) for v, at in vs])
-                for n in range(self.batch)
-            ]
+            with attempt():
+                found = [
+                    one([part.select(at, n) for part, at in given], [v.select(at, n) for v, at in vs])
+                    for n in range(self.batch)
+                ]
         except torch.OutOfMemoryError:
             raise
         except Exception:  # as above

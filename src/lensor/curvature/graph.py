@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lensor.curvature.tracing import attempt
+
 Node = Any
 """A node of autograd's graph."""
 
@@ -125,9 +127,12 @@ def gradients_for_each(
         vectors: for each output, the vectors [count, *output_shape].
     """
     try:
-        return list(
-            torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        )
+        with attempt():
+            return list(
+                torch.autograd.grad(
+                    outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+            )
     except RuntimeError:
         single = [
             torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -148,7 +148,9 @@ def kfac(
     compiler = compiler_of(compile)
     if compiler is not None:
         for at, (inputs, targets) in enumerate(batches(data)):
-            compiled.add(collected, model, loss, own(inputs), own(targets), *options, compiler, not at)
+            with torch.inference_mode(False):
+                inputs, targets = own((dict(inputs) if isinstance(inputs, Mapping) else inputs, targets))
+            compiled.add(collected, model, loss, inputs, targets, *options, compiler, is_first=not at)
     else:
         with running(model):
             for inputs, targets in batches(data):

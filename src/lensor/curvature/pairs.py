@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +27,7 @@ class OuterProducts:
     """The terms a_t b_tᵀ of a gradient for every example.
 
     Args:
-        a: [batch, positions, rows], or the row that is one, [batch, positions].
+        a: [batch, positions, rows]; or, for unit vectors, the index of the entry that is 1, [batch, positions].
         b: [batch, positions, columns].
     """
 
@@ -70,8 +71,7 @@ def are_linear(uses: Sequence[Use | FunctionUse]) -> bool:
 def _is_embedding(use: FunctionUse) -> bool:
     if use.function is not F.embedding or len(use.outputs) != 1 or len(use.sources) != 1:
         return False
-    arguments, named = tree_unflatten(use.leaves, use.tree)
-    options = dict(zip(_ARGUMENTS, arguments, strict=False)) | named
+    options = _options(use)
     axis = use.outputs[0].axis
     is_known = axis is not None and axis.order is not None and axis.axis < options["input"].ndim
     plain = options.get("max_norm") is None and not options.get("scale_grad_by_freq")
@@ -82,10 +82,15 @@ _ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_
 """The positional arguments of `torch.nn.functional.embedding`."""
 
 
+def _options(use: FunctionUse) -> dict[str, Any]:
+    """The arguments of an embedding, by name."""
+    arguments, named = tree_unflatten(use.leaves, use.tree)
+    return dict(zip(_ARGUMENTS, arguments, strict=False)) | named
+
+
 def _words(use: FunctionUse) -> tuple[Tensor, int | None]:
     """The words, and the one that has no gradient."""
-    arguments, named = tree_unflatten(use.leaves, use.tree)
-    options = dict(zip(_ARGUMENTS, arguments, strict=False)) | named
+    options = _options(use)
     padding = options.get("padding_idx")
     return options["input"], padding if padding is None or padding >= 0 else padding + len(options["weight"])
 

@@ -7,16 +7,20 @@ several times for one run of the first part: backward passes for several vectors
 from __future__ import annotations
 
 import operator
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lensor.choices import Compiler
+from lensor.curvature.graph import tensors_in
 from lensor.kernels.torch.operator import tracing
 
 
@@ -69,18 +73,21 @@ class Traced:
             self._sizes = [len(leaves) for leaves, _ in parts]
             return [leaf for leaves, _ in parts for leaf in leaves]
 
-        tensors: list[Any] = [first[at] for at in places]
+        # One tensor in two places of the arguments must become two inputs.
+        tensors: list[Any] = [_plain(first[at]).detach().requires_grad_(first[at].requires_grad) for at in places]
+        _require_known(first)
         with tracing() as self._plans:
             made = _graph_of(flat, tensors)
-        self._first, self._second, self._kept = _divided(made, count, self._sizes[0])
-        with _plainly(tensors):
+        self._first, self._second, self._kept, self._written = _divided(made, count, self._sizes[0])
+        with _plainly([*tensors, *self._kept[0]]), _restored(self._written):
             given = [*tensors[:count], *self._kept[0]]
-            found = list(self._first(*given))
+            found = list(_checked(self._first, given))
             self._run = _COMPILERS[compiler](self._first, given)
             if self._sizes[1]:
                 between = found[self._sizes[0] :]
                 self._strides = [one.stride() for one in between]
                 given = [*tensors[count:], *self._kept[1], *between]
+                _checked(self._second, given)
                 if compiler == "eager":
                     self._then = _releasing(self._second, len(between))
                 else:
@@ -88,8 +95,8 @@ class Traced:
 
     def run(self, early: Any) -> tuple[Any, list[Tensor]]:
         """The first tree, and the tensors that `then` needs."""
-        tensors = [leaf for leaf in tree_flatten(early)[0] if isinstance(leaf, Tensor)]
-        with _plainly(tensors):
+        tensors = [_plain(leaf) for leaf in tree_flatten(early)[0] if isinstance(leaf, Tensor)]
+        with _plainly([*tensors, *self._kept[0]]), _restored(self._written):
             found = list(self._run(*tensors, *self._kept[0]))
         size = self._sizes[0]
         between = [_in_format(*one) for one in zip(found[size:], self._strides, strict=True)]
@@ -99,7 +106,7 @@ class Traced:
         """The second tree; the last call may release tensors that it does not need any more, and empties the list."""
         tensors = [leaf.contiguous() for leaf in tree_flatten(late)[0] if isinstance(leaf, Tensor)]
         given = [*tensors, *self._kept[1]]
-        with _plainly(tensors):
+        with _plainly(given), _restored(self._written):
             found = list(self._then(*given, between if is_last else list(between)))
         if is_last:
             between.clear()
@@ -139,21 +146,32 @@ def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) 
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # imports the compiler's modules
 
+    draws, seed = _states(), torch.initial_seed()
+
+    def watched(*arguments: Tensor) -> list[Tensor]:
+        with _WithoutValues(), _WithoutReads(seed):
+            return function(*arguments)
+
     try:
+        made = make_fx(watched)(*tensors)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may do anything that torch cannot trace
+        if _READS not in str(error):
+            raise _not_traced(error) from error
         try:
-            with _WithoutValues():
-                made = make_fx(function)(*tensors)
-        except RuntimeError as error:
-            if _READS not in str(error):
-                raise
-            made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+            made = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
             with _plainly(tensors):
                 _WithFormats(made).run(*tensors)
-    except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as other:  # a model or library may do anything with tensors without values
+            raise _not_traced(error) from other
+    if draws != _states():
         raise ValueError(
-            "the pass cannot be traced into one graph, expected a model and a loss that do not depend on the values of"
-            f" tensors: {error}"
-        ) from error
+            "the pass cannot be traced into one graph, expected random numbers of torch only: those of Python and NumPy"
+            " would be constants"
+        )
     for node in made.graph.nodes:
         if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()) or _has_unknown_size(node):
             raise ValueError(
@@ -163,20 +181,52 @@ def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) 
     return made
 
 
+def _not_traced(error: Exception) -> ValueError:
+    return ValueError(
+        "the pass cannot be traced into one graph, expected a model and a loss that do not depend on the values of"
+        f" tensors: {error}"
+    )
+
+
 _READS = "get value out of a tracing tensor"
 """The beginning of torch's message for functions that read values."""
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Raises RuntimeError, as torch does while it traces, for functions whose reading of values torch does not see."""
+    """Raises RuntimeError, as torch does while it traces, for functions that read values unseen by torch."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
     ) -> Any:
         """Handle one call."""
-        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__):
             raise RuntimeError(f"{function.__name__} would {_READS}")
         return function(*arguments, **(named or {}))
+
+
+class _WithoutReads(TorchDispatchMode):
+    """Raises RuntimeError for functions that read values, of any tensor, or that draw from other generators."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Sequence[Any] = (), named: Any = None) -> Any:
+        """Handle one call."""
+        named = named or {}
+        if torch.Tag.data_dependent_output in function.tags:
+            raise RuntimeError(f"{function} would {_READS}")
+        if torch.Tag.nondeterministic_seeded in function.tags and (
+            torch.initial_seed() != self.seed or named.get("generator") is not None
+        ):
+            raise RuntimeError(f"{function} draws from a generator that the model seeds or holds")
+        return function(*arguments, **named)
+
+
+def _states() -> tuple[Any, ...]:
+    """The states of the random generators of Python and NumPy."""
+    found: Any = np.random.get_state()
+    return random.getstate(), found[1].tobytes(), found[2:]
 
 
 def _has_unknown_size(node: fx.Node) -> bool:
@@ -210,6 +260,41 @@ def _in_format(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+@contextmanager
+def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the values of tensors of the model into which a graph writes, as uncompiled passes do."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in before:
+                tensor.copy_(values)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor with the values that its memory has, not negated or conjugated ones, which a compiler would use."""
+    return tensor.resolve_conj().resolve_neg()
+
+
+def _require_known(leaves: Iterable[Any]) -> None:
+    """Raise TypeError for objects with tensors, which would be constants of a graph."""
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) and next(tensors_in(leaf), None) is not None:
+            raise TypeError(
+                f"data contains an object of type {type(leaf).__name__} with tensors, expected tensors in tuples, lists"
+                " and dictionaries for compile="
+            )
+
+
+def _checked(graph: fx.GraphModule, given: Sequence[Tensor]) -> Any:
+    """Run a graph that was just traced."""
+    try:
+        return graph(*given)
+    except (RuntimeError, TypeError) as error:
+        raise _not_traced(error) from error
+
+
 def _contiguous(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
@@ -227,8 +312,8 @@ def _plainly(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def _divided(
     made: fx.GraphModule, early: int, size: int
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[list[Tensor], list[Tensor]]]:
-    """The graphs of both parts, and the tensors of the traced module that they take after their arguments.
+) -> tuple[fx.GraphModule, fx.GraphModule, tuple[list[Tensor], list[Tensor]], list[Tensor]]:
+    """The graphs of both parts, the tensors that they take after their arguments, and those into which they write.
 
     The second part begins where a late argument is used first. Its inputs are its arguments, these tensors, and the
     values of the first part that it needs, which the first part returns after its results.
@@ -243,7 +328,20 @@ def _divided(
         begun = begun or (node.op == "call_function" and not is_late.isdisjoint(node.all_input_nodes))
         if begun and node.op == "call_function":
             is_late.add(node)
-    _require_unchanged(is_late)
+    written, owners = _written(nodes)
+    for node in is_late:
+        for one in node.all_input_nodes:
+            owner: Any = owners.get(one, one)
+            if owner.op == "get_attr" and owner in written:
+                raise ValueError(
+                    "the pass cannot be compiled: its backward pass needs a tensor of the model into which the forward"
+                    f" pass writes with {written[owner].target}"
+                )
+    for node, by in written.items():
+        if by in is_late and node not in is_late and node.op == "call_function":
+            raise ValueError(f"the pass cannot be compiled: its backward pass writes with {by.target}")
+        if node.op == "placeholder":
+            raise ValueError(f"the pass cannot be compiled: it writes into its inputs with {by.target}")
     results = list(output.args[0])
     parts, kept, between = [], [], []
     for late in (False, True):
@@ -268,15 +366,30 @@ def _divided(
     first, returned, copies = parts[0]
     first.output(tuple(returned + [copies[node] for node in between]))
     parts[1][0].output(tuple(parts[1][1]))
-    made_parts = [fx.GraphModule(torch.nn.Module(), graph) for graph, *_ in parts]
-    return made_parts[0], made_parts[1], (kept[0], kept[1])
+    made_parts: list[Any] = [fx.GraphModule(torch.nn.Module(), graph) for graph, *_ in parts]
+    changed = [getattr(made, str(node.target)) for node in written if node.op == "get_attr"]
+    return made_parts[0], made_parts[1], (kept[0], kept[1]), changed
 
 
-def _require_unchanged(is_late: Iterable[fx.Node]) -> None:
-    """Raise ValueError if the second part writes into values of the first, which would differ in its next run."""
-    is_late = set(is_late)
-    for node in is_late:
+def _written(nodes: Iterable[fx.Node]) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
+    """The values into whose memory a graph writes, with the last function that does; and the owner of shared memory."""
+    owners: dict[fx.Node, fx.Node] = {}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
         schema = getattr(node.target, "_schema", None)
-        for argument, given in zip(schema.arguments if schema is not None else (), node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and given not in is_late:
-                raise ValueError(f"the pass cannot be compiled: its backward pass writes with {node.target}")
+        if node.op != "call_function" or schema is None:
+            continue
+        named = [
+            (argument, node.args[at] if at < len(node.args) else node.kwargs.get(argument.name))
+            for at, argument in enumerate(schema.arguments)
+        ]
+        for argument, given in named:
+            if argument.alias_info is None:
+                continue
+            for one in given if isinstance(given, (list, tuple)) else [given]:
+                if isinstance(one, fx.Node):
+                    owner = owners.get(one, one)
+                    owners[node] = owner  # the result shares memory with the argument
+                    if argument.alias_info.is_write:
+                        found[owner] = node
+    return found, owners

@@ -10,7 +10,6 @@ order.
 from __future__ import annotations
 
 import copy
-import random
 import threading
 import traceback
 import weakref
@@ -20,7 +19,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -33,12 +31,11 @@ from lensor.curvature.watching import (
     Preserving,
     Targets,
     Watch,
+    apart,
     aside,
     eagerly,
-    forgotten,
     require_unmapped,
     uncast,
-    undisturbed,
 )
 from lensor.curvature.writes import results_of, written
 from lensor.nn.calls import LayerCall
@@ -448,7 +445,6 @@ class _Finder:
     def _pass(self, places: list[int]) -> _Seen:
         """Run a pass with some of the examples, without side effects on the model or the random generators."""
         inputs = self._each(lambda x: x[places])
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         flow = None
         if self.targets.complete:
             marks = with_examples(tree_leaves(self.inputs), self.batch)
@@ -456,17 +452,10 @@ class _Finder:
             flow = Flow(self.targets.parameters.values(), examples)
         trial = _Trial(self.targets, self.wide, self.weights, flow)
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-            stack.callback(random.setstate, random.getstate())
-            stack.callback(np.random.set_state, np.random.get_state())
             # Prevent an activation checkpoint around the model from counting the tensors that this pass saves.
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
             stack.enter_context(eagerly())
-            stack.enter_context(undisturbed(self.model))
-            stack.enter_context(forgotten(list(self.model.modules())))
-            # Weights cached by autocast would connect the graphs of two passes.
-            stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-            torch.set_autocast_cache_enabled(False)
+            stack.enter_context(apart(self.model))
             for kind in self._autocasts() if self.wide else ():
                 stack.enter_context(torch.autocast(kind, enabled=False))
             with Preserving(), trial:

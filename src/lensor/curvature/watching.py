@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lensor.curvature.flow import Flow
 from lensor.curvature.layers import Layer
+from lensor.curvature.tracing import untraced
 from lensor.curvature.writes import address, results_of, written
 from lensor.nn.calls import LayerCall, layer_call
 
@@ -218,7 +219,7 @@ class _Kept:
         if data and any(tensor is one for one in self._owners.values()):
             self._data.setdefault(id(tensor), (tensor, tensor.detach()))
         elif place in self._owners and place not in self._storages:
-            with torch.no_grad():
+            with torch.no_grad(), untraced():
                 self._storages[place] = (self._owners[place].detach(), tensor.untyped_storage().clone())
 
     def put_back(self) -> None:
@@ -306,6 +307,25 @@ def _attributes(modules: Iterable[nn.Module]) -> Callable[[], None]:
                     held.update(copied)
 
     return restore
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Run a model in the `with` block without effects on its tensors and attributes and on random generators.
+
+    The effects of functions of torch on tensors are undone within `Preserving`; see `undisturbed`.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(forgotten(list(model.modules())))
+        # Weights cached by autocast would connect the graphs of two passes.
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        yield
 
 
 class Rewind:

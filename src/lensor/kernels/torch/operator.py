@@ -7,6 +7,7 @@ and it runs as it does in eager execution, with writes into its own arrays and k
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from lensor.kernels.torch.memory import format_of
 
 _numbers = itertools.count()
 _plans: weakref.WeakValueDictionary[int, OnePlan] = weakref.WeakValueDictionary()
-_traced: list[list[OnePlan]] = []
-"""The plans in the graphs that are being traced, in all threads: a backward pass may run in threads of its own."""
+_lock = threading.RLock()
+_traced: list[OnePlan] | None = None
+"""The plans in the graph that is being traced. Its backward passes may run in other threads, with the same modes."""
 
 
 class OnePlan:
@@ -30,7 +32,7 @@ class OnePlan:
     Args:
         run: the function, which has no derivatives.
         shape: the result's shape.
-        like: the place of an operand with the result's dtype and device.
+        like: the position of an operand with the result's dtype and device.
         in_channels_last: whether the result is in the channels_last memory format.
     """
 
@@ -40,12 +42,12 @@ class OnePlan:
 
     def __call__(self, *arrays: torch.Tensor) -> torch.Tensor:
         """Run the plan, or add it to the graph."""
-        if not _traced or not _is_simple(arrays):
+        if _traced is None or not _is_traced_here() or not _is_simple(arrays):
             return self.run(*arrays)
         if self.number is None:
             self.number = next(_numbers)
             _plans[self.number] = self
-        _traced[-1].append(self)
+        _traced.append(self)
         return _operator()(self.number, list(arrays))
 
     def empty(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -56,13 +58,22 @@ class OnePlan:
 
 @contextmanager
 def tracing() -> Iterator[list[OnePlan]]:
-    """Make plans single operators within the `with` block; yield the list of them, which a graph must keep."""
-    found: list[OnePlan] = []
-    _traced.append(found)
-    try:
-        yield found
-    finally:
-        _traced.remove(found)
+    """Make plans single operators within the `with` block; yield the list of them, which a graph must keep.
+
+    Only one thread traces at a time, because torch's tracing is not safe for several threads.
+    """
+    global _traced
+    with _lock:
+        outer, _traced = _traced, []
+        try:
+            yield _traced
+        finally:
+            _traced = outer
+
+
+def _is_traced_here() -> bool:
+    """Whether functions of this thread become part of the graph."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _is_simple(arrays: Sequence[torch.Tensor]) -> bool:

@@ -85,6 +85,8 @@ def _outcome(case: Case, function: Callable[[Any], dict[str, Tensor]]) -> str:
             result = called("eager")
             if isinstance(result, str) and any(text in result for text in NOT_TRACED):
                 return f"not traced: {result[:160]}"
+            if isinstance(expected, str) and "cannot be found" in expected and not isinstance(result, str):
+                continue  # a graph does not look for the axis of the examples again
             if isinstance(expected, str) or isinstance(result, str):
                 if isinstance(expected, str) and isinstance(result, str):
                     return "refused"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,8 @@ _MOST = 32
 
 _MOST_OF_ONE = 8
 """The largest number of passes of one kind that are kept for a model; further ones run uncompiled."""
+
+_SEED = 0x5EED_74ACE
 
 
 @dataclass
@@ -151,10 +153,16 @@ def _key(what: str, model: nn.Module, fixed: Any, given: Any) -> tuple[Any, list
     return (what, id(model), settings, found.key), found.held
 
 
-def _operators_of(model: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which the functions of a model consist of operators that can be part of a graph."""
+@contextmanager
+def _ready_to_trace(model: nn.Module) -> Iterator[None]:
+    """Make the functions of a model consist of operators that can be part of a graph, and seed torch's generator.
+
+    The seed is one that no model uses, so that a model that sets its own is found; see `Traced`.
+    """
     has_lstm = any(isinstance(module, nn.LSTM) for module in model.modules())  # oneDNN's operator has no workspace
-    return torch.backends.mkldnn.flags(enabled=False) if has_lstm else nullcontext()
+    torch.default_generator.manual_seed(_SEED)
+    with torch.backends.mkldnn.flags(enabled=False) if has_lstm else nullcontext():
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- factors
@@ -238,7 +246,7 @@ def _traced(
         return (detached, forward), backward if has_columns else ()
 
     column = torch.ones_like(added.outputs) if has_columns else ()
-    with apart(model), _operators_of(model):
+    with apart(model), _ready_to_trace(model):
         traced = Traced(pass_over, inputs, column, compiler)
     return _Factors(traced, held, counts[0], added.axis)
 
@@ -312,7 +320,7 @@ def on_batch(
             )
             return compute(one, one.loss(loss, targets), options), ()
 
-        with apart(model), _operators_of(model):
+        with apart(model), _ready_to_trace(model):
             made = Traced(pass_over, (inputs, targets, options), (), compiler)
         passes.add(key, model, _Quantity(made, held, shape))
     return result

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
+import random
 import sys
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,8 @@ from torch import Tensor, nn
 _MOST = 200_000
 """The largest number of entries of a fingerprint."""
 
-_LIBRARIES = {"torch", "transformers", "timm", "torchvision", "numpy", "lensor", *sys.stdlib_module_names}
-"""Packages whose functions do not depend on variables that users change."""
+_LIBRARIES = {"torch", "numpy", "lensor", *sys.stdlib_module_names}
+"""Packages whose functions do not depend on variables that users change, besides the installed ones."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
 
@@ -34,10 +37,11 @@ class Fingerprint:
     """A key that changes if objects change on which a traced graph depends.
 
     It contains the values of numbers, texts and containers; the attributes of objects (of modules with everything in
-    them: hooks, mode, options); the code of functions, with the values that they captured, the global variables that
-    they name, and the methods of their class that they name; and the kinds of tensors. Of parameters and other tensors
-    in objects it contains the identity, but not the values, which a graph reads when it runs. It does not contain
-    attributes of classes other than methods, and variables that only functions of libraries read.
+    them: hooks, mode, options); the code of functions, with the values that they captured and the global variables that
+    they name; the functions of classes; and the kinds of tensors. Of parameters and other tensors in objects it
+    contains the identity, but not the values, which a graph reads when it runs. It does not contain other attributes of
+    classes, the state of iterators, and variables that are found by name at run time or that functions of installed
+    packages read.
 
     Args:
         fixed: objects whose tensors are identified: models, losses.
@@ -51,6 +55,7 @@ class Fingerprint:
         self._parts: list[Hashable] = []
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
+        self._classes: set[type] = set()
         self.held: list[Any] = []
         """Objects that are identified by their address, and must be kept as long as the key."""
         for one in fixed:
@@ -115,86 +120,138 @@ class Fingerprint:
         self._parts.append(len(attributes))
 
     def _add_object(self, value: Any, fixed: bool) -> None:
-        if isinstance(value, Mapping):
-            self._add_all(itertools.chain.from_iterable(value.items()), fixed)
-            self._add(getattr(value, "__dict__", None) or None, fixed)
-        elif isinstance(value, (list, tuple, Set, deque)):
-            self._add_all(value, fixed)
-        elif isinstance(value, types.FunctionType):
+        if isinstance(value, types.FunctionType):
             self._add_function(value)
         elif isinstance(value, types.MethodType):
             self._add_method(value)
+        elif isinstance(value, type):
+            self._identify(value)
+            self._add_class(value)
+        elif isinstance(value, types.ModuleType):
+            self._identify(value)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self._identify(value)
+            owner = value.__self__
+            if owner is not None and not isinstance(owner, (types.ModuleType, type)):
+                self._add(owner, fixed)
         elif isinstance(value, functools.partial):
             self._add_all([value.func, value.args, value.keywords], fixed)
         elif isinstance(value, np.ndarray):
-            self._add_all([value.shape, value.dtype.str, value.tobytes()], fixed)
-        elif isinstance(value, nn.Module):
-            self._add_class(type(value), ("forward",))
-            self._add_attributes(vars(value), fixed)
-        elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
-            self._identify(value)
-        elif found := _attributes(value):
-            self._add_class(type(value), ("__call__",))
-            self._add_attributes(found, fixed)
-        elif "__call__" in dir(type(value)) and _package(type(value).__module__) not in _LIBRARIES:
-            self._add_class(type(value), ("__call__",))
+            values = value.tolist() if value.dtype.hasobject else value.tobytes()
+            self._add_all([value.shape, value.dtype.str, values], fixed)
+        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random, bytearray, weakref.ref)):
+            self._add(_STATES[next(kind for kind in _STATES if isinstance(value, kind))](value), fixed)
         else:
-            self._identify(value)
+            self._add_class(type(value))
+            if isinstance(value, Mapping):
+                self._add_all(itertools.chain.from_iterable(value.items()), fixed)
+            elif isinstance(value, (list, tuple, Set, deque)):
+                self._add_all(value, fixed)
+            found = vars(value) if isinstance(value, nn.Module) else _attributes(value)
+            if found:
+                self._add_attributes(found, fixed)
+            elif not isinstance(value, (Mapping, list, tuple, Set, deque)) and not callable(value):
+                self._identify(value)
 
     def _add_function(self, value: types.FunctionType) -> None:
         self._identify(value.__code__)
         self._add_all([value.__defaults__, value.__kwdefaults__, vars(value) or None], True)
         self._add_all(map(_content, value.__closure__ or ()), True)
-        if _package(value.__module__) in _LIBRARIES:
+        if _is_library(value.__module__):
             return
+        space, names = value.__globals__, _names_in(value.__code__)
         for name in _globals_in(value.__code__):
-            one = value.__globals__.get(name)
-            if name in value.__globals__ and not _is_of_a_library(one):
+            one = space.get(name)
+            if isinstance(one, types.ModuleType):
+                if not _is_library(one.__name__):  # its variables that the function names
+                    inside = vars(one)
+                    self._add_all([inside[other] for other in names if other in inside], True)
+            elif name in space and not _is_of_a_library(one):
                 self._parts.append(name)
                 self._add(one, True)
 
     def _add_method(self, value: types.MethodType) -> None:
-        """Add a method of an object: of other objects than modules, only the attributes that it names."""
+        """Add a method of an object: of other objects than modules, only the attributes that it may read."""
         owner = value.__self__
         self._add(value.__func__, True)
         if isinstance(owner, (type, nn.Module)) or not isinstance(value.__func__, types.FunctionType):
             self._add(owner, True)
             return
-        names: set[str] = set()
-        for function in self._methods(type(owner), (value.__name__,)):
-            names |= set(_names_in(function.__code__))
-            self._add(function, True)
-        found = _attributes(owner)
-        self._add_attributes({name: one for name, one in found.items() if name in names}, True)
+        names = _reached(type(owner), value.__func__)
+        for name in sorted(names):
+            for one in _functions_of(type(owner), name):
+                self._add(one, True)
+        self._add_attributes({name: one for name, one in _attributes(owner).items() if name in names}, True)
 
-    def _add_class(self, kind: type, names: Sequence[str]) -> None:
-        """Add methods of a class, and the methods that these name."""
-        if _package(kind.__module__) not in _LIBRARIES:
-            for function in self._methods(kind, names):
-                self._add(function, True)
+    def _add_class(self, kind: type) -> None:
+        """Add the functions of a class and of the classes that it extends."""
+        if kind in self._classes or _is_library(kind.__module__):
+            return
+        self._classes.add(kind)
+        for one in kind.__mro__:
+            if not _is_library(one.__module__):
+                for name in vars(one):
+                    for function in _functions_of(one, name):
+                        self._add(function, True)
 
-    def _methods(self, kind: type, names: Sequence[str]) -> Iterator[types.FunctionType]:
-        todo, done = list(names), set(names)
-        while todo:
-            one = getattr(kind, todo.pop(), None)
-            one = one.fget if isinstance(one, property) else one
-            if not isinstance(one, types.FunctionType) or _package(one.__module__) in _LIBRARIES:
-                continue
-            yield one
-            more = set(_names_in(one.__code__)) - done
-            done |= more
-            todo += sorted(more)
+
+_STATES: dict[type, Any] = {
+    np.random.Generator: lambda value: repr(value.bit_generator.state),
+    np.random.RandomState: lambda value: repr(value.get_state(legacy=False)),
+    random.Random: lambda value: value.getstate(),
+    bytearray: bytes,
+    weakref.ref: lambda value: value(),
+}
+"""What is known of objects without attributes."""
+
+
+def _functions_of(kind: type, name: str) -> Iterator[types.FunctionType]:
+    """The functions with a name in a class and in the classes that it extends: methods and properties."""
+    for one in kind.__mro__:
+        found = vars(one).get(name)
+        if isinstance(found, (staticmethod, classmethod)):
+            found = found.__func__
+        if isinstance(found, property):
+            found = found.fget
+        if isinstance(found, types.FunctionType) and not _is_library(found.__module__):
+            yield found
+
+
+def _reached(kind: type, start: types.FunctionType) -> set[str]:
+    """The names and texts in a method, in methods that these name, and in functions that these call or wrap."""
+    names: set[str] = set()
+    todo, done = [start], {id(start)}
+    for name in ("__getitem__", "__getattr__", "__call__", "__iter__", "__len__"):
+        todo += _functions_of(kind, name)
+    while todo:
+        one = todo.pop()
+        new = {*_names_in(one.__code__), *(text for text in one.__code__.co_consts if isinstance(text, str))}
+        found = [*map(_content, one.__closure__ or ()), getattr(one, "__wrapped__", None)]
+        found += [one.__globals__.get(name) for name in _globals_in(one.__code__)]
+        for name in new:
+            found += _functions_of(kind, name)
+        names |= new
+        for other in found:
+            if isinstance(other, types.FunctionType) and id(other) not in done:
+                done.add(id(other))
+                todo += [] if _is_library(other.__module__) else [other]
+    return names
 
 
 def _is_of_a_library(value: Any) -> bool:
-    """Whether a global variable is a module, a class, or a function of a library, which users do not change."""
+    """Whether a global variable is a module, or a function or class of a library, which users do not change."""
     if isinstance(value, (types.FunctionType, type)):
-        return _package(value.__module__) in _LIBRARIES or isinstance(value, type)
-    return isinstance(value, (types.ModuleType, types.BuiltinFunctionType))
+        return _is_library(value.__module__)
+    return isinstance(value, types.ModuleType)
 
 
-def _package(module: str | None) -> str:
-    return (module or "").partition(".")[0]
+@functools.lru_cache(4096)
+def _is_library(module: str | None) -> bool:
+    """Whether a module belongs to an installed package, rather than to the user's own code."""
+    if (module or "").partition(".")[0] in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
 
 
 @functools.lru_cache(4096)

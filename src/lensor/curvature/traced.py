@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lensor.choices import Compiler
 from lensor.curvature.graph import tensors_in
+from lensor.curvature.tracing import draws, untraced
 from lensor.kernels.torch.operator import tracing
 
 
@@ -146,10 +147,10 @@ def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) 
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # imports the compiler's modules
 
-    draws, seed = _states(), torch.initial_seed()
+    states = _states()
 
     def watched(*arguments: Tensor) -> list[Tensor]:
-        with _WithoutValues(), _WithoutReads(seed):
+        with _WithoutValues(), _WithoutReads():
             return function(*arguments)
 
     try:
@@ -161,13 +162,15 @@ def _graph_of(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) 
             raise _not_traced(error) from error
         try:
             made = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+            if any(draws(node.target, node.args, node.kwargs) for node in made.graph.nodes):
+                raise ValueError("random numbers in a pass that reads values")
             with _plainly(tensors):
                 _WithFormats(made).run(*tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as other:  # a model or library may do anything with tensors without values
             raise _not_traced(error) from other
-    if draws != _states():
+    if states != _states():
         raise ValueError(
             "the pass cannot be traced into one graph, expected random numbers of torch only: those of Python and NumPy"
             " would be constants"
@@ -199,28 +202,48 @@ class _WithoutValues(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
     ) -> Any:
         """Handle one call."""
-        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__):
+        given = (*arguments, *(named or {}).values())
+        if function in _READING or (function in _MAKING and any(map(_holds_tensors, given))):
             raise RuntimeError(f"{function.__name__} would {_READS}")
         return function(*arguments, **(named or {}))
+
+
+_READING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__}
+_READING |= {torch.tensor_split, Tensor.tensor_split}
+
+_MAKING = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+"""Functions that read tensors in lists."""
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) or _holds_tensors(one) for one in value)
 
 
 class _WithoutReads(TorchDispatchMode):
     """Raises RuntimeError for functions that read values, of any tensor, or that draw from other generators."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.seed = seed
+        self.state = self._state()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Sequence[Any] = (), named: Any = None) -> Any:
         """Handle one call."""
         named = named or {}
         if torch.Tag.data_dependent_output in function.tags:
             raise RuntimeError(f"{function} would {_READS}")
-        if torch.Tag.nondeterministic_seeded in function.tags and (
-            torch.initial_seed() != self.seed or named.get("generator") is not None
-        ):
+        if not draws(function, arguments, named):
+            return function(*arguments, **named)
+        # A model may set the state of the generator, which a graph would not do.
+        if named.get("generator") is not None or self.state != self._state():
             raise RuntimeError(f"{function} draws from a generator that the model seeds or holds")
-        return function(*arguments, **named)
+        result = function(*arguments, **named)
+        self.state = self._state()
+        return result
+
+    @staticmethod
+    def _state() -> bytes:
+        with untraced(), torch._C.DisableTorchFunction():
+            return torch.get_rng_state().numpy().tobytes()
 
 
 def _states() -> tuple[Any, ...]:
@@ -329,13 +352,14 @@ def _divided(
         if begun and node.op == "call_function":
             is_late.add(node)
     written, owners = _written(nodes)
+    memory = {_address(made, node): by for node, by in written.items() if node.op == "get_attr"}
     for node in is_late:
         for one in node.all_input_nodes:
             owner: Any = owners.get(one, one)
-            if owner.op == "get_attr" and owner in written:
+            if owner.op == "get_attr" and _address(made, owner) in memory:
                 raise ValueError(
                     "the pass cannot be compiled: its backward pass needs a tensor of the model into which the forward"
-                    f" pass writes with {written[owner].target}"
+                    f" pass writes with {memory[_address(made, owner)].target}"
                 )
     for node, by in written.items():
         if by in is_late and node not in is_late and node.op == "call_function":
@@ -369,6 +393,11 @@ def _divided(
     made_parts: list[Any] = [fx.GraphModule(torch.nn.Module(), graph) for graph, *_ in parts]
     changed = [getattr(made, str(node.target)) for node in written if node.op == "get_attr"]
     return made_parts[0], made_parts[1], (kept[0], kept[1]), changed
+
+
+def _address(made: fx.GraphModule, node: fx.Node) -> int:
+    """The address of the memory of a tensor of the traced module."""
+    return getattr(made, str(node.target)).untyped_storage().data_ptr()
 
 
 def _written(nodes: Iterable[fx.Node]) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:

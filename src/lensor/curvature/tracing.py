@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,15 @@ def _graph() -> Any:
     return None if mode is None else mode.tracer.graph
 
 
+def draws(function: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether an operator draws random numbers; attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(function, "tags", ()):
+        return False
+    known = [argument.name for argument in function._schema.arguments]
+    given = dict(zip(known, arguments, strict=False)) | dict(named)
+    return "dropout_p" not in known or given.get("dropout_p", 0.0) != 0.0
+
+
 def random_draws() -> Any:
     """A value that changes when torch draws random numbers: the states of its generators.
 
@@ -24,8 +33,7 @@ def random_draws() -> Any:
     """
     graph = _graph()
     if graph is not None:
-        tag = torch.Tag.nondeterministic_seeded
-        return sum(tag in getattr(node.target, "tags", ()) for node in graph.nodes)
+        return sum(draws(node.target, node.args, node.kwargs) for node in graph.nodes)
     states = [torch.get_rng_state().numpy().tobytes()]
     if torch.cuda.is_initialized():
         states += [one.get_state().numpy().tobytes() for one in torch.cuda.default_generators]

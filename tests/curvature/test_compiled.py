@@ -624,6 +624,7 @@ VALUES: dict[str, Callable[[Tensor], Any]] = {
     "array of buffers": lambda x: x.new_tensor([BUFFER, BUFFER]),
     "text of a buffer": lambda x: float(len(str(BUFFER))),
     "split by a buffer": lambda x: x.tensor_split(BUFFER.long().reshape(1), 1)[0].mean(),
+    "parameter": lambda x: nn.Parameter(BUFFER * 2, requires_grad=False),
     "slope": lambda x: F.leaky_relu(-x, BUFFER).mean(),
 }
 

@@ -247,7 +247,7 @@ def _traced(
 
     column = torch.ones_like(added.outputs) if has_columns else ()
     with apart(model), _ready_to_trace(model):
-        traced = Traced(pass_over, inputs, column, compiler)
+        traced = Traced(pass_over, inputs, column, compiler, held)
     return _Factors(traced, held, counts[0], added.axis)
 
 
@@ -321,6 +321,6 @@ def on_batch(
             return compute(one, one.loss(loss, targets), options), ()
 
         with apart(model), _ready_to_trace(model):
-            made = Traced(pass_over, (inputs, targets, options), (), compiler)
+            made = Traced(pass_over, (inputs, targets, options), (), compiler, held)
         passes.add(key, model, _Quantity(made, held, shape))
     return result

@@ -45,6 +45,7 @@ class Traced:
         early: the first argument.
         late: the second argument.
         compiler: how the graph runs.
+        known: objects that exist before; parameters that are not among them were made in the pass, from values.
 
     Raises:
         ValueError: if the function cannot be traced, for example because it depends on the values of tensors.
@@ -56,6 +57,7 @@ class Traced:
         early: Any,
         late: Any = (),
         compiler: Compiler = "inductor",
+        known: Iterable[Any] = (),
     ) -> None:
         late = tree_map(_contiguous, late)
         first, tree = tree_flatten((early, late))
@@ -80,6 +82,11 @@ class Traced:
         with tracing() as self._plans:
             made = _graph_of(flat, tensors)
         self._first, self._second, self._kept, self._written = _divided(made, count, self._sizes[0])
+        ids = set(map(id, known))
+        if any(isinstance(one, torch.nn.Parameter) and id(one) not in ids for kept in self._kept for one in kept):
+            raise ValueError(
+                "the pass cannot be traced into one graph, expected a forward pass that makes no parameters"
+            )
         with _plainly([*tensors, *self._kept[0]]), _restored(self._written):
             given = [*tensors[:count], *self._kept[0]]
             found = list(_checked(self._first, given))

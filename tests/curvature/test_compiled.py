@@ -461,6 +461,36 @@ def test_statistics_stay_as_they_were() -> None:
     assert count() == 1
 
 
+def test_a_state_goes_on_from_batch_to_batch() -> None:
+    """Within a call, the passes of a graph see what previous ones wrote into buffers, as uncompiled ones do."""
+
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("total", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.total.add_(1)
+            return self.layer(x) + self.total
+
+    model, data = (
+        Moving().double(),
+        [(torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)) for _ in range(4)],
+    )
+    call = partial(kfac, model, nn.MSELoss(), data, fisher="empirical", batch_axis=0)
+    expected = tensors_of(call())
+    for _ in range(2):
+        require_equal(expected, tensors_of(call(compile="eager")))
+        assert not model.total
+    assert count() == 1
+    spectral = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 2)).double().train()
+    call = partial(kfac, spectral, nn.MSELoss(), data, fisher="empirical", batch_axis=0)
+    expected = tensors_of(call())
+    for _ in range(2):
+        require_equal(expected, tensors_of(call(compile="eager")))
+
+
 def test_results_do_not_share_memory() -> None:
     """A second call must not change the result of the first one."""
     model, loss = network(), nn.CrossEntropyLoss()

@@ -16,7 +16,7 @@ from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
 from lensor.curvature.capture import Capture, KeptInputs, Use, computing, run
 from lensor.curvature.collector import output_axis, require_independent
 from lensor.curvature.complete import CompleteCapture
-from lensor.curvature.data import batches, one_tensor, size_of
+from lensor.curvature.data import batches, known_containers, one_tensor, size_of
 from lensor.curvature.example_gradients import sum_of
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import all_parameters, refuse_mixing
@@ -64,7 +64,7 @@ class Batch:
         is_checked: bool = False,
         axes: BatchAxes | None = None,
     ) -> None:
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        inputs = known_containers(inputs)
         self.size = size_of(inputs, empty=empty) if size is None else size
         self.targets: Any = None
         self.names = [name for name, one in targets.parameters.items() if one.requires_grad or not only_trainable]

@@ -184,7 +184,6 @@ class Collector:
         batch_axis: Given = None,
     ) -> Added:
         """Add one batch: a forward pass, and one backward pass to the layers' outputs for each column of the root."""
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         batch = size_of(inputs)
         axes = Capture.batch_axes_of(model, inputs, Targets(self.layers, self.parameters), batch, batch_axis)
         if self._left:

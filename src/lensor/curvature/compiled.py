@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from lensor.curvature.fingerprint import Fingerprint, TooLargeError
 from lensor.curvature.layers import outer_level
 from lensor.curvature.registry import root_of
 from lensor.curvature.traced import Traced
-from lensor.curvature.watching import apart, undisturbed
+from lensor.curvature.watching import apart
 from lensor.errors import require_choice
 from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions
 from lensor.planner.settings import current
@@ -178,7 +178,7 @@ def add(
     compiler: Compiler,
     is_first: bool,
 ) -> None:
-    """Add one batch to a collector by a compiled pass, or uncompiled if there is none for its shapes.
+    """Add one batch to a collector by a compiled pass, or uncompiled if there is none for its shapes; within `running`.
 
     A pass is compiled for the first batch of the data only, since the last one is often smaller.
     """
@@ -188,22 +188,20 @@ def add(
     key, held = key_of()
     found: _Factors | None = None if key is None else passes.known.get(key)
     if found is None or not collected.fits(found.counts):
-        with running(model):
-            added = collected.add(model, loss, inputs, targets, mc_samples, generator, given)
-            if is_first and passes.may_add(key, key_of()[0], model):
-                passes.add(key, model, _traced(collected, model, inputs, given, added, compiler, held))
+        added = collected.add(model, loss, inputs, targets, mc_samples, generator, given)
+        if is_first and passes.may_add(key, key_of()[0], model):
+            passes.add(key, model, _traced(collected, model, inputs, given, added, compiler, held))
         return
-    with torch.inference_mode(False), undisturbed(model):
-        (outputs, forward), between = found.traced.run(inputs)
-        with computing(outputs):
-            root = root_of(loss, outputs, targets, found.counts.examples, found.axis)
-            sums: Any = None
-            columns = root.of(collected.fisher, mc_samples, generator)
-            column = next(columns, None)
-            while column is not None:
-                following = next(columns, None)
-                sums = _plus(sums, found.traced.then(column, between, following is None), root.normaliser)
-                column = following
+    (outputs, forward), between = found.traced.run(inputs)
+    with computing(outputs):
+        root = root_of(loss, outputs, targets, found.counts.examples, found.axis)
+        sums: Any = None
+        columns = root.of(collected.fisher, mc_samples, generator)
+        column = next(columns, None)
+        while column is not None:
+            following = next(columns, None)
+            sums = _plus(sums, found.traced.then(column, between, following is None), root.normaliser)
+            column = following
     collected.add_sums(found.counts, forward, sums, root.normaliser)
 
 
@@ -283,25 +281,23 @@ def on_batch(
         check: a function of the outputs (whose values are not used) and the targets that raises for unusable ones.
     """
     layers = None if layers is None else list(layers)
-
     trainable = not frozen and layers is None
     compiler = compiler_of(compile)
     model = unwrapped(model)
-    with torch.inference_mode(False):
-        inputs, targets = only_pair(data)
-        inputs, targets = data = own((dict(inputs) if isinstance(inputs, Mapping) else inputs, targets))
-    what, options_of_pass = f"{compute.__qualname__} {compiler}", (layers, given, frozen, check is not None)
-    key_of = partial(_key, what, model, (loss, options_of_pass), (data, options))
-    key, held = key_of() if compiler is not None else (None, [])
-    found: _Quantity | None = None if key is None else passes.known.get(key)
-    if found is not None:
-        if check is not None:
-            assert found.outputs is not None
-            check(found.outputs, targets)
-        with torch.inference_mode(False), undisturbed(model):
-            return found.traced.run((inputs, targets, options))[0]
-    watched = watched_for_examples(model, layers, frozen)
+    pair = only_pair(data)
     with running(model):
+        inputs, targets = own(pair)
+        what = f"{compute.__qualname__} {compiler}"
+        fixed = loss, layers, given, frozen, check is not None
+        key_of = partial(_key, what, model, fixed, (inputs, targets, options))
+        key, held = key_of() if compiler is not None else (None, [])
+        found: _Quantity | None = None if key is None else passes.known.get(key)
+        if found is not None:
+            if check is not None:
+                assert found.outputs is not None
+                check(found.outputs, targets)
+            return found.traced.run((inputs, targets, options))[0]
+        watched = watched_for_examples(model, layers, frozen)
         batch = Batch(model, watched, inputs, given, empty=True, shared=True, only_trainable=trainable)
         value = batch.loss(loss, targets)
         if check is not None:

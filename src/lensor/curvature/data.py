@@ -19,6 +19,11 @@ class Arguments(NamedTuple):
     by_name: dict[str, Any]
 
 
+def known_containers(inputs: Inputs) -> Inputs:
+    """The inputs; mappings of any kind become dictionaries, in which torch finds tensors."""
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
 def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
     """The value that the model returns for its inputs."""
     if isinstance(inputs, Arguments):
@@ -104,7 +109,7 @@ def narrowed(inputs: Inputs, batch: int, start: int, stop: int) -> Inputs:
 
 
 def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
-    """Yield the (inputs, targets) pairs of a loader, or the single pair that was given.
+    """Yield the (inputs, targets) pairs of a loader, or the single pair that was given; see `known_containers`.
 
     Raises:
         TypeError: if `data` is anything else.
@@ -125,7 +130,7 @@ def batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"data contains an object of type {type(pair).__name__}, expected pairs (inputs, targets)")
         empty = False
-        yield pair[0], pair[1]
+        yield known_containers(pair[0]), pair[1]
     if empty:
         raise ValueError("data is empty, expected at least one batch")
 

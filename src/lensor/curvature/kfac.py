@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -146,16 +146,13 @@ def kfac(
     )
     options = mc_samples, generator, batch_axis
     compiler = compiler_of(compile)
-    if compiler is not None:
-        for at, (inputs, targets) in enumerate(batches(data)):
-            with torch.inference_mode(False):
-                inputs, targets = own((dict(inputs) if isinstance(inputs, Mapping) else inputs, targets))
-            compiled.add(collected, model, loss, inputs, targets, *options, compiler, is_first=not at)
-    else:
-        with running(model):
-            for inputs, targets in batches(data):
-                collected.add(model, loss, own(inputs), own(targets), *options)
     with running(model):
+        for at, (inputs, targets) in enumerate(batches(data)):
+            pair = own(inputs), own(targets)
+            if compiler is None:
+                collected.add(model, loss, *pair, *options)
+            else:
+                compiled.add(collected, model, loss, *pair, *options, compiler, is_first=not at)
         factors = collected.factors(str(reduction_of(loss)), group)
     plain = [name for name, block in factors.items() if not block.factored]
     if strict and plain:

@@ -12,7 +12,7 @@ these blocks. The sizes of blocks follow from the sizes of the tensors in a firs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from lensor.arguments import described
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.capture import Use, computing, own, running, unwrapped
 from lensor.curvature.complete import CompleteCapture
-from lensor.curvature.data import narrowed, size_of
+from lensor.curvature.data import known_containers, narrowed, size_of
 from lensor.curvature.described import SHARED
 from lensor.curvature.example_gradients import rows_of
 from lensor.curvature.jacobian import Passed, Watched
@@ -107,7 +107,7 @@ class _Set:
     """A set of inputs, of which some examples at a time are run."""
 
     def __init__(self, watched: Watched, inputs: Any) -> None:
-        self.watched, self.inputs = watched, dict(inputs) if isinstance(inputs, Mapping) else inputs
+        self.watched, self.inputs = watched, known_containers(inputs)
         self.size = size_of(self.inputs, empty=True)
 
     def run(self, start: int, stop: int, whole: bool) -> Passed:

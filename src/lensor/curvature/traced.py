@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lensor.choices import Compiler
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.tracing import draws, untraced
+from lensor.curvature.watching import preserve
 from lensor.kernels.torch.operator import tracing
 
 
@@ -36,7 +37,7 @@ _COMPILERS: dict[Compiler, Callable[[fx.GraphModule, list[Any]], Callable[..., A
 
 
 class Traced:
-    """A function as a compiled graph.
+    """A function as a compiled graph, which is traced and run within `undisturbed`.
 
     Args:
         function: a function of two trees of tensors that returns two trees of tensors, the first of which does not
@@ -87,7 +88,8 @@ class Traced:
             raise ValueError(
                 "the pass cannot be traced into one graph, expected a forward pass that makes no parameters"
             )
-        with _plainly([*tensors, *self._kept[0]]), _restored(self._written):
+        preserve(self._written)
+        with _plainly([*tensors, *self._kept[0]]):
             given = [*tensors[:count], *self._kept[0]]
             found = list(_checked(self._first, given))
             self._run = _COMPILERS[compiler](self._first, given)
@@ -104,7 +106,8 @@ class Traced:
     def run(self, early: Any) -> tuple[Any, list[Tensor]]:
         """The first tree, and the tensors that `then` needs."""
         tensors = [_plain(leaf) for leaf in tree_flatten(early)[0] if isinstance(leaf, Tensor)]
-        with _plainly([*tensors, *self._kept[0]]), _restored(self._written):
+        preserve(self._written)
+        with _plainly([*tensors, *self._kept[0]]):
             found = list(self._run(*tensors, *self._kept[0]))
         size = self._sizes[0]
         between = [_in_format(*one) for one in zip(found[size:], self._strides, strict=True)]
@@ -114,7 +117,7 @@ class Traced:
         """The second tree; the last call may release tensors that it does not need any more, and empties the list."""
         tensors = [leaf.contiguous() for leaf in tree_flatten(late)[0] if isinstance(leaf, Tensor)]
         given = [*tensors, *self._kept[1]]
-        with _plainly(given), _restored(self._written):
+        with _plainly(given):
             found = list(self._then(*given, between if is_last else list(between)))
         if is_last:
             between.clear()
@@ -288,18 +291,6 @@ def _in_format(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     if tensor.stride() == strides:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-@contextmanager
-def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the values of tensors of the model into which a graph writes, as uncompiled passes do."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, values in before:
-                tensor.copy_(values)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, FunctionAxes, Key, NoBatchAxisError
-from lensor.curvature.data import Inputs, outputs_of
+from lensor.curvature.data import Inputs, known_containers, outputs_of
 from lensor.curvature.flow import Flow, with_examples
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.watching import (
@@ -327,7 +327,7 @@ class _Finder:
         self.by_values = False
         self.weights = _Weights()
         self.functions: list[_Function] = []
-        self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        self.inputs = known_containers(inputs)
         if self._are_equal():
             self.inputs = self._noisy()
 

@@ -255,6 +255,12 @@ class Preserving(TorchFunctionMode):
         return function(*arguments, **named)
 
 
+def preserve(tensors: Iterable[Tensor]) -> None:
+    """Save the contents of a model's tensors for `undisturbed`, before a graph writes into them."""
+    for tensor in tensors:
+        _thread.kept[-1].keep(tensor, data=False)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model within `Preserving`, then restore its parameters, buffers and attribute tensors.

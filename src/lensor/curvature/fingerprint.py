@@ -28,6 +28,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dt
 
 _COMMON = (bool, int, str, type(None))
 
+_CONTAINERS = (list, tuple, Set, deque)
+
 
 class TooLargeError(Exception):
     """The objects refer to too many others for a fingerprint."""
@@ -139,18 +141,18 @@ class Fingerprint:
         elif isinstance(value, np.ndarray):
             values = value.tolist() if value.dtype.hasobject else value.tobytes()
             self._add_all([value.shape, value.dtype.str, values], fixed)
-        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random, bytearray, weakref.ref)):
-            self._add(_STATES[next(kind for kind in _STATES if isinstance(value, kind))](value), fixed)
+        elif isinstance(value, tuple(_STATES)):
+            self._add(next(state for kind, state in _STATES.items() if isinstance(value, kind))(value), fixed)
         else:
             self._add_class(type(value))
             if isinstance(value, Mapping):
                 self._add_all(itertools.chain.from_iterable(value.items()), fixed)
-            elif isinstance(value, (list, tuple, Set, deque)):
+            elif isinstance(value, _CONTAINERS):
                 self._add_all(value, fixed)
             found = vars(value) if isinstance(value, nn.Module) else _attributes(value)
             if found:
                 self._add_attributes(found, fixed)
-            elif not isinstance(value, (Mapping, list, tuple, Set, deque)) and not callable(value):
+            elif not isinstance(value, (Mapping, *_CONTAINERS)) and not callable(value):
                 self._identify(value)
 
     def _add_function(self, value: types.FunctionType) -> None:
@@ -202,7 +204,7 @@ _STATES: dict[type, Any] = {
     bytearray: bytes,
     weakref.ref: lambda value: value(),
 }
-"""What is known of objects without attributes."""
+"""The states of objects without attributes."""
 
 
 def _functions_of(kind: type, name: str) -> Iterator[types.FunctionType]:

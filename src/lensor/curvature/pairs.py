@@ -34,12 +34,17 @@ class OuterProducts:
     a: Tensor
     b: Tensor
 
+    @property
+    def is_index(self) -> bool:
+        """Whether `a` has indices of entries."""
+        return self.a.ndim == 2
+
     def weighted_sum(self, factors: Tensor, rows: int) -> Tensor:
         """The sum over the examples of their gradients times factors [batch], [rows, columns]."""
         scaled = self.b * factors.to(self.b.dtype)[:, None, None]
-        if self.a.ndim == 3:
-            return einsum("n t c, n t f -> c f", self.a, scaled)
-        return scaled.new_zeros((rows, self.b.shape[-1])).index_add_(0, self.a.flatten(), scaled.flatten(0, 1))
+        if self.is_index:
+            return scaled.new_zeros((rows, self.b.shape[-1])).index_add_(0, self.a.flatten(), scaled.flatten(0, 1))
+        return einsum("n t c, n t f -> c f", self.a, scaled)
 
     @classmethod
     def of_layer(cls, x: Tensor, v: Tensor) -> OuterProducts:
@@ -101,7 +106,7 @@ def positions(use: Use | FunctionUse) -> int:
     return shape.numel() // max(shape[-1] * use.batch, 1)
 
 
-def squared_norms(parts: Sequence[OuterProducts]) -> Tensor:
+def squared_norms_of(parts: Sequence[OuterProducts]) -> Tensor:
     """The squared norm of every example's gradient, [batch], for the sum of some parts."""
     total: Tensor | None = None
     for at, one in enumerate(parts):
@@ -114,12 +119,12 @@ def squared_norms(parts: Sequence[OuterProducts]) -> Tensor:
 
 def _product(one: OuterProducts, two: OuterProducts) -> Tensor:
     """The inner products of two parts, [batch]."""
-    if one.a.ndim == two.a.ndim == 3:
+    if not one.is_index and not two.is_index:
         return einsum("n t c, n s c, n t f, n s f -> n", one.a, two.a, one.b, two.b)
-    if one.a.ndim == two.a.ndim == 2:
+    if one.is_index and two.is_index:
         alike = (one.a[:, :, None] == two.a[:, None]).to(one.b.dtype)
     else:
-        words, dense = (one, two) if one.a.ndim == 2 else (two, one)
+        words, dense = (one, two) if one.is_index else (two, one)
         rows = words.a[:, None].expand(-1, dense.a.shape[1], -1)
         alike = dense.a.gather(2, rows)
         alike = alike.mT if words is one else alike

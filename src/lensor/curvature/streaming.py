@@ -20,8 +20,7 @@ from lensor.curvature.data import over_positions
 from lensor.curvature.example_gradients import gradients_of, rows_of, sum_of, zeros_of
 from lensor.curvature.functions import FunctionUse
 from lensor.curvature.networks import network
-from lensor.curvature.pairs import OuterProducts, are_linear, positions
-from lensor.curvature.pairs import squared_norms as squared_norms_of
+from lensor.curvature.pairs import OuterProducts, are_linear, positions, squared_norms_of
 from lensor.planner.settings import preferring
 
 _LEAST_BYTES = 1 << 24

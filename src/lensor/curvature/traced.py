@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,15 +61,15 @@ class Traced:
         known: Iterable[Any] = (),
     ) -> None:
         late = tree_map(_contiguous, late)
-        first, tree = tree_flatten((early, late))
-        places = [at for at, leaf in enumerate(first) if isinstance(leaf, Tensor)]
+        given, tree = tree_flatten((early, late))
+        places = [at for at, leaf in enumerate(given) if isinstance(leaf, Tensor)]
         count = sum(isinstance(leaf, Tensor) for leaf in tree_flatten(early)[0])
         self._trees: list[Any] = []
         self._sizes: list[int] = []
         self._strides: list[tuple[int, ...]] = []
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            leaves = list(first)
+            leaves = list(given)
             for at, tensor in zip(places, tensors, strict=True):
                 leaves[at] = tensor
             parts = [tree_flatten(part) for part in function(*tree_unflatten(leaves, tree))]
@@ -78,11 +78,11 @@ class Traced:
             return [leaf for leaves, _ in parts for leaf in leaves]
 
         # One tensor in two places of the arguments must become two inputs.
-        tensors: list[Any] = [_plain(first[at]).detach().requires_grad_(first[at].requires_grad) for at in places]
-        _require_known(first)
+        tensors: list[Any] = [_plain(given[at]).detach().requires_grad_(given[at].requires_grad) for at in places]
+        _require_known(given)
         with tracing() as self._plans:
             made = _graph_of(flat, tensors)
-        self._first, self._second, self._kept, self._written = _divided(made, count, self._sizes[0])
+        first, second, self._kept, self._written = _divided(made, count, self._sizes[0])
         ids = set(map(id, known))
         if any(isinstance(one, torch.nn.Parameter) and id(one) not in ids for kept in self._kept for one in kept):
             raise ValueError(
@@ -90,18 +90,18 @@ class Traced:
             )
         preserve(self._written)
         with _plainly([*tensors, *self._kept[0]]):
-            given = [*tensors[:count], *self._kept[0]]
-            found = list(_checked(self._first, given))
-            self._run = _COMPILERS[compiler](self._first, given)
+            inputs = [*tensors[:count], *self._kept[0]]
+            found = list(_checked(first, inputs))
+            self._run = _COMPILERS[compiler](first, inputs)
             if self._sizes[1]:
                 between = found[self._sizes[0] :]
                 self._strides = [one.stride() for one in between]
-                given = [*tensors[count:], *self._kept[1], *between]
-                _checked(self._second, given)
+                inputs = [*tensors[count:], *self._kept[1], *between]
+                _checked(second, inputs)
                 if compiler == "eager":
-                    self._then = _releasing(self._second, len(between))
+                    self._then = _releasing(second, len(between))
                 else:
-                    self._then = _unpacked(_COMPILERS[compiler](self._second, given))
+                    self._then = _unpacked(_COMPILERS[compiler](second, inputs))
 
     def run(self, early: Any) -> tuple[Any, list[Tensor]]:
         """The first tree, and the tensors that `then` needs."""
@@ -331,24 +331,102 @@ def _plainly(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def _divided(
-    made: fx.GraphModule, early: int, size: int
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[list[Tensor], list[Tensor]], list[Tensor]]:
-    """The graphs of both parts, the tensors that they take after their arguments, and those into which they write.
+class _Parts(NamedTuple):
+    """A graph in two parts.
 
-    The second part begins where a late argument is used first. Its inputs are its arguments, these tensors, and the
-    values of the first part that it needs, which the first part returns after its results.
+    The inputs of each part are its arguments and its `kept` tensors. Those of the second part also are values of the
+    first part, which the first part returns after its results.
+
+    Args:
+        first: the first part.
+        second: the second part, which begins where a late argument is used first.
+        kept: for each part, the tensors of the traced module that it takes.
+        written: the tensors of the traced module into which the graph writes.
+    """
+
+    first: fx.GraphModule
+    second: fx.GraphModule
+    kept: tuple[list[Tensor], list[Tensor]]
+    written: list[Tensor]
+
+
+def _divided(made: fx.GraphModule, early: int, size: int) -> _Parts:
+    """Divide a graph.
+
+    Args:
+        made: the graph.
+        early: the number of arguments of the first part.
+        size: the number of results of the first part.
+
+    Raises:
+        ValueError: if the parts depend on each other in other ways than by values of the first part.
     """
     made.graph.eliminate_dead_code()
     nodes = list(made.graph.nodes)
     arguments = [node for node in nodes if node.op == "placeholder"]
     (output,) = [node for node in nodes if node.op == "output"]
+    results: Any = output.args[0]
     is_late = set(arguments[early:])
     begun = False
     for node in nodes:
         begun = begun or (node.op == "call_function" and not is_late.isdisjoint(node.all_input_nodes))
         if begun and node.op == "call_function":
             is_late.add(node)
+    written = _require_apart(made, nodes, is_late)
+    first, second = _Part(arguments[:early], results[:size]), _Part(arguments[early:], results[size:])
+    for node in nodes:
+        if node.op == "call_function":
+            (second if node in is_late else first).body.append(node)
+    kept = first.take_attributes(made), second.take_attributes(made)
+    between = [node for node in nodes if node in second.needed and node not in second.copies and node not in is_late]
+    second.take(between)
+    return _Parts(first.graph_with(between), second.graph_with([]), kept, written)
+
+
+class _Part:
+    """A part of a graph, while it is made.
+
+    Args:
+        arguments: its arguments.
+        results: its results.
+    """
+
+    def __init__(self, arguments: Sequence[fx.Node], results: Sequence[fx.Node | None]) -> None:
+        self.graph, self.results = fx.Graph(), results
+        self.body: list[fx.Node] = []
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.take(arguments)
+
+    def take(self, nodes: Iterable[fx.Node]) -> None:
+        """Make nodes of the whole graph inputs of this part."""
+        for node in nodes:
+            self.copies[node] = self.graph.placeholder(node.name)
+
+    @property
+    def needed(self) -> set[fx.Node]:
+        """The nodes that functions of this part take, and its results."""
+        return {one for node in self.body for one in node.all_input_nodes} | set(filter(None, self.results))
+
+    def take_attributes(self, made: fx.GraphModule) -> list[Tensor]:
+        """Make tensors of the traced module inputs; return them."""
+        found: dict[Any, fx.Node] = {}
+        for node in made.graph.nodes:
+            if node.op == "get_attr" and node in self.needed:
+                if node.target not in found:
+                    found[node.target] = self.graph.placeholder(node.name)
+                self.copies[node] = found[node.target]
+        return [getattr(made, str(target)) for target in found]
+
+    def graph_with(self, more: Sequence[fx.Node]) -> fx.GraphModule:
+        """The graph of this part; it returns some nodes after its results."""
+        for node in self.body:
+            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+        self.graph.output(tuple(None if one is None else self.copies[one] for one in (*self.results, *more)))
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def _require_apart(made: fx.GraphModule, nodes: Sequence[fx.Node], is_late: Set[fx.Node]) -> list[Tensor]:
+    """Raise ValueError if a part writes into what the other needs; return the tensors into which the graph writes."""
     written, owners = _written(nodes)
     memory = {_address(made, node): by for node, by in written.items() if node.op == "get_attr"}
     for node in is_late:
@@ -364,33 +442,7 @@ def _divided(
             raise ValueError(f"the pass cannot be compiled: its backward pass writes with {by.target}")
         if node.op == "placeholder":
             raise ValueError(f"the pass cannot be compiled: it writes into its inputs with {by.target}")
-    results = list(output.args[0])
-    parts, kept, between = [], [], []
-    for late in (False, True):
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        wanted = results[size:] if late else results[:size]
-        body = [node for node in nodes if node.op == "call_function" and (node in is_late) == late]
-        needed = {one for node in body for one in node.all_input_nodes} | {one for one in wanted if one is not None}
-        for node in arguments[early:] if late else arguments[:early]:
-            copies[node] = graph.placeholder(node.name)
-        attributes = [node for node in nodes if node.op == "get_attr" and node in needed]
-        tensors = {node.target: getattr(made, str(node.target)) for node in attributes}
-        inputs = {target: graph.placeholder(f"kept_{at}") for at, target in enumerate(tensors)}
-        copies |= {node: inputs[node.target] for node in attributes}
-        if late:
-            between = [node for node in nodes if node in needed and node not in copies and node not in is_late]
-            copies |= {node: graph.placeholder(node.name) for node in between}
-        for node in body:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        parts.append((graph, [None if one is None else copies[one] for one in wanted], copies))
-        kept.append(list(tensors.values()))
-    first, returned, copies = parts[0]
-    first.output(tuple(returned + [copies[node] for node in between]))
-    parts[1][0].output(tuple(parts[1][1]))
-    made_parts: list[Any] = [fx.GraphModule(torch.nn.Module(), graph) for graph, *_ in parts]
-    changed = [getattr(made, str(node.target)) for node in written if node.op == "get_attr"]
-    return made_parts[0], made_parts[1], (kept[0], kept[1]), changed
+    return [getattr(made, str(node.target)) for node in written if node.op == "get_attr"]
 
 
 def _address(made: fx.GraphModule, node: fx.Node) -> int:

@@ -108,3 +108,16 @@ def test_a_plan_kept_for_one_network_never_serves_a_similar_one() -> None:
     # A sum whose terms tell each other sizes by name.
     spread = lensor.contraction("n, m -> n m", "X", "1") + lensor.contraction("n, m -> n m", "1", "Y")
     assert_close(spread(X=x[0], Y=x[:, 0]), x[0][:, None] + x[:, 0])
+
+
+def test_entries_can_be_counted_and_dropped() -> None:
+    cache = Cache(maxsize=4)
+    for at in range(3):
+        cache.put((at % 2, at), str(at))
+    assert cache.count(lambda key: key[0] == 0) == 2
+    before = cache.nbytes
+    cache.drop((0, 2))
+    cache.drop((5, 5))
+    assert cache.count(lambda key: key[0] == 0) == 1
+    assert cache.get((0, 2)) is None
+    assert 0 < cache.nbytes < before

@@ -425,6 +425,27 @@ def test_a_maximal_norm_is_an_input() -> None:
 
 
 @every
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_memory_formats_and_dtypes(name: str, kind: torch.dtype) -> None:
+    """Images with the channels last, and every other one of a larger batch; depthwise and in three dimensions."""
+    flat, deep = (
+        network().to(memory_format=torch.channels_last),
+        nn.Sequential(nn.Conv3d(3, 6, 2, groups=3), nn.Flatten()),
+    )
+    deep.append(nn.Linear(6 * 8, 5))
+    x, y = batch(8)
+    cases = (flat, x.to(memory_format=torch.channels_last)), (deep, x.reshape(8, 3, 4, 4, 4)[:, :, :3, :3, :3])
+    for model, inputs in cases:
+        call = partial(QUANTITIES[name], model.to(kind), nn.CrossEntropyLoss(), (inputs.to(kind)[::2], y[::2]))
+        for _ in range(2):
+            expected, found = call(), call(compile="eager")
+            for key, one in expected.items():
+                assert one.dtype == found[key].dtype
+                torch.testing.assert_close(one, found[key], rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+    assert count() == 2
+
+
+@every
 def test_casts_and_precision(name: str) -> None:
     """A graph that was traced under autocast contains its casts, and one that was not is not cast."""
     model, loss, call = network().float(), nn.CrossEntropyLoss(), QUANTITIES[name]

@@ -99,6 +99,23 @@ def test_norms_and_clipped_sums(
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision(kind: torch.dtype, tied: bool) -> None:
+    """The parts are multiplied and added in single precision; what is left is that of the model's own passes."""
+    model = Tokens(None, tied, True, False, False)
+    words, targets = torch.randint(4, (4, 5)), torch.randint(WORDS, (4, 5))
+    wide = {
+        name: found.float() for name, found in per_example_gradient_norms(model, of_tokens, (words, targets)).items()
+    }
+    found = per_example_gradient_norms(model.to(kind), of_tokens, (words, targets))
+    clipped = clipped_gradients(model, of_tokens, (words, targets), 0.7, reduction="sum")
+    for name, norms in found.items():
+        assert norms.dtype == clipped.gradients[name].dtype == torch.float32
+        torch.testing.assert_close(norms, wide[name], rtol=5e-2 if kind is torch.bfloat16 else 1e-2, atol=0)
+    torch.testing.assert_close(clipped.norms, sum(one.square() for one in found.values()).sqrt())
+
+
+@pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_words_are_not_formed(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("a gradient of an example was formed")

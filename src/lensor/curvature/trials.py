@@ -276,7 +276,7 @@ def find_batch_axes(
     if not remember:
         with aside():
             return _Finder(model, inputs, targets, batch).find()
-    key = _form(model, inputs, targets, batch)
+    key = form_of(model, inputs, targets, batch)
     with _known_lock:
         found = _known.setdefault(model, {}).get(key)
     if found is None:
@@ -293,7 +293,7 @@ def find_batch_axes(
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
+def form_of(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
     """The cache key of batch axes: modules and modes, layers, and the form of the inputs without the batch size."""
     modules = tuple(
         (

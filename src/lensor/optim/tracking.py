@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lensor.choices import Approx, FactorFisher
-from lensor.curvature.batch_axes import Given
+from lensor.curvature.batch_axes import BatchAxes, Given
 from lensor.curvature.capture import Capture, Use, computing
 from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
 from lensor.curvature.registry import reduction_of, root_of
+from lensor.curvature.trials import form_of
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
 
@@ -58,6 +59,9 @@ class Tracker:
     grad_scaler: Any
     batch_axis: Given
     steps: int = 0
+    slots: dict[str, int] | None = None
+    """With staggered updates, the step in each interval at which a layer is updated, by the name of its weight. Layers
+    that have no factors yet have none, and are always due."""
     generator: torch.Generator | None = None
     layers: list[Layer] = field(default_factory=list)
     names: dict[str, Tensor] = field(default_factory=dict)
@@ -74,6 +78,7 @@ class Tracker:
         self._backward: dict[int, _Backward] = {}
         self._left: dict[str, tuple[int, int]] = {}
         self._accumulated: list[Any] = []
+        self._axes: tuple[Any, int, BatchAxes | None] | None = None
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -96,10 +101,14 @@ class Tracker:
             before, after = (OnGradient(here, layer.weight, call) for call in (Tracker._arrive, Tracker._accumulate))
             self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
 
-    @property
-    def is_due(self) -> bool:
-        """Whether factors are updated in this step."""
-        return self.steps % self.factor_interval == 0
+    def is_due(self, weight: str, interval: int) -> bool:
+        """Whether a layer is updated in this step, if it is once in each interval."""
+        slot = 0 if self.slots is None else self.slots.get(weight, self.steps)
+        return (self.steps - slot) % interval == 0
+
+    def due(self) -> list[Layer]:
+        """The layers whose factors are updated in this step."""
+        return [layer for layer in self.layers if self.is_due(layer.weight, self.factor_interval)]
 
     def take(self) -> Collector | None:
         """Return the factors collected since the last step, and clear them."""
@@ -113,7 +122,7 @@ class Tracker:
         return (
             self.model.training
             and torch.is_grad_enabled()
-            and self.is_due
+            and bool(self.due() or not self.layers)
             and not depth()
             and not getattr(self._thread, "inside", False)
             and torch._C._current_graph_task_id() == -1  # a checkpoint reruns the model during the backward pass
@@ -125,11 +134,10 @@ class Tracker:
             return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
         if self.refresh is not None:
             self.refresh()
-        inputs = Arguments(arguments, named)
-        batch, targets = size_of(inputs), Targets(self.layers)
-        remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
-        layout = Capture.batch_axes_of(self.model, inputs, targets, batch, self.batch_axis, remember)
-        one = _Pass(Collector(self.layers, self.approx, self.joint, self.fisher, keep_graph=True))
+        inputs, layers = Arguments(arguments, named), self.due()
+        batch, targets = size_of(inputs), Targets(layers)
+        layout = self._batch_axes(inputs, batch)
+        one = _Pass(Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(
             targets,
@@ -150,6 +158,19 @@ class Tracker:
         self._thread.running = one, capture, layout
         move_to_end(self.model, self._handle)
         return out
+
+    def _batch_axes(self, inputs: Arguments, batch: int) -> BatchAxes | None:
+        """The position of the examples in the layers' inputs; if updates are staggered, found once in each interval."""
+        targets = Targets(self.layers)
+        form = None if self.slots is None else form_of(self.model, inputs, targets, batch)
+        if form is not None and self._axes is not None:
+            known, at, found = self._axes
+            if known == form and at <= self.steps < at + self.factor_interval:
+                return found
+        remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
+        found = Capture.batch_axes_of(self.model, inputs, targets, batch, self.batch_axis, remember)
+        self._axes = form, self.steps, found
+        return found
 
     def leave(self) -> None:
         """Discard a pass whose outputs never reached the output hook, as after a direct call to `model.forward`."""
@@ -238,7 +259,7 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_left", "pending", "refresh", "generator")
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_left", "_axes", "pending", "refresh", "generator")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 

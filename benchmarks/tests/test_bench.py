@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import opt_einsum
 import pytest
 import torch
@@ -28,6 +29,7 @@ from lensor_bench.candidates import read as read_candidates
 from lensor_bench.candidates import write as write_candidates
 from lensor_bench.implementations import IMPLEMENTATIONS, Implementation
 from lensor_bench.measure import balanced_orders, bytes_of, extra_bytes, interleaved, neighbours, relative_error
+from lensor_bench.optimizers import settings
 from lensor_bench.overhead import CASES
 from lensor_bench.report import (
     FASTEST,
@@ -43,6 +45,7 @@ from lensor_bench.report import (
 from lensor_bench.results import HEADER, OK, Found, Machine, ResultsFile, Row, Setting, read
 from lensor_bench.run import Bench
 from lensor_bench.settings import Settings
+from lensor_bench.tasks import cifar_task
 from lensor_bench.training import Point, reached
 from typer.testing import CliRunner
 
@@ -876,28 +879,62 @@ def test_training_is_tuned_run_and_plotted(tmp_path: Path) -> None:
     arguments = ("--tasks", "digits", "--steps", "10", "--seeds", "1", "--batch", "8", "--threads", "1")
     found = invoke("bench", "training", str(tmp_path), *arguments)
     assert found.exit_code == 0, found.output
-    assert all(name in found.output for name in ("SGD", "AdamW", "KFAC, reduce", "KFAC, forward-only"))
+    names = ("SGD", "AdamW", "Muon", "SINGD", "KFAC, reduce", "KFAC, forward-only")
+    assert all(name in found.output for name in names)
     assert (tmp_path / "training.png").stat().st_size > 10_000
-    assert len((tmp_path / "training.csv").read_text(encoding="utf-8").splitlines()) == 1 + 5 * 2
+    assert len((tmp_path / "training.csv").read_text(encoding="utf-8").splitlines()) >= 1 + 8 * 2
     unknown = invoke("bench", "training", str(tmp_path), "--tasks", "mnist")
     assert unknown.exit_code == 1
     assert "task is 'mnist', expected one of digits, crops" in unknown.stderr
 
 
-def test_steps_to_a_loss_are_counted_from_the_first_validation_there() -> None:
-    def points(name: str, seed: int, losses: list[float]) -> list[Point]:
-        return [
-            Point("task", name, "lr", seed, 10 * at, 0.5 * at, loss, 1 - loss / 10) for at, loss in enumerate(losses)
-        ]
+def test_steps_to_an_accuracy_are_counted_from_the_first_validation_there() -> None:
+    def points(name: str, seed: int, accuracies: list[float]) -> list[Point]:
+        return [Point("task", name, "lr", seed, 10 * at, 0.5 * at, 1.0, one) for at, one in enumerate(accuracies)]
 
     every = [
-        *(points("SGD", 0, [3.0, 2.0, 1.0]) + points("SGD", 1, [3.0, 2.0, 2.0])),
-        *(points("KFAC", 0, [3.0, 1.0, 0.5]) + points("KFAC", 1, [3.0, 2.5, 2.0])),
+        *(points("AdamW", 0, [0.1, 0.5, 0.8, 0.6]) + points("AdamW", 1, [0.1, 0.5, 0.6, 0.7])),
+        *(points("KFAC", 0, [0.1, 0.7, 0.9]) + points("KFAC", 1, [0.1, 0.7, 0.6])),
+        *(points("SGD", 0, [0.1, 0.2, 0.3]) + points("SGD", 1, [0.1, 0.2, 0.7])),
     ]
-    sgd, kfac = reached(every, "task")
-    assert sgd[:2] == ("SGD", "lr")
-    assert sgd[2:7] == ("1.5000", "0.850", "1/2", "20", "1.00")
-    assert kfac[2:7] == ("1.2500", "0.875", "1/2", "10", "0.50")
+    adamw, kfac, sgd = reached(every, "task")
+    assert adamw == ("AdamW", "lr", "0.700", "2/2", "20", "1.00", "1.00", "50.0")
+    assert kfac == ("KFAC", "lr", "0.750", "2/2", "10", "0.50", "0.50", "50.0")
+    assert sgd == ("SGD", "lr", "0.500", "1/2", "–", "–", "–", "50.0")
+
+
+def test_muon_updates_the_kernels_themselves() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, _, last = settings()["Muon"]["lr=0.02, half"].started(model, 100)
+    assert last == 50
+    x, y = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+    by_hand = torch.nn.Parameter(before["0.weight"].flatten(1).clone())
+    assert model[0].weight.grad is not None
+    by_hand.grad = model[0].weight.grad.flatten(1)
+    lr = optimizer.parts[0].param_groups[0]["lr"]
+    torch.optim.Muon([by_hand], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    torch.testing.assert_close(model[0].weight.flatten(1), by_hand)
+
+
+def test_cifar10_is_a_task_where_it_is(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    records = draw.integers(0, 256, (100, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    for at in range(5):
+        records[20 * at : 20 * at + 20].tofile(tmp_path / f"data_batch_{at + 1}.bin")
+    task = cifar_task(tmp_path)
+    assert task.train[0].shape == (90, 3, 32, 32)
+    assert task.validate[1].tolist() == records[90:, 0].tolist()
+    assert task.model()(task.train[0][:2]).shape == (2, 10)
+    with pytest.raises(CommandError, match="has no CIFAR-10 files"):
+        cifar_task(tmp_path / "none")
 
 
 def test_steps_are_timed_beside_gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:

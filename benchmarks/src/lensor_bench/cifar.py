@@ -1,4 +1,4 @@
-"""Reads CIFAR-100 from the user's folder, in the binary or the Python version in which it is distributed."""
+"""Reads CIFAR-100 and CIFAR-10 from the user's folder, in the binary or the Python version that is distributed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ def cifar100(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(labels) == 0 or len(labels) != len(pictures) or not (labels.min() >= 0 and labels.max() < 100):
         raise CommandError(f"{path} is not CIFAR-100: expected a label below 100 for each of {len(pictures)} images")
     return pictures.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+
+
+def cifar10(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The images of the training set, uint8 [50000, 3, 32, 32], and their labels, int64 [50000].
+
+    Args:
+        folder: folder that contains `cifar-10-batches-bin`, or is this folder.
+
+    Raises:
+        CommandError: if the folder does not contain the files, or if they are not CIFAR-10.
+    """
+    names = [f"data_batch_{at}.bin" for at in range(1, 6)]
+    places = [folder / "cifar-10-batches-bin", folder]
+    place = next((one for one in places if all((one / name).is_file() for name in names)), None)
+    if place is None:
+        raise CommandError(f"{folder} has no CIFAR-10 files, expected {names[0]} to {names[-1]}")
+    try:
+        records = np.concatenate([np.fromfile(place / name, np.uint8).reshape(-1, 1 + _PIXELS) for name in names])
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{place} is not CIFAR-10: {in_one_line(error)}") from None
+    if len(records) == 0 or records[:, 0].max() >= 10:
+        raise CommandError(f"{place} is not CIFAR-10: expected a label below 10 for each image")
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:

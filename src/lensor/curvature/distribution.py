@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,137 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         dist.all_reduce(values, group=group)
 
 
+def gather_to_owners(collected: Any, group: dist.ProcessGroup, owners: Mapping[str, int]) -> None:
+    """Replace a Collector's sums by the sums over all ranks, each on one rank only; remove them from the other ranks.
+
+    The ranks exchange one vector of counts, and reduce one buffer for each owner. Roots are concatenated on the owner
+    if all of them together have fewer rows than columns.
+
+    Args:
+        collected: the Collector; changed in place.
+        group: the ranks.
+        owners: the rank within the group that gets the sums of a parameter, by the parameter's name.
+
+    Raises:
+        ValueError: if the ranks' models use their weights differently.
+    """
+    size, me = dist.get_world_size(group), dist.get_rank(group)
+    layers: dict[str, Any] = {**collected.sums, **collected.biases}
+    roots = {name: torch.cat(one.roots, 1) if one.roots else None for name, one in layers.items()}
+    mine: list[float] = [zlib.crc32(collected.form.encode()), collected.examples, collected.weight]
+    for name, one in layers.items():
+        root = roots[name]
+        mine += [one.ones, 0 if root is None else root.shape[1], one.a is not None]
+    counts = torch.tensor(mine, dtype=torch.float64, device=collected.like.device)
+    gathered = counts.new_empty(size * len(mine))
+    dist.all_gather_into_tensor(gathered, counts, group=group)
+    every = gathered.view(size, -1).tolist()
+    if any(one[0] != mine[0] for one in every):
+        raise _unlike(collected.form)
+    collected.examples = round(sum(one[1] for one in every))
+    collected.weight = sum(one[2] for one in every)
+    buffers: dict[tuple[int, torch.dtype], list[tuple[Any, str]]] = {}
+    joined: list[tuple[str, list[int]]] = []
+    for at, (name, one) in enumerate(layers.items()):
+        ones, rows, formed = ([line[3 + 3 * at + which] for line in every] for which in range(3))
+        one.ones, root = round(sum(ones)), roots[name]
+        if not one.positions or one.positions * collected.examples != one.ones:
+            one.positions = 0  # unknown, or different between ranks
+        parts = ["b"] if one.b is not None else []
+        if one.roots is not None:
+            width = root.shape[2] if root is not None else one.a.shape[2]
+            if not any(formed) and sum(rows) < width:
+                joined.append((name, [round(count) for count in rows]))
+            else:
+                if root is not None:
+                    one.a = root.mT @ root if one.a is None else one.a.add_(root.mT @ root)
+                one.roots = []
+        for part in [*parts, *(["a"] if one.a is not None else [])]:
+            buffers.setdefault((owners[name], getattr(one, part).dtype), []).append((one, part))
+    _reduce(buffers, group)
+    _join(layers, roots, joined, owners, group)
+    for kind in ("sums", "biases"):
+        setattr(collected, kind, {name: one for name, one in getattr(collected, kind).items() if owners[name] == me})
+
+
+def _reduce(buffers: Mapping[tuple[int, torch.dtype], list[tuple[Any, str]]], group: dist.ProcessGroup) -> None:
+    """Sum tensors over all ranks, each on its owner; the keys are owners and dtypes, the values name attributes."""
+    running = []
+    for (owner, _), parts in buffers.items():
+        flat = torch.cat([getattr(one, part).flatten() for one, part in parts])
+        there = dist.get_global_rank(group, owner)
+        running.append((owner, parts, flat, dist.reduce(flat, there, group=group, async_op=True)))
+    me = dist.get_rank(group)
+    for owner, parts, flat, work in running:
+        work.wait()
+        if owner != me:
+            continue
+        shapes = [getattr(one, part).shape for one, part in parts]
+        pieces = flat.split([shape.numel() for shape in shapes])
+        for (one, part), shape, piece in zip(parts, shapes, pieces, strict=True):
+            setattr(one, part, piece.view(shape))
+
+
+def _join(
+    layers: Mapping[str, Any],
+    roots: Mapping[str, Tensor | None],
+    joined: list[tuple[str, list[int]]],
+    owners: Mapping[str, int],
+    group: dist.ProcessGroup,
+) -> None:
+    """Concatenate the roots of all ranks on the owner of each layer.
+
+    Args:
+        layers: the sums of the layers.
+        roots: the root of this rank, by layer.
+        joined: the layers, each with the number of rows on each rank.
+        owners: the rank that gets the roots, by layer.
+        group: the ranks.
+    """
+    if not joined:
+        return
+    size, me = dist.get_world_size(group), dist.get_rank(group)
+    like = next(root for root in roots.values() if root is not None)
+    sent = [
+        [root for name, _ in joined if owners[name] == rank and (root := roots[name]) is not None]
+        for rank in range(size)
+    ]
+    mine = [(name, rows) for name, rows in joined if owners[name] == me]
+    per_row = {name: root.shape[0] * root.shape[2] for name, _ in mine if (root := roots[name]) is not None}
+    received = [[rows[rank] * per_row[name] for name, rows in mine] for rank in range(size)]
+    flat = exchanged(sent, [sum(counts) for counts in received], like, group)
+    pieces = [part.split(counts) for part, counts in zip(flat, received, strict=True)]
+    for at, (name, rows) in enumerate(mine):
+        root = roots[name]
+        assert root is not None
+        parts = [pieces[rank][at].view(root.shape[0], rows[rank], root.shape[2]) for rank in range(size)]
+        layers[name].roots = [torch.cat(parts, 1)]
+
+
+def exchanged(
+    sent: Sequence[Sequence[Tensor]], counts: list[int], like: Tensor, group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Send some tensors to each rank; return the flat entries that each rank sent to this one.
+
+    Args:
+        sent: the tensors for each rank.
+        counts: the number of entries that arrive from each rank.
+        like: a tensor with the dtype and device of the entries.
+        group: the ranks.
+    """
+    parts = [torch.cat([one.flatten() for one in some]) if some else like.new_empty(0) for some in sent]
+    received = like.new_empty(sum(counts))
+    dist.all_to_all_single(received, torch.cat(parts), counts, [len(part) for part in parts], group=group)
+    return list(received.split(counts))
+
+
+def _unlike(form: str) -> ValueError:
+    return ValueError(
+        f"this rank has the sums {form}, and another rank has other ones, expected models that use the same weights"
+        " in the same functions on all ranks: leave the layers out with layers="
+    )
+
+
 def _require_alike(form: str, like: Tensor, group: dist.ProcessGroup) -> None:
     """Raise ValueError on every rank unless all ranks have blocks of the same form.
 
@@ -69,10 +201,7 @@ def _require_alike(form: str, like: Tensor, group: dist.ProcessGroup) -> None:
     both = torch.tensor([own, -own], dtype=torch.int64, device=like.device)
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
     if both.tolist() != [own, -own]:
-        raise ValueError(
-            f"this rank has the sums {form}, and another rank has other ones, expected models that use the same weights"
-            " in the same functions on all ranks: leave the layers out with layers="
-        )
+        raise _unlike(form)
 
 
 def _gathered(root: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:

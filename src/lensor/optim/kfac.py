@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
 from lensor.optim.checkpoint import as_parameters, require_same_form
 from lensor.optim.inversion import Inversion
+from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
 
 
@@ -50,7 +52,7 @@ class KFAC(torch.optim.Optimizer):
     error.
 
     Args:
-        model: the model, or its DistributedDataParallel wrapper.
+        model: the model, its DistributedDataParallel wrapper, or a model that was sharded with `fully_shard`.
         loss: the minimised loss: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum".
             The optimizer does not see the targets. With class weights or ignored targets, which only "empirical" and
             "forward-only" allow, it scales B as if every target had weight one.
@@ -78,9 +80,10 @@ class KFAC(torch.optim.Optimizer):
         nonfinite: response to a gradient or factor with NaN or infinity: "raise" a FloatingPointError, or "skip" the
             step; both leave parameters and state unchanged.
         grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
-        group: torch.distributed ranks that train together; they sum the factors and share the inversions.
+        group: torch.distributed ranks that train together; they sum the factors and share the inversions. For a sharded
+            model, these are the ranks of its mesh; each block is then stored, inverted and multiplied on one rank only.
         batch_axis: axis of the examples in the layers' inputs, as for `lensor.curvature.kfac`; a trial pass determines
-            it unless given.
+            it unless given. For a sharded model, a trial pass gathers the whole model on every rank.
 
     Example:
         >>> import torch
@@ -162,9 +165,11 @@ class KFAC(torch.optim.Optimizer):
         if group is not None:
             require_type(group, "group", dist.ProcessGroup)
         self.model = unwrapped(model)
+        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        self.sharding = Sharding.of(self.model, group, self._asked)
         self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None
-        self.inversion = Inversion(method, group)
+        self.inversion = Inversion(method, group if self.sharding is None else None)
         self.tracker = Tracker(
             self.model,
             loss,
@@ -177,11 +182,11 @@ class KFAC(torch.optim.Optimizer):
             seed,
             grad_scaler,
             batch_axis,
+            sharding=self.sharding,
         )
-        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._form: Any = None
         self._warned = False
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for _, p in self._named_parameters() if p.requires_grad]
         options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
         super().__init__(trained if params is None else params, options)
         self._watch_new()
@@ -214,7 +219,7 @@ class KFAC(torch.optim.Optimizer):
         self._form = form
         held = {found for found, _ in form}
         named: dict[str, Tensor] = {
-            name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) in held
+            name: p for name, p in self._named_parameters() if p.requires_grad and id(p) in held
         }
         found = []
         for layer in layers_of(self.model, self._asked):
@@ -226,6 +231,11 @@ class KFAC(torch.optim.Optimizer):
         if self.factors is not None:  # parameters that are no longer trained have no factors
             self.factors = self.factors._with(self._still_trained(self.factors))
             self.inversion.keep(self._still_trained(self.inversion.blocks))
+        if self.sharding is not None:
+            self.sharding.keep(self.tracker.names)
+
+    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        return self.model.named_parameters() if self.sharding is None else self.sharding.named_parameters()
 
     def _still_trained(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
         names = self.tracker.names
@@ -245,6 +255,8 @@ class KFAC(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and the factors collected with them, but keep passes that still await their backward pass."""
         self.tracker.take()
+        if self.sharding is not None:
+            self.sharding.clear()
         super().zero_grad(set_to_none)
 
     # -------------------------------------------------------------------------------------------------------- stepping
@@ -267,13 +279,15 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 found = closure()
+        if self.sharding is not None:
+            self.sharding.require_reduced()
         pending, names = self.tracker.take(), self.tracker.names
         if all(p.grad is None for p in self.tracker.names.values()):
             pending = None  # the pending factors belong to discarded gradients
         new = None
         if pending is not None and pending.examples and self.tracker.is_due:
             self._require_outputs(pending)
-            new = pending.factors(str(reduction_of(self.loss)), self.group)
+            new = self._summed(pending)
         trouble = self._nonfinite(new)
         if trouble:
             if self.nonfinite == "raise":
@@ -294,13 +308,15 @@ class KFAC(torch.optim.Optimizer):
             )
         directions: dict[int, Tensor] = {}
         if self.factors is not None:
-            if (
-                not self.inversion.solvers
-                or self.steps % self.inverse_interval == 0
-                or self.factors.shapes != KroneckerFactors(self.inversion.blocks).shapes
-            ):
-                self.inversion.invert(self.factors, {name: self._damping(one) for name, one in self.factors.items()})
-            solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+            if self._needs_inverses(self.factors):
+                with nullcontext() if self.sharding is None else self.sharding.inverting():
+                    self.inversion.invert(
+                        self.factors, {name: self._damping(one) for name, one in self.factors.items()}
+                    )
+            if self.sharding is None:
+                solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+            else:
+                solved = self.sharding.directions(self.inversion.directions, names)
             directions = {id(names[name]): direction for name, direction in solved.items()}
         clip = self._clip(directions)
         for group in self.param_groups:
@@ -326,6 +342,23 @@ class KFAC(torch.optim.Optimizer):
         self.steps += 1
         return found
 
+    def _summed(self, pending: Collector) -> KroneckerFactors:
+        """The factors of a step, over all ranks; of a sharded model, the blocks that this rank owns."""
+        reduction = str(reduction_of(self.loss))
+        if self.sharding is None:
+            return pending.factors(reduction, self.group)
+        blocks = {name: (name, *([pending._joined[name]] if name in pending._joined else [])) for name in pending.sums}
+        self.sharding.blocks |= blocks | {name: (name,) for name in pending.biases}
+        return pending.factors(reduction, self.sharding.group, self.sharding.owners)
+
+    def _needs_inverses(self, factors: KroneckerFactors) -> bool:
+        """Whether to invert the blocks in this step; the same on every rank."""
+        if self.steps % self.inverse_interval == 0:
+            return True
+        if self.sharding is not None:
+            return self.sharding.inverted != set(self.sharding.blocks)
+        return not self.inversion.solvers or factors.shapes != KroneckerFactors(self.inversion.blocks).shapes
+
     def _require_outputs(self, pending: Collector) -> None:
         """Raise if a weight has a gradient but its layer's output received none: B is then unknown, not zero.
 
@@ -336,7 +369,7 @@ class KFAC(torch.optim.Optimizer):
             return
         for name, sums in pending.sums.items():
             gradient = self.tracker.names[name].grad
-            if sums.b is None and gradient is not None and bool(gradient.any()):
+            if sums.b is None and gradient is not None and self.tracker._any([local(gradient)]):
                 raise ValueError(
                     f"{name!r} has a gradient, but none arrived at the output of its layer, expected backward passes"
                     " only through forward passes of the model in training mode"
@@ -344,16 +377,28 @@ class KFAC(torch.optim.Optimizer):
 
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
         """The error message for the first gradient or factor that is not finite, or ""; the same on every rank."""
-        flags = [(name, p.grad) for name, p in self.tracker.names.items() if p.grad is not None]
-        if new is not None:
+        flags = [(name, local(p.grad)) for name, p in self.tracker.names.items() if p.grad is not None]
+        if new is not None and self.sharding is None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
         # The 1-norm gives one number per tensor, which is finite if all entries are.
         good = torch.stack([torch.linalg.vector_norm(tensor, 1).isfinite() for _, tensor in flags])
-        if self.group is not None:
+        group = self.group
+        if self.sharding is not None:
+            group = self.sharding.group
+            if new is not None:  # each block is on one rank only
+                more = {
+                    name: torch.stack([t.isfinite().all() for t in one.tensors().values()]).all()
+                    for name, one in new.items()
+                }
+                flags += [(f"{name} (a factor)", good) for name in self.sharding.blocks]
+                good = torch.stack(
+                    [*good, *(more.get(name, torch.ones_like(good[0])) for name in self.sharding.blocks)]
+                )
+        if group is not None:
             kept = good.to(torch.int32)
-            dist.all_reduce(kept, dist.ReduceOp.MIN, group=self.group)
+            dist.all_reduce(kept, dist.ReduceOp.MIN, group=group)
             good = kept.bool()
         if bool(good.all()):
             return ""
@@ -380,14 +425,17 @@ class KFAC(torch.optim.Optimizer):
         if self.kl_clip is None:
             return None
         parts = [
-            group["lr"] ** 2 * (directions.get(id(p), p.grad) * p.grad).sum()
+            group["lr"] ** 2 * (local(directions.get(id(p), p.grad)) * local(p.grad)).sum()
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
         ]
         if not parts:
             return None
-        length = torch.stack(parts).sum().clamp_min(torch.finfo(parts[0].dtype).tiny)
+        length = torch.stack(parts).sum()
+        if self.sharding is not None:
+            length = self.sharding.total(length)
+        length = length.clamp_min(torch.finfo(parts[0].dtype).tiny)
         return (self.kl_clip / length).sqrt().clamp_max(1.0)
 
     # ----------------------------------------------------------------------------------------------------------- state

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lensor.choices import Approx, FactorFisher
-from lensor.curvature.batch_axes import Given
+from lensor.curvature.batch_axes import BatchAxes, Given
 from lensor.curvature.capture import Capture, Use, computing
 from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
 from lensor.curvature.registry import reduction_of, root_of
+from lensor.curvature.trials import needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
+from lensor.optim.sharding import Sharding
 
 
 @dataclass(eq=False)
@@ -44,6 +46,7 @@ class Tracker:
         grad_scaler: the GradScaler in use.
         batch_axis: the axis of the examples in the layers' inputs, if given.
         steps: number of steps so far.
+        sharding: the sharding of the model's parameters, if they are sharded.
     """
 
     model: nn.Module
@@ -58,6 +61,7 @@ class Tracker:
     grad_scaler: Any
     batch_axis: Given
     steps: int = 0
+    sharding: Sharding | None = None
     generator: torch.Generator | None = None
     layers: list[Layer] = field(default_factory=list)
     names: dict[str, Tensor] = field(default_factory=dict)
@@ -72,8 +76,11 @@ class Tracker:
         """Reset the attributes that a copy must not share."""
         self._thread = threading.local()
         self._backward: dict[int, _Backward] = {}
-        self._left: dict[str, tuple[int, int]] = {}
+        self._left: dict[str, Any] = {}
         self._accumulated: list[Any] = []
+        self._hooked: dict[str, Tensor] = {}
+        self._owned: dict[str, Layer] = {}
+        self._changed: list[str] = []
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -89,10 +96,21 @@ class Tracker:
         for handle in self._accumulated:
             handle.remove()
         self.layers, self.names = layers, dict(names)
+        self._left, self._accumulated, self._hooked = {}, [], {}
+        self._owned = {layer.weight: layer for layer in layers}
+        if self.sharding is None:
+            self._hook()
+
+    def _hook(self) -> None:
+        """Hook into the weights that the layers' calls use, unless this has happened already."""
         here: weakref.ref[Tracker] = weakref.ref(self)
-        self._left, self._accumulated = {}, []
-        for layer in layers:
+        for layer in self.layers:
             weight = self.names[layer.weight]
+            if self.sharding is not None:
+                weight = self.sharding.whole(layer.module, "weight")
+            if self._hooked.get(layer.weight) is weight:
+                continue
+            self._hooked[layer.weight] = weight
             before, after = (OnGradient(here, layer.weight, call) for call in (Tracker._arrive, Tracker._accumulate))
             self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
 
@@ -121,14 +139,18 @@ class Tracker:
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the model's forward pass while watching its layers."""
-        if any(layer.module.weight is not self.names[layer.weight] for layer in self.layers):
+        if not all(map(self._is_own, self.layers)):
             return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
         if self.refresh is not None:
             self.refresh()
+        read: Callable[[nn.Module, str], Any] = getattr
+        if self.sharding is not None:
+            self.sharding.prepare()
+            self._hook()
+            read = self.sharding.whole
         inputs = Arguments(arguments, named)
-        batch, targets = size_of(inputs), Targets(self.layers)
-        remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
-        layout = Capture.batch_axes_of(self.model, inputs, targets, batch, self.batch_axis, remember)
+        batch, targets = size_of(inputs), Targets(self.layers, read=read)
+        layout = self._layout(inputs, targets, batch)
         one = _Pass(Collector(self.layers, self.approx, self.joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(
@@ -150,6 +172,20 @@ class Tracker:
         self._thread.running = one, capture, layout
         move_to_end(self.model, self._handle)
         return out
+
+    def _is_own(self, layer: Layer) -> bool:
+        """Whether a layer's module has the weight that this tracker follows."""
+        if self.sharding is not None:
+            return self.sharding.is_own(layer)
+        return layer.module.weight is self.names[layer.weight]
+
+    def _layout(self, inputs: Arguments, targets: Targets, batch: int) -> BatchAxes | None:
+        """The position of the examples in the layers' inputs, found by trial passes if needed."""
+        remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
+        find = partial(Capture.batch_axes_of, self.model, inputs, targets, batch, self.batch_axis, remember)
+        if self.sharding is None or not (self.batch_axis is None or isinstance(self.batch_axis, Mapping)):
+            return find()
+        return self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
 
     def leave(self) -> None:
         """Discard a pass whose outputs never reached the output hook, as after a direct call to `model.forward`."""
@@ -196,17 +232,38 @@ class Tracker:
         If you discarded the previous gradient (deleted it, or filled it with zeros), this also discards the factors
         that were collected with it.
         """
-        left, gradient = self._left.get(weight), self.names[weight].grad
+        left = self._left.get(weight)
         if left is None or self.pending is None:
             return
-        if gradient is None or (left != (id(gradient), gradient._version) and not bool(gradient.any())):
+        found = self._gradients(weight)
+        if not found or (left != _versions(found) and not self._any(found)):
             self.take()
+
+    def _gradients(self, weight: str) -> list[Tensor]:
+        """What has been added to the gradient of a weight."""
+        if self.sharding is not None:
+            return self.sharding.gradients(self._owned[weight])
+        gradient = self.names[weight].grad
+        return [] if gradient is None else [gradient]
+
+    def _any(self, gradients: list[Tensor]) -> bool:
+        """Whether gradients have an entry other than zero, on any rank."""
+        found = any(bool(one.any()) for one in gradients)
+        return found if self.sharding is None else self.sharding.any(found)
+
+    def _leave(self, weights: list[str]) -> None:
+        """Record the gradients of some weights, to notice later if you discard them."""
+        for weight in weights:
+            found = self._gradients(weight) if weight in self._owned else []
+            if found:
+                self._left[weight] = _versions(found)
 
     def _accumulate(self, weight: str) -> None:
         """Count the forward passes of a backward pass that added to the gradient of a weight."""
-        gradient = self.names[weight].grad
-        if gradient is not None:
-            self._left[weight] = id(gradient), gradient._version
+        if self.sharding is None:
+            self._leave([weight])
+        else:
+            self._later(weight)
         found = self._backward.get(torch._C._current_graph_task_id())
         if found is None:
             return
@@ -216,6 +273,17 @@ class Tracker:
         for one, use, gradient in found.waiting.pop(weight, ()):
             self._use(one)
             self._add_output(one, use, gradient)
+
+    def _later(self, weight: str) -> None:
+        """Record the gradient of a sharded weight at the end of the backward pass, after FSDP has moved it."""
+        if not self._changed:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._end)
+        self._changed.append(weight)
+
+    def _end(self) -> None:
+        weights, self._changed = self._changed, []
+        self._leave(weights)
 
     def _use(self, one: _Pass) -> None:
         """Count a pass whose gradients belong to the step."""
@@ -238,7 +306,8 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_left", "pending", "refresh", "generator")
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "pending", "refresh")
+        own += ("generator",)
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 
@@ -248,6 +317,11 @@ class Tracker:
         self.pending = self.refresh = None
         self.generator = None if state["generator"] is None else generator_from(*state["generator"])
         self._forget()
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """The identity and version of each tensor."""
+    return [(id(one), one._version) for one in tensors]
 
 
 def generator_state(generator: torch.Generator) -> tuple[torch.device, Tensor]:

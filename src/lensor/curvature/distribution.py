@@ -82,9 +82,9 @@ def gather_to_owners(collected: Any, group: dist.ProcessGroup, owners: Mapping[s
         root = roots[name]
         mine += [one.ones, 0 if root is None else root.shape[1], one.a is not None]
     counts = torch.tensor(mine, dtype=torch.float64, device=collected.like.device)
-    gathered = counts.new_empty(size * len(mine))
-    dist.all_gather_into_tensor(gathered, counts, group=group)
-    every = gathered.view(size, -1).tolist()
+    gathered = [torch.empty_like(counts) for _ in range(size)]
+    dist.all_gather(gathered, counts, group=group)
+    every = torch.stack(gathered).tolist()
     if any(one[0] != mine[0] for one in every):
         raise _unlike(collected.form)
     collected.examples = round(sum(one[1] for one in every))

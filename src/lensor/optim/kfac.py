@@ -300,6 +300,7 @@ class KFAC(torch.optim.Optimizer):
             self.factors is None
             and not self._warned
             and any(self.tracker.names[one.weight].grad is not None for one in self.layers)
+            and any(group["lr"] for group in self.param_groups)  # torch.distributed.checkpoint takes a step with lr = 0
         ):
             self._warned = True
             warnings.warn(
@@ -340,6 +341,8 @@ class KFAC(torch.optim.Optimizer):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
         self.steps += 1
+        if self.sharding is not None:
+            self.sharding.mark(self)
         return found
 
     def _summed(self, pending: Collector) -> KroneckerFactors:
@@ -440,7 +443,11 @@ class KFAC(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer: momentum, groups, factors, inverted factors, and the random generator."""
+        """The state of the optimizer: momentum, groups, factors, inverted factors, and the random generator.
+
+        For a sharded model, this is the part of the state that this rank has: save it with
+        `torch.distributed.checkpoint`, and load it on the same number of ranks.
+        """
         inverted, generator = self.inversion.blocks, self.tracker.generator
         own = {
             "steps": self.steps,
@@ -450,15 +457,19 @@ class KFAC(torch.optim.Optimizer):
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
         }
-        return {**super().state_dict(), "kfac": own}
+        state = super().state_dict()
+        return {**state, "kfac": own} if self.sharding is None else self.sharding.packed(state, own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the steps that follow are then the same, bit for bit on a CPU with estimated plans.
 
         Raises:
             KeyError: if the state is not from this class.
-            ValueError: if the state belongs to a different model, or to different choices of approx and bias.
+            ValueError: if the state belongs to a different model, or to different choices of approx and bias; for a
+                sharded model, also if it was saved by a different number of ranks.
         """
+        if self.sharding is not None:
+            state_dict = self.sharding.unpacked(state_dict)
         if "kfac" not in state_dict:
             raise KeyError("the state has no entry 'kfac', expected a state of lensor.optim.KFAC")
         own, tracker = state_dict["kfac"], self.tracker
@@ -483,6 +494,8 @@ class KFAC(torch.optim.Optimizer):
         if own["generator"] is not None:
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
         self.inversion.invert(inverted, own["damped"])
+        if self.sharding is not None:
+            self.sharding.restore(own)
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:

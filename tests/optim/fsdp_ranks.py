@@ -89,19 +89,25 @@ def train(
         optimizer.step()
 
 
-def accumulate(model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def accumulate(
+    model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]], reshard: bool | None = None
+) -> None:
     """Two steps of two backward passes each; ranks sum their gradients after the second one only."""
     for step in range(2):
         optimizer.zero_grad()
         for part in range(2):
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(part == 1)
+            if reshard is not None:
+                model.set_reshard_after_backward(reshard or part == 1)
             x, y = data(2 * step + part)
             (CE(model(x), y) / 2).backward()
         optimizer.step()
 
 
-def discard(model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def discard(
+    model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]], reshard: bool | None = None
+) -> None:
     """Steps after gradients that do not count."""
     for step in range(5):
         optimizer.zero_grad()
@@ -122,6 +128,8 @@ def discard(model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tenso
             optimizer.zero_grad()
         x, y = data(step)
         CE(model(x), y).backward()
+        with torch.no_grad():
+            model(data(0)[0])  # FSDP then keeps the whole parameters of the root
         optimizer.step()
 
 
@@ -159,10 +167,8 @@ def passes() -> dict[str, Any]:
         for reshard in (True, False, None):
             for fisher in ("empirical", "type-2") if reshard is None else ("empirical",):
                 model = sharded(**({} if reshard is None else {"reshard_after_forward": reshard}))
-                if reshard is False:
-                    model.set_reshard_after_backward(False)
                 count = 2 if name == "accumulate" else 1
-                run(model, KFAC(model, CE, **SMALL, accumulation_steps=count, fisher=fisher), share)
+                run(model, KFAC(model, CE, **SMALL, accumulation_steps=count, fisher=fisher), share, reshard)
                 found[f"{name} {fisher} {reshard}"] = whole(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(torch.float32, mp_policy=policy)

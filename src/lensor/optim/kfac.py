@@ -342,7 +342,7 @@ class KFAC(torch.optim.Optimizer):
                 parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
         self.steps += 1
         if self.sharding is not None:
-            self.sharding.mark(self)
+            self.sharding.end_step(self)
         return found
 
     def _summed(self, pending: Collector) -> KroneckerFactors:

@@ -110,8 +110,13 @@ class Sharding:
         """The name of this rank's part of a state."""
         return f"rank {self.rank} of {self.size}"
 
-    def mark(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the optimizer a state, so that `torch.distributed.checkpoint` does not take a step to get one."""
+    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Free whole parameters, which have old values, for example after an evaluation before the step.
+
+        Also give the optimizer a state, so that `torch.distributed.checkpoint` does not take a step to get one.
+        """
+        for part in self._groups:
+            part._to_sharded()
         if not optimizer.state:
             optimizer.state[_first(optimizer.param_groups)]["kfac"] = {}
 
@@ -200,9 +205,9 @@ class Sharding:
 
     # ------------------------------------------------------------------------------------------------------- gradients
     def gradients(self, layer: Layer) -> list[Tensor]:
-        """What has been added to the gradient of a layer's weight: on this rank, or its shard."""
+        """What has been added to the gradient of a layer's weight: not summed over the ranks yet, and sharded."""
         known = self._parameters[id(layer.module), "weight"]
-        return _unreduced(known) + ([] if known.sharded_param.grad is None else [local(known.sharded_param.grad)])
+        return _unreduced(known) + ([] if known.sharded_param.grad is None else [known.sharded_param.grad])
 
     def require_reduced(self) -> None:
         """Raise if there are gradients that have not been summed over the ranks.

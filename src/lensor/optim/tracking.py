@@ -26,7 +26,7 @@ from lensor.curvature.registry import reduction_of, root_of
 from lensor.curvature.trials import needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
-from lensor.optim.sharding import Sharding
+from lensor.optim.sharding import Sharding, local
 
 
 @dataclass(eq=False)
@@ -248,7 +248,7 @@ class Tracker:
 
     def _any(self, gradients: list[Tensor]) -> bool:
         """Whether gradients have an entry other than zero, on any rank."""
-        found = any(bool(one.any()) for one in gradients)
+        found = any(bool(local(one).any()) for one in gradients)
         return found if self.sharding is None else self.sharding.any(found)
 
     def _leave(self, weights: list[str]) -> None:
@@ -319,9 +319,9 @@ class Tracker:
         self._forget()
 
 
-def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """The identity and version of each tensor."""
-    return [(id(one), one._version) for one in tensors]
+def _versions(tensors: list[Tensor]) -> list[tuple[int, int, int]]:
+    """The identity and versions of each tensor; FSDP writes into shards, and other code into the DTensors."""
+    return [(id(one), one._version, local(one)._version) for one in tensors]
 
 
 def generator_state(generator: torch.Generator) -> tuple[torch.device, Tensor]:

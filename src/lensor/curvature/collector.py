@@ -439,18 +439,18 @@ class Collector:
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(
-        self, reduction: str, group: dist.ProcessGroup | None = None, owners: Mapping[str, int] | None = None
+        self, reduction: str, group: dist.ProcessGroup | None = None, ranks: Mapping[str, int] | None = None
     ) -> KroneckerFactors:
         """The factors over all batches and, if a group is given, over all of its ranks.
 
         Args:
             reduction: the reduction of the loss.
             group: the ranks.
-            owners: the rank that gets a parameter's block, by parameter; every rank gets all blocks unless given.
+            ranks: the rank that gets a parameter's block, by parameter; every rank gets all blocks unless given.
         """
         blocks: dict[str, Block] = {}
-        if group is not None and owners is not None:
-            gather_to_owners(self, group, owners)
+        if group is not None and ranks is not None:
+            gather_to_owners(self, group, ranks)
         elif group is not None:
             gather(self, group)
 

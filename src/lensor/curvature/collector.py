@@ -18,7 +18,7 @@ from lensor.curvature.block import Block, plain_block
 from lensor.curvature.capture import Capture, Use, computing, run
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import one_tensor, over_positions, size_of
-from lensor.curvature.distribution import gather, gather_to_owners
+from lensor.curvature.distribution import Reduction, gather, gather_to_owners
 from lensor.curvature.example_gradients import rows_of, sum_of
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
@@ -439,18 +439,18 @@ class Collector:
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(
-        self, reduction: str, group: dist.ProcessGroup | None = None, ranks: Mapping[str, int] | None = None
+        self, reduction: str, group: dist.ProcessGroup | None = None, to_owners: Reduction | None = None
     ) -> KroneckerFactors:
         """The factors over all batches and, if a group is given, over all of its ranks.
 
         Args:
             reduction: the reduction of the loss.
             group: the ranks.
-            ranks: the rank that gets a parameter's block, by parameter; every rank gets all blocks unless given.
+            to_owners: the ranks and owners, if each rank gets the blocks that it owns only.
         """
         blocks: dict[str, Block] = {}
-        if group is not None and ranks is not None:
-            gather_to_owners(self, group, ranks)
+        if to_owners is not None:
+            gather_to_owners(self, to_owners)
         elif group is not None:
             gather(self, group)
 

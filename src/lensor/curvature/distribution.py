@@ -60,7 +60,7 @@ def gather(collected: Any, group: dist.ProcessGroup) -> None:
         dist.all_reduce(values, group=group)
 
 
-def gather_to_owners(collected: Any, group: dist.ProcessGroup, owners: Mapping[str, int]) -> None:
+def gather_to_owners(collected: Any, reduction: Reduction) -> None:
     """Replace a Collector's sums by the sums over all ranks, each on one rank only; remove them from the other ranks.
 
     The ranks exchange one vector of counts, and reduce one buffer for each owner. Roots are concatenated on the owner
@@ -68,12 +68,12 @@ def gather_to_owners(collected: Any, group: dist.ProcessGroup, owners: Mapping[s
 
     Args:
         collected: the Collector; changed in place.
-        group: the ranks.
-        owners: the rank within the group that gets the sums of a parameter, by the parameter's name.
+        reduction: the ranks and owners; it may already have started with sums that have not changed since.
 
     Raises:
         ValueError: if the ranks' models use their weights differently.
     """
+    group, owners = reduction.group, reduction.owners
     size, me = dist.get_world_size(group), dist.get_rank(group)
     layers: dict[str, Any] = {**collected.sums, **collected.biases}
     roots = {name: torch.cat(one.roots, 1) if one.roots else None for name, one in layers.items()}
@@ -89,7 +89,6 @@ def gather_to_owners(collected: Any, group: dist.ProcessGroup, owners: Mapping[s
         raise _unlike(collected.form)
     collected.examples = round(sum(one[1] for one in every))
     collected.weight = sum(one[2] for one in every)
-    buffers: dict[tuple[int, torch.dtype], list[tuple[Any, str]]] = {}
     joined: list[tuple[str, list[int]]] = []
     for at, (name, one) in enumerate(layers.items()):
         ones, rows, formed = ([line[3 + 3 * at + which] for line in every] for which in range(3))
@@ -106,29 +105,84 @@ def gather_to_owners(collected: Any, group: dist.ProcessGroup, owners: Mapping[s
                     one.a = root.mT @ root if one.a is None else one.a.add_(root.mT @ root)
                 one.roots = []
         for part in [*parts, *(["a"] if one.a is not None else [])]:
-            buffers.setdefault((owners[name], getattr(one, part).dtype), []).append((one, part))
-    _reduce(buffers, group)
+            reduction.add(name, one, part)
+    reduction.finish()
     _join(layers, roots, joined, owners, group)
     for kind in ("sums", "biases"):
         setattr(collected, kind, {name: one for name, one in getattr(collected, kind).items() if owners[name] == me})
 
 
-def _reduce(buffers: Mapping[tuple[int, torch.dtype], list[tuple[Any, str]]], group: dist.ProcessGroup) -> None:
-    """Sum tensors over all ranks, each on its owner; the keys are owners and dtypes, the values name attributes."""
-    running = []
-    for (owner, _), parts in buffers.items():
-        flat = torch.cat([getattr(one, part).flatten() for one, part in parts])
-        there = dist.get_global_rank(group, owner)
-        running.append((owner, parts, flat, dist.reduce(flat, there, group=group, async_op=True)))
-    me = dist.get_rank(group)
-    for owner, parts, flat, work in running:
-        work.wait()
-        if owner != me:
-            continue
-        shapes = [getattr(one, part).shape for one, part in parts]
-        pieces = flat.split([shape.numel() for shape in shapes])
-        for (one, part), shape, piece in zip(parts, shapes, pieces, strict=True):
-            setattr(one, part, piece.view(shape))
+class Reduction:
+    """Sums of tensors over all ranks, each on its owner; they can be started before all tensors are complete.
+
+    All ranks must start the same sums in the same order.
+
+    Args:
+        group: the ranks.
+        owners: the rank that gets the sums of a parameter, by the parameter's name.
+        size: the number of bytes for one owner at which a sum is started.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, owners: Mapping[str, int], size: int = 2**24) -> None:
+        self.group, self.owners, self.size = group, owners, size
+        self._waiting: dict[tuple[int, torch.dtype], list[tuple[Any, str]]] = {}
+        self._running: list[tuple[int, list[tuple[Any, str, Tensor, int]], Tensor, Any]] = []
+
+    def add(self, name: str, one: Any, part: str) -> None:
+        """Add an attribute of an object to the tensors that are summed, unless it has been added with the same values.
+
+        Args:
+            name: the parameter that it belongs to.
+            one: the object.
+            part: the name of the attribute.
+        """
+        tensor = getattr(one, part)
+        for _, parts, _, _ in self._running:
+            for known, which, earlier, version in parts:
+                if known is one and which == part and earlier is tensor and version == tensor._version:
+                    return
+        key = self.owners[name], tensor.dtype
+        waiting = self._waiting.setdefault(key, [])
+        if any(known is one and which == part for known, which in waiting):
+            return
+        waiting.append((one, part))
+        if sum(getattr(one, part).nbytes for one, part in waiting) >= self.size:
+            self._start(key)
+
+    def start(self) -> None:
+        """Start the sums of all tensors that have been added."""
+        for key in list(self._waiting):
+            self._start(key)
+
+    def _start(self, key: tuple[int, torch.dtype]) -> None:
+        owner, parts = key[0], [(one, part, getattr(one, part)) for one, part in self._waiting.pop(key)]
+        flat = torch.cat([tensor.flatten() for _, _, tensor in parts])
+        work = dist.reduce(flat, dist.get_global_rank(self.group, owner), group=self.group, async_op=True)
+        self._running.append((owner, [(*one, one[2]._version) for one in parts], flat, work))
+
+    def finish(self) -> None:
+        """Start what has not been started, wait, and set the attributes to the sums on their owner.
+
+        If a tensor has changed since its sum was started, it must have been added again.
+        """
+        self.start()
+        me = dist.get_rank(self.group)
+        for owner, parts, flat, work in self._running:
+            work.wait()
+            if owner != me:
+                continue
+            pieces = flat.split([tensor.numel() for _, _, tensor, _ in parts])
+            for (one, part, tensor, version), piece in zip(parts, pieces, strict=True):
+                if getattr(one, part) is tensor and tensor._version == version:
+                    setattr(one, part, piece.view(tensor.shape))
+        self._running = []
+
+    def drop(self) -> None:
+        """Forget all sums."""
+        self._waiting = {}
+        for _, _, _, work in self._running:
+            work.wait()
+        self._running = []
 
 
 def _join(

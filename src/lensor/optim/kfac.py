@@ -254,7 +254,7 @@ class KFAC(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and the factors collected with them, but keep passes that still await their backward pass."""
-        self.tracker.take()
+        self.tracker.discard()
         if self.sharding is not None:
             self.sharding.clear()
         super().zero_grad(set_to_none)
@@ -284,6 +284,7 @@ class KFAC(torch.optim.Optimizer):
         pending, names = self.tracker.take(), self.tracker.names
         if all(p.grad is None for p in self.tracker.names.values()):
             pending = None  # the pending factors belong to discarded gradients
+            self.tracker.discard()
         new = None
         if pending is not None and pending.examples and self.tracker.is_due:
             self._require_outputs(pending)
@@ -352,7 +353,7 @@ class KFAC(torch.optim.Optimizer):
             return pending.factors(reduction, self.group)
         blocks = {name: (name, *([pending._joined[name]] if name in pending._joined else [])) for name in pending.sums}
         self.sharding.blocks |= blocks | {name: (name,) for name in pending.biases}
-        return pending.factors(reduction, self.sharding.group, self.sharding.owners)
+        return pending.factors(reduction, to_owners=self.sharding.reduction)
 
     def _needs_inverses(self, factors: KroneckerFactors) -> bool:
         """Whether to invert the blocks in this step; the same on every rank."""
@@ -495,7 +496,7 @@ class KFAC(torch.optim.Optimizer):
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
         self.inversion.invert(inverted, own["damped"])
         if self.sharding is not None:
-            self.sharding.restore(own)
+            self.sharding.restore(own, self)
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:

@@ -18,10 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lensor.curvature.distribution import exchanged, shares
+from lensor.curvature.distribution import Reduction, exchanged, shares
 from lensor.curvature.layers import Layer, layers_of
 
 T = TypeVar("T")
+
+_MARK = "kfac"
+"""A key of an optimizer's states that is not a parameter."""
 
 
 class Sharding:
@@ -39,6 +42,7 @@ class Sharding:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._groups = parts
         self._parameters: dict[tuple[int, str], Any] = {}
+        self._parts: dict[int, Any] = {id(one): part for part in parts for one in part.fsdp_params}
         for one in (one for part in parts for one in part.fsdp_params):
             info = one._module_info
             places = [
@@ -48,6 +52,7 @@ class Sharding:
             self._parameters |= {(id(module), name): one for module, name in places}
         self.owners = _owners(model, asked, self.size)
         """The rank that owns a layer's weight and bias, by parameter."""
+        self.reduction = Reduction(group, self.owners)
         self.blocks: dict[str, tuple[str, ...]] = {}
         """The blocks with factors, on any rank, and their parameters."""
         self.inverted: set[str] = set()
@@ -117,8 +122,12 @@ class Sharding:
         """
         for part in self._groups:
             part._to_sharded()
-        if not optimizer.state:
-            optimizer.state[_first(optimizer.param_groups)]["kfac"] = {}
+        self._mark(optimizer)
+
+    def _mark(self, optimizer: torch.optim.Optimizer) -> None:
+        states: Any = optimizer.state
+        if not states:
+            states[_MARK] = {}
 
     def packed(self, state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Add this rank's part of the factors to a state.
@@ -134,7 +143,8 @@ class Sharding:
         torch.save(own | {"all_blocks": self.blocks, "all_inverted": sorted(self.inverted)}, buffer)
         first = _first(state["param_groups"])
         entry = {**state["state"].get(first, {}), "kfac": {self._part: buffer.getvalue()}}
-        return {**state, "state": {**state["state"], first: entry}}
+        rest = {key: one for key, one in state["state"].items() if key != _MARK}
+        return {**state, "state": {**rest, first: entry}}
 
     def unpacked(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The reverse of `packed`, with the factors and settings as the entry "kfac".
@@ -157,8 +167,9 @@ class Sharding:
         }
         return {**state, "state": rest, "kfac": own}
 
-    def restore(self, own: Mapping[str, Any]) -> None:
+    def restore(self, own: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Restore the blocks from a state."""
+        self._mark(optimizer)
         self.blocks = {name: tuple(some) for name, some in own["all_blocks"].items()}
         self.inverted = set(own["all_inverted"])
 
@@ -208,6 +219,11 @@ class Sharding:
         """What has been added to the gradient of a layer's weight: not summed over the ranks yet, and sharded."""
         known = self._parameters[id(layer.module), "weight"]
         return _unreduced(known) + ([] if known.sharded_param.grad is None else [known.sharded_param.grad])
+
+    def is_last(self, layer: Layer) -> bool:
+        """Whether FSDP sums the gradient of a layer over the ranks in the current backward pass."""
+        known = self._parameters[id(layer.module), "weight"]
+        return self._parts[id(known)].reduce_grads
 
     def require_reduced(self) -> None:
         """Raise if there are gradients that have not been summed over the ranks.

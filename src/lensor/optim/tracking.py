@@ -80,7 +80,8 @@ class Tracker:
         self._accumulated: list[Any] = []
         self._hooked: dict[str, Tensor] = {}
         self._owned: dict[str, Layer] = {}
-        self._changed: list[str] = []
+        self._changed: dict[int, list[str]] = {}
+        self._passes = 0
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -122,8 +123,14 @@ class Tracker:
     def take(self) -> Collector | None:
         """Return the factors collected since the last step, and clear them."""
         self._left.clear()
-        pending, self.pending = self.pending, None
+        pending, self.pending, self._passes = self.pending, None, 0
         return pending
+
+    def discard(self) -> None:
+        """Discard the factors collected since the last step."""
+        self.take()
+        if self.sharding is not None:
+            self.sharding.reduction.drop()
 
     # ---------------------------------------------------------------------------------------------------- forward pass
     def collects(self) -> bool:
@@ -237,7 +244,7 @@ class Tracker:
             return
         found = self._gradients(weight)
         if not found or (left != _versions(found) and not self._any(found)):
-            self.take()
+            self.discard()
 
     def _gradients(self, weight: str) -> list[Tensor]:
         """What has been added to the gradient of a weight."""
@@ -273,17 +280,35 @@ class Tracker:
         for one, use, gradient in found.waiting.pop(weight, ()):
             self._use(one)
             self._add_output(one, use, gradient)
+        self._start_sums(weight)
 
     def _later(self, weight: str) -> None:
         """Record the gradient of a sharded weight at the end of the backward pass, after FSDP has moved it."""
-        if not self._changed:
+        task = torch._C._current_graph_task_id()
+        if task not in self._changed:
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._end)
-        self._changed.append(weight)
+            engine.queue_callback(partial(self._end, task))
+        self._changed.setdefault(task, []).append(weight)
 
-    def _end(self) -> None:
-        weights, self._changed = self._changed, []
-        self._leave(weights)
+    def _end(self, task: int) -> None:
+        """Finish a backward pass."""
+        self._leave(self._changed.pop(task))
+        if self.sharding is not None:
+            self.sharding.reduction.start()
+
+    def _start_sums(self, weight: str) -> None:
+        """Start to sum a layer's factors over the ranks, if no other pass of the step is expected to add to them.
+
+        If one does, they are summed again in the step.
+        """
+        if self.sharding is None or self.pending is None or self.fisher != "empirical" or self.approx != "expand":
+            return
+        sums = self.pending.sums.get(weight)
+        if sums is None or self._passes < self.accumulation_steps or not self.sharding.is_last(self._owned[weight]):
+            return
+        for part in ("b", "a"):
+            if getattr(sums, part) is not None:
+                self.sharding.reduction.add(weight, sums, part)
 
     def _use(self, one: _Pass) -> None:
         """Count a pass whose gradients belong to the step."""
@@ -292,6 +317,7 @@ class Tracker:
                 self.pending = one.collected
             else:
                 self.pending.merge(one.collected)
+            self._passes += 1
             one.used_in = self.pending
 
     def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
@@ -306,8 +332,8 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "pending", "refresh")
-        own += ("generator",)
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes", "pending")
+        own += ("refresh", "generator")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 

@@ -133,6 +133,23 @@ def discard(
         optimizer.step()
 
 
+def repeat(model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """More backward passes per step than the optimizer expects, after each of which ranks sum their gradients."""
+    for step in range(2):
+        optimizer.zero_grad()
+        for part in range(2):
+            x, y = data(2 * step + part)
+            (CE(model(x), y) / 2).backward()
+        optimizer.step()
+
+
+def freeze(model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Steps with some frozen layers, between steps in which they are trained."""
+    for step in range(6):
+        model[0].requires_grad_(step not in (2, 3))
+        train(model, optimizer, range(step, step + 1), data)
+
+
 SMALL = {"lr": 0.1, "damping": 0.1}
 CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("blocks", torch.float64, {"method": "cholesky", "factor_interval": 2, "inverse_interval": 3, "ema": 0.7}),
@@ -170,6 +187,10 @@ def passes() -> dict[str, Any]:
                 count = 2 if name == "accumulate" else 1
                 run(model, KFAC(model, CE, **SMALL, accumulation_steps=count, fisher=fisher), share, reshard)
                 found[f"{name} {fisher} {reshard}"] = whole(model)
+    for name, run, options in (("repeat", repeat, {}), ("freeze", freeze, {"inverse_interval": 4})):
+        model = sharded()
+        run(model, KFAC(model, CE, **SMALL, **options), share)
+        found[name] = whole(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(torch.float32, mp_policy=policy)
     optimizer = KFAC(model, CE, **SMALL, kl_clip=None, momentum=0.0)
@@ -179,7 +200,7 @@ def passes() -> dict[str, Any]:
     return found
 
 
-def errors() -> dict[str, Any]:
+def errors(folder: str) -> dict[str, Any]:
     """Errors, which all ranks must raise, and steps that go on afterwards."""
     rank, found = dist.get_rank(), {}
 
@@ -217,6 +238,21 @@ def errors() -> dict[str, Any]:
     optimizer.inversion.invert = invert
     train(model, optimizer, range(2, 3), share)
     found["steps"] = optimizer.steps
+
+    state = optimizer.state_dict()
+    parts = state["state"][0]["kfac"]
+    state["state"][0]["kfac"] = {"rank 0 of 4": b"", "rank 3 of 4": b""}
+    note("other ranks", lambda: optimizer.load_state_dict(state))
+    state["state"][0] = {key: one for key, one in state["state"][0].items() if key != "kfac"}
+    note("other optimizer", lambda: optimizer.load_state_dict(state))
+    torch.save({**state, "state": {**state["state"], 0: {**state["state"][0], "kfac": parts}}}, f"{folder}/{rank}.pt")
+    again = sharded()
+    resumed = KFAC(again, CE, **SMALL)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(torch.load(f"{folder}/{rank}.pt", weights_only=True))
+    for one, other in ((model, optimizer), (again, resumed)):
+        train(one, other, range(3, 6), share)
+    found["saved by rank"] = all(torch.equal(p, whole(model)[name]) for name, p in whole(again).items())
 
     # Ranks with different numbers of examples, one of which needs no trial pass.
     model = sharded()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lensor.curvature import kfac
 from lensor.optim import KFAC
 from tests.optim import fsdp_ranks
-from tests.optim.fsdp_ranks import CASES, CE, SMALL, accumulate, batch, discard, network, train
+from tests.optim.fsdp_ranks import CASES, CE, SMALL, accumulate, batch, discard, freeze, network, repeat, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:curvature is not supported")
 
@@ -95,6 +95,11 @@ def test_passes_count_as_in_one_process(tmp_path: Path) -> None:
             for which in (key for key in found[0] if key.startswith(f"{name} {fisher}")):
                 for values in found:
                     require_close(values[which], parameters(model), 1e-10)
+    for name, other, options in (("repeat", repeat, {}), ("freeze", freeze, {"inverse_interval": 4})):
+        model = network()
+        other(model, KFAC(model, CE, **SMALL, **options), batch)
+        for values in found:
+            require_close(values[name], parameters(model), 1e-10)
     factors = kfac(network(torch.float32), CE, batch(0, dtype=torch.float32), fisher="empirical", bias="joint")
     model = network(torch.float32)
     train(model, KFAC(model, CE, **SMALL, kl_clip=None, momentum=0.0), range(1), dtype=torch.float32)
@@ -112,7 +117,7 @@ def test_passes_count_as_in_one_process(tmp_path: Path) -> None:
 
 
 def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
-    every = run(2, tmp_path, "errors")
+    every = run(2, tmp_path, "errors", str(tmp_path))
     for rank, found in enumerate(every):
         assert "'1.weight' is not sharded, expected fully_shard for the whole model" in found["not sharded"]
         assert "expected the same ranks" in found["group"]
@@ -121,6 +126,9 @@ def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
         assert found["unchanged"]
         assert ("LinAlgError" if rank else "another rank raised an error") in found["one rank"]
         assert found["steps"] == 2
+        assert "a state can be loaded on the same number of ranks" in found["other ranks"]
+        assert found["other optimizer"].startswith("KeyError")
+        assert found["saved by rank"]
     assert sorted(every[0]["uneven"] + every[1]["uneven"]) == ["0.conv.weight", "1.conv.weight", "3.weight", "5.weight"]
 
 

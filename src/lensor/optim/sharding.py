@@ -213,6 +213,9 @@ class Sharding:
             part.lazy_init()
             with _gathered([part]):
                 pass
+        for one in self._parameters.values():  # FSDP does this when it gathers a parameter; hooks are needed earlier
+            if one._unsharded_param.requires_grad != one.sharded_param.requires_grad:
+                one._unsharded_param.requires_grad_(one.sharded_param.requires_grad)
 
     # ------------------------------------------------------------------------------------------------------- gradients
     def gradients(self, layer: Layer) -> list[Tensor]:

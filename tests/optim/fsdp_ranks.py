@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lensor.curvature import kfac
@@ -212,6 +212,9 @@ def errors(folder: str) -> dict[str, Any]:
 
     plain = nn.Sequential(fully_shard(nn.Linear(3, 3), mesh=init_device_mesh("cpu", (2,))), nn.Linear(3, 3))
     note("not sharded", lambda: KFAC(plain, CE))
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))
+    note("two dimensions", lambda: KFAC(fully_shard(network(), mesh=both), CE))
+    note("offloaded", lambda: KFAC(sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)), CE))
     alone = [dist.new_group([one]) for one in range(2)][rank]
     note("group", lambda: KFAC(sharded(), CE, group=alone))
     model = sharded()
@@ -274,6 +277,28 @@ KILLED: dict[str, Any] = {**SMALL, "fisher": "mc", "seed": 5, "factor_interval":
 
 def _state(model: nn.Module, optimizer: KFAC) -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def without_momentum(folder: str) -> dict[str, Any]:
+    """Steps after a checkpoint, and the same steps without one; parameters have no state of their own."""
+    options, strict = {**KILLED, "momentum": 0.0}, StateDictOptions(strict=False)
+    model = sharded()
+    optimizer = KFAC(model, CE, **options)
+    train(model, optimizer, range(2), share)
+    optimizer.zero_grad()
+    dcp.save(_state(model, optimizer), checkpoint_id=f"{folder}/state")
+    again = sharded()
+    resumed = KFAC(again, CE, **options)
+    state = _state(again, resumed)
+    dcp.load(state, checkpoint_id=f"{folder}/state")
+    again.load_state_dict(state["model"])
+    set_optimizer_state_dict(again, resumed, state["optimizer"], options=strict)
+    resumed.zero_grad()
+    assert _state(again, resumed)["optimizer"].keys()
+    assert resumed.steps == optimizer.steps == 2
+    for one, other in ((model, optimizer), (again, resumed)):
+        train(one, other, range(2, 5), share)
+    return {"resumed": whole(again), "expected": whole(model)}
 
 
 def save_for_ever(folder: str) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
     every = run(2, tmp_path, "errors", str(tmp_path))
     for rank, found in enumerate(every):
         assert "'1.weight' is not sharded, expected fully_shard for the whole model" in found["not sharded"]
+        assert "expected one mesh of one dimension" in found["two dimensions"]
+        assert "offloaded to the CPU" in found["offloaded"]
         assert "expected the same ranks" in found["group"]
         assert "have not been summed over the ranks" in found["not summed"]
         assert found["not finite"].startswith("FloatingPointError")
@@ -144,7 +146,7 @@ def test_killed_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    for found in run(2, tmp_path, "resume", str(tmp_path)):
+    for found in run(2, tmp_path, "resume", str(tmp_path)) + run(2, tmp_path, "without_momentum", str(tmp_path)):
         assert found["resumed"].keys() == found["expected"].keys()
         for name, value in found["expected"].items():
             assert torch.equal(found["resumed"][name], value)

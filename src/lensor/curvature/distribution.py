@@ -113,14 +113,14 @@ def gather_to_owners(collected: Any, reduction: Reduction) -> None:
 
 
 class Reduction:
-    """Sums of tensors over all ranks, each on its owner; they can be started before all tensors are complete.
+    """Sums of symmetric matrices over all ranks, each on its owner; they can start before all matrices are complete.
 
-    All ranks must start the same sums in the same order.
+    All ranks must start the same sums in the same order. About half of the entries of a matrix are sent.
 
     Args:
         group: the ranks.
         owners: the rank that gets the sums of a parameter, by the parameter's name.
-        size: the number of bytes for one owner at which a sum is started.
+        size: the number of bytes of matrices for one owner at which a sum is started.
     """
 
     def __init__(self, group: dist.ProcessGroup, owners: Mapping[str, int], size: int = 2**24) -> None:
@@ -156,7 +156,7 @@ class Reduction:
 
     def _start(self, key: tuple[int, torch.dtype]) -> None:
         owner, parts = key[0], [(one, part, getattr(one, part)) for one, part in self._waiting.pop(key)]
-        flat = torch.cat([tensor.flatten() for _, _, tensor in parts])
+        flat = torch.cat([folded(tensor).flatten() for _, _, tensor in parts])
         work = dist.reduce(flat, dist.get_global_rank(self.group, owner), group=self.group, async_op=True)
         self._running.append((owner, [(*one, one[2]._version) for one in parts], flat, work))
 
@@ -171,10 +171,12 @@ class Reduction:
             work.wait()
             if owner != me:
                 continue
-            pieces = flat.split([tensor.numel() for _, _, tensor, _ in parts])
+            pieces = flat.split(
+                [len(tensor) * tensor.shape[1] * (tensor.shape[1] // 2 + 1) for _, _, tensor, _ in parts]
+            )
             for (one, part, tensor, version), piece in zip(parts, pieces, strict=True):
                 if getattr(one, part) is tensor and tensor._version == version:
-                    setattr(one, part, piece.view(tensor.shape))
+                    setattr(one, part, unfolded(piece.view(len(tensor), tensor.shape[1], -1)))
         self._running = []
 
     def drop(self) -> None:
@@ -183,6 +185,42 @@ class Reduction:
         for _, _, _, work in self._running:
             work.wait()
         self._running = []
+
+
+def folded(matrices: Tensor) -> Tensor:
+    """The entries of symmetric matrices [groups, n, n], each of them once or twice, as [groups, n, n // 2 + 1].
+
+    With k = n // 2 + 1, these are the first k columns. Above the diagonal, where their first k rows repeat other entries,
+    they have the upper triangle of the last n − k rows and columns instead.
+
+    Example:
+        >>> import torch
+        >>> from lensor.curvature.distribution import folded, unfolded
+        >>> matrix = torch.tensor([[[1., 2, 3], [2, 4, 5], [3, 5, 6]]])
+        >>> folded(matrix)
+        tensor([[[1., 6.],
+                 [2., 4.],
+                 [3., 5.]]])
+        >>> torch.equal(unfolded(folded(matrix)), matrix)
+        True
+    """
+    n = matrices.shape[1]
+    k = n // 2 + 1
+    found = matrices[:, :, :k].clone()
+    found[:, :k].tril_()
+    found[:, : n - k, 1 : n - k + 1] += matrices[:, k:, k:].triu()
+    return found
+
+
+def unfolded(found: Tensor) -> Tensor:
+    """The symmetric matrices with some folded entries: the inverse of `folded`."""
+    n, k = found.shape[1:]
+    matrices = found.new_empty(len(found), n, n)
+    matrices[:, :k, :k] = found[:, :k].tril() + found[:, :k].tril(-1).mT
+    matrices[:, k:, :k], matrices[:, :k, k:] = found[:, k:], found[:, k:].mT
+    last = found[:, : n - k, 1 : n - k + 1]
+    matrices[:, k:, k:] = last.triu() + last.triu(1).mT
+    return matrices
 
 
 def _join(

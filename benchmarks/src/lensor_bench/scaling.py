@@ -7,9 +7,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ class LayerSize:
         return self.groups * (self.c**2 + self.d**2)
 
     @property
+    def sent(self) -> int:
+        """Entries of both factors that are sent; see `lensor.curvature.distribution.folded`."""
+        return self.groups * (self.c * (self.c // 2 + 1) + self.d * (self.d // 2 + 1))
+
+    @property
     def entries(self) -> int:
         """Entries of the weight, and of the bias."""
         return self.groups * self.c * self.d
@@ -63,17 +69,19 @@ class Rates:
     Args:
         product: flops per second of a matrix product.
         inversion: flops per second of a Cholesky inversion.
+        memory: bytes per second that a copy reads and writes.
         bandwidth: bytes per second that a rank sends while all ranks send.
         latency: seconds from one rank to the next for a short message.
     """
 
     product: float
     inversion: float
+    memory: float
     bandwidth: float
     latency: float
 
 
-GPU = Rates(product=2e14, inversion=5e12, bandwidth=4e10, latency=1e-5)
+GPU = Rates(product=2e14, inversion=5e12, memory=2e12, bandwidth=4e10, latency=1e-5)
 """Round numbers for a current data-centre GPU with a 400 Gbit/s network; assumed, not measured."""
 
 
@@ -84,6 +92,7 @@ class Phase:
     Args:
         name: the phase.
         flops: number of floating-point operations.
+        touched: bytes that copies and conversions read and write.
         moved: bytes that the rank sends or receives, whichever is more.
         messages: number of messages that wait for each other.
         seconds: estimated time.
@@ -91,6 +100,7 @@ class Phase:
 
     name: str
     flops: float
+    touched: float
     moved: float
     messages: int
     seconds: float
@@ -107,7 +117,9 @@ def phases(layers: Sequence[LayerSize], ranks: int, examples: int, rates: Rates,
     """The phases of a step in which factors and inverses are updated, with `approx="expand"`, `fisher="empirical"`.
 
     A sum on one rank goes around a ring: each rank sends the whole buffer once, in parts, and the last part waits for
-    one message per rank. Factors are reduced in buffers for one owner, of at most `buffer` bytes or of one factor.
+    one message per rank. Factors are reduced in buffers for one owner, of at most `buffer` bytes or of one factor. To
+    fold them and copy them to buffers, each entry is read or written about four times, and six times to unfold and
+    average them on the owner; entries of gradients and steps, about four times.
 
     Args:
         layers: the layers.
@@ -140,20 +152,25 @@ def phases(layers: Sequence[LayerSize], ranks: int, examples: int, rates: Rates,
     others = ranks - 1
     shard = others / ranks
 
-    def phase(name: str, flops: float, rate: float, moved: float = 0.0, messages: int = 0) -> Phase:
-        moved, messages = (moved, messages) if others else (0.0, 0)
-        seconds = flops / rate + moved / rates.bandwidth + messages * rates.latency
-        return Phase(name, flops, moved, messages, seconds)
+    def computed(name: str, flops: float, rate: float) -> Phase:
+        return Phase(name, flops, 0.0, 0.0, 0, flops / rate)
+
+    def sent(name: str, touched: float, moved: float, messages: int) -> Phase:
+        if not others:
+            return Phase(name, 0.0, 0.0, 0.0, 0, 0.0)
+        seconds = touched / rates.memory + moved / rates.bandwidth + messages * rates.latency
+        return Phase(name, 0.0, touched, moved, messages, seconds)
 
     rows = [2.0 * examples * layer.positions * layer.factors for layer in layers]
-    exchanged = ENTRY * shard * most(lambda layer: layer.entries)
+    own = ENTRY * most(lambda layer: layer.entries)
+    folding = 4.0 * ENTRY * sum(layer.factors for layer in layers) + 6.0 * ENTRY * most(lambda layer: layer.factors)
     return [
-        phase("factors", sum(rows), rates.product),
-        phase("reduction", 0.0, 1.0, ENTRY * float(sum(layer.factors for layer in layers)), buffers * others),
-        phase("inversion", most(lambda layer: layer.inversion), rates.inversion),
-        phase("gradients", 0.0, 1.0, exchanged, others),
-        phase("products", most(lambda layer: 2.0 * layer.entries * (layer.c + layer.d)), rates.product),
-        phase("directions", 0.0, 1.0, exchanged, others),
+        computed("factors", sum(rows), rates.product),
+        sent("reduction", folding, ENTRY * float(sum(layer.sent for layer in layers)), buffers * others),
+        computed("inversion", most(lambda layer: layer.inversion), rates.inversion),
+        sent("gradients", 4 * own, shard * own, others),
+        computed("products", most(lambda layer: 2.0 * layer.entries * (layer.c + layer.d)), rates.product),
+        sent("directions", 4 * own, shard * own, others),
     ]
 
 
@@ -193,7 +210,7 @@ def table(
 
 
 # --------------------------------------------------------------------------------------------------------- measurements
-def measured(widths: Sequence[int], ranks: int, examples: int, repeats: int = 5) -> tuple[Rates, dict[str, float]]:
+def measured(widths: Sequence[int], ranks: int, examples: int, repeats: int = 7) -> tuple[Rates, dict[str, float]]:
     """The speed of local gloo processes with one thread each, and the seconds of each phase.
 
     Args:
@@ -203,9 +220,10 @@ def measured(widths: Sequence[int], ranks: int, examples: int, repeats: int = 5)
         repeats: number of measured steps; the results are medians, of the slowest process in each step.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (ranks, folder, tuple(widths), examples, repeats), nprocs=ranks, start_method="spawn")
+        processes: Any = mp
+        processes.start_processes(_rank, (ranks, folder, tuple(widths), examples, repeats), ranks, start_method="spawn")
         every = [torch.load(os.path.join(folder, str(rank)), weights_only=True) for rank in range(ranks)]
-    rates = Rates(*(statistics.median(one["rates"][at] for one in every) for at in range(4)))
+    rates = Rates(*(statistics.median(one["rates"][at] for one in every) for at in range(5)))
     times = {
         name: statistics.median(max(one["times"][name][step] for one in every) for step in range(repeats))
         for name in every[0]["times"]
@@ -215,7 +233,7 @@ def measured(widths: Sequence[int], ranks: int, examples: int, repeats: int = 5)
 
 def compared(widths: Sequence[int] = (768,) * 9, ranks: Sequence[int] = (1, 2, 4), examples: int = 256) -> str:
     """A table of the measured milliseconds of each phase divided by the estimated ones, in Markdown."""
-    layers = [LayerSize(c, d + 1) for d, c in zip(widths, widths[1:], strict=False)]
+    layers = [LayerSize(c, d + 1) for d, c in pairwise(widths)]
     lines = ["| ranks | phase | estimated ms | measured ms | ratio |", "|---:|---|---:|---:|---:|"]
     for count in ranks:
         rates, times = measured(widths, count, examples)
@@ -252,7 +270,7 @@ def _rank(rank: int, ranks: int, folder: str, widths: Sequence[int], examples: i
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
-    clock, optimizer, step = _instrumented(widths, examples)
+    clock, step = _instrumented(widths, examples)
     step()  # plans and buffers
     clock.times.clear()
     for _ in range(repeats):
@@ -263,7 +281,7 @@ def _rank(rank: int, ranks: int, folder: str, widths: Sequence[int], examples: i
     dist.destroy_process_group()
 
 
-def _instrumented(widths: Sequence[int], examples: int) -> tuple[_Clock, KFAC, Callable[[], None]]:
+def _instrumented(widths: Sequence[int], examples: int) -> tuple[_Clock, Callable[[], None]]:
     """A sharded model whose steps add to a clock; sums of factors do not overlap with the backward pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -272,7 +290,7 @@ def _instrumented(widths: Sequence[int], examples: int) -> tuple[_Clock, KFAC, C
     from lensor.curvature.collector import Collector
     from lensor.optim import sharding
 
-    model: Any = nn.Sequential(*(nn.Linear(d, c) for d, c in zip(widths, widths[1:], strict=False)))
+    model: Any = nn.Sequential(*(nn.Linear(d, c) for d, c in pairwise(widths)))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
@@ -319,7 +337,7 @@ def _instrumented(widths: Sequence[int], examples: int) -> tuple[_Clock, KFAC, C
         loss(model(x), y).backward()
         optimizer.step()
 
-    return clock, optimizer, step
+    return clock, step
 
 
 def _rates(n: int, ranks: int) -> list[float]:
@@ -338,9 +356,11 @@ def _rates(n: int, ranks: int) -> list[float]:
 
     product = 2 * n**3 / seconds(lambda: a @ a)
     inversion = n**3 / seconds(lambda: torch.cholesky_inverse(torch.linalg.cholesky(spd)))
+    long, short, other = torch.zeros(2**22), torch.zeros(1), torch.zeros(2**22)
+    memory = 2 * long.nbytes / seconds(lambda: other.copy_(long))
     if ranks == 1:
-        return [product, inversion, 1.0, 0.0]
-    rank, long, short = dist.get_rank(), torch.zeros(2**22), torch.zeros(1)
+        return [product, inversion, memory, 1.0, 0.0]
+    rank = dist.get_rank()
 
     def around(tensor: torch.Tensor) -> None:
         """Send to the next rank, and receive from the previous one."""
@@ -351,4 +371,4 @@ def _rates(n: int, ranks: int) -> list[float]:
                 one.wait()
 
     latency = seconds(lambda: around(short))
-    return [product, inversion, long.nbytes / (seconds(lambda: around(long)) - latency), latency]
+    return [product, inversion, memory, long.nbytes / (seconds(lambda: around(long)) - latency), latency]

@@ -190,8 +190,8 @@ class Reduction:
 def folded(matrices: Tensor) -> Tensor:
     """The entries of symmetric matrices [groups, n, n], each of them once or twice, as [groups, n, n // 2 + 1].
 
-    With k = n // 2 + 1, these are the first k columns. Above the diagonal, where their first k rows repeat other entries,
-    they have the upper triangle of the last n − k rows and columns instead.
+    With k = n // 2 + 1, these are the first k columns. Above the diagonal, their first k rows would repeat other
+    values; they contain the upper triangle of the last n − k rows and columns instead.
 
     Example:
         >>> import torch

@@ -36,7 +36,7 @@ Others: TypeAlias = Literal["diagonal", "full", "skip"]
 Compiler: TypeAlias = Literal["inductor", "eager"]
 """How a traced graph runs: compiled by torch, or as torch's operators, one after the other."""
 
-Method: TypeAlias = Literal["cholesky", "eigen", "woodbury"]
+Method: TypeAlias = Literal["cholesky", "eigen", "woodbury", "low-rank"]
 """How damped factors are inverted."""
 
 Nonfinite: TypeAlias = Literal["raise", "skip"]

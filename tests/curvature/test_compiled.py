@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -790,6 +791,22 @@ class Helper:
         return x * OPTIONS.power
 
 
+class OfItsClass(Base):
+    power = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.power
+
+
+class Picked(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pick = itemgetter(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.pick((1.0, 3.0))
+
+
 class Inherited(Base):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -824,19 +841,21 @@ class Wrapped(Base):
         return _times(self.layer(x))
 
 
-@pytest.mark.parametrize("kind", [Base, Inherited, Helped, OfClass, Made, ByName, Wrapped])
+@pytest.mark.parametrize("kind", [Base, Inherited, OfItsClass, Picked, Helped, OfClass, Made, ByName, Wrapped])
 def test_values_that_functions_find_elsewhere(kind: type[Base]) -> None:
     model, data = kind(), (torch.randn(4, 3), torch.randn(4, 2))
     try:
         for power in (1.0, 3.0):
-            OPTIONS.power = power
+            OPTIONS.power = OfItsClass.power = power
+            if isinstance(model, Picked):
+                model.pick = itemgetter(int(power) // 2)
             for _ in range(2):
                 require_equal(
                     per_example_gradient_norms(model, nn.MSELoss(), data),
                     per_example_gradient_norms(model, nn.MSELoss(), data, compile="eager"),
                 )
     finally:
-        OPTIONS.power = 1.0
+        OPTIONS.power = OfItsClass.power = 1.0
     assert count() == 2
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lensor.curvature import KroneckerFactors
 from lensor.inspect.errors import choose, require
 from lensor.optim import KFAC
 from lensor_bench.measure import interleaved
@@ -42,22 +45,37 @@ SETUPS: Mapping[str, Setup] = {
 }
 """The measured models."""
 
+_RARELY: Mapping[str, Any] = {"factor_interval": INTERVAL, "inverse_interval": INTERVAL}
+_SPREAD: Mapping[str, Any] = {**_RARELY, "method": "low-rank", "stagger": True}
+
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "KFAC, forward-only": {"fisher": "forward-only", "approx": "reduce", "method": "woodbury", "ema": 0.0},
-    "KFAC, reduce": {"approx": "reduce", "factor_interval": INTERVAL, "inverse_interval": INTERVAL},
-    "KFAC, expand": {"factor_interval": INTERVAL, "inverse_interval": INTERVAL},
+    "KFAC, reduce": {"approx": "reduce", **_RARELY},
+    "KFAC, reduce, low rank": {"approx": "reduce", **_SPREAD},
+    "KFAC, expand": _RARELY,
+    "KFAC, expand, low rank": _SPREAD,
 }
-"""The optimizers; the last two update factors and inverses only at every tenth step."""
+"""The optimizers; all but the first update factors and inverses of a layer at every tenth step only. With "low rank",
+layers are updated at different steps."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds per training step, averaged over the steps from one inversion to the next."""
+    """Seconds per training step.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer.
+        seconds: the mean over the steps from one inversion to the next.
+        ratio: these seconds, divided by those of gradient descent.
+        longest: the longest of these steps, divided by their median.
+    """
 
     model: str
     optimizer: str
     seconds: float
     ratio: float
+    longest: float
 
 
 def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) -> Iterator[StepTime]:
@@ -70,35 +88,58 @@ def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) ->
     with using(threads):
         for name in choose("model", names, SETUPS):
             setup = SETUPS[name]
-            calls = {"SGD": _steps(setup, None)}
-            calls |= {one: _steps(setup, options) for one, options in OPTIMIZERS.items()}
+            calls = {"SGD": _Steps(setup, None)}
+            calls |= {one: _Steps(setup, options) for one, options in OPTIMIZERS.items()}
             times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
-            for optimizer, found in zip(calls, times, strict=True):
-                yield StepTime(name, optimizer, found.minimum / INTERVAL, found.minimum / times[0].minimum)
+            for (optimizer, steps), found in zip(calls.items(), times, strict=True):
+                mean = found.minimum / INTERVAL
+                yield StepTime(name, optimizer, mean, found.minimum / times[0].minimum, steps.longest)
 
 
-def _steps(setup: Setup, options: Mapping[str, Any] | None) -> Callable[[], Tensor]:
-    """A call that runs the steps from one inversion to the next, including one inversion."""
-    torch.manual_seed(0)
-    model, loss = setup.make().train(), nn.CrossEntropyLoss()
-    x, y = torch.randn(setup.batch, 3, setup.size, setup.size), torch.randint(CLASSES, (setup.batch,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # normalisation layers have no factors
-        optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-            if options is None
-            else KFAC(model, loss, lr=1e-4, damping=0.1, **options)
-        )
+class _Steps:
+    """A call that runs the steps from one inversion to the next, including one inversion of each layer.
 
-    def run() -> Tensor:
-        value = x.new_zeros(())
+    Averaged factors are those after many steps: roots have been multiplied out.
+    """
+
+    def __init__(self, setup: Setup, options: Mapping[str, Any] | None) -> None:
+        torch.manual_seed(0)
+        self.model, self.loss = setup.make().train(), nn.CrossEntropyLoss()
+        size = (setup.batch, 3, setup.size, setup.size)
+        self.x, self.y = torch.randn(size), torch.randint(CLASSES, (setup.batch,))
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        if options is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # normalisation layers have no factors
+                self.optimizer = KFAC(self.model, self.loss, lr=1e-4, damping=0.1, **options)
+        self._step()
+        found = self.optimizer
+        if isinstance(found, KFAC) and found.ema and found.factors is not None:
+            formed = {name: replace(block, formed=block.A, root=None) for name, block in found.factors.items()}
+            found.factors = KroneckerFactors(formed, **found.factors._settings())
+        self.times: list[list[float]] = []
+        self()
+        self.times.clear()
+
+    @property
+    def longest(self) -> float:
+        """The time of the longest step, divided by the median; the time of each step is its shortest one."""
+        steps = [min(one) for one in zip(*self.times, strict=True)]
+        return max(steps) / statistics.median(steps)
+
+    def __call__(self) -> Tensor:
+        value, times = self.x.new_zeros(()), []
         for _ in range(INTERVAL):
-            optimizer.zero_grad()
-            outputs = model(x)
-            value = loss(outputs.flatten(2).mean(2) if outputs.ndim > 2 else outputs, y)
-            value.backward()
-            optimizer.step()
-        return value.detach()
+            start = time.perf_counter()
+            value = self._step()
+            times.append(time.perf_counter() - start)
+        self.times.append(times)
+        return value
 
-    run()
-    return run
+    def _step(self) -> Tensor:
+        self.optimizer.zero_grad()
+        outputs = self.model(self.x)
+        value = self.loss(outputs.flatten(2).mean(2) if outputs.ndim > 2 else outputs, self.y)
+        value.backward()
+        self.optimizer.step()
+        return value.detach()

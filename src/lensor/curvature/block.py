@@ -241,6 +241,11 @@ def traces_of(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def trace_of_input(block: Block) -> Tensor:
+    """The trace of A for each group, which is not formed if its root is stored."""
+    return traces_of(block.A) if block.root is None else block.root.square().sum((1, 2))
+
+
 def each_factor(block: Block, function: Any) -> Block:
     """Apply a function to each tensor of a block."""
     return replace(

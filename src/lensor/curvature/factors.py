@@ -11,8 +11,17 @@ from torch import Tensor
 
 from lensor.choices import Approx, Method, ModelNormalisation, words
 from lensor.conventions import MODEL_CONVENTIONS
-from lensor.curvature.block import Block, block_of, each_factor, eigh, eigvalsh, require_alike, traces_of
-from lensor.curvature.inverses import EigenFactors, Inverse, require_not_negative
+from lensor.curvature.block import (
+    Block,
+    block_of,
+    each_factor,
+    eigh,
+    eigvalsh,
+    require_alike,
+    trace_of_input,
+    traces_of,
+)
+from lensor.curvature.inverses import RANK, EigenFactors, Inverse, require_not_negative
 from lensor.curvature.operators import Operator
 from lensor.errors import require_choice, require_type
 
@@ -80,7 +89,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return {name: getattr(self, name) for name in ("approx", "examples", "convention", "reduction", "outputs")}
 
     # ------------------------------------------------------------------------------------------------------- solving
-    def inverse(self, damping: float, method: Method = "eigen") -> Inverse:
+    def inverse(self, damping: float, method: Method = "eigen", rank: int = RANK) -> Inverse:
         """The damped inverse.
 
         Args:
@@ -88,14 +97,19 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             method: "eigen": (B ⊗ A + λI)⁻¹ exactly, by eigendecompositions (of the roots where they are stored).
                 "cholesky": (B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹ with π² = (tr A/d)/(tr B/c) (Martens & Grosse, 2015), by
                 Cholesky decompositions. "woodbury": the same, with A inverted through its root; exactly (c A + λI)⁻¹
-                where B is c times the identity. Blocks without Kronecker factors are inverted exactly by all methods.
+                where B is c times the identity. "low-rank": as "cholesky", with A replaced by its largest eigenvalues
+                and the mean of the others on the rest of the space; products take less time than with a dense inverse
+                (Puiu, 2022). It is "cholesky" for blocks with fewer than 4 · rank rows. Blocks without Kronecker
+                factors are inverted exactly by all methods.
+            rank: the number of eigenvalues that "low-rank" keeps.
 
         Raises:
             TypeError: for a damping that is not a number.
-            ValueError: for a damping that is not positive, an unknown method, or "woodbury" without a stored root.
+            ValueError: for a damping or rank that is not positive, an unknown method, or "woodbury" without a stored
+                root.
             torch.linalg.LinAlgError: if a damped factor is not positive definite in its dtype.
         """
-        return Inverse(self._blocks, damping, method)
+        return Inverse(self._blocks, damping, method, rank)
 
     def eigh(self) -> EigenFactors:
         """The eigenvectors and eigenvalues of every block."""
@@ -111,8 +125,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         """The sum of the blocks' traces."""
         found = []
         for block in self.values():
-            a = block.root.square().sum((1, 2)) if block.root is not None else traces_of(block.A)
-            found.append((a * traces_of(block.B)).sum())
+            found.append((trace_of_input(block) * traces_of(block.B)).sum())
         return torch.stack(found).sum()
 
     def logdet(self, damping: float = 0.0) -> Tensor:

@@ -40,10 +40,9 @@ class Fingerprint:
 
     It contains the values of numbers, texts and containers; the attributes of objects (of modules with everything in
     them: hooks, mode, options); the code of functions, with the values that they captured and the global variables that
-    they name; the functions of classes; and the kinds of tensors. Of parameters and other tensors in objects it
-    contains the identity, but not the values, which a graph reads when it runs. It does not contain other attributes of
-    classes, the state of iterators, and variables that are found by name at run time or that functions of installed
-    packages read.
+    they name; classes; and the kinds of tensors. Of parameters and other tensors in objects it contains the identity,
+    but not the values, which a graph reads when it runs. It does not contain the state of iterators, and variables that
+    are found by name at run time or that functions of installed packages read.
 
     Args:
         fixed: objects whose tensors are identified: models, losses.
@@ -152,7 +151,7 @@ class Fingerprint:
             found = vars(value) if isinstance(value, nn.Module) else _attributes(value)
             if found:
                 self._add_attributes(found, fixed)
-            elif not isinstance(value, (Mapping, *_CONTAINERS)) and not callable(value):
+            elif not isinstance(value, (Mapping, *_CONTAINERS)) and _is_library(type(value).__module__):
                 self._identify(value)
 
     def _add_function(self, value: types.FunctionType) -> None:
@@ -179,22 +178,23 @@ class Fingerprint:
         if isinstance(owner, (type, nn.Module)) or not isinstance(value.__func__, types.FunctionType):
             self._add(owner, True)
             return
+        self._add_class(type(owner))
         names = _reached(type(owner), value.__func__)
-        for name in sorted(names):
-            for one in _functions_of(type(owner), name):
-                self._add(one, True)
         self._add_attributes({name: one for name, one in _attributes(owner).items() if name in names}, True)
 
     def _add_class(self, kind: type) -> None:
-        """Add the functions of a class and of the classes that it extends."""
+        """Add the functions and other attributes of a class and of the classes that it extends."""
         if kind in self._classes or _is_library(kind.__module__):
             return
         self._classes.add(kind)
         for one in kind.__mro__:
-            if not _is_library(one.__module__):
-                for name in vars(one):
-                    for function in _functions_of(one, name):
-                        self._add(function, True)
+            for name, value in () if _is_library(one.__module__) else vars(one).items():
+                functions = list(_functions_of(one, name))
+                for function in functions:
+                    self._add(function, True)
+                if not functions and name[:2] != "__":
+                    self._parts.append(name)
+                    self._add(value, True)
 
 
 _STATES: dict[type, Any] = {

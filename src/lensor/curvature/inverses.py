@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from lensor.choices import Method
-from lensor.curvature.block import Block, eigh, traces_of
+from lensor.curvature.block import Block, eigh, trace_of_input, traces_of
 from lensor.curvature.operators import Operator
 from lensor.curvature.watching import uncast
 from lensor.errors import require_choice
+
+RANK = 256
+"""The number of eigenvalues that "low-rank" keeps, unless another one is given."""
+
+_MORE = 16
+"""Vectors in a subspace iteration besides those that are kept."""
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -85,22 +91,44 @@ class Inverse(Operator):
         True
     """
 
-    def __init__(self, blocks: Mapping[str, Block], damping: float, method: Method) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        damping: float,
+        method: Method,
+        rank: int = RANK,
+        starts: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(blocks)
         _require_damping(damping)
         require_choice("method", method, tuple(_WAYS))
-        self.damping, self.method = damping, method
+        if rank < 1:
+            raise ValueError(f"rank is {rank}, expected at least 1")
+        self.damping, self.method, self.rank = damping, method, rank
         self._solvers = {}
         for name, block in blocks.items():
             with uncast(block.B):
                 way = _WAYS[method] if block.factored else _Eigen
-                self._solvers[name] = way.of(name, block, damping)
+                self._solvers[name] = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
+
+    def bases(self) -> dict[str, Tensor]:
+        """The vectors from which the "low-rank" inverses of similar blocks can start, by block."""
+        return {name: one.basis for name, one in self._solvers.items() if isinstance(one, _LowRank)}
 
     def _options(self) -> str:
         return f"damping={self.damping}, method={self.method!r}, "
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
         return self._solvers[name](rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What is asked of an inverse: the damping, the rank, and the vectors that an iteration starts from."""
+
+    damping: float
+    rank: int
+    start: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +141,8 @@ class _Eigen:
     damping: float | None
 
     @classmethod
-    def of(cls, name: str, block: Block, damping: float) -> Self:
+    def of(cls, name: str, block: Block, asked: _Request) -> Self:
+        damping = asked.damping
         b, q_b = eigh(block.B)
         b = b.clamp_min(0)
         if block.root is None:
@@ -139,8 +168,10 @@ class _Cholesky:
     b: Tensor
 
     @classmethod
-    def of(cls, name: str, block: Block, damping: float) -> Self:
-        on_a, on_b = _factored(block, damping)
+    def of(cls, name: str, block: Block, asked: _Request) -> Self | _Woodbury:
+        on_a, on_b = _factored(block, asked.damping)
+        if block.root is not None and 2 * block.root.shape[1] < block.d:  # products with the root take less time
+            return _Woodbury.through(name, block.root, on_a, _damped_inverse(f"B of {name}", block.B, on_b), False)
         return cls(_damped_inverse(f"A of {name}", block.A, on_a), _damped_inverse(f"B of {name}", block.B, on_b))
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -158,8 +189,8 @@ class _Woodbury:
     plain: bool
 
     @classmethod
-    def of(cls, name: str, block: Block, damping: float) -> Self:
-        root = block.root
+    def of(cls, name: str, block: Block, asked: _Request) -> Self:
+        root, damping = block.root, asked.damping
         if root is None:
             raise ValueError(f"{name} has no root, expected approx='reduce' and fewer examples than rows of A")
         c = block.B[:, :1, :1]
@@ -170,6 +201,11 @@ class _Woodbury:
         else:
             on_a, on_b = _factored(block, damping)
             b = _damped_inverse(f"B of {name}", block.B, on_b)
+        return cls.through(name, root, on_a, b, plain)
+
+    @classmethod
+    def through(cls, name: str, root: Tensor, on_a: Tensor, b: Tensor, plain: bool) -> Self:
+        """The inverse for a root of A, the damping of A, and B's inverse."""
         inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
         return cls(root, inner, on_a, b, plain)
 
@@ -178,18 +214,83 @@ class _Woodbury:
         return solved * self.b if self.plain else self.b @ solved
 
 
-_WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury]] = {
+@dataclass(frozen=True, eq=False)
+class _LowRank:
+    """A with its largest eigenvalues, and the mean of the others on the rest of the space.
+
+    The damped inverse of A is `rest` times the identity, plus `inner` on the eigenvectors `q`; `b` is B's damped
+    inverse.
+    """
+
+    q: Tensor
+    inner: Tensor
+    rest: Tensor
+    b: Tensor
+    basis: Tensor
+
+    @classmethod
+    def of(cls, name: str, block: Block, asked: _Request) -> Self | _Cholesky | _Woodbury:
+        if 4 * asked.rank > block.d:  # products with A's inverse take no longer
+            return _Cholesky.of(name, block, asked)
+        on_a, on_b = _factored(block, asked.damping)
+        values, basis = _largest(block, asked)
+        values, q = values[:, -asked.rank :], basis[..., -asked.rank :]
+        rest = trace_of_input(block) - values.sum(-1)
+        rest = rest.clamp_min(0)[:, None, None] / (block.d - values.shape[-1])
+        inner = 1 / (values[:, None] + on_a) - 1 / (rest + on_a)
+        return cls(q, inner, 1 / (rest + on_a), _damped_inverse(f"B of {name}", block.B, on_b), basis)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.b @ (rows * self.rest + ((rows @ self.q) * self.inner) @ self.q.mT)
+
+
+def _largest(block: Block, asked: _Request) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of A [groups, k] in ascending order, and their eigenvectors [groups, d, k].
+
+    They are exact if A has a root of few rows. Otherwise, they are those of the Nyström approximation of A on a
+    subspace (Halko, Martinsson & Tropp, 2011): the one that is given, or the image of random vectors.
+    """
+    root = block.root
+    if root is not None and root.shape[1] <= 2 * asked.rank:
+        values, left = torch.linalg.eigh(root @ root.mT)
+        least = torch.finfo(values.dtype).eps * block.d * values.amax(-1, keepdim=True)
+        over = torch.where(values > least, values, torch.inf).rsqrt()
+        return values.clamp_min(0), root.mT @ (left * over[:, None])
+    a, q, count = block.A if root is None else _Gram(root), asked.start, min(asked.rank + _MORE, block.d)
+    if q is None or q.shape != (block.groups, block.d, count):
+        random = torch.randn(block.d, count, generator=torch.Generator().manual_seed(0))
+        q = torch.linalg.qr(a @ random.to(block.B)).Q
+    image = a @ q
+    inside, turn = torch.linalg.eigh(q.mT @ image)
+    least = torch.finfo(inside.dtype).eps * count * inside.amax(-1, keepdim=True)
+    over = torch.where(inside > least, inside, torch.inf).rsqrt()
+    found = torch.linalg.qr(image @ (turn * over[:, None]))  # A is approximately this matrix times its transpose
+    values, turn = torch.linalg.eigh(found.R @ found.R.mT)
+    return values.clamp_min(0), found.Q @ turn
+
+
+@dataclass(frozen=True, eq=False)
+class _Gram:
+    """The matrix rootᵀ root, which is not formed."""
+
+    root: Tensor
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        return self.root.mT @ (self.root @ columns)
+
+
+_WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury] | type[_LowRank]] = {
     "eigen": _Eigen,
     "cholesky": _Cholesky,
     "woodbury": _Woodbury,
+    "low-rank": _LowRank,
 }
 """The class that solves with a block, by method name."""
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
     """The damping to add to the diagonals of A and of B, each [groups, 1, 1]."""
-    a = block.root.square().sum((1, 2)) if block.root is not None else traces_of(block.A)
-    mean_a, mean_b = a / block.d, traces_of(block.B) / block.B.shape[1]
+    mean_a, mean_b = trace_of_input(block) / block.d, traces_of(block.B) / block.B.shape[1]
     ratio = (mean_a / mean_b).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))[:, None, None]
     return ratio * damping**0.5, damping**0.5 / ratio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -74,6 +74,7 @@ def layers_of(
     *,
     shared: bool = False,
     trainable: bool = False,
+    among: Collection[str] | None = None,
 ) -> list[Layer]:
     """The layers of a model for which curvature is computed, in the order of `model.named_modules()`.
 
@@ -84,6 +85,7 @@ def layers_of(
         shared: whether layers may share a parameter.
         trainable: whether the result must contain exactly the model's parameters that require a gradient, unless
             `layers` is given.
+        among: names of parameters; unsupported layers without any of them are not reported.
 
     Raises:
         TypeError: if `model` is not a module.
@@ -95,7 +97,7 @@ def layers_of(
     plain = {layer.name for layer in found}
     unknown: list[str] = []
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = [p for one, p in module.named_parameters(name, recurse=False) if among is None or one in among]
         if own and name not in plain and (not trainable or any(p.requires_grad for p in own)):
             unknown.append(f"{name or '(the model)'} ({type(module).__name__})")
     if layers is not None:

@@ -276,7 +276,7 @@ def find_batch_axes(
     if not remember:
         with aside():
             return _Finder(model, inputs, targets, batch).find()
-    key = _form(model, inputs, targets, batch)
+    key = form_of(model, inputs, targets, batch)
     found = _cached(model, key)
     if found is None:
         with aside():
@@ -293,7 +293,7 @@ def needs_trials(model: nn.Module, inputs: Inputs, targets: Targets, batch: int,
     """Whether `find_batch_axes` would run the model for these arguments."""
     if batch < 2:
         return False
-    return not remember or _cached(model, _form(model, inputs, targets, batch)) is None
+    return not remember or _cached(model, form_of(model, inputs, targets, batch)) is None
 
 
 def _cached(model: nn.Module, key: Any) -> BatchAxes | None:
@@ -304,7 +304,7 @@ def _cached(model: nn.Module, key: Any) -> BatchAxes | None:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _form(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
+def form_of(model: nn.Module, inputs: Inputs, targets: Targets, batch: int) -> Any:
     """The cache key of batch axes: modules and modes, layers, and the form of the inputs without the batch size."""
     modules = tuple(
         (

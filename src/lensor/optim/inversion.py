@@ -13,7 +13,7 @@ from torch import Tensor
 from lensor.choices import Method
 from lensor.curvature.block import Block
 from lensor.curvature.distribution import shares
-from lensor.curvature.inverses import Inverse
+from lensor.curvature.inverses import RANK, Inverse
 
 
 @dataclass(eq=False)
@@ -21,32 +21,54 @@ class Inversion:
     """The current inverses of an optimizer's blocks.
 
     Args:
-        method: "cholesky", "eigen", or "woodbury" (for blocks with roots; "cholesky" for others).
+        method: "cholesky", "eigen", "low-rank", or "woodbury" (for blocks with roots; "cholesky" for others).
+        rank: the number of eigenvalues of A that "low-rank" keeps.
         group: the processes that share the work: each inverts some of the blocks and broadcasts the directions.
         blocks: the inverted blocks, by name; they may be older than the current factors.
         damping: the damping of each block.
     """
 
     method: Method
+    rank: int = RANK
     group: dist.ProcessGroup | None = None
     blocks: dict[str, Block] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, Tensor] = field(default_factory=dict)
+    """The vectors that the current inverses started from: those of the previous inverses."""
     solvers: dict[str, Inverse] = field(default_factory=dict)
 
     def invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
-        """Invert this process's share of the blocks.
+        """Invert this process's share of the blocks; the inverses of other blocks are kept.
 
         Args:
-            blocks: all blocks.
+            blocks: the blocks.
             damping: the damping of each block.
         """
-        self.blocks, self.damping = dict(blocks), dict(damping)
+        for name, one in self.solvers.items():
+            if name in blocks:
+                self.starts |= one.bases()
+        self._invert(blocks, damping)
+
+    def restore(self, blocks: Mapping[str, Block], damping: Mapping[str, float], starts: Mapping[str, Tensor]) -> None:
+        """Invert blocks as they were inverted before, from the same vectors."""
+        self.keep({})
+        self.starts = dict(starts)
+        self._invert(blocks, damping)
+
+    def _invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
+        self.blocks, self.damping = {**self.blocks, **blocks}, {**self.damping, **damping}
         me = 0 if self.group is None else dist.get_rank(self.group)
-        self.solvers = {name: self._solver(name) for name, rank in self._owners().items() if rank == me}
+        own = [name for name, rank in self._owners().items() if rank == me]
+        self.solvers = {
+            name: self._solver(name) if name in blocks or name not in self.solvers else self.solvers[name]
+            for name in own
+        }
 
     def keep(self, blocks: dict[str, Block]) -> None:
         """Keep the inverses of these blocks, and discard all others."""
         self.blocks = blocks
+        self.damping = {name: one for name, one in self.damping.items() if name in blocks}
+        self.starts = {name: one for name, one in self.starts.items() if name in blocks}
         self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
 
     def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -72,17 +94,23 @@ class Inversion:
     def _owners(self) -> dict[str, int]:
         """The process that inverts each block, chosen to balance the work."""
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
-        costs = [float(one.groups * (one.d**3 + one.B.shape[1] ** 3)) for one in self.blocks.values()]
-        return dict(zip(self.blocks, shares(costs, ranks), strict=True))
+        return dict(zip(self.blocks, shares([self.cost(one) for one in self.blocks.values()], ranks), strict=True))
+
+    def cost(self, block: Block) -> float:
+        """The number of multiplications for the inverse of a block."""
+        on_a = block.d**3
+        if self.method == "low-rank" and 4 * self.rank <= block.d:
+            on_a = 2 * self.rank * block.d**2
+        return float(block.groups * (on_a + block.B.shape[1] ** 3))
 
     def _solver(self, name: str) -> Inverse:
         block = self.blocks[name]
         method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
-        return Inverse({name: block}, self.damping[name], method)
+        return Inverse({name: block}, self.damping[name], method, self.rank, self.starts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solvers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.invert(self.blocks, self.damping)
+        self._invert(self.blocks, self.damping)

@@ -19,7 +19,9 @@ from lensor.curvature.batch_axes import Given
 from lensor.curvature.block import Block
 from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
+from lensor.curvature.distribution import shares
 from lensor.curvature.factors import KroneckerFactors
+from lensor.curvature.inverses import RANK
 from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
@@ -27,6 +29,7 @@ from lensor.optim.checkpoint import as_parameters, require_same_form
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
+from lensor.optim.updates import adapt, descend
 
 
 def _of(part: str, name: str, doc: str) -> Any:
@@ -47,9 +50,9 @@ class KFAC(torch.optim.Optimizer):
     The optimizer collects factors while the model runs in training mode; you need neither a closure nor changes to the
     training loop. A forward pass counts if a backward pass through it adds to the `grad` of the layers' weights. Calls
     of `torch.autograd.grad` do not count, nor does a forward pass whose gradients are differentiated (a gradient
-    penalty). Parameters without factors (normalisation, embeddings) are updated with the plain gradient. A model that
-    is compiled as a whole runs uncompiled while factors are collected; with `fullgraph=True` the compiler raises an
-    error.
+    penalty). Parameters without factors (normalisation, embeddings) are updated with the plain gradient, and those of
+    groups with `use_kfac=False` by AdamW. A model that is compiled as a whole runs uncompiled while factors are
+    collected; with `fullgraph=True` the compiler raises an error.
 
     Args:
         model: the model, its DistributedDataParallel wrapper, or a model that was sharded with `fully_shard`.
@@ -66,15 +69,21 @@ class KFAC(torch.optim.Optimizer):
         fisher: "empirical" reuses your backward pass; "mc" and "type-2" run additional backward passes during the
             forward pass; "forward-only" needs no backward pass: B is the identity.
         bias: "joint" or "separate".
-        method: inversion method: "cholesky", "eigen", or "woodbury" (for blocks with roots; "cholesky" for others).
+        method: inversion method: "cholesky", "eigen", "woodbury" (for blocks with roots; "cholesky" for others), or
+            "low-rank", which takes less time for layers with many inputs; see `KroneckerFactors.inverse`.
+        rank: the number of eigenvalues of A that "low-rank" keeps.
         ema: weight of the old factors at an update; 0 uses the new factors only.
         factor_interval: number of steps between updates of the factors.
         inverse_interval: number of steps between inversions.
+        stagger: whether the layers are updated at different steps of each interval, so that steps take similar time;
+            otherwise, all are updated at the same step. In the first step, all are.
         accumulation_steps: number of backward passes per step, each with the mean loss divided by this number (a sum is
             not divided).
         layers: names of the modules that get factors; all supported layers unless given. Blocks omit biases that are
             not trained.
-        params: parameter groups with separate options (lr, momentum, damping, weight_decay); one group unless given.
+        params: the trained parameters, as for any torch optimizer: parameters, pairs of names and parameters, or groups
+            with separate options (lr, momentum, damping, weight_decay); all that require gradients unless given. A
+            group with `use_kfac=False` is updated by AdamW, with its options lr, betas, eps and weight_decay.
         mc_samples: number of draws per example, for "mc".
         seed: seed of the draws.
         nonfinite: response to a gradient or factor with NaN or infinity: "raise" a FloatingPointError, or "skip" the
@@ -117,6 +126,7 @@ class KFAC(torch.optim.Optimizer):
     batch_axis: Given = _of("tracker", "batch_axis", "The axis of the examples, if it was given.")
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
     method: Method = _of("inversion", "method", "The inversion method.")
+    rank: int = _of("inversion", "rank", "The number of eigenvalues that are kept.")
     group: dist.ProcessGroup | None = _of("inversion", "group", "The processes that train together.")
 
     def __init__(
@@ -133,9 +143,11 @@ class KFAC(torch.optim.Optimizer):
         fisher: FactorFisher = "empirical",
         bias: Bias = "joint",
         method: Method = "cholesky",
+        rank: int = RANK,
         ema: float = 0.95,
         factor_interval: int = 1,
         inverse_interval: int = 1,
+        stagger: bool = False,
         accumulation_steps: int = 1,
         layers: Iterable[str] | None = None,
         params: Any = None,
@@ -152,7 +164,9 @@ class KFAC(torch.optim.Optimizer):
         for name, (value, known) in chosen.items():
             require_choice(name, value, words(known))
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
-        for name, count in (counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples}).items():
+        for name, count in (
+            counts | {"accumulation_steps": accumulation_steps, "mc_samples": mc_samples, "rank": rank}
+        ).items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} is {count!r}, expected a whole number of at least 1")
         if kl_clip is not None and not 0 < kl_clip < math.inf:
@@ -169,7 +183,7 @@ class KFAC(torch.optim.Optimizer):
         self.sharding = Sharding.of(self.model, group, self._asked)
         self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None
-        self.inversion = Inversion(method, group if self.sharding is None else None)
+        self.inversion = Inversion(method, rank, group if self.sharding is None else None)
         self.tracker = Tracker(
             self.model,
             loss,
@@ -184,10 +198,15 @@ class KFAC(torch.optim.Optimizer):
             batch_axis,
             sharding=self.sharding,
         )
+        if stagger:
+            if self.sharding is not None:
+                raise ValueError("stagger is True, expected False for a sharded model")
+            self.tracker.slots = {}
         self._form: Any = None
         self._warned = False
         trained = [p for _, p in self._named_parameters() if p.requires_grad]
         options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        options |= {"use_kfac": True, "betas": (0.9, 0.999), "eps": 1e-8}
         super().__init__(trained if params is None else params, options)
         self._watch_new()
         if not self.tracker.names:
@@ -202,9 +221,11 @@ class KFAC(torch.optim.Optimizer):
             ValueError: for an invalid option, or a layer that cannot have factors.
         """
         group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
-        for name in ("lr", "momentum", "weight_decay"):
+        for name in ("lr", "momentum", "weight_decay", "eps"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas is {group['betas']}, expected two numbers in [0, 1)")
         if not 0 < group["damping"] < math.inf:
             raise ValueError(f"damping is {group['damping']} in a group of parameters, expected a positive number")
         super().add_param_group(param_group)
@@ -213,20 +234,23 @@ class KFAC(torch.optim.Optimizer):
 
     def _watch_new(self) -> None:
         """Find the layers whose weights this optimizer trains; their blocks omit a bias that it does not train."""
-        form = tuple((id(p), p.requires_grad) for one in self.param_groups for p in one["params"])
+        form = tuple((id(p), p.requires_grad, one["use_kfac"]) for one in self.param_groups for p in one["params"])
         if form == self._form:
             return
         self._form = form
-        held = {found for found, _ in form}
+        held = {found for found, _, curved in form if curved}
+        plain = {found for found, _, curved in form if not curved}
         named: dict[str, Tensor] = {
             name: p for name, p in self._named_parameters() if p.requires_grad and id(p) in held
         }
+        self._plain = {name: p for name, p in self._named_parameters() if p.requires_grad and id(p) in plain}
         found = []
-        for layer in layers_of(self.model, self._asked):
+        for layer in layers_of(self.model, self._asked, among=named):
             if layer.weight in named:
                 found.append(layer if layer.bias in named else replace(layer, bias=None))
             elif self._asked is not None:
-                raise ValueError(f"layer {layer.name!r} has a weight outside of params, expected a trained one")
+                where = "in a group with use_kfac=False" if layer.weight in self._plain else "outside of params"
+                raise ValueError(f"layer {layer.name!r} has a weight {where}, expected a trained one with curvature")
         self.tracker.watch(found, named)
         if self.factors is not None:  # parameters that are no longer trained have no factors
             self.factors = self.factors._with(self._still_trained(self.factors))
@@ -282,11 +306,11 @@ class KFAC(torch.optim.Optimizer):
         if self.sharding is not None:
             self.sharding.require_reduced()
         pending, names = self.tracker.take(), self.tracker.names
-        if all(p.grad is None for p in self.tracker.names.values()):
+        if all(p.grad is None for p in names.values()):
             pending = None  # the pending factors belong to discarded gradients
             self.tracker.discard()
         new = None
-        if pending is not None and pending.examples and self.tracker.is_due:
+        if pending is not None and pending.examples:
             self._require_outputs(pending)
             new = self._summed(pending)
         trouble = self._nonfinite(new)
@@ -310,11 +334,12 @@ class KFAC(torch.optim.Optimizer):
             )
         directions: dict[int, Tensor] = {}
         if self.factors is not None:
-            if self._needs_inverses(self.factors):
-                with nullcontext() if self.sharding is None else self.sharding.inverting():
-                    self.inversion.invert(
-                        self.factors, {name: self._damping(one) for name, one in self.factors.items()}
-                    )
+            self._place(self.factors)
+            due = {name: block for name, block in self.factors.items() if self._is_inverted_now(name, block)}
+            if due or self.sharding is not None:
+                is_due = self.tracker.is_due("", self.inverse_interval)
+                with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
+                    self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
             if self.sharding is None:
                 solved = self.inversion.directions({name: p.grad for name, p in names.items()})
             else:
@@ -322,25 +347,10 @@ class KFAC(torch.optim.Optimizer):
             directions = {id(names[name]): direction for name, direction in solved.items()}
         clip = self._clip(directions)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                direction = directions.get(id(parameter))
-                if direction is None:
-                    direction = parameter.grad
-                if clip is not None:
-                    direction = direction * clip
-                if group["momentum"]:
-                    state = self.state[parameter]
-                    known = state.get("momentum_buffer")
-                    if known is None:
-                        state["momentum_buffer"] = direction.clone()
-                    else:
-                        known.mul_(group["momentum"]).add_(direction)
-                    direction = state["momentum_buffer"]
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
+            if group["use_kfac"]:
+                descend(group, directions, clip, self.state)
+            else:
+                adapt(group, self.state)
         self.steps += 1
         if self.sharding is not None:
             self.sharding.end_step(self)
@@ -355,13 +365,23 @@ class KFAC(torch.optim.Optimizer):
         self.sharding.blocks |= blocks | {name: (name,) for name in pending.biases}
         return pending.factors(reduction, to_owners=self.sharding.reduction)
 
-    def _needs_inverses(self, factors: KroneckerFactors) -> bool:
-        """Whether to invert the blocks in this step; the same on every rank."""
-        if self.steps % self.inverse_interval == 0:
-            return True
-        if self.sharding is not None:
-            return self.sharding.inverted != set(self.sharding.blocks)
-        return not self.inversion.solvers or factors.shapes != KroneckerFactors(self.inversion.blocks).shapes
+    def _is_inverted_now(self, name: str, block: Block) -> bool:
+        """Whether a block is inverted in this step."""
+        known = self.inversion.blocks.get(name)
+        return known is None or known.shapes != block.shapes or self.tracker.is_due(name, self.inverse_interval)
+
+    def _place(self, factors: KroneckerFactors) -> None:
+        """Distribute the layers over the steps of an interval by the time that their updates take."""
+        slots = self.tracker.slots
+        if slots is None or slots.keys() == factors.keys():
+            return
+        interval = max(self.tracker.factor_interval, self.inverse_interval)
+        costs = [self.inversion.cost(block) + _cost(block, factors.examples) for block in factors.values()]
+        placed = dict(zip(factors, shares(costs, interval), strict=True))
+        for layer in self.layers:  # a bias with its own block is updated with its weight
+            if layer.bias in placed and layer.weight in placed:
+                placed[layer.bias] = placed[layer.weight]
+        self.tracker.slots = placed
 
     def _require_outputs(self, pending: Collector) -> None:
         """Raise if a weight has a gradient but its layer's output received none: B is then unknown, not zero.
@@ -381,13 +401,15 @@ class KFAC(torch.optim.Optimizer):
 
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
         """The error message for the first gradient or factor that is not finite, or ""; the same on every rank."""
-        flags = [(name, local(p.grad)) for name, p in self.tracker.names.items() if p.grad is not None]
+        trained = self.tracker.names | self._plain
+        flags = [(name, local(p.grad)) for name, p in trained.items() if p.grad is not None]
         if new is not None and self.sharding is None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
         # The 1-norm gives one number per tensor, which is finite if all entries are.
-        good = torch.stack([torch.linalg.vector_norm(tensor, 1).isfinite() for _, tensor in flags])
+        each: Any = torch
+        good = torch.stack([norm.isfinite() for norm in each._foreach_norm([one for _, one in flags], 1)])
         group = self.group
         if self.sharding is not None:
             group = self.sharding.group
@@ -432,7 +454,7 @@ class KFAC(torch.optim.Optimizer):
             group["lr"] ** 2 * (local(directions.get(id(p), p.grad)) * local(p.grad)).sum()
             for group in self.param_groups
             for p in group["params"]
-            if p.grad is not None
+            if group["use_kfac"] and p.grad is not None
         ]
         if not parts:
             return None
@@ -455,6 +477,8 @@ class KFAC(torch.optim.Optimizer):
             "factors": None if self.factors is None else self.factors.state_dict(),
             "inverted": KroneckerFactors(inverted).state_dict() if inverted else None,
             "damped": dict(self.inversion.damping),
+            "starts": dict(self.inversion.starts),
+            "slots": None if self.tracker.slots is None else dict(self.tracker.slots),
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
         }
@@ -490,11 +514,14 @@ class KFAC(torch.optim.Optimizer):
             known = state_dict["state"].get(one, {}).get("momentum_buffer")
             if known is not None:
                 self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
+        if tracker.slots is not None:
+            tracker.slots = dict(own.get("slots") or {})
         self.factors, self.steps = factors, own["steps"]
         tracker.pending, tracker.seed, tracker.generator = None, own.get("seed", tracker.seed), None
         if own["generator"] is not None:
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
-        self.inversion.invert(inverted, own["damped"])
+        starts = {name: one.to(inverted[name].B) for name, one in own.get("starts", {}).items() if name in inverted}
+        self.inversion.restore(inverted, own["damped"], starts)
         if self.sharding is not None:
             self.sharding.restore(own, self)
 
@@ -505,6 +532,9 @@ class KFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copied or unpickled optimizer follow the model that was copied with it."""
         super().__setstate__(state)
+        for group in self.param_groups:  # states of earlier versions have no such options
+            for name in ("use_kfac", "betas", "eps"):
+                group.setdefault(name, self.defaults[name])
         if "tracker" not in state:  # torch calls this with its own part of a loaded state
             return
         names, self._form = self.tracker.names, None
@@ -524,14 +554,20 @@ _OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hoo
 
 
 def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> KroneckerFactors:
-    """Average the blocks that both contain; for newly trained layers, use the new block."""
+    """Average the blocks that both contain, keep those that only the old factors contain, and add new ones."""
     both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
     if len(both) == len(old) == len(new):
         return old.ema_(new, decay)
-    kept, more = old._with(both), new._with({name: new[name] for name in both})
+    kept = old._with(both)
     if both:
-        kept.ema_(more, decay)
-    return new._with({name: kept[name] if name in both else block for name, block in new.items()})
+        kept.ema_(new._with({name: new[name] for name in both}), decay)
+    return new._with({**old, **new, **kept})
+
+
+def _cost(block: Block, examples: int) -> float:
+    """The number of multiplications for the factors of some examples, without those of roots."""
+    rows = block.B.shape[1] ** 2 + (block.d**2 if block.root is None else 0)
+    return float(block.groups * examples * max(block.positions, 1) * rows)
 
 
 def _needs_targets(loss: Any) -> bool:

@@ -55,8 +55,8 @@ class Sharding:
         self.reduction = Reduction(group, self.owners)
         self.blocks: dict[str, tuple[str, ...]] = {}
         """The blocks with factors, on any rank, and their parameters."""
-        self.inverted: set[str] = set()
-        """The blocks with inverses, on any rank."""
+        self.inverted: dict[str, tuple[str, ...]] = {}
+        """The blocks with inverses, on any rank, and their parameters."""
 
     @classmethod
     def of(cls, model: nn.Module, group: dist.ProcessGroup | None, asked: list[str] | None) -> Sharding | None:
@@ -100,14 +100,21 @@ class Sharding:
     def keep(self, names: Mapping[str, Tensor]) -> None:
         """Forget the blocks of parameters that are no longer trained."""
         self.blocks = {name: some for name, some in self.blocks.items() if all(one in names for one in some)}
-        self.inverted &= set(self.blocks)
+        self.inverted = {name: some for name, some in self.inverted.items() if all(one in names for one in some)}
 
     @contextmanager
-    def inverting(self) -> Iterator[None]:
-        """Invert this rank's blocks in the `with` block; an error on one rank raises errors on all ranks."""
+    def inverting(self, due: bool) -> Iterator[None]:
+        """Invert this rank's blocks in the `with` block; an error on one rank raises errors on all ranks.
+
+        Args:
+            due: whether all blocks are inverted, and not only new ones.
+        """
+        if not due and self.inverted == self.blocks:
+            yield
+            return
         with self.agreeing():
             yield
-        self.inverted = set(self.blocks)
+        self.inverted = dict(self.blocks)
 
     # ----------------------------------------------------------------------------------------------------------- state
     @property
@@ -140,7 +147,7 @@ class Sharding:
             own: the factors and settings of this rank.
         """
         buffer = io.BytesIO()
-        torch.save(own | {"all_blocks": self.blocks, "all_inverted": sorted(self.inverted)}, buffer)
+        torch.save(own | {"all_blocks": self.blocks, "all_inverted": self.inverted}, buffer)
         first = _first(state["param_groups"])
         entry = {**state["state"].get(first, {}), "kfac": {self._part: buffer.getvalue()}}
         rest = {key: one for key, one in state["state"].items() if key != _MARK}
@@ -171,7 +178,7 @@ class Sharding:
         """Restore the blocks from a state."""
         self._mark(optimizer)
         self.blocks = {name: tuple(some) for name, some in own["all_blocks"].items()}
-        self.inverted = set(own["all_inverted"])
+        self.inverted = {name: tuple(some) for name, some in own["all_inverted"].items()}
 
     # ------------------------------------------------------------------------------------------------------ parameters
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -303,9 +310,9 @@ class Sharding:
             The shards of the results, by name, as DTensors like the parameters.
         """
         shared: set[str] = set()
-        for block in self.inverted:
-            if all(names[one].grad is not None for one in self.blocks[block]):
-                shared |= set(self.blocks[block])
+        for some in self.inverted.values():
+            if all(names[one].grad is not None for one in some):
+                shared |= set(some)
         order = [[name for name in names if name in shared and self.owners[name] == rank] for rank in range(self.size)]
         if not any(order):
             return {}

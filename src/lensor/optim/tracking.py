@@ -23,7 +23,7 @@ from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
 from lensor.curvature.registry import reduction_of, root_of
-from lensor.curvature.trials import needs_trials
+from lensor.curvature.trials import form_of, needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
 from lensor.optim.sharding import Sharding, local
@@ -62,6 +62,9 @@ class Tracker:
     batch_axis: Given
     steps: int = 0
     sharding: Sharding | None = None
+    slots: dict[str, int] | None = None
+    """With staggered updates, the step in each interval at which a layer is updated, by the name of its weight. Layers
+    that have no factors yet have none, and are always due."""
     generator: torch.Generator | None = None
     layers: list[Layer] = field(default_factory=list)
     names: dict[str, Tensor] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Tracker:
         self._owned: dict[str, Layer] = {}
         self._changed: dict[int, list[str]] = {}
         self._passes = 0
+        self._axes: tuple[Any, int, BatchAxes | None] | None = None
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -115,10 +119,14 @@ class Tracker:
             before, after = (OnGradient(here, layer.weight, call) for call in (Tracker._arrive, Tracker._accumulate))
             self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
 
-    @property
-    def is_due(self) -> bool:
-        """Whether factors are updated in this step."""
-        return self.steps % self.factor_interval == 0
+    def is_due(self, weight: str, interval: int) -> bool:
+        """Whether a layer is updated in this step, if it is once in each interval."""
+        slot = 0 if self.slots is None else self.slots.get(weight, self.steps)
+        return (self.steps - slot) % interval == 0
+
+    def due(self) -> list[Layer]:
+        """The layers whose factors are updated in this step."""
+        return [layer for layer in self.layers if self.is_due(layer.weight, self.factor_interval)]
 
     def take(self) -> Collector | None:
         """Return the factors collected since the last step, and clear them."""
@@ -138,7 +146,7 @@ class Tracker:
         return (
             self.model.training
             and torch.is_grad_enabled()
-            and self.is_due
+            and bool(self.due() or not self.layers)
             and not depth()
             and not getattr(self._thread, "inside", False)
             and torch._C._current_graph_task_id() == -1  # a checkpoint reruns the model during the backward pass
@@ -150,15 +158,13 @@ class Tracker:
             return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
         if self.refresh is not None:
             self.refresh()
-        read: Callable[[nn.Module, str], Any] = getattr
         if self.sharding is not None:
             self.sharding.prepare()
             self._hook()
-            read = self.sharding.whole
-        inputs = Arguments(arguments, named)
-        batch, targets = size_of(inputs), Targets(self.layers, read=read)
-        layout = self._layout(inputs, targets, batch)
-        one = _Pass(Collector(self.layers, self.approx, self.joint, self.fisher, keep_graph=True))
+        inputs, layers = Arguments(arguments, named), self.due()
+        batch, targets = size_of(inputs), self._targets(layers)
+        layout = self._batch_axes(inputs, batch)
+        one = _Pass(Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(
             targets,
@@ -186,13 +192,25 @@ class Tracker:
             return self.sharding.is_own(layer)
         return layer.module.weight is self.names[layer.weight]
 
-    def _layout(self, inputs: Arguments, targets: Targets, batch: int) -> BatchAxes | None:
-        """The position of the examples in the layers' inputs, found by trial passes if needed."""
+    def _targets(self, layers: list[Layer]) -> Targets:
+        return Targets(layers) if self.sharding is None else Targets(layers, read=self.sharding.whole)
+
+    def _batch_axes(self, inputs: Arguments, batch: int) -> BatchAxes | None:
+        """The position of the examples in the layers' inputs; if updates are staggered, found once in each interval."""
+        targets = self._targets(self.layers)
+        form = None if self.slots is None else form_of(self.model, inputs, targets, batch)
+        if form is not None and self._axes is not None:
+            known, at, found = self._axes
+            if known == form and at <= self.steps < at + self.factor_interval:
+                return found
         remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
         find = partial(Capture.batch_axes_of, self.model, inputs, targets, batch, self.batch_axis, remember)
         if self.sharding is None or not (self.batch_axis is None or isinstance(self.batch_axis, Mapping)):
-            return find()
-        return self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
+            found = find()
+        else:
+            found = self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
+        self._axes = form, self.steps, found
+        return found
 
     def leave(self) -> None:
         """Discard a pass whose outputs never reached the output hook, as after a direct call to `model.forward`."""
@@ -332,8 +350,8 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes", "pending")
-        own += ("refresh", "generator")
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes", "_axes")
+        own += ("pending", "refresh", "generator")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 

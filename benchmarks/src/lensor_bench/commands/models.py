@@ -159,11 +159,13 @@ def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> 
     require("torch")
     from lensor_bench.steps import measure
 
-    table = Table("model", "optimizer", *(Column(name, justify="right") for name in ("ms a step", "over SGD's")))
+    table = Table(
+        "model", "optimizer", *(Column(name, justify="right") for name in ("ms a step", "over SGD's", "longest"))
+    )
     shown = console()
     with shown.status("measuring"):
         for one in measure(names, seconds, repeats, threads):
-            table.add_row(one.model, one.optimizer, f"{one.seconds * 1e3:.1f}", digits(one.ratio))
+            table.add_row(one.model, one.optimizer, f"{one.seconds * 1e3:.1f}", digits(one.ratio), digits(one.longest))
     shown.print(table)
 
 

@@ -1,0 +1,93 @@
+"""Updates of parameters: steps along given directions with momentum, and AdamW for parameters without curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+Group: TypeAlias = Mapping[str, Any]
+"""A group of parameters with its options."""
+
+States: TypeAlias = MutableMapping[Tensor, Any]
+"""The state of each parameter."""
+
+
+_each: Any = torch
+"""torch, for its functions of lists of tensors, which type checkers do not know."""
+
+
+def descend(group: Group, directions: Mapping[int, Tensor], clip: Tensor | None, states: States) -> None:
+    """Update a group's parameters along their directions, with momentum and decoupled weight decay.
+
+    Args:
+        group: the group; its options `lr`, `momentum` and `weight_decay` are used.
+        directions: the direction of a parameter, by its id; the gradient is used if there is none.
+        clip: the number that directions are multiplied by.
+        states: the states; with momentum, they contain "momentum_buffer".
+    """
+    for parameters in _alike([p for p in group["params"] if p.grad is not None]):
+        found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
+        if clip is not None:
+            found = list(_each._foreach_mul(found, clip.to(found[0].dtype)))
+        if group["momentum"]:
+            found = _with_momentum(parameters, found, group["momentum"], states)
+        if group["weight_decay"]:
+            _each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        found = [one.to(p.dtype) for one, p in zip(found, parameters, strict=True)]
+        _each._foreach_add_(parameters, found, alpha=-group["lr"])
+
+
+def _with_momentum(
+    parameters: Sequence[Tensor], directions: Sequence[Tensor], momentum: float, states: States
+) -> list[Tensor]:
+    """Add the directions to the parameters' buffers, and return the buffers."""
+    known = [(states[p]["momentum_buffer"], one) for p, one in zip(parameters, directions, strict=True) if states[p]]
+    if known:
+        buffers, added = map(list, zip(*known, strict=True))
+        _each._foreach_mul_(buffers, momentum)
+        _each._foreach_add_(buffers, added)
+    for p, one in zip(parameters, directions, strict=True):
+        if not states[p]:
+            states[p]["momentum_buffer"] = one.clone()
+    return [states[p]["momentum_buffer"] for p in parameters]
+
+
+def adapt(group: Group, states: States) -> None:
+    """Update a group's parameters by AdamW (Loshchilov & Hutter, 2019).
+
+    Args:
+        group: the group; its options `lr`, `betas`, `eps` and `weight_decay` are used.
+        states: the states; they contain "step", "exp_avg" and "exp_avg_sq", as those of `torch.optim.AdamW`.
+    """
+    parameters = [p for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        if not states[p]:
+            states[p] |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    beta1, beta2 = group["betas"]
+    adamw(
+        parameters,
+        [p.grad for p in parameters if p.grad is not None],
+        [states[p]["exp_avg"] for p in parameters],
+        [states[p]["exp_avg_sq"] for p in parameters],
+        [],
+        [states[p]["step"] for p in parameters],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _alike(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters by device and dtype."""
+    found: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        found.setdefault((p.device, p.dtype), []).append(p)
+    yield from found.values()

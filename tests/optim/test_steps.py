@@ -1,0 +1,300 @@
+"""Cheaper steps of KFAC: inverses of low rank, staggered updates, and groups of parameters without curvature."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lensor.curvature import KroneckerFactors, kfac
+from lensor.optim import KFAC
+
+CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.filterwarnings("ignore:curvature is not supported for the parameters of 1")
+"""The normalisation of the network below."""
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(54, 3)).double()
+
+
+def batch(seed: int, count: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 2, 7, 7, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (count,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+
+
+def gradients(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    x, y = batch(seed)
+    found = torch.autograd.grad(CE(model(x), y), list(model.parameters()))
+    return dict(zip(dict(model.named_parameters()), found, strict=True))
+
+
+def close(a: Any, b: Any, **options: Any) -> None:
+    torch.testing.assert_close(a, b, **({"rtol": 1e-9, "atol": 1e-11} | options))
+
+
+# ------------------------------------------------------------------------------------------------------------ inverses
+def damped(block: Any, damping: float, a: Tensor) -> Tensor:
+    """(B + √λ/π I) ⊗ (A + π√λ I) of the first group, for a matrix in place of A."""
+    c, d = block.B.shape[1], block.d
+    ratio = ((block.A[0].trace() / d) / (block.B[0].trace() / c)).sqrt()
+    b = block.B[0] + damping**0.5 / ratio * torch.eye(c).double()
+    return torch.kron(b, a + ratio * damping**0.5 * torch.eye(d).double())
+
+
+def layer_factors(approx: str, rows: int, inputs: int = 24) -> tuple[KroneckerFactors, Any]:
+    torch.manual_seed(rows)
+    x = torch.randn(rows, inputs, dtype=torch.float64) * torch.logspace(0, -2, inputs, dtype=torch.float64)
+    found = kfac(nn.Linear(inputs, 3, bias=False).double(), CE, (x, torch.randint(3, (rows,))), approx=approx)
+    return found, found["weight"]
+
+
+@pytest.mark.parametrize(
+    ("approx", "rows"), [("reduce", 3), ("reduce", 9), ("reduce", 20), ("expand", 5), ("expand", 40)]
+)
+@pytest.mark.parametrize("rank", [1, 3, 5, 6])
+def test_an_inverse_of_low_rank_has_the_largest_eigenvalues_and_the_mean_of_the_others(
+    approx: str, rows: int, rank: int
+) -> None:
+    found, block = layer_factors(approx, rows)
+    values, vectors = torch.linalg.eigh(block.A[0])
+    kept = values.clone()
+    kept[:-rank] = values[:-rank].mean()
+    expected = torch.linalg.inv(damped(block, 0.01, vectors @ kept.diag() @ vectors.T))
+    size = found.size
+    inverse = (found.inverse(0.01, "low-rank", rank) @ torch.eye(size).double()).T
+    # The subspace is found by iteration, for which gaps between eigenvalues decide.
+    error = torch.linalg.matrix_norm(inverse - expected, 2) / torch.linalg.matrix_norm(expected, 2)
+    exact = rows <= 2 * rank and approx == "reduce"
+    assert float(error) < (1e-9 if exact else 0.05)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.sampled_from(["expand", "reduce"]), st.integers(1, 6), st.integers(8, 40))
+def test_an_inverse_of_low_rank_is_exact_where_the_rank_suffices(
+    rows: int, approx: str, rank: int, inputs: int
+) -> None:
+    found, block = layer_factors(approx, min(rows, rank), max(inputs, 4 * rank))
+    expected = torch.linalg.inv(damped(block, 0.1, block.A[0]))
+    got = found.inverse(0.1, "low-rank", rank) @ torch.eye(found.size).double()
+    close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_an_iteration_that_starts_from_the_last_one_comes_closer() -> None:
+    found, block = layer_factors("expand", 60, 200)
+    values, vectors = torch.linalg.eigh(block.A[0])
+    kept = values.clone()
+    kept[:-20] = values[:-20].mean()
+    expected = torch.linalg.inv(damped(block, 1e-3, vectors @ kept.diag() @ vectors.T))
+    errors, inverse = [], found.inverse(1e-3, "low-rank", 20)
+    for _ in range(6):
+        errors.append(float((inverse @ torch.eye(found.size).double() - expected).norm() / expected.norm()))
+        inverse = type(inverse)(dict(found), 1e-3, "low-rank", 20, inverse.bases())
+    assert errors[-1] < 1e-3 < errors[0]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("rows", [2, 11, 13, 20])
+def test_inverses_through_roots_of_few_rows_are_those_of_the_matrix(rows: int) -> None:
+    found, block = layer_factors("reduce", rows)
+    assert block.root is not None
+    got = found.inverse(0.01, "cholesky") @ torch.eye(found.size).double()
+    close(got, torch.linalg.inv(damped(block, 0.01, block.A[0])), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_ranks_are_positive(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"rank is {rank}, expected"):
+        layer_factors("expand", 5)[0].inverse(0.1, "low-rank", rank)
+    with pytest.raises(ValueError, match=f"rank is {rank}, expected"):
+        KFAC(network(), CE, rank=rank)
+
+
+# ----------------------------------------------------------------------------------------------------- staggered steps
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_staggered_layers_are_updated_once_in_each_interval(approx: str, bias: str) -> None:
+    """Nine steps by hand, with the slots that the optimizer chose."""
+    model, by_hand = network(), network()
+    options: dict[str, Any] = {"approx": approx, "bias": bias, "damping": 0.1, "lr": 0.1, "ema": 0.7, "kl_clip": None}
+    optimizer = KFAC(model, CE, momentum=0.0, factor_interval=3, inverse_interval=3, stagger=True, **options)
+    train(model, optimizer, range(9))
+    slots = optimizer.tracker.slots
+    assert slots is not None
+    layers = {name: slots[name] for name in ("0.weight", "3.weight", "6.weight")}
+    assert sorted(layers.values()) == [0, 1, 2]
+    factors: dict[str, Any] = {}
+    inverses: dict[str, Any] = {}
+    for step in range(9):
+        grads = gradients(by_hand, step)
+        new = kfac(by_hand, CE, batch(step), approx=approx, fisher="empirical", bias=bias, others="skip")
+        solved = dict(grads)
+        for name, block in new.items():
+            slot = layers[name.replace("bias", "weight")]
+            if step == 0 or step % 3 == slot:
+                one = new._with({name: block})
+                factors[name] = one if step == 0 else factors[name].ema_(one, 0.7)
+                inverses[name] = factors[name].inverse(0.1, "cholesky")
+            solved |= inverses[name] @ {one: grads[one] for one in block.names}
+        with torch.no_grad():
+            for name, p in by_hand.named_parameters():
+                p -= 0.1 * solved[name]
+    for (name, a), b in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        close(a, b, rtol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+@pytest.mark.parametrize("method", ["cholesky", "low-rank"])
+def test_staggered_training_goes_on_bit_for_bit(fisher: str, method: str) -> None:
+    options: dict[str, Any] = {"damping": 0.1, "fisher": fisher, "method": method, "rank": 4}
+    options |= {"factor_interval": 2, "inverse_interval": 4, "stagger": True}
+    model = network()
+    optimizer = KFAC(model, CE, **options)
+    train(model, optimizer, range(6))
+    again = copy.deepcopy(model)
+    resumed = KFAC(again, CE, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(6, 15))
+    train(again, resumed, range(6, 15))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    both = copy.deepcopy((again, resumed))
+    train(again, resumed, range(15, 18))
+    train(*both, range(15, 18))
+    for a, b in zip(again.parameters(), both[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_layer_that_is_trained_later_gets_factors_at_once() -> None:
+    model = network()
+    model[3].requires_grad_(False)
+    optimizer = KFAC(model, CE, params=model.parameters(), factor_interval=5, inverse_interval=5, stagger=True)
+    train(model, optimizer, range(2))
+    model[3].requires_grad_(True)
+    for at in range(2, 8):
+        train(model, optimizer, range(at, at + 1))
+    assert optimizer.factors is not None
+    assert "3.weight" in optimizer.factors
+    assert optimizer.tracker.slots is not None
+    assert "3.weight" in optimizer.tracker.slots
+
+
+# --------------------------------------------------------------------------------------------------- parameter groups
+@pytest.mark.filterwarnings("error:curvature is not supported")
+def test_groups_without_curvature_are_updated_by_adamw() -> None:
+    model, by_hand = network(), network()
+    normal = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
+    ours = KFAC(
+        model,
+        CE,
+        lr=0.05,
+        damping=0.1,
+        kl_clip=1e-3,
+        params=[
+            {"params": [*model[0].parameters(), *model[3].parameters()]},
+            {"params": [*model[1].parameters(), *model[6].parameters()], "use_kfac": False, **normal},
+        ],
+    )
+    assert [layer.name for layer in ours.layers] == ["0", "3"]
+    curved = KFAC(
+        by_hand, CE, lr=0.05, damping=0.1, kl_clip=1e-3, params=[*by_hand[0].parameters(), *by_hand[3].parameters()]
+    )
+    adamw = torch.optim.AdamW([*by_hand[1].parameters(), *by_hand[6].parameters()], **normal)
+    for seed in range(5):
+        train(model, ours, range(seed, seed + 1))
+        x, y = batch(seed)
+        curved.zero_grad()
+        adamw.zero_grad()
+        CE(by_hand(x), y).backward()
+        curved.step()
+        adamw.step()
+    for (name, a), b in zip(model.named_parameters(), by_hand.named_parameters(), strict=True):
+        close(a, b[1], msg=name)
+    again = copy.deepcopy(model)
+    names = [{"params": [*again[0].parameters(), *again[3].parameters()]}]
+    names.append({"params": [*again[1].parameters(), *again[6].parameters()], "use_kfac": False})
+    resumed = KFAC(again, CE, params=names)
+    resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(model, ours, range(5, 8))
+    train(again, resumed, range(5, 8))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_that_is_not_finite_in_a_group_without_curvature_is_named() -> None:
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "use_kfac": False}]
+    optimizer = KFAC(model, CE, params=groups)
+    CE(model(batch(0)[0]), batch(0)[1]).backward()
+    assert model[1].weight.grad is not None
+    model[1].weight.grad[0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"1\.weight"):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_named_parameters_are_accepted_as_by_torch() -> None:
+    one, other = network(), network()
+    named, plain = KFAC(one, CE, params=one.named_parameters()), KFAC(other, CE)
+    train(one, named, range(3))
+    train(other, plain, range(3))
+    assert named.state_dict()["param_groups"][0]["param_names"] == list(dict(one.named_parameters()))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_states_of_versions_without_groups_are_read() -> None:
+    model = network()
+    optimizer = KFAC(model, CE)
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        for name in ("use_kfac", "betas", "eps"):
+            del group[name]
+    for name in ("slots", "starts"):
+        del state["kfac"][name]
+    again = copy.deepcopy(model)
+    resumed = KFAC(again, CE)
+    resumed.load_state_dict(state)
+    train(model, optimizer, range(2, 4))
+    train(again, resumed, range(2, 4))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"betas": (1.0, 0.9)}, "betas is"),
+        ({"eps": -1.0}, "eps is"),
+        ({"lr": -1.0}, "lr is"),
+    ],
+)
+def test_bad_groups(group: dict[str, Any], message: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False, **group}])
+
+
+def test_layers_of_groups_without_curvature_cannot_be_asked_for() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="in a group with use_kfac=False"):
+        KFAC(model, CE, layers=["0"], params=[{"params": model.parameters(), "use_kfac": False}])

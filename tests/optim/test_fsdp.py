@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from lensor.curvature import kfac
 from lensor.optim import KFAC
 from tests.optim import fsdp_ranks
-from tests.optim.fsdp_ranks import CASES, CE, SMALL, accumulate, batch, discard, freeze, network, repeat, train
+from tests.optim.fsdp_ranks import (
+    CASES,
+    CE,
+    SMALL,
+    accumulate,
+    batch,
+    discard,
+    freeze,
+    network,
+    optimizer_of,
+    repeat,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:curvature is not supported")
 
@@ -69,15 +81,15 @@ def require_close(found: dict[str, Tensor], expected: dict[str, Tensor], accurac
 
 
 @pytest.mark.parametrize(
-    ("count", "places"), [(2, range(7)), pytest.param(4, range(7), marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"]
+    ("count", "places"), [(2, range(8)), pytest.param(4, range(8), marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"]
 )
 def test_ranks_take_the_steps_of_one_process(count: int, places: range, tmp_path: Path) -> None:
     found = run(count, tmp_path, "equal", places)
     for place in places:
         _, dtype, options = CASES[place]
         model = network(dtype)
-        optimizer = KFAC(model, CE, **SMALL, **options)
-        train(model, optimizer, range(5), dtype=dtype)
+        optimizer = optimizer_of(model, options)
+        train(model, optimizer, range(4), dtype=dtype)
         for values, _, is_sharded in (one[f"case {place}"] for one in found):
             require_close(values, parameters(model), 1e-10 if dtype == torch.float64 else 1e-6)
             assert is_sharded
@@ -123,6 +135,7 @@ def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
         assert "expected one mesh of one dimension" in found["two dimensions"]
         assert "offloaded to the CPU" in found["offloaded"]
         assert "expected the same ranks" in found["group"]
+        assert "expected False for a sharded model" in found["staggered"]
         assert "have not been summed over the ranks" in found["not summed"]
         assert found["not finite"].startswith("FloatingPointError")
         assert found["unchanged"]

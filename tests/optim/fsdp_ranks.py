@@ -246,7 +246,13 @@ def errors(folder: str) -> dict[str, Any]:
     optimizer.zero_grad()
     bad = x * (float("nan") if rank else 1.0)
     CE(model(bad), y).backward()
+    assert optimizer.sharding is not None
+    found["started"] = bool(optimizer.sharding.reduction._running)
     note("not finite", optimizer.step)
+    model.train(False)
+    CE(model(x), y).backward()
+    optimizer.zero_grad()
+    model.train()
     unchanged = all(torch.equal(p, before[name]) for name, p in whole(model).items())
     found["unchanged"] = unchanged and optimizer.factors is None and optimizer.steps == 0
 

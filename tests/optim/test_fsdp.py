@@ -139,6 +139,7 @@ def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
         assert "have not been summed over the ranks" in found["not summed"]
         assert found["not finite"].startswith("FloatingPointError")
         assert found["unchanged"]
+        assert found["started"]  # the sums of factors, during the backward pass
         assert ("LinAlgError" if rank else "another rank raised an error") in found["one rank"]
         assert found["steps"] == 2
         assert "a state can be loaded on the same number of ranks" in found["other ranks"]

@@ -127,7 +127,6 @@ class KFAC(torch.optim.Optimizer):
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
     method: Method = _of("inversion", "method", "The inversion method.")
     rank: int = _of("inversion", "rank", "The number of eigenvalues that are kept.")
-    group: dist.ProcessGroup | None = _of("inversion", "group", "The processes that train together.")
 
     def __init__(
         self,
@@ -212,6 +211,17 @@ class KFAC(torch.optim.Optimizer):
         if not self.tracker.names:
             raise ValueError("params has no parameter of the model that requires a gradient, expected at least one")
         self._attach()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that train together."""
+        return self.inversion.group if self.sharding is None else self.sharding.group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        if self.sharding is not None:
+            raise ValueError("group is set, expected the group of the sharded model")
+        self.inversion.group = group
 
     # ---------------------------------------------------------------------------------------------- trained parameters
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -410,25 +420,17 @@ class KFAC(torch.optim.Optimizer):
         # The 1-norm gives one number per tensor, which is finite if all entries are.
         each: Any = torch
         good = torch.stack([norm.isfinite() for norm in each._foreach_norm([one for _, one in flags], 1)])
-        group = self.group
-        if self.sharding is not None:
-            group = self.sharding.group
-            if new is not None:  # each block is on one rank only
-                more = {
-                    name: torch.stack([t.isfinite().all() for t in one.tensors().values()]).all()
-                    for name, one in new.items()
-                }
-                flags += [(f"{name} (a factor)", good) for name in self.sharding.blocks]
-                good = torch.stack(
-                    [*good, *(more.get(name, torch.ones_like(good[0])) for name in self.sharding.blocks)]
-                )
-        if group is not None:
+        names = [name for name, _ in flags]
+        if new is not None and self.sharding is not None:
+            names += [f"{name} (a factor)" for name in self.sharding.blocks]
+            good = torch.cat([good, self.sharding.finite(new, good)])
+        if self.group is not None:
             kept = good.to(torch.int32)
-            dist.all_reduce(kept, dist.ReduceOp.MIN, group=group)
+            dist.all_reduce(kept, dist.ReduceOp.MIN, group=self.group)
             good = kept.bool()
         if bool(good.all()):
             return ""
-        name = next(name for (name, _), fine in zip(flags, good.tolist(), strict=True) if not fine)
+        name = next(name for name, fine in zip(names, good.tolist(), strict=True) if not fine)
         return f"the gradient or factor of {name} is not finite, expected finite entries: no step was taken"
 
     def _damping(self, block: Block) -> float:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lensor.curvature.block import Block
 from lensor.curvature.distribution import Reduction, exchanged, shares
 from lensor.curvature.layers import Layer, layers_of
 
@@ -260,6 +261,14 @@ class Sharding:
         found = torch.tensor([int(flag)], dtype=torch.int32, device=like)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return bool(found.item())
+
+    def finite(self, blocks: Mapping[str, Block], like: Tensor) -> Tensor:
+        """Whether each block is finite, in the order of all blocks; those that other ranks own count as finite."""
+        found = torch.ones_like(like[:1]).repeat(len(self.blocks))
+        for at, name in enumerate(self.blocks):
+            if name in blocks:
+                found[at] = torch.stack([tensor.isfinite().all() for tensor in blocks[name].tensors().values()]).all()
+        return found
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a value over the ranks."""

@@ -18,7 +18,7 @@ from lensor.curvature.block import Block, plain_block
 from lensor.curvature.capture import Capture, Use, computing, run
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import one_tensor, over_positions, size_of
-from lensor.curvature.distribution import gather
+from lensor.curvature.distribution import Reduction, gather, gather_to_owners
 from lensor.curvature.example_gradients import rows_of, sum_of
 from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
@@ -438,10 +438,20 @@ class Collector:
         factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
-    def factors(self, reduction: str, group: dist.ProcessGroup | None = None) -> KroneckerFactors:
-        """The factors over all batches and, if a group is given, over all of its ranks."""
+    def factors(
+        self, reduction: str, group: dist.ProcessGroup | None = None, to_owners: Reduction | None = None
+    ) -> KroneckerFactors:
+        """The factors over all batches and, if a group is given, over all of its ranks.
+
+        Args:
+            reduction: the reduction of the loss.
+            group: the ranks.
+            to_owners: the ranks and owners, if each rank gets the blocks that it owns only.
+        """
         blocks: dict[str, Block] = {}
-        if group is not None:
+        if to_owners is not None:
+            gather_to_owners(self, to_owners)
+        elif group is not None:
             gather(self, group)
 
         def averaged(b: Tensor) -> Tensor:

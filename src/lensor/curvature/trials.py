@@ -277,8 +277,7 @@ def find_batch_axes(
         with aside():
             return _Finder(model, inputs, targets, batch).find()
     key = form_of(model, inputs, targets, batch)
-    with _known_lock:
-        found = _known.setdefault(model, {}).get(key)
+    found = _cached(model, key)
     if found is None:
         with aside():
             found = _Finder(model, inputs, targets, batch).find()
@@ -288,6 +287,18 @@ def find_batch_axes(
                 of_model.clear()
             of_model[key] = found
     return found
+
+
+def needs_trials(model: nn.Module, inputs: Inputs, targets: Targets, batch: int, remember: bool) -> bool:
+    """Whether `find_batch_axes` would run the model for these arguments."""
+    if batch < 2:
+        return False
+    return not remember or _cached(model, form_of(model, inputs, targets, batch)) is None
+
+
+def _cached(model: nn.Module, key: Any) -> BatchAxes | None:
+    with _known_lock:
+        return _known.setdefault(model, {}).get(key)
 
 
 _PLAIN = (bool, int, float, str, type(None))

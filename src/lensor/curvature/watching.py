@@ -30,9 +30,15 @@ class Targets:
         layers: the layers. A parameter that several layers share is one target, named after the first of these layers.
         parameters: the parameters of these layers and of other modules, in the order of the results, if any function
             may use them.
+        read: returns the parameter of a module that its calls use, by the parameter's name in the module.
     """
 
-    def __init__(self, layers: Sequence[Layer], parameters: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        parameters: Mapping[str, Tensor] | None = None,
+        read: Callable[[nn.Module, str], Any] = getattr,
+    ) -> None:
         self.layers, self.complete = list(layers), parameters is not None
         self.weights: dict[int, tuple[str, Layer]] = {}
         self.biases: dict[int, str] = {}
@@ -40,7 +46,7 @@ class Targets:
         self.owners: dict[str, Layer] = {}
         self.names: dict[int, str] = {}
         for layer in layers:
-            weight, bias = layer.module.weight, layer.module.bias
+            weight, bias = read(layer.module, "weight"), read(layer.module, "bias")
             if id(weight) not in self.weights:
                 self.weights[id(weight)] = layer.weight, layer
                 self._add(layer.weight, weight, layer)

@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
 from lensor.optim.checkpoint import as_parameters, require_same_form
 from lensor.optim.inversion import Inversion
+from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
 from lensor.optim.updates import adapt, descend
 
@@ -53,7 +55,7 @@ class KFAC(torch.optim.Optimizer):
     collected; with `fullgraph=True` the compiler raises an error.
 
     Args:
-        model: the model, or its DistributedDataParallel wrapper.
+        model: the model, its DistributedDataParallel wrapper, or a model that was sharded with `fully_shard`.
         loss: the minimised loss: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum".
             The optimizer does not see the targets. With class weights or ignored targets, which only "empirical" and
             "forward-only" allow, it scales B as if every target had weight one.
@@ -87,9 +89,10 @@ class KFAC(torch.optim.Optimizer):
         nonfinite: response to a gradient or factor with NaN or infinity: "raise" a FloatingPointError, or "skip" the
             step; both leave parameters and state unchanged.
         grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
-        group: torch.distributed ranks that train together; they sum the factors and share the inversions.
+        group: torch.distributed ranks that train together; they sum the factors and share the inversions. For a sharded
+            model, these are the ranks of its mesh; each block is then stored, inverted and multiplied on one rank only.
         batch_axis: axis of the examples in the layers' inputs, as for `lensor.curvature.kfac`; a trial pass determines
-            it unless given.
+            it unless given. For a sharded model, a trial pass gathers the whole model on every rank.
 
     Example:
         >>> import torch
@@ -124,7 +127,6 @@ class KFAC(torch.optim.Optimizer):
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
     method: Method = _of("inversion", "method", "The inversion method.")
     rank: int = _of("inversion", "rank", "The number of eigenvalues that are kept.")
-    group: dist.ProcessGroup | None = _of("inversion", "group", "The processes that train together.")
 
     def __init__(
         self,
@@ -176,9 +178,11 @@ class KFAC(torch.optim.Optimizer):
         if group is not None:
             require_type(group, "group", dist.ProcessGroup)
         self.model = unwrapped(model)
+        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        self.sharding = Sharding.of(self.model, group, self._asked)
         self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None
-        self.inversion = Inversion(method, rank, group)
+        self.inversion = Inversion(method, rank, group if self.sharding is None else None)
         self.tracker = Tracker(
             self.model,
             loss,
@@ -191,13 +195,15 @@ class KFAC(torch.optim.Optimizer):
             seed,
             grad_scaler,
             batch_axis,
+            sharding=self.sharding,
         )
         if stagger:
+            if self.sharding is not None:
+                raise ValueError("stagger is True, expected False for a sharded model")
             self.tracker.slots = {}
-        self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._form: Any = None
         self._warned = False
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for _, p in self._named_parameters() if p.requires_grad]
         options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
         options |= {"use_kfac": True, "betas": (0.9, 0.999), "eps": 1e-8}
         super().__init__(trained if params is None else params, options)
@@ -205,6 +211,17 @@ class KFAC(torch.optim.Optimizer):
         if not self.tracker.names:
             raise ValueError("params has no parameter of the model that requires a gradient, expected at least one")
         self._attach()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that train together."""
+        return self.inversion.group if self.sharding is None else self.sharding.group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        if self.sharding is not None:
+            raise ValueError("group is set, expected the group of the sharded model")
+        self.inversion.group = group
 
     # ---------------------------------------------------------------------------------------------- trained parameters
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -234,9 +251,9 @@ class KFAC(torch.optim.Optimizer):
         held = {found for found, _, curved in form if curved}
         plain = {found for found, _, curved in form if not curved}
         named: dict[str, Tensor] = {
-            name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) in held
+            name: p for name, p in self._named_parameters() if p.requires_grad and id(p) in held
         }
-        self._plain = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) in plain}
+        self._plain = {name: p for name, p in self._named_parameters() if p.requires_grad and id(p) in plain}
         found = []
         for layer in layers_of(self.model, self._asked, among=named):
             if layer.weight in named:
@@ -248,6 +265,11 @@ class KFAC(torch.optim.Optimizer):
         if self.factors is not None:  # parameters that are no longer trained have no factors
             self.factors = self.factors._with(self._still_trained(self.factors))
             self.inversion.keep(self._still_trained(self.inversion.blocks))
+        if self.sharding is not None:
+            self.sharding.keep(self.tracker.names)
+
+    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        return self.model.named_parameters() if self.sharding is None else self.sharding.named_parameters()
 
     def _still_trained(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
         names = self.tracker.names
@@ -266,7 +288,9 @@ class KFAC(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and the factors collected with them, but keep passes that still await their backward pass."""
-        self.tracker.take()
+        self.tracker.discard()
+        if self.sharding is not None:
+            self.sharding.clear()
         super().zero_grad(set_to_none)
 
     # -------------------------------------------------------------------------------------------------------- stepping
@@ -289,13 +313,16 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 found = closure()
+        if self.sharding is not None:
+            self.sharding.require_reduced()
         pending, names = self.tracker.take(), self.tracker.names
         if all(p.grad is None for p in names.values()):
             pending = None  # the pending factors belong to discarded gradients
+            self.tracker.discard()
         new = None
         if pending is not None and pending.examples:
             self._require_outputs(pending)
-            new = pending.factors(str(reduction_of(self.loss)), self.group)
+            new = self._summed(pending)
         trouble = self._nonfinite(new)
         if trouble:
             if self.nonfinite == "raise":
@@ -308,6 +335,7 @@ class KFAC(torch.optim.Optimizer):
             self.factors is None
             and not self._warned
             and any(self.tracker.names[one.weight].grad is not None for one in self.layers)
+            and any(group["lr"] for group in self.param_groups)  # torch.distributed.checkpoint takes a step with lr = 0
         ):
             self._warned = True
             warnings.warn(
@@ -318,9 +346,14 @@ class KFAC(torch.optim.Optimizer):
         if self.factors is not None:
             self._place(self.factors)
             due = {name: block for name, block in self.factors.items() if self._is_inverted_now(name, block)}
-            if due:
-                self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
-            solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+            if due or self.sharding is not None:
+                is_due = self.tracker.is_due("", self.inverse_interval)
+                with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
+                    self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
+            if self.sharding is None:
+                solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+            else:
+                solved = self.sharding.directions(self.inversion.directions, names)
             directions = {id(names[name]): direction for name, direction in solved.items()}
         clip = self._clip(directions)
         for group in self.param_groups:
@@ -329,7 +362,18 @@ class KFAC(torch.optim.Optimizer):
             else:
                 adapt(group, self.state)
         self.steps += 1
+        if self.sharding is not None:
+            self.sharding.end_step(self)
         return found
+
+    def _summed(self, pending: Collector) -> KroneckerFactors:
+        """The factors of a step, over all ranks; of a sharded model, the blocks that this rank owns."""
+        reduction = str(reduction_of(self.loss))
+        if self.sharding is None:
+            return pending.factors(reduction, self.group)
+        blocks = {name: (name, *([pending._joined[name]] if name in pending._joined else [])) for name in pending.sums}
+        self.sharding.blocks |= blocks | {name: (name,) for name in pending.biases}
+        return pending.factors(reduction, to_owners=self.sharding.reduction)
 
     def _is_inverted_now(self, name: str, block: Block) -> bool:
         """Whether a block is inverted in this step."""
@@ -359,7 +403,7 @@ class KFAC(torch.optim.Optimizer):
             return
         for name, sums in pending.sums.items():
             gradient = self.tracker.names[name].grad
-            if sums.b is None and gradient is not None and bool(gradient.any()):
+            if sums.b is None and gradient is not None and self.tracker._any([local(gradient)]):
                 raise ValueError(
                     f"{name!r} has a gradient, but none arrived at the output of its layer, expected backward passes"
                     " only through forward passes of the model in training mode"
@@ -368,21 +412,25 @@ class KFAC(torch.optim.Optimizer):
     def _nonfinite(self, new: KroneckerFactors | None) -> str:
         """The error message for the first gradient or factor that is not finite, or ""; the same on every rank."""
         trained = self.tracker.names | self._plain
-        flags = [(name, p.grad) for name, p in trained.items() if p.grad is not None]
-        if new is not None:
+        flags = [(name, local(p.grad)) for name, p in trained.items() if p.grad is not None]
+        if new is not None and self.sharding is None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
         # The 1-norm gives one number per tensor, which is finite if all entries are.
         each: Any = torch
         good = torch.stack([norm.isfinite() for norm in each._foreach_norm([one for _, one in flags], 1)])
+        names = [name for name, _ in flags]
+        if new is not None and self.sharding is not None:
+            names += [f"{name} (a factor)" for name in self.sharding.blocks]
+            good = torch.cat([good, self.sharding.finite(new, good)])
         if self.group is not None:
             kept = good.to(torch.int32)
             dist.all_reduce(kept, dist.ReduceOp.MIN, group=self.group)
             good = kept.bool()
         if bool(good.all()):
             return ""
-        name = next(name for (name, _), fine in zip(flags, good.tolist(), strict=True) if not fine)
+        name = next(name for name, fine in zip(names, good.tolist(), strict=True) if not fine)
         return f"the gradient or factor of {name} is not finite, expected finite entries: no step was taken"
 
     def _damping(self, block: Block) -> float:
@@ -405,19 +453,26 @@ class KFAC(torch.optim.Optimizer):
         if self.kl_clip is None:
             return None
         parts = [
-            group["lr"] ** 2 * (directions.get(id(p), p.grad) * p.grad).sum()
+            group["lr"] ** 2 * (local(directions.get(id(p), p.grad)) * local(p.grad)).sum()
             for group in self.param_groups
             for p in group["params"]
             if group["use_kfac"] and p.grad is not None
         ]
         if not parts:
             return None
-        length = torch.stack(parts).sum().clamp_min(torch.finfo(parts[0].dtype).tiny)
+        length = torch.stack(parts).sum()
+        if self.sharding is not None:
+            length = self.sharding.total(length)
+        length = length.clamp_min(torch.finfo(parts[0].dtype).tiny)
         return (self.kl_clip / length).sqrt().clamp_max(1.0)
 
     # ----------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer: momentum, groups, factors, inverted factors, and the random generator."""
+        """The state of the optimizer: momentum, groups, factors, inverted factors, and the random generator.
+
+        For a sharded model, this is the part of the state that this rank has: save it with
+        `torch.distributed.checkpoint`, and load it on the same number of ranks.
+        """
         inverted, generator = self.inversion.blocks, self.tracker.generator
         own = {
             "steps": self.steps,
@@ -429,15 +484,19 @@ class KFAC(torch.optim.Optimizer):
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
         }
-        return {**super().state_dict(), "kfac": own}
+        state = super().state_dict()
+        return {**state, "kfac": own} if self.sharding is None else self.sharding.packed(state, own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the steps that follow are then the same, bit for bit on a CPU with estimated plans.
 
         Raises:
             KeyError: if the state is not from this class.
-            ValueError: if the state belongs to a different model, or to different choices of approx and bias.
+            ValueError: if the state belongs to a different model, or to different choices of approx and bias; for a
+                sharded model, also if it was saved by a different number of ranks.
         """
+        if self.sharding is not None:
+            state_dict = self.sharding.unpacked(state_dict)
         if "kfac" not in state_dict:
             raise KeyError("the state has no entry 'kfac', expected a state of lensor.optim.KFAC")
         own, tracker = state_dict["kfac"], self.tracker
@@ -465,6 +524,8 @@ class KFAC(torch.optim.Optimizer):
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
         starts = {name: one.to(inverted[name].B) for name, one in own.get("starts", {}).items() if name in inverted}
         self.inversion.restore(inverted, own["damped"], starts)
+        if self.sharding is not None:
+            self.sharding.restore(own, self)
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
 from lensor.curvature.registry import reduction_of, root_of
-from lensor.curvature.trials import form_of
+from lensor.curvature.trials import form_of, needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
+from lensor.optim.sharding import Sharding, local
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class Tracker:
         grad_scaler: the GradScaler in use.
         batch_axis: the axis of the examples in the layers' inputs, if given.
         steps: number of steps so far.
+        sharding: the sharding of the model's parameters, if they are sharded.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Tracker:
     grad_scaler: Any
     batch_axis: Given
     steps: int = 0
+    sharding: Sharding | None = None
     slots: dict[str, int] | None = None
     """With staggered updates, the step in each interval at which a layer is updated, by the name of its weight. Layers
     that have no factors yet have none, and are always due."""
@@ -76,8 +79,12 @@ class Tracker:
         """Reset the attributes that a copy must not share."""
         self._thread = threading.local()
         self._backward: dict[int, _Backward] = {}
-        self._left: dict[str, tuple[int, int]] = {}
+        self._left: dict[str, Any] = {}
         self._accumulated: list[Any] = []
+        self._hooked: dict[str, Tensor] = {}
+        self._owned: dict[str, Layer] = {}
+        self._changed: dict[int, list[str]] = {}
+        self._passes = 0
         self._axes: tuple[Any, int, BatchAxes | None] | None = None
 
     def attach(self) -> None:
@@ -94,10 +101,21 @@ class Tracker:
         for handle in self._accumulated:
             handle.remove()
         self.layers, self.names = layers, dict(names)
+        self._left, self._accumulated, self._hooked = {}, [], {}
+        self._owned = {layer.weight: layer for layer in layers}
+        if self.sharding is None:
+            self._hook()
+
+    def _hook(self) -> None:
+        """Hook into the weights that the layers' calls use, unless this has happened already."""
         here: weakref.ref[Tracker] = weakref.ref(self)
-        self._left, self._accumulated = {}, []
-        for layer in layers:
+        for layer in self.layers:
             weight = self.names[layer.weight]
+            if self.sharding is not None:
+                weight = self.sharding.whole(layer.module, "weight")
+            if self._hooked.get(layer.weight) is weight:
+                continue
+            self._hooked[layer.weight] = weight
             before, after = (OnGradient(here, layer.weight, call) for call in (Tracker._arrive, Tracker._accumulate))
             self._accumulated += [weight.register_hook(before), weight.register_post_accumulate_grad_hook(after)]
 
@@ -113,8 +131,14 @@ class Tracker:
     def take(self) -> Collector | None:
         """Return the factors collected since the last step, and clear them."""
         self._left.clear()
-        pending, self.pending = self.pending, None
+        pending, self.pending, self._passes = self.pending, None, 0
         return pending
+
+    def discard(self) -> None:
+        """Discard the factors collected since the last step."""
+        self.take()
+        if self.sharding is not None:
+            self.sharding.reduction.drop()
 
     # ---------------------------------------------------------------------------------------------------- forward pass
     def collects(self) -> bool:
@@ -130,12 +154,15 @@ class Tracker:
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the model's forward pass while watching its layers."""
-        if any(layer.module.weight is not self.names[layer.weight] for layer in self.layers):
+        if not all(map(self._is_own, self.layers)):
             return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
         if self.refresh is not None:
             self.refresh()
+        if self.sharding is not None:
+            self.sharding.prepare()
+            self._hook()
         inputs, layers = Arguments(arguments, named), self.due()
-        batch, targets = size_of(inputs), Targets(layers)
+        batch, targets = size_of(inputs), self._targets(layers)
         layout = self._batch_axes(inputs, batch)
         one = _Pass(Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
@@ -159,16 +186,29 @@ class Tracker:
         move_to_end(self.model, self._handle)
         return out
 
+    def _is_own(self, layer: Layer) -> bool:
+        """Whether a layer's module has the weight that this tracker follows."""
+        if self.sharding is not None:
+            return self.sharding.is_own(layer)
+        return layer.module.weight is self.names[layer.weight]
+
+    def _targets(self, layers: list[Layer]) -> Targets:
+        return Targets(layers) if self.sharding is None else Targets(layers, read=self.sharding.whole)
+
     def _batch_axes(self, inputs: Arguments, batch: int) -> BatchAxes | None:
         """The position of the examples in the layers' inputs; if updates are staggered, found once in each interval."""
-        targets = Targets(self.layers)
+        targets = self._targets(self.layers)
         form = None if self.slots is None else form_of(self.model, inputs, targets, batch)
         if form is not None and self._axes is not None:
             known, at, found = self._axes
             if known == form and at <= self.steps < at + self.factor_interval:
                 return found
         remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
-        found = Capture.batch_axes_of(self.model, inputs, targets, batch, self.batch_axis, remember)
+        find = partial(Capture.batch_axes_of, self.model, inputs, targets, batch, self.batch_axis, remember)
+        if self.sharding is None or not (self.batch_axis is None or isinstance(self.batch_axis, Mapping)):
+            found = find()
+        else:
+            found = self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
         self._axes = form, self.steps, found
         return found
 
@@ -217,17 +257,38 @@ class Tracker:
         If you discarded the previous gradient (deleted it, or filled it with zeros), this also discards the factors
         that were collected with it.
         """
-        left, gradient = self._left.get(weight), self.names[weight].grad
+        left = self._left.get(weight)
         if left is None or self.pending is None:
             return
-        if gradient is None or (left != (id(gradient), gradient._version) and not bool(gradient.any())):
-            self.take()
+        found = self._gradients(weight)
+        if not found or (left != _versions(found) and not self._any(found)):
+            self.discard()
+
+    def _gradients(self, weight: str) -> list[Tensor]:
+        """What has been added to the gradient of a weight."""
+        if self.sharding is not None:
+            return self.sharding.gradients(self._owned[weight])
+        gradient = self.names[weight].grad
+        return [] if gradient is None else [gradient]
+
+    def _any(self, gradients: list[Tensor]) -> bool:
+        """Whether gradients have an entry other than zero, on any rank."""
+        found = any(bool(local(one).any()) for one in gradients)
+        return found if self.sharding is None else self.sharding.any(found)
+
+    def _leave(self, weights: list[str]) -> None:
+        """Record the gradients of some weights, to notice later if you discard them."""
+        for weight in weights:
+            found = self._gradients(weight) if weight in self._owned else []
+            if found:
+                self._left[weight] = _versions(found)
 
     def _accumulate(self, weight: str) -> None:
         """Count the forward passes of a backward pass that added to the gradient of a weight."""
-        gradient = self.names[weight].grad
-        if gradient is not None:
-            self._left[weight] = id(gradient), gradient._version
+        if self.sharding is None:
+            self._leave([weight])
+        else:
+            self._later(weight)
         found = self._backward.get(torch._C._current_graph_task_id())
         if found is None:
             return
@@ -237,6 +298,35 @@ class Tracker:
         for one, use, gradient in found.waiting.pop(weight, ()):
             self._use(one)
             self._add_output(one, use, gradient)
+        self._start_sums(weight)
+
+    def _later(self, weight: str) -> None:
+        """Record the gradient of a sharded weight at the end of the backward pass, after FSDP has moved it."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._changed:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._end, task))
+        self._changed.setdefault(task, []).append(weight)
+
+    def _end(self, task: int) -> None:
+        """Finish a backward pass."""
+        self._leave(self._changed.pop(task))
+        if self.sharding is not None:
+            self.sharding.reduction.start()
+
+    def _start_sums(self, weight: str) -> None:
+        """Start to sum a layer's factors over the ranks, if no other pass of the step is expected to add to them.
+
+        If one does, they are summed again in the step.
+        """
+        if self.sharding is None or self.pending is None or self.fisher != "empirical" or self.approx != "expand":
+            return
+        sums = self.pending.sums.get(weight)
+        if sums is None or self._passes < self.accumulation_steps or not self.sharding.is_last(self._owned[weight]):
+            return
+        for part in ("b", "a"):
+            if getattr(sums, part) is not None:
+                self.sharding.reduction.add(weight, sums, part)
 
     def _use(self, one: _Pass) -> None:
         """Count a pass whose gradients belong to the step."""
@@ -245,6 +335,7 @@ class Tracker:
                 self.pending = one.collected
             else:
                 self.pending.merge(one.collected)
+            self._passes += 1
             one.used_in = self.pending
 
     def _add_output(self, one: _Pass, use: Use, gradient: Tensor) -> None:
@@ -259,7 +350,8 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_left", "_axes", "pending", "refresh", "generator")
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes", "_axes")
+        own += ("pending", "refresh", "generator")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 
@@ -269,6 +361,11 @@ class Tracker:
         self.pending = self.refresh = None
         self.generator = None if state["generator"] is None else generator_from(*state["generator"])
         self._forget()
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[int, int, int]]:
+    """The identity and versions of each tensor; FSDP writes into shards, and other code into the DTensors."""
+    return [(id(one), one._version, local(one)._version) for one in tensors]
 
 
 def generator_state(generator: torch.Generator) -> tuple[torch.device, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -17,14 +17,15 @@ from lensor import ops
 from lensor.cache import Cache
 from lensor.choices import PaddingMode
 from lensor.errors import require_choice
-from lensor.evaluate import evaluate
+from lensor.evaluate import compile, evaluate
 from lensor.kernels import override_of
 from lensor.kernels.torch.memory import in_channels_last, suggests_channels_last
 from lensor.kernels.torch.tensors import unviewed
 from lensor.network import Group, Network, contraction
 from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.planner import preferring
-from lensor.sampling.schemes import SCHEMES, draw, kept_count, require_keep
+from lensor.sampling.bands import Axis, Band, axes_of, cropped
+from lensor.sampling.schemes import SCHEMES, draw, draw_start, kept_count, require_keep
 from lensor.spec import ConvSpec
 
 Keep: TypeAlias = Mapping[str, float | Fraction]
@@ -36,13 +37,19 @@ Scheme: TypeAlias = str | Mapping[str, str]
 _SMALL = 1 << 22
 """Memory in bytes that a weight gradient may always use, however small its operands are."""
 
+_COUNTED = ("fixed", "blocks")
+"""Schemes whose number of positions is not random."""
+
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _Chosen: TypeAlias = tuple[tuple[str, Fraction, int], ...]
 """For each sampled index: its name in the network, the keep rate, and the step to which the number of positions is
 rounded up."""
 
-_sampled_networks, _maps, _specs = Cache(1024), Cache(1024), Cache(1024)
+_Bands: TypeAlias = tuple[tuple[int, Band], ...]
+"""Bands of the input, with the axis of the array."""
+
+_sampled_networks, _maps, _specs, _faster = Cache(1024), Cache(1024), Cache(1024), Cache(1024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +61,20 @@ class BilinearMap:
         names: the users' names for X's indices, in order.
         conv_input_vjp: a function (shape of x, weight, grad_output) -> gradient of x.
         channels: the channel axis of the output.
+        spec: the specification of a convolution with zero padding; None for other maps.
     """
 
     network: Network
     names: tuple[str, ...]
     conv_input_vjp: Callable[[Sequence[int], Tensor, Tensor], Tensor]
     channels: int
+    spec: ConvSpec | None = None
+
+    @functools.cached_property
+    def axes(self) -> dict[str, Axis]:
+        """The axes whose bands can be used, by the user's name of their index."""
+        axes = () if self.spec is None else axes_of(self.spec)
+        return dict(zip(self.names[len(self.names) - len(axes) :], axes, strict=True))
 
     @functools.cached_property
     def gradient(self) -> Network:
@@ -141,6 +156,7 @@ class _Sampled(torch.autograd.Function):
         bilinear: BilinearMap,
         forward: Forward,
         chosen: _Chosen,
+        bands: _Bands,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -152,25 +168,29 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.channels_last = output.ndim in (4, 5) and suggests_channels_last(output)
-        ctx.bilinear, _, ctx.chosen, x, weight, bias, part, *drawn = inputs
+        ctx.bilinear, _, ctx.chosen, ctx.bands, x, weight, bias, part, *drawn = inputs
         ctx.shapes, ctx.has_bias, ctx.count = (x.shape, weight.shape), bias is not None, len(inputs)
-        _, _, _, needs_x, needs_weight, *_ = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(weight if needs_x else None, *([part, *drawn] if needs_weight else []))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight, *kept), bilinear, grad = ctx.saved_tensors, ctx.bilinear, grads[0]
-        _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         others = [axis for axis in range(grad.ndim) if axis != bilinear.channels % grad.ndim]
         with torch.autocast(grad.device.type, enabled=False):
             # Compute the weight gradient first, so that its temporaries are freed before the large input gradient is
             # allocated.
-            weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
+            weight_grad = None
+            if needs_weight and ctx.bands:
+                weight_grad = _band_gradient(bilinear, ctx.chosen, ctx.bands, ctx.shapes, grad, *kept)
+            elif needs_weight:
+                weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept)
             if weight_grad is not None and ctx.channels_last:
                 weight_grad = in_channels_last(weight_grad)
             x_grad = bilinear.conv_input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
             bias_grad = grad.sum(others) if ctx.has_bias and needs_bias else None
-        return None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 6)
+        return None, None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 7)
 
 
 def _weight_gradient(
@@ -198,8 +218,7 @@ def _weight_gradient(
         sizes[index] += more
         operands[f"{index}_positions"] = _with_zeros(positions, 0, more)
     operands["X"] = part
-    entries = 2 * (math.prod(shapes[0]) + grad.numel()) + math.prod(shapes[1])
-    with preferring(max(entries * grad.element_size(), _SMALL)):
+    with preferring(_memory(shapes, grad)):
         found = evaluate(net, operands)
     for (index, _, _), positions in zip(chosen, drawn, strict=True):
         if index in net.output_indices:
@@ -208,6 +227,66 @@ def _weight_gradient(
             sizes[index] = kept
             found = put_part(found, net.output, sizes, index, positions, full[index])
     return found
+
+
+def _memory(shapes: tuple[Sequence[int], Sequence[int]], grad: Tensor) -> int:
+    entries = 2 * (math.prod(shapes[0]) + grad.numel()) + math.prod(shapes[1])
+    return max(entries * grad.element_size(), _SMALL)
+
+
+def _band_gradient(
+    bilinear: BilinearMap,
+    chosen: _Chosen,
+    bands: _Bands,
+    shapes: tuple[Sequence[int], Sequence[int]],
+    grad: Tensor,
+    part: Tensor,
+    *drawn: Tensor,
+) -> Tensor:
+    """The sampled weight gradient from bands: that of a small convolution, with zeros at weight indices not sampled."""
+    spec, net, memory = bilinear.spec, bilinear.gradient, _memory(shapes, grad)
+    assert spec is not None
+    sizes = bilinear.sizes(shapes[0])
+    full, legs, scale = dict(sizes), net.operand_legs["V"], Fraction(1)
+    for (index, keep, _), positions in zip(chosen, drawn, strict=True):
+        scale /= keep
+        if any(index in leg for leg in legs):
+            grad = take_part(grad, legs, sizes, index, positions)
+        sizes[index] = len(positions)
+    padding = [axis.sides for axis in bilinear.axes.values()]
+    for at, band in bands:
+        scale *= Fraction(band.axis.size, band.count)
+        met = band.meet(part, grad, at)
+        if met is None:
+            return grad.new_zeros(tuple(shapes[1]))
+        part, grad, padding[at - 2] = met
+    one, other = (grad, part) if spec.transposed else (part, grad)
+    for axis, sides in enumerate(padding):
+        one, padding[axis] = cropped(one, axis + 2, sides)
+    groups = sizes[bilinear.indices["g"]]
+    small = spec_of(
+        one.shape[1],
+        other.shape[1],
+        tuple(one.shape[2:]),
+        spec.kernel_size,
+        spec.stride,
+        padding,
+        spec.dilation,
+        groups,
+        "zeros",
+        None,
+    )
+    with preferring(memory):
+        found = evaluate(_gradient_of(small), {"X": one, "V": other}) * float(scale)
+    for (index, _, _), positions in zip(chosen, drawn, strict=True):
+        if index in net.output_indices:
+            found = put_part(found, net.output, sizes, index, positions, full[index])
+    return found
+
+
+def _gradient_of(spec: ConvSpec) -> Network:
+    """The network of the weight gradient of a convolution."""
+    return _sampled_networks.get_or_make(spec, lambda: ops.conv_weight_vjp(spec))
 
 
 def _with_zeros(array: Tensor, axis: int, count: int) -> Tensor:
@@ -239,10 +318,15 @@ def apply(
         return forward(x, weight, bias)
     full = bilinear.sizes(x.shape)
     sizes, part, chosen, drawn = dict(full), x, [], []
+    banded, bands = _banded(bilinear, rates, schemes), []
     for name, rate in rates.items():
         index, way = bilinear.indices[name], schemes[name]
-        size, fixed = full[index], way in ("fixed", "blocks")
+        size, fixed = full[index], way in _COUNTED
         if fixed and kept_count(size, rate) == size:
+            continue
+        if name in banded:
+            at = x.ndim - len(bilinear.axes) + [*bilinear.axes].index(name)
+            bands.append((at, Band(bilinear.axes[name], draw_start(size, generator), kept_count(size, rate))))
             continue
         norms = _norms(x, bilinear.legs, full, index) if way == "importance" else None
         found = draw(size, rate, way, norms=norms, generator=generator, device=x.device)
@@ -251,9 +335,24 @@ def apply(
             part = _weighted(part, bilinear.legs, sizes, index, found.weights)
         chosen.append((index, found.keep or Fraction(1), 1 if fixed else _step(size, rate)))
         drawn.append(found.positions)
-    if not chosen:
+    if not chosen and not bands:
         return forward(x, weight, bias)
-    return _Sampled.apply(bilinear, forward, tuple(chosen), x, weight, bias, part, *drawn)  # type: ignore[return-value]
+    for at, band in sorted(bands, key=lambda pair: pair[1].wraps):  # slices first: they copy nothing
+        part = band.take(part, at)
+    if part._is_view():
+        part = part.clone()  # keep only the part
+    arrays = (x, weight, bias, part, *drawn)
+    return _Sampled.apply(bilinear, forward, tuple(chosen), tuple(bands), *arrays)  # type: ignore[return-value]
+
+
+def _banded(bilinear: BilinearMap, rates: Mapping[str, Fraction], schemes: Mapping[str, str]) -> Collection[str]:
+    """The names of the indices of which bands are used: all spatial indices, or none.
+
+    Bands need counts that are not random, since each count is a different convolution.
+    """
+    found = [name for name in rates if name in bilinear.axes]
+    fits = all(schemes[name] == "blocks" for name in found) and all(schemes[name] in _COUNTED for name in rates)
+    return found if fits and not torch.compiler.is_compiling() else ()
 
 
 def _step(size: int, keep: Fraction) -> int:
@@ -355,7 +454,7 @@ def _convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
     dims = len(spec.kernel_size)
     net = ops.conv_transpose(spec) if spec.transposed else ops.conv(spec)
     assert isinstance(net, Network)  # without bias
-    return BilinearMap(net, names_of(dims), vjp, channels=1)
+    return BilinearMap(net, names_of(dims), vjp, channels=1, spec=spec if spec.padding_mode == "zeros" else None)
 
 
 def linear_map(in_features: int, out_features: int, axes: int) -> BilinearMap:

@@ -1,0 +1,175 @@
+"""Weight gradients of convolutions from a band of the input: adjacent positions, which may wrap around at the end.
+
+With zero padding, a convolution is also a convolution on a ring: enough zeros between the last and the first input
+position separate them, and outputs that do not exist are zero. On the ring, every band of a given length looks the same
+up to the remainder of its start modulo the stride. Its weight gradient is therefore that of a small ordinary
+convolution of the band and a window of the output gradient, with few different shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lensor.spec import ConvSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A spatial axis of a convolution or transposed convolution with zero padding.
+
+    Args:
+        size: number of input positions.
+        output: number of output positions.
+        kernel: number of kernel positions.
+        stride: step between output positions, or between input positions if transposed.
+        dilation: step between kernel positions.
+        left: padding on the left.
+        transposed: whether the convolution is transposed.
+    """
+
+    size: int
+    output: int
+    kernel: int
+    stride: int
+    dilation: int
+    left: int
+    transposed: bool
+
+    @property
+    def reach(self) -> int:
+        """Distance between the first and the last kernel position."""
+        return self.dilation * (self.kernel - 1)
+
+    @property
+    def ring(self) -> int:
+        """Number of input positions on the ring, including zeros; a multiple of the stride unless transposed.
+
+        Input i and output o meet if i = s o + d k − l for a kernel position k. The last inputs must not meet the first
+        outputs one round later, which the first inputs meet, and vice versa: r > I − 1 + l, and
+        r + l − d(K−1) > s(O−1). For a transposed convolution, o = s i + d k − l.
+        """
+        if self.transposed:
+            last = max(self.stride * (self.size - 1) + self.reach - self.left + 1, self.output + self.left)
+            return max(self.size, -(-last // self.stride))
+        last = max(self.size + self.left, self.stride * (self.output - 1) + self.reach + 1 - self.left)
+        return -(-last // self.stride) * self.stride
+
+    @property
+    def gap(self) -> int:
+        """Number of zeros between the last and the first input position."""
+        return self.ring - self.size
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The padding of the whole axis, so that every position meets only outputs that exist.
+
+        It is negative on the right where a transposed convolution has more outputs than its input meets.
+        """
+        small, large = (self.size, self.output) if self.transposed else (self.output, self.size)
+        right = self.stride * (small - 1) + self.reach + 1 - self.left - large
+        return self.left, right if self.transposed else max(0, right)
+
+    def is_whole(self, count: int) -> bool:
+        """Whether a band meets so many outputs that the band in an array of zeros is no more work."""
+        if self.transposed:
+            return self.stride * (count - 1) + self.reach + 1 >= self.output
+        return (count - 1 + self.reach) // self.stride + 1 >= self.output
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A band of an axis.
+
+    Args:
+        axis: the axis.
+        start: the first position.
+        count: number of positions.
+    """
+
+    axis: Axis
+    start: int
+    count: int
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the band continues at the first position."""
+        return self._head > 0
+
+    @property
+    def _head(self) -> int:
+        """Number of positions in the band after wrapping around."""
+        return max(0, self.start + self.count - self.axis.size)
+
+    def take(self, x: Tensor, at: int) -> Tensor:
+        """Select the band, with the gap between the last and the first position, from axis `at` of an input."""
+        head = self._head
+        return _joined(x, [(self.start, self.count - head), self._gap if head else 0, (0, head)], at)
+
+    @property
+    def _gap(self) -> int:
+        return 0 if self.axis.is_whole(self.count) else self.axis.gap
+
+    def meet(self, part: Tensor, grad: Tensor, at: int) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
+        """The band and the output gradient that it meets along axis `at`, and the padding of their convolution.
+
+        The result is None if the band meets no output. For a transposed convolution, the window is padded, not the
+        band.
+        """
+        axis, head = self.axis, self._head
+        if axis.is_whole(self.count):
+            rest, tail = axis.size - self.count, (0, self.count - head)
+            placed = [(self.count - head, head), rest, tail] if head else [self.start, tail, rest - self.start]
+            return _joined(part, placed, at), grad, axis.sides
+        count = part.shape[at]
+        if axis.transposed:
+            first, period = axis.stride * self.start - axis.left, axis.stride * axis.ring
+            return part, _window(grad, at, first, axis.stride * (count - 1) + axis.reach + 1, period), (0, 0)
+        first = -((axis.reach - self.start - axis.left) // axis.stride)
+        outputs = (self.start + count - 1 + axis.left) // axis.stride - first + 1
+        if outputs <= 0:
+            return None
+        left = self.start + axis.left - axis.stride * first
+        right = axis.stride * (outputs - 1) + axis.reach + 1 - left - count
+        return part, _window(grad, at, first, outputs, axis.ring // axis.stride), (left, max(0, right))
+
+
+def _window(array: Tensor, at: int, first: int, count: int, period: int) -> Tensor:
+    """Read positions from `first` on along axis `at` of an array that is followed by zeros and then repeats."""
+    size, pieces = array.shape[at], []
+    while count:
+        first %= period
+        length = min(count, (size if first < size else period) - first)
+        pieces.append((first, length) if first < size else length)
+        first, count = first + length, count - length
+    return _joined(array, pieces, at)
+
+
+def _joined(array: Tensor, pieces: Sequence[tuple[int, int] | int], at: int) -> Tensor:
+    """Concatenate parts of an array, given by their first position and length, and zeros, given by their number."""
+    found = []
+    for piece in pieces:
+        if isinstance(piece, int) and piece:
+            found.append(array.new_zeros((*array.shape[:at], piece, *array.shape[at + 1 :])))
+        elif not isinstance(piece, int) and piece[1]:
+            found.append(array.narrow(at, *piece))
+    return found[0] if len(found) == 1 else torch.cat(found, at)
+
+
+def axes_of(spec: ConvSpec) -> tuple[Axis, ...]:
+    """The axes of a convolution; none if its padding mode is not "zeros"."""
+    if spec.padding_mode != "zeros":
+        return ()
+    sizes = zip(
+        spec.input_size, spec.output_size, spec.kernel_size, spec.stride, spec.dilation, spec.padding, strict=True
+    )
+    return tuple(Axis(*five, left, spec.transposed) for *five, (left, _) in sizes)
+
+
+def cropped(array: Tensor, at: int, sides: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Remove the positions that negative padding removes, and return the padding that remains."""
+    left, right = (max(0, -side) for side in sides)
+    return array.narrow(at, left, array.shape[at] - left - right), (max(0, sides[0]), max(0, sides[1]))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from lensor.spec import ConvSpec
+from lensor.spec import ConvSpec, Sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Axis:
         return self.ring - self.size
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def sides(self) -> Sides:
         """The padding of the whole axis, so that every position meets only outputs that exist.
 
         It is negative on the right where a transposed convolution has more outputs than its input meets.
@@ -72,12 +73,6 @@ class Axis:
         small, large = (self.size, self.output) if self.transposed else (self.output, self.size)
         right = self.stride * (small - 1) + self.reach + 1 - self.left - large
         return self.left, right if self.transposed else max(0, right)
-
-    def is_whole(self, count: int) -> bool:
-        """Whether a band meets so many outputs that the band in an array of zeros is no more work."""
-        if self.transposed:
-            return self.stride * (count - 1) + self.reach + 1 >= self.output
-        return (count - 1 + self.reach) // self.stride + 1 >= self.output
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +99,36 @@ class Band:
         """Number of positions in the band after wrapping around."""
         return max(0, self.start + self.count - self.axis.size)
 
-    def take(self, x: Tensor, at: int) -> Tensor:
-        """Select the band, with the gap between the last and the first position, from axis `at` of an input."""
-        head = self._head
-        return _joined(x, [(self.start, self.count - head), self._gap if head else 0, (0, head)], at)
-
     @property
-    def _gap(self) -> int:
-        return 0 if self.axis.is_whole(self.count) else self.axis.gap
+    def share(self) -> Fraction:
+        """The fraction of the positions that the band contains."""
+        return Fraction(self.count, self.axis.size)
 
-    def meet(self, part: Tensor, grad: Tensor, at: int) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
-        """The band and the output gradient that it meets along axis `at`, and the padding of their convolution.
+    def positions(self, device: torch.device) -> Tensor:
+        """The positions, in the order of the band."""
+        return (self.start + torch.arange(self.count, device=device)) % self.axis.size
+
+    def take(self, x: Tensor, at: int) -> Tensor:
+        """Select the band from axis `at` of an input, from its start on; a view unless the band wraps around."""
+        return _joined(x, [(self.start, self.count - self._head), (0, self._head)], at)
+
+    def place(self, part: Tensor, at: int) -> Tensor:
+        """The adjoint of `take`: write the band to its positions in an array of zeros."""
+        rest, tail = self.axis.size - self.count, (0, self.count - self._head)
+        if self.wraps:
+            return _joined(part, [(tail[1], self._head), rest, tail], at)
+        return _joined(part, [self.start, tail, rest - self.start], at)
+
+    def meet(self, part: Tensor, grad: Tensor, at: int) -> tuple[Tensor, Tensor, Sides] | None:
+        """The band and the window of the output gradient that it meets along axis `at`, and their padding.
 
         The result is None if the band meets no output. For a transposed convolution, the window is padded, not the
         band.
         """
-        axis, head = self.axis, self._head
-        if axis.is_whole(self.count):
-            rest, tail = axis.size - self.count, (0, self.count - head)
-            placed = [(self.count - head, head), rest, tail] if head else [self.start, tail, rest - self.start]
-            return _joined(part, placed, at), grad, axis.sides
+        axis = self.axis
+        if self.wraps and axis.gap:
+            tail = self.count - self._head
+            part = _joined(part, [(0, tail), axis.gap, (tail, self._head)], at)
         count = part.shape[at]
         if axis.transposed:
             first, period = axis.stride * self.start - axis.left, axis.stride * axis.ring
@@ -169,7 +174,7 @@ def axes_of(spec: ConvSpec) -> tuple[Axis, ...]:
     return tuple(Axis(*five, left, spec.transposed) for *five, (left, _) in sizes)
 
 
-def cropped(array: Tensor, at: int, sides: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+def cropped(array: Tensor, at: int, sides: Sides) -> tuple[Tensor, Sides]:
     """Remove the positions that negative padding removes, and return the padding that remains."""
     left, right = (max(0, -side) for side in sides)
     return array.narrow(at, left, array.shape[at] - left - right), (max(0, sides[0]), max(0, sides[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from lensor.cache import Cache
 from lensor.choices import PaddingMode
 from lensor.errors import require_choice
 from lensor.evaluate import compile, evaluate
-from lensor.kernels import override_of
+from lensor.kernels import backend_of, override_of
 from lensor.kernels.torch.memory import in_channels_last, suggests_channels_last
 from lensor.kernels.torch.tensors import unviewed
 from lensor.network import Group, Network, contraction
 from lensor.nn.layers import Padding, Size, as_autocast
-from lensor.planner import preferring
+from lensor.planner import preferring, profile_of
 from lensor.sampling.bands import Axis, Band, axes_of, cropped
 from lensor.sampling.schemes import SCHEMES, draw, draw_start, kept_count, require_keep
 from lensor.spec import ConvSpec
@@ -243,45 +244,111 @@ def _band_gradient(
     part: Tensor,
     *drawn: Tensor,
 ) -> Tensor:
-    """The sampled weight gradient from bands: that of a small convolution, with zeros at weight indices not sampled."""
-    spec, net, memory = bilinear.spec, bilinear.gradient, _memory(shapes, grad)
-    assert spec is not None
-    sizes = bilinear.sizes(shapes[0])
-    full, legs, scale = dict(sizes), net.operand_legs["V"], Fraction(1)
+    """The sampled weight gradient from bands: that of a small convolution, or the sampled network if it is faster."""
+    net = bilinear.gradient
+    placed = _fastest(bilinear, chosen, bands, shapes, grad, part, drawn)
+    if placed is None:
+        more = [(bilinear.indices[bilinear.names[at + 1]], band.share, 1) for at, band in bands]
+        positions = [band.positions(part.device) for _, band in bands]
+        return _weight_gradient(bilinear, (*chosen, *more), shapes, grad, part, *drawn, *positions)
+    full = bilinear.sizes(shapes[0])
+    sizes, legs, scale = dict(full), net.operand_legs["V"], Fraction(1)
     for (index, keep, _), positions in zip(chosen, drawn, strict=True):
         scale /= keep
         if any(index in leg for leg in legs):
             grad = take_part(grad, legs, sizes, index, positions)
         sizes[index] = len(positions)
-    padding = [axis.sides for axis in bilinear.axes.values()]
-    for at, band in bands:
-        scale *= Fraction(band.axis.size, band.count)
-        met = band.meet(part, grad, at)
-        if met is None:
-            return grad.new_zeros(tuple(shapes[1]))
-        part, grad, padding[at - 2] = met
-    one, other = (grad, part) if spec.transposed else (part, grad)
-    for axis, sides in enumerate(padding):
-        one, padding[axis] = cropped(one, axis + 2, sides)
-    groups = sizes[bilinear.indices["g"]]
-    small = spec_of(
-        one.shape[1],
-        other.shape[1],
-        tuple(one.shape[2:]),
-        spec.kernel_size,
-        spec.stride,
-        padding,
-        spec.dilation,
-        groups,
-        "zeros",
-        None,
-    )
-    with preferring(memory):
-        found = evaluate(_gradient_of(small), {"X": one, "V": other}) * float(scale)
+    for _, band in bands:
+        scale /= band.share
+    found = _small(bilinear, bands, placed, sizes[bilinear.indices["g"]], part, grad)
+    if found is None:
+        return grad.new_zeros(tuple(shapes[1]))
+    small, operands = found
+    with preferring(_memory(shapes, grad)):
+        found = evaluate(small, operands) * float(scale)
     for (index, _, _), positions in zip(chosen, drawn, strict=True):
         if index in net.output_indices:
             found = put_part(found, net.output, sizes, index, positions, full[index])
     return found
+
+
+def _small(
+    bilinear: BilinearMap, bands: _Bands, placed: Sequence[bool], groups: int, part: Tensor, grad: Tensor
+) -> tuple[Network, dict[str, Tensor]] | None:
+    """The weight gradient of a small convolution and its operands; None if it is zero.
+
+    Args:
+        bilinear: the whole convolution.
+        bands: the bands that the part contains.
+        placed: for each band, whether it is placed in zeros instead of taking a window of the output gradient.
+        groups: number of groups in the part.
+        part: the part of the input.
+        grad: the output gradient.
+    """
+    spec = bilinear.spec
+    assert spec is not None
+    padding = [axis.sides for axis in bilinear.axes.values()]
+    for (at, band), whole in zip(bands, placed, strict=True):
+        if whole:
+            part = band.place(part, at)
+            continue
+        met = band.meet(part, grad, at)
+        if met is None:
+            return None
+        part, grad, padding[at - 2] = met
+    one, other = (grad, part) if spec.transposed else (part, grad)
+    for axis, sides in enumerate(padding):
+        one, padding[axis] = cropped(one, axis + 2, sides)
+    channels, size = (one.shape[1], other.shape[1]), tuple(one.shape[2:])
+    hyper = (spec.kernel_size, spec.stride, padding, spec.dilation, groups)
+    return _gradient_of(spec_of(*channels, size, *hyper, "zeros", None)), {"X": one, "V": other}
+
+
+def _fastest(
+    bilinear: BilinearMap,
+    chosen: _Chosen,
+    bands: _Bands,
+    shapes: tuple[Sequence[int], Sequence[int]],
+    grad: Tensor,
+    part: Tensor,
+    drawn: Sequence[Tensor],
+) -> tuple[bool, ...] | None:
+    """Which bands to place in zeros, for the least estimated time; None if the sampled network is faster."""
+    counts = tuple(len(positions) for positions in drawn)
+    given = (tuple(shapes[0]), tuple(part.shape), tuple(grad.shape), grad.dtype, grad.device)
+    key = (bilinear, chosen, counts, tuple(at for at, _ in bands), given)
+
+    def make() -> tuple[bool, ...] | None:
+        full = bilinear.sizes(shapes[0])
+        sizes = {**full, **{index: count for (index, _, _), count in zip(chosen, counts, strict=True)}}
+        legs = [math.prod(sizes[index] for index in leg) for leg in bilinear.gradient.operand_legs["V"]]
+        window = torch.empty((*legs[:2], *grad.shape[2:]), device="meta")
+        small = torch.empty(part.shape, device="meta")
+        likely = tuple((at, Band(band.axis, 0, band.count)) for at, band in bands)
+        bytes_per_second = profile_of(backend_of(grad), backend_of(grad).kind(grad)).memory
+        times: dict[tuple[bool, ...] | None, float] = {}
+
+        def estimated(net: Network, operands: Mapping[str, Sequence[int]]) -> float:
+            return compile(net, operands, like=grad).candidates[0].estimated
+
+        with preferring(_memory(shapes, grad)):
+            for placed in itertools.product((False, True), repeat=len(bands)):
+                found = _small(bilinear, likely, placed, sizes[bilinear.indices["g"]], small, window)
+                if found is None:
+                    continue
+                net, operands = found
+                moved = sum(array.numel() for array in operands.values()) * 2 * grad.element_size()
+                operand_shapes = {name: array.shape for name, array in operands.items()}
+                times[placed] = estimated(net, operand_shapes) + moved / bytes_per_second
+            every = [*((index, keep) for index, keep, _ in chosen)]
+            every += [(bilinear.indices[bilinear.names[at + 1]], band.share) for at, band in bands]
+            counted = [*counts, *(band.count for _, band in bands)]
+            positions = {f"{index}_positions": (count,) for (index, _), count in zip(every, counted, strict=True)}
+            net = _sampled(bilinear.gradient, every, full)
+            times[None] = estimated(net, {"X": part.shape, "V": grad.shape, **positions})
+        return min(times, key=times.__getitem__)
+
+    return _faster.get_or_make(key, make)
 
 
 def _gradient_of(spec: ConvSpec) -> Network:

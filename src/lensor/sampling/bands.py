@@ -168,10 +168,10 @@ def axes_of(spec: ConvSpec) -> tuple[Axis, ...]:
     """The axes of a convolution; none if its padding mode is not "zeros"."""
     if spec.padding_mode != "zeros":
         return ()
-    sizes = zip(
-        spec.input_size, spec.output_size, spec.kernel_size, spec.stride, spec.dilation, spec.padding, strict=True
-    )
-    return tuple(Axis(*five, left, spec.transposed) for *five, (left, _) in sizes)
+    left = [sides[0] for sides in spec.padding]
+    sizes = (spec.input_size, spec.output_size, spec.kernel_size, spec.stride, spec.dilation, left)
+    found = zip(*sizes, strict=True)
+    return tuple(Axis(i, o, k, stride, dilation, side, spec.transposed) for i, o, k, stride, dilation, side in found)
 
 
 def cropped(array: Tensor, at: int, sides: Sides) -> tuple[Tensor, Sides]:

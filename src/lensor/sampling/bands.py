@@ -8,14 +8,19 @@ convolution of the band and a window of the output gradient, with few different 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lensor.spec import ConvSpec, Sides
+
+Pieces: TypeAlias = tuple[tuple[int, int] | int, ...]
+"""Parts of an axis, given by their first position and length, and zeros, given by their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,60 +113,84 @@ class Band:
         """The positions, in the order of the band."""
         return (self.start + torch.arange(self.count, device=device)) % self.axis.size
 
-    def take(self, x: Tensor, at: int) -> Tensor:
-        """Select the band from axis `at` of an input, from its start on; a view unless the band wraps around."""
-        return _joined(x, [(self.start, self.count - self._head), (0, self._head)], at)
+    @property
+    def taken(self) -> Pieces:
+        """The pieces of the input that the band consists of, from its start on."""
+        return (self.start, self.count - self._head), (0, self._head)
 
-    def place(self, part: Tensor, at: int) -> Tensor:
-        """The adjoint of `take`: write the band to its positions in an array of zeros."""
-        rest, tail = self.axis.size - self.count, (0, self.count - self._head)
-        if self.wraps:
-            return _joined(part, [(tail[1], self._head), rest, tail], at)
-        return _joined(part, [self.start, tail, rest - self.start], at)
+    @property
+    def placed(self) -> Pieces:
+        """The pieces of the band of which the input consists, with zeros elsewhere."""
+        tail, rest = self.count - self._head, self.axis.size - self.count
+        return ((tail, self._head), rest, (0, tail)) if self.wraps else (self.start, (0, tail), rest - self.start)
 
-    def meet(self, part: Tensor, grad: Tensor, at: int) -> tuple[Tensor, Tensor, Sides] | None:
-        """The band and the window of the output gradient that it meets along axis `at`, and their padding.
+    def meet(self) -> tuple[Pieces, Pieces, Sides] | None:
+        """The pieces of the band and of the output gradient that meet, and the padding of their convolution.
 
         The result is None if the band meets no output. For a transposed convolution, the window is padded, not the
         band.
         """
-        axis = self.axis
-        if self.wraps and axis.gap:
-            tail = self.count - self._head
-            part = _joined(part, [(0, tail), axis.gap, (tail, self._head)], at)
-        count = part.shape[at]
+        axis, tail = self.axis, self.count - self._head
+        part: Pieces = ((0, tail), axis.gap, (tail, self._head)) if self.wraps else ((0, tail),)
+        count = self.count + axis.gap * self.wraps
         if axis.transposed:
             first, period = axis.stride * self.start - axis.left, axis.stride * axis.ring
-            return part, _window(grad, at, first, axis.stride * (count - 1) + axis.reach + 1, period), (0, 0)
+            return part, _window(axis.output, first, axis.stride * (count - 1) + axis.reach + 1, period), (0, 0)
         first = -((axis.reach - self.start - axis.left) // axis.stride)
         outputs = (self.start + count - 1 + axis.left) // axis.stride - first + 1
         if outputs <= 0:
             return None
         left = self.start + axis.left - axis.stride * first
         right = axis.stride * (outputs - 1) + axis.reach + 1 - left - count
-        return part, _window(grad, at, first, outputs, axis.ring // axis.stride), (left, max(0, right))
+        return part, _window(axis.output, first, outputs, axis.ring // axis.stride), (left, max(0, right))
 
 
-def _window(array: Tensor, at: int, first: int, count: int, period: int) -> Tensor:
-    """Read positions from `first` on along axis `at` of an array that is followed by zeros and then repeats."""
-    size, pieces = array.shape[at], []
+def _window(size: int, first: int, count: int, period: int) -> Pieces:
+    """The pieces at `count` positions from `first` on, of an axis that is followed by zeros and then repeats."""
+    pieces: list[tuple[int, int] | int] = []
     while count:
         first %= period
         length = min(count, (size if first < size else period) - first)
         pieces.append((first, length) if first < size else length)
         first, count = first + length, count - length
-    return _joined(array, pieces, at)
+    return tuple(pieces)
 
 
-def _joined(array: Tensor, pieces: Sequence[tuple[int, int] | int], at: int) -> Tensor:
-    """Concatenate parts of an array, given by their first position and length, and zeros, given by their number."""
-    found = []
-    for piece in pieces:
-        if isinstance(piece, int) and piece:
-            found.append(array.new_zeros((*array.shape[:at], piece, *array.shape[at + 1 :])))
-        elif not isinstance(piece, int) and piece[1]:
-            found.append(array.narrow(at, *piece))
-    return found[0] if len(found) == 1 else torch.cat(found, at)
+def joined(array: Tensor, pieces: Mapping[int, Pieces]) -> Tensor:
+    """Join pieces along some axes of an array, in one pass over the result; a view if each axis has one piece."""
+    shape, given = [*array.shape], []
+    for axis, every in pieces.items():
+        found = [piece for piece in every if _length(piece)]
+        if len(found) == 1 and not isinstance(found[0], int):
+            array = array.narrow(axis, *found[0])
+            shape[axis] = found[0][1]
+            continue
+        shape[axis] = sum(map(_length, found))
+        given.append((axis, found))
+    if not given:
+        return array
+    order = sorted(range(array.ndim), key=lambda axis: array.stride(axis), reverse=True)
+    result = array.new_empty([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(order))])
+    for chosen in itertools.product(*(_placed(found) for _, found in given)):
+        target, source = result, array
+        for (axis, _), (start, piece) in zip(given, chosen, strict=True):
+            target = target.narrow(axis, start, _length(piece))
+            source = source if isinstance(piece, int) else source.narrow(axis, *piece)
+        if any(isinstance(piece, int) for _, piece in chosen):
+            target.zero_()
+        else:
+            target.copy_(source)
+    return result
+
+
+def _length(piece: tuple[int, int] | int) -> int:
+    return piece if isinstance(piece, int) else piece[1]
+
+
+def _placed(pieces: Sequence[tuple[int, int] | int]) -> list[tuple[int, tuple[int, int] | int]]:
+    """The pieces with their first positions in the result."""
+    starts = itertools.accumulate(map(_length, pieces), initial=0)
+    return list(zip(starts, pieces, strict=False))
 
 
 def axes_of(spec: ConvSpec) -> tuple[Axis, ...]:

@@ -25,7 +25,7 @@ from lensor.kernels.torch.tensors import unviewed
 from lensor.network import Group, Network, contraction
 from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.planner import preferring, profile_of
-from lensor.sampling.bands import Axis, Band, axes_of, cropped
+from lensor.sampling.bands import Axis, Band, axes_of, cropped, joined
 from lensor.sampling.schemes import SCHEMES, draw, draw_start, kept_count, require_keep
 from lensor.spec import ConvSpec
 
@@ -288,14 +288,16 @@ def _small(
     spec = bilinear.spec
     assert spec is not None
     padding = [axis.sides for axis in bilinear.axes.values()]
+    taken, window = {}, {}
     for (at, band), whole in zip(bands, placed, strict=True):
-        if whole:
-            part = band.place(part, at)
-            continue
-        met = band.meet(part, grad, at)
+        met = band.meet()
         if met is None:
             return None
-        part, grad, padding[at - 2] = met
+        if whole:
+            taken[at] = band.placed
+        else:
+            taken[at], window[at], padding[at - 2] = met
+    part, grad = joined(part, taken), joined(grad, window)
     one, other = (grad, part) if spec.transposed else (part, grad)
     for axis, sides in enumerate(padding):
         one, padding[axis] = cropped(one, axis + 2, sides)
@@ -404,8 +406,7 @@ def apply(
         drawn.append(found.positions)
     if not chosen and not bands:
         return forward(x, weight, bias)
-    for at, band in sorted(bands, key=lambda pair: pair[1].wraps):  # slices first: they copy nothing
-        part = band.take(part, at)
+    part = joined(part, {at: band.taken for at, band in bands})
     if part._is_view():
         part = part.clone()  # keep only the part
     arrays = (x, weight, bias, part, *drawn)

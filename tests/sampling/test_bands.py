@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import lensor
 from lensor import evaluate as execute
 from lensor import sampling
 from lensor.functional import conv as exact_conv
-from lensor.sampling import functional
+from lensor.sampling import functional, memory
 from lensor.sampling.functional import names_of
 from tests.support.strategies import specs
 
@@ -214,3 +215,49 @@ def test_derivatives_of_rectifiers_gradients() -> None:
         x.detach(), torch.ones(3, dtype=torch.float64)
     )
     assert torch.equal(found, (x > 0).double().T)
+
+
+def test_a_recommended_rate_fits_the_time_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are replaced by ones that grow with the number of stored bytes."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), torch.randn(2, 3, 32, 32)
+    stored = sampling.saved_bytes
+    times = partial(_modelled_time, stored, x)
+    monkeypatch.setattr(memory, "_seconds", times)
+    monkeypatch.setattr(memory, "_WARM", 0)
+    monkeypatch.setattr(memory, "_ROUNDS", 1)
+    for budget in (0.3, 0.5, 0.9):
+        for scheme in ("fixed", "blocks"):
+            keep = sampling.recommend(model, x, max_time=budget, scheme=scheme)
+            exact = times(copy.deepcopy(model), x)
+            assert times(sampling.convert(model, keep, scheme=scheme), x) <= budget * exact
+            more = {name: rate + 1 / 64 for name, rate in keep.items()}
+            assert times(sampling.convert(model, more, scheme=scheme), x) > budget * exact
+    less = sampling.recommend(model, x, max_bytes=40_000, max_time=0.9)
+    assert less == sampling.recommend(model, x, 40_000)
+    assert sampling.recommend(model, x, max_time=1.5) == {"i1": 1.0, "i2": 1.0}
+    with pytest.raises(
+        ValueError, match=r"max_time is 0.01, expected at least 0.\d\d, the measured time"
+    ):
+        sampling.recommend(model, x, max_time=0.01)
+    with pytest.raises(TypeError, match="expected at least one budget"):
+        sampling.recommend(model, x)
+    with pytest.raises(ValueError, match="scheme is 'bernoulli'"):
+        sampling.recommend(model, x, max_time=0.5, scheme="bernoulli")
+    with pytest.raises(TypeError, match="max_time is True"):
+        sampling.recommend(model, x, max_time=True)
+
+
+def _modelled_time(stored: Any, x: Tensor, model: nn.Module, _: Any) -> float:
+    return stored(model, x)
+
+
+def test_times_are_measured_without_changing_the_model() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(2, 2, 9, 9)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert sampling.recommend(model, x, max_time=1e6) == {"i1": 1.0, "i2": 1.0}
+    keep = sampling.recommend(model, x, 10_000, max_time=1e6)
+    assert keep == sampling.recommend(model, x, 10_000)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -38,7 +38,7 @@ Scheme: TypeAlias = str | Mapping[str, str]
 _SMALL = 1 << 22
 """Memory in bytes that a weight gradient may always use, however small its operands are."""
 
-_COUNTED = ("fixed", "blocks")
+COUNTED = ("fixed", "blocks")
 """Schemes whose number of positions is not random."""
 
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -390,7 +390,7 @@ def apply(
     banded, bands = _banded(bilinear, rates, schemes), []
     for name, rate in rates.items():
         index, way = bilinear.indices[name], schemes[name]
-        size, fixed = full[index], way in _COUNTED
+        size, fixed = full[index], way in COUNTED
         if fixed and kept_count(size, rate) == size:
             continue
         if name in banded:
@@ -419,7 +419,7 @@ def _banded(bilinear: BilinearMap, rates: Mapping[str, Fraction], schemes: Mappi
     Bands need counts that are not random, since each count is a different convolution.
     """
     found = [name for name in rates if name in bilinear.axes]
-    fits = all(schemes[name] == "blocks" for name in found) and all(schemes[name] in _COUNTED for name in rates)
+    fits = all(schemes[name] == "blocks" for name in found) and all(schemes[name] in COUNTED for name in rates)
     return found if fits and not torch.compiler.is_compiling() else ()
 
 

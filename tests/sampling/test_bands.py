@@ -235,9 +235,7 @@ def test_a_recommended_rate_fits_the_time_budget(monkeypatch: pytest.MonkeyPatch
     less = sampling.recommend(model, x, max_bytes=40_000, max_time=0.9)
     assert less == sampling.recommend(model, x, 40_000)
     assert sampling.recommend(model, x, max_time=1.5) == {"i1": 1.0, "i2": 1.0}
-    with pytest.raises(
-        ValueError, match=r"max_time is 0.01, expected at least 0.\d\d, the measured time"
-    ):
+    with pytest.raises(ValueError, match=r"max_time is 0.01, expected at least 0.\d\d, the measured time"):
         sampling.recommend(model, x, max_time=0.01)
     with pytest.raises(TypeError, match="expected at least one budget"):
         sampling.recommend(model, x)

@@ -38,7 +38,7 @@ from lensor_bench.nets import all_cnn_c
 from lensor_bench.results import Machine, difference, finished
 from lensor_bench.training import TASKS
 
-CHANNELS, POSITIONS, EXAMPLES = ("c_in",), ("i1", "i2"), ("n",)
+CHANNELS, POSITIONS, ROWS, EXAMPLES = ("c_in",), ("i1", "i2"), ("i1",), ("n",)
 PAPER = ((CHANNELS, "bernoulli"), (POSITIONS, "bernoulli"))
 OTHERS = (
     (CHANNELS, "fixed"),
@@ -46,6 +46,7 @@ OTHERS = (
     (POSITIONS, "fixed"),
     (POSITIONS, "blocks"),
     (POSITIONS, "importance"),
+    (ROWS, "blocks"),
     (EXAMPLES, "fixed"),
     (EXAMPLES, "importance"),
 )
@@ -372,7 +373,12 @@ def plot(points: Sequence[Point], path: Path) -> None:
     axes = figure.subplots(2, columns)
     for unused in (*axes[0][len(kinds) :], *axes[1][2:]):
         unused.remove()
-    names = {CHANNELS: "channels (p, 1, 1)", POSITIONS: "positions (1, √p, √p)", EXAMPLES: "examples"}
+    names = {
+        CHANNELS: "channels (p, 1, 1)",
+        POSITIONS: "positions (1, √p, √p)",
+        ROWS: "rows (1, p, 1)",
+        EXAMPLES: "examples",
+    }
     for axis, data in zip(axes[0], kinds, strict=False):
         for indices, scheme in PAPER:
             found = errors(points, data, indices, scheme)
@@ -389,7 +395,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         shares = sorted({point.share for point in own})
         means = [statistics.mean(point.error for point in own if point.share == share) for share in shares]
         times = [_time([point for point in own if point.share == share]) for share in shares]
-        style = {CHANNELS: "--", POSITIONS: "-", EXAMPLES: ":"}[indices]
+        style = {CHANNELS: "--", POSITIONS: "-", ROWS: "-.", EXAMPLES: ":"}[indices]
         color = {"bernoulli": "C0", "fixed": "C1", "blocks": "C2", "importance": "C3"}[scheme]
         text = f"{names[indices].split(' ')[0]}, {scheme}"
         axes[1][0].plot(shares, means, style, color=color, marker="o", markersize=3, label=text)

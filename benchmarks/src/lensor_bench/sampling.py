@@ -38,6 +38,9 @@ TRAINED = (1.0, 0.5, 0.25)
 STEPS, GRADIENTS, TRAINING, PLOT = "steps.csv", "gradients.csv", "training.csv", "training.png"
 """The files in the output folder."""
 
+_DRAWS = 3
+"""Number of draws before the measurement: blocks need several plans, which depend on their starts."""
+
 _SEGMENTS = 3
 """Number of segments in a checkpointed model."""
 
@@ -101,8 +104,14 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
     ways: dict[str, nn.Module] = {"torch": model, "checkpointing": _Checkpointed(model)}
     ways["rectifiers keep a byte"] = sampling.convert(model, {"i1": 1.0})
     for keep in KEEPS:
-        for name, rates in (("channels", {"c_in": keep}), ("positions", _spatial(keep))):
-            ways[f"{name}, keep {keep:g}"] = sampling.convert(model, rates, scheme="fixed")
+        for name, rates, scheme in (
+            ("channels", {"c_in": keep}, "fixed"),
+            ("positions", _spatial(keep), "fixed"),
+            ("blocks", _spatial(keep), "blocks"),
+            ("rows", {"i1": keep}, "blocks"),
+            ("examples", {"n": keep}, "fixed"),
+        ):
+            ways[f"{name}, keep {keep:g}"] = sampling.convert(model, rates, scheme=scheme)
 
     def step(one: nn.Module) -> Tensor:
         one.zero_grad()
@@ -113,7 +122,8 @@ def steps(batch: int, seconds: float, repeats: int, threads: int) -> list[StepRo
     with using(threads):
         calls = {name: partial(step, one) for name, one in ways.items()}
         for call in calls.values():
-            call()  # create the plans
+            for _ in range(_DRAWS):
+                call()  # create the plans
         times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
         rows = []
         for (name, call), found in zip(calls.items(), times, strict=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -17,14 +18,15 @@ from lensor import ops
 from lensor.cache import Cache
 from lensor.choices import PaddingMode
 from lensor.errors import require_choice
-from lensor.evaluate import evaluate
-from lensor.kernels import override_of
+from lensor.evaluate import compile, evaluate
+from lensor.kernels import backend_of, override_of
 from lensor.kernels.torch.memory import in_channels_last, suggests_channels_last
 from lensor.kernels.torch.tensors import unviewed
 from lensor.network import Group, Network, contraction
 from lensor.nn.layers import Padding, Size, as_autocast
-from lensor.planner import preferring
-from lensor.sampling.schemes import SCHEMES, draw, kept_count, require_keep
+from lensor.planner import preferring, profile_of
+from lensor.sampling.bands import Axis, Band, axes_of, cropped, joined
+from lensor.sampling.schemes import SCHEMES, draw, draw_start, kept_count, require_keep
 from lensor.spec import ConvSpec
 
 Keep: TypeAlias = Mapping[str, float | Fraction]
@@ -36,13 +38,19 @@ Scheme: TypeAlias = str | Mapping[str, str]
 _SMALL = 1 << 22
 """Memory in bytes that a weight gradient may always use, however small its operands are."""
 
+COUNTED = ("fixed", "blocks")
+"""Schemes whose number of positions is not random."""
+
 Forward: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _Chosen: TypeAlias = tuple[tuple[str, Fraction, int], ...]
 """For each sampled index: its name in the network, the keep rate, and the step to which the number of positions is
 rounded up."""
 
-_sampled_networks, _maps, _specs = Cache(1024), Cache(1024), Cache(1024)
+_Bands: TypeAlias = tuple[tuple[int, Band], ...]
+"""Bands of the input, with the axis of the array."""
+
+_sampled_networks, _maps, _specs, _faster = Cache(1024), Cache(1024), Cache(1024), Cache(1024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +62,20 @@ class BilinearMap:
         names: the users' names for X's indices, in order.
         conv_input_vjp: a function (shape of x, weight, grad_output) -> gradient of x.
         channels: the channel axis of the output.
+        spec: the specification of a convolution with zero padding; None for other maps.
     """
 
     network: Network
     names: tuple[str, ...]
     conv_input_vjp: Callable[[Sequence[int], Tensor, Tensor], Tensor]
     channels: int
+    spec: ConvSpec | None = None
+
+    @functools.cached_property
+    def axes(self) -> dict[str, Axis]:
+        """The axes whose bands can be used, by the user's name of their index."""
+        axes = () if self.spec is None else axes_of(self.spec)
+        return dict(zip(self.names[len(self.names) - len(axes) :], axes, strict=True))
 
     @functools.cached_property
     def gradient(self) -> Network:
@@ -141,6 +157,7 @@ class _Sampled(torch.autograd.Function):
         bilinear: BilinearMap,
         forward: Forward,
         chosen: _Chosen,
+        bands: _Bands,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -152,25 +169,29 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.channels_last = output.ndim in (4, 5) and suggests_channels_last(output)
-        ctx.bilinear, _, ctx.chosen, x, weight, bias, part, *drawn = inputs
+        ctx.bilinear, _, ctx.chosen, ctx.bands, x, weight, bias, part, *drawn = inputs
         ctx.shapes, ctx.has_bias, ctx.count = (x.shape, weight.shape), bias is not None, len(inputs)
-        _, _, _, needs_x, needs_weight, *_ = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(weight if needs_x else None, *([part, *drawn] if needs_weight else []))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight, *kept), bilinear, grad = ctx.saved_tensors, ctx.bilinear, grads[0]
-        _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         others = [axis for axis in range(grad.ndim) if axis != bilinear.channels % grad.ndim]
         with torch.autocast(grad.device.type, enabled=False):
             # Compute the weight gradient first, so that its temporaries are freed before the large input gradient is
             # allocated.
-            weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept) if needs_weight else None
+            weight_grad = None
+            if needs_weight and ctx.bands:
+                weight_grad = _band_gradient(bilinear, ctx.chosen, ctx.bands, ctx.shapes, grad, *kept)
+            elif needs_weight:
+                weight_grad = _weight_gradient(bilinear, ctx.chosen, ctx.shapes, grad, *kept)
             if weight_grad is not None and ctx.channels_last:
                 weight_grad = in_channels_last(weight_grad)
             x_grad = bilinear.conv_input_vjp(ctx.shapes[0], weight, grad) if needs_x else None
             bias_grad = grad.sum(others) if ctx.has_bias and needs_bias else None
-        return None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 6)
+        return None, None, None, None, x_grad, weight_grad, bias_grad, *[None] * (ctx.count - 7)
 
 
 def _weight_gradient(
@@ -198,8 +219,7 @@ def _weight_gradient(
         sizes[index] += more
         operands[f"{index}_positions"] = _with_zeros(positions, 0, more)
     operands["X"] = part
-    entries = 2 * (math.prod(shapes[0]) + grad.numel()) + math.prod(shapes[1])
-    with preferring(max(entries * grad.element_size(), _SMALL)):
+    with preferring(_memory(shapes, grad)):
         found = evaluate(net, operands)
     for (index, _, _), positions in zip(chosen, drawn, strict=True):
         if index in net.output_indices:
@@ -208,6 +228,134 @@ def _weight_gradient(
             sizes[index] = kept
             found = put_part(found, net.output, sizes, index, positions, full[index])
     return found
+
+
+def _memory(shapes: tuple[Sequence[int], Sequence[int]], grad: Tensor) -> int:
+    entries = 2 * (math.prod(shapes[0]) + grad.numel()) + math.prod(shapes[1])
+    return max(entries * grad.element_size(), _SMALL)
+
+
+def _band_gradient(
+    bilinear: BilinearMap,
+    chosen: _Chosen,
+    bands: _Bands,
+    shapes: tuple[Sequence[int], Sequence[int]],
+    grad: Tensor,
+    part: Tensor,
+    *drawn: Tensor,
+) -> Tensor:
+    """The sampled weight gradient from bands: that of a small convolution, or the sampled network if it is faster."""
+    net = bilinear.gradient
+    placed = _fastest(bilinear, chosen, bands, shapes, grad, part, drawn)
+    if placed is None:
+        more = [(bilinear.indices[bilinear.names[at + 1]], band.share, 1) for at, band in bands]
+        positions = [band.positions(part.device) for _, band in bands]
+        return _weight_gradient(bilinear, (*chosen, *more), shapes, grad, part, *drawn, *positions)
+    full = bilinear.sizes(shapes[0])
+    sizes, legs, scale = dict(full), net.operand_legs["V"], Fraction(1)
+    for (index, keep, _), positions in zip(chosen, drawn, strict=True):
+        scale /= keep
+        if any(index in leg for leg in legs):
+            grad = take_part(grad, legs, sizes, index, positions)
+        sizes[index] = len(positions)
+    for _, band in bands:
+        scale /= band.share
+    found = _small(bilinear, bands, placed, sizes[bilinear.indices["g"]], part, grad)
+    if found is None:
+        return grad.new_zeros(tuple(shapes[1]))
+    small, operands = found
+    with preferring(_memory(shapes, grad)):
+        found = evaluate(small, operands) * float(scale)
+    for (index, _, _), positions in zip(chosen, drawn, strict=True):
+        if index in net.output_indices:
+            found = put_part(found, net.output, sizes, index, positions, full[index])
+    return found
+
+
+def _small(
+    bilinear: BilinearMap, bands: _Bands, placed: Sequence[bool], groups: int, part: Tensor, grad: Tensor
+) -> tuple[Network, dict[str, Tensor]] | None:
+    """The weight gradient of a small convolution and its operands; None if it is zero.
+
+    Args:
+        bilinear: the whole convolution.
+        bands: the bands that the part contains.
+        placed: for each band, whether it is placed in zeros instead of taking a window of the output gradient.
+        groups: number of groups in the part.
+        part: the part of the input.
+        grad: the output gradient.
+    """
+    spec = bilinear.spec
+    assert spec is not None
+    padding = [axis.sides for axis in bilinear.axes.values()]
+    taken, window = {}, {}
+    for (at, band), whole in zip(bands, placed, strict=True):
+        met = band.meet()
+        if met is None:
+            return None
+        if whole:
+            taken[at] = band.placed
+        else:
+            taken[at], window[at], padding[at - 2] = met
+    part, grad = joined(part, taken), joined(grad, window)
+    one, other = (grad, part) if spec.transposed else (part, grad)
+    for axis, sides in enumerate(padding):
+        one, padding[axis] = cropped(one, axis + 2, sides)
+    channels, size = (one.shape[1], other.shape[1]), tuple(one.shape[2:])
+    hyper = (spec.kernel_size, spec.stride, padding, spec.dilation, groups)
+    return _gradient_of(spec_of(*channels, size, *hyper, "zeros", None)), {"X": one, "V": other}
+
+
+def _fastest(
+    bilinear: BilinearMap,
+    chosen: _Chosen,
+    bands: _Bands,
+    shapes: tuple[Sequence[int], Sequence[int]],
+    grad: Tensor,
+    part: Tensor,
+    drawn: Sequence[Tensor],
+) -> tuple[bool, ...] | None:
+    """Which bands to place in zeros, for the least estimated time; None if the sampled network is faster."""
+    counts = tuple(len(positions) for positions in drawn)
+    given = (tuple(shapes[0]), tuple(part.shape), tuple(grad.shape), grad.dtype, grad.device)
+    key = (bilinear, chosen, counts, tuple(at for at, _ in bands), given)
+
+    def make() -> tuple[bool, ...] | None:
+        full = bilinear.sizes(shapes[0])
+        sizes = {**full, **{index: count for (index, _, _), count in zip(chosen, counts, strict=True)}}
+        legs = [math.prod(sizes[index] for index in leg) for leg in bilinear.gradient.operand_legs["V"]]
+        window = torch.empty((*legs[:2], *grad.shape[2:]), device="meta")
+        small = torch.empty(part.shape, device="meta")
+        likely = tuple((at, Band(band.axis, 0, band.count)) for at, band in bands)
+        bytes_per_second = profile_of(backend_of(grad), backend_of(grad).kind(grad)).memory
+        times: dict[tuple[bool, ...] | None, float] = {}
+
+        def estimated(net: Network, operands: Mapping[str, Sequence[int]]) -> float:
+            return compile(net, operands, like=grad).candidates[0].estimated
+
+        with preferring(_memory(shapes, grad)):
+            for placed in itertools.product((False, True), repeat=len(bands)):
+                found = _small(bilinear, likely, placed, sizes[bilinear.indices["g"]], small, window)
+                if found is None:
+                    continue
+                net, operands = found
+                moved = sum(array.numel() for array in operands.values()) * 2 * grad.element_size()
+                operand_shapes = {name: array.shape for name, array in operands.items()}
+                times[placed] = estimated(net, operand_shapes) + moved / bytes_per_second
+            every = [*((index, keep) for index, keep, _ in chosen)]
+            every += [(bilinear.indices[bilinear.names[at + 1]], band.share) for at, band in bands]
+            counted = [*counts, *(band.count for _, band in bands)]
+            positions = {f"{index}_positions": (count,) for (index, _), count in zip(every, counted, strict=True)}
+            net = _sampled(bilinear.gradient, every, full)
+            times[None] = estimated(net, {"X": part.shape, "V": grad.shape, **positions})
+        return min(times, key=times.__getitem__)
+
+    return _faster.get_or_make(key, make)
+
+
+def _gradient_of(spec: ConvSpec) -> Network:
+    """The network of the weight gradient of a convolution."""
+    return _sampled_networks.get_or_make(spec, lambda: ops.conv_weight_vjp(spec))
 
 
 def _with_zeros(array: Tensor, axis: int, count: int) -> Tensor:
@@ -239,10 +387,15 @@ def apply(
         return forward(x, weight, bias)
     full = bilinear.sizes(x.shape)
     sizes, part, chosen, drawn = dict(full), x, [], []
+    banded, bands = _banded(bilinear, rates, schemes), []
     for name, rate in rates.items():
         index, way = bilinear.indices[name], schemes[name]
-        size, fixed = full[index], way in ("fixed", "blocks")
+        size, fixed = full[index], way in COUNTED
         if fixed and kept_count(size, rate) == size:
+            continue
+        if name in banded:
+            at = x.ndim - len(bilinear.axes) + [*bilinear.axes].index(name)
+            bands.append((at, Band(bilinear.axes[name], draw_start(size, generator), kept_count(size, rate))))
             continue
         norms = _norms(x, bilinear.legs, full, index) if way == "importance" else None
         found = draw(size, rate, way, norms=norms, generator=generator, device=x.device)
@@ -251,9 +404,23 @@ def apply(
             part = _weighted(part, bilinear.legs, sizes, index, found.weights)
         chosen.append((index, found.keep or Fraction(1), 1 if fixed else _step(size, rate)))
         drawn.append(found.positions)
-    if not chosen:
+    if not chosen and not bands:
         return forward(x, weight, bias)
-    return _Sampled.apply(bilinear, forward, tuple(chosen), x, weight, bias, part, *drawn)  # type: ignore[return-value]
+    part = joined(part, {at: band.taken for at, band in bands})
+    if part._is_view():
+        part = part.clone()  # keep only the part
+    arrays = (x, weight, bias, part, *drawn)
+    return _Sampled.apply(bilinear, forward, tuple(chosen), tuple(bands), *arrays)  # type: ignore[return-value]
+
+
+def _banded(bilinear: BilinearMap, rates: Mapping[str, Fraction], schemes: Mapping[str, str]) -> Collection[str]:
+    """The names of the indices of which bands are used: all spatial indices, or none.
+
+    Bands need counts that are not random, since each count is a different convolution.
+    """
+    found = [name for name in rates if name in bilinear.axes]
+    fits = all(schemes[name] == "blocks" for name in found) and all(schemes[name] in COUNTED for name in rates)
+    return found if fits and not torch.compiler.is_compiling() else ()
 
 
 def _step(size: int, keep: Fraction) -> int:
@@ -355,7 +522,7 @@ def _convolution(spec: ConvSpec, padding: Any) -> BilinearMap:
     dims = len(spec.kernel_size)
     net = ops.conv_transpose(spec) if spec.transposed else ops.conv(spec)
     assert isinstance(net, Network)  # without bias
-    return BilinearMap(net, names_of(dims), vjp, channels=1)
+    return BilinearMap(net, names_of(dims), vjp, channels=1, spec=spec if spec.padding_mode == "zeros" else None)
 
 
 def linear_map(in_features: int, out_features: int, axes: int) -> BilinearMap:

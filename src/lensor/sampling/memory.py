@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 
+from lensor.choices import Scheme
 from lensor.curvature.data import Inputs, call
 from lensor.curvature.watching import undisturbed
+from lensor.errors import require_choice
+from lensor.nn.conversion import copied
+from lensor.sampling.functional import COUNTED
 from lensor.sampling.layers import Sampled, convert
 
 _STEPS = 64
 """Keep rates are multiples of 1 / _STEPS."""
+
+_WARM, _ROUNDS = 3, 7
+"""Numbers of rounds before and during the measurement of times; blocks may need new plans in the first rounds."""
 
 
 def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
@@ -49,18 +58,28 @@ def saved_bytes(model: torch.nn.Module, inputs: Inputs) -> int:
 
 
 def recommend(
-    model: torch.nn.Module, inputs: Inputs, max_bytes: int, *, indices: Sequence[str] = ("i1", "i2")
+    model: torch.nn.Module,
+    inputs: Inputs,
+    max_bytes: int | None = None,
+    *,
+    max_time: float | None = None,
+    indices: Sequence[str] = ("i1", "i2"),
+    scheme: Scheme = "fixed",
 ) -> dict[str, float]:
-    """Keep rates at which a training step stores at most `max_bytes` for its backward pass.
+    """The largest keep rates at which a training step meets a memory budget, a time budget, or both.
 
-    Every index gets the same rate. Memory is measured by `saved_bytes` for the converted model with the scheme "fixed",
-    whose counts are not random; "bernoulli" keeps the same number of positions on average.
+    Every index gets the same rate. Memory is measured by `saved_bytes` for the converted model, with a scheme whose
+    counts are not random; "bernoulli" keeps the same number of positions as "fixed" on average. Time is measured on
+    this machine, alternately with the exact step. It includes the forward and the backward pass of the sum of the
+    outputs, and excludes the creation of plans.
 
     Args:
         model: the unconverted model; it is not changed.
         inputs: a batch of the size that you train with.
         max_bytes: the memory budget in bytes.
+        max_time: the time budget as a fraction of the time of the exact step.
         indices: the indices to sample.
+        scheme: "fixed" or "blocks"; with "blocks", positions save more time.
 
     Returns:
         A mapping for `convert`; rates of 1 if nothing needs to be sampled.
@@ -72,31 +91,81 @@ def recommend(
         {'i1': 0.78125, 'i2': 0.78125}
 
     Raises:
-        TypeError: if indices is not a sequence of names, or max_bytes is not a positive int.
-        ValueError: if the budget is too small even at the lowest keep rate, or if no layer's input has the indices.
+        TypeError: if indices is not a sequence of names, max_bytes is not a positive int, max_time is not a positive
+            number, or both are missing.
+        ValueError: if a budget is too small even at the lowest keep rate, if no layer's input has the indices, or for a
+            scheme other than "fixed" and "blocks".
     """
     if isinstance(indices, str) or not indices:
         raise TypeError(f"indices is {indices!r}, expected a sequence of index names, e.g. ('i1', 'i2')")
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+    if max_bytes is None and max_time is None:
+        raise TypeError("max_bytes and max_time are None, expected at least one budget")
+    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
         raise TypeError(f"max_bytes is {max_bytes!r}, expected a positive number of bytes")
-    sampled = convert(model, dict.fromkeys(indices, 0.5), scheme="fixed").train()
+    if max_time is not None and (isinstance(max_time, bool) or not isinstance(max_time, (int, float)) or max_time <= 0):
+        raise TypeError(f"max_time is {max_time!r}, expected a positive fraction of the time of the exact step")
+    require_choice("scheme", scheme, COUNTED)
+    sampled = convert(model, dict.fromkeys(indices, 0.5), scheme=scheme).train()
+    exact = copied(model).train()
     every = [module for module in sampled.modules() if isinstance(module, Sampled)]
 
-    def needed(rate: int) -> int:
+    def keep(rate: int) -> torch.nn.Module:
         for module in every:
-            module.set_sampling(dict.fromkeys(module.keep, rate / _STEPS), "fixed")
-        return saved_bytes(sampled, inputs)
+            module.set_sampling(dict.fromkeys(module.keep, rate / _STEPS), scheme)
+        return sampled
 
-    low, high = 1, _STEPS
-    least, most = needed(low), needed(high)
-    if most <= max_bytes:
-        return dict.fromkeys(indices, 1.0)
-    if least > max_bytes:
-        raise ValueError(
-            f"max_bytes is {max_bytes}, expected at least {least}, the bytes stored at a keep rate of 1/{_STEPS} for"
-            f" {', '.join(indices)}; without sampling, the model stores {most}"
-        )
+    high = _STEPS
+    if max_bytes is not None:
+        high = _largest(high, lambda rate: saved_bytes(keep(rate), inputs) <= max_bytes)
+        if not high:
+            least, most = (saved_bytes(keep(rate), inputs) for rate in (1, _STEPS))
+            raise ValueError(
+                f"max_bytes is {max_bytes}, expected at least {least}, the bytes stored at a keep rate of 1/{_STEPS}"
+                f" for {', '.join(indices)}; without sampling, the model stores {most}"
+            )
+    if max_time is not None and (max_time < 1 or high < _STEPS):
+        high = _largest(high, lambda rate: _relative_time(keep(rate), exact, inputs) <= max_time)
+        if not high:
+            least = _relative_time(keep(1), exact, inputs)
+            raise ValueError(
+                f"max_time is {max_time}, expected at least {least:.2f}, the measured time at a keep rate of"
+                f" 1/{_STEPS} for {', '.join(indices)}"
+            )
+    return dict.fromkeys(indices, high / _STEPS)
+
+
+def _largest(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `high` that fits, if all smaller ones fit as well; 0 if none does."""
+    if fits(high):
+        return high
+    if high == 1 or not fits(1):
+        return 0
+    low = 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if needed(middle) <= max_bytes else (low, middle)
-    return dict.fromkeys(indices, low / _STEPS)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _relative_time(sampled: torch.nn.Module, exact: torch.nn.Module, inputs: Inputs) -> float:
+    """The time of a sampled training step divided by that of the exact step: of each, the shortest of some rounds."""
+    shortest = {sampled: math.inf, exact: math.inf}
+    with torch.random.fork_rng():
+        for round in range(_WARM + _ROUNDS):
+            for model in shortest:
+                seconds = _seconds(model, inputs)
+                if round >= _WARM:
+                    shortest[model] = min(shortest[model], seconds)
+    return shortest[sampled] / shortest[exact]
+
+
+def _seconds(model: torch.nn.Module, inputs: Inputs) -> float:
+    """The time of a forward and a backward pass."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wait = torch.cuda.synchronize if any(parameter.is_cuda for parameter in parameters) else lambda: None
+    with undisturbed(model), torch.enable_grad():
+        wait()
+        start = time.perf_counter()
+        torch.autograd.grad(call(model, inputs).sum(), parameters, allow_unused=True)
+        wait()
+        return time.perf_counter() - start

@@ -96,9 +96,18 @@ def draw(
         if scheme == "fixed":
             positions = torch.randperm(size, generator=generator)[:count].sort().values
         else:
-            start = torch.randint(max(size, 1), (), generator=generator)
+            start = _start(size, generator)
             positions = ((start + torch.arange(count)) % max(size, 1)).sort().values
     return Draw(positions.to(device), rate)
+
+
+def _start(size: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(max(size, 1), (), generator=generator)
+
+
+def draw_start(size: int, generator: torch.Generator | None = None) -> int:
+    """Draw the first position of "blocks", as `draw` does."""
+    return int(_start(size, generator))
 
 
 def _uniform(size: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:

@@ -3,8 +3,8 @@
     python -m examples.training_loops [--epochs 3]
 
 A small CNN learns the digits of scikit-learn. The optimizer, its learning rate schedule and the order of the examples
-are the same, so the loops end with the same parameters. Lightning and accelerate need no changes for KFAC: pass the module
-whose forward pass the loop runs, and create the optimizer where any other one would be created.
+are the same, so the loops end with the same parameters. Lightning and accelerate need no changes for KFAC: pass the
+module whose forward pass the loop runs, and create the optimizer where any other one would be created.
 """
 
 from __future__ import annotations

@@ -78,18 +78,21 @@ class StepTime:
     longest: float
 
 
-def measure(names: Sequence[str], seconds: float, repeats: int, threads: int) -> Iterator[StepTime]:
+def measure(
+    names: Sequence[str], seconds: float, repeats: int, threads: int, optimizers: Sequence[str] = ()
+) -> Iterator[StepTime]:
     """Time the steps of each optimizer and of gradient descent, interleaved.
 
     Raises:
-        CommandError: for an unknown model or a missing package.
+        CommandError: for an unknown model or optimizer, or a missing package.
     """
     require("torch", "transformers")
+    chosen = choose("optimizer", optimizers, OPTIMIZERS)
     with using(threads):
         for name in choose("model", names, SETUPS):
             setup = SETUPS[name]
             calls = {"SGD": _Steps(setup, None)}
-            calls |= {one: _Steps(setup, options) for one, options in OPTIMIZERS.items()}
+            calls |= {one: _Steps(setup, OPTIMIZERS[one]) for one in chosen}
             times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
             for (optimizer, steps), found in zip(calls.items(), times, strict=True):
                 mean = found.minimum / INTERVAL

@@ -37,6 +37,7 @@ def models(
 
 def steps(
     names: Annotated[list[str] | None, typer.Argument(help="From resnet18, all-cnn-c.")] = None,
+    optimizers: Annotated[list[str] | None, typer.Option(help="Optimizers; all unless given.")] = None,
     threads: Threads = 2,
     repeats: Repeats = 3,
     seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for the rounds of each optimizer.")] = 20.0,
@@ -44,7 +45,7 @@ def steps(
 ) -> None:
     """Measure the cost of a training step with KFAC, compared with a step of plain gradient descent."""
     with reported(debug):
-        _steps(names or [], seconds, repeats, threads)
+        _steps(names or [], seconds, repeats, threads, optimizers or [])
 
 
 def private(
@@ -157,7 +158,7 @@ def _tabulate(found: Iterable[Any], columns: Mapping[str, Callable[[Any], str]],
             write_rows(file, lines)
 
 
-def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> None:
+def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int, optimizers: Sequence[str]) -> None:
     require("torch")
     from lensor_bench.steps import measure
 
@@ -166,7 +167,7 @@ def _steps(names: Sequence[str], seconds: float, repeats: int, threads: int) -> 
     )
     shown = console()
     with shown.status("measuring"):
-        for one in measure(names, seconds, repeats, threads):
+        for one in measure(names, seconds, repeats, threads, optimizers):
             table.add_row(one.model, one.optimizer, f"{one.seconds * 1e3:.1f}", digits(one.ratio), digits(one.longest))
     shown.print(table)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lensor.curvature import KroneckerFactors, kfac
+from lensor.curvature.capture import Capture
 from lensor.optim import KFAC
 
 CE = nn.CrossEntropyLoss()
@@ -193,6 +194,29 @@ def test_a_layer_that_is_trained_later_gets_factors_at_once() -> None:
     assert "3.weight" in optimizer.factors
     assert optimizer.tracker.slots is not None
     assert "3.weight" in optimizer.tracker.slots
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True, "factor_interval": 2}])
+def test_the_axis_of_the_examples_is_searched_less_and_less_often(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+    known = Capture.batch_axes_of
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        searched.append(step)
+        return known(*arguments, **named)
+
+    monkeypatch.setattr(Capture, "batch_axes_of", staticmethod(counted))
+    model = network()
+    optimizer = KFAC(model, CE, approx="reduce", **options)
+    for step in range(24):
+        train(model, optimizer, range(step, step + 1))
+    assert searched == [0, 2, 5, 10, 19]
+    model[3].mark = 1  # the model may be another one
+    step = 24
+    train(model, optimizer, range(24, 25))
+    assert searched[-1] == 24
 
 
 # --------------------------------------------------------------------------------------------------- parameter groups

@@ -85,7 +85,7 @@ class Tracker:
         self._owned: dict[str, Layer] = {}
         self._changed: dict[int, list[str]] = {}
         self._passes = 0
-        self._axes: tuple[Any, int, BatchAxes | None] | None = None
+        self._axes: _Axes | None = None
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -196,21 +196,28 @@ class Tracker:
         return Targets(layers) if self.sharding is None else Targets(layers, read=self.sharding.whole)
 
     def _batch_axes(self, inputs: Arguments, batch: int) -> BatchAxes | None:
-        """The position of the examples in the layers' inputs; if updates are staggered, found once in each interval."""
+        """The position of the examples in the layers' inputs.
+
+        For inputs of a new form, it is found by trial passes. It is found again after 1, 2, 4, … and at most 64 further
+        passes, because the order of the examples in a layer may depend on values.
+        """
         targets = self._targets(self.layers)
-        form = None if self.slots is None else form_of(self.model, inputs, targets, batch)
-        if form is not None and self._axes is not None:
-            known, at, found = self._axes
-            if known == form and at <= self.steps < at + self.factor_interval:
-                return found
         remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
         find = partial(Capture.batch_axes_of, self.model, inputs, targets, batch, self.batch_axis, remember)
-        if self.sharding is None or not (self.batch_axis is None or isinstance(self.batch_axis, Mapping)):
-            found = find()
+        is_searched = self.batch_axis is None or isinstance(self.batch_axis, Mapping)
+        if self.sharding is not None and is_searched:
+            return self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
+        if remember or not is_searched:
+            return find()
+        form, known = form_of(self.model, inputs, targets, batch), self._axes
+        if known is None or known.form != form:
+            known = self._axes = _Axes(form, find())
+        elif known.left:
+            known.left -= 1
         else:
-            found = self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
-        self._axes = form, self.steps, found
-        return found
+            known.axes, known.wait = find(), min(2 * known.wait, 64)
+            known.left = known.wait
+        return known.axes
 
     def leave(self) -> None:
         """Discard a pass whose outputs never reached the output hook, as after a direct call to `model.forward`."""
@@ -378,6 +385,23 @@ def generator_from(device: torch.device, state: Tensor) -> torch.Generator:
     found = torch.Generator(device)
     found.set_state(state)
     return found
+
+
+@dataclass(eq=False)
+class _Axes:
+    """The position of the examples in the layers' inputs.
+
+    Args:
+        form: the form of the model and its inputs.
+        axes: the position.
+        wait: number of passes from the last search to the next one.
+        left: number of passes until the next search.
+    """
+
+    form: Any
+    axes: BatchAxes | None
+    wait: int = 1
+    left: int = 1
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 # installed without their dependencies, after the packages that they import. One test reads torchvision's models in a
 # separate process; it needs only the Python files of torchvision.
 $(PEERS): $(STAMP)
-	$(BIN)/pip install --quiet -c constraints.txt asdfghjkl einconv einops linear_operator opacus scipy torchmetrics tqdm unfoldNd
+	$(BIN)/pip install --quiet -c constraints.txt accelerate asdfghjkl einconv einops linear_operator opacus pytorch-lightning scipy singd torchmetrics tqdm unfoldNd
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps backpack-for-pytorch curvlinops-for-pytorch laplace-torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target .venv/torchvision torchvision
 	touch $@

@@ -93,10 +93,11 @@ def measure(
             setup = SETUPS[name]
             calls = {"SGD": _Steps(setup, None)}
             calls |= {one: _Steps(setup, OPTIMIZERS[one]) for one in chosen}
-            times = interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
-            for (optimizer, steps), found in zip(calls.items(), times, strict=True):
-                mean = found.minimum / INTERVAL
-                yield StepTime(name, optimizer, mean, found.minimum / times[0].minimum, steps.longest)
+            interleaved(list(calls.values()), seconds, min(2, repeats), repeats)
+            sgd = statistics.mean(calls["SGD"].each)
+            for optimizer, steps in calls.items():
+                mean = statistics.mean(steps.each)
+                yield StepTime(name, optimizer, mean, mean / sgd, max(steps.each) / statistics.median(steps.each))
 
 
 class _Steps:
@@ -125,10 +126,9 @@ class _Steps:
         self.times.clear()
 
     @property
-    def longest(self) -> float:
-        """The time of the longest step, divided by the median; the time of each step is its shortest one."""
-        steps = [min(one) for one in zip(*self.times, strict=True)]
-        return max(steps) / statistics.median(steps)
+    def each(self) -> list[float]:
+        """The shortest time of each step."""
+        return [min(one) for one in zip(*self.times, strict=True)]
 
     def __call__(self) -> Tensor:
         value, times = self.x.new_zeros(()), []

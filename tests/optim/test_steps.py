@@ -275,6 +275,34 @@ def test_a_gradient_that_is_not_finite_in_a_group_without_curvature_is_named() -
         assert torch.equal(value, before[name])
 
 
+def test_large_gradients_in_half_precision_are_finite() -> None:
+    model = nn.Linear(60, 50).half()
+    optimizer = KFAC(model, CE, lr=1e-6, momentum=0.0, kl_clip=None)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 30000.0)
+    with pytest.warns(UserWarning, match="no factors were collected"):
+        optimizer.step()
+    assert model.weight.grad is not None
+    model.weight.grad[3, 4] = torch.inf
+    with pytest.raises(FloatingPointError, match="weight is not finite"):
+        optimizer.step()
+
+
+def test_steps_are_scaled_down_in_half_precision_as_in_single_precision() -> None:
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        model = nn.Linear(6, 5).to(dtype)
+        nn.init.zeros_(model.weight)
+        optimizer = KFAC(model, CE, lr=1.0, momentum=0.0, kl_clip=1e-3)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 3000.0)
+        with pytest.warns(UserWarning, match="no factors were collected"):
+            optimizer.step()
+        found.append(model.weight.detach().float())
+    close(found[0], found[1], rtol=2e-3)
+    assert float(found[1].abs().max()) > 0
+
+
 def test_named_parameters_are_accepted_as_by_torch() -> None:
     one, other = network(), network()
     named, plain = KFAC(one, CE, params=one.named_parameters()), KFAC(other, CE)

@@ -68,10 +68,15 @@ class Operator(ABC):
             return self.flatten(self @ self.unflatten(vectors))
         self._check(vectors)
         found: dict[str, Tensor] = {}
-        for name, block in self._blocks.items():
-            with uncast(block.B):
-                found |= block.from_rows(self._times(name, block.to_rows(vectors)))
+        for name in self._blocks:
+            found |= self.block_product(name, vectors)
         return {name: found[name] for name in vectors}
+
+    def block_product(self, name: str, vectors: Vectors) -> dict[str, Tensor]:
+        """The product of one block with vectors for its parameters, which are not checked."""
+        block = self._blocks[name]
+        with uncast(block.B):
+            return block.from_rows(self._times(name, block.to_rows(vectors)))
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Convert a tensor with all parameters in its last axis to a mapping.

@@ -80,7 +80,7 @@ class Inversion:
             if len(wide) < len(block.names):
                 continue
             if name in self.solvers:
-                solved = self.solvers[name] @ wide
+                solved = self.solvers[name].block_product(name, wide)
             else:
                 solved = {one: torch.empty_like(g) for one, g in wide.items()}
             if self.group is not None:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -417,9 +417,10 @@ class KFAC(torch.optim.Optimizer):
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
-        # The 1-norm gives one number per tensor, which is finite if all entries are.
-        each: Any = torch
-        good = torch.stack([norm.isfinite() for norm in each._foreach_norm([one for _, one in flags], 1)])
+        # The 1-norm gives one number per tensor, which is finite if all entries are, unless it overflows.
+        each, tensors = cast(Any, torch), [one for _, one in flags]
+        dtype = torch.float32 if any(one.dtype == torch.float16 for one in tensors) else None
+        good = torch.stack(each._foreach_norm(tensors, 1, dtype=dtype)).isfinite()
         names = [name for name, _ in flags]
         if new is not None and self.sharding is not None:
             names += [f"{name} (a factor)" for name in self.sharding.blocks]
@@ -453,7 +454,7 @@ class KFAC(torch.optim.Optimizer):
         if self.kl_clip is None:
             return None
         parts = [
-            group["lr"] ** 2 * (local(directions.get(id(p), p.grad)) * local(p.grad)).sum()
+            group["lr"] ** 2 * (_wide(local(directions.get(id(p), p.grad))) * _wide(local(p.grad))).sum()
             for group in self.param_groups
             for p in group["params"]
             if group["use_kfac"] and p.grad is not None
@@ -570,6 +571,11 @@ def _cost(block: Block, examples: int) -> float:
     """The number of multiplications for the factors of some examples, without those of roots."""
     rows = block.B.shape[1] ** 2 + (block.d**2 if block.root is None else 0)
     return float(block.groups * examples * max(block.positions, 1) * rows)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in at least single precision, in which products of gradients do not overflow."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _needs_targets(loss: Any) -> bool:

@@ -32,7 +32,7 @@ def descend(group: Group, directions: Mapping[int, Tensor], clip: Tensor | None,
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
         if clip is not None:
-            found = list(_each._foreach_mul(found, clip.to(found[0].dtype)))
+            found = list(_each._foreach_mul(found, clip))
         if group["momentum"]:
             found = _with_momentum(parameters, found, group["momentum"], states)
         if group["weight_decay"]:

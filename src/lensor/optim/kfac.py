@@ -330,7 +330,7 @@ class KFAC(torch.optim.Optimizer):
             return found
         if new is not None:
             old = self.factors
-            self.factors = new if old is None or self.ema == 0 else _averaged(old, new, self.ema)
+            self.factors = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names)
         if (
             self.factors is None
             and not self._warned
@@ -556,7 +556,7 @@ _OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hoo
 """Attributes that schedulers and hooks add to an optimizer; copies of torch's own optimizers omit them."""
 
 
-def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> KroneckerFactors:
+def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float, order: Iterable[str]) -> KroneckerFactors:
     """Average the blocks that both contain, keep those that only the old factors contain, and add new ones."""
     both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
     if len(both) == len(old) == len(new):
@@ -564,7 +564,8 @@ def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float) -> Kro
     kept = old._with(both)
     if both:
         kept.ema_(new._with({name: new[name] for name in both}), decay)
-    return new._with({**old, **new, **kept})
+    found = {**old, **new, **kept}
+    return new._with({name: found[name] for name in order if name in found})
 
 
 def _cost(block: Block, examples: int) -> float:

@@ -142,7 +142,7 @@ def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
         assert found["started"]  # the sums of factors, during the backward pass
         assert ("LinAlgError" if rank else "another rank raised an error") in found["one rank"]
         assert found["steps"] == 2
-        assert "a state can be loaded on the same number of ranks" in found["other ranks"]
+        assert "a state of a sharded model can be loaded on the same number of ranks" in found["other ranks"]
         assert found["other optimizer"].startswith("KeyError")
         assert found["saved by rank"]
     assert sorted(every[0]["uneven"] + every[1]["uneven"]) == ["0.conv.weight", "1.conv.weight", "3.weight", "5.weight"]

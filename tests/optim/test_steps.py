@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lensor.curvature import KroneckerFactors, kfac
 from lensor.curvature.capture import Capture
 from lensor.optim import KFAC
+from lensor.optim.checkpoint import WHOLE, unpacked
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.filterwarnings("ignore:curvature is not supported for the parameters of 1")
@@ -317,17 +321,51 @@ def test_states_of_versions_without_groups_are_read() -> None:
     model = network()
     optimizer = KFAC(model, CE)
     train(model, optimizer, range(2))
-    state = copy.deepcopy(optimizer.state_dict())
-    for group in state["param_groups"]:
+    plain, own = unpacked(copy.deepcopy(optimizer.state_dict()), WHOLE)
+    for group in plain["param_groups"]:
         for name in ("use_kfac", "betas", "eps"):
             del group[name]
     for name in ("slots", "starts"):
-        del state["kfac"][name]
+        del own[name]
+    state = {**plain, "kfac": own}
     again = copy.deepcopy(model)
     resumed = KFAC(again, CE)
     resumed.load_state_dict(state)
     train(model, optimizer, range(2, 4))
     train(again, resumed, range(2, 4))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("how", ["low-rank", "AdamW", "frozen"])
+def test_states_pass_through_distributed_checkpoints(tmp_path: Path, momentum: float, how: str) -> None:
+    def made() -> tuple[nn.Module, KFAC]:
+        torch.manual_seed(0)
+        model = network()
+        groups: Any = model.parameters()
+        model[0].requires_grad_(how != "frozen")
+        if how == "AdamW":
+            plain = [model[0].bias, *model[3].parameters()]
+            groups = [{"params": [model[0].weight]}, {"params": plain, "use_kfac": False}]
+        options: dict[str, Any] = {"method": "low-rank", "rank": 1} if how == "low-rank" else {"bias": "separate"}
+        return model, KFAC(model, CE, momentum=momentum, params=groups, inverse_interval=2, **options)
+
+    model, optimizer = made()
+    train(model, optimizer, range(3))
+    before = [p.detach().clone() for p in model.parameters()]
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    assert optimizer.steps == 3
+    dcp.save(saved, checkpoint_id=tmp_path)
+    for a, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(a, b)
+    again, resumed = made()
+    loaded = dict(zip(("model", "optimizer"), get_state_dict(again, resumed), strict=True))
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    set_state_dict(again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    assert resumed.steps == 3
+    train(model, optimizer, range(3, 6))
+    train(again, resumed, range(3, 6))
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 

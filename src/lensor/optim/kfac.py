@@ -25,7 +25,7 @@ from lensor.curvature.inverses import RANK
 from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
-from lensor.optim.checkpoint import as_parameters, require_same_form
+from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_same_form, unpacked
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
@@ -363,7 +363,8 @@ class KFAC(torch.optim.Optimizer):
                 adapt(group, self.state)
         self.steps += 1
         if self.sharding is not None:
-            self.sharding.end_step(self)
+            self.sharding.end_step()
+        mark(self)
         return found
 
     def _summed(self, pending: Collector) -> KroneckerFactors:
@@ -471,8 +472,9 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer: momentum, groups, factors, inverted factors, and the random generator.
 
-        For a sharded model, this is the part of the state that this rank has: save it with
-        `torch.distributed.checkpoint`, and load it on the same number of ranks.
+        Save it with `torch.save` or `torch.distributed.checkpoint`. All but momentum and groups is an entry of the
+        first trained parameter's state, in bytes. For a sharded model, this is the part of the state that this rank
+        has: save it with `torch.distributed.checkpoint`, and load it on the same number of ranks.
         """
         inverted, generator = self.inversion.blocks, self.tracker.generator
         own = {
@@ -485,8 +487,12 @@ class KFAC(torch.optim.Optimizer):
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
         }
-        state = super().state_dict()
-        return {**state, "kfac": own} if self.sharding is None else self.sharding.packed(state, own)
+        own |= {} if self.sharding is None else self.sharding.known
+        return packed(self, super().state_dict(), own, self._part)
+
+    @property
+    def _part(self) -> str:
+        return WHOLE if self.sharding is None else self.sharding.part
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the steps that follow are then the same, bit for bit on a CPU with estimated plans.
@@ -496,11 +502,8 @@ class KFAC(torch.optim.Optimizer):
             ValueError: if the state belongs to a different model, or to different choices of approx and bias; for a
                 sharded model, also if it was saved by a different number of ranks.
         """
-        if self.sharding is not None:
-            state_dict = self.sharding.unpacked(state_dict)
-        if "kfac" not in state_dict:
-            raise KeyError("the state has no entry 'kfac', expected a state of lensor.optim.KFAC")
-        own, tracker = state_dict["kfac"], self.tracker
+        plain, own = unpacked(state_dict, self._part)
+        tracker = self.tracker
         read = KroneckerFactors.from_state_dict
         factors = None if own["factors"] is None else read(own["factors"])
         inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
@@ -510,11 +513,12 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
         factors = None if factors is None else factors._with(as_parameters(factors, tracker.names))
         inverted = as_parameters(inverted, tracker.names)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
-        ids = [one for group in state_dict["param_groups"] for one in group["params"]]
+        super().load_state_dict(plain)
+        mark(self)
+        ids = [one for group in plain["param_groups"] for one in group["params"]]
         parameters = [one for group in self.param_groups for one in group["params"]]
         for one, parameter in zip(ids, parameters, strict=True):  # undo torch's cast to the parameters' dtype
-            known = state_dict["state"].get(one, {}).get("momentum_buffer")
+            known = plain["state"].get(one, {}).get("momentum_buffer")
             if known is not None:
                 self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
         if tracker.slots is not None:
@@ -526,7 +530,7 @@ class KFAC(torch.optim.Optimizer):
         starts = {name: one.to(inverted[name].B) for name, one in own.get("starts", {}).items() if name in inverted}
         self.inversion.restore(inverted, own["damped"], starts)
         if self.sharding is not None:
-            self.sharding.restore(own, self)
+            self.sharding.restore(own)
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ them to the sharded parameters. Each layer has one owner: the rank that keeps it
 
 from __future__ import annotations
 
-import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +22,6 @@ from lensor.curvature.distribution import Reduction, exchanged, shares
 from lensor.curvature.layers import Layer, layers_of
 
 T = TypeVar("T")
-
-_MARK = "kfac"
-"""A key of an optimizer's states that is not a parameter."""
 
 
 class Sharding:
@@ -119,65 +115,22 @@ class Sharding:
 
     # ----------------------------------------------------------------------------------------------------------- state
     @property
-    def _part(self) -> str:
+    def part(self) -> str:
         """The name of this rank's part of a state."""
         return f"rank {self.rank} of {self.size}"
 
-    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Free whole parameters, which have old values, for example after an evaluation before the step.
-
-        Also give the optimizer a state, so that `torch.distributed.checkpoint` does not take a step to get one.
-        """
+    def end_step(self) -> None:
+        """Free whole parameters, which have old values, for example after an evaluation before the step."""
         for part in self._groups:
             part._to_sharded()
-        self._mark(optimizer)
 
-    def _mark(self, optimizer: torch.optim.Optimizer) -> None:
-        states: Any = optimizer.state
-        if not states:
-            states[_MARK] = {}
+    @property
+    def known(self) -> dict[str, Any]:
+        """The names of all ranks' blocks, for a state."""
+        return {"all_blocks": self.blocks, "all_inverted": self.inverted}
 
-    def packed(self, state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """Add this rank's part of the factors to a state.
-
-        It becomes an entry of the first parameter's state, because `torch.distributed.checkpoint` saves nothing but the
-        states of parameters, and it consists of bytes, because a new optimizer has no tensors to load factors into.
-
-        Args:
-            state: the state as torch defines it.
-            own: the factors and settings of this rank.
-        """
-        buffer = io.BytesIO()
-        torch.save(own | {"all_blocks": self.blocks, "all_inverted": self.inverted}, buffer)
-        first = _first(state["param_groups"])
-        entry = {**state["state"].get(first, {}), "kfac": {self._part: buffer.getvalue()}}
-        rest = {key: one for key, one in state["state"].items() if key != _MARK}
-        return {**state, "state": {**rest, first: entry}}
-
-    def unpacked(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `packed`, with the factors and settings as the entry "kfac".
-
-        Raises:
-            KeyError: if the state has no such part.
-            ValueError: if the state was saved by a different number of ranks.
-        """
-        parts = next((one["kfac"] for one in state["state"].values() if "kfac" in one), None)
-        if parts is None:
-            raise KeyError("the state has no entry 'kfac', expected a state of lensor.optim.KFAC for a sharded model")
-        if not parts.get(self._part):
-            raise ValueError(
-                f"the state has the parts {sorted(parts)}, expected {self._part!r}: a state can be loaded on the same"
-                " number of ranks, by the rank that saved it"
-            )
-        own = torch.load(io.BytesIO(parts[self._part]), map_location="cpu", weights_only=True)
-        rest = {
-            key: {name: one for name, one in some.items() if name != "kfac"} for key, some in state["state"].items()
-        }
-        return {**state, "state": rest, "kfac": own}
-
-    def restore(self, own: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Restore the blocks from a state."""
-        self._mark(optimizer)
+    def restore(self, own: Mapping[str, Any]) -> None:
+        """Restore the names of all ranks' blocks from a state."""
         self.blocks = {name: tuple(some) for name, some in own["all_blocks"].items()}
         self.inverted = {name: tuple(some) for name, some in own["all_inverted"].items()}
 
@@ -370,10 +323,6 @@ def as_shard(shard: Tensor, like: Any) -> Any:
     return DTensor.from_local(
         shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-
-
-def _first(groups: Sequence[Mapping[str, Any]]) -> Any:
-    return next(one for group in groups for one in group["params"])
 
 
 def _parts_of(

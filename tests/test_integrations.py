@@ -100,7 +100,9 @@ def test_convolutions_of_equinox(options: dict[str, Any]) -> None:
         {"kernel_size": (3, 3), "mask": np.tri(3)[:, :, None, None] * np.ones((3, 3, 4, 6))},
     ],
 )
-@pytest.mark.parametrize("shape", [(3, 8, 7, 4), (8, 7, 4), (2, 3, 8, 7, 4)])
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 7, 4), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 7, 4), (2, 3, 8, 7, 4)))]
+)
 def test_convolutions_of_flax(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     own, ours = (
         cls(4, 6, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options) for cls in (nnx.Conv, flax_layers.Conv)
@@ -161,7 +163,7 @@ def test_factors_of_the_squared_error(fisher: Any) -> None:
         assert_close(factors.B, expected[name].B.numpy(), 1e-12)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("loss", ["cross_entropy", pytest.param("mse", marks=pytest.mark.slow)])
 def test_sampled_factors_are_unbiased(loss: str) -> None:
     targets = jnp.asarray(LABELS) if loss == "cross_entropy" else jnp.asarray(RNG.standard_normal((7, 5)))
     data = jnp.asarray(INPUTS), targets
@@ -263,7 +265,8 @@ def test_models_without_factors_are_refused() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- example
-@pytest.mark.parametrize("library", [pytest.param(one, marks=[pytest.mark.slow] * (one != "flax")) for one in MODELS])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", MODELS)
 def test_natural_gradients_learn_the_digits_in_fewer_steps(library: str) -> None:
     model = MODELS[library]()
     plain, natural = (train(model, 8, *one) for one in ((False, 0.3), (True, 0.3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 import pickle
@@ -117,6 +118,7 @@ def test_a_copy_has_its_own_blocks() -> None:
     assert not torch.equal(other @ vector, expected)
 
 
+@functools.cache
 def values() -> dict[str, Any]:
     spec = lensor.ConvSpec(4, 8, (9, 9), 3, stride=2, padding=((0, 1), (2, 1)), padding_mode="circular", groups=2)
     net = lensor.ops.conv(spec)

@@ -315,6 +315,7 @@ def test_nothing_is_timed_where_the_standard_fails(monkeypatch: pytest.MonkeyPat
     assert "the standard implementation has no result" in results.rows[1].found.message
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_operation(tmp_path: Path) -> None:
     bench = Bench(TINY)
     results = ResultsFile(tmp_path / "r.csv", bench.machine, resume=False)

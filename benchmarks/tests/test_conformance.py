@@ -54,7 +54,7 @@ def test_lensor_is_right_everywhere(lensors: Matrix) -> None:
 
 
 @pytest.mark.parametrize(
-    "quantity", [pytest.param(one, marks=[pytest.mark.slow] * (one != "kfac_expand")) for one in QUANTITIES]
+    "quantity", [pytest.param(one, marks=[pytest.mark.slow] * (one != "forward")) for one in QUANTITIES]
 )
 def test_lensor_is_right_everywhere_in_jax(quantity: str, lensors: Matrix) -> None:
     found = examine(LIBRARIES["lensor-jax"], [quantity])

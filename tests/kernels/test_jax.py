@@ -59,7 +59,7 @@ def curved(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------- values
-@settings(max_examples=75)
+@settings(max_examples=30)
 @given(st.data())
 def test_three_backends_are_equal(data: st.DataObject) -> None:
     """Any operation with any hyper-parameters, with a plan that each backend chooses and with any strategy."""
@@ -255,7 +255,11 @@ def test_grad_and_jvp() -> None:
 
 @pytest.mark.parametrize(
     "higher",
-    [jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacrev(jax.jacfwd(f))],
+    [
+        jax.hessian,
+        pytest.param(lambda f: jax.jacrev(jax.jacrev(f)), marks=pytest.mark.slow),
+        pytest.param(lambda f: jax.jacrev(jax.jacfwd(f)), marks=pytest.mark.slow),
+    ],
     ids=["forward over reverse", "reverse over reverse", "reverse over forward"],
 )
 def test_second_derivatives(higher: Callable[..., Any]) -> None:

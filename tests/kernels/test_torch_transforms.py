@@ -55,7 +55,9 @@ def value_and_gradient(function: Callable[[Any], Any], x: Any) -> tuple[Any, Any
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (at % 2)) for at, name in enumerate(CALLS)]
+)
 def test_compiles_into_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
     call = CALLS[name]

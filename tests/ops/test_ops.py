@@ -27,6 +27,10 @@ TOLERANCES = {"float32": 1e-5, "float16": 1.5e-2, "bfloat16": 5e-2}
 SHORT = [("numpy", "float32"), ("numpy", "float16"), *(("torch", dtype) for dtype in TOLERANCES)]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+few_backends = pytest.mark.parametrize(
+    "backend", [pytest.param(one, marks=[pytest.mark.slow] * (one == "jax")) for one in BACKENDS]
+)
+"""JAX compiles every operation for every shape."""
 
 
 def some(share: int) -> settings:
@@ -71,7 +75,7 @@ def test_operation_in_short_dtypes(op: str, backend: str, dtype: str) -> None:
     equals_oracle()
 
 
-@every_backend
+@few_backends
 @pytest.mark.parametrize("op", ["conv", "unfold", "fold"])
 def test_operation_on_complex_numbers(op: str, backend: str) -> None:
     @given(calls(op))
@@ -223,7 +227,7 @@ def test_function_of_torchs_channels_last(op: str, ndim: int) -> None:
     assert not mismatch(found, flat_positions(op, spec, case.expected), "torch")
 
 
-@every_backend
+@few_backends
 @pytest.mark.parametrize("op", TAKE_UNBATCHED)
 def test_function_of_unbatched_arrays(op: str, backend: str) -> None:
     @given(calls(op).filter(lambda call: is_function(op, call)))
@@ -274,7 +278,7 @@ def test_the_reduce_factor_is_the_gram_matrix_of_its_root(backend: str, call: di
 
 
 # ----------------------------------------------------------------------------------------------------- complex numbers
-@every_backend
+@few_backends
 @pytest.mark.parametrize("op", ["conv", "unfold", "conv_input_vjp", "conv_weight_vjp", "conv_weight_vjp_per_example"])
 def test_function_of_complex_numbers_is_autograds(op: str, backend: str) -> None:
     """Gradients conjugate what they are multiplied with, as torch's autograd does."""

@@ -160,7 +160,16 @@ def test_killed_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    for found in run(2, tmp_path, "resume", str(tmp_path)) + run(2, tmp_path, "without_momentum", str(tmp_path)):
+    _require_resumed(run(2, tmp_path, "resume", str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_states_without_momentum_are_resumed(tmp_path: Path) -> None:
+    _require_resumed(run(2, tmp_path, "without_momentum", str(tmp_path)))
+
+
+def _require_resumed(every: list[dict[str, Any]]) -> None:
+    for found in every:
         assert found["resumed"].keys() == found["expected"].keys()
         for name, value in found["expected"].items():
             assert torch.equal(found["resumed"][name], value)

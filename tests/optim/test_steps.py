@@ -307,6 +307,57 @@ def test_steps_are_scaled_down_in_half_precision_as_in_single_precision() -> Non
     assert float(found[1].abs().max()) > 0
 
 
+def test_an_optimizer_of_groups_without_curvature_is_adamw() -> None:
+    model, by_hand = network(), network()
+    ours = KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False, "weight_decay": 0.1}], lr=0.01)
+    train(model, ours, range(4))
+    train(by_hand, torch.optim.AdamW(by_hand.parameters(), lr=0.01, weight_decay=0.1), range(4))
+    for a, b in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(a, b)
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_groups_change_between_kfac_and_adamw(first: bool) -> None:
+    """From then on, the group is updated as by an optimizer that starts at that moment."""
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[3:].parameters(), "use_kfac": first}]
+    ours = KFAC(model, CE, lr=1e-3, ema=0.0, kl_clip=None, params=groups)
+    train(model, ours, range(2))
+    ours.param_groups[1]["use_kfac"] = not first
+    model[0].requires_grad_(False)
+    by_hand = copy.deepcopy(model)
+    rest = by_hand[3:].parameters()
+    if first:
+        expected: torch.optim.Optimizer = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0)
+    else:
+        expected = KFAC(by_hand, CE, lr=1e-3, ema=0.0, kl_clip=None, params=rest)
+    train(model, ours, range(2, 5))
+    train(by_hand, expected, range(2, 5))
+    for a, b in zip(model.parameters(), by_hand.parameters(), strict=True):
+        close(a, b)
+    assert not torch.equal(model[6].weight, network()[6].weight)
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_schedulers_of_momentum_change_it_as_for_sgd(name: str) -> None:
+    found = []
+    for make in (lambda m: KFAC(m, CE, lr=0.1, momentum=0.9), lambda m: torch.optim.SGD(m.parameters(), 0.1, 0.9)):
+        model = network()
+        optimizer: torch.optim.Optimizer = make(model)
+        if name == "OneCycleLR":
+            scheduler: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6)
+        else:
+            scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=3)
+        found.append([])
+        for seed in range(4):
+            train(model, optimizer, range(seed, seed + 1))
+            scheduler.step()
+            found[-1].append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 4
+
+
 def test_named_parameters_are_accepted_as_by_torch() -> None:
     one, other = network(), network()
     named, plain = KFAC(one, CE, params=one.named_parameters()), KFAC(other, CE)
@@ -323,8 +374,7 @@ def test_states_of_versions_without_groups_are_read() -> None:
     train(model, optimizer, range(2))
     plain, own = unpacked(copy.deepcopy(optimizer.state_dict()), WHOLE)
     for group in plain["param_groups"]:
-        for name in ("use_kfac", "betas", "eps"):
-            del group[name]
+        del group["use_kfac"]
     for name in ("slots", "starts"):
         del own[name]
     state = {**plain, "kfac": own}

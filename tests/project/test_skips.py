@@ -92,6 +92,7 @@ def test_a_skip_that_is_not_listed_fails(
         found.stdout.re_match_lines([f"{name}.py.*no reason is listed in tests/support/skips.py:.*"])
 
 
+@pytest.mark.slow
 def test_a_module_that_skips_ends_the_run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(pytester, monkeypatch, "true", *WORKERS, test_module=FILES["test_module"], test_it=RIGHT)
     assert found.ret

@@ -243,6 +243,8 @@ def test_a_recommended_rate_fits_the_time_budget(monkeypatch: pytest.MonkeyPatch
         sampling.recommend(model, x, max_time=0.5, scheme="bernoulli")
     with pytest.raises(TypeError, match="max_time is True"):
         sampling.recommend(model, x, max_time=True)
+    with pytest.raises(TypeError, match="max_time is nan"):
+        sampling.recommend(model, x, max_time=float("nan"))
 
 
 def _modelled_time(stored: Any, x: Tensor, model: nn.Module, _: Any) -> float:

@@ -636,6 +636,19 @@ def test_empty_draws_are_zero() -> None:
     assert len(nothing.positions) == 0
 
 
+@pytest.mark.parametrize("scheme", ["bernoulli", "fixed", "importance", "blocks"])
+@pytest.mark.parametrize("keep", [{"n": 0.5}, {"i1": 0.5}, {"n": 0.5, "c_in": 0.5, "i2": 0.5}])
+def test_gradients_of_empty_batches_are_zero(keep: dict[str, float], scheme: str) -> None:
+    for layer, x in (
+        (sampling.Conv2d(3, 4, 3, padding=1, keep=keep, scheme=scheme), torch.randn(0, 3, 6, 6)),
+        (sampling.Linear(3, 4, keep={name: rate for name, rate in keep.items() if name != "i2"}, scheme=scheme),
+         torch.randn(2, 0, 3)),
+    ):  # fmt: skip
+        layer(x).sum().backward()
+        assert layer.weight.grad is not None
+        assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
+
+
 def test_models_are_converted_as_a_whole() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), shared, nn.Flatten(), nn.Linear(4 * 36, 2))

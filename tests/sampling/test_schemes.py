@@ -92,7 +92,14 @@ def drawn(scheme: str, size: int, keep: float) -> tuple[Tensor, Tensor]:
     return kept, factors
 
 
-every_case = pytest.mark.parametrize(("scheme", "size", "keep"), [(one, *case) for one in SCHEMES for case in CASES])
+every_case = pytest.mark.parametrize(
+    ("scheme", "size", "keep"),
+    [
+        pytest.param(one, *case, marks=[pytest.mark.slow] * (one == "importance" and case[0] > 5))
+        for one in SCHEMES
+        for case in CASES
+    ],
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- draws

@@ -29,7 +29,7 @@ from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
-from lensor.optim.updates import adapt, descend
+from lensor.optim.updates import ADAMW, adapt, descend
 
 
 def _of(part: str, name: str, doc: str) -> Any:
@@ -205,10 +205,10 @@ class KFAC(torch.optim.Optimizer):
         self._warned = False
         trained = [p for _, p in self._named_parameters() if p.requires_grad]
         options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
-        options |= {"use_kfac": True, "betas": (0.9, 0.999), "eps": 1e-8}
+        options |= {"use_kfac": True}  # schedulers would change betas instead of momentum if they were among these
         super().__init__(trained if params is None else params, options)
         self._watch_new()
-        if not self.tracker.names:
+        if not self.tracker.names and not self._plain:
             raise ValueError("params has no parameter of the model that requires a gradient, expected at least one")
         self._attach()
 
@@ -230,7 +230,9 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: for an invalid option, or a layer that cannot have factors.
         """
-        group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
+        if not param_group.get("use_kfac", True):
+            param_group = ADAMW | param_group
+        group = ADAMW | self.defaults | {key: value for key, value in param_group.items() if key != "params"}
         for name in ("lr", "momentum", "weight_decay", "eps"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
@@ -539,9 +541,8 @@ class KFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copied or unpickled optimizer follow the model that was copied with it."""
         super().__setstate__(state)
-        for group in self.param_groups:  # states of earlier versions have no such options
-            for name in ("use_kfac", "betas", "eps"):
-                group.setdefault(name, self.defaults[name])
+        for group in self.param_groups:  # states of earlier versions have no such option
+            group.setdefault("use_kfac", True)
         if "tracker" not in state:  # torch calls this with its own part of a loaded state
             return
         names, self._form = self.tracker.names, None

@@ -16,6 +16,9 @@ States: TypeAlias = MutableMapping[Tensor, Any]
 """The state of each parameter."""
 
 
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+"""Default options of groups that are updated by AdamW."""
+
 _each: Any = torch
 """torch, for its functions of lists of tensors, which type checkers do not know."""
 
@@ -45,13 +48,14 @@ def _with_momentum(
     parameters: Sequence[Tensor], directions: Sequence[Tensor], momentum: float, states: States
 ) -> list[Tensor]:
     """Add the directions to the parameters' buffers, and return the buffers."""
-    known = [(states[p]["momentum_buffer"], one) for p, one in zip(parameters, directions, strict=True) if states[p]]
+    pairs = list(zip(parameters, directions, strict=True))
+    known = [(states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
     if known:
         buffers, added = map(list, zip(*known, strict=True))
         _each._foreach_mul_(buffers, momentum)
         _each._foreach_add_(buffers, added)
-    for p, one in zip(parameters, directions, strict=True):
-        if not states[p]:
+    for p, one in pairs:
+        if "momentum_buffer" not in states[p]:
             states[p]["momentum_buffer"] = one.clone()
     return [states[p]["momentum_buffer"] for p in parameters]
 
@@ -65,9 +69,10 @@ def adapt(group: Group, states: States) -> None:
     """
     parameters = [p for p in group["params"] if p.grad is not None]
     for p in parameters:
-        if not states[p]:
+        if "exp_avg" not in states[p]:
             states[p] |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    beta1, beta2 = group["betas"]
+    options = ADAMW | dict(group)
+    beta1, beta2 = options["betas"]
     adamw(
         parameters,
         [p.grad for p in parameters if p.grad is not None],
@@ -80,7 +85,7 @@ def adapt(group: Group, states: States) -> None:
         beta2=beta2,
         lr=group["lr"],
         weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        eps=options["eps"],
         maximize=False,
     )
 

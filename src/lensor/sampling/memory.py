@@ -101,8 +101,10 @@ def recommend(
     if max_bytes is None and max_time is None:
         raise TypeError("max_bytes and max_time are None, expected at least one budget")
     if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
-        raise TypeError(f"max_bytes is {max_bytes!r}, expected a positive number of bytes")
-    if max_time is not None and (isinstance(max_time, bool) or not isinstance(max_time, (int, float)) or max_time <= 0):
+        raise TypeError(f"max_bytes is {max_bytes!r}, expected a positive int, the number of bytes")
+    if max_time is not None and (
+        isinstance(max_time, bool) or not isinstance(max_time, (int, float)) or not max_time > 0
+    ):
         raise TypeError(f"max_time is {max_time!r}, expected a positive fraction of the time of the exact step")
     require_choice("scheme", scheme, COUNTED)
     sampled = convert(model, dict.fromkeys(indices, 0.5), scheme=scheme).train()

@@ -451,10 +451,7 @@ def _norms(x: Tensor, legs: Sequence[Group], sizes: Mapping[str, int], index: st
     flat = [name for leg in legs for name in leg]
     x = x.detach().reshape([sizes[name] for name in flat]).double()
     others = [axis for axis, name in enumerate(flat) if name != index]
-    if others:
-        largest = x.abs().amax(others) if x.numel() else x.sum(others)
-    else:
-        largest = x.abs()
+    largest = (x.abs().amax(others) if x.numel() else x.sum(others)) if others else x.abs()
     finite = largest.isfinite()
     scale = torch.where(finite, largest, 0.0).amax() if largest.numel() else largest.sum()
     norms = (x / torch.where(scale > 0, scale, 1.0)).square().sum(others).sqrt() if others else largest

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lensor.curvature import KroneckerFactors, kfac
-from lensor.curvature.capture import Capture
 from lensor.optim import KFAC
 from lensor.optim.checkpoint import WHOLE, unpacked
 
@@ -192,35 +192,74 @@ def test_a_layer_that_is_trained_later_gets_factors_at_once() -> None:
     optimizer = KFAC(model, CE, params=model.parameters(), factor_interval=5, inverse_interval=5, stagger=True)
     train(model, optimizer, range(2))
     model[3].requires_grad_(True)
-    for at in range(2, 8):
-        train(model, optimizer, range(at, at + 1))
+    train(model, optimizer, range(2, 3))
     assert optimizer.factors is not None
     assert "3.weight" in optimizer.factors
+    assert "3.weight" in optimizer.inversion.solvers
     assert optimizer.tracker.slots is not None
-    assert "3.weight" in optimizer.tracker.slots
+    slot, before = optimizer.tracker.slots["3.weight"], optimizer.factors["3.weight"].A.clone()
+    for at in range(3, 8):
+        train(model, optimizer, range(at, at + 1))
+        changed = not torch.equal(optimizer.factors["3.weight"].A, before)
+        assert changed == (at % 5 == slot), at
+        before = optimizer.factors["3.weight"].A.clone()
 
 
-@pytest.mark.parametrize("options", [{}, {"stagger": True, "factor_interval": 2}])
-def test_the_axis_of_the_examples_is_searched_less_and_less_often(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searched: list[int] = []
-    known = Capture.batch_axes_of
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_staggered_updates_are_distributed_by_cost(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each step, every rank has about the same work: the layers are as large as d, d/2 and d/4 twice each."""
+    sizes = [32] * 2 + [40] * 8
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(sizes))).double()
+    optimizer = KFAC(model, nn.MSELoss(), stagger=True, factor_interval=2, inverse_interval=2)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
+    x = torch.randn(4, 32, dtype=torch.float64)
+    nn.MSELoss()(model(x), torch.zeros(4, 40).double()).backward()
+    factors = kfac(model, nn.MSELoss(), (x, torch.zeros(4, 40).double()))
+    optimizer.inversion.group = cast(Any, object()) if ranks > 1 else None
+    optimizer._place(factors)
+    slots, owners = optimizer.tracker.slots, optimizer.inversion.owners(factors)
+    assert slots is not None
+    work: dict[tuple[int, int], float] = {}
+    for name, block in factors.items():
+        key = slots[name], owners[name]
+        work[key] = work.get(key, 0.0) + block.d**3 + block.B.shape[1] ** 3
+    assert len(work) == 2 * ranks
+    assert max(work.values()) < 1.6 * min(work.values())
+    optimizer.inversion.group = None
 
-    def counted(*arguments: Any, **named: Any) -> Any:
-        searched.append(step)
-        return known(*arguments, **named)
 
-    monkeypatch.setattr(Capture, "batch_axes_of", staticmethod(counted))
-    model = network()
-    optimizer = KFAC(model, CE, approx="reduce", **options)
-    for step in range(24):
-        train(model, optimizer, range(step, step + 1))
-    assert searched == [0, 2, 5, 10, 19]
-    model[3].mark = 1  # the model may be another one
-    step = 24
-    train(model, optimizer, range(24, 25))
-    assert searched[-1] == 24
+class _Orders(nn.Module):
+    """A layer whose rows are ordered by examples or by positions, as a value says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last, self.by_position = nn.Linear(4, 4), nn.Linear(4, 3), [False]
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        if self.by_position[0]:
+            found = self.hidden(x.transpose(0, 1).reshape(n * t, -1)).tanh().view(t, n, -1).transpose(0, 1)
+        else:
+            found = self.hidden(x.reshape(n * t, -1)).tanh().view(n, t, -1)
+        return self.last(found.mean(1))
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_an_order_of_examples_that_depends_on_values_is_found_in_every_pass(stagger: bool) -> None:
+    torch.manual_seed(0)
+    model = _Orders().double()
+    optimizer = KFAC(model, CE, approx="reduce", ema=0.0, lr=0.0, stagger=stagger)
+    for step, size in enumerate([6, 6, 6, 1, 6, 2, 6, 6, 1, 6]):
+        x, y = torch.randn(size, 5, 4, dtype=torch.float64), torch.arange(size) % 3
+        model.by_position[0] = step % 3 == 2
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+        expected = kfac(model, CE, (x, y), approx="reduce", fisher="empirical", bias="joint")
+        assert optimizer.factors is not None
+        for name, block in expected.items():
+            close(optimizer.factors[name].A, block.A)
+            close(optimizer.factors[name].B, block.B)
 
 
 # --------------------------------------------------------------------------------------------------- parameter groups

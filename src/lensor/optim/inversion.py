@@ -58,7 +58,7 @@ class Inversion:
     def _invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
         self.blocks, self.damping = {**self.blocks, **blocks}, {**self.damping, **damping}
         me = 0 if self.group is None else dist.get_rank(self.group)
-        own = [name for name, rank in self._owners().items() if rank == me]
+        own = [name for name, rank in self.owners(self.blocks).items() if rank == me]
         self.solvers = {
             name: self._solver(name) if name in blocks or name not in self.solvers else self.solvers[name]
             for name in own
@@ -74,7 +74,7 @@ class Inversion:
     def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The inverse times the gradients, by parameter name; blocks with a missing gradient are omitted."""
         found: dict[str, Tensor] = {}
-        owners = self._owners()
+        owners = self.owners(self.blocks)
         for name, block in self.blocks.items():
             wide = {one: g.to(block.B.dtype) for one in block.names if (g := gradients[one]) is not None}
             if len(wide) < len(block.names):
@@ -91,10 +91,10 @@ class Inversion:
             found |= {one: solved[one] for one in block.names}
         return found
 
-    def _owners(self) -> dict[str, int]:
+    def owners(self, blocks: Mapping[str, Block]) -> dict[str, int]:
         """The process that inverts each block, chosen to balance the work."""
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
-        return dict(zip(self.blocks, shares([self.cost(one) for one in self.blocks.values()], ranks), strict=True))
+        return dict(zip(blocks, shares([self.cost(one) for one in blocks.values()], ranks), strict=True))
 
     def cost(self, block: Block) -> float:
         """The number of multiplications for the inverse of a block."""

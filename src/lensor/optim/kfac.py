@@ -389,8 +389,14 @@ class KFAC(torch.optim.Optimizer):
         if slots is None or slots.keys() == factors.keys():
             return
         interval = max(self.tracker.factor_interval, self.inverse_interval)
-        costs = [self.inversion.cost(block) + _cost(block, factors.examples) for block in factors.values()]
-        placed = dict(zip(factors, shares(costs, interval), strict=True))
+        of_rank: dict[int, list[str]] = {}
+        for name, rank in self.inversion.owners(factors).items():
+            of_rank.setdefault(rank, []).append(name)
+        placed: dict[str, int] = {}
+        for names in of_rank.values():  # each process has some work at every step
+            blocks = [factors[name] for name in names]
+            costs = [self.inversion.cost(block) + _cost(block, factors.examples) for block in blocks]
+            placed |= zip(names, shares(costs, interval), strict=True)
         for layer in self.layers:  # a bias with its own block is updated with its weight
             if layer.bias in placed and layer.weight in placed:
                 placed[layer.bias] = placed[layer.weight]

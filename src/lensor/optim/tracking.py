@@ -23,7 +23,7 @@ from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
 from lensor.curvature.registry import reduction_of, root_of
-from lensor.curvature.trials import form_of, needs_trials
+from lensor.curvature.trials import needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
 from lensor.optim.sharding import Sharding, local
@@ -85,7 +85,6 @@ class Tracker:
         self._owned: dict[str, Layer] = {}
         self._changed: dict[int, list[str]] = {}
         self._passes = 0
-        self._axes: _Axes | None = None
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -143,21 +142,22 @@ class Tracker:
     # ---------------------------------------------------------------------------------------------------- forward pass
     def collects(self) -> bool:
         """Whether to collect factors from a forward pass that starts now."""
-        return (
-            self.model.training
-            and torch.is_grad_enabled()
-            and bool(self.due() or not self.layers)
-            and not depth()
-            and not getattr(self._thread, "inside", False)
-            and torch._C._current_graph_task_id() == -1  # a checkpoint reruns the model during the backward pass
-        )
+        if (
+            not self.model.training
+            or not torch.is_grad_enabled()
+            or depth()
+            or getattr(self._thread, "inside", False)
+            or torch._C._current_graph_task_id() != -1  # a checkpoint reruns the model during the backward pass
+        ):
+            return False
+        if self.refresh is not None and all(map(self._is_own, self.layers)):
+            self.refresh()
+        return bool(self.due())
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the model's forward pass while watching its layers."""
         if not all(map(self._is_own, self.layers)):
             return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
-        if self.refresh is not None:
-            self.refresh()
         if self.sharding is not None:
             self.sharding.prepare()
             self._hook()
@@ -198,8 +198,8 @@ class Tracker:
     def _batch_axes(self, inputs: Arguments, batch: int) -> BatchAxes | None:
         """The position of the examples in the layers' inputs.
 
-        For inputs of a new form, it is found by trial passes. It is found again after 1, 2, 4, … and at most 64 further
-        passes, because the order of the examples in a layer may depend on values.
+        Trial passes find it: for inputs of a new form, and with "reduce" in every pass, because the order of the
+        examples in a layer may depend on values.
         """
         targets = self._targets(self.layers)
         remember = self.approx == "expand"  # "expand" treats all rows alike, whichever example they belong to
@@ -207,17 +207,7 @@ class Tracker:
         is_searched = self.batch_axis is None or isinstance(self.batch_axis, Mapping)
         if self.sharding is not None and is_searched:
             return self.sharding.trial(find, needs_trials(self.model, inputs, targets, batch, remember))
-        if remember or not is_searched:
-            return find()
-        form, known = form_of(self.model, inputs, targets, batch), self._axes
-        if known is None or known.form != form:
-            known = self._axes = _Axes(form, find())
-        elif known.left:
-            known.left -= 1
-        else:
-            known.axes, known.wait = find(), min(2 * known.wait, 64)
-            known.left = known.wait
-        return known.axes
+        return find()
 
     def leave(self) -> None:
         """Discard a pass whose outputs never reached the output hook, as after a direct call to `model.forward`."""
@@ -357,7 +347,7 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes", "_axes")
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes")
         own += ("pending", "refresh", "generator")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
@@ -385,23 +375,6 @@ def generator_from(device: torch.device, state: Tensor) -> torch.Generator:
     found = torch.Generator(device)
     found.set_state(state)
     return found
-
-
-@dataclass(eq=False)
-class _Axes:
-    """The position of the examples in the layers' inputs.
-
-    Args:
-        form: the form of the model and its inputs.
-        axes: the position.
-        wait: number of passes from the last search to the next one.
-        left: number of passes until the next search.
-    """
-
-    form: Any
-    axes: BatchAxes | None
-    wait: int = 1
-    left: int = 1
 
 
 @dataclass(eq=False)

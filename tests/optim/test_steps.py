@@ -101,6 +101,24 @@ def test_an_inverse_of_low_rank_is_exact_where_the_rank_suffices(
     close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_an_iteration_finds_directions_that_its_start_lacks() -> None:
+    """Inputs that were zero become the largest ones, and are independent of the others."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 40, dtype=torch.float64, generator=generator)
+    layer, y = nn.Linear(40, 3, bias=False).double(), torch.arange(50) % 3
+    before, after = x.clone(), x.clone()
+    before[:, 20:] = after[:40, :20] = after[40:, 20:] = 0
+    after[:, 20:] *= 10
+    inverse = kfac(layer, CE, (before, y)).inverse(0.1, "low-rank", 8)
+    factors = kfac(layer, CE, (after, y))
+    for _ in range(12):
+        inverse = type(inverse)(dict(factors), 0.1, "low-rank", 8, inverse.bases())
+    (basis,) = inverse.bases().values()
+    largest = torch.linalg.eigh(factors["weight"].A[0]).eigenvectors[:, -8:]
+    overlaps = torch.linalg.svdvals(largest.T @ basis[0, :, -8:])
+    assert float(overlaps.min()) > 0.99
+
+
 def test_an_iteration_that_starts_from_the_last_one_comes_closer() -> None:
     found, block = layer_factors("expand", 60, 200)
     values, vectors = torch.linalg.eigh(block.A[0])
@@ -295,7 +313,7 @@ def test_groups_without_curvature_are_updated_by_adamw() -> None:
         close(a, b[1], msg=name)
     again = copy.deepcopy(model)
     names = [{"params": [*again[0].parameters(), *again[3].parameters()]}]
-    names.append({"params": [*again[1].parameters(), *again[6].parameters()], "use_kfac": False})
+    names.append({"params": [*again[1].parameters(), *again[6].parameters()], "use_kfac": False, "lr": 0.1})
     resumed = KFAC(again, CE, params=names)
     resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
     train(model, ours, range(5, 8))
@@ -306,7 +324,7 @@ def test_groups_without_curvature_are_updated_by_adamw() -> None:
 
 def test_a_gradient_that_is_not_finite_in_a_group_without_curvature_is_named() -> None:
     model = network()
-    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "use_kfac": False}]
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "use_kfac": False, "lr": 0.1}]
     optimizer = KFAC(model, CE, params=groups)
     CE(model(batch(0)[0]), batch(0)[1]).backward()
     assert model[1].weight.grad is not None
@@ -348,7 +366,7 @@ def test_steps_are_scaled_down_in_half_precision_as_in_single_precision() -> Non
 
 def test_an_optimizer_of_groups_without_curvature_is_adamw() -> None:
     model, by_hand = network(), network()
-    ours = KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False, "weight_decay": 0.1}], lr=0.01)
+    ours = KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False, "lr": 0.01, "weight_decay": 0.1}])
     train(model, ours, range(4))
     train(by_hand, torch.optim.AdamW(by_hand.parameters(), lr=0.01, weight_decay=0.1), range(4))
     for a, b in zip(model.parameters(), by_hand.parameters(), strict=True):
@@ -360,7 +378,7 @@ def test_an_optimizer_of_groups_without_curvature_is_adamw() -> None:
 def test_groups_change_between_kfac_and_adamw(first: bool) -> None:
     """From then on, the group is updated as by an optimizer that starts at that moment."""
     model = network()
-    groups = [{"params": model[0].parameters()}, {"params": model[3:].parameters(), "use_kfac": first}]
+    groups = [{"params": model[0].parameters()}, {"params": model[3:].parameters(), "use_kfac": first, "lr": 1e-3}]
     ours = KFAC(model, CE, lr=1e-3, ema=0.0, kl_clip=None, params=groups)
     train(model, ours, range(2))
     ours.param_groups[1]["use_kfac"] = not first
@@ -395,6 +413,42 @@ def test_schedulers_of_momentum_change_it_as_for_sgd(name: str) -> None:
             found[-1].append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
     assert found[0] == found[1]
     assert len(set(found[0])) == 4
+
+
+def test_gradients_of_several_precisions_are_checked_together() -> None:
+    both = nn.ModuleList([nn.Linear(3, 4).half(), nn.Linear(3, 2).double()])
+    groups = [{"params": both[1].parameters()}, {"params": both[0].parameters(), "use_kfac": False, "lr": 0.1}]
+    optimizer = KFAC(both, nn.MSELoss(), params=groups, nonfinite="skip")
+    before = [p.detach().clone() for p in both.parameters()]
+    for value, moves in ((float("nan"), False), (1.0, True)):
+        for p in both.parameters():
+            p.grad = torch.full_like(p, 1.0 if p.dtype == torch.float64 else value)
+        optimizer.step()
+        assert [not torch.equal(p, old) for p, old in zip(both.parameters(), before, strict=True)] == [moves] * 4
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = KFAC(model, CE)
+    CE(model(torch.arange(4)), torch.arange(4) % 2).backward()
+    with pytest.raises(TypeError, match=r"the gradient of '0\.weight' is sparse"):
+        optimizer.step()
+
+
+def test_groups_of_adamw_have_their_own_learning_rate() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="has no lr"):
+        KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False}], lr=0.1)
+
+
+def test_distributed_checkpoints_of_new_optimizers_take_no_step() -> None:
+    model = network()
+    optimizer = KFAC(model, CE, factor_interval=10)
+    get_state_dict(model, optimizer)
+    assert optimizer.steps == 0
+    train(model, optimizer, range(1))
+    assert optimizer.factors is not None
+    assert all(isinstance(key, Tensor) for key in optimizer.state)
 
 
 def test_named_parameters_are_accepted_as_by_torch() -> None:
@@ -436,7 +490,7 @@ def test_states_pass_through_distributed_checkpoints(tmp_path: Path, momentum: f
         model[0].requires_grad_(how != "frozen")
         if how == "AdamW":
             plain = [model[0].bias, *model[3].parameters()]
-            groups = [{"params": [model[0].weight]}, {"params": plain, "use_kfac": False}]
+            groups = [{"params": [model[0].weight]}, {"params": plain, "use_kfac": False, "lr": 1e-3}]
         options: dict[str, Any] = {"method": "low-rank", "rank": 1} if how == "low-rank" else {"bias": "separate"}
         return model, KFAC(model, CE, momentum=momentum, params=groups, inverse_interval=2, **options)
 
@@ -463,6 +517,7 @@ def test_states_pass_through_distributed_checkpoints(tmp_path: Path, momentum: f
     ("group", "message"),
     [
         ({"betas": (1.0, 0.9)}, "betas is"),
+        ({"betas": (0.9,)}, "betas is"),
         ({"eps": -1.0}, "eps is"),
         ({"lr": -1.0}, "lr is"),
     ],
@@ -470,10 +525,10 @@ def test_states_pass_through_distributed_checkpoints(tmp_path: Path, momentum: f
 def test_bad_groups(group: dict[str, Any], message: str) -> None:
     model = network()
     with pytest.raises(ValueError, match=message):
-        KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False, **group}])
+        KFAC(model, CE, params=[{"params": model.parameters(), "use_kfac": False, "lr": 0.1, **group}])
 
 
 def test_layers_of_groups_without_curvature_cannot_be_asked_for() -> None:
     model = network()
     with pytest.raises(ValueError, match="in a group with use_kfac=False"):
-        KFAC(model, CE, layers=["0"], params=[{"params": model.parameters(), "use_kfac": False}])
+        KFAC(model, CE, layers=["0"], params=[{"params": model.parameters(), "use_kfac": False, "lr": 0.1}])

@@ -164,7 +164,10 @@ class Collector:
     @property
     def form(self) -> str:
         """The sums that there are, as text."""
-        factors = {name: one.b is not None for name, one in (self.sums | self.biases).items()}
+        factors = {
+            name: (one.b is not None, one.a is not None or bool(one.roots))
+            for name, one in (self.sums | self.biases).items()
+        }
         return f"{factors} {[(name, tuple(one.shape)) for name, one in self.plain.items()]}"
 
     @property

@@ -257,9 +257,13 @@ def _largest(block: Block, asked: _Request) -> tuple[Tensor, Tensor]:
         over = torch.where(values > least, values, torch.inf).rsqrt()
         return values.clamp_min(0), root.mT @ (left * over[:, None])
     a, q, count = block.A if root is None else _Gram(root), asked.start, min(asked.rank + _MORE, block.d)
+    generator = torch.Generator().manual_seed(0)
     if q is None or q.shape != (block.groups, block.d, count):
-        random = torch.randn(block.d, count, generator=torch.Generator().manual_seed(0))
+        random = torch.randn(block.d, count, generator=generator)
         q = torch.linalg.qr(a @ random.to(block.B)).Q
+    elif count > asked.rank:  # random vectors, because A may have directions that the given subspace lacks
+        random = torch.randn(block.d, count - asked.rank, generator=generator).to(block.B).expand(block.groups, -1, -1)
+        q = torch.linalg.qr(torch.cat([q[..., -asked.rank :], a @ random], 2)).Q
     image = a @ q
     inside, turn = torch.linalg.eigh(q.mT @ image)
     least = torch.finfo(inside.dtype).eps * count * inside.amax(-1, keepdim=True)

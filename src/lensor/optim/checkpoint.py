@@ -23,7 +23,9 @@ WHOLE = "all ranks"
 def mark(optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer a state, so that `torch.distributed.checkpoint` does not take a step to get one."""
     states: Any = optimizer.state
-    if not states:
+    if any(isinstance(key, Tensor) for key in states):
+        states.pop(_KEY, None)
+    else:
         states[_KEY] = {}
 
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
-from lensor.optim.updates import ADAMW, adapt, descend
+from lensor.optim.updates import ADAMW, adapt, descend, each
 
 
 def _of(part: str, name: str, doc: str) -> Any:
@@ -231,12 +231,14 @@ class KFAC(torch.optim.Optimizer):
             ValueError: for an invalid option, or a layer that cannot have factors.
         """
         if not param_group.get("use_kfac", True):
+            if "lr" not in param_group:  # that of KFAC is often 100 times too large
+                raise ValueError("a group with use_kfac=False has no lr, expected the learning rate of AdamW")
             param_group = ADAMW | param_group
         group = ADAMW | self.defaults | {key: value for key, value in param_group.items() if key != "params"}
         for name in ("lr", "momentum", "weight_decay", "eps"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas is {group['betas']}, expected two numbers in [0, 1)")
         if not 0 < group["damping"] < math.inf:
             raise ValueError(f"damping is {group['damping']} in a group of parameters, expected a positive number")
@@ -309,6 +311,7 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             FloatingPointError: if a gradient or factor is not finite and nonfinite="raise"; the message names the
                 parameter.
+            TypeError: if a gradient is sparse.
             torch.linalg.LinAlgError: if a damped factor is not positive definite because the damping is too small.
         """
         found = None
@@ -333,11 +336,12 @@ class KFAC(torch.optim.Optimizer):
         if new is not None:
             old = self.factors
             self.factors = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names)
+        moves = any(group["lr"] for group in self.param_groups)
         if (
             self.factors is None
             and not self._warned
             and any(self.tracker.names[one.weight].grad is not None for one in self.layers)
-            and any(group["lr"] for group in self.param_groups)  # torch.distributed.checkpoint takes a step with lr = 0
+            and moves
         ):
             self._warned = True
             warnings.warn(
@@ -363,7 +367,7 @@ class KFAC(torch.optim.Optimizer):
                 descend(group, directions, clip, self.state)
             else:
                 adapt(group, self.state)
-        self.steps += 1
+        self.steps += moves or new is not None  # torch.distributed.checkpoint takes a step with lr = 0 to get a state
         if self.sharding is not None:
             self.sharding.end_step()
         mark(self)
@@ -422,15 +426,21 @@ class KFAC(torch.optim.Optimizer):
         """The error message for the first gradient or factor that is not finite, or ""; the same on every rank."""
         trained = self.tracker.names | self._plain
         flags = [(name, local(p.grad)) for name, p in trained.items() if p.grad is not None]
+        for name, gradient in flags:
+            if gradient.layout != torch.strided:
+                raise TypeError(f"the gradient of {name!r} is sparse, expected a dense one")
         if new is not None and self.sharding is None:
             flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
         if not flags:
             return ""
         # The 1-norm gives one number per tensor, which is finite if all entries are, unless it overflows.
-        each, tensors = cast(Any, torch), [one for _, one in flags]
-        dtype = torch.float32 if any(one.dtype == torch.float16 for one in tensors) else None
-        good = torch.stack(each._foreach_norm(tensors, 1, dtype=dtype)).isfinite()
-        names = [name for name, _ in flags]
+        flags.sort(key=lambda flag: flag[1].dtype == torch.float16)
+        names, tensors = [name for name, _ in flags], [one for _, one in flags]
+        count = sum(one.dtype != torch.float16 for one in tensors)
+        norms = [*each._foreach_norm(tensors[:count], 1)] if count else []
+        if count < len(tensors):
+            norms += each._foreach_norm(tensors[count:], 1, dtype=torch.float32)
+        good = torch.stack([norm.isfinite() for norm in norms])
         if new is not None and self.sharding is not None:
             names += [f"{name} (a factor)" for name in self.sharding.blocks]
             good = torch.cat([good, self.sharding.finite(new, good)])

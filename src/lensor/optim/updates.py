@@ -19,8 +19,8 @@ States: TypeAlias = MutableMapping[Tensor, Any]
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 """Default options of groups that are updated by AdamW."""
 
-_each: Any = torch
-"""torch, for its functions of lists of tensors, which type checkers do not know."""
+each: Any = torch
+"""torch, for its functions of lists of tensors, which have no types."""
 
 
 def descend(group: Group, directions: Mapping[int, Tensor], clip: Tensor | None, states: States) -> None:
@@ -35,13 +35,13 @@ def descend(group: Group, directions: Mapping[int, Tensor], clip: Tensor | None,
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
         if clip is not None:
-            found = list(_each._foreach_mul(found, clip))
+            found = list(each._foreach_mul(found, clip))
         if group["momentum"]:
             found = _with_momentum(parameters, found, group["momentum"], states)
         if group["weight_decay"]:
-            _each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         found = [one.to(p.dtype) for one, p in zip(found, parameters, strict=True)]
-        _each._foreach_add_(parameters, found, alpha=-group["lr"])
+        each._foreach_add_(parameters, found, alpha=-group["lr"])
 
 
 def _with_momentum(
@@ -52,8 +52,8 @@ def _with_momentum(
     known = [(states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
     if known:
         buffers, added = map(list, zip(*known, strict=True))
-        _each._foreach_mul_(buffers, momentum)
-        _each._foreach_add_(buffers, added)
+        each._foreach_mul_(buffers, momentum)
+        each._foreach_add_(buffers, added)
     for p, one in pairs:
         if "momentum_buffer" not in states[p]:
             states[p]["momentum_buffer"] = one.clone()

@@ -66,11 +66,12 @@ def recommend(
     indices: Sequence[str] = ("i1", "i2"),
     scheme: Scheme = "fixed",
 ) -> dict[str, float]:
-    """The largest keep rates at which a training step meets a memory budget, a time budget, or both.
+    """Keep rates at which a training step meets a memory budget, a time budget, or both.
 
-    Every index gets the same rate. Memory is measured by `saved_bytes` for the converted model, with a scheme whose
-    counts are not random; "bernoulli" keeps the same number of positions as "fixed" on average. Time is measured on
-    this machine, alternately with the exact step. It includes the forward and the backward pass of the sum of the
+    Every index gets the same rate, found by bisection: the largest within the memory budget, and for a time budget one
+    at which the measured time is within it. Memory is measured by `saved_bytes` for the converted model, with a scheme
+    whose counts are not random; "bernoulli" keeps the same number of positions as "fixed" on average. Time is measured
+    on this machine, alternately with the exact step. It includes the forward and the backward pass of the sum of the
     outputs, and excludes the creation of plans.
 
     Args:
@@ -125,7 +126,7 @@ def recommend(
                 f"max_bytes is {max_bytes}, expected at least {least}, the bytes stored at a keep rate of 1/{_STEPS}"
                 f" for {', '.join(indices)}; without sampling, the model stores {most}"
             )
-    if max_time is not None and (max_time < 1 or high < _STEPS):
+    if max_time is not None:
         high = _largest(high, lambda rate: _relative_time(keep(rate), exact, inputs) <= max_time)
         if not high:
             least = _relative_time(keep(1), exact, inputs)
@@ -137,7 +138,7 @@ def recommend(
 
 
 def _largest(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `high` that fits, if all smaller ones fit as well; 0 if none does."""
+    """A number from 1 to `high` that fits, by bisection: the largest, if all smaller ones fit; 0 if none does."""
     if fits(high):
         return high
     if high == 1 or not fits(1):

@@ -427,6 +427,21 @@ def test_gradients_of_several_precisions_are_checked_together() -> None:
         assert [not torch.equal(p, old) for p, old in zip(both.parameters(), before, strict=True)] == [moves] * 4
 
 
+def test_averaged_weights_are_those_of_torch() -> None:
+    model, by_hand = network(), network()
+    optimizer, other = KFAC(model, CE, damping=0.1), KFAC(by_hand, CE, damping=0.1)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    expected: list[Tensor] = []
+    for seed in range(3):
+        train(model, optimizer, range(seed, seed + 1))
+        averaged.update_parameters(model)
+        train(by_hand, other, range(seed, seed + 1))
+        now = [p.detach().clone() for p in by_hand.parameters()]
+        expected = [0.5 * (a + b) for a, b in zip(expected, now, strict=True)] if expected else now
+    for a, b in zip(averaged.parameters(), expected, strict=True):
+        close(a, b)
+
+
 def test_sparse_gradients_are_refused() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
     optimizer = KFAC(model, CE)

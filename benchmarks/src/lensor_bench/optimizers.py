@@ -103,12 +103,15 @@ def _kfac(model: nn.Module, kl_clip: float, options: Mapping[str, Any]) -> Optim
     return Optimizers([KFAC(model, LOSS, **{**_DEFAULT, "kl_clip": kl_clip, **options})])
 
 
+INTERVAL = 10
+"""A multiple of the numbers of steps between all updates of preconditioners."""
+
 _DEFAULT: Mapping[str, Any] = {
     "lr": 0.1,
     "damping": 0.03,
     "weight_decay": 0.2,
-    "factor_interval": 10,
-    "inverse_interval": 10,
+    "factor_interval": INTERVAL,
+    "inverse_interval": INTERVAL,
     "batch_axis": 0,
 }
 """One setting for all tasks. It was chosen on these tasks, with fewer seeds."""

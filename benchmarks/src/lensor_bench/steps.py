@@ -45,18 +45,25 @@ SETUPS: Mapping[str, Setup] = {
 }
 """The measured models."""
 
-_RARELY: Mapping[str, Any] = {"factor_interval": INTERVAL, "inverse_interval": INTERVAL}
+_RARELY: Mapping[str, Any] = {"factor_interval": INTERVAL, "inverse_interval": INTERVAL, "batch_axis": 0}
 _SPREAD: Mapping[str, Any] = {**_RARELY, "method": "low-rank", "stagger": True}
 
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
-    "KFAC, forward-only": {"fisher": "forward-only", "approx": "reduce", "method": "woodbury", "ema": 0.0},
+    "KFAC, forward-only": {
+        "fisher": "forward-only",
+        "approx": "reduce",
+        "method": "woodbury",
+        "ema": 0.0,
+        "batch_axis": 0,
+    },
     "KFAC, reduce": {"approx": "reduce", **_RARELY},
     "KFAC, reduce, low rank": {"approx": "reduce", **_SPREAD},
     "KFAC, expand": _RARELY,
     "KFAC, expand, low rank": _SPREAD,
 }
 """The optimizers; all but the first update factors and inverses of a layer at every tenth step only. With "low rank",
-layers are updated at different steps."""
+layers are updated at different steps. All are given the axis of the examples, which trial passes would otherwise find
+in every pass."""
 
 
 @dataclass(frozen=True)

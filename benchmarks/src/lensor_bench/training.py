@@ -27,15 +27,15 @@ from lensor.inspect.errors import choose, require
 from lensor.inspect.text import write_rows
 from lensor_bench.measure import interleaved
 from lensor_bench.measure import threads as using
-from lensor_bench.optimizers import LOSS, settings
+from lensor_bench.optimizers import INTERVAL, LOSS, settings
 from lensor_bench.tasks import TASKS, Task, cifar_task
 
 __all__ = ["TASKS", "Point", "Task", "reached", "run", "step_seconds", "training_step", "validated", "write"]
 
 _EVERY = 10
 """Number of steps between validations."""
-_BLOCK, _ROUNDS = 10, 7
-"""Number of steps in a timed block (a multiple of all update intervals), and number of blocks."""
+_ROUNDS = 7
+"""Number of timed blocks of steps."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,13 @@ def step_seconds(task: Task, runs: Mapping[str, tuple[nn.Module, Stepper]], batc
     x, y = task.train[0][:batch], task.train[1][:batch]
 
     def block(model: nn.Module, optimizer: Stepper) -> Tensor:
-        return torch.stack([training_step(model, optimizer, x, y) for _ in range(_BLOCK)])
+        return torch.stack([training_step(model, optimizer, x, y) for _ in range(INTERVAL)])
 
     calls = [partial(block, *one) for one in runs.values()]
     for call in calls:
         call()  # create the plans
     times = interleaved(calls, 0.0, _ROUNDS)
-    return {name: found.minimum / _BLOCK for name, found in zip(runs, times, strict=True)}
+    return {name: found.minimum / INTERVAL for name, found in zip(runs, times, strict=True)}
 
 
 def training_step(model: nn.Module, optimizer: Stepper, x: Tensor, y: Tensor) -> Tensor:

@@ -492,7 +492,8 @@ class KFAC(torch.optim.Optimizer):
 
         Save it with `torch.save` or `torch.distributed.checkpoint`. All but momentum and groups is an entry of the
         first trained parameter's state, in bytes. For a sharded model, this is the part of the state that this rank
-        has: save it with `torch.distributed.checkpoint`, and load it on the same number of ranks.
+        has: save it with `torch.distributed.checkpoint`, and load it on the same number of ranks. With `group` and the
+        method "low-rank", save the state of each rank, because each knows the start of its own inversions only.
         """
         inverted, generator = self.inversion.blocks, self.tracker.generator
         own = {

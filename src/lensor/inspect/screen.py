@@ -25,12 +25,13 @@ def print_screen(found: Sequence[Explanation], lines: Sequence[str], shown: Cons
 
     Args:
         found: the explanations of a model.
-        lines: lines about the model and the measurement; two of them are shown, in at most three rows.
+        lines: a line about the model, and lines about the measurement, the first of which is shown.
         shown: the console.
     """
     width = min(shown.width, WIDTH)
     rows: list[Text] = [_clipped(lines[0], width)]
-    rows += [Text(row) for row in wrap(printable(lines[1]), width, max_lines=2, placeholder=" …")]
+    most = 2 if len(totals(found)) <= SHOWN else 1
+    rows += [Text(row) for row in wrap(printable(lines[1]), width, max_lines=most, placeholder=" …")]
     rows += _totals(found, width)
     layers = by_layer(found)
     rows += _layers(layers, width)

@@ -166,17 +166,23 @@ def test_one_screen_has_room_for_every_model(count: int, rest: str, ops: Sequenc
         assert sum("a.very.long" in row for row in rows) == min(count, 5)
 
 
-def test_the_screen_shows_the_layers_that_take_most_time_in_either_way() -> None:
-    layers = made(7)
-    seconds = [(1.0, 1.0), (0.1, 9.0), (8.0, 0.1), (3.0, 3.0), (4.0, 4.0), (5.0, 5.0), (0.5, 0.5)]
+def test_the_screen_shows_the_layers_that_take_most_time_with_torch_or_with_lensor() -> None:
+    layers = [replace(layer, name=f"conv{at}") for at, layer in enumerate(made(7))]
+    seconds = [(1.0, 1.0), (0.1, 9.0), (8.0, 0.2), (3.0, 3.0), (4.0, 4.0), (5.0, 5.0), (0.5, 2.8)]  # 25 s in all
     timings = {("forward", layer.spec): Timing(*both) for layer, both in zip(layers, seconds, strict=True)}
     rows = screen(list(explained(layers, ["forward"], timings=timings)), 100)
-    shown = [re.findall(r"\d+→8 |(\S+)%", row) for row in rows if "a.very.long" in row]
-    names = [int(found[1]) for row in rows if (found := re.search(r"block(\d+)", row))]
-    assert not names or names == [2, 3, 6, 5, 4]
-    sums = 2 * sum(lensor for _, lensor in seconds)
-    assert len(shown) == 5
-    assert [float(share) for (share,) in shown] == [round(100 * 2 * x / sums) for x in (9.0, 0.1, 5.0, 4.0, 3.0)]
+    shown = [found.groups() for row in rows if (found := re.match(r"(conv\d) ×2, .* (\d+%)", row))]
+    assert shown == [("conv1", "36%"), ("conv2", "1%"), ("conv5", "20%"), ("conv4", "16%"), ("conv3", "12%")]
+
+
+def test_a_layer_without_a_time_comes_first_and_says_why() -> None:
+    layers = made(7)
+    timings = {("forward", layer.spec): Timing(2.0, 1.0) for layer in layers}
+    timings["forward", layers[-1].spec] = Timing(2.0, None, "lensor failed: MemoryError: too large")
+    rows = screen(list(explained(layers, ["forward"], timings=timings)), 80)
+    assert "forward (2 without a time)" in "".join(rows)
+    at = next(place for place, row in enumerate(rows) if row.startswith("most time"))
+    assert rows[at + 2] == "  forward: lensor failed: MemoryError: too large"
 
 
 # ------------------------------------------------------------------------------------------------------------- advice

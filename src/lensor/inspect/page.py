@@ -43,6 +43,7 @@ def page(explanations: Sequence[Explanation], model: str, lead: str, settings: S
         lead=lead,
         settings=settings,
         timed=timed,
+        missing=timed and any(one.missing for one in sums),
         totals=[*totals(explanations), total("all operations", explanations)],
         headings=HEADINGS[_SHARED:],
         layers=[_layer(those, one, timed, scales, drawn) for those, one in zip(layers, sums, strict=True)],

@@ -175,6 +175,11 @@ def test_the_screen_shows_the_layers_that_take_most_time_with_torch_or_with_lens
     assert shown == [("conv1", "36%"), ("conv2", "1%"), ("conv5", "20%"), ("conv4", "16%"), ("conv3", "12%")]
 
 
+def test_a_narrow_terminal_wraps_the_screen() -> None:
+    found = list(explained(made(1), ["forward"]))
+    assert screen(found, 30) == screen(found, 80)
+
+
 def test_a_layer_without_a_time_comes_first_and_says_why() -> None:
     layers = made(7)
     timings = {("forward", layer.spec): Timing(2.0, 1.0) for layer in layers}

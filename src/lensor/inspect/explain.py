@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class Explanation:
     network: AnyNetwork
     rest: AnyNetwork
     plan: Plan
-    operands: Mapping[str, torch.Tensor]
+    operands: Mapping[str, Any]
     timing: Timing | None = None
 
     @property

@@ -13,8 +13,8 @@ from lensor.inspect.layers import name_of
 from lensor.inspect.table import STYLES, times
 from lensor.inspect.text import digits, millions, pace, printable
 
-WIDTH = 100
-"""The maximum width of the screen, in columns."""
+WIDTHS = 80, 100
+"""The minimum and maximum width of the screen, in columns; narrower terminals wrap it."""
 
 SHOWN = 5
 """The number of layers on the screen."""
@@ -28,7 +28,7 @@ def print_screen(found: Sequence[Explanation], lines: Sequence[str], shown: Cons
         lines: a line about the model, and lines about the measurement, the first of which is shown.
         shown: the console.
     """
-    width = min(shown.width, WIDTH)
+    width = min(max(shown.width, WIDTHS[0]), WIDTHS[1])
     rows: list[Text] = [_clipped(lines[0], width)]
     most = 2 if len(totals(found)) <= SHOWN else 1
     rows += [Text(row) for row in wrap(printable(lines[1]), width, max_lines=most, placeholder=" …")]
@@ -36,7 +36,7 @@ def print_screen(found: Sequence[Explanation], lines: Sequence[str], shown: Cons
     layers = by_layer(found)
     rows += _layers(layers, width)
     for row in rows:
-        shown.print(row, no_wrap=True, overflow="crop", highlight=False)
+        shown.print(row, soft_wrap=True, highlight=False)
 
 
 def _totals(found: Sequence[Explanation], width: int) -> list[Text]:

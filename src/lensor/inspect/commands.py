@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from lensor.inspect.catalogue import NETS, layers_of, merged
 from lensor.inspect.errors import CommandError, choose, require
@@ -19,10 +17,6 @@ from lensor.inspect.layers import COLUMNS, KINDS, Layer, census, format_sizes, l
 from lensor.inspect.operations import DEVICES, DTYPES, OPERATIONS, PAPER_OPERATIONS, Measuring
 from lensor.inspect.options import Batch, Columns, Debug, Device, Dtype, Kinds, Repeats, Seconds, Threads
 from lensor.inspect.terminal import console, names_of, reported
-from lensor.inspect.text import digits, printable
-
-if TYPE_CHECKING:
-    from lensor.inspect.explain import Explanation, Total
 
 MODEL = (
     "A net of the catalogue, an import path pkg.mod:factory (imported and called), or a file saved by torch.export"
@@ -68,12 +62,14 @@ def explain(
         bool | None,
         typer.Option("--times/--no-times", help="Whether to measure; by default if lensor-bench is installed."),
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Print every operation of every convolution.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show the network, simplified network, plan and time of each convolution of a model."""
+    """Show what Lensor makes of the convolutions of a model, its costs beside torch's, and what to do about them."""
     options = Measuring(batch, columns, dtype, threads, device, repeats, seconds)
     with reported(debug, interrupted="interrupted: nothing was written"):
-        _explain(model, _shapes(input_shape), names_of(ops) or PAPER_OPERATIONS, names_of(kinds), options, html, times)
+        names = names_of(ops) or PAPER_OPERATIONS
+        _explain(model, _shapes(input_shape), names, names_of(kinds), options, html, times, every)
 
 
 def rules(
@@ -98,10 +94,13 @@ def _explain(
     options: Measuring,
     html: Path | None,
     times: bool | None,
+    every: bool,
 ) -> None:
     """Measure the convolutions of a model unless `times` is False, print the results, and optionally write the page."""
     require("torch", *(["jinja2", "networkx"] if html is not None else []))
     from lensor.inspect.explain import explained, totals
+    from lensor.inspect.screen import print_screen
+    from lensor.inspect.table import print_tables
 
     ops, wanted = choose("operation", ops, OPERATIONS), choose("kind", kinds, KINDS)
     choose("dtype", [options.dtype], DTYPES)
@@ -124,42 +123,18 @@ def _explain(
         timings, lines = timings_of(layers, ops, options, shown)
     found = list(explained(layers, ops, options.batch, options.columns, options.dtype, timings))
     lead = f"input {_shown(shapes)}, {len(layers)} distinct convolutions, {sum(one.count for one in layers)} in all"
-    _print_explanations(found, totals(found), shown)
-    for line in (lead, *lines):
-        shown.print(line, soft_wrap=True, highlight=False)
+    if every:
+        print_tables(found, totals(found), shown)
+        for line in (lead, *lines):
+            shown.print(line, soft_wrap=True, highlight=False)
+    else:
+        print_screen(found, (f"{layers[0].model}: {lead}", *lines), shown)
     if html is not None:
         from lensor.inspect.page import page
 
         with writing(html):
             html.write_text(page(found, layers[0].model, lead, lines), encoding="utf-8")
         shown.print(f"wrote {html}", soft_wrap=True, highlight=False)
-
-
-def _print_explanations(found: Sequence[Explanation], sums: Sequence[Total], shown: Console) -> None:
-    """Print a table with one row per operation of each convolution, and one table for the whole model."""
-    from lensor.inspect.page import HEADINGS as COLUMNS_OF_PAGE
-    from lensor.inspect.page import cells, millions, milliseconds, pace
-
-    styles = {"slow": "yellow", "fast": "green", "": ""}
-    columns = (Column(name, justify="right" if number else "left", overflow="fold") for name, number in COLUMNS_OF_PAGE)
-    table = Table(*columns)
-    for one, following in zip(found, [*found[1:], None], strict=True):
-        row = cells(one)
-        end = following is None or following.layer != one.layer
-        table.add_row(*(Text(printable(cell.text), style=styles[cell.style]) for cell in row), end_section=end)
-    shown.print(table)
-    headings = ("the whole model", "Mflop", "standard, ms", "Lensor, ms", "ratio", "without a time")
-    table = Table(headings[0], *(Column(name, justify="right") for name in headings[1:]))
-    for total in sums:
-        times, style = ["–"] * 3, ""
-        if total.seconds is not None and total.ratio is not None:
-            times = [*map(milliseconds, total.seconds), digits(total.ratio)]
-            style = styles[pace(total.ratio)]
-        missing = str(total.missing) if total.missing else ""
-        table.add_row(total.operation, millions(total.flops), *times[:2], Text(times[2], style=style), missing)
-    shown.print(table)
-    for trouble in dict.fromkeys(one.trouble for one in found if one.trouble):
-        shown.print(trouble, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _shapes(given: list[str] | None) -> Shapes:

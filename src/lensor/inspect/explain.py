@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lensor.evaluate import bind_shapes
 from lensor.inspect.layers import Layer
 from lensor.inspect.operations import OPERATIONS, PAPER_OPERATIONS
-from lensor.network import AnyNetwork
+from lensor.network import AnyNetwork, Pattern
 from lensor.plan import Plan
+from lensor.planner.settings import planning
 from lensor.spec import ConvSpec
 
 
@@ -44,6 +46,7 @@ class Explanation:
         network: the network that defines the operation.
         rest: the simplified network.
         plan: the chosen plan.
+        operands: arrays without data that have the operands' shapes and dtype.
         timing: the times, if they were measured.
     """
 
@@ -52,6 +55,7 @@ class Explanation:
     network: AnyNetwork
     rest: AnyNetwork
     plan: Plan
+    operands: Mapping[str, Any]
     timing: Timing | None = None
 
     @property
@@ -65,9 +69,22 @@ class Explanation:
         return str(self.rest)
 
     @property
+    def patterns(self) -> tuple[int, int]:
+        """The numbers of index patterns in the network and in the simplified network."""
+        return _patterns(self.network), _patterns(self.rest)
+
+    @property
     def peak_bytes(self) -> int:
         """Peak memory of the plan in bytes, including its result but not its operands."""
         return self.plan.peak_size * self.plan.itemsize
+
+    def within(self, max_bytes: int) -> Plan | None:
+        """The plan that Lensor chooses under a memory limit; None if no plan meets it."""
+        try:
+            with planning(max_bytes=max_bytes):
+                return self.network.plan(**self.operands)
+        except ValueError:
+            return None
 
     @property
     def seconds(self) -> tuple[float, float] | None:
@@ -87,19 +104,25 @@ class Explanation:
         return "" if self.timing is None else self.timing.trouble
 
 
+def _patterns(net: AnyNetwork) -> int:
+    return sum(isinstance(node, Pattern) for term in net.terms for node in term.nodes)
+
+
 @dataclass(frozen=True)
 class Total:
-    """One operation for the whole model: sums over all convolutions, each weighted by its count.
+    """Sums over explanations, each weighted by the count of its convolution.
 
     Args:
-        operation: name of the operation.
+        name: name of the operation or of the layer.
         flops: total flops of all plans.
+        peak_bytes: the largest peak memory of a plan.
         seconds: total times of the standard implementation and Lensor, if measured.
-        missing: number of convolutions without a time, which `seconds` excludes.
+        missing: number of results without a time, which `seconds` excludes.
     """
 
-    operation: str
+    name: str
     flops: int
+    peak_bytes: int
     seconds: tuple[float, float] | None
     missing: int
 
@@ -146,7 +169,17 @@ def explained(
             }
             rest = bind_shapes(net, shapes).simplify()
             timing = None if timings is None else timings.get((name, layer.spec))
-            yield Explanation(layer, name, net, rest, net.plan(**like), timing)
+            yield Explanation(layer, name, net, rest, net.plan(**like), like, timing)
+
+
+def total(name: str, explanations: Iterable[Explanation]) -> Total:
+    """The total over explanations."""
+    those = list(explanations)
+    timed = [(one.layer.count, one.seconds) for one in those if one.seconds is not None]
+    sums = tuple(sum(count * seconds[way] for count, seconds in timed) for way in (0, 1))
+    flops = sum(one.layer.count * one.plan.flops for one in those)
+    missing = sum(one.layer.count for one in those if one.seconds is None)
+    return Total(name, flops, max(one.peak_bytes for one in those), (sums[0], sums[1]) if timed else None, missing)
 
 
 def totals(explanations: Iterable[Explanation]) -> list[Total]:
@@ -154,11 +187,12 @@ def totals(explanations: Iterable[Explanation]) -> list[Total]:
     found: dict[str, list[Explanation]] = {}
     for one in explanations:
         found.setdefault(one.operation, []).append(one)
-    result = []
-    for operation, those in found.items():
-        timed = [(one.layer.count, one.seconds) for one in those if one.seconds is not None]
-        sums = tuple(sum(count * seconds[way] for count, seconds in timed) for way in (0, 1))
-        flops = sum(one.layer.count * one.plan.flops for one in those)
-        missing = sum(one.layer.count for one in those if one.seconds is None)
-        result.append(Total(operation, flops, (sums[0], sums[1]) if timed else None, missing))
-    return result
+    return [total(operation, those) for operation, those in found.items()]
+
+
+def by_layer(explanations: Iterable[Explanation]) -> list[list[Explanation]]:
+    """The explanations of each convolution, in the model's order."""
+    found: dict[Layer, list[Explanation]] = {}
+    for one in explanations:
+        found.setdefault(one.layer, []).append(one)
+    return list(found.values())

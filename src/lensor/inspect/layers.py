@@ -45,6 +45,18 @@ class Layer:
         return f"{self.spec.kind}, depthwise" if is_depthwise(self.spec) else self.spec.kind
 
 
+def name_of(layer: Layer) -> tuple[str, str]:
+    """The name of the module, and a short text for the convolution.
+
+    Example:
+        >>> import lensor
+        >>> from lensor.inspect.layers import Layer, name_of
+        >>> name_of(Layer("net", "", lensor.ConvSpec(4, 8, (9,), 3, transposed=True), 1))
+        ('(the model)', '4→8 3 @9 transposed')
+    """
+    return layer.name or "(the model)", label(layer.spec) + (" transposed" if layer.spec.transposed else "")
+
+
 def is_depthwise(spec: ConvSpec) -> bool:
     """Whether the convolution has one input channel per group."""
     return spec.groups == spec.in_channels > 1

@@ -19,6 +19,10 @@ _FORMULA = re.compile("'*[=+\\-@＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
+EVEN = 1.05
+"""Ratios above this are marked as slower, ratios below its inverse as faster."""
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Escape, in Python's notation, the characters that would control a terminal.
 
@@ -77,3 +81,36 @@ def digits(value: float) -> str:
         ('0.012', '0.50', '12.3')
     """
     return f"{value:.2g}" if value < 0.1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Format a time in milliseconds with three digits.
+
+    Example:
+        >>> from lensor.inspect.text import milliseconds
+        >>> milliseconds(0.001234), milliseconds(0.25)
+        ('1.23', '250')
+    """
+    return _three(seconds * 1e3)
+
+
+def millions(count: float) -> str:
+    """Format a count in millions with three digits.
+
+    Example:
+        >>> from lensor.inspect.text import millions
+        >>> millions(6_099_456), millions(123)
+        ('6.10', '0.000123')
+    """
+    return _three(count / 1e6)
+
+
+def pace(ratio: float) -> str:
+    """The style of a ratio: "slow", "fast" or empty."""
+    return "slow" if ratio > EVEN else "fast" if ratio < 1 / EVEN else ""
+
+
+def _three(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 10 else f"{value:#.3g}"

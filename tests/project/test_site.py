@@ -65,6 +65,13 @@ def test_every_link_leads_somewhere(site: Path) -> None:
     assert count > 500
 
 
+def test_the_first_page_links_to_all_pages(site: Path) -> None:
+    text = (site / "index.html").read_text(encoding="utf-8")
+    body = text[text.index("<article") : text.index("</article>")]
+    pages = {page.name for page in site.glob("*.html")} - {"index.html", "genindex.html", "search.html", "py-modindex.html"}
+    assert pages <= set(re.findall(r'href="([\w-]+\.html)"', body))
+
+
 MODULE = ("forward", "extra_repr")
 """What all modules of torch have."""
 

@@ -1,8 +1,13 @@
 """The documentation site: Sphinx over the Markdown pages of this folder and the docstrings of the package."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for notebooks.py
+
 project = "Lensor"
 copyright = "the Lensor authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "notebooks"]
 html_theme = "furo"
 html_title = "Lensor"
 html_favicon = "favicon.svg"

@@ -68,8 +68,23 @@ def test_every_link_leads_somewhere(site: Path) -> None:
 def test_the_first_page_links_to_all_pages(site: Path) -> None:
     text = (site / "index.html").read_text(encoding="utf-8")
     body = text[text.index("<article") : text.index("</article>")]
-    pages = {page.name for page in site.glob("*.html")} - {"index.html", "genindex.html", "search.html", "py-modindex.html"}
-    assert pages <= set(re.findall(r'href="([\w-]+\.html)"', body))
+    generated = {"index.html", "genindex.html", "search.html", "py-modindex.html"}
+    assert {page.name for page in site.glob("*.html")} - generated <= set(re.findall(r'href="([\w-]+\.html)"', body))
+
+
+def test_tutorials_are_notebooks(site: Path) -> None:
+    notebooks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in site.glob("notebooks/*.ipynb")}
+    assert set(notebooks) == {path.stem for kind in ("tutorial", "howto") for path in site.glob(f"{kind}-*.html")}
+    for name, notebook in notebooks.items():
+        assert f'href="notebooks/{name}.ipynb"' in (site / f"{name}.html").read_text(encoding="utf-8")
+        text = "".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+        assert text.startswith("# ")
+        assert not re.search(r"\]\((?!https?:|attachment:)", text)  # no link to a file that was not downloaded
+    space: dict[str, Any] = {}
+    for cell in notebooks["tutorial-network"]["cells"]:
+        if cell["cell_type"] == "code":
+            exec(cell["source"], space)  # the examples of all pages are tested with the pages
+    assert "lensor" in space
 
 
 MODULE = ("forward", "extra_repr")

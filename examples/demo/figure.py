@@ -40,7 +40,7 @@ def draw(found: Study, path: Path, columns: int = 8) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    figure: Any = Figure(figsize=(12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.7], wspace=0.03)
     upper, lower = right.subfigures(2, 1, height_ratios=[1, len(found.queries) + 0.4])

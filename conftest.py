@@ -14,7 +14,12 @@ from sybil.sybil import SybilCollection
 
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 
-TOGETHER = ("benchmarks/tests/test_conformance.py", "tests/examples/test_demo.py", "tests/project/test_site.py")
+TOGETHER = (
+    "benchmarks/tests/test_conformance.py",
+    "tests/examples/test_demo.py",
+    "tests/project/test_packaging.py",
+    "tests/project/test_site.py",
+)
 """Files whose tests run in one worker, because they share a result that takes long to compute."""
 
 pytest_plugins = ["tests.support.session", "tests.support.skips"]

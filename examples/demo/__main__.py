@@ -16,14 +16,14 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Number of photographs.")] = 8,
     size: Annotated[int, typer.Option(min=32, help="Height and width of the photographs in pixels.")] = 128,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; use 1 if other programs use the CPUs.")] = 2,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the repeats of one comparison.")] = 0.2,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the repeats of one comparison.")] = 0.1,
     model: Annotated[
         list[str] | None,
         typer.Option(help="resnet18, convnext, inception, mobilenet or tiny; repeat for several."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small images, a small CNN, few repeats.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few digits, small photographs and CNN, few repeats.")] = False,
 ) -> None:
-    """Compute Kronecker factors of the convolutions of real CNNs on photographs, by Lensor and by unfolding."""
+    """Curvature of a CNN on handwritten digits, and Kronecker factors of real CNNs compared with unfolding."""
     if quick:
         settings = Settings.quick(out, threads)
     else:

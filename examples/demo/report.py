@@ -227,7 +227,7 @@ def _plot(comparisons: Sequence[Comparison], settings: Settings, path: Path) -> 
         axis.axvline(1, color="black", linewidth=1)
         axis.set_xscale("log")
         every = [getattr(one, name) for one in comparisons]
-        axis.set_xlim(min(0.5, min(every) * 0.6), max(2.0, max(every) * 1.6))
+        axis.set_xlim(min(0.5, min(every) * 0.5), max(2.0, max(every) * 1.6))
         axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())

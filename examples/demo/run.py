@@ -1,7 +1,9 @@
-"""The demo, from photographs to reports."""
+"""The demo, from images to reports."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
     from examples.demo.measure import Comparison
 
-DEFAULT_MODELS = ("resnet18", "convnext", "inception")
+DEFAULT_MODELS = ("resnet18", "convnext")
 
 
 class DemoError(Exception):
@@ -30,6 +32,7 @@ class Settings:
         models: names of the CNNs.
         seconds: time budget for the repeats of one comparison.
         least: minimum number of repeats.
+        digits: number of training images for the CNN on digits.
     """
 
     out: Path = Path("demo-output")
@@ -37,27 +40,32 @@ class Settings:
     size: int = 128
     threads: int = 2
     models: tuple[str, ...] = DEFAULT_MODELS
-    seconds: float = 0.2
+    seconds: float = 0.1
     least: int = 5
+    digits: int = 1000
 
     @classmethod
     def quick(cls, out: Path, threads: int = 2) -> Settings:
-        """Settings for small photographs, a small CNN and few repeats."""
-        return cls(out, batch=4, size=32, threads=threads, models=("tiny",), seconds=0.02, least=3)
+        """Settings for few digits, small photographs, a small CNN and few repeats."""
+        return cls(out, batch=4, size=32, threads=threads, models=("tiny",), seconds=0.02, least=3, digits=200)
 
 
 def run(settings: Settings, console: Console) -> list[Comparison]:
-    """Run the demo, print its table and write its reports.
+    """Run the demo, print its results and write its reports.
 
     Raises:
         DemoError: if a package is missing, the folder cannot be written, or a setting is invalid.
     """
     _check(settings)
-    _require("torch", "rich", "matplotlib", "skimage", *(["transformers"] if set(settings.models) != {"tiny"} else []))
+    _require("torch", "rich", "matplotlib", "skimage", "sklearn")
+    if set(settings.models) != {"tiny"}:
+        _require("transformers")
     import torch
     from lensor_bench.measure import threads
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from examples.demo.digits import study
+    from examples.demo.figure import draw, sentences
     from examples.demo.measure import compare
     from examples.demo.models import MODELS, build
     from examples.demo.pictures import photographs
@@ -68,6 +76,15 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
         if name not in MODELS:
             raise DemoError(f"model is {name!r}, expected one of {', '.join(MODELS)}")
     _make_folder(settings.out)
+    console.rule("1. Handwritten digits: curvature, uncertainty, influence")
+    with threads(1):  # more threads do not help with small images
+        found = study(settings.digits)
+    for line in sentences(found):
+        console.print(line, highlight=False)
+    figure = settings.out / "digits.png"
+    draw(found, figure)
+    _wrote(figure, console)
+    console.rule("2. Photographs: Kronecker factors with Lensor and by unfolding")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with threads(settings.threads), Progress(*columns, console=console) as progress:
         task = progress.add_task("photographs through CNNs", total=None)
@@ -82,12 +99,30 @@ def run(settings: Settings, console: Console) -> list[Comparison]:
                 progress.advance(task)
     show(comparisons, settings, console)
     for path in write(comparisons, settings):
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+        _wrote(path, console)
+    console.rule("Next")
+    for command, purpose in _next():
+        console.print(f"{command}\n    {purpose}", soft_wrap=True, highlight=False, markup=False)
     return comparisons
 
 
+def _wrote(path: Path, console: Console) -> None:
+    console.print(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _next() -> Iterable[tuple[str, str]]:
+    """Commands to type next, with their purpose."""
+    folder = Path(sys.executable).parent
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    yield f"{folder}/python -m examples.influence", "find training images with wrong labels"
+    explain = f"{folder}/lensor explain examples.demo.models:tiny --input-shape 3x32x32"
+    yield explain, "networks, plans and times of a model's convolutions; my.module:factory explains yours"
+    yield "less docs/curvature.md", "compute curvature of your own model"
+
+
 def _check(settings: Settings) -> None:
-    for name in ("batch", "size", "threads", "least"):
+    for name in ("batch", "size", "threads", "least", "digits"):
         if getattr(settings, name) < 1:
             raise DemoError(f"{name} is {getattr(settings, name)}, expected at least 1")
     if settings.size < 32:

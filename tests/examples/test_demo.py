@@ -1,4 +1,4 @@
-"""The demo in its quick setting: its files, its errors, and its factors against a computation of their own."""
+"""The demo in its quick setting: its files and errors, and its factors and uncertainties against other computations."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import lensor
 from examples.demo import DemoError, Settings, run
 from examples.demo.__main__ import app
+from examples.demo.digits import Study, careful, digits, harmful, study
+from examples.demo.figure import sentences
 from examples.demo.layers import network
 from examples.demo.measure import Comparison, lensor_factor, standard_factor
 from examples.demo.models import MODELS, build
@@ -55,6 +57,52 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Compar
     return out, comparisons, text.getvalue()
 
 
+@pytest.fixture(scope="module")
+def found() -> Study:
+    return study(200)
+
+
+def test_study_ranks_mistakes_and_their_causes(found: Study) -> None:
+    assert (found.careful.argmax(1) == found.test[1]).float().mean() > 0.75
+    certainty = found.careful.max(1).values[found.mistakes]
+    torch.testing.assert_close(found.careful.max(1).values[found.queries], certainty.topk(4).values)
+    # Where training images increase the loss most, they have the label of the answer more often than by chance.
+    answers = found.careful[found.queries].argmax(1)
+    labels = found.train[1][found.harm.topk(7).indices]
+    assert (labels == answers[:, None]).float().mean() > 0.3
+    lines = list(sentences(found))
+    assert lines[1].startswith(f"It misreads {int(found.mistakes.sum())} of 597 test digits")
+
+
+def test_uncertainty_and_influence_by_dense_matrices() -> None:
+    data, _, (images, labels) = digits(20)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, stride=3), torch.nn.ReLU(), torch.nn.Flatten())
+    model = model.append(torch.nn.Linear(8, 10)).double()
+    train, queries = (data[0].double(), data[1]), (images[:3].double(), labels[:3])
+    loss = torch.nn.CrossEntropyLoss(reduction="sum")
+    factors = lensor.curvature.kfac(model, loss, train)
+    dense = factors @ torch.eye(factors.size, dtype=torch.float64)
+    inverse = torch.linalg.inv(dense + 0.5 * torch.eye(factors.size, dtype=torch.float64))
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        parts = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+        return torch.cat([one.flatten() for one in parts])
+
+    outputs = model(queries[0])
+    rows = torch.stack([torch.stack([gradient(one) for one in row]) for row in outputs])
+    variances = ((rows @ inverse) * rows).sum(-1)
+    expected = (outputs / (1 + torch.pi * variances / 8).sqrt()).softmax(1)
+    torch.testing.assert_close(careful(model, queries[0], factors.inverse(0.5)), expected.detach())
+
+    g, z = (
+        torch.stack([gradient(loss(model(x[None]), y[None])) for x, y in zip(*data, strict=True)])
+        for data in (queries, train)
+    )
+    expected = -(g @ inverse @ z.mT) / ((z @ inverse) * z).sum(1).sqrt()
+    torch.testing.assert_close(harmful(model, queries, train, factors.inverse(0.5)), expected)
+
+
 def test_report_files_hold_every_comparison(outcome: tuple[Path, list[Comparison], str]) -> None:
     out, comparisons, text = outcome
     with (out / "ratios.csv").open(encoding="utf-8") as file:
@@ -63,7 +111,10 @@ def test_report_files_hold_every_comparison(outcome: tuple[Path, list[Comparison
     assert {row["factor"] for row in rows} == {"expand", "reduce"}
     assert all(float(row["largest_relative_error"]) < 1e-5 for row in rows)
     assert all(float(row["time_ratio_median"]) > 0 and float(row["memory_ratio"]) > 0 for row in rows)
-    assert (out / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.iterdir()} == {"digits.png", "report.md", "ratios.csv", "ratios.png"}
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("digits.png", "ratios.png"))
+    assert "misreads" in text
+    assert "-m examples.influence" in text.splitlines()[-6]
     report = (out / "report.md").read_text(encoding="utf-8")
     for found in comparisons:
         assert found.layer.label in report
@@ -177,11 +228,15 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         run(Settings.quick(tmp_path), Console(file=io.StringIO()))
 
 
-def test_command_writes_reports(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["--quick", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "ratios.csv", "ratios.png"}
-    assert "tiny 8→16 2×2 s2" in result.stdout
+def test_command_passes_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Settings] = []
+    monkeypatch.setattr("examples.demo.__main__.run", lambda settings, _: asked.append(settings))
+    options = ["--out", str(tmp_path), "--batch", "2", "--model", "convnext", "--seconds", "0.5"]
+    for arguments in (["--quick", "--out", str(tmp_path)], [], options):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    expected = Settings(tmp_path, batch=2, models=("convnext",), seconds=0.5)
+    assert asked == [Settings.quick(tmp_path), Settings(), expected]
 
 
 def test_command_s_errors_are_one_line(tmp_path: Path) -> None:

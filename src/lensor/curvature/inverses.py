@@ -162,20 +162,23 @@ class _Eigen:
 
 @dataclass(frozen=True, eq=False)
 class _Cholesky:
-    """The damped inverses of B and of A."""
+    """The damped inverses of B and of A; `b` is one number per group if B is a multiple of the identity."""
 
     a: Tensor
     b: Tensor
+    plain: bool
 
     @classmethod
     def of(cls, name: str, block: Block, asked: _Request) -> Self | _Woodbury:
         on_a, on_b = _factored(block, asked.damping)
+        c = _multiple_of_identity(block.B)
+        b = _damped_inverse(f"B of {name}", block.B, on_b) if c is None else 1 / (c + on_b)
         if block.root is not None and 2 * block.root.shape[1] < block.d:  # products with the root take less time
-            return _Woodbury.through(name, block.root, on_a, _damped_inverse(f"B of {name}", block.B, on_b), False)
-        return cls(_damped_inverse(f"A of {name}", block.A, on_a), _damped_inverse(f"B of {name}", block.B, on_b))
+            return _Woodbury.through(name, block.root, on_a, b, c is not None)
+        return cls(_damped_inverse(f"A of {name}", block.A, on_a), b, c is not None)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.b @ rows @ self.a
+        return (rows * self.b if self.plain else self.b @ rows) @ self.a
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +196,9 @@ class _Woodbury:
         root, damping = block.root, asked.damping
         if root is None:
             raise ValueError(f"{name} has no root, expected approx='reduce' and fewer examples than rows of A")
-        c = block.B[:, :1, :1]
-        eye = torch.eye(block.B.shape[1], dtype=c.dtype, device=c.device)
-        plain = bool((c * eye == block.B).all()) and bool((c > 0).all())
-        if plain:
+        c = _multiple_of_identity(block.B)
+        plain = c is not None
+        if c is not None:
             on_a, b = damping / c, 1 / c
         else:
             on_a, on_b = _factored(block, damping)
@@ -298,6 +300,13 @@ def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
     ratio = (mean_a / mean_b).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))[:, None, None]
     return ratio * damping**0.5, damping**0.5 / ratio
+
+
+def _multiple_of_identity(matrix: Tensor) -> Tensor | None:
+    """The positive numbers c [groups, 1, 1] whose products with the identity are the matrices; None if they are not."""
+    c = matrix[:, :1, :1]
+    eye = torch.eye(matrix.shape[1], dtype=c.dtype, device=c.device)
+    return c if bool((c * eye == matrix).all() & (c > 0).all()) else None
 
 
 def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:

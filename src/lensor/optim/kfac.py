@@ -440,7 +440,7 @@ class KFAC(torch.optim.Optimizer):
         norms = [*each._foreach_norm(tensors[:count], 1)] if count else []
         if count < len(tensors):
             norms += each._foreach_norm(tensors[count:], 1, dtype=torch.float32)
-        good = torch.stack([norm.isfinite() for norm in norms])
+        good = torch.stack(norms).isfinite()
         if new is not None and self.sharding is not None:
             names += [f"{name} (a factor)" for name in self.sharding.blocks]
             good = torch.cat([good, self.sharding.finite(new, good)])
@@ -473,7 +473,7 @@ class KFAC(torch.optim.Optimizer):
         if self.kl_clip is None:
             return None
         parts = [
-            group["lr"] ** 2 * (_wide(local(directions.get(id(p), p.grad))) * _wide(local(p.grad))).sum()
+            group["lr"] ** 2 * _inner_product(local(directions.get(id(p), p.grad)), local(p.grad))
             for group in self.param_groups
             for p in group["params"]
             if group["use_kfac"] and p.grad is not None
@@ -596,9 +596,10 @@ def _cost(block: Block, examples: int) -> float:
     return float(block.groups * examples * max(block.positions, 1) * rows)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in at least single precision, in which products of gradients do not overflow."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product in at least single precision, in which products of gradients do not overflow."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype))
 
 
 def _needs_targets(loss: Any) -> bool:

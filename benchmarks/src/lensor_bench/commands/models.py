@@ -84,7 +84,7 @@ def training(
 def sampling(
     out: Annotated[Path, typer.Argument(help="Folder for CSV files and training.png.")],
     steps: Annotated[int, typer.Option(min=20, help="Steps of a training run.")] = 300,
-    seeds: Annotated[int, typer.Option(min=1, help="Training runs for each keep rate.")] = 3,
+    seeds: Annotated[int, typer.Option(min=0, help="Training runs for each keep rate; 0 for no training.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of steps and of training.")] = 128,
     threads: Threads = 2,
     repeats: Repeats = 5,
@@ -218,9 +218,10 @@ def _sampling(out: Path, steps: int, seeds: int, batch: int, seconds: float, rep
         cells = [(row.layer, row.indices, f"{row.keep:g}", digits(row.ratio)) for row in found]
         _print(shown, "Weight gradients, batch 8", ("layer", "indices", "keep", "time, × exact"), cells)
         paths.append(sampling.write_csv(found, out / sampling.GRADIENTS))
-        trained = list(sampling.train((), steps, seeds, batch, threads))
-        _print(shown, "Training", sampling.SUMMARY, sampling.summary(trained))
-        paths += [sampling.write_csv(trained, out / sampling.TRAINING), sampling.plot(trained, out / sampling.PLOT)]
+        if seeds:
+            trained = list(sampling.train((), steps, seeds, batch, threads))
+            _print(shown, "Training", sampling.SUMMARY, sampling.summary(trained))
+            paths += [sampling.write_csv(trained, out / sampling.TRAINING), sampling.plot(trained, out / sampling.PLOT)]
     shown.print(f"wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 
 

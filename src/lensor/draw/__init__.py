@@ -19,7 +19,7 @@ from lensor.network.text import pattern_names
 from lensor.plan import Plan
 
 if TYPE_CHECKING:
-    from lensor.draw.scene import Scene
+    from lensor.draw.shapes import Scene
 
 FORMATS = (".svg", ".png", ".tex")
 """Supported file extensions of a saved drawing."""
@@ -160,7 +160,7 @@ def _drawing(
     cut: str | Collection[str],
 ) -> Drawing:
     from lensor.draw.plans import scene_of_plan
-    from lensor.draw.scene import row
+    from lensor.draw.shapes import row
 
     shade, cut = _listed_shades(shade), _listed_names(cut)
     if isinstance(what, Plan):

@@ -10,13 +10,15 @@ import itertools
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 CROSSING, THROUGH, RANK, FAULT = 100, 120, 1, 10_000
 """Costs of a crossing, of a line across a line within its layer, of two places against their ranks, and of a line
 through a box."""
 
-_ROUNDS, _HEIGHTS, _WORK = 12, 60, 60_000
-"""Most rounds that improve an order, rounds that improve heights, and most orders of a layer that are compared."""
+_HEIGHTS, _SIFTS, _SLACK = 80, 12, 4.0
+"""Rounds that improve heights, most rounds that improve an order, and the distance below which a line counts as
+straight."""
 
 
 @dataclass(eq=False)
@@ -45,7 +47,9 @@ class Place:
     def near(self) -> list[tuple[float, float]]:
         """The heights at which its lines would be straight, with weights."""
         found = [(edge.left.y + edge.leaves - edge.enters, edge.weight) for edge in self.before]
-        return found + [(edge.right.y + edge.enters - edge.leaves, edge.weight) for edge in self.after]
+        found += [(edge.right.y + edge.enters - edge.leaves, edge.weight) for edge in self.after]
+        # The sum of distances, rather than of their squares, makes most lines straight.
+        return [(goal, weight / max(abs(goal - self.y), _SLACK)) for goal, weight in found]
 
 
 @dataclass(eq=False)
@@ -87,9 +91,9 @@ def _gap(layer: Sequence[Place], row: dict[Place, int]) -> int:
     return count
 
 
-def _within(layer: Sequence[Place], row: dict[Place, int]) -> int:
-    """Cost of the order itself."""
-    cost = RANK * sum(one.rank > other.rank for one, other in itertools.combinations(layer, 2))
+def _within(layer: Sequence[Place]) -> int:
+    """Cost of the lines within a layer."""
+    row, cost = {place: at for at, place in enumerate(layer)}, 0
     for place in layer:
         for other in place.beside:
             if row[place] < row[other]:
@@ -104,7 +108,6 @@ class _Order:
     def __init__(self, layers: list[list[Place]]) -> None:
         self.layers, self.mirrored = layers, any(place.twin for layer in layers for place in layer)
         self.row = {place: at for layer in layers for at, place in enumerate(layer)}
-        self.left = _WORK
 
     def set(self, at: int, layer: list[Place]) -> None:
         """Set a layer and the one that mirrors it."""
@@ -115,29 +118,45 @@ class _Order:
         for one in {at, other} if self.mirrored else {at}:
             self.row.update((place, row) for row, place in enumerate(self.layers[one]))
 
-    def cost(self, at: int) -> int:
-        """The cost of a layer and of the gaps around it."""
-        self.left -= 1
-        gaps = sum(_gap(self.layers[gap], self.row) for gap in (at - 1, at) if gap >= 0)
-        return CROSSING * gaps + _within(self.layers[at], self.row)
-
     def total(self) -> int:
-        return sum(CROSSING * _gap(layer, self.row) + _within(layer, self.row) for layer in self.layers)
+        """The cost of the whole order."""
+        pairs = (pair for layer in self.layers for pair in itertools.combinations(layer, 2))
+        cost = RANK * sum(one.rank > other.rank for one, other in pairs)
+        return cost + sum(CROSSING * _gap(layer, self.row) + _within(layer) for layer in self.layers)
+
+    def _worse(self, one: Place, other: Place) -> int:
+        """The cost of two places in this order, apart from lines within the layer."""
+        sides = [([edge.right for edge in place.after], [edge.left for edge in place.before]) for place in (one, other)]
+        crossings = sum(
+            self.row[a] > self.row[b]
+            for near, far in zip(*sides, strict=True)
+            for a in near
+            for b in far
+            if a is not one.twin or b is not other.twin
+        )
+        return CROSSING * crossings + RANK * (one.rank > other.rank)
 
     def sift(self, at: int) -> bool:
         """Move each place of a layer to its best row; says whether any moved."""
-        moved = False
-        for place in list(self.layers[at]):
-            was = self.layers[at]
-            least, best = self.cost(at), was
-            rest = [one for one in was if one is not place]
-            for row in range(len(was)):
+        layer = self.layers[at]
+        worse = {(one, other): self._worse(one, other) for one, other in itertools.permutations(layer, 2)}
+        beside = any(place.beside for place in layer)
+        was = layer
+        for place in list(layer):
+            rest = [one for one in layer if one is not place]
+            cost = sum(worse[place, one] for one in rest)
+            least, best = 1 << 60, layer
+            for row in range(len(layer)):
                 tried = [*rest[:row], place, *rest[row:]]
-                self.set(at, tried)
-                if (cost := self.cost(at)) < least:
-                    least, best, moved = cost, tried, True
-            self.set(at, best)
-        return moved
+                full = cost + (_within(tried) if beside else 0)
+                if full < least or (full == least and layer[row] is place):
+                    least, best = full, tried
+                if row < len(rest):
+                    cost += worse[rest[row], place] - worse[place, rest[row]]
+            layer = best
+        if layer != was:
+            self.set(at, layer)
+        return layer != was
 
     def sweep(self, at: int, forth: bool) -> None:
         """Sort a layer by the mean row of its neighbours on one side."""
@@ -149,25 +168,27 @@ class _Order:
         self.set(at, sorted(self.layers[at], key=mean))
 
 
-def arrange(layers: list[list[Place]], most: int = _ROUNDS) -> int:
-    """Sort every layer so that few lines cross; returns the cost."""
-    for layer in layers:
-        layer.sort(key=lambda place: place.rank)
-    order = _Order(layers)
+def arrange(layers: list[list[Place]], rounds: int = 8) -> int:
+    """Sort every layer so that few lines cross, starting from several orders; returns the cost."""
+    order, random = _Order(layers), Random(0)
     own = range((len(layers) + 1) // 2 if order.mirrored else len(layers))
-    for at in own:
-        order.set(at, layers[at])
-    best, least = [list(layer) for layer in layers], order.total()
-    for turn in range(most):
-        for at in own if turn % 2 else reversed(own):
+    best, least = [list(layer) for layer in layers], 1 << 60
+    for turn in range(rounds):
+        for at in own:  # by rank, with passing lines at the top, then at random
+            keys = {place: (place.rank, 0.0) for place in layers[at]}
             if turn:
-                order.sweep(at, turn % 2 == 1)
-        while any([order.sift(at) for at in own if order.left > 0]):
-            pass
+                keys = {place: (-9.0 * (turn == 1 and not place.solid), random.random()) for place in layers[at]}
+            order.set(at, sorted(layers[at], key=keys.__getitem__))
+        for forth in (True, False, True) if turn else ():
+            for at in own if forth else reversed(own):
+                order.sweep(at, forth)
+        for _ in range(_SIFTS):
+            if not any([order.sift(at) for at in own]):
+                break
         cost = order.total()
         if cost < least:
             best, least = [list(layer) for layer in layers], cost
-        if least < CROSSING or order.left <= 0:
+        if least < CROSSING:
             break
     layers[:] = best
     return least

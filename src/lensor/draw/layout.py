@@ -17,8 +17,8 @@ import networkx as nx
 from lensor.draw.graph import DOT, END, GROUP, LOOP, PATTERN, Graph
 from lensor.draw.layers import CROSSING, FAULT, Edge, Place, arrange, join
 
-_SPAN = 4
-"""Cost of a line per layer."""
+_SPAN, _INNER = 4, 30
+"""Cost of a line per layer, and of an output leg between boxes."""
 
 _MOST_MAPPINGS, _MOST_MATCHES, _MOST_MOVED = 400, 20_000, 40
 """Maximum number of symmetries to examine, of comparisons to find them, and of lines in a graph whose dots move."""
@@ -57,13 +57,15 @@ def laid_out(graph: Graph, part: Sequence[int]) -> Layout:
     core = [at for at in part if at not in leaves]
     whole = nx.Graph([(line.first, line.second) for line in graph.lines if line.first in core and line.second in core])
     whole.add_nodes_from(core)
+    planar = nx.check_planarity(whole)[0]
     best: Layout | None = None
     for layers, twins in _candidates(graph, part, core, whole):
+        if best is not None and not twins and best.cost < (CROSSING if planar else FAULT):
+            break
         found = _moved(graph, core, leaves, layers, twins)
-        if best is None or found.cost < best.cost:
-            best = found
+        best = found if best is None or found.cost < best.cost else best
     assert best is not None
-    if best.cost >= CROSSING and nx.check_planarity(whole)[0]:
+    if planar and best.cost >= CROSSING:
         found = _planar(graph, core, leaves, whole)
         best = min(best, found, key=lambda one: one.cost // CROSSING)
     return best
@@ -105,11 +107,10 @@ def _candidates(
             middle = 2 * (high - low) + 4
             layers |= dict.fromkeys(fixed, middle)
             yield layers | {mirror[at]: 2 * middle - layers[at] for at in own}, mirror
-        return
     levels = _levels(graph, boxes, whole)
     yield {at: 2 * level for at, level in levels.items()}, {}
     if not graph.arrows:
-        for start in boxes[1:3]:
+        for start in (*boxes[1:3], max(levels, key=levels.__getitem__)):
             yield {at: 2 * level for at, level in _levels(graph, boxes, whole, start).items()}, {}
     order = sorted(boxes, key=lambda at: (levels[at], at))
     yield {at: 2 * place for place, at in enumerate(order)}, {}
@@ -130,8 +131,7 @@ def _levels(graph: Graph, boxes: Sequence[int], whole: nx.Graph, start: int | No
         near = [at, *whole[at]] if at in direct else [*whole[at]]
         direct.add_edges_from((one, other) for one, other in itertools.combinations(near, 2) if {one, other} <= {*boxes})
     if not levels:
-        ends = nx.single_source_shortest_path_length(direct, boxes[0])
-        levels = {max(ends, key=lambda at: ends[at]) if start is None else start: 0}
+        levels = {boxes[0] if start is None else start: 0}
     todo = list(levels)
     while todo or len(levels) < len(boxes):
         if not todo:
@@ -151,7 +151,8 @@ def _moved(
     """Put dots and triangles where the cost is least, one after the other."""
     layers = dict(boxes)
     near = graph.neighbours()
-    middle = (min(layers.values()) + max(layers.values())) // 2
+    low, high = min(layers.values()), max(layers.values())
+    middle = (low + high) // 2
     free: list[int] = []
     waiting = [at for at in core if at not in layers]
     while waiting:
@@ -161,28 +162,23 @@ def _moved(
         if twins and twin == at:
             layers[at] = middle
         else:
-            outer = graph.vertices[at].shape == GROUP
-            level = around[-1] + 1 if outer else around[len(around) // 2] - 1
+            layers[at] = high + 1 if graph.vertices[at].shape == GROUP else around[-1] + 1
             if twins:
                 level = around[0] - 1 if around[0] < middle else around[-1] + 1
-                layers[twin] = 2 * middle - level
-            layers[at] = level
+                layers |= {at: level, twin: 2 * middle - level}
             free.append(at)
         waiting = [one for one in waiting if one not in (at, twin)]
-    best = _built(graph, core, leaves, layers, twins)
-    if len(graph.lines) > _MOST_MOVED:
-        return best
-    low, high = min(layers.values()), max(layers.values())
-    for at in free:
+    best = _built(graph, core, leaves, layers, twins, rounds=1)
+    for at in free if len(graph.lines) <= _MOST_MOVED else ():
         twin = twins.get(at, at)
-        sides = range(low - 1 if low % 2 == 0 else low, (middle if twins else high + 2), 2)
-        for level in sides:
+        step = 2 if graph.vertices[at].shape == GROUP else 1
+        for level in range(low - 1, middle if twins else high + 2, step):
             other = {at: level} | ({twin: 2 * middle - level} if twins else {})
             if level != layers[at] and 2 * middle - level != layers[at]:
-                found = _built(graph, core, leaves, layers | other, twins)
+                found = _built(graph, core, leaves, layers | other, twins, rounds=1)
                 if found.cost < best.cost:
                     best, layers = found, layers | other
-    return best
+    return best if best.cost < CROSSING else _built(graph, core, leaves, layers, twins)
 
 
 def _planar(graph: Graph, core: Sequence[int], leaves: Mapping[int, int], whole: nx.Graph) -> Layout:
@@ -200,6 +196,7 @@ def _built(
     layers: Layers,
     twins: Mapping[int, int],
     points: Mapping[int, tuple[float, float]] | None = None,
+    rounds: int = 8,
 ) -> Layout:
     """Make the places of vertices and lines, and arrange them; `points` determine the order if there are any."""
     layers = {at: layers[at] for at in core}
@@ -245,8 +242,16 @@ def _built(
         ]
     if twins:
         _pair(graph, places, routes, twins)
-    cost = arrange(own) + _SPAN * sum(len(one) for one in edges.values()) + sum(not one for one in edges.values())
-    return Layout(own, places, routes, edges, upright, cost + _SPAN * len(own))
+    cost = arrange(own, rounds) + _SPAN * sum(len(one) for one in edges.values()) + sum(
+        3 if GROUP in (graph.vertices[graph.lines[at].first].shape, graph.vertices[graph.lines[at].second].shape) else 1
+        for at, one in edges.items()
+        if not one
+    )
+    boxes = [layer for at, layer in layers.items() if at in upright and _is_box(graph, at)] or [0]
+    inner = sum(
+        min(boxes) < layer < max(boxes) for at, layer in layers.items() if graph.vertices[at].shape == GROUP
+    )
+    return Layout(own, places, routes, edges, upright, cost + _SPAN * len(own) + _INNER * inner)
 
 
 def _pair(
@@ -272,22 +277,27 @@ def _pair(
 
 def _put_aside(graph: Graph, leaves: Mapping[int, int], layers: Layers, twins: Mapping[int, int]) -> dict[int, list[int]]:
     """Put open ends next to the outermost vertices into their own layers; return the ends above and below vertices."""
-    low, high = min(layers.values()), max(layers.values())
-    near, upright = graph.neighbours(), dict[int, list[int]]()
-    for owner in list(layers):
-        own = sorted(at for at, other in leaves.items() if other == owner)
+    middle = (min(layers.values()) + max(layers.values())) / 2
+    near, aside = graph.neighbours(), dict[int, list[int]]()
+    levels = dict(sorted(layers.items(), key=lambda one: one[1]))
+    for owner, level in levels.items():
+        own = _own(leaves, owner)
         sides = [at for at in own if graph.vertices[at].shape == END and _is_box(graph, owner)]
-        first = layers[owner] == low and not any(layers.get(one, high) <= low for one in near[owner])
-        last = layers[owner] == high and not any(layers.get(one, low) >= high for one in near[owner])
-        aside = sides[1:] if first or last else []
-        aside = aside[-1:] if len(own) <= _MOST_UPRIGHT else aside
-        if len(own) - len(aside) > _MOST_UPRIGHT:
-            aside = sides
-        left = 2 * layers[owner] < low + high if twins else first and not last
-        for at in [] if twins and twins[owner] == owner else aside:
-            layers[at] = layers[owner] + (-1 if left else 1)
-        upright[owner] = [at for at in own if at not in layers]
-    return upright
+        first, last = (
+            not any(sign * levels.get(one, level) > sign * level for one in near[owner]) for sign in (-1, 1)
+        )
+        if len(own) <= _MOST_UPRIGHT:  # the first index of an input is its batch
+            sides = sides[-1:] if last and not first else sides[1:][-1:] if first else []
+        if twins and level >= middle:
+            sides = [twins[at] for at in aside[twins[owner]]] if level > middle else []
+        aside[owner] = sides
+        left = level < middle if twins else first and not last
+        layers.update(dict.fromkeys(sides, level + (-1 if left else 1)))
+    return {owner: [at for at in _own(leaves, owner) if at not in aside[owner]] for owner in levels}
+
+
+def _own(leaves: Mapping[int, int], owner: int) -> list[int]:
+    return sorted(at for at, other in leaves.items() if other == owner)
 
 
 # ------------------------------------------------------------------------------------------------------------- symmetry

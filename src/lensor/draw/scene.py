@@ -37,7 +37,7 @@ from lensor.draw.tex import width_of
 HEIGHT, LABEL = 24.0, 12.0
 """Heights of boxes and of names."""
 
-_PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 26.0, 8.0
+_PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 34.0, 8.0
 """Distance between lines at a box, space above and below a line, length of an upright leg, space between columns, and
 space above and below a box."""
 
@@ -124,6 +124,8 @@ class _Drawn:
             return (leaves, []) if up else ([], leaves)
         if self.graph.vertices[at].shape == DOT and len(leaves) == 1:
             return [], leaves
+        if len(leaves) == 1:
+            return (leaves, []) if place.rank <= 0 else ([], leaves)
         half = (len(leaves) + 1) // 2
         return leaves[:half], leaves[half:]
 

@@ -340,7 +340,7 @@ def _mathematics(text: str) -> str:
     from matplotlib.mathtext import MathTextParser
 
     try:
-        found = tex(text, "rename").replace("$ $", r"$\ $")
+        found = tex(text, "rename").replace("$ $", "$  $")
         MathTextParser("path").parse(found)
     except ValueError:
         return text

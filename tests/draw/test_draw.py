@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,10 @@ from PIL import Image
 import lensor
 from examples import gallery
 from lensor.draw import Drawing
-from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, TENSOR, Graph, graph_of
-from lensor.draw.layout import laid_out
+from lensor.draw.graph import ARROW, CUT, DOT, END, GROUP, LOOP, PATTERN, TENSOR, Graph, graph_of
 from lensor.draw.match import occurrences
-from lensor.draw.plans import ARROW
-from lensor.draw.scene import Box, Label, Scene, Segment, Shape, scene_of
+from lensor.draw.scene import scene_of
+from lensor.draw.shapes import Box, Label, Scene, Shape, Stroke
 from lensor.draw.tex import tex
 from lensor.draw.writers import png, svg, tikz
 from lensor.plan import Plan, Program
@@ -65,10 +65,38 @@ def network(op: str, spec: dict[str, Any]) -> Any:
     return getattr(lensor.ops, op)(lensor.ConvSpec(**spec), **options)
 
 
-def runs_through(line: Segment, box: Box) -> bool:
+def points_of(line: Stroke) -> np.ndarray:
+    """[points, 2]: many points of a line."""
+    t = np.linspace(0.0, 1.0, 60)[:, None]
+    found = []
+    for at in range(0, len(line.points) - 1, 3):
+        a, b, c, d = np.array(line.points[at : at + 4])
+        found.append((1 - t) ** 3 * a + 3 * t * (1 - t) ** 2 * b + 3 * t**2 * (1 - t) * c + t**3 * d)
+    return np.concatenate(found)
+
+
+def runs_through(line: Stroke, box: Box) -> bool:
     """Whether one of many points of a line lies in a box."""
-    x, y = np.linspace((line.x1, line.y1), (line.x2, line.y2), 400).T
+    x, y = points_of(line).T
     return bool(((np.abs(x - box.x) < box.width / 2) & (np.abs(y - box.y) < box.height / 2)).any())
+
+
+def crossings_of(strokes: Sequence[Stroke]) -> int:
+    """The number of times that two lines cross, from many points of each."""
+    count = 0
+    for one, other in itertools.combinations(strokes, 2):
+        ends = [line.points[at] for line in (one, other) for at in (0, -1)]
+        a, b = points_of(one), points_of(other)
+        a1, a2, b1, b2 = a[:-1, None], a[1:, None], b[None, :-1], b[None, 1:]
+
+        def side(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> np.ndarray:
+            along, to = end - start, point - start
+            return along[..., 0] * to[..., 1] - along[..., 1] * to[..., 0]
+
+        apart = (side(a1, a2, b1) * side(a1, a2, b2) < -1e-9) & (side(b1, b2, a1) * side(b1, b2, a2) < -1e-9)
+        for i, j in zip(*np.nonzero(apart), strict=True):
+            count += min(math.dist(a[i], end) for end in ends) > 4.5 or min(math.dist(b[j], end) for end in ends) > 4.5
+    return count
 
 
 def check_scene(graph: Graph, scene: Scene) -> None:
@@ -76,7 +104,7 @@ def check_scene(graph: Graph, scene: Scene) -> None:
 
     Vertices, labels and lines are those that are drawn.
     """
-    for line in scene.segments:
+    for line in scene.strokes:
         joined = {graph.lines[line.line].first, graph.lines[line.line].second}
         for label in scene.labels:
             assert label.line == line.line or not runs_through(line, label.box), (label.text, line)
@@ -85,20 +113,15 @@ def check_scene(graph: Graph, scene: Scene) -> None:
     boxes = [shape.box for shape in scene.shapes if shape.kind != END] + [label.box for label in scene.labels]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other), (one, other)
-    assert {one.line for one in scene.segments} == set(range(len(graph.lines)))
+    assert {one.line for one in scene.strokes} == set(range(len(graph.lines)))
     assert len({frozenset((line.first, line.second)) for line in graph.lines}) == len(graph.lines)
-    found = 0
-    for a, b in itertools.combinations(scene.segments, 2):
-        if {(a.x1, a.y1), (a.x2, a.y2)} & {(b.x1, b.y1), (b.x2, b.y2)}:
-            continue
-        p, q = (complex(a.x1, a.y1), complex(a.x2, a.y2)), (complex(b.x1, b.y1), complex(b.x2, b.y2))
-        sides = [
-            ((end[1] - end[0]).conjugate() * (point - end[0])).imag
-            for end, other in ((p, q), (q, p))
-            for point in other
-        ]
-        found += sides[0] * sides[1] < 0 and sides[2] * sides[3] < 0
-    assert found == scene.crossings == len(scene.bridges)
+    for line in scene.strokes:
+        ends = (graph.lines[line.line].first, graph.lines[line.line].second)
+        for at in ends:
+            if graph.vertices[at].shape != LOOP:  # lines reach what they join
+                x, y = np.abs(points_of(line) - (scene.shapes[at].box.x, scene.shapes[at].box.y)).T
+                assert ((x <= scene.shapes[at].box.width / 2) & (y <= scene.shapes[at].box.height / 2)).any()
+    assert crossings_of(scene.strokes) == scene.crossings == len(scene.bridges)
 
 
 def check_network(net: lensor.Network) -> Scene:

@@ -192,8 +192,8 @@ def _add_roles(graph: Graph, net: Network, holders: Mapping[str, Sequence[int]])
             for index in (index for leg in node.legs for index in leg):
                 spatial.setdefault(index, rows[key])
     middle = (max(spatial.values(), default=1) + 1) / 2 if len({*spatial.values()}) > 1 else 1.5
-    grouped = [leg[0] for node in (*net.nodes, net) for leg in getattr(node, "legs", net.output) if len(leg) > 1]
-    graph.ranks = {index: 9.0 for index in grouped if index not in spatial}
+    legs = [leg for node in net.nodes if isinstance(node, Operand) for leg in node.legs]
+    graph.ranks = {leg[0]: 9.0 for leg in legs if len(leg) > 1 and spatial.keys().isdisjoint(leg)}
     graph.ranks |= {index: row - middle for index, row in spatial.items()}
 
 

@@ -23,6 +23,9 @@ _SPAN, _INNER = 4, 30
 _MOST_MAPPINGS, _MOST_MATCHES, _MOST_MOVED = 400, 20_000, 40
 """Maximum number of symmetries to examine, of comparisons to find them, and of lines in a graph whose dots move."""
 
+_ROUNDS = 4
+"""Number of orders to start from, for a layout with crossings."""
+
 _MOST_UPRIGHT = 4
 """Maximum number of open ends above and below a box."""
 
@@ -57,13 +60,15 @@ def laid_out(graph: Graph, part: Sequence[int]) -> Layout:
     core = [at for at in part if at not in leaves]
     whole = nx.Graph([(line.first, line.second) for line in graph.lines if line.first in core and line.second in core])
     whole.add_nodes_from(core)
-    planar = nx.check_planarity(whole)[0]
+    planar, mirrored = nx.check_planarity(whole)[0], False
     best: Layout | None = None
     for layers, twins in _candidates(graph, part, core, whole):
-        if best is not None and not twins and best.cost < (CROSSING if planar else FAULT):
+        if best is not None and not twins and best.cost < (CROSSING if planar or not mirrored else FAULT):
             break
-        found = _moved(graph, core, leaves, layers, twins)
-        best = found if best is None or found.cost < best.cost else best
+        if best is None or len(layers) < len(core) or best.cost >= FAULT:
+            found = _moved(graph, core, leaves, layers, twins)
+            if best is None or found.cost < best.cost:
+                best, mirrored = found, bool(twins)
     assert best is not None
     if planar and best.cost >= CROSSING:
         found = _planar(graph, core, leaves, whole)
@@ -112,8 +117,11 @@ def _candidates(
     if not graph.arrows:
         for start in (*boxes[1:3], max(levels, key=levels.__getitem__)):
             yield {at: 2 * level for at, level in _levels(graph, boxes, whole, start).items()}, {}
-    order = sorted(boxes, key=lambda at: (levels[at], at))
-    yield {at: 2 * place for place, at in enumerate(order)}, {}
+    if len(boxes) < 4:
+        yield dict.fromkeys(boxes, 0), {}
+    near = {at: [levels[one] for one in (at, *whole[at]) if one in levels] or [0] for at in core}
+    order = sorted(core, key=lambda at: (sum(near[at]) / len(near[at]), at))
+    yield {at: 2 * place for place, at in enumerate(order)}, {}  # no line within a layer
 
 
 def _levels(graph: Graph, boxes: Sequence[int], whole: nx.Graph, start: int | None = None) -> dict[int, int]:
@@ -168,17 +176,18 @@ def _moved(
                 layers |= {at: level, twin: 2 * middle - level}
             free.append(at)
         waiting = [one for one in waiting if one not in (at, twin)]
-    best = _built(graph, core, leaves, layers, twins, rounds=1)
-    for at in free if len(graph.lines) <= _MOST_MOVED else ():
-        twin = twins.get(at, at)
-        step = 2 if graph.vertices[at].shape == GROUP else 1
-        for level in range(low - 1, middle if twins else high + 2, step):
-            other = {at: level} | ({twin: 2 * middle - level} if twins else {})
-            if level != layers[at] and 2 * middle - level != layers[at]:
-                found = _built(graph, core, leaves, layers | other, twins, rounds=1)
-                if found.cost < best.cost:
-                    best, layers = found, layers | other
-    return best if best.cost < CROSSING else _built(graph, core, leaves, layers, twins)
+    best = _built(graph, core, leaves, layers, twins, 1)
+    for rounds in (1, _ROUNDS) if len(graph.lines) <= _MOST_MOVED else ():
+        for at in free if rounds == 1 or best.cost >= CROSSING else ():
+            twin = twins.get(at, at)
+            step = 2 if graph.vertices[at].shape == GROUP else 1
+            for level in range(low - 1, middle if twins else high + 2, step):
+                other = {at: level} | ({twin: 2 * middle - level} if twins else {})
+                if level != layers[at] and 2 * middle - level != layers[at]:
+                    found = _built(graph, core, leaves, layers | other, twins, rounds)
+                    if found.cost < best.cost:
+                        best, layers = found, layers | other
+    return best if best.cost < CROSSING else _built(graph, core, leaves, layers, twins, 2 * _ROUNDS)
 
 
 def _planar(graph: Graph, core: Sequence[int], leaves: Mapping[int, int], whole: nx.Graph) -> Layout:
@@ -186,7 +195,7 @@ def _planar(graph: Graph, core: Sequence[int], leaves: Mapping[int, int], whole:
     points = {at: (float(x), float(y)) for at, (x, y) in nx.planar_layout(whole).items()}
     columns = {x: at for at, x in enumerate(sorted({round(x, 9) for x, _ in points.values()}))}
     layers = {at: 2 * columns[round(x, 9)] for at, (x, _) in points.items()}
-    return _built(graph, core, leaves, layers, {}, points)
+    return _built(graph, core, leaves, layers, {}, 1, points)
 
 
 def _built(
@@ -195,8 +204,8 @@ def _built(
     leaves: Mapping[int, int],
     layers: Layers,
     twins: Mapping[int, int],
+    rounds: int,
     points: Mapping[int, tuple[float, float]] | None = None,
-    rounds: int = 8,
 ) -> Layout:
     """Make the places of vertices and lines, and arrange them; `points` determine the order if there are any."""
     layers = {at: layers[at] for at in core}
@@ -243,7 +252,7 @@ def _built(
     if twins:
         _pair(graph, places, routes, twins)
     cost = arrange(own, rounds) + _SPAN * sum(len(one) for one in edges.values()) + sum(
-        3 if GROUP in (graph.vertices[graph.lines[at].first].shape, graph.vertices[graph.lines[at].second].shape) else 1
+        9 if GROUP in (graph.vertices[graph.lines[at].first].shape, graph.vertices[graph.lines[at].second].shape) else 1
         for at, one in edges.items()
         if not one
     )

@@ -242,13 +242,15 @@ class _Drawn:
                 sign, (x, y) = (-1 if up else 1), self._centre(self.layout.places[at])
                 for leaf, aside in self._slots(at, up):
                     shape, number = self.graph.vertices[leaf].shape, self.line[leaf]
-                    near, far = y + sign * self.sizes[at][1] / 2, x + aside
-                    near -= sign * (1.0 if self.sizes[at][1] >= HEIGHT else self.sizes[at][1] / 2)
+                    far = x + aside
+                    root = (far, y + sign * (self.sizes[at][1] / 2 - 1.0))
+                    if self.sizes[at][1] < HEIGHT:
+                        root = (x, y)
                     tip = y + sign * (self.sizes[at][1] / 2 + _LEG * self.scale)
                     dashed = CUT == self.graph.vertices[at].shape
-                    stroke = Stroke.straight((far, near), (far, tip), dashed=dashed, line=number)
+                    stroke = Stroke.straight(root, (far, tip), dashed=dashed, line=number)
                     if shape == LOOP:
-                        top = near + (tip - near) * 4 / 3
+                        near, top = root[1], root[1] + (tip - root[1]) * 4 / 3
                         bow = ((far - 4, near), (far - 14, top), (far + 14, top), (far + 4, near))
                         stroke = Stroke(bow, dashed, number)
                     size = 7.0 if shape == DOT else 1.0

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-CROSSING, THROUGH, RANK, FAULT = 100, 120, 1, 10_000
+CROSSING, THROUGH, RANK, FAULT = 10_000, 12_000, 1, 1_000_000
 """Costs of a crossing, of a line across a line within its layer, of two places against their ranks, and of a line
 through a box."""
 
-_HEIGHTS, _SIFTS, _SLACK = 80, 12, 4.0
+_HEIGHTS, _SIFTS, _SLACK = 120, 12, 1.5
 """Rounds that improve heights, most rounds that improve an order, and the distance below which a line counts as
 straight."""
 

@@ -23,6 +23,9 @@ _SPAN, _INNER = 4, 30
 _MOST_MAPPINGS, _MOST_MATCHES, _MOST_MOVED = 400, 20_000, 40
 """Maximum number of symmetries to examine, of comparisons to find them, and of lines in a graph whose dots move."""
 
+_WEIGHTS = {DOT: 0.2, GROUP: 0.5}
+"""How much lines to dots and triangles should be straight, compared with other lines."""
+
 _ROUNDS = 4
 """Number of orders to start from, for a layout with crossings."""
 
@@ -171,6 +174,8 @@ def _moved(
             layers[at] = middle
         else:
             layers[at] = high + 1 if graph.vertices[at].shape == GROUP else around[-1] + 1
+            if low == high and graph.vertices[at].shape == GROUP and low - 1 not in layers.values():
+                layers[at] = low - 1  # one output on either side of a single column
             if twins:
                 level = around[0] - 1 if around[0] < middle else around[-1] + 1
                 layers |= {at: level, twin: 2 * middle - level}
@@ -244,9 +249,9 @@ def _built(
             route[1].beside.append(route[0])
             edges[number] = []
             continue
-        dotted = {DOT, GROUP, END} & {graph.vertices[one].shape, graph.vertices[other].shape}
+        weight = min(_WEIGHTS.get(graph.vertices[at].shape, 1.0) for at in (one, other))
         edges[number] = [
-            join(a, b, number, (0.2 if dotted else 1.0) * (1 + 2 * (not a.solid) + 2 * (not b.solid)))
+            join(a, b, number, weight * (1 + 2 * (not a.solid) + 2 * (not b.solid)))
             for a, b in itertools.pairwise(route)
         ]
     if twins:

@@ -37,7 +37,7 @@ from lensor.draw.tex import width_of
 HEIGHT, LABEL = 24.0, 12.0
 """Heights of boxes and of names."""
 
-_PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 34.0, 8.0
+_PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 40.0, 8.0
 """Distance between lines at a box, space above and below a line, length of an upright leg, space between columns, and
 space above and below a box."""
 
@@ -317,10 +317,10 @@ def _named(
             x, y = path[at, 2:] - step * (reached[at] - share * reached[-1])
             ux, uy = map(abs, step)
             away = (uy * size[0] + ux * size[1]) / 2 + 1.0
-            for side, cost in ((-1.0, 0.0), (1.0, 0.6), (0.0, 1.5)):
+            for side, cost in ((-1.0, 0.0), (1.0, 0.6), (0.0, 3.0)):
                 normal = (-step[1], step[0]) if step[0] >= 0 else (step[1], -step[0])
                 options.append(Box(float(x + side * away * normal[0]), float(y + side * away * normal[1]), *size))
-                costs.append(0.4 * worse + cost + (6.0 * min(ux, uy) if side else 0.0))
+                costs.append(0.4 * worse + cost + (3.0 * min(ux, uy) if side else 0.0))
     boxes = array(options)
     others = [found for stroke, found in pieces.items() if stroke.line != number]
     lines = np.concatenate([np.zeros((0, 4)), *others])

@@ -16,9 +16,9 @@ CROSSING, THROUGH, RANK, FAULT = 10_000, 12_000, 1, 1_000_000
 """Costs of a crossing, of a line across a line within its layer, of two places against their ranks, and of a line
 through a box."""
 
-_HEIGHTS, _SIFTS, _SLACK = 120, 12, 1.5
-"""Rounds that improve heights, most rounds that improve an order, and the distance below which a line counts as
-straight."""
+_HEIGHTS, _SIFTS, _WORK, _SLACK = 120, 12, 20_000, 1.5
+"""Rounds that improve heights, most rounds that improve an order, limit on the number of orders to start from times the
+number of pairs of places, and the distance below which a line counts as straight."""
 
 
 @dataclass(eq=False)
@@ -173,6 +173,7 @@ def arrange(layers: list[list[Place]], rounds: int = 8) -> int:
     order, random = _Order(layers), Random(0)
     own = range((len(layers) + 1) // 2 if order.mirrored else len(layers))
     best, least = [list(layer) for layer in layers], 1 << 60
+    rounds = min(rounds, max(_WORK // sum(len(layer) ** 2 for layer in layers), 1))
     for turn in range(rounds):
         for at in own:  # by rank, with passing lines at the top, then at random
             keys = {place: (place.rank, 0.0) for place in layers[at]}

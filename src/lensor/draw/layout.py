@@ -139,8 +139,8 @@ def _levels(graph: Graph, boxes: Sequence[int], whole: nx.Graph, start: int | No
     direct = nx.Graph()
     direct.add_nodes_from(boxes)
     for at in whole:
-        near = [at, *whole[at]] if at in direct else [*whole[at]]
-        direct.add_edges_from((one, other) for one, other in itertools.combinations(near, 2) if {one, other} <= {*boxes})
+        near = [one for one in whole[at] if one in boxes]
+        direct.add_edges_from(((at, one) for one in near) if at in boxes else itertools.combinations(near, 2))
     if not levels:
         levels = {boxes[0] if start is None else start: 0}
     todo = list(levels)

@@ -29,6 +29,9 @@ _WEIGHTS = {DOT: 0.2, GROUP: 0.5}
 _ROUNDS = 4
 """Number of orders to start from, for a layout with crossings."""
 
+_FEW = 9
+"""Number of vertices below which a layout with one vertex in each layer is tried even if others are possible."""
+
 _MOST_UPRIGHT = 4
 """Maximum number of open ends above and below a box."""
 
@@ -68,7 +71,7 @@ def laid_out(graph: Graph, part: Sequence[int]) -> Layout:
     for layers, twins in _candidates(graph, part, core, whole):
         if best is not None and not twins and best.cost < (CROSSING if planar or not mirrored else FAULT):
             break
-        if best is None or len(layers) < len(core) or best.cost >= FAULT:
+        if best is None or len({*layers.values()}) < len(core) or len(core) < _FEW or best.cost >= FAULT:
             found = _moved(graph, core, leaves, layers, twins)
             if best is None or found.cost < best.cost:
                 best, mirrored = found, bool(twins)
@@ -82,10 +85,12 @@ def laid_out(graph: Graph, part: Sequence[int]) -> Layout:
 def _leaves(graph: Graph, part: Iterable[int]) -> dict[int, int]:
     """The open ends, loops and sums over one index, each with its only neighbour."""
     near, found = graph.neighbours(), {}
+    thick = {at for line in graph.lines if line.times > 1 for at in (line.first, line.second)}
     for at in part:
-        if graph.vertices[at].shape in (END, LOOP, DOT) and len(near[at]) == 1:
+        shape = graph.vertices[at].shape
+        if len(near[at]) == 1 and (shape in (END, LOOP) or (shape == DOT and at not in thick)):
             (owner,) = near[at]
-            if owner not in found and (graph.vertices[at].shape != DOT or graph.vertices[owner].shape != END):
+            if owner not in found and (shape != DOT or graph.vertices[owner].shape != END):
                 found[at] = owner
     return found
 
@@ -118,7 +123,7 @@ def _candidates(
     levels = _levels(graph, boxes, whole)
     yield {at: 2 * level for at, level in levels.items()}, {}
     if not graph.arrows:
-        for start in (*boxes[1:3], max(levels, key=levels.__getitem__)):
+        for start in boxes[:3]:
             yield {at: 2 * level for at, level in _levels(graph, boxes, whole, start).items()}, {}
     if len(boxes) < 4:
         yield dict.fromkeys(boxes, 0), {}
@@ -142,7 +147,9 @@ def _levels(graph: Graph, boxes: Sequence[int], whole: nx.Graph, start: int | No
         near = [one for one in whole[at] if one in boxes]
         direct.add_edges_from(((at, one) for one in near) if at in boxes else itertools.combinations(near, 2))
     if not levels:
-        levels = {boxes[0] if start is None else start: 0}
+        ends = nx.single_source_shortest_path_length(direct, boxes[0])
+        first = boxes[0] if len(direct[boxes[0]]) < 2 else max(ends, key=ends.__getitem__)
+        levels = {first if start is None else start: 0}
     todo = list(levels)
     while todo or len(levels) < len(boxes):
         if not todo:
@@ -301,7 +308,8 @@ def _put_aside(graph: Graph, leaves: Mapping[int, int], layers: Layers, twins: M
             not any(sign * levels.get(one, level) > sign * level for one in near[owner]) for sign in (-1, 1)
         )
         if len(own) <= _MOST_UPRIGHT:  # the first index of an input is its batch
-            sides = sides[-1:] if last and not first else sides[1:][-1:] if first else []
+            start = 1 if first and graph.arrows else 0
+            sides = sides[start:][-1:] if first or last else []
         if twins and level >= middle:
             sides = [twins[at] for at in aside[twins[owner]]] if level > middle else []
         aside[owner] = sides

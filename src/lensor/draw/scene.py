@@ -62,7 +62,7 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
     parts = []
     for part in graph.components():
         drawn = _growing(graph, laid_out(graph, part))
-        parts.append(min(drawn, key=lambda found: found[0])[1])
+        parts.append(bridged(*min(drawn, key=lambda found: found[0])[1:]))
     whole = row(parts, 12.0)
     order = [at for part in graph.components() for at in part]
     shapes = {at: shape for at, shape in zip(order, whole.shapes, strict=True)}
@@ -71,12 +71,16 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
     return replace(whole, shapes=kept, shades=shades)
 
 
-def _growing(graph: Graph, layout: Layout) -> Iterator[tuple[int, Scene]]:
-    """Yield scenes of increasing size with their faults, up to the first one without faults."""
+_Parts = tuple[int, list[Shape], list[Stroke], list[Label]]
+"""How often something is covered; vertices, lines and names."""
+
+
+def _growing(graph: Graph, layout: Layout) -> Iterator[_Parts]:
+    """Yield drawings of increasing size, up to the first one where nothing is covered."""
     for growth in range(_TRIES):
-        faults, scene = _Drawn(graph, layout, _GROWTH**growth).scene()
-        yield faults, scene
-        if faults == 0:
+        found = _Drawn(graph, layout, _GROWTH**growth).parts()
+        yield found
+        if found[0] == 0:
             return
 
 
@@ -259,8 +263,8 @@ class _Drawn:
                     label = Label(text, Box(far, tip + reach, width_of(text), LABEL), line=number)
                     yield leaf, stroke, Shape(shape, Box(far, tip, size, size), ""), label
 
-    def scene(self) -> tuple[int, Scene]:
-        """The scene, and how often names cover something."""
+    def parts(self) -> _Parts:
+        """How often something is covered; vertices, lines and names."""
         graph = self.graph
         shapes: dict[int, Shape] = {}
         strokes = [stroke for number in self.layout.routes for stroke in self._strokes(number)]
@@ -282,15 +286,17 @@ class _Drawn:
         ordered = [shapes[at] for at in sorted(shapes)]
         named = {label.line for label in labels}
         waiting = [number for number in self.layout.routes if number not in named]
-        waiting.sort(key=lambda number: sum(map(len, [self.layout.routes[number]])))
+        waiting.sort(key=lambda number: len(self.layout.routes[number]))  # short lines have few places for names
         pieces = {stroke: stroke.pieces() for stroke in strokes}
         solid = [shape.box for shape in ordered if shape.kind not in (END, LOOP)]
-        faults = int(np.triu(overlaps(array(solid + [one.box for one in labels]), array(solid + [one.box for one in labels]), 0.0), 1).sum())
+        boxes = array(solid + [one.box for one in labels])
+        faults = int(np.triu(overlaps(boxes, boxes, 0.0), 1).sum())
+        faults += int(sum(cuts(found, array(one.box for one in labels if one.line != line.line)).sum() for line, found in pieces.items()))
         for number in waiting:
             found, label = _named(graph.lines[number].label, number, pieces, solid, labels)
             faults += found
             labels.append(label)
-        return faults, bridged(ordered, strokes, labels)
+        return faults, ordered, strokes, labels
 
     def _angle(self, place: Place) -> float:
         """The direction of a triangle: away from its lines."""

@@ -207,17 +207,15 @@ def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
 def bridged(shapes: Iterable[Shape], strokes: Sequence[Stroke], labels: Iterable[Label]) -> Scene:
     """A scene with a bridge at each crossing."""
     pieces = [one.pieces() for one in strokes]
-    owner = np.repeat(np.arange(len(pieces)), [len(one) for one in pieces])
-    lines = np.concatenate([np.zeros((0, 4)), *pieces])
     bridges = []
-    for i, j in zip(*np.nonzero(np.triu(meet(lines, lines), 1)), strict=True):
-        if owner[i] == owner[j]:
-            continue
-        (one, along), (other, across) = ((lines[at, :2], lines[at, 2:] - lines[at, :2]) for at in (i, j))
-        point = one + np.linalg.det([other - one, across]) / np.linalg.det([along, across]) * along
-        reach = BRIDGE * across / np.linalg.norm(across)
-        start, end = ((float(x), float(y)) for x, y in (point - reach, point + reach))
-        bridges.append(Stroke.straight(start, end, line=strokes[owner[j]].line))
+    for lower, upper in itertools.combinations(range(len(strokes)), 2):
+        for i, j in zip(*np.nonzero(_meet(pieces[lower], pieces[upper])), strict=True):
+            one, other = pieces[lower][i, :2], pieces[upper][j, :2]
+            along, across = pieces[lower][i, 2:] - one, pieces[upper][j, 2:] - other
+            point = one + np.linalg.det([other - one, across]) / np.linalg.det([along, across]) * along
+            reach = BRIDGE * across / np.linalg.norm(across)
+            start, end = ((float(x), float(y)) for x, y in (point - reach, point + reach))
+            bridges.append(Stroke.straight(start, end, line=strokes[upper].line))
     return Scene(tuple(shapes), tuple(strokes), tuple(labels), (), tuple(bridges), len(bridges))
 
 
@@ -243,8 +241,11 @@ def cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:
     return np.maximum(enter, 0.0) < np.minimum(leave, 1.0)
 
 
-def meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
     """[lines, others]: whether two lines cross, except at their ends."""
+    lows, highs = ([found(at.reshape(-1, 2), 0) for at in (lines, others)] for found in (np.min, np.max))
+    if (lows[0] > highs[1]).any() or (lows[1] > highs[0]).any():
+        return np.zeros((0, 0))
 
     def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         step = a[..., 2:] - a[..., :2]

@@ -442,9 +442,7 @@ def test_what_is_cleared_around_a_label_has_the_colour_below(tmp_path: Path) -> 
     (shade,) = scene_of(graph_of(lensor.contraction("n i, n o -> i o", "X", "Y")), [range(2)]).shades
     left, top, width, height = Scene(shades=(shade,)).bounds(0.0)
     x, y = left + width / 2, top + height / 2
-    near, far = (
-        scene(Box(x, y + away, 9, 9), Stroke.straight((x, y + away), (x, y + away + 4))) for away in (0, 99)
-    )
+    near, far = (scene(Box(x, y + away, 9, 9), Stroke.straight((x, y + away), (x, y + away + 4))) for away in (0, 99))
     assert 'class="index shaded"' in svg(near, "")
     assert 'class="gap shaded"' in svg(near, "")
     assert "index,fill=lensorshade" in tikz(near)

@@ -197,9 +197,7 @@ def _add_roles(graph: Graph, net: Network, holders: Mapping[str, Sequence[int]])
     graph.ranks |= {index: row - middle for index, row in spatial.items()}
 
 
-def _others(
-    graph: Graph, net: Network, holders: Mapping[str, Sequence[int]], at: int, leg: int
-) -> Iterator[int]:
+def _others(graph: Graph, net: Network, holders: Mapping[str, Sequence[int]], at: int, leg: int) -> Iterator[int]:
     """The other nodes with an index of a leg, except patterns that have it on the same leg."""
     for index in net.nodes[at].legs[leg]:
         for other in holders[index]:

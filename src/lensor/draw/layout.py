@@ -136,7 +136,11 @@ def _levels(graph: Graph, boxes: Sequence[int], whole: nx.Graph, start: int | No
     """The level of each box: after all boxes that belong to its left, others next to their neighbours."""
     arrows = nx.DiGraph()
     for one, other in graph.arrows:
-        if one in boxes and other in boxes and not (other in arrows and one in arrows and nx.has_path(arrows, other, one)):
+        if (
+            one in boxes
+            and other in boxes
+            and not (other in arrows and one in arrows and nx.has_path(arrows, other, one))
+        ):
             arrows.add_edge(one, other)
     levels: dict[int, int] = {}
     for at in nx.topological_sort(arrows):
@@ -263,15 +267,19 @@ def _built(
         ]
     if twins:
         _pair(graph, places, routes, twins)
-    cost = arrange(own, rounds) + _SPAN * sum(len(one) for one in edges.values()) + sum(
-        9 if GROUP in (graph.vertices[graph.lines[at].first].shape, graph.vertices[graph.lines[at].second].shape) else 1
-        for at, one in edges.items()
-        if not one
+    cost = (
+        arrange(own, rounds)
+        + _SPAN * sum(len(one) for one in edges.values())
+        + sum(
+            9
+            if GROUP in (graph.vertices[graph.lines[at].first].shape, graph.vertices[graph.lines[at].second].shape)
+            else 1
+            for at, one in edges.items()
+            if not one
+        )
     )
     boxes = [layer for at, layer in layers.items() if at in upright and _is_box(graph, at)] or [0]
-    inner = sum(
-        min(boxes) < layer < max(boxes) for at, layer in layers.items() if graph.vertices[at].shape == GROUP
-    )
+    inner = sum(min(boxes) < layer < max(boxes) for at, layer in layers.items() if graph.vertices[at].shape == GROUP)
     return Layout(own, places, routes, edges, upright, cost + _SPAN * len(own) + _INNER * inner)
 
 
@@ -296,7 +304,9 @@ def _pair(
             one.twin = two
 
 
-def _put_aside(graph: Graph, leaves: Mapping[int, int], layers: Layers, twins: Mapping[int, int]) -> dict[int, list[int]]:
+def _put_aside(
+    graph: Graph, leaves: Mapping[int, int], layers: Layers, twins: Mapping[int, int]
+) -> dict[int, list[int]]:
     """Put open ends next to the outermost vertices into their own layers; return the ends above and below vertices."""
     middle = (min(layers.values()) + max(layers.values())) / 2
     near, aside = graph.neighbours(), dict[int, list[int]]()
@@ -304,9 +314,7 @@ def _put_aside(graph: Graph, leaves: Mapping[int, int], layers: Layers, twins: M
     for owner, level in levels.items():
         own = _own(leaves, owner)
         sides = [at for at in own if graph.vertices[at].shape == END and _is_box(graph, owner)]
-        first, last = (
-            not any(sign * levels.get(one, level) > sign * level for one in near[owner]) for sign in (-1, 1)
-        )
+        first, last = (not any(sign * levels.get(one, level) > sign * level for one in near[owner]) for sign in (-1, 1))
         if len(own) <= _MOST_UPRIGHT:  # the first index of an input is its batch
             start = 1 if first and graph.arrows else 0
             sides = sides[start:][-1:] if first or last else []

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, ONES, Graph
-from lensor.draw.layers import Place, settle
+from lensor.draw.layers import Edge, Place, settle
 from lensor.draw.layout import Layout, laid_out
 from lensor.draw.shapes import (
     LETTER,
@@ -185,19 +185,21 @@ class _Drawn:
 
     def _set_columns(self) -> None:
         """Set the left and right sides of every column."""
-        self.columns: list[tuple[float, float]] = []
-        right = 0.0
-        for layer in self.layout.layers:
-            steep = max((abs(e.left.y + e.leaves - e.right.y - e.enters) for p in layer for e in p.before), default=0)
-            names = [width_of(self.graph.lines[e.line].label) for p in layer for e in p.before if not self._is_end(e)]
-            gap = max(_GAP, 0.55 * min(steep, 110.0), max(names, default=0.0) + 12.0) * self.scale**0.7
-            width = max(map(self._wide, layer))
-            left = right + gap if self.columns else 0.0
-            right = left + width
-            self.columns.append((left, right))
+        layers, gaps = self.layout.layers, []
+        widths = [max(map(self._wide, layer)) for layer in layers]
+        for layer in layers:
+            edges = [edge for place in layer for edge in place.before]
+            steep = max((abs(e.left.y + e.leaves - e.right.y - e.enters) for e in edges), default=0.0)
+            names = [width_of(self.graph.lines[e.line].label) for e in edges if not self._is_end(e)]
+            gaps.append(max(_GAP, 0.55 * min(steep, 110.0), max(names, default=0.0) + 12.0) * self.scale**0.7)
+        if any(place.twin for place in self.rows):
+            widths = [max(pair) for pair in zip(widths, widths[::-1], strict=True)]
+            gaps[1:] = [max(pair) for pair in zip(gaps[1:], gaps[:0:-1], strict=True)]
+        lefts = np.cumsum([0.0, *(gap + width for gap, width in zip(gaps[1:], widths, strict=False))])
+        self.columns = [(float(left), float(left) + width) for left, width in zip(lefts, widths, strict=True)]
 
-    def _is_end(self, edge: object) -> bool:
-        line = self.graph.lines[edge.line]  # pyright: ignore
+    def _is_end(self, edge: Edge) -> bool:
+        line = self.graph.lines[edge.line]
         return END in (self.graph.vertices[line.first].shape, self.graph.vertices[line.second].shape)
 
     def _centre(self, place: Place) -> Point:
@@ -213,7 +215,9 @@ class _Drawn:
             aside = (copy - (line.times - 1) / 2) * _PORT
             if not edges:
                 one, other = map(self._centre, self.layout.routes[number])
-                yield Stroke.straight((one[0] + aside, one[1]), (other[0] + aside, other[1]), dashed=dashed, line=number)
+                yield Stroke.straight(
+                    (one[0] + aside, one[1]), (other[0] + aside, other[1]), dashed=dashed, line=number
+                )
                 continue
             points: list[Point] = []
             for edge in edges:
@@ -251,7 +255,7 @@ class _Drawn:
                     if self.sizes[at][1] < HEIGHT:
                         root = (x, y)
                     tip = y + sign * (self.sizes[at][1] / 2 + _LEG * self.scale)
-                    dashed = CUT == self.graph.vertices[at].shape
+                    dashed = self.graph.vertices[at].shape == CUT
                     stroke = Stroke.straight(root, (far, tip), dashed=dashed, line=number)
                     if shape == LOOP:
                         near, top = root[1], root[1] + (tip - root[1]) * 4 / 3
@@ -291,7 +295,12 @@ class _Drawn:
         solid = [shape.box for shape in ordered if shape.kind not in (END, LOOP)]
         boxes = array(solid + [one.box for one in labels])
         faults = int(np.triu(overlaps(boxes, boxes, 0.0), 1).sum())
-        faults += int(sum(cuts(found, array(one.box for one in labels if one.line != line.line)).sum() for line, found in pieces.items()))
+        faults += int(
+            sum(
+                cuts(found, array(one.box for one in labels if one.line != line.line)).sum()
+                for line, found in pieces.items()
+            )
+        )
         for number in waiting:
             found, label = _named(graph.lines[number].label, number, pieces, solid, labels)
             faults += found

@@ -186,9 +186,7 @@ def tikz(scene: Scene) -> str:
     for shade in scene.shades:
         path = " ".join(" -- ".join(f"({x:.1f},{y:.1f})" for x, y in piece) + " -- cycle" for piece in shade.pieces)
         lines.append(rf"\filldraw[lensorshade,line join=round,line width={2 * Shade.MARGIN:.1f}pt] {path};")
-    lines += [
-        rf"\draw{'[dashed]' * one.dashed} {_tikz_path(one)};" for one in scene.strokes
-    ]
+    lines += [rf"\draw{'[dashed]' * one.dashed} {_tikz_path(one)};" for one in scene.strokes]
     lines += [
         rf"\draw[{style}] {_tikz_path(one)};"
         for one in scene.bridges

@@ -184,7 +184,8 @@ def arrange(layers: list[list[Place]], rounds: int = 8) -> int:
             for at in own if forth else reversed(own):
                 order.sweep(at, forth)
         for _ in range(_SIFTS):
-            if not any([order.sift(at) for at in own]):
+            moved = [order.sift(at) for at in own]
+            if not any(moved):
                 break
         cost = order.total()
         if cost < least:

@@ -293,7 +293,7 @@ def _pair(
     number = {frozenset((line.first, line.second)): at for at, line in enumerate(graph.lines)}
 
     def twin(at: int) -> int:
-        return twins[at] if at in twins else at
+        return twins.get(at, at)
 
     for at, place in places.items():
         place.twin = places[twin(at)]

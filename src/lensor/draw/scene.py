@@ -65,7 +65,7 @@ def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
         parts.append(bridged(*min(drawn, key=lambda found: found[0])[1:]))
     whole = row(parts, 12.0)
     order = [at for part in graph.components() for at in part]
-    shapes = {at: shape for at, shape in zip(order, whole.shapes, strict=True)}
+    shapes = dict(zip(order, whole.shapes, strict=True))
     shades = tuple(_shaded(graph, shapes, whole.strokes, nodes) for nodes in shade)
     kept = tuple(shapes[at] for at in sorted(shapes) if shapes[at].kind != LOOP)
     return replace(whole, shapes=kept, shades=shades)

@@ -236,7 +236,7 @@ def _tikz_shape(shape: Shape) -> str:
 # ------------------------------------------------------------------------------------------------------------------ PNG
 def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     """Write the scene as a PNG file."""
-    from matplotlib import patches
+    from matplotlib import patches, patheffects
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -277,9 +277,10 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
             size = 10 if shape.kind == STEP else 13
             _text(axis, text, box, size, "gray" if shape.kind == CUT else ink, families)
     for label in scene.labels:
-        back = {"facecolor": _SHADE if is_shaded(scene, label.box) else "white", "edgecolor": "none", "pad": 0.4}
+        back = _SHADE if is_shaded(scene, label.box) else "white"
+        halo = [] if label.large else [patheffects.withStroke(linewidth=2.5, foreground=back)]
         size = 15 if label.large else 10
-        _text(axis, _mathematics(label.text), label.box, size, ink, families, bbox=None if label.large else back)
+        _text(axis, _mathematics(label.text), label.box, size, ink, families, path_effects=halo)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # `_families` warns once for all glyphs
         figure.savefig(path, dpi=dpi, facecolor="white", format="png")

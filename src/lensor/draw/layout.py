@@ -190,7 +190,7 @@ def _moved(
             if twins:
                 level = around[0] - 1 if around[0] < middle else around[-1] + 1
                 layers |= {at: level, twin: 2 * middle - level}
-            free.append(at if not twins or layers[at] < middle else twin)
+            free.append(at)
         waiting = [one for one in waiting if one not in (at, twin)]
     best = _built(graph, core, leaves, layers, twins, 1)
     for rounds in (1, _ROUNDS) if len(graph.lines) <= _MOST_MOVED else ():

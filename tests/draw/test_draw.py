@@ -44,7 +44,7 @@ SPECS = {
 OPERATIONS = sorted(lensor.ops.__all__)
 CROSSINGS = {
     ("ggn_diagonal", "1-d"): 2,
-    ("hessian_diagonal_input", "1-d"): 1,
+    ("hessian_diagonal_input", "1-d"): 2,
     ("hessian_diagonal_weight", "1-d"): 1,
     ("ggn_diagonal", "2-d"): 4,
     ("ggn_gram", "2-d"): 2,

@@ -41,6 +41,8 @@ _PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 40.0, 8.0
 """Distance between lines at a box, space above and below a line, length of an upright leg, space between columns, and
 space above and below a box."""
 
+_MANY = 100
+"""With more lines than this, a drawing does not grow: something is covered at every size."""
 _GROWTH, _TRIES = 1.15, 14
 """Factor by which a drawing grows until no name covers anything, and maximum number of times."""
 
@@ -77,7 +79,7 @@ _Parts = tuple[int, list[Shape], list[Stroke], list[Label]]
 
 def _growing(graph: Graph, layout: Layout) -> Iterator[_Parts]:
     """Yield drawings of increasing size, up to the first one where nothing is covered."""
-    for growth in range(_TRIES):
+    for growth in range(_TRIES if len(layout.routes) <= _MANY else 1):
         found = _Drawn(graph, layout, _GROWTH**growth).parts()
         yield found
         if found[0] == 0:
@@ -337,8 +339,11 @@ def _named(
                 options.append(Box(float(x + side * away * normal[0]), float(y + side * away * normal[1]), *size))
                 costs.append(0.4 * worse + cost + (3.0 * min(ux, uy) if side else 0.0))
     boxes = array(options)
+    low, high = (boxes[:, :2] - boxes[:, 2:]).min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)
     others = [found for stroke, found in pieces.items() if stroke.line != number]
     lines = np.concatenate([np.zeros((0, 4)), *others])
+    ends = lines.reshape(-1, 2, 2)
+    lines = lines[((ends.max(1) > low) & (ends.min(1) < high)).all(1)]
     faults = 10 * overlaps(boxes, array([*solid, *(one.box for one in labels)]), 1.0).sum(1)
     faults += cuts(lines, boxes, 0.5).sum(1)
     beside = np.arange(len(options)) % 3 < 2

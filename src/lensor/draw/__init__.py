@@ -1,6 +1,7 @@
 """Diagrams of networks, sums, simplifications and plans, as SVG, PNG and TikZ.
 
 In the paper's notation, tensors are rounded boxes, index patterns are hexagons, and indices are lines with their names.
+Inputs are left of the patterns, kernels right of them, and each spatial dimension has a row.
 An index shared by more than two nodes is a dot. An output leg is an open end, or a black triangle if it groups indices.
 This package needs networkx, and matplotlib for PNG: `lensor[draw]`.
 """
@@ -19,7 +20,7 @@ from lensor.network.text import pattern_names
 from lensor.plan import Plan
 
 if TYPE_CHECKING:
-    from lensor.draw.scene import Scene
+    from lensor.draw.shapes import Scene
 
 FORMATS = (".svg", ".png", ".tex")
 """Supported file extensions of a saved drawing."""
@@ -114,9 +115,9 @@ def draw(
 ) -> Drawing:
     """Draw a network, a sum, a plan, or several networks with arrows between them.
 
-    Use this for figures; `print(net)` and `print(plan)` give the text form. The layout is deterministic. Planar
-    networks are drawn without crossings, other networks with few (see `Drawing.crossings`). The two halves of a
-    Kronecker factor are mirrored; halves with more nodes in common may not be.
+    Use this for figures; `print(net)` and `print(plan)` give the text form. Inputs are on the left, kernels on the
+    right, and index patterns between them, with a row for each spatial dimension. Equal halves are mirrored. The layout
+    is deterministic. Planar networks are drawn without crossings, other networks with few (see `Drawing.crossings`).
 
     Args:
         what: the network or plan; a sequence of networks gives one diagram with arrows between them: before and after.
@@ -160,7 +161,7 @@ def _drawing(
     cut: str | Collection[str],
 ) -> Drawing:
     from lensor.draw.plans import scene_of_plan
-    from lensor.draw.scene import row
+    from lensor.draw.shapes import row
 
     shade, cut = _listed_shades(shade), _listed_names(cut)
     if isinstance(what, Plan):

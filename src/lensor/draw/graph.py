@@ -9,17 +9,17 @@ Operands that are cut out, the arguments of a Jacobian, remain as ghosts, whose 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lensor.network import Delta, Network, Ones, Operand, Pattern, Select
 from lensor.network.text import pattern_names
 
-TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, LOOP, STEP = (
+TENSOR, CUT, PATTERN, SELECTION, ONES, DOT, END, GROUP, LOOP, STEP, ARROW = (
     *("tensor", "cut", "pattern", "selection", "ones", "dot", "end", "group"),
-    *("loop", "step"),
+    *("loop", "step", "arrow"),
 )
-"""The shapes of vertices; a loop's vertex is the turning point of a trace's line."""
+"""The shapes of vertices; a loop's vertex is the turning point of a trace's line, and arrows show where values go."""
 
 _MOST_NAMES = 4
 """Maximum number of names in a label."""
@@ -65,10 +65,19 @@ class Line:
 
 @dataclass
 class Graph:
-    """Vertices and lines; each pair of vertices has at most one line."""
+    """Vertices and lines; each pair of vertices has at most one line.
+
+    Args:
+        vertices: the vertices.
+        lines: the lines.
+        arrows: pairs of vertices, of which the first belongs to the left of the second: an input, a pattern, a kernel.
+        ranks: for each index, its preferred height: the spatial dimensions in rows around 0, groups below.
+    """
 
     vertices: list[Vertex] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
+    arrows: list[tuple[int, int]] = field(default_factory=list)
+    ranks: dict[str, float] = field(default_factory=dict)
 
     def add(self, vertex: Vertex) -> int:
         """Add a vertex and return its number."""
@@ -145,6 +154,7 @@ def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, st
         end = graph.add(Vertex(END if len(leg) == 1 else GROUP))
         for index in leg:
             holders.setdefault(index, []).append(end)
+    _add_roles(graph, net, holders)
     for index, vertices in holders.items():
         times = Counter(vertices)
         if len(vertices) == 1:  # a summed index on one node only
@@ -161,3 +171,38 @@ def graph_of(net: Network, cut: Collection[str] = (), names: Mapping[Pattern, st
                 if one != dot:
                     graph.join(one, dot, index, times[one])
     return graph
+
+
+def _add_roles(graph: Graph, net: Network, holders: Mapping[str, Sequence[int]]) -> None:
+    """Set the arrows and ranks of a graph, from the index patterns and the groups of indices."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    spatial: dict[str, int] = {}
+    for at, node in enumerate(net.nodes):
+        if isinstance(node, Pattern):
+            i, o, k = ([*_others(graph, net, holders, at, leg)] for leg in range(3))
+            left, right = (i, o + k) if i else (o, k)
+        elif isinstance(node, Select):
+            left, right = ([*_others(graph, net, holders, at, leg)] for leg in (1, 0))
+        else:
+            continue
+        graph.arrows += [(one, at) for one in left] + [(at, one) for one in right]
+        if isinstance(node, Pattern):
+            key = tuple(one for one in (*left, *right) if isinstance(net.nodes[one], Operand))
+            rows[key] += 1
+            for index in (index for leg in node.legs for index in leg):
+                spatial.setdefault(index, rows[key])
+    middle = (max(spatial.values(), default=1) + 1) / 2 if len({*spatial.values()}) > 1 else 1.5
+    legs = [leg for node in net.nodes if isinstance(node, Operand) for leg in node.legs]
+    graph.ranks = {leg[0]: 9.0 for leg in legs if len(leg) > 1 and spatial.keys().isdisjoint(leg)}
+    graph.ranks |= {index: row - middle for index, row in spatial.items()}
+
+
+def _others(graph: Graph, net: Network, holders: Mapping[str, Sequence[int]], at: int, leg: int) -> Iterator[int]:
+    """The other nodes with an index of a leg, except patterns that have it on the same leg."""
+    for index in net.nodes[at].legs[leg]:
+        for other in holders[index]:
+            if other == at or other >= len(net.nodes) or graph.vertices[other].shape == DOT:
+                continue
+            node = net.nodes[other]
+            if not isinstance(node, Pattern) or index not in node.legs[leg]:
+                yield other

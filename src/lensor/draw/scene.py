@@ -1,463 +1,361 @@
-"""A drawing as shapes with sizes and positions, in points; the source of SVG, TikZ and PNG."""
+"""The scene of a network: sizes, smooth lines, names beside lines, and shades.
+
+Boxes stand in columns. Lines are horizontal within a column and curved between columns, so that they do not cover
+boxes. A scene grows until no name covers anything.
+"""
 
 from __future__ import annotations
 
-import cmath
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 
-from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, ONES, STEP, Graph, Line
-from lensor.draw.layout import Layout, Positions, laid_out
+from lensor.draw.graph import CUT, DOT, END, GROUP, LOOP, ONES, Graph
+from lensor.draw.layers import Edge, Place, settle
+from lensor.draw.layout import Layout, laid_out
+from lensor.draw.shapes import (
+    LETTER,
+    Box,
+    Label,
+    Point,
+    Scene,
+    Shade,
+    Shape,
+    Stroke,
+    array,
+    bridged,
+    corners_of,
+    cuts,
+    overlaps,
+    row,
+)
+from lensor.draw.tex import width_of
 
-UNIT = 58.0
-"""Length in points of a line of length 1."""
+HEIGHT, LABEL = 24.0, 12.0
+"""Heights of boxes and of names."""
 
-LETTER, SMALL = 7.6, 5.6
-"""Widths of letters in nodes and in line labels."""
+_PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 40.0, 8.0
+"""Distance between lines at a box, space above and below a line, length of an upright leg, space between columns, and
+space above and below a box."""
 
-HEIGHT, LABEL = 24.0, 11.0
-_ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.27, 0.73, 0.2, 0.8, 0.14, 0.86)
-"""Possible positions of a label along its line."""
+_MANY = 100
+"""With more lines than this, a drawing does not grow: something is covered at every size."""
+_GROWTH, _TRIES = 1.15, 14
+"""Factor by which a drawing grows until no name covers anything, and maximum number of times."""
 
-_STRETCHES = (1.0, 1.2, 1.45, 1.75, 2.1, 2.6, 3.2)
-"""Factors by which a leg may be lengthened to fit its label at its end."""
-
-BRIDGE = 6.0
-"""Reach of a bridge on both sides of a crossing."""
-
-_APART, _PIECES = 16.0, 12
-"""Distance between parallel lines at their middle; number of straight pieces in a bent line."""
-
-_GROWTH, _TRIES = 1.1, 18
-"""Factor by which a drawing is enlarged until no label covers anything, and maximum number of enlargements."""
-
-_BOX_GAP, _LABEL_GAP = 3.0, 1.0
-"""Space between vertices, and between labels and everything else."""
+_SHARES = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82, 0.12, 0.88)
+"""Possible positions of a name along its line."""
 
 _PADS = (10.0, 8.0, 6.0, 4.5, 3.0, 2.0, 1.0)
 """Possible distances that a shade extends beyond its vertices and lines; smaller ones are used to avoid other
 vertices."""
 
-_WORSE = 10
-"""Cost of overlapping boxes, or of a line through a vertex, relative to a line under a label."""
-
-
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle around a centre."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def overlaps(self, other: Box, gap: float = 0.0) -> bool:
-        """Whether the distance between two boxes is below a gap."""
-        apart = abs(self.x - other.x) >= (self.width + other.width) / 2 + gap
-        return not apart and abs(self.y - other.y) < (self.height + other.height) / 2 + gap
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A vertex at its position.
-
-    Args:
-        kind: one of the shapes of `lensor.draw.graph`.
-        box: its rectangle.
-        text: the text inside the vertex.
-        node: the number of the node in the network, if the vertex represents a node.
-        angle: direction of a triangle, in radians.
-    """
-
-    kind: str
-    box: Box
-    text: str
-    node: int | None = None
-    angle: float = 0.0
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A line, or a straight piece of a bent line.
-
-    Args:
-        x1: x of the start.
-        y1: y of the start.
-        x2: x of the end.
-        y2: y of the end.
-        dashed: whether the line leads to an operand that is cut out.
-        line: the number of the line in the network's graph.
-    """
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-    dashed: bool = False
-    line: int = 0
-
-    def moved(self, x: float, y: float) -> Segment:
-        """The line, shifted."""
-        return replace(self, x1=self.x1 + x, y1=self.y1 + y, x2=self.x2 + x, y2=self.y2 + y)
-
-    def around(self, x: float, y: float, reach: float) -> Segment:
-        """The piece of the line around a point on it."""
-        length = math.hypot(self.x2 - self.x1, self.y2 - self.y1)
-        ux, uy = reach * (self.x2 - self.x1) / length, reach * (self.y2 - self.y1) / length
-        return replace(self, x1=x - ux, y1=y - uy, x2=x + ux, y2=y + uy)
-
-
-@dataclass(frozen=True)
-class Shade:
-    """A shaded area behind some vertices.
-
-    Args:
-        pieces: corners of convex polygons, which may overlap; all have the same orientation.
-    """
-
-    pieces: tuple[tuple[Point, ...], ...]
-
-    MARGIN: ClassVar[float] = 4.0
-    """Distance by which writers extend the area on all sides, with rounded corners."""
-
-    @property
-    def box(self) -> Box:
-        """The bounding rectangle."""
-        corners = np.array([corner for piece in self.pieces for corner in piece])
-        low, high = corners.min(0) - self.MARGIN, corners.max(0) + self.MARGIN
-        return Box(*map(float, (low + high) / 2), *map(float, high - low))
-
-    def overlaps(self, box: Box) -> bool:
-        """Whether the area overlaps a box."""
-        around = _corners(box, self.MARGIN)
-        return any(_share_a_point(np.array(piece), around) for piece in self.pieces)
-
-    def moved(self, x: float, y: float) -> Shade:
-        """The area, shifted."""
-        return Shade(tuple(tuple((one + x, other + y) for one, other in piece) for piece in self.pieces))
-
-
-@dataclass(frozen=True)
-class Label:
-    """A text on or next to a line, with the line's number; large texts are signs between networks."""
-
-    text: str
-    box: Box
-    large: bool = False
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class Scene:
-    """The whole drawing.
-
-    Args:
-        shapes: the vertices.
-        segments: the lines.
-        labels: names of indices, and signs.
-        shades: areas behind everything else.
-        bridges: for each crossing, the piece of the line that passes above.
-        crossings: number of pairs of lines that cross.
-    """
-
-    shapes: tuple[Shape, ...] = ()
-    segments: tuple[Segment, ...] = ()
-    labels: tuple[Label, ...] = ()
-    shades: tuple[Shade, ...] = ()
-    bridges: tuple[Segment, ...] = ()
-    crossings: int = 0
-
-    def boxes(self) -> Iterable[Box]:
-        """The boxes of all shapes, labels and shades."""
-        yield from (shape.box for shape in self.shapes)
-        yield from (label.box for label in self.labels)
-        yield from (shade.box for shade in self.shades)
-
-    def bounds(self, margin: float = 8.0) -> tuple[float, float, float, float]:
-        """Left, top, width and height of everything."""
-        # Bent lines may extend beyond all boxes.
-        bends = (Box(line.x1, line.y1, 0.0, 0.0) for line in self.segments)
-        boxes = [*self.boxes(), *bends] or [Box(0, 0, 1, 1)]
-        left = min(box.x - box.width / 2 for box in boxes) - margin
-        right = max(box.x + box.width / 2 for box in boxes) + margin
-        top = min(box.y - box.height / 2 for box in boxes) - margin
-        bottom = max(box.y + box.height / 2 for box in boxes) + margin
-        return left, top, right - left, bottom - top
-
-    def moved(self, x: float, y: float) -> Scene:
-        """The scene, shifted."""
-
-        def box(one: Box) -> Box:
-            return replace(one, x=one.x + x, y=one.y + y)
-
-        return replace(
-            self,
-            shapes=tuple(replace(one, box=box(one.box)) for one in self.shapes),
-            segments=tuple(one.moved(x, y) for one in self.segments),
-            bridges=tuple(one.moved(x, y) for one in self.bridges),
-            labels=tuple(replace(one, box=box(one.box)) for one in self.labels),
-            shades=tuple(one.moved(x, y) for one in self.shades),
-        )
-
 
 def scene_of(graph: Graph, shade: Sequence[Collection[int]] = ()) -> Scene:
-    """Lay out a graph at the first size where its labels cover nothing, or else at the size where they cover least.
+    """Draw a graph at the first size where its names cover nothing, or else at the size where they cover least.
 
     Args:
         graph: the graph.
         shade: sets of the network's nodes to shade.
     """
-    best = min(_growing(graph, laid_out(graph)), key=lambda found: found.faults)
-    shapes = tuple(shape for shape in best.shapes if shape.kind != LOOP)
-    segments = best.segments()
-    met = meetings(segments)
-    return Scene(
-        shapes,
-        segments,
-        tuple(best.labels),
-        tuple(_shaded(best, nodes) for nodes in shade),
-        tuple(segments[second].around(*point, BRIDGE) for (_, second), point in met.items()),
-        len(met),
-    )
+    parts = []
+    for part in graph.components():
+        drawn = _growing(graph, laid_out(graph, part))
+        parts.append(bridged(*min(drawn, key=lambda found: found[0])[1:]))
+    whole = row(parts, 12.0)
+    order = [at for part in graph.components() for at in part]
+    shapes = dict(zip(order, whole.shapes, strict=True))
+    shades = tuple(_shaded(graph, shapes, whole.strokes, nodes) for nodes in shade)
+    kept = tuple(shapes[at] for at in sorted(shapes) if shapes[at].kind != LOOP)
+    return replace(whole, shapes=kept, shades=shades)
 
 
-def _growing(graph: Graph, layout: Layout) -> Iterator[_Placing]:
-    """Yield scenes of increasing size, up to the first one without faults."""
-    for growth in range(_TRIES):
-        scale = UNIT * _GROWTH**growth * np.array([1.0, -1.0])  # downwards, as on a page
-        found = _at_scale(graph, layout.place * scale, [bends * scale for bends in layout.bends])
+_Parts = tuple[int, list[Shape], list[Stroke], list[Label]]
+"""How often something is covered; vertices, lines and names."""
+
+
+def _growing(graph: Graph, layout: Layout) -> Iterator[_Parts]:
+    """Yield drawings of increasing size, up to the first one where nothing is covered."""
+    for growth in range(_TRIES if len(layout.routes) <= _MANY else 1):
+        found = _Drawn(graph, layout, _GROWTH**growth).parts()
         yield found
-        if found.faults == 0:
+        if found[0] == 0:
             return
 
 
-def _size(kind: str, text: str) -> tuple[float, float]:
-    if kind in (END, LOOP):
-        return (1.0, 1.0)
-    if kind == DOT:
-        return (7.0, 7.0)
-    if kind == GROUP:
-        return (12.0, 12.0)
-    if kind == ONES:
-        return (18.0, 18.0)
-    return (max(LETTER * len(text) + (16 if kind != STEP else 12), 28.0), HEIGHT)
+class _Drawn:
+    """A connected part of a graph at one size."""
 
+    def __init__(self, graph: Graph, layout: Layout, scale: float) -> None:
+        self.graph, self.layout, self.scale = graph, layout, scale
+        self.vertex = {place: at for at, place in layout.places.items()}
+        self.rows = {place: at for layer in layout.layers for at, place in enumerate(layer)}
+        self.sizes = {at: self._size(at) for at in layout.places}
+        self.sides = {at: self._sides(at) for at in layout.places}
+        self.line = {end: number for number, line in enumerate(graph.lines) for end in (line.first, line.second)}
+        self._make_room()
+        settle(layout.layers)
+        self._set_columns()
 
-@dataclass
-class _Placing:
-    """A scene under construction.
+    def _size(self, at: int) -> tuple[float, float]:
+        vertex, place = self.graph.vertices[at], self.layout.places[at]
+        match vertex.shape:
+            case "dot":
+                return 7.0, 7.0
+            case "group":
+                return 12.0, 12.0
+            case "end":
+                return 1.0, 1.0
+        lines = [sum(self.graph.lines[edge.line].times for edge in side) for side in (place.before, place.after)]
+        height = max(HEIGHT, _PORT * max(lines) + 4.0)
+        if vertex.shape == ONES:
+            return 20.0, 20.0
+        return max(width_of(vertex.text, LETTER) + 16.0, 30.0), height
 
-    Args:
-        graph: the graph to draw.
-        shapes: its vertices.
-        paths: the points of each line and of all lines parallel to it.
-        labels: the labels placed so far.
-        faults: a measure of how much labels, boxes and lines cover each other.
-    """
+    def _label(self, leaf: int) -> str:
+        return next(line.label for line in self.graph.lines if leaf in (line.first, line.second))
 
-    graph: Graph
-    shapes: list[Shape]
-    paths: list[list[Positions]]
-    labels: list[Label] = field(default_factory=list)
-    faults: int = 0
+    def _sides(self, at: int) -> tuple[list[int], list[int]]:
+        """The leaves above and below a vertex."""
+        place, leaves = self.layout.places[at], self.layout.upright.get(at, [])
+        above = any(self.rows[one] < self.rows[place] for one in place.beside)
+        below = any(self.rows[one] > self.rows[place] for one in place.beside)
+        layer = self.layout.layers[place.layer]
+        first, last = layer[0] is place, layer[-1] is place
+        if above != below or first != last:
+            up = not above if above != below else first
+            return (leaves, []) if up else ([], leaves)
+        if self.graph.vertices[at].shape == DOT and len(leaves) == 1:
+            return [], leaves
+        if len(leaves) == 1:
+            return (leaves, []) if place.rank <= 0 else ([], leaves)
+        half = (len(leaves) + 1) // 2
+        return leaves[:half], leaves[half:]
 
-    def boxes(self, without: Collection[int] = ()) -> np.ndarray:
-        """[boxes, 4]: the boxes of the labels and of all vertices except those in `without`."""
-        shapes = [shape.box for at, shape in enumerate(self.shapes) if at not in without and shape.kind != LOOP]
-        return _array([*shapes, *(label.box for label in self.labels)])
+    def _slots(self, at: int, up: bool) -> list[tuple[int, float]]:
+        """The leaves on one side of a vertex, with their distances from its middle."""
+        leaves, place = self.sides[at][not up], self.layout.places[at]
+        taken = any((self.rows[one] < self.rows[place]) == up for one in place.beside)
+        wide = max((width_of(self._label(leaf)) + 5.0 for leaf in leaves), default=0.0) * self.scale
+        wide = max(wide, 16.0)
+        start = wide if taken else -(len(leaves) - 1) / 2 * wide
+        return [(leaf, start + number * wide) for number, leaf in enumerate(leaves)]
 
-    def pieces(self, lines: Iterable[int]) -> np.ndarray:
-        """[pieces, 4]: the pieces of some lines."""
-        found = [np.concatenate([path[:-1], path[1:]], 1) for at in lines for path in self.paths[at]]
-        return np.concatenate([np.zeros((0, 4)), *found])
+    def _make_room(self) -> None:
+        """Set the ports of edges, and the space that each place takes."""
+        for place in self.rows:
+            place.above = place.below = _THIN * self.scale
+            at = self.vertex.get(place)
+            if at is None:
+                continue
+            width, height = self.sizes[at]
+            for side, other in ((place.before, "left"), (place.after, "right")):
+                side.sort(key=lambda edge: self.rows[getattr(edge, other)])
+                times = [self.graph.lines[edge.line].times for edge in side]
+                step = _PORT if height >= HEIGHT else 0.0
+                start = -(sum(times) - 1) / 2 * step
+                for edge, count in zip(side, times, strict=True):
+                    setattr(edge, "enters" if other == "left" else "leaves", start + (count - 1) / 2 * step)
+                    start += count * step
+            ends = [abs(x) for up in (True, False) for _, x in self._slots(at, up)]
+            if height >= HEIGHT and ends:
+                self.sizes[at] = (max(width, 2 * max(ends) + 12.0), height)
+            free = height / 2 + (_BETWEEN if height >= HEIGHT else 3.0) * self.scale
+            tall = height / 2 + _LEG * self.scale + LABEL + 5.0
+            place.above = tall if self.sides[at][0] else free
+            place.below = tall if self.sides[at][1] else free
+            if place.beside:
+                place.above, place.below = (max(one, free + LABEL / 2) for one in (place.above, place.below))
 
-    def segments(self) -> tuple[Segment, ...]:
-        """All pieces, with the numbers of their lines."""
-        return tuple(
-            Segment(*map(float, (*one, *other)), dashed=_is_cut(self.graph, line), line=at)
-            for at, line in enumerate(self.graph.lines)
-            for path in self.paths[at]
-            for one, other in itertools.pairwise(path)
+    def _wide(self, place: Place) -> float:
+        """The width that a place needs in its column."""
+        at = self.vertex.get(place)
+        if at is None:
+            return 0.0
+        if self.graph.vertices[at].shape == END:
+            return width_of(self._label(at)) + 3.0
+        found = [self.sizes[at][0]]
+        for up in (True, False):
+            found += [2 * abs(x) + width_of(self._label(leaf)) + 4.0 for leaf, x in self._slots(at, up)]
+        for number, route in self.layout.routes.items():
+            if place.beside and place in route and not self.layout.edges[number]:
+                found.append(2 * width_of(self.graph.lines[number].label) + 12.0)
+        return max(found)
+
+    def _set_columns(self) -> None:
+        """Set the left and right sides of every column."""
+        layers, gaps = self.layout.layers, []
+        widths = [max(map(self._wide, layer)) for layer in layers]
+        for layer in layers:
+            edges = [edge for place in layer for edge in place.before]
+            steep = max((abs(e.left.y + e.leaves - e.right.y - e.enters) for e in edges), default=0.0)
+            names = [width_of(self.graph.lines[e.line].label) for e in edges if not self._is_end(e)]
+            gaps.append(max(_GAP, 0.55 * min(steep, 110.0), max(names, default=0.0) + 12.0) * self.scale**0.7)
+        if any(place.twin for place in self.rows):
+            widths = [max(pair) for pair in zip(widths, widths[::-1], strict=True)]
+            gaps[1:] = [max(pair) for pair in zip(gaps[1:], gaps[:0:-1], strict=True)]
+        lefts = np.cumsum([0.0, *(gap + width for gap, width in zip(gaps[1:], widths, strict=False))])
+        self.columns = [(float(left), float(left) + width) for left, width in zip(lefts, widths, strict=True)]
+
+    def _is_end(self, edge: Edge) -> bool:
+        line = self.graph.lines[edge.line]
+        return END in (self.graph.vertices[line.first].shape, self.graph.vertices[line.second].shape)
+
+    def _centre(self, place: Place) -> Point:
+        left, right = self.columns[place.layer]
+        return (left + right) / 2, place.y
+
+    # ------------------------------------------------------------------------------------------------------------ lines
+    def _strokes(self, number: int) -> Iterator[Stroke]:
+        """The lines of a line of the graph: as many as it has parallel ones."""
+        line, edges = self.graph.lines[number], self.layout.edges[number]
+        dashed = CUT in (self.graph.vertices[line.first].shape, self.graph.vertices[line.second].shape)
+        for copy in range(line.times):
+            aside = (copy - (line.times - 1) / 2) * _PORT
+            if not edges:
+                one, other = map(self._centre, self.layout.routes[number])
+                yield Stroke.straight(
+                    (one[0] + aside, one[1]), (other[0] + aside, other[1]), dashed=dashed, line=number
+                )
+                continue
+            points: list[Point] = []
+            for edge in edges:
+                shifts = [aside if self._spreads(place) else 0.0 for place in (edge.left, edge.right)]
+                start, end = edge.left.y + edge.leaves + shifts[0], edge.right.y + edge.enters + shifts[1]
+                left, right = self.columns[edge.left.layer][1], self.columns[edge.right.layer][0]
+                if not points:
+                    points = [(self._edge(edge.left, 1.0), start)]
+                middle = (left + right) / 2
+                points += [points[-1], (left, start), (left, start)]
+                points += [(middle, start), (middle, end), (right, end)]
+            end = (self._edge(edges[-1].right, -1.0), points[-1][1])
+            yield Stroke((*points, points[-1], end, end), dashed, number)
+
+    def _spreads(self, place: Place) -> bool:
+        at = self.vertex.get(place)
+        return at is None or self.sizes[at][1] >= HEIGHT
+
+    def _edge(self, place: Place, side: float) -> float:
+        """The x at which lines meet a vertex: under the side of a box, or the middle of a dot."""
+        at, x = self.vertex[place], self._centre(place)[0]
+        if self.graph.vertices[at].shape == END:
+            return x + side * self._wide(place) / 2
+        return x + side * max(self.sizes[at][0] / 2 - 8.0, 0.0)
+
+    def _upright(self) -> Iterator[tuple[int, Stroke, Shape, Label]]:
+        """The lines, ends and names of the leaves above and below vertices."""
+        for at in self.layout.places:
+            for up in (True, False):
+                sign, (x, y) = (-1 if up else 1), self._centre(self.layout.places[at])
+                for leaf, aside in self._slots(at, up):
+                    shape, number = self.graph.vertices[leaf].shape, self.line[leaf]
+                    far = x + aside
+                    root = (far, y + sign * (self.sizes[at][1] / 2 - 1.0))
+                    if self.sizes[at][1] < HEIGHT:
+                        root = (x, y)
+                    tip = y + sign * (self.sizes[at][1] / 2 + _LEG * self.scale)
+                    dashed = self.graph.vertices[at].shape == CUT
+                    stroke = Stroke.straight(root, (far, tip), dashed=dashed, line=number)
+                    if shape == LOOP:
+                        near, top = root[1], root[1] + (tip - root[1]) * 4 / 3
+                        bow = ((far - 4, near), (far - 14, top), (far + 14, top), (far + 4, near))
+                        stroke = Stroke(bow, dashed, number)
+                    size = 7.0 if shape == DOT else 1.0
+                    text = self.graph.lines[number].label
+                    reach = sign * (size / 2 + LABEL / 2 + 1.5)
+                    label = Label(text, Box(far, tip + reach, width_of(text), LABEL), line=number)
+                    yield leaf, stroke, Shape(shape, Box(far, tip, size, size), ""), label
+
+    def parts(self) -> _Parts:
+        """How often something is covered; vertices, lines and names."""
+        graph = self.graph
+        shapes: dict[int, Shape] = {}
+        strokes = [stroke for number in self.layout.routes for stroke in self._strokes(number)]
+        labels: list[Label] = []
+        for leaf, stroke, shape, label in self._upright():
+            shapes[leaf] = shape
+            strokes.append(stroke)
+            labels.append(label)
+        for at, place in self.layout.places.items():
+            vertex, (x, y) = graph.vertices[at], self._centre(place)
+            box = Box(x, y, *self.sizes[at])
+            if vertex.shape == END:
+                edge = -1.0 if place.before else 1.0
+                box = Box(self._edge(place, edge), y, 1.0, 1.0)
+                text = self._label(at)
+                name = Box(box.x - edge * (width_of(text) / 2 + 3.0), y, width_of(text), LABEL)
+                labels.append(Label(text, name, line=self.line[at]))
+            shapes[at] = Shape(vertex.shape, box, vertex.text, vertex.node, self._angle(place))
+        ordered = [shapes[at] for at in sorted(shapes)]
+        named = {label.line for label in labels}
+        waiting = [number for number in self.layout.routes if number not in named]
+        waiting.sort(key=lambda number: len(self.layout.routes[number]))  # short lines have few places for names
+        pieces = {stroke: stroke.pieces() for stroke in strokes}
+        solid = [shape.box for shape in ordered if shape.kind not in (END, LOOP)]
+        boxes = array(solid + [one.box for one in labels])
+        faults = int(np.triu(overlaps(boxes, boxes, 0.0), 1).sum())
+        faults += int(
+            sum(
+                cuts(found, array(one.box for one in labels if one.line != line.line)).sum()
+                for line, found in pieces.items()
+            )
         )
+        for number in waiting:
+            found, label = _named(graph.lines[number].label, number, pieces, solid, labels)
+            faults += found
+            labels.append(label)
+        return faults, ordered, strokes, labels
 
-    def put_label(self, at: int) -> None:
-        """Put the label of a line where it covers least, at the first such position."""
-        line = self.graph.lines[at]
-        size = (SMALL * len(line.label) + 3, LABEL)
-        end = next((end for end in (line.first, line.second) if self.graph.vertices[end].shape == END), None)
-        legs = []
-        if end is None:
-            options = list(_boxes_on(self.paths[at], size))
-        else:
-            near = line.first + line.second - end
-            legs, options = zip(*_beyond(self.shapes[near].box, self.shapes[end].box, size), strict=True)
-        lines = self.pieces(other for other in range(len(self.paths)) if other != at)
-        taken = self.boxes(() if end is None else {end})
-        faults = _WORSE * _overlaps(_array(options), taken, _LABEL_GAP).sum(1)
-        faults += _cuts(lines, _array(options), _LABEL_GAP).sum(1)
-        if end is not None:
-            legs = np.array(legs)
-            faults += _cuts(legs, self.boxes({line.first, line.second})).sum(0) + _meet(legs, lines).sum(1)
-        best = int(faults.argmin())
-        self.faults += int(faults[best])
-        self.labels.append(Label(line.label, options[best], line=at))
-        if end is not None:
-            x, y = map(float, legs[best][2:])
-            self.shapes[end] = replace(self.shapes[end], box=replace(self.shapes[end].box, x=x, y=y))
-            self.paths[at] = [legs[best].reshape(2, 2)]
+    def _angle(self, place: Place) -> float:
+        """The direction of a triangle: away from its lines."""
+        if bool(place.before) != bool(place.after):
+            return 0.0 if place.before else math.pi
+        if place.beside and not place.before:
+            return math.pi / 2 if self.rows[place.beside[0]] < self.rows[place] else -math.pi / 2
+        return -math.pi / 2 if self.layout.layers[place.layer][0] is place else math.pi / 2
 
 
-def _at_scale(graph: Graph, place: Positions, bends: Sequence[Positions]) -> _Placing:
-    """The scene with the vertices and bends at the given points."""
-    paths = [_paths(graph, line, place, bent) for line, bent in zip(graph.lines, bends, strict=True)]
-    found = _Placing(graph, _shapes(graph, place), paths)
-    boxes = found.boxes()
-    found.faults += _WORSE * int(np.triu(_overlaps(boxes, boxes, _BOX_GAP), 1).sum())
-    for at, line in enumerate(graph.lines):
-        foreign = found.boxes({line.first, line.second})
-        found.faults += _WORSE * int(_cuts(found.pieces([at]), foreign).sum())
-
-    # Place labels of legs first, because these have one position, then those of short lines, which have few.
-    def order(at: int) -> tuple[bool, float, int]:
-        line = graph.lines[at]
-        is_leg = END in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
-        return not is_leg, round(float(np.linalg.norm(place[line.first] - place[line.second])), 6), at
-
-    for at in sorted(range(len(graph.lines)), key=order):
-        found.put_label(at)
-    return found
-
-
-def _shapes(graph: Graph, place: Positions) -> list[Shape]:
-    """Shapes for all vertices, at their points; triangles point away from their lines."""
-    near, shapes = graph.neighbours(), []
-    for at, vertex in enumerate(graph.vertices):
-        angle = 0.0
-        if vertex.shape == GROUP and near[at]:
-            inwards = place[list(near[at])].mean(0) - place[at]
-            angle = math.atan2(-inwards[1], -inwards[0])
-        (x, y), size = place[at], _size(vertex.shape, vertex.text)
-        box = Box(float(x), float(y), *size)
-        shapes.append(Shape(vertex.shape, box, vertex.text, vertex.node, angle))
-    return shapes
-
-
-def _paths(graph: Graph, line: Line, place: Positions, bends: Positions) -> list[Positions]:
-    """The points of a line, or of several parallel lines; a loop turns at the LOOP vertex."""
-    start, stop = place[line.first], place[line.second]
-    along = stop - start
-    across = np.array([-along[1], along[0]])
-    t = np.linspace(0.0, 1.0, _PIECES + 1)[:, None]
-    if graph.vertices[line.second].shape == LOOP:
-        width = _loop_width(graph, line, place)
-        far, aside = start + 4 / 3 * along, width * across
-        return [start + 3 * (1 - t) * t * (far - start + (1 - 2 * t) * aside)]
-    if line.times == 1:
-        return [np.concatenate([[start], bends, [stop]])]
-    gap = _APART / max(float(np.linalg.norm(along)), 1.0)
-    bows = gap * (np.arange(line.times) - (line.times - 1) / 2)
-    return [start + t * along + 4 * t * (1 - t) * bow * across if bow else np.array([start, stop]) for bow in bows]
+def _named(
+    text: str, number: int, pieces: dict[Stroke, np.ndarray], solid: Sequence[Box], labels: Sequence[Label]
+) -> tuple[int, Label]:
+    """The name of a line at the best place on or beside it, and how much it covers there."""
+    size = (width_of(text), LABEL)
+    own = [found for stroke, found in pieces.items() if stroke.line == number]
+    options, costs = [], []
+    for worse, share in enumerate(_SHARES):
+        for path in own:
+            lengths = np.linalg.norm(path[:, 2:] - path[:, :2], axis=1)
+            reached = np.cumsum(lengths)
+            at = int(np.searchsorted(reached, share * reached[-1]))
+            step = (path[at, 2:] - path[at, :2]) / max(lengths[at], 1e-9)
+            x, y = path[at, 2:] - step * (reached[at] - share * reached[-1])
+            ux, uy = map(abs, step)
+            away = (uy * size[0] + ux * size[1]) / 2 + 1.0
+            for side, cost in ((-1.0, 0.0), (1.0, 0.6), (0.0, 3.0)):
+                normal = (-step[1], step[0]) if step[0] >= 0 else (step[1], -step[0])
+                options.append(Box(float(x + side * away * normal[0]), float(y + side * away * normal[1]), *size))
+                costs.append(0.4 * worse + cost + (3.0 * min(ux, uy) if side else 0.0))
+    boxes = array(options)
+    low, high = (boxes[:, :2] - boxes[:, 2:]).min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)
+    others = [found for stroke, found in pieces.items() if stroke.line != number]
+    lines = np.concatenate([np.zeros((0, 4)), *others])
+    ends = lines.reshape(-1, 2, 2)
+    lines = lines[((ends.max(1) > low) & (ends.min(1) < high)).all(1)]
+    faults = 10 * overlaps(boxes, array([*solid, *(one.box for one in labels)]), 1.0).sum(1)
+    faults += cuts(lines, boxes, 0.5).sum(1)
+    beside = np.arange(len(options)) % 3 < 2
+    faults += np.where(beside, cuts(np.concatenate(own), boxes).any(1), 0)
+    best = int((1000 * faults + np.array(costs)).argmin())
+    return int(faults[best]), Label(text, options[best], line=number)
 
 
-def _loop_width(graph: Graph, line: Line, place: Positions) -> float:
-    """Maximum width of a loop of this length that avoids the other lines of its vertex."""
-    near = [other for other in graph.neighbours()[line.first] if other != line.second]
-    axis = complex(*(place[line.second] - place[line.first]))
-    angles = [abs(cmath.phase(complex(*(place[other] - place[line.first])) / axis)) for other in near]
-    return min(0.9, math.tan(min(*angles, 1.0, 1.0)))
-
-
-def _is_cut(graph: Graph, line: Line) -> bool:
-    return CUT in (graph.vertices[line.first].shape, graph.vertices[line.second].shape)
-
-
-def meetings(segments: Sequence[Segment]) -> dict[tuple[int, int], tuple[float, float]]:
-    """The points where lines meet, except at their ends."""
-    lines = np.array([(one.x1, one.y1, one.x2, one.y2) for one in segments]).reshape(-1, 4)
-    found = {}
-    for i, j in zip(*np.nonzero(np.triu(_meet(lines, lines), 1)), strict=True):
-        start, along, other, across = (
-            lines[i, :2],
-            lines[i, 2:] - lines[i, :2],
-            lines[j, :2],
-            lines[j, 2:] - lines[j, :2],
-        )
-        t = np.linalg.det([other - start, across]) / np.linalg.det([along, across])
-        x, y = start + t * along
-        found[int(i), int(j)] = float(x), float(y)
-    return found
-
-
-def _boxes_on(paths: Sequence[Positions], size: tuple[float, float]) -> Iterator[Box]:
-    """Yield label boxes on the lines, then next to them."""
-    spots = []
-    for share in _ALONG:
-        for path in paths:
-            at = min(int(share * (len(path) - 1)), len(path) - 2)
-            step = path[at + 1] - path[at]
-            spots.append((path[at] + (share * (len(path) - 1) - at) * step, step / max(np.linalg.norm(step), 1e-9)))
-    for (x, y), _ in spots:
-        yield Box(float(x), float(y), *size)
-    for (x, y), (ux, uy) in spots:
-        away = (abs(uy) * size[0] + abs(ux) * size[1]) / 2 + _LABEL_GAP
-        for side in (1.0, -1.0):
-            yield Box(float(x - side * uy * away), float(y + side * ux * away), *size)
-
-
-def _beyond(near: Box, end: Box, size: tuple[float, float]) -> Iterator[tuple[tuple[float, ...], Box]]:
-    """Yield legs of increasing length, with a label box beyond each end."""
-    length = math.hypot(end.x - near.x, end.y - near.y) or 1.0
-    ux, uy = (end.x - near.x) / length, (end.y - near.y) / length
-    reach = min(size[0] / 2 / max(abs(ux), 1e-6), size[1] / 2 / max(abs(uy), 1e-6)) + 3
-    for stretch in _STRETCHES:
-        x, y = near.x + stretch * length * ux, near.y + stretch * length * uy
-        yield (near.x, near.y, x, y), Box(x + ux * reach, y + uy * reach, *size)
-
-
-def _array(boxes: Iterable[Box]) -> np.ndarray:
-    """[boxes, 4]: centres and sizes."""
-    return np.array([(box.x, box.y, box.width, box.height) for box in boxes]).reshape(-1, 4)
-
-
-def _overlaps(boxes: np.ndarray, others: np.ndarray, gap: float) -> np.ndarray:
-    """[boxes, others]: whether the distance between two boxes is below a gap."""
-    apart = np.abs(boxes[:, None, :2] - others[None, :, :2])
-    return np.all(apart < (boxes[:, None, 2:] + others[None, :, 2:]) / 2 + gap, axis=-1)
-
-
-def _cuts(lines: np.ndarray, boxes: np.ndarray, gap: float = 0.0) -> np.ndarray:
-    """[boxes, lines]: whether the distance between a line and a box is below a gap."""
-    start, step = lines[None, :, :2], lines[None, :, 2:] - lines[None, :, :2]
-    step = np.where(np.abs(step) < 1e-9, 1e-9, step)
-    centre, half = boxes[:, None, :2], boxes[:, None, 2:] / 2 + gap
-    one, other = (centre - half - start) / step, (centre + half - start) / step
-    enter, leave = np.minimum(one, other).max(-1), np.maximum(one, other).min(-1)
-    return np.maximum(enter, 0.0) < np.minimum(leave, 1.0)
-
-
-def _meet(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[lines, others]: whether two lines cross, except at their ends."""
-
-    def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        step = a[..., 2:] - a[..., :2]
-        one, other = b[..., :2] - a[..., :2], b[..., 2:] - a[..., :2]
-        sides = [step[..., 0] * to[..., 1] - step[..., 1] * to[..., 0] for to in (one, other)]
-        return sides[0] * sides[1] < 0
-
-    return apart(lines[:, None], others[None]) & apart(others[None], lines[:, None])
-
-
-def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
+# --------------------------------------------------------------------------------------------------------------- shades
+def _shaded(graph: Graph, shapes: dict[int, Shape], strokes: Sequence[Stroke], nodes: Collection[int]) -> Shade:
     """The hull of some nodes; if it meets other vertices, one shape per node and thick bands along their lines."""
-    graph, near = scene.graph, scene.graph.neighbours()
+    near = graph.neighbours()
     own = {at for at, vertex in enumerate(graph.vertices) if vertex.node in nodes}
     # Include dots and groups between the nodes, and the nodes' loops. A dot with one line is an index summed elsewhere.
     own |= {
@@ -465,8 +363,8 @@ def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
         for at, vertex in enumerate(graph.vertices)
         if near[at] <= own and (vertex.shape == LOOP or (vertex.shape in (DOT, GROUP) and len(near[at]) > 1))
     }
-    boxes = {at: scene.shapes[at].box for at in sorted(own)}
-    others = [shape.box for at, shape in enumerate(scene.shapes) if at not in own and shape.kind not in (LOOP, END)]
+    boxes = {at: shapes[at].box for at in sorted(own)}
+    others = [shape.box for at, shape in shapes.items() if at not in own and shape.kind not in (LOOP, END)]
 
     def widest(areas: Iterable[np.ndarray]) -> list[tuple[Point, ...]]:
         """The first area that meets no other vertex."""
@@ -478,22 +376,16 @@ def _shaded(scene: _Placing, nodes: Collection[int]) -> Shade:
 
     def around(some: Iterable[Box]) -> Iterator[np.ndarray]:
         some = list(some)
-        return (np.concatenate([_corners(box, pad - Shade.MARGIN) for box in some]) for pad in _PADS)
+        return (np.concatenate([corners_of(box, pad - Shade.MARGIN) for box in some]) for pad in _PADS)
 
     pieces = widest(around(boxes.values()))
     if not pieces:
         pieces = [piece for box in boxes.values() for piece in widest(around([box]))]
-        for line, paths in zip(graph.lines, scene.paths, strict=True):
-            for one, other in (pair for path in paths for pair in itertools.pairwise(path)):
-                if {line.first, line.second} <= own:
+        for stroke in strokes:
+            if {graph.lines[stroke.line].first, graph.lines[stroke.line].second} <= own:
+                for one, other in itertools.pairwise(stroke.sampled()):
                     pieces += widest(_band(one, other, max(pad - Shade.MARGIN, 0.1)) for pad in _PADS)
     return Shade(tuple(pieces))
-
-
-def _corners(box: Box, margin: float) -> np.ndarray:
-    """[4, 2]: the corners of a box, extended by a margin."""
-    half = np.array([box.width, box.height]) / 2 + margin
-    return np.array([box.x, box.y]) + half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 def _band(one: np.ndarray, other: np.ndarray, half: float) -> np.ndarray:
@@ -519,40 +411,3 @@ def _hull(points: np.ndarray) -> tuple[Point, ...]:
 
     ordered = sorted((float(x), float(y)) for x, y in points)
     return (*chain(ordered), *chain(reversed(ordered)))
-
-
-def _share_a_point(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two convex polygons intersect: no side of either separates them."""
-    for polygon in (one, other):
-        sides = np.roll(polygon, -1, 0) - polygon
-        normals = np.stack([-sides[:, 1], sides[:, 0]], 1)
-        first, second = one @ normals.T, other @ normals.T
-        if ((first.max(0) <= second.min(0)) | (second.max(0) <= first.min(0))).any():
-            return False
-    return True
-
-
-def row(parts: Sequence[Scene | str], gap: float = 16.0) -> Scene:
-    """Place scenes and signs next to each other, centred on one line."""
-    right, count = 0.0, 0
-    shapes: list[Shape] = []
-    segments: list[Segment] = []
-    labels: list[Label] = []
-    shades: list[Shade] = []
-    bridges: list[Segment] = []
-    for part in parts:
-        if isinstance(part, str):
-            width = LETTER * 1.3 * len(part) + 4
-            labels.append(Label(part, Box(right + width / 2, 0.0, width, 18.0), large=True))
-            right += width + gap
-            continue
-        left, top, width, height = part.bounds(0.0)
-        moved = part.moved(right - left, -(top + height / 2))
-        shapes += moved.shapes
-        segments += moved.segments
-        labels += moved.labels
-        shades += moved.shades
-        bridges += moved.bridges
-        count += part.crossings
-        right += width + gap
-    return Scene(tuple(shapes), tuple(segments), tuple(labels), tuple(shades), tuple(bridges), count)

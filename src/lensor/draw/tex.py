@@ -87,15 +87,36 @@ def _word(word: str, renaming: str) -> str:
         ) from None
 
 
-def _name(name: str) -> str:
-    stem = name.rstrip("_")
+def parts_of(word: str) -> tuple[str, list[str], int]:
+    """The letters of a name, its subscripts, and its number of primes.
+
+    Example:
+        >>> from lensor.draw.tex import parts_of
+        >>> parts_of("c_in_"), parts_of("k1"), parts_of("9")
+        (('c', ['in'], 1), ('k', ['1'], 0), ('9', [], 0))
+    """
+    stem = word.rstrip("_")
     parts = stem.split("_")
-    if not all(parts):
-        return _upright(name)
+    if not word.isidentifier() or not all(parts):
+        return word, [], 0
     head = parts[0].rstrip("0123456789")
     below = [*([parts[0][len(head) :]] if head != parts[0] else []), *parts[1:]]
+    return head, below, len(word) - len(stem)
+
+
+def width_of(text: str, letter: float = 6.2) -> float:
+    """The width in points of names that are set as mathematics."""
+    width = letter * 0.6 * text.count(" ") + 2.0
+    for word in text.split():
+        head, below, primes = parts_of(word)
+        width += letter * (len(head) + 0.72 * len(",".join(below)) + 0.5 * primes)
+    return width
+
+
+def _name(name: str) -> str:
+    head, below, primes = parts_of(name)
     subscript = f"_{{{','.join(map(_upright, below))}}}" if below else ""
-    return _upright(head) + subscript + "'" * (len(name) - len(stem))
+    return _upright(head) + subscript + "'" * primes
 
 
 def _upright(text: str) -> str:

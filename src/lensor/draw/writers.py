@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from lensor.draw.graph import CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
-from lensor.draw.plans import ARROW
-from lensor.draw.scene import Box, Label, Scene, Segment, Shade, Shape
-from lensor.draw.tex import tex
+from lensor.draw.graph import ARROW, CUT, DOT, END, GROUP, ONES, PATTERN, SELECTION, STEP, TENSOR
+from lensor.draw.shapes import Box, Label, Scene, Shade, Shape, Stroke
+from lensor.draw.tex import parts_of, tex
 
 _LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#e4e8ee}"
 _DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#2e333d}"
@@ -22,10 +21,11 @@ STYLE = (
     f"body[data-theme=light] .lensor,[data-jp-theme-light=true] .lensor{_LIGHT}"
     f"body[data-theme=dark] .lensor,[data-jp-theme-light=false] .lensor{_DARK}"
     ".lensor .paper{fill:var(--paper)}"
-    ".lensor text{font-family:ui-monospace,Menlo,Consolas,monospace;fill:var(--ink);text-anchor:middle;"
-    "dominant-baseline:central}"
-    ".lensor .node{font-size:13px}.lensor .index{font-size:9.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3}"
-    ".lensor .sign{font-size:18px}.lensor .line{stroke:var(--ink);stroke-width:1.3}"
+    ".lensor text{font-family:'STIX Two Text','Latin Modern Roman','Times New Roman',Times,serif;fill:var(--ink);"
+    "text-anchor:middle;dominant-baseline:central}.lensor .i{font-style:italic}.lensor .b{font-size:72%}"
+    ".lensor .node{font-size:16px}.lensor .step+text{font:13px ui-monospace,Menlo,Consolas,monospace}"
+    ".lensor .index{font-size:12.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3;stroke-linejoin:round}"
+    ".lensor .sign{font-size:18px}.lensor .line{fill:none;stroke:var(--ink);stroke-width:1.2}"
     ".lensor .dashed{stroke-dasharray:3 3}.lensor .cut{fill:var(--paper);stroke-dasharray:3 3}"
     ".lensor .cut+text{fill-opacity:.55}"
     ".lensor .gap{stroke:var(--paper);stroke-width:6}"
@@ -46,6 +46,8 @@ _COLOURS = {
     CUT: "#ffffff",
 }
 _SHADE = "#e4e8ee"
+_UPRIGHT = "ΓΔΘΛΞΠΣΥΦΨΩ"
+"""Letters that mathematics sets upright."""
 
 
 def is_shaded(scene: Scene, box: Box) -> bool:
@@ -54,8 +56,9 @@ def is_shaded(scene: Scene, box: Box) -> bool:
     return any(shade.overlaps(middle) for shade in scene.shades)
 
 
-def _on_shade(scene: Scene, bridge: Segment) -> bool:
-    return is_shaded(scene, Box((bridge.x1 + bridge.x2) / 2, (bridge.y1 + bridge.y2) / 2, 1.0, 1.0))
+def _on_shade(scene: Scene, bridge: Stroke) -> bool:
+    (x1, y1), (x2, y2) = bridge.points[0], bridge.points[-1]
+    return is_shaded(scene, Box((x1 + x2) / 2, (y1 + y2) / 2, 1.0, 1.0))
 
 
 def corners(shape: Shape) -> list[tuple[float, float]]:
@@ -92,7 +95,7 @@ def svg(scene: Scene, title: str) -> str:
     # An opaque background keeps the diagram readable on a light page in a dark system, and vice versa.
     parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
     parts += [_svg_shade(shade) for shade in scene.shades]
-    parts += [_svg_line(one, "line") for one in scene.segments]
+    parts += [_svg_line(one, "line") for one in scene.strokes]
     parts += [
         _svg_line(one, style)
         for one in scene.bridges
@@ -101,7 +104,7 @@ def svg(scene: Scene, title: str) -> str:
     parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
     parts += [
         f'<text class="{_svg_label(scene, label)}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
-        f"{escape(label.text)}</text>"
+        f"{_svg_text(label.text)}</text>"
         for label in scene.labels
     ]
     return "\n".join([*parts, "</svg>"])
@@ -117,9 +120,27 @@ def _svg_shade(shade: Shade) -> str:
     return f'<path class="shade" stroke-width="{2 * Shade.MARGIN:.0f}" d="{path}"/>'
 
 
-def _svg_line(one: Segment, style: str) -> str:
+def _svg_line(one: Stroke, style: str) -> str:
     style += " dashed" * (one.dashed and style == "line")
-    return f'<line class="{style}" x1="{one.x1:.1f}" y1="{one.y1:.1f}" x2="{one.x2:.1f}" y2="{one.y2:.1f}"/>'
+    start, *rest = (f"{x:.1f},{y:.1f}" for x, y in one.points)
+    curves = "".join("C" + " ".join(rest[at : at + 3]) for at in range(0, len(rest), 3))
+    return f'<path class="{style}" d="M{start}{curves}"/>'
+
+
+def _svg_text(text: str) -> str:
+    """Names as mathematics: italic letters, subscripts and primes."""
+    return " ".join(map(_svg_word, text.split()))
+
+
+def _svg_word(word: str) -> str:
+    head, below, primes = parts_of(word)
+    if not word.isidentifier():
+        return escape(word)
+    found = f'<tspan class="i">{escape(head)}</tspan>' if len(head) == 1 and head not in _UPRIGHT else escape(head)
+    if below:
+        found += f'<tspan class="b" dy=".28em">{escape(",".join(below))}</tspan>'
+    back = '<tspan dy="-.2em">' if below else "<tspan>"  # an em of a subscript is shorter
+    return found + (f"{back}{'′' * primes}</tspan>" if primes else "")
 
 
 def _rectangle(box: Box) -> str:
@@ -130,8 +151,8 @@ def _rectangle(box: Box) -> str:
 
 
 def _svg_shape(shape: Shape) -> str:
-    box = shape.box
-    text = f'<text class="node" x="{box.x:.1f}" y="{box.y:.1f}">{escape(shape.text)}</text>' if shape.text else ""
+    box, name = shape.box, escape(shape.text) if shape.kind == STEP else _svg_text(shape.text)
+    text = f'<text class="node" x="{box.x:.1f}" y="{box.y:.1f}">{name}</text>' if shape.text else ""
     match shape.kind:
         case "end":
             return ""
@@ -165,12 +186,9 @@ def tikz(scene: Scene) -> str:
     for shade in scene.shades:
         path = " ".join(" -- ".join(f"({x:.1f},{y:.1f})" for x, y in piece) + " -- cycle" for piece in shade.pieces)
         lines.append(rf"\filldraw[lensorshade,line join=round,line width={2 * Shade.MARGIN:.1f}pt] {path};")
+    lines += [rf"\draw{'[dashed]' * one.dashed} {_tikz_path(one)};" for one in scene.strokes]
     lines += [
-        rf"\draw{'[dashed]' * one.dashed} ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
-        for one in scene.segments
-    ]
-    lines += [
-        rf"\draw[{style}] ({one.x1:.1f},{one.y1:.1f}) -- ({one.x2:.1f},{one.y2:.1f});"
+        rf"\draw[{style}] {_tikz_path(one)};"
         for one in scene.bridges
         for style in (f"{'lensorshade' if _on_shade(scene, one) else 'white'},line width=4pt", "")
     ]
@@ -181,6 +199,12 @@ def tikz(scene: Scene) -> str:
         for label in scene.labels
     ]
     return "\n".join([*lines, r"\end{tikzpicture}", r"\end{document}", ""])
+
+
+def _tikz_path(one: Stroke) -> str:
+    start, *rest = (f"({x:.1f},{y:.1f})" for x, y in one.points)
+    curves = (rest[at : at + 3] for at in range(0, len(rest), 3))
+    return start + "".join(f" .. controls {a} and {b} .. {c}" for a, b, c in curves)
 
 
 def _tikz_label(scene: Scene, label: Label) -> str:
@@ -212,7 +236,7 @@ def _tikz_shape(shape: Shape) -> str:
 # ------------------------------------------------------------------------------------------------------------------ PNG
 def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     """Write the scene as a PNG file."""
-    from matplotlib import patches
+    from matplotlib import patches, patheffects
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -228,13 +252,12 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     for piece in (piece for shade in scene.shades for piece in shade.pieces):
         width = 2 * Shade.MARGIN
         axis.add_patch(patches.Polygon(piece, color=_SHADE, linewidth=width, joinstyle="round", zorder=0))
-    for one in scene.segments:
-        style = "--" if one.dashed else "-"
-        axis.plot([one.x1, one.x2], [one.y1, one.y2], style, color=ink, linewidth=1.2, zorder=1)
+    for one in scene.strokes:
+        _line(axis, one, 1, "--" if one.dashed else "-", color=ink, linewidth=1.1)
     for one in scene.bridges:
         back = _SHADE if _on_shade(scene, one) else "white"
-        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=back, linewidth=5, zorder=1.1, solid_capstyle="butt")
-        axis.plot([one.x1, one.x2], [one.y1, one.y2], color=ink, linewidth=1.2, zorder=1.2)
+        _line(axis, one, 1.1, "-", color=back, linewidth=5, capstyle="butt")
+        _line(axis, one, 1.2, "-", color=ink, linewidth=1.1)
     for shape in scene.shapes:
         box = shape.box
         if shape.kind == END:
@@ -250,10 +273,14 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
             patch.set_linestyle("--" if shape.kind in (CUT, SELECTION) else "-")
             axis.add_patch(patch)
         if shape.text:
-            style = {"ha": "center", "va": "center", "fontsize": 9.5, "family": families, "zorder": 3}
-            axis.text(box.x, box.y, shape.text, color="gray" if shape.kind == CUT else ink, **style)
+            text = shape.text if shape.kind == STEP else _mathematics(shape.text)
+            size = 10 if shape.kind == STEP else 13
+            _text(axis, text, box, size, "gray" if shape.kind == CUT else ink, families)
     for label in scene.labels:
-        _text(axis, label, ink, families, _SHADE if is_shaded(scene, label.box) else "white")
+        back = _SHADE if is_shaded(scene, label.box) else "white"
+        halo = [] if label.large else [patheffects.withStroke(linewidth=2.5, foreground=back)]
+        size = 15 if label.large else 10
+        _text(axis, _mathematics(label.text), label.box, size, ink, families, path_effects=halo)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # `_families` warns once for all glyphs
         figure.savefig(path, dpi=dpi, facecolor="white", format="png")
@@ -299,18 +326,26 @@ def _families(text: str) -> list[str]:
     return found
 
 
-def _text(axis: Any, label: Label, ink: str, families: list[str], back: str) -> None:
-    halo = {} if label.large else {"bbox": {"facecolor": back, "edgecolor": "none", "pad": 0.6}}
-    size = 14 if label.large else 7
-    axis.text(
-        label.box.x,
-        label.box.y,
-        label.text,
-        ha="center",
-        va="center",
-        fontsize=size,
-        family=families,
-        color=ink,
-        zorder=4,
-        **halo,
-    )
+def _line(axis: Any, one: Stroke, order: float, style: str, **options: Any) -> None:
+    from matplotlib import patches
+    from matplotlib.path import Path as Curve
+
+    codes = [Curve.MOVETO] + [Curve.CURVE4] * (len(one.points) - 1)
+    axis.add_patch(patches.PathPatch(Curve(one.points, codes), fill=False, linestyle=style, zorder=order, **options))
+
+
+def _mathematics(text: str) -> str:
+    """The text in matplotlib's mathematics, or as it is if it has other letters."""
+    from matplotlib.mathtext import MathTextParser
+
+    try:
+        found = tex(text, "rename").replace("$ $", "$  $")
+        MathTextParser("path").parse(found)
+    except ValueError:
+        return text
+    return found
+
+
+def _text(axis: Any, text: str, box: Box, size: float, colour: str, families: list[str], **options: Any) -> None:
+    style = {"ha": "center", "va": "center", "fontsize": size, "math_fontfamily": "stix", "zorder": 4}
+    axis.text(box.x, box.y, text, color=colour, family=families, **style, **options)

@@ -38,6 +38,7 @@ def test_lensor_agrees_with_the_standard_implementations(mode: str, tmp_path: Pa
     assert all(row.setting.device == "jax cpu" for row in rows)
 
 
+@pytest.mark.slow
 def test_transposed_convolutions_and_other_threads_are_refused(tmp_path: Path) -> None:
     rows = measured(ConvSpec(2, 2, (4,), 3, transposed=True), tmp_path)
     assert all(row.found.status in ("refused", "failed") for row in rows)

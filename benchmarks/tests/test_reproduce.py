@@ -322,6 +322,7 @@ def test_a_line_that_was_not_finished_is_measured_again(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.slow
 def test_figures_of_sampled_backpropagation_are_written(tmp_path: Path) -> None:
     steps = bench_sampling.steps(2, 0.0, 1, 1)
     assert [row.way for row in steps][:3] == ["torch", "checkpointing", "rectifiers keep a byte"]

@@ -275,6 +275,7 @@ def test_second_derivatives(higher: Callable[..., Any]) -> None:
         assert_close(higher(made(conv))(array), jax.hessian(made(own))(array), 1e-12)
 
 
+@pytest.mark.slow
 def test_third_derivatives_of_a_network_with_an_operand_twice() -> None:
     x = normal(1, 2, 4, 3)
 
@@ -367,6 +368,7 @@ def check_sharding() -> None:
     assert_close(tangent, jax.jvp(curved(own), (X, W), (X, W))[1], 1e-12)
 
 
+@pytest.mark.slow
 def test_sharded_operands_and_shard_map() -> None:
     subprocess.run([sys.executable, "-c", SHARDED], check=True, timeout=300)
 

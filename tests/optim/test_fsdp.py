@@ -148,6 +148,7 @@ def test_errors_are_raised_on_all_ranks(tmp_path: Path) -> None:
     assert sorted(every[0]["uneven"] + every[1]["uneven"]) == ["0.conv.weight", "1.conv.weight", "3.weight", "5.weight"]
 
 
+@pytest.mark.slow
 def test_killed_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     processes, end, last = start(2, tmp_path, "save_for_ever", str(tmp_path)), time.monotonic() + 120, tmp_path / "last"
     try:

@@ -104,7 +104,7 @@ def _kfac(model: nn.Module, kl_clip: float, options: Mapping[str, Any]) -> Optim
 
 
 INTERVAL = 10
-"""A multiple of the numbers of steps between all updates of preconditioners."""
+"""Number of steps between KFAC's updates, a multiple of SINGD's; timed calls have as many steps."""
 
 _DEFAULT: Mapping[str, Any] = {
     "lr": 0.1,

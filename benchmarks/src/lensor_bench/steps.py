@@ -19,9 +19,7 @@ from lensor_bench.measure import interleaved
 from lensor_bench.measure import threads as using
 from lensor_bench.models import CLASSES, MODELS
 from lensor_bench.nets import all_cnn_c
-
-INTERVAL = 10
-"""Number of steps between inversions of dense factors, and number of steps in a timed call."""
+from lensor_bench.optimizers import INTERVAL
 
 
 @dataclass(frozen=True)

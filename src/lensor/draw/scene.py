@@ -41,10 +41,9 @@ _PORT, _THIN, _LEG, _GAP, _BETWEEN = 7.0, 8.0, 16.0, 40.0, 8.0
 """Distance between lines at a box, space above and below a line, length of an upright leg, space between columns, and
 space above and below a box."""
 
-_MANY = 100
-"""With more lines than this, a drawing does not grow: something is covered at every size."""
-_GROWTH, _TRIES = 1.15, 14
-"""Factor by which a drawing grows until no name covers anything, and maximum number of times."""
+_GROWTH, _TRIES, _PATIENCE = 1.15, 14, 2
+"""Factor by which a drawing grows until no name covers anything, maximum number of times, and number of times without
+an improvement after which it stops growing."""
 
 _SHARES = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82, 0.12, 0.88)
 """Possible positions of a name along its line."""
@@ -78,11 +77,14 @@ _Parts = tuple[int, list[Shape], list[Stroke], list[Label]]
 
 
 def _growing(graph: Graph, layout: Layout) -> Iterator[_Parts]:
-    """Yield drawings of increasing size, up to the first one where nothing is covered."""
-    for growth in range(_TRIES if len(layout.routes) <= _MANY else 1):
+    """Yield drawings of increasing size, up to one where nothing is covered or growth does not help."""
+    least, tries = math.inf, 0
+    for growth in range(_TRIES):
         found = _Drawn(graph, layout, _GROWTH**growth).parts()
         yield found
-        if found[0] == 0:
+        tries = 0 if found[0] < least else tries + 1
+        least = min(least, found[0])
+        if least == 0 or tries == _PATIENCE:
             return
 
 

@@ -21,7 +21,7 @@ WHOLE = "all ranks"
 
 
 def mark(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer a state, so that `torch.distributed.checkpoint` does not take a step to get one."""
+    """Give an optimizer a state until parameters have one, so that `torch.distributed.checkpoint` takes no step."""
     states: Any = optimizer.state
     if any(isinstance(key, Tensor) for key in states):
         states.pop(_KEY, None)

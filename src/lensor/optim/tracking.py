@@ -150,14 +150,14 @@ class Tracker:
             or torch._C._current_graph_task_id() != -1  # a checkpoint reruns the model during the backward pass
         ):
             return False
-        if self.refresh is not None and all(map(self._is_own, self.layers)):
+        if not all(map(self._is_own, self.layers)):
+            return False  # the weights were replaced, as by torch.func.functional_call
+        if self.refresh is not None:
             self.refresh()
         return bool(self.due())
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the model's forward pass while watching its layers."""
-        if not all(map(self._is_own, self.layers)):
-            return forward(*arguments, **named)  # the weights were replaced, as by torch.func.functional_call
         if self.sharding is not None:
             self.sharding.prepare()
             self._hook()

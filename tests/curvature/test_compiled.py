@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from types import SimpleNamespace
@@ -883,3 +884,38 @@ def test_attributes_that_a_method_reads_elsewhere() -> None:
             per_example_gradient_norms(model, loss.loss, data, compile="eager"),
         )
     assert count() == 3
+
+
+class _Permuted(nn.Module):
+    """A layer whose rows are ordered by examples or by positions, as the value of a buffer says."""
+
+    by_position: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("by_position", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        by_example = torch.arange(n * t)
+        rows = torch.where(self.by_position, by_example.view(n, t).t().reshape(-1), by_example)
+        found = self.hidden(x.reshape(n * t, -1)[rows]).tanh()
+        return self.last(torch.zeros_like(found).index_copy(0, rows, found).view(n, t, -1).mean(1))
+
+
+@pytest.mark.parametrize("batch_axis", [None, 0])
+def test_orders_of_examples_that_depend_on_values_are_not_those_of_the_graph(batch_axis: Any) -> None:
+    torch.manual_seed(0)
+    model, loss, options = _Permuted().double(), nn.CrossEntropyLoss(), {"compile": "eager", "batch_axis": batch_axis}
+    for by_position in (False, False, True, False, True) if batch_axis is None else (False, False):
+        model.by_position.fill_(by_position)
+        data = torch.randn(6, 5, 4, dtype=torch.float64), torch.arange(6) % 3
+        for name, call in QUANTITIES.items():
+            named = {"approx": "reduce"} if name == "factors" else {}
+            expected = call(model, loss, data, **named)
+            compiled.passes._warned.clear()
+            warns = pytest.warns(UserWarning, match="the order of the examples") if by_position else nullcontext()
+            with warns:
+                found = call(model, loss, data, **named, **options)
+            require_equal(expected, found)

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from lensor.cache import Cache
 from lensor.choices import Compiler, words
 from lensor.curvature.batch import Batch, only_pair, watched_for_examples
-from lensor.curvature.batch_axes import BatchAxis, Given
-from lensor.curvature.capture import computing, own, running, unwrapped
+from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
+from lensor.curvature.capture import Capture, computing, own, running, unwrapped
 from lensor.curvature.collector import Added, Collector, Counts
 from lensor.curvature.data import one_tensor, size_of
 from lensor.curvature.fingerprint import Fingerprint, TooLargeError
 from lensor.curvature.layers import outer_level
 from lensor.curvature.registry import root_of
 from lensor.curvature.traced import Traced
-from lensor.curvature.watching import apart
+from lensor.curvature.watching import Targets, apart
 from lensor.errors import require_choice
 from lensor.kernels.torch.tensors import allows_tf32, allows_tf32_convolutions
 from lensor.planner.settings import current
@@ -46,13 +46,14 @@ _SEED = 0x5EED_74ACE
 class _Factors:
     """A compiled pass for factors, with what was found when it was traced.
 
-    `held` are objects whose addresses are part of its key.
+    `held` are objects whose addresses are part of its key. `axes` are those of the batch that was traced.
     """
 
     traced: Traced
     held: list[Any]
     counts: Counts
     axis: BatchAxis
+    axes: BatchAxes | None
 
 
 @dataclass
@@ -62,6 +63,7 @@ class _Quantity:
     traced: Traced
     held: list[Any]
     outputs: Tensor | None
+    axes: BatchAxes | None
 
 
 class _Passes:
@@ -88,6 +90,12 @@ class _Passes:
         else:
             return True
         return False
+
+    def has_order(self, made: _Factors | _Quantity, axes: BatchAxes | None, model: nn.Module) -> bool:
+        """Whether the examples are in the same order in all layers as in the batch that was traced; warns if not."""
+        if made.axes != axes:
+            self._warn(model, "order", "the order of the examples in a layer depends on values")
+        return made.axes == axes
 
     def _warn(self, model: nn.Module, what: str, why: str) -> None:
         warned = self._warned.setdefault(model, set())
@@ -186,10 +194,16 @@ def add(
     options = collected.approx, collected.joint, collected.fisher == "forward-only", collected.dense, names, given
     key_of = partial(_key, f"factors {compiler}", model, options, inputs)
     key, held = key_of()
-    found: _Factors | None = None if key is None else passes.known.get(key)
+    known: _Factors | None = None if key is None else passes.known.get(key)
+    found = known
+    if found is not None and (collected.approx == "reduce" or collected.parameters is not None):
+        axes = Capture.batch_axes_of(
+            model, inputs, Targets(collected.layers, collected.parameters), size_of(inputs), given
+        )
+        found = found if passes.has_order(found, axes, model) else None
     if found is None or not collected.fits(found.counts):
         added = collected.add(model, loss, inputs, targets, mc_samples, generator, given)
-        if is_first and passes.may_add(key, key_of()[0], model):
+        if is_first and known is None and passes.may_add(key, key_of()[0], model):
             passes.add(key, model, _traced(collected, model, inputs, given, added, compiler, held))
         return
     (outputs, forward), between = found.traced.run(inputs)
@@ -246,7 +260,7 @@ def _traced(
     column = torch.ones_like(added.outputs) if has_columns else ()
     with apart(model), _ready_to_trace(model):
         traced = Traced(pass_over, inputs, column, compiler, held)
-    return _Factors(traced, held, counts[0], added.axis)
+    return _Factors(traced, held, counts[0], added.axis, added.axes)
 
 
 # ------------------------------------------------------------------------------------------------------- quantities
@@ -291,19 +305,23 @@ def on_batch(
         fixed = loss, layers, given, frozen, check is not None
         key_of = partial(_key, what, model, fixed, (inputs, targets, options))
         key, held = key_of() if compiler is not None else (None, [])
-        found: _Quantity | None = None if key is None else passes.known.get(key)
+        known: _Quantity | None = None if key is None else passes.known.get(key)
+        found = known
+        watched = watched_for_examples(model, layers, frozen)
+        if found is not None:
+            axes = Capture.batch_axes_of(model, inputs, watched, size_of(inputs), given)
+            found = found if passes.has_order(found, axes, model) else None
         if found is not None:
             if check is not None:
                 assert found.outputs is not None
                 check(found.outputs, targets)
             return found.traced.run((inputs, targets, options))[0]
-        watched = watched_for_examples(model, layers, frozen)
         batch = Batch(model, watched, inputs, given, empty=True, shared=True, only_trainable=trainable)
         value = batch.loss(loss, targets)
         if check is not None:
             check(batch.outputs, batch.targets)
         result = compute(batch, value, options)
-        if compiler is None or not batch.size or not passes.may_add(key, key_of()[0], model):
+        if compiler is None or not batch.size or known is not None or not passes.may_add(key, key_of()[0], model):
             return result
         shape = None if check is None else batch.outputs.new_empty(()).expand(batch.outputs.shape)
         axes = batch.batch_axes
@@ -318,5 +336,5 @@ def on_batch(
 
         with apart(model), _ready_to_trace(model):
             made = Traced(pass_over, (inputs, targets, options), (), compiler, held)
-        passes.add(key, model, _Quantity(made, held, shape))
+        passes.add(key, model, _Quantity(made, held, shape, axes))
     return result

@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -158,6 +158,17 @@ class Cache:
 
     def _renew_lock(self) -> None:
         self._lock = threading.Lock()
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+"""Types of options that are not sequences, or are used as they are; other types take longer to examine."""
+
+
+def frozen(option: Any) -> Any:
+    """An option as part of a key: lists become tuples."""
+    if type(option) in _PLAIN:
+        return option
+    return tuple(map(frozen, option)) if isinstance(option, Sequence) else option
 
 
 def clear_caches() -> None:

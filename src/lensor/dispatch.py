@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from lensor import evaluate, kernels, planner, runtime
-from lensor.cache import Cache
+from lensor.cache import Cache, frozen
 from lensor.kernels.marks import constant_in_graphs
 from lensor.network import AnyNetwork
 from lensor.spec import ConvSpec
@@ -206,7 +206,7 @@ class Operation:
 
     def request(self, shapes: Sequence[Shape], options: tuple) -> Request:
         """The request for arrays of these shapes."""
-        return self.build(*self.padded(tuple(shapes)), *map(_frozen, options))
+        return self.build(*self.padded(tuple(shapes)), *map(frozen, options))
 
 
 _operations: dict[str, Operation] = {}
@@ -330,13 +330,6 @@ def _device(array: Array) -> Any:
 
 
 _parts = operator.attrgetter("shape", "dtype", "device")
-
-
-def _frozen(option: Any) -> Any:
-    """Convert lists to tuples, so that the option can be part of a cache key."""
-    if isinstance(option, Sequence) and not isinstance(option, str):
-        return tuple(_frozen(part) for part in option)
-    return option
 
 
 def _dtype_name(array: Array) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from lensor.cache import Cache, frozen
 from lensor.choices import PaddingMode
 from lensor.pattern import IndexPattern, as_integer, as_padding_mode, as_positive
 
@@ -369,3 +370,17 @@ def _each(name: str, value: Any, ndim: int, check: Callable[[Any, str], int]) ->
 
 def _expected(ndim: int) -> str:
     return f"expected an integer or {ndim} entr{'y' if ndim == 1 else 'ies'}, one per spatial dimension"
+
+
+_specs = Cache(4096)
+
+
+def known_spec(*arguments: Any, **options: Any) -> ConvSpec:
+    """`ConvSpec` with these arguments; the one of an earlier call with equal arguments, if there was one.
+
+    Example:
+        >>> known_spec(4, 8, [28, 28], 3) is known_spec(4, 8, (28, 28), 3)
+        True
+    """
+    key = frozen(arguments), *((name, frozen(option)) for name, option in options.items())
+    return _specs.get_or_make(key, lambda: ConvSpec(*arguments, **options))

@@ -20,7 +20,7 @@ from lensor.curvature.trials import find_batch_axes
 from lensor.curvature.watching import Preserving, Targets, Watch, aside, eagerly, uncast, undisturbed, widened
 from lensor.curvature.writes import address, written
 from lensor.nn.calls import LayerCall
-from lensor.spec import ConvSpec
+from lensor.spec import ConvSpec, known_spec
 
 
 @dataclass(eq=False)
@@ -73,7 +73,7 @@ class Use:
         """A convolution with the same output and kernel size 1; the output factor does not depend on the kernel."""
         kernel = () if gradient.ndim == 2 else 1
         channels = gradient.shape[1]
-        return ConvSpec(channels, channels, tuple(gradient.shape[2:]), kernel, groups=self.groups)
+        return known_spec(channels, channels, tuple(gradient.shape[2:]), kernel, groups=self.groups)
 
     def as_examples(self, x: Tensor) -> Tensor:
         """A view of a linear map's input or output that treats every position as an example; the channels come last."""

@@ -248,7 +248,7 @@ class Collector:
             self.add_input(use, x)
         else:
             self._mixed |= {use.weight} - self._left
-            self._note(use, x)
+            self._note(use, use.spec(x))
         return use.weight not in self._left
 
     def _leave(self, capture: Capture) -> bool:
@@ -385,9 +385,9 @@ class Collector:
         layer = use.layer
         return use.groups == layer.groups and use.call.is_transposed == layer.is_transposed
 
-    def _note(self, use: Use, x: Tensor) -> None:
+    def _note(self, use: Use, spec: ConvSpec) -> None:
         """Record a use of a weight and of a bias, and its number of positions."""
-        positions = math.prod(use.spec(x).output_size)
+        positions = math.prod(spec.output_size)
         for name in (use.weight, use.bias):
             if name in self.sums or name in self.biases:
                 self._uses.setdefault(name, []).append((use, positions))
@@ -404,7 +404,7 @@ class Collector:
         if bias is not None and use.bias != bias:
             raise _not_joint(use.weight, bias)
         joint = bias is not None
-        self._note(use, x)
+        self._note(use, spec)
         if sums.roots is not None:
             root = network(ops.kfac_input_root, spec)(X=x)
             if joint:

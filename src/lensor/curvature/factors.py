@@ -23,6 +23,7 @@ from lensor.curvature.block import (
 )
 from lensor.curvature.inverses import RANK, EigenFactors, Inverse, require_not_negative
 from lensor.curvature.operators import Operator
+from lensor.curvature.watching import uncast
 from lensor.errors import require_choice, require_type
 
 
@@ -237,6 +238,9 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
             root = formed = None
             if block.root is not None and new.root is not None and block.root.shape[1] + new.root.shape[1] < block.d:
                 root = torch.cat([block.root * decay**0.5, new.root * (1 - decay) ** 0.5], 1)
+            elif new.root is not None:
+                with uncast(new.root):
+                    formed = torch.baddbmm(block.A, new.root.mT, new.root, beta=decay, alpha=1 - decay)
             else:
                 formed = block.A.mul(decay).add_(new.A, alpha=1 - decay)
             positions = block.positions if block.positions == new.positions else 0

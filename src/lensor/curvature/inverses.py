@@ -183,13 +183,15 @@ class _Cholesky:
 
 @dataclass(frozen=True, eq=False)
 class _Woodbury:
-    """A's damped inverse through its root; `b` is B's damped inverse, or one number per group if B is c · I."""
+    """B's damped inverse times A's: `scale` times the identity, plus rootᵀ `inner` root.
+
+    `b` is B's damped inverse, or None if B is a multiple of the identity; its inverse is then part of the other two.
+    """
 
     root: Tensor
     inner: Tensor
-    on_a: Tensor
-    b: Tensor
-    plain: bool
+    scale: Tensor
+    b: Tensor | None
 
     @classmethod
     def of(cls, name: str, block: Block, asked: _Request) -> Self:
@@ -209,11 +211,13 @@ class _Woodbury:
     def through(cls, name: str, root: Tensor, on_a: Tensor, b: Tensor, plain: bool) -> Self:
         """The inverse for a root of A, the damping of A, and B's inverse."""
         inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
-        return cls(root, inner, on_a, b, plain)
+        scale = b / on_a if plain else 1 / on_a
+        return cls(root, -scale * inner, scale, None if plain else b)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        solved = (rows - ((rows @ self.root.mT) @ self.inner) @ self.root) / self.on_a
-        return solved * self.b if self.plain else self.b @ solved
+        inside, scaled = (rows @ self.root.mT) @ self.inner, rows * self.scale
+        solved = scaled.baddbmm_(inside, self.root) if rows.ndim == 3 else scaled + inside @ self.root
+        return solved if self.b is None else self.b @ solved
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,13 +309,16 @@ def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
 def _multiple_of_identity(matrix: Tensor) -> Tensor | None:
     """The positive numbers c [groups, 1, 1] whose products with the identity are the matrices; None if they are not."""
     c = matrix[:, :1, :1]
-    eye = torch.eye(matrix.shape[1], dtype=c.dtype, device=c.device)
-    return c if bool((c * eye == matrix).all() & (c > 0).all()) else None
+    entries = matrix.diagonal(dim1=-2, dim2=-1)
+    if bool((entries == c[..., 0]).all() & (c > 0).all()) and int(matrix.count_nonzero()) == entries.numel():
+        return c
+    return None
 
 
 def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    lower, info = torch.linalg.cholesky_ex(matrix + damping * eye)
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., 0])
+    lower, info = torch.linalg.cholesky_ex(damped)
     if bool(info.any()):
         raise LinAlgError(f"{what} with this damping is not positive definite, expected a larger damping")
     return torch.cholesky_inverse(lower)

@@ -382,7 +382,8 @@ def widened(x: Tensor) -> Tensor:
 def uncast(like: Tensor) -> AbstractContextManager[Any]:
     """Turn off `torch.autocast` for Lensor's own computations."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------ compiled models

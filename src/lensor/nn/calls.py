@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lensor.choices import PaddingMode
 from lensor.nn.layers import convolve, convolve_transposed
-from lensor.spec import ConvSpec
+from lensor.spec import ConvSpec, known_spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +65,14 @@ class LayerCall:
         if self.kind == "linear":
             channels = (first, second) if self.inputs_first else (second, first)
             kernel = 1 if input_size else ()
-            return ConvSpec(*channels, tuple(input_size), kernel, bias=bias, transposed=self.inputs_first)
+            return known_spec(*channels, tuple(input_size), kernel, bias=bias, transposed=self.inputs_first)
         more = len(input_size) - self.dims
         transposed = self.kind == "conv_transpose"
         channels = (first, second * self.groups) if transposed else (second * self.groups, first)
         padding = self.padding
         if not isinstance(padding, str):
             padding = (0,) * more + _each(padding, self.dims)
-        return ConvSpec(
+        return known_spec(
             *channels,
             tuple(input_size),
             (1,) * more + tuple(self.weight.shape[2:]),

@@ -46,7 +46,7 @@ class Inversion:
         """
         for name, one in self.solvers.items():
             if name in blocks:
-                self.starts |= one.bases()
+                self.starts = self.starts | one.bases()
         self._invert(blocks, damping)
 
     def restore(self, blocks: Mapping[str, Block], damping: Mapping[str, float], starts: Mapping[str, Tensor]) -> None:
@@ -74,11 +74,13 @@ class Inversion:
     def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The inverse times the gradients, by parameter name; blocks with a missing gradient are omitted."""
         found: dict[str, Tensor] = {}
-        owners = self.owners(self.blocks)
+        owners = self.owners(self.blocks) if self.group is not None else {}
         for name, block in self.blocks.items():
-            wide = {one: g.to(block.B.dtype) for one in block.names if (g := gradients[one]) is not None}
-            if len(wide) < len(block.names):
+            own = {one: g for one in block.names if (g := gradients[one]) is not None}
+            if len(own) < len(block.names):
                 continue
+            dtype = block.B.dtype
+            wide = {one: g if g.dtype == dtype else g.to(dtype) for one, g in own.items()}
             if name in self.solvers:
                 solved = self.solvers[name].block_product(name, wide)
             else:

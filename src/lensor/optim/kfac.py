@@ -328,11 +328,11 @@ class KFAC(torch.optim.Optimizer):
         if pending is not None and pending.examples:
             self._require_outputs(pending)
             new = self._summed(pending)
-        trouble = self._nonfinite(new)
+        is_seen_later = self._is_seen_in_length
+        trouble = self._nonfinite(new, gradients=not is_seen_later)
         if trouble:
-            if self.nonfinite == "raise":
-                raise FloatingPointError(trouble)
-            return found
+            return self._skipped(trouble, found)
+        before = self.factors, self.tracker.slots, replace(self.inversion)
         if new is not None:
             old = self.factors
             self.factors = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names)
@@ -348,23 +348,17 @@ class KFAC(torch.optim.Optimizer):
                 "no factors were collected, so this step uses the plain gradient: run the model in training mode",
                 stacklevel=3,
             )
-        directions: dict[int, Tensor] = {}
-        if self.factors is not None:
-            self._place(self.factors)
-            due = {name: block for name, block in self.factors.items() if self._is_inverted_now(name, block)}
-            if due or self.sharding is not None:
-                is_due = self.tracker.is_due("", self.inverse_interval)
-                with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
-                    self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
-            if self.sharding is None:
-                solved = self.inversion.directions({name: p.grad for name, p in names.items()})
-            else:
-                solved = self.sharding.directions(self.inversion.directions, names)
-            directions = {id(names[name]): direction for name, direction in solved.items()}
-        clip = self._clip(directions)
+        directions = self._directions()
+        length = self._length(directions)
+        if is_seen_later and length is not None and not math.isfinite(length):
+            trouble = self._nonfinite(None)
+            if trouble:
+                self.factors, self.tracker.slots, self.inversion = before
+                return self._skipped(trouble, found)
+        scale = self._scale(length)
         for group in self.param_groups:
             if group["use_kfac"]:
-                descend(group, directions, clip, self.state)
+                descend(group, directions, scale, self.state)
             else:
                 adapt(group, self.state)
         self.steps += moves or new is not None  # torch.distributed.checkpoint takes a step with lr = 0 to get a state
@@ -382,10 +376,31 @@ class KFAC(torch.optim.Optimizer):
         self.sharding.blocks |= blocks | {name: (name,) for name in pending.biases}
         return pending.factors(reduction, to_owners=self.sharding.reduction)
 
-    def _is_inverted_now(self, name: str, block: Block) -> bool:
-        """Whether a block is inverted in this step."""
-        known = self.inversion.blocks.get(name)
-        return known is None or known.shapes != block.shapes or self.tracker.is_due(name, self.inverse_interval)
+    def _due(self) -> dict[str, Block]:
+        """The blocks that are inverted in this step."""
+        found = {}
+        for name, block in ({} if self.factors is None else self.factors).items():
+            known = self.inversion.blocks.get(name)
+            is_new = known is None or (known.names, known.shape) != (block.names, block.shape)
+            if is_new or self.tracker.is_due(name, self.inverse_interval):
+                found[name] = block
+        return found
+
+    def _directions(self) -> dict[int, Tensor]:
+        """The damped inverse times the gradients, by the parameters' ids; this first inverts blocks that are due."""
+        if self.factors is None:
+            return {}
+        self._place(self.factors)
+        due, names = self._due(), self.tracker.names
+        if due or self.sharding is not None:
+            is_due = self.tracker.is_due("", self.inverse_interval)
+            with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
+                self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
+        if self.sharding is None:
+            solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+        else:
+            solved = self.sharding.directions(self.inversion.directions, names)
+        return {id(names[name]): direction for name, direction in solved.items()}
 
     def _place(self, factors: KroneckerFactors) -> None:
         """Distribute the layers over the steps of an interval by the time that their updates take."""
@@ -422,10 +437,35 @@ class KFAC(torch.optim.Optimizer):
                     " only through forward passes of the model in training mode"
                 )
 
-    def _nonfinite(self, new: KroneckerFactors | None) -> str:
+    @property
+    def _is_seen_in_length(self) -> bool:
+        """Whether a gradient that is not finite makes the length of the step not finite, which takes less time to see.
+
+        On other devices than CPUs, reading the length means waiting for it, as for the norms of the gradients.
+        """
+        if self.kl_clip is None or self.group is not None or self._plain:
+            return False
+        return all(
+            p.grad is None or (p.grad.device.type == "cpu" and p.grad.layout == torch.strided)
+            for p in self.tracker.names.values()
+        )
+
+    def _skipped(self, trouble: str, found: Any) -> Any:
+        """Leave out a step because something is not finite.
+
+        Raises:
+            FloatingPointError: if nonfinite="raise".
+        """
+        if self.nonfinite == "raise":
+            raise FloatingPointError(trouble)
+        return found
+
+    def _nonfinite(self, new: KroneckerFactors | None, gradients: bool = True) -> str:
         """The error message for the first gradient or factor that is not finite, or ""; the same on every rank."""
-        trained = self.tracker.names | self._plain
-        flags = [(name, local(p.grad)) for name, p in trained.items() if p.grad is not None]
+        flags = []
+        if gradients:
+            trained = self.tracker.names | self._plain
+            flags = [(name, local(p.grad)) for name, p in trained.items() if p.grad is not None]
         for name, gradient in flags:
             if gradient.layout != torch.strided:
                 raise TypeError(f"the gradient of {name!r} is sparse, expected a dense one")
@@ -468,23 +508,28 @@ class KFAC(torch.optim.Optimizer):
             )
         return found[block.names[0]]
 
-    def _clip(self, directions: Mapping[int, Tensor]) -> Tensor | None:
-        """The scale of the steps that keeps lr²·Σ step·gradient within the bound; None without a bound."""
+    def _length(self, directions: Mapping[int, Tensor]) -> Tensor | None:
+        """lr²·Σ step·gradient, the squared length of the step in the curvature's norm; None if no bound needs it."""
         if self.kl_clip is None:
             return None
-        parts = [
-            group["lr"] ** 2 * _inner_product(local(directions.get(id(p), p.grad)), local(p.grad))
-            for group in self.param_groups
-            for p in group["params"]
-            if group["use_kfac"] and p.grad is not None
-        ]
+        parts = []
+        for group in self.param_groups:
+            pairs = [(directions.get(id(p), p.grad), p.grad) for p in group["params"] if p.grad is not None]
+            if pairs and group["use_kfac"]:
+                found = [_inner_product(local(one), local(gradient)) for one, gradient in pairs]
+                parts.append(group["lr"] ** 2 * torch.stack(found).sum())
         if not parts:
             return None
-        length = torch.stack(parts).sum()
-        if self.sharding is not None:
-            length = self.sharding.total(length)
-        length = length.clamp_min(torch.finfo(parts[0].dtype).tiny)
-        return (self.kl_clip / length).sqrt().clamp_max(1.0)
+        length = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        return length if self.sharding is None else self.sharding.total(length)
+
+    def _scale(self, length: Tensor | None) -> float | Tensor:
+        """The factor of the steps that keeps their length within the bound; a tensor unless it is on a CPU."""
+        if self.kl_clip is None or length is None:
+            return 1.0
+        length = length.clamp_min(torch.finfo(length.dtype).tiny)
+        scale = (self.kl_clip / length).sqrt().clamp_max(1.0)
+        return float(scale) if scale.device.type == "cpu" else scale
 
     # ----------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
@@ -581,9 +626,9 @@ _OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hoo
 def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float, order: Iterable[str]) -> KroneckerFactors:
     """Average the blocks that both contain, keep those that only the old factors contain, and add new ones."""
     both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
+    kept = old._with(both)  # `old` itself stays as it is
     if len(both) == len(old) == len(new):
-        return old.ema_(new, decay)
-    kept = old._with(both)
+        return kept.ema_(new, decay)
     if both:
         kept.ema_(new._with({name: new[name] for name in both}), decay)
     found = {**old, **new, **kept}
@@ -599,7 +644,8 @@ def _cost(block: Block, examples: int) -> float:
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     """The inner product in at least single precision, in which products of gradients do not overflow."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype))
+    a, b = (one if one.dtype == dtype else one.to(dtype) for one in (a.reshape(-1), b.reshape(-1)))
+    return torch.dot(a, b)
 
 
 def _needs_targets(loss: Any) -> bool:

@@ -23,40 +23,46 @@ each: Any = torch
 """torch, for its functions of lists of tensors, which have no types."""
 
 
-def descend(group: Group, directions: Mapping[int, Tensor], clip: Tensor | None, states: States) -> None:
+_WIDE = (torch.float32, torch.float64)
+
+
+def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tensor, states: States) -> None:
     """Update a group's parameters along their directions, with momentum and decoupled weight decay.
 
     Args:
         group: the group; its options `lr`, `momentum` and `weight_decay` are used.
         directions: the direction of a parameter, by its id; the gradient is used if there is none.
-        clip: the number that directions are multiplied by.
+        scale: the number that directions are multiplied by; a tensor if its value is not known on this side.
         states: the states; with momentum, they contain "momentum_buffer".
     """
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
-        if clip is not None:
-            found = list(each._foreach_mul(found, clip))
+        wide = all(one.dtype == p.dtype and one.dtype in _WIDE for one, p in zip(found, parameters, strict=True))
+        if isinstance(scale, Tensor) or not wide:  # in half precision, small factors would be rounded
+            found, factor = list(each._foreach_mul(found, scale)), 1.0
+        else:
+            factor = scale
         if group["momentum"]:
-            found = _with_momentum(parameters, found, group["momentum"], states)
+            found, factor = _with_momentum(parameters, found, factor, group["momentum"], states), 1.0
         if group["weight_decay"]:
             each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         found = [one.to(p.dtype) for one, p in zip(found, parameters, strict=True)]
-        each._foreach_add_(parameters, found, alpha=-group["lr"])
+        each._foreach_add_(parameters, found, alpha=-group["lr"] * factor)
 
 
 def _with_momentum(
-    parameters: Sequence[Tensor], directions: Sequence[Tensor], momentum: float, states: States
+    parameters: Sequence[Tensor], directions: Sequence[Tensor], factor: float, momentum: float, states: States
 ) -> list[Tensor]:
-    """Add the directions to the parameters' buffers, and return the buffers."""
+    """Add a multiple of the directions to the parameters' buffers, and return the buffers."""
     pairs = list(zip(parameters, directions, strict=True))
     known = [(states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
     if known:
         buffers, added = map(list, zip(*known, strict=True))
         each._foreach_mul_(buffers, momentum)
-        each._foreach_add_(buffers, added)
+        each._foreach_add_(buffers, added, alpha=factor)
     for p, one in pairs:
         if "momentum_buffer" not in states[p]:
-            states[p]["momentum_buffer"] = one.clone()
+            states[p]["momentum_buffer"] = one * factor
     return [states[p]["momentum_buffer"] for p in parameters]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lensor import functional as exact
 from lensor import ops
-from lensor.cache import Cache
+from lensor.cache import Cache, frozen
 from lensor.choices import PaddingMode
 from lensor.errors import require_choice
 from lensor.evaluate import compile, evaluate
@@ -27,7 +27,7 @@ from lensor.nn.layers import Padding, Size, as_autocast
 from lensor.planner import preferring, profile_of
 from lensor.sampling.bands import Axis, Band, axes_of, cropped, joined
 from lensor.sampling.schemes import SCHEMES, draw, draw_start, kept_count, require_keep
-from lensor.spec import ConvSpec
+from lensor.spec import ConvSpec, known_spec
 
 Keep: TypeAlias = Mapping[str, float | Fraction]
 """Keep rates by index name of an input: n, g, c_in, i1, i2, ..."""
@@ -50,7 +50,7 @@ rounded up."""
 _Bands: TypeAlias = tuple[tuple[int, Band], ...]
 """Bands of the input, with the axis of the array."""
 
-_sampled_networks, _maps, _specs, _faster = Cache(1024), Cache(1024), Cache(1024), Cache(1024)
+_sampled_networks, _maps, _faster = Cache(1024), Cache(1024), Cache(1024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -618,7 +618,7 @@ def conv(
         padding_mode,
         None,
     )
-    found = convolution(spec, _frozen(padding))
+    found = convolution(spec, frozen(padding))
     return batched(lambda x: apply(found, forward, x, weight, bias, keep, scheme, generator), input, weight.ndim)
 
 
@@ -693,7 +693,7 @@ def conv_transpose(
         "zeros",
         output_padding,
     )
-    found = convolution(spec, _frozen(padding))
+    found = convolution(spec, frozen(padding))
     return batched(lambda x: apply(found, forward, x, weight, bias, keep, scheme, generator), input, weight.ndim)
 
 
@@ -782,21 +782,6 @@ def spec_of(
     output_padding: Any,
 ) -> ConvSpec:
     """The specification of a layer; `output_padding` is None for a convolution."""
-    options = [_frozen(option) for option in (stride, padding, dilation, output_padding)]
-    key = (in_channels, out_channels, tuple(input_size), tuple(kernel_size), *options, groups, padding_mode)
-
-    def make() -> ConvSpec:
-        transposed = {} if output_padding is None else {"transposed": True, "output_padding": options[3]}
-        hyper = {"stride": options[0], "padding": options[1], "dilation": options[2], "groups": groups}
-        return ConvSpec(*key[:4], **hyper, padding_mode=padding_mode, **transposed)
-
-    return _specs.get_or_make(key, make)
-
-
-def _frozen(option: Any) -> Any:
-    """A hashable form of an option."""
-    return (
-        tuple(_frozen(entry) for entry in option)
-        if isinstance(option, Sequence) and not isinstance(option, str)
-        else option
-    )
+    sizes = in_channels, out_channels, input_size, kernel_size, stride, padding, dilation, groups, padding_mode
+    transposed = {} if output_padding is None else {"transposed": True, "output_padding": output_padding}
+    return known_spec(*sizes, **transposed)

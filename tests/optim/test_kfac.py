@@ -423,6 +423,45 @@ def test_bad_batches_leave_everything_as_it_was(bad: float, nonfinite: str) -> N
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def flat(value: Any) -> list[Any]:
+    """The leaves of a state, with every entry of its tensors."""
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in (key, *flat(value[key]))]
+    if isinstance(value, list | tuple):
+        return [leaf for one in value for leaf in flat(one)]
+    return value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl_clip": None},
+        {"fisher": "forward-only", "approx": "reduce", "method": "woodbury", "ema": 0.0},
+        {"method": "low-rank", "rank": 2, "stagger": True, "factor_interval": 2, "inverse_interval": 2},
+        {"factor_interval": 2, "inverse_interval": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("taken", [1, 2, 3, 4])
+def test_a_single_bad_gradient_leaves_everything_as_it_was(bad: float, options: dict[str, Any], taken: int) -> None:
+    model = network()
+    optimizer = KFAC(model, CE, damping=0.1, nonfinite="skip", **options)
+    train(model, optimizer, range(taken))
+    before, state = parameters(model), flat(optimizer.state_dict())
+    x, y = batch(taken)
+    optimizer.zero_grad()
+    CE(model(x), y).backward()
+    last = list(model.parameters())[-1]
+    assert last.grad is not None
+    last.grad[-1] = bad
+    optimizer.step()
+    for name, p in parameters(model).items():
+        assert torch.equal(p, before[name])
+    assert flat(optimizer.state_dict()) == state
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "forward-only"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lensor
@@ -291,3 +291,30 @@ def test_parts_of_an_index_that_a_delta_ties_to_a_pattern(mode: str, kernel: boo
         for strategy in STRATEGIES[:2]:
             plan = lower_in_parts(net, strategy, "q", count)
             assert_close(run(plan, operands), evaluate_dense(net, operands))
+
+
+# ------------------------------------------------------------------------------------------ exchanged weight gradients
+SIDES = st.tuples(st.integers(0, 5), st.integers(0, 5))
+DIMENSIONS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 4), SIDES, st.integers(1, 2)), min_size=1, max_size=3)
+
+
+@settings(max_examples=150)
+@given(DIMENSIONS, st.sampled_from([1, 2]), st.integers(1, 2))
+def test_weight_gradients_pass_over_the_smaller_of_input_and_output(
+    dimensions: list[tuple[int, int, tuple[int, int], int]], stride: int, groups: int
+) -> None:
+    sizes, kernels, padding, dilation = map(tuple, zip(*dimensions, strict=True))
+    fits = [
+        d * (k - 1) < size + sum(sides) for size, k, sides, d in zip(sizes, kernels, padding, dilation, strict=True)
+    ]
+    assume(all(fits))
+    hyper: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    spec = ConvSpec(2 * groups, 3 * groups, sizes, kernels, **hyper)
+    net = ops.conv_weight_vjp(spec).bind(n=2)
+    operands = operands_of(net)
+    plan = lower(net, BY_NAME["convolution"])
+    assert_close(run(plan, operands), evaluate_dense(net, operands))
+    found = [step for step in plan.steps if isinstance(step, s.Convolution) and step.kind == "weight_grad"]
+    if found and stride == 1:
+        counts = [math.prod(plan.shapes[at][2:]) for at in found[0].takes]
+        assert counts[1] <= counts[0]

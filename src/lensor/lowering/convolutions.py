@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -184,6 +185,11 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
         shape, indices = (f1, g * f2), [*free_one, *group, *free_two]
     if apart:
         dimensions = [_padded_before(*pair) for pair in zip(dimensions, sizes_one, strict=True)]
+    exchanged = gradient and _takes_fewer_exchanged(dimensions, sizes_one, sizes_two)
+    if exchanged:
+        left, right, shape = right, left, (g * f1, f2)
+        indices = [*group, *free_one, *free_two]
+        dimensions = [_exchanged(*one) for one in zip(dimensions, sizes_one, sizes_two, strict=True)]
     half = None
     if (gradient and (left, f1) == (right, f2)) or (apart and _are_equal(state, one, two, group, first, second)):
         half = next((axis for axis, one in enumerate(dimensions) if one.result > 1), None)
@@ -208,6 +214,8 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
         if apart:
             value = state.program.reshape(value, (g, 1, *state.program.shapes[value][2:]))
         value = _mirrored(state, value, g, half)
+    if exchanged:
+        value = state.program.add(s.Flip((value,), tuple(range(2, 2 + len(dimensions)))))
     for axis, dimension in enumerate(dimensions, start=2):
         if dimension.crop is not None:
             value = state.shifted(value, axis, *dimension.crop)
@@ -215,6 +223,27 @@ def _contract(state: State, ties: Sequence[_Tie], gradients: bool, depthwise: bo
     new = Tensor(state.program.reshape(value, state.shape(indices)), tuple(indices))
     state.set([*rest, new], [node for node in state.patterns if all(node is not other for other in nodes)])
     return True
+
+
+def _takes_fewer_exchanged(dimensions: Sequence[_Dimension], one: Sequence[int], two: Sequence[int]) -> bool:
+    """Whether a weight gradient takes fewer multiplications if input and output exchange their roles.
+
+    With stride 1, i = o + d k − l is o = i + d (K−1−k) − (d (K−1) − l): the same gradient, at reversed positions of the
+    kernel, is that of a convolution from output to input, which has one multiplication for each input instead of each
+    output. With more padding than "same", there are more outputs than inputs.
+    """
+    return all(dimension.stride == 1 for dimension in dimensions) and math.prod(one) < math.prod(two)
+
+
+def _exchanged(dimension: _Dimension, one: int, two: int) -> _Dimension:
+    """A dimension of a weight gradient with stride 1 whose input and output, of the given sizes, are exchanged."""
+    reach = dimension.dilation * (dimension.result - 1)
+    start, length = dimension.shift or (-dimension.padding, one + 2 * dimension.padding)
+    left, right = reach + start, reach - (start + length - one)
+    found = replace(dimension, first=dimension.second, second=dimension.first, padding=0, shift=None)
+    if left == right >= 0:
+        return replace(found, padding=left)
+    return replace(found, shift=(-left, left + two + right))
 
 
 def _repeated(state: State, tensor: Tensor, indices: Sequence[str]) -> Tensor:

@@ -324,6 +324,13 @@ _CHUNK = 1 << 18
 """Number of entries for which an array and a mask in its dtype remain in the cache."""
 
 
+def _in_chunks(x: Tensor) -> int:
+    """The number of examples in a chunk; 0 if an array is better handled as a whole."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.ndim == 0 or not x.numel():
+        return 0
+    return max(1, _CHUNK * len(x) // x.numel())
+
+
 class _Masked(torch.autograd.Function):
     """An array with zeros where a mask is false.
 
@@ -333,10 +340,10 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.ndim == 0 or not x.numel():
+        count = _in_chunks(x)
+        if not count:
             return x.masked_fill(~kept, 0)
         found = torch.empty_like(x)
-        count = max(1, _CHUNK * len(x) // x.numel())
         given = torch.empty_like(found[:count])
         for one, mask, result in zip(x.split(count), kept.split(count), found.split(count), strict=True):
             mine = given[: len(one)].copy_(mask)
@@ -363,19 +370,30 @@ class _Masked(torch.autograd.Function):
 class _Rectified(torch.autograd.Function):
     """max(x, 0) that stores, in one byte per entry, where the result is not 0, instead of the result itself."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.relu(x)
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        count = _in_chunks(x)
+        if not count:
+            found = torch.relu(x)
+            return found, found != 0
+        found, kept = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        for one, result, mask in zip(x.split(count), found.split(count), kept.split(count), strict=True):
+            torch.clamp_min(one, 0, out=result)
+            torch.ne(result, 0, out=mask)
+        return found, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(output != 0)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _Masked.apply(grads[0], *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arrays: Tensor) -> Any:
+        return _Rectified.apply(*arrays), (in_dims[0], in_dims[0])
 
 
 class ReLU(Leaf, torch.nn.ReLU):
@@ -395,7 +413,7 @@ class ReLU(Leaf, torch.nn.ReLU):
         """Compute max(input, 0)."""
         if isinstance(input, Proxy) or not (self.training and torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
-        found: Tensor = _Rectified.apply(input)  # type: ignore[assignment]
+        found: Tensor = _Rectified.apply(input)[0]  # type: ignore[index]
         return input.copy_(found) if self.inplace else found
 
 

@@ -16,6 +16,7 @@ from lensor.curvature.block import Block, eigh, trace_of_input, traces_of
 from lensor.curvature.operators import Operator
 from lensor.curvature.watching import uncast
 from lensor.errors import require_choice
+from lensor.kernels.torch.tensors import is_plain
 
 RANK = 256
 """The number of eigenvalues that "low-rank" keeps, unless another one is given."""
@@ -318,10 +319,17 @@ def _multiple_of_identity(matrix: Tensor) -> Tensor | None:
 def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., 0])
-    lower, info = torch.linalg.cholesky_ex(damped)
+    damped = damped.mT  # the columns of a matrix are contiguous in LAPACK
+    in_place = damped.device.type == "cpu" and is_plain(damped) and not damped.requires_grad
+    if in_place:
+        lower, info = damped, torch.empty(damped.shape[:-2], dtype=torch.int32)
+        torch.linalg.cholesky_ex(damped, out=(lower, info))
+    else:
+        lower, info = torch.linalg.cholesky_ex(damped)
     if bool(info.any()):
         raise LinAlgError(f"{what} with this damping is not positive definite, expected a larger damping")
-    return torch.cholesky_inverse(lower)
+    found = torch.cholesky_inverse(lower, out=lower) if in_place else torch.cholesky_inverse(lower)
+    return found.mT
 
 
 def _require_number(damping: float) -> None:

@@ -527,9 +527,11 @@ class KFAC(torch.optim.Optimizer):
         """The factor of the steps that keeps their length within the bound; a tensor unless it is on a CPU."""
         if self.kl_clip is None or length is None:
             return 1.0
-        length = length.clamp_min(torch.finfo(length.dtype).tiny)
-        scale = (self.kl_clip / length).sqrt().clamp_max(1.0)
-        return float(scale) if scale.device.type == "cpu" else scale
+        tiny = torch.finfo(length.dtype).tiny
+        if length.device.type != "cpu":
+            return (self.kl_clip / length.clamp_min(tiny)).sqrt().clamp_max(1.0)
+        scale = math.sqrt(self.kl_clip / max(float(length), tiny))
+        return 1.0 if scale > 1 else scale
 
     # ----------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

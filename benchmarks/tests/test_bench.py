@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 import os
@@ -951,3 +952,23 @@ def test_steps_are_timed_beside_gradient_descent(monkeypatch: pytest.MonkeyPatch
     unknown = invoke("bench", "steps", "vgg")
     assert unknown.exit_code == 1
     assert "model is 'vgg', expected one of small" in unknown.stderr
+
+
+def test_headline_figures_are_named_and_plotted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    factors = [models.Measured("resnet18", way, 2.0, beyond, 0, "") for way, beyond in headline_ways()]
+    clipped = [private.Measured("resnet18-frozen-norm", "Opacus, ghost", None, None, None, None, None, "not installed")]
+    taken = [
+        steps.StepTime("resnet18", "SGD", 1.0, 1.0, 1.0),
+        steps.StepTime("resnet18", "KFAC, forward-only", 1, 1.1, 1),
+    ]
+    for module, found in ((models, factors), (private, clipped), (steps, taken)):
+        monkeypatch.setattr(module, "measure", lambda *_, found=found: iter(found))
+    shown = invoke("bench", "headline", str(tmp_path))
+    assert shown.exit_code == 0, shown.output
+    rows = list(csv.reader((tmp_path / "headline.csv").open(encoding="utf-8")))
+    assert [row[1:] for row in rows[1:]] == [["Lensor", "0.5"], ["curvlinops", "1.5"], ["KFAC, forward-only", "1.1"]]
+    assert (tmp_path / "headline.png").stat().st_size > 10_000
+
+
+def headline_ways() -> list[tuple[str, float]]:
+    return [("forward and backward", 0.0), ("lensor, expand", 0.5), ("curvlinops, expand", 1.5)]

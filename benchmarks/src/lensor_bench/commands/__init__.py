@@ -14,7 +14,7 @@ def add_commands(app: typer.Typer) -> None:
     for command in (
         *(bench.candidates, bench.overhead, bench.planning, bench.growth, bench.report),
         *(gpu.gpu, gpu.bounds, gpu.compiled),
-        *(models.models, models.steps, models.private, models.training, models.sampling),
+        *(models.models, models.steps, models.private, models.headline, models.training, models.sampling),
     ):
         group.command()(command)
     app.add_typer(group, name="bench")

@@ -96,6 +96,17 @@ def sampling(
         _sampling(out, steps, seeds, batch, seconds, repeats, threads)
 
 
+def headline(
+    out: Annotated[Path, typer.Argument(help="Folder for headline.csv and headline.png.")],
+    threads: Threads = 2,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds for the rounds of each way.")] = 8.0,
+    debug: Debug = False,
+) -> None:
+    """Measure and plot the figures of the README for ResNet-18: factors, clipped gradients, and steps of KFAC."""
+    with reported(debug):
+        _headline(out, threads, seconds)
+
+
 def _models(
     names: Sequence[str],
     batch: int,
@@ -131,6 +142,22 @@ def _private(
         "difference": lambda one: _number("{:.0e}", one.difference),
     }
     _tabulate(measure(names, batch, size, max_norm, repeats, threads), columns, csv)
+
+
+def _headline(out: Path, threads: int, seconds: float) -> None:
+    require("torch", "transformers", "matplotlib")
+    from lensor_bench import headline
+
+    refuse_folder_early(out, (headline.TABLE, headline.PLOT))
+    shown = console()
+    with shown.status("measuring"):
+        bars = list(headline.measure(seconds, threads))
+    cells = [(bar.figure, bar.way, digits(bar.value)) for bar in bars]
+    _print(shown, "ResNet-18", ("figure", "way", "value"), cells)
+    with writing(out):
+        paths = headline.write(bars, out)
+    for path in paths:
+        shown.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 def _number(form: str, value: float | None) -> str:

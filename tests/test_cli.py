@@ -72,7 +72,7 @@ def test_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['typer'] = None; from lensor.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode == 1
-    assert result.stderr.startswith("lensor: typer is not installed: install lensor[cli]")
+    assert result.stderr.startswith('lensor: typer is not installed: install the extra "cli"')
     assert result.stderr.count("\n") == 1
 
 

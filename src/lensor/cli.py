@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from lensor import __version__
 
-_MISSING = "lensor: {name} is not installed: install lensor[cli]"
+_MISSING = 'lensor: {name} is not installed: install the extra "cli", in a checkout with pip install ".[cli]"'
 
 _OF_BENCH = ("bench", "reproduce", "conformance")
 """The commands that the lensor-bench package provides."""

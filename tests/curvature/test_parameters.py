@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lensor import curvature
 from lensor.curvature import clipped_gradients, per_example_gradient_norms, per_example_gradients
 from lensor.curvature.complete import _Ear
+from lensor.curvature.functions import FunctionUse
 from tests.curvature.test_curvature_border import SUM, by_example, check_by_example
 
 C, T = 8, 6
@@ -298,6 +299,62 @@ def test_empty_batches_and_other_mappings() -> None:
     want = per_example_gradients(model, SUM, (x, y))
     found = per_example_gradients(model, SUM, (UserDict(input=x), y))
     assert all(torch.equal(found[name], gradient) for name, gradient in want.items())
+
+
+@pytest.mark.parametrize("dims", [(), (3,), (3, 2)])
+def test_empty_batches_of_embeddings(dims: tuple[int, ...]) -> None:
+    for options in ({}, {"padding_idx": 1}):
+        model = nn.Sequential(nn.Embedding(5, 8, **options), nn.Flatten(), nn.LazyLinear(3))
+        words = torch.randint(5, (4, *dims))
+        model(words)
+        check_by_example(model, words, torch.randint(3, (4,)))
+        data = words[:0], torch.zeros(0, dtype=torch.long)
+        found = curvature.clipped_gradients(model, SUM, data, max_norm=1.0)
+        assert found.norms.shape == (0,)
+        assert {name: g.shape for name, g in found.gradients.items()} == {
+            n: p.shape for n, p in model.named_parameters()
+        }
+        assert not any(bool(gradient.any()) for gradient in found.gradients.values())
+        assert all(g.shape == (0,) for g in curvature.per_example_gradient_norms(model, SUM, data).values())
+
+
+class Table(nn.Module):
+    """A function with parameters and a constant that has as many rows as there are examples."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, 6))
+        self.register_buffer("table", torch.randn(rows, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,bi,bo->no", x, self.table, self.weight)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize("name", ["group norm", "table", "embedding", "mixed"])
+def test_functions_without_a_trial_pass(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples are then expected in the first axes of a function's arguments, if its results say nothing else."""
+    models = {
+        "group norm": lambda: (
+            nn.Sequential(nn.Conv1d(4, 4, 1), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 3)),
+            (4, 3),
+        ),
+        "table": lambda: (nn.Sequential(Table(batch), nn.Linear(6, 3)), (4,)),
+        "embedding": lambda: (nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)), (3,)),
+        "mixed": lambda: (nn.Sequential(nn.LayerNorm(4), Table(batch), nn.LayerNorm(6), nn.Linear(6, 3)), (4,)),
+    }
+    model, shape = models[name]()
+    model = model.double()
+    x = torch.randint(7, (batch, *shape)) if name == "embedding" else torch.randn(batch, *shape).double()
+    y = torch.randint(3, (batch,))
+    passes = []
+    single = FunctionUse._masked
+    monkeypatch.setattr(FunctionUse, "_masked", lambda use, vs: (passes.append(use.name), single(use, vs))[1])
+    found = per_example_gradients(model, SUM, (x, y), batch_axis=0)
+    want = by_example(model, SUM, x, y)
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, want[key], rtol=1e-9, atol=1e-11)
+    assert passes == ["einsum"] * (name in ("table", "mixed"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -443,11 +443,11 @@ def test_what_is_cleared_around_a_label_has_the_colour_below(tmp_path: Path) -> 
     left, top, width, height = Scene(shades=(shade,)).bounds(0.0)
     x, y = left + width / 2, top + height / 2
     near, far = (scene(Box(x, y + away, 9, 9), Stroke.straight((x, y + away), (x, y + away + 4))) for away in (0, 99))
-    assert 'class="index shaded"' in svg(near, "")
+    assert 'class="halo shaded"' in svg(near, "")
     assert 'class="gap shaded"' in svg(near, "")
     assert "index,fill=lensorshade" in tikz(near)
     assert "lensorshade,line width" in tikz(near)
-    assert not re.search('class="(index|gap) shaded"', svg(far, ""))
+    assert not re.search('class="(halo|gap) shaded"', svg(far, ""))
     assert "index,fill=lensorshade" not in tikz(far)
     png(near, tmp_path / "near.png")
     with Image.open(tmp_path / "near.png") as picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -188,7 +189,17 @@ class Bench:
 def here(device: torch.device) -> Machine:
     """This machine or its GPU, and the versions of the packages used in the measurements."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    return Machine(name, os.cpu_count() or 1, platform.python_version(), torch.__version__, lensor.__version__)
+    return Machine(name, os.cpu_count() or 1, platform.python_version(), torch.__version__, version())
+
+
+def version() -> str:
+    """The version of Lensor; in a git checkout, also the last commit that changed it."""
+    command = ["git", "-C", str(Path(lensor.__file__).parent), "log", "-1", "--format=%h", "--", "."]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    return f"{lensor.__version__} at commit {found}" if found else lensor.__version__
 
 
 def _raised(call: Call) -> Exception | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -98,8 +99,10 @@ def clipped_gradients(
     Equation:
         Σ_n min(1, C / ‖g_n‖) g_n + σ C z, with standard normal z (Abadi et al., 2016).
     """
+    max_norm = _number("max_norm", max_norm)
     if not (math.isfinite(max_norm) and max_norm > 0):
         raise ValueError(f"max_norm is {max_norm}, expected a positive finite number")
+    noise = None if noise is None else _number("noise", noise)
     if noise is not None and not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise is {noise}, expected a finite number of at least 0")
     is_mean = _is_mean(loss, reduction)
@@ -141,6 +144,13 @@ def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
     return like.device if generator is None else generator.device
 
 
+def _number(name: str, value: Any) -> float:
+    is_one = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_one and not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    return float(value)
+
+
 def _is_mean(loss: Any, reduction: str | None) -> bool:
     """Whether the loss is a mean over examples.
 
@@ -155,8 +165,8 @@ def _is_mean(loss: Any, reduction: str | None) -> bool:
         reduction = reduction_of(loss) if is_known else None
         if reduction is None:
             raise ValueError(
-                "reduction is None, expected 'sum' or 'mean' for a loss that is not one of torch's own, or has its own"
-                " normaliser"
+                "reduction is None, expected 'sum' or 'mean' for a function, for a loss that is not a module of torch,"
+                " or for one that has its own normaliser"
             )
         return reduction in MEANS
     require_choice("reduction", reduction, ("sum", "mean"))

@@ -67,6 +67,9 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         self.reduction, self.outputs = reduction, outputs
 
     def __getitem__(self, name: str) -> Block:
+        if name not in self._blocks and any(own.startswith(f"{name}.") for own in self._blocks):
+            own = ", ".join(repr(one) for one in self._blocks if one.startswith(f"{name}."))
+            raise KeyError(f"{name!r} is a module, expected the name of a parameter: {own}")
         return self._blocks[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -105,8 +105,10 @@ class FunctionUse:
         if not self.batch:
             return [source.tensor.new_zeros((0, *source.tensor.shape)) for source in self.sources]
         found = self._of_layer(cotangents) if self.is_unchanged() else None
-        if found is None and self._can_map():
-            found = self._mapped(cotangents)
+        if found is None and self.axes is not None and self._can_map(self.axes):
+            found = self._mapped(cotangents, self.axes)
+        elif found is None and (axes := self._likely_axes()) is not None and self._can_map(axes):
+            found = self._mapped(cotangents, axes, self._values())
         return self._masked(cotangents) if found is None else found
 
     def weighted_sum(self, cotangents: Sequence[Tensor | None], factors: Tensor) -> list[Tensor]:
@@ -152,24 +154,51 @@ class FunctionUse:
         """Whether the arguments still have the values that the function received."""
         return self.can_rerun and all(self.leaves[at]._version == version for at, version in self.versions.items())
 
-    def _can_map(self) -> bool:
+    def _can_map(self, axes: Mapping[int, BatchAxis]) -> bool:
         """Whether the examples' parts of all arguments and results are known."""
-        if not self.is_unchanged() or self.axes is None:
-            return False
-        axes = [*self.axes.values(), *[output.axis for output in self.outputs]]
-        return all(axis is not None and axis.order is not None for axis in axes)
+        every = [*axes.values(), *[output.axis for output in self.outputs]]
+        return self.is_unchanged() and all(axis is not None and axis.order is not None for axis in every)
 
-    def _mapped(self, cotangents: Sequence[Tensor | None]) -> list[Tensor] | None:
-        """The gradients by the function's own derivative, mapped over the examples; None if it cannot be mapped."""
-        assert self.axes is not None
-        axes = self.axes
+    def _likely_axes(self) -> dict[int, BatchAxis] | None:
+        """The first axes of all arguments that have as many entries as there are examples; None if there are none.
+
+        Without trial passes, the positions of the examples in the arguments are not known.
+        """
+        if self.axes is not None:
+            return None
+        sources = {source.place for source in self.sources}
+        axes = {
+            at: BatchAxis(0, 1)
+            for at, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor) and at not in sources and leaf.ndim and len(leaf) == self.batch
+        }
+        return axes or None
+
+    @torch.no_grad()
+    def _values(self) -> list[Tensor]:
+        """The results of the function, which is called again."""
+        arguments, named = tree_unflatten(
+            [widened(one) if isinstance(one, Tensor) else one for one in self.leaves], self.tree
+        )
+        return _floating(self.function(*arguments, **named))
+
+    def _mapped(
+        self, cotangents: Sequence[Tensor | None], axes: Mapping[int, BatchAxis], values: Sequence[Tensor] | None = None
+    ) -> list[Tensor] | None:
+        """The gradients by the function's own derivative, mapped over the examples; None if it cannot be mapped.
+
+        Args:
+            cotangents: the gradients with respect to the outputs; None for zero.
+            axes: the positions of the examples in the arguments.
+            values: the results for all examples, if `axes` is a guess: the results for the examples must then be equal.
+        """
         places = list(axes)
         given = [_split(widened(self.leaves[at]), axes[at], self.batch) for at in places]
         vs = []
         for output, v in zip(self.outputs, cotangents, strict=True):
             assert output.axis is not None
             vs.append(_split(output.zeros() if v is None else v, output.axis, self.batch))
-        values = [widened(self.leaves[source.place]) for source in self.sources]
+        weights = [widened(self.leaves[source.place]) for source in self.sources]
 
         def one(parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             def run(*sources: Tensor) -> tuple[Tensor, ...]:
@@ -179,18 +208,15 @@ class FunctionUse:
                 for source, value in zip(self.sources, sources, strict=True):
                     leaves[source.place] = value
                 arguments, named = tree_unflatten(leaves, self.tree)
-                found = [
-                    leaf
-                    for leaf in tree_leaves(self.function(*arguments, **named))
-                    if isinstance(leaf, Tensor) and leaf.is_floating_point()
-                ]
+                found = _floating(self.function(*arguments, **named))
                 shapes = [tuple(leaf.shape) for leaf in found]
                 if shapes != [tuple(vector.shape) for vector in vectors]:
                     raise ValueError("the function returns different shapes for a part of its arguments")
                 return tuple(found)
 
-            found, derivative, *_ = torch.func.vjp(run, *values)
-            return derivative(tuple(v.to(y.dtype) for v, y in zip(vectors, found, strict=True)))
+            found, derivative, *_ = torch.func.vjp(run, *weights)
+            gradients = derivative(tuple(v.to(y.dtype) for v, y in zip(vectors, found, strict=True)))
+            return gradients if values is None else (*gradients, *found)
 
         try:
             with attempt():
@@ -200,8 +226,20 @@ class FunctionUse:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # any function of a user or of torch, some of which vmap does not support
-            return self._looped(one, given, vs)
-        return list(map(_dense, found))
+            return self._looped(one, given, vs) if values is None else None
+        if values is not None and not self._are_those(values, found[len(weights) :]):
+            return None
+        return list(map(_dense, found[: len(weights)]))
+
+    def _are_those(self, values: Sequence[Tensor], parts: Sequence[Tensor]) -> bool:
+        """Whether results for all examples at once equal those for each example, up to rounding."""
+        for output, value, part in zip(self.outputs, values, parts, strict=True):
+            assert output.axis is not None
+            whole, at = _split(value, output.axis, self.batch)
+            most = 1e3 * torch.finfo(value.dtype).eps * value.abs().amax()
+            if not bool(((whole.movedim(at, 0) - part).abs() <= most).all()):
+                return False
+        return True
 
     def _looped(
         self,
@@ -259,6 +297,11 @@ class FunctionUse:
                 f" positions of the {self.batch} examples cannot be found: leave the module out with layers="
             )
         return axis
+
+
+def _floating(returned: Any) -> list[Tensor]:
+    """The floating-point tensors among a function's results."""
+    return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _dense(gradient: Tensor) -> Tensor:

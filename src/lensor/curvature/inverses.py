@@ -54,6 +54,19 @@ class EigenFactors(Operator):
         q_a, q_b = q_a.to(rows.dtype), q_b.to(rows.dtype)
         return q_b @ ((q_b.mT @ rows @ q_a) * values) @ q_a.mT
 
+    @property
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """The eigenvalues of each block, [groups, c, d]: products of an eigenvalue of B and one of A.
+
+        Example:
+            >>> import torch
+            >>> from lensor.curvature import kfac
+            >>> model, data = torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.randn(5, 2))
+            >>> kfac(model, torch.nn.MSELoss(), data).eigh().eigenvalues["weight"].shape
+            torch.Size([1, 2, 3])
+        """
+        return {name: values for name, (_, _, values) in self.parts.items()}
+
     def inverse(self, damping: float) -> EigenFactors:
         """The damped inverse (self + λI)⁻¹.
 
@@ -217,7 +230,7 @@ class _Woodbury:
 
     def __call__(self, rows: Tensor) -> Tensor:
         inside, scaled = (rows @ self.root.mT) @ self.inner, rows * self.scale
-        solved = scaled.baddbmm_(inside, self.root) if rows.ndim == 3 else scaled + inside @ self.root
+        solved = _plus_product(scaled, inside, self.root)
         return solved if self.b is None else self.b @ solved
 
 
@@ -248,7 +261,12 @@ class _LowRank:
         return cls(q, inner, 1 / (rest + on_a), _damped_inverse(f"B of {name}", block.B, on_b), basis)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.b @ (rows * self.rest + ((rows @ self.q) * self.inner) @ self.q.mT)
+        return self.b @ _plus_product(rows * self.rest, (rows @ self.q) * self.inner, self.q.mT)
+
+
+def _plus_product(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """rows + a b, which may overwrite `rows`."""
+    return rows.baddbmm_(a, b) if rows.ndim == 3 else rows + a @ b
 
 
 def _largest(block: Block, asked: _Request) -> tuple[Tensor, Tensor]:

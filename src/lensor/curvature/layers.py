@@ -195,7 +195,10 @@ def refuse_mixing(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
     ]
     if mixing:
-        raise ValueError(f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first")
+        raise ValueError(
+            f"examples are mixed by the statistics of {', '.join(mixing)}: call model.eval() first, or, without running"
+            " statistics, use group normalisation; kfac also accepts others='skip'"
+        )
 
 
 def _plain_layers(model: nn.Module) -> Iterator[Layer]:

@@ -12,11 +12,13 @@ The examples use disjoint entries, and Σ_v s_v s_vᵀ is the Hessian (or an est
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lensor.choices import FactorFisher
 from lensor.curvature.batch_axes import BatchAxis
@@ -192,6 +194,20 @@ def require_counted(total: float) -> float:
     return total
 
 
+def _hint(loss: Any) -> str:
+    """What to do about an unsupported loss."""
+    functions = {
+        nn.functional.cross_entropy: "CrossEntropyLoss",
+        nn.functional.mse_loss: "MSELoss",
+        nn.functional.binary_cross_entropy_with_logits: "BCEWithLogitsLoss",
+    }
+    if isinstance(loss, (Tensor, Mapping, Sequence, DataLoader)):
+        return "the arguments are model, loss and data, in this order"
+    if isinstance(loss, FunctionType) and loss in functions:
+        return f"pass torch.nn.{functions[loss]}() instead of the function"
+    return "the Hessian of other losses is unknown, unless you pass it to lensor.curvature.register_loss"
+
+
 def require_loss(loss: nn.Module) -> None:
     """Raise for a loss whose Hessian is unknown.
 
@@ -207,8 +223,8 @@ def require_loss(loss: nn.Module) -> None:
             else f"{type(loss).__name__}, and is a subclass or a changed instance of a supported loss"
         )
         raise TypeError(
-            f"loss has type {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself: the"
-            " Hessian of other losses is unknown, unless you pass it to lensor.curvature.register_loss"
+            f"loss has type {kind}, expected torch.nn.CrossEntropyLoss, MSELoss or BCEWithLogitsLoss itself:"
+            f" {_hint(loss)}"
         )
     if loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks:
         raise TypeError(

@@ -128,7 +128,8 @@ class Operator(ABC):
         for name, shape in shapes.items():
             if not isinstance(vectors[name], Tensor) or vectors[name].dtype != dtype:
                 kind = getattr(vectors[name], "dtype", type(vectors[name]).__name__)
-                raise TypeError(f"{name} is {kind}, expected a tensor of the factors' {dtype}")
+                hint = ": it has no gradient, or is frozen" if vectors[name] is None else ""
+                raise TypeError(f"{name} is {kind}, expected a tensor of the factors' {dtype}{hint}")
             found = tuple(vectors[name].shape)
             cut = len(found) - len(shape)
             if cut < 0 or found[cut:] != shape:

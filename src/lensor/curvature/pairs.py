@@ -57,8 +57,8 @@ class OuterProducts:
         words, padding = _words(use)
         (output,) = use.outputs
         assert output.axis is not None
-        b = widened(output.axis.first(v, use.batch)).reshape(use.batch, -1, v.shape[-1])
-        words = output.axis.first(words, use.batch).reshape(use.batch, -1)
+        words = output.axis.first(words, use.batch).flatten(1) if words.ndim > 1 else words[:, None]
+        b = widened(output.axis.first(v, use.batch)).reshape(*words.shape, v.shape[-1])
         return cls(words, b if padding is None else b * (words != padding)[..., None])
 
 

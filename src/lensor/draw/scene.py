@@ -320,6 +320,10 @@ class _Drawn:
         return -math.pi / 2 if self.layout.layers[place.layer][0] is place else math.pi / 2
 
 
+_GAP = 2.0
+"""Distance between a name and its line."""
+
+
 def _named(
     text: str, number: int, pieces: dict[Stroke, np.ndarray], solid: Sequence[Box], labels: Sequence[Label]
 ) -> tuple[int, Label]:
@@ -335,7 +339,7 @@ def _named(
             step = (path[at, 2:] - path[at, :2]) / max(lengths[at], 1e-9)
             x, y = path[at, 2:] - step * (reached[at] - share * reached[-1])
             ux, uy = map(abs, step)
-            away = (uy * size[0] + ux * size[1]) / 2 + 1.0
+            away = (uy * size[0] + ux * size[1]) / 2 + _GAP
             for side, cost in ((-1.0, 0.0), (1.0, 0.6), (0.0, 3.0)):
                 normal = (-step[1], step[0]) if step[0] >= 0 else (step[1], -step[0])
                 options.append(Box(float(x + side * away * normal[0]), float(y + side * away * normal[1]), *size))

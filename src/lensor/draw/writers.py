@@ -12,30 +12,28 @@ from lensor.draw.graph import ARROW, CUT, DOT, END, GROUP, ONES, PATTERN, SELECT
 from lensor.draw.shapes import Box, Label, Scene, Shade, Shape, Stroke
 from lensor.draw.tex import parts_of, tex
 
+_INK, _PAPER, _SHADE = "#1b1f24", "#ffffff", "#e4e8ee"
+
 _LIGHT = "{--ink:#1b1f24;--paper:#ffffff;--tensor:#dbe9ff;--pattern:#ffe3b8;--selection:#e3f5d6;--shade:#e4e8ee}"
 _DARK = "{--ink:#e6e8eb;--paper:#16181d;--tensor:#23395c;--pattern:#5a4215;--selection:#2c4a21;--shade:#2e333d}"
 
 STYLE = (
+    # Every element also has light colours as attributes, for programs that know no variables: these skip @supports.
+    "@supports (--a:0){"
     f".lensor{_LIGHT}@media (prefers-color-scheme:dark){{.lensor{_DARK}}}"
     # On a page with its own theme switch, as in furo and Jupyter, the page's theme has priority.
     f"body[data-theme=light] .lensor,[data-jp-theme-light=true] .lensor{_LIGHT}"
     f"body[data-theme=dark] .lensor,[data-jp-theme-light=false] .lensor{_DARK}"
-    ".lensor .paper{fill:var(--paper)}"
-    ".lensor text{font-family:'STIX Two Text','Latin Modern Roman','Times New Roman',Times,serif;fill:var(--ink);"
-    "text-anchor:middle;dominant-baseline:central}.lensor .i{font-style:italic}.lensor .b{font-size:72%}"
-    ".lensor .node{font-size:16px}.lensor .step+text{font:13px ui-monospace,Menlo,Consolas,monospace}"
-    ".lensor .index{font-size:12.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3;stroke-linejoin:round}"
-    ".lensor .sign{font-size:18px}.lensor .line{fill:none;stroke:var(--ink);stroke-width:1.2}"
-    ".lensor .dashed{stroke-dasharray:3 3}.lensor .cut{fill:var(--paper);stroke-dasharray:3 3}"
-    ".lensor .cut+text{fill-opacity:.55}"
-    ".lensor .gap{stroke:var(--paper);stroke-width:6}"
-    ".lensor .index.shaded{stroke:var(--shade)}.lensor .gap.shaded{stroke:var(--shade)}"
-    ".lensor .box{stroke:var(--ink);stroke-width:1.2}.lensor .dot{fill:var(--ink)}"
+    ".lensor .paper,.lensor .ones,.lensor .cut{fill:var(--paper)}.lensor text,.lensor .dot{fill:var(--ink)}"
+    ".lensor .line,.lensor .box{stroke:var(--ink)}.lensor .halo,.lensor .gap{stroke:var(--paper)}"
+    ".lensor .halo.shaded,.lensor .gap.shaded{stroke:var(--shade)}"
     ".lensor .tensor,.lensor .step{fill:var(--tensor)}.lensor .pattern{fill:var(--pattern)}"
-    ".lensor .selection{fill:var(--selection);stroke-dasharray:4 2}.lensor .ones{fill:var(--paper)}"
-    ".lensor .shade{fill:var(--shade);stroke:var(--shade);stroke-linejoin:round}"
+    ".lensor .selection{fill:var(--selection)}.lensor .shade{fill:var(--shade);stroke:var(--shade)}}"
 )
 """Colours for light and dark pages, chosen by the system or by the surrounding page."""
+
+_SERIF = "'STIX Two Text','Latin Modern Roman','Times New Roman',Times,serif"
+_MONO = "ui-monospace,Menlo,Consolas,monospace"
 
 _COLOURS = {
     TENSOR: "#dbe9ff",
@@ -45,7 +43,6 @@ _COLOURS = {
     ONES: "#ffffff",
     CUT: "#ffffff",
 }
-_SHADE = "#e4e8ee"
 _UPRIGHT = "ΓΔΘΛΞΠΣΥΦΨΩ"
 """Letters that mathematics sets upright."""
 
@@ -88,82 +85,99 @@ def svg(scene: Scene, title: str) -> str:
     left, top, width, height = scene.bounds()
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="lensor" role="img" width="{width:.0f}" height="{height:.0f}"'
-        f' viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}">',
+        f' viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}" text-anchor="middle" font-family="{_SERIF}">',
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
     # An opaque background keeps the diagram readable on a light page in a dark system, and vice versa.
-    parts.append(f'<rect class="paper" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" rx="6"/>')
+    area = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    parts.append(f'<rect class="paper" fill="{_PAPER}" {area} rx="6"/>')
     parts += [_svg_shade(shade) for shade in scene.shades]
-    parts += [_svg_line(one, "line") for one in scene.strokes]
-    parts += [
-        _svg_line(one, style)
-        for one in scene.bridges
-        for style in ("gap shaded" if _on_shade(scene, one) else "gap", "line")
-    ]
+    parts += [_svg_line(one) for one in scene.strokes]
+    for one in scene.bridges:
+        parts += [_svg_line(one, "gap shaded" if _on_shade(scene, one) else "gap"), _svg_line(one)]
     parts += [found for shape in scene.shapes if (found := _svg_shape(shape))]
-    parts += [
-        f'<text class="{_svg_label(scene, label)}" x="{label.box.x:.1f}" y="{label.box.y:.1f}">'
-        f"{_svg_text(label.text)}</text>"
-        for label in scene.labels
-    ]
+    parts += [_svg_label(scene, label) for label in scene.labels]
     return "\n".join([*parts, "</svg>"])
 
 
 def _svg_label(scene: Scene, label: Label) -> str:
-    return "sign" if label.large else "index" + " shaded" * is_shaded(scene, label.box)
+    if label.large:
+        return _svg_text('class="sign"', label.box, 18.0, _words(label.text, 18.0))
+    shaded = is_shaded(scene, label.box)
+    back = f'class="{"halo shaded" if shaded else "halo"}" stroke="{_SHADE if shaded else _PAPER}" aria-hidden="true"'
+    back += ' stroke-width="2.5" stroke-linejoin="round"'
+    text = _words(label.text, 12.5)
+    return _svg_text(back, label.box, 12.5, text) + _svg_text('class="index"', label.box, 12.5, text)
+
+
+def _svg_text(style: str, box: Box, size: float, text: str) -> str:
+    """Text in the middle of a box: a third of its size is the distance from the middle of letters to their baseline."""
+    place = f'x="{box.x:.1f}" y="{box.y + size / 3:.1f}"'
+    return f'<text {style} fill="{_INK}" font-size="{size:g}" {place}>{text}</text>'
 
 
 def _svg_shade(shade: Shade) -> str:
     pieces = ("L".join(f"{x:.1f},{y:.1f}" for x, y in piece) for piece in shade.pieces)
     path = "".join(f"M{piece}Z" for piece in pieces)
-    return f'<path class="shade" stroke-width="{2 * Shade.MARGIN:.0f}" d="{path}"/>'
+    style = f'fill="{_SHADE}" stroke="{_SHADE}" stroke-linejoin="round" stroke-width="{2 * Shade.MARGIN:.0f}"'
+    return f'<path class="shade" {style} d="{path}"/>'
 
 
-def _svg_line(one: Stroke, style: str) -> str:
-    style += " dashed" * (one.dashed and style == "line")
+def _svg_line(one: Stroke, gap: str = "") -> str:
     start, *rest = (f"{x:.1f},{y:.1f}" for x, y in one.points)
     curves = "".join("C" + " ".join(rest[at : at + 3]) for at in range(0, len(rest), 3))
-    return f'<path class="{style}" d="M{start}{curves}"/>'
+    if gap:
+        style = f'class="{gap}" stroke="{_SHADE if gap.endswith("shaded") else _PAPER}" stroke-width="6"'
+    else:
+        style = f'class="line" stroke="{_INK}" stroke-width="1.2"' + ' stroke-dasharray="3 3"' * one.dashed
+    return f'<path {style} fill="none" d="M{start}{curves}"/>'
 
 
-def _svg_text(text: str) -> str:
+def _words(text: str, size: float) -> str:
     """Names as mathematics: italic letters, subscripts and primes."""
-    return " ".join(map(_svg_word, text.split()))
+    return " ".join(_word(word, size) for word in text.split())
 
 
-def _svg_word(word: str) -> str:
+def _word(word: str, size: float) -> str:
     head, below, primes = parts_of(word)
     if not word.isidentifier():
         return escape(word)
-    found = f'<tspan class="i">{escape(head)}</tspan>' if len(head) == 1 and head not in _UPRIGHT else escape(head)
+    upright = len(head) > 1 or head in _UPRIGHT
+    found = escape(head) if upright else f'<tspan font-style="italic">{escape(head)}</tspan>'
     if below:
-        found += f'<tspan class="b" dy=".28em">{escape(",".join(below))}</tspan>'
-    back = '<tspan dy="-.2em">' if below else "<tspan>"  # an em of a subscript is shorter
+        found += f'<tspan font-size="{0.72 * size:.1f}" dy="{0.2 * size:.1f}">{escape(",".join(below))}</tspan>'
+    back = f'<tspan dy="{-0.2 * size:.1f}">' if below else "<tspan>"
     return found + (f"{back}{'′' * primes}</tspan>" if primes else "")
 
 
-def _rectangle(box: Box) -> str:
-    return (
-        f'x="{box.x - box.width / 2:.1f}" y="{box.y - box.height / 2:.1f}" width="{box.width:.1f}"'
-        f' height="{box.height:.1f}"'
-    )
-
-
 def _svg_shape(shape: Shape) -> str:
-    box, name = shape.box, escape(shape.text) if shape.kind == STEP else _svg_text(shape.text)
-    text = f'<text class="node" x="{box.x:.1f}" y="{box.y:.1f}">{name}</text>' if shape.text else ""
+    box, style = shape.box, f'stroke="{_INK}" stroke-width="1.2"'
+    text = ""
+    if shape.text:
+        font = 'class="node" fill-opacity="0.55"' if shape.kind == CUT else 'class="node"'
+        text = _svg_text(font, box, 16.0, _words(shape.text, 16.0))
+    if shape.kind == STEP:
+        text = _svg_text(f'class="node" xml:space="preserve" font-family="{_MONO}"', box, 13.0, escape(shape.text))
+    circle = f'cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"'
     match shape.kind:
         case "end":
             return ""
         case "dot":
-            return f'<circle class="dot" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>'
+            return f'<circle class="dot" fill="{_INK}" {circle}/>'
         case "ones":
-            return f'<circle class="box ones" cx="{box.x:.1f}" cy="{box.y:.1f}" r="{box.width / 2:.1f}"/>{text}'
+            return f'<circle class="box ones" fill="{_PAPER}" {style} {circle}/>{text}'
         case "pattern" | "group" | "arrow":
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners(shape))
-            return f'<polygon class="{"box pattern" if shape.kind == PATTERN else "dot"}" points="{points}"/>{text}'
-    return f'<rect class="box {shape.kind}" {_rectangle(box)} rx="{2 if shape.kind == SELECTION else 8}"/>{text}'
+            if shape.kind != PATTERN:
+                return f'<polygon class="dot" fill="{_INK}" points="{points}"/>'
+            return f'<polygon class="box pattern" fill="{_COLOURS[PATTERN]}" {style} points="{points}"/>{text}'
+    style += {SELECTION: ' stroke-dasharray="4 2" rx="2"', CUT: ' stroke-dasharray="3 3" rx="8"'}.get(
+        shape.kind, ' rx="8"'
+    )
+    area = f'x="{box.x - box.width / 2:.1f}" y="{box.y - box.height / 2:.1f}" width="{box.width:.1f}"'
+    area += f' height="{box.height:.1f}"'
+    return f'<rect class="box {shape.kind}" fill="{_COLOURS[shape.kind]}" {style} {area}/>{text}'
 
 
 # ----------------------------------------------------------------------------------------------------------------- TikZ
@@ -247,7 +261,7 @@ def png(scene: Scene, path: Path, dpi: int = 160) -> None:
     axis.set_xlim(left, left + width)
     axis.set_ylim(top + height, top)
     axis.axis("off")
-    ink = "#1b1f24"
+    ink = _INK
     families = _families("".join(one.text for one in (*scene.shapes, *scene.labels)))
     for piece in (piece for shade in scene.shades for piece in shade.pieces):
         width = 2 * Shade.MARGIN

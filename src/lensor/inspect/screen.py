@@ -113,8 +113,8 @@ def _short(text: str, width: int) -> str:
 def advice(those: Sequence[Explanation]) -> str:
     """What to do about a layer, and what the rules made of the operation that the advice is about.
 
-    The operation is one that failed, or the one that loses most time compared with torch, or the one that saves most;
-    without times, it is the one with the largest peak memory.
+    The operation is one that failed, or the one whose time differs most from torch's; without times, it is the one with
+    the largest peak memory.
 
     Args:
         those: the explanations of one layer.
@@ -126,8 +126,7 @@ def advice(those: Sequence[Explanation]) -> str:
     if not timed:
         one = max(those, key=lambda one: one.peak_bytes)
         return f"{one.operation}: {_memory(one)}; {_rules(one)}"
-    slower = [one for one in timed if pace(one.ratio or 1.0) == "slow"]
-    one = max(slower, key=_loss) if slower else min(timed, key=_loss)
+    one = max(timed, key=lambda one: abs(_loss(one)))
     return f"{one.operation} {digits(one.ratio or 1.0)}×: {_time(one)}; {_rules(one)}"
 
 

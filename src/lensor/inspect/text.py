@@ -19,8 +19,8 @@ _FORMULA = re.compile("'*[=+\\-@＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
-EVEN = 1.05
-"""Ratios above this are marked as slower, ratios below its inverse as faster."""
+EVEN = 1.1
+"""Ratios above this are marked as slower, ratios below its inverse as faster: repeated times differ by as much."""
 
 
 def printable(text: str, keep: str = "") -> str:

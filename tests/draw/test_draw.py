@@ -433,6 +433,33 @@ def test_endings_in_capitals_and_the_home_folder(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "net.TEX").read_text(encoding="utf-8") == net.to_tikz()
 
 
+@pytest.mark.parametrize("what", ["factor", "jacobian", "plan", "selection"])
+def test_an_svg_has_its_colours_and_sizes_without_style_sheets(what: str) -> None:
+    """Office programs and converters ignore variables, relative sizes and baselines, and draw black shapes instead."""
+    spec = lensor.ConvSpec(4, 6, (9, 9), 3, groups=2)
+    factor, net = lensor.ops.kfac_input_factor(spec), lensor.ops.conv(spec)
+    drawing = {
+        "factor": lambda: lensor.draw(factor, shade=[lensor.ops.unfold(spec)]),
+        "jacobian": lambda: lensor.draw(net, cut="W"),
+        "plan": lambda: lensor.draw(net.plan(X=(2, 4, 9, 9), W=(6, 2, 3, 3))),
+        "selection": lambda: lensor.draw(net.sample("i1", 0.5)),
+    }[what]()
+    root = ElementTree.fromstring(drawing.svg)
+    (style,) = root.iter("{http://www.w3.org/2000/svg}style")
+    assert style.text is not None
+    assert style.text.startswith("@supports")
+    root.remove(style)
+    elements = [
+        one for one in root.iter() if one.tag.rpartition("}")[2] in ("path", "rect", "circle", "polygon", "text")
+    ]
+    assert len(elements) > 5
+    for one in elements:
+        assert re.fullmatch("#[0-9a-f]{6}|none", one.get("fill", "")), one.attrib
+        assert one.get("fill") != "none" or re.fullmatch("#[0-9a-f]{6}", one.get("stroke", "")), one.attrib
+        assert float(one.get("font-size", "1")) > 0
+    assert not re.search('var\\(|em"|%|baseline|paint-order', ElementTree.tostring(root, encoding="unicode"))
+
+
 def test_what_is_cleared_around_a_label_has_the_colour_below(tmp_path: Path) -> None:
     def scene(label: Box, bridge: Stroke) -> Scene:
         graph = graph_of(lensor.contraction("n i, n o -> i o", "X", "Y"))
@@ -637,7 +664,8 @@ def test_arguments_of_a_jacobian_are_cut_out(tmp_path: Path) -> None:
     assert len(dashed) == len({index for leg in net.operand_legs["W"] for index in leg}) == 5  # g, c_out, c_in, k1, k2
     for line in dashed:
         assert any(weight.box.overlaps(Box(*line.points[end], 0.0, 0.0)) for end in (0, -1))
-    assert drawing.svg.count('class="line dashed"') == drawing.tikz.count(r"\draw[dashed]") == 5
+    lines = re.findall('<path class="line"[^>]*stroke-dasharray', drawing.svg)
+    assert len(lines) == drawing.tikz.count(r"\draw[dashed]") == 5
     drawing.save(tmp_path / "cut.png")
     assert (tmp_path / "cut.png").stat().st_size > 5000
 

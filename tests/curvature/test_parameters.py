@@ -347,6 +347,9 @@ def test_functions_without_a_trial_pass(name: str, batch: int, monkeypatch: pyte
     model = model.double()
     x = torch.randint(7, (batch, *shape)) if name == "embedding" else torch.randn(batch, *shape).double()
     y = torch.randint(3, (batch,))
+    traced = curvature.clipped_gradients(model, SUM, (x, y), max_norm=1.0, batch_axis=0, compile="eager")
+    for key, gradient in curvature.clipped_gradients(model, SUM, (x, y), max_norm=1.0).gradients.items():
+        torch.testing.assert_close(gradient, traced.gradients[key], rtol=1e-9, atol=1e-11)
     passes = []
     single = FunctionUse._masked
     monkeypatch.setattr(FunctionUse, "_masked", lambda use, vs: (passes.append(use.name), single(use, vs))[1])

@@ -17,12 +17,15 @@ NOT_MEASURED = ("conformance.md", "limits.md")
 
 
 def measured(page: Path) -> bool:
-    return page.name not in NOT_MEASURED and "decisions" not in page.parts and bool(ROW.search(page.read_text()))
+    if page.name in NOT_MEASURED or "decisions" in page.parts:
+        return False
+    text = page.read_text(encoding="utf-8")
+    return bool(ROW.search(text)) or "headline.png" in text
 
 
 def test_some_pages_have_figures() -> None:
     names = {page.name for page in PAGES if measured(page)}
-    assert names >= {"README.md", "performance.md", "curvature.md", "sampling.md", "jax.md", "crs.md", "runtime.md"}
+    assert names >= {"README.md", "index.md", "performance.md", "curvature.md", "sampling.md", "jax.md", "crs.md", "runtime.md"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if measured(page)], ids=lambda page: page.name)

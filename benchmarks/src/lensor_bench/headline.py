@@ -19,12 +19,13 @@ STEPS = "a training step, divided by one of SGD (batch 8, 224²)"
 
 _FACTORS = {"lensor, expand": "Lensor", "curvlinops, expand": "curvlinops"}
 _CLIPPED = {
-    "SGD": "SGD, not clipped",
+    private.SGD: "SGD, not clipped",
     "Lensor": "Lensor",
     "Opacus, ghost": "Opacus, ghost",
     "Opacus, ghost, Lensor": "Opacus, ghost, with Lensor",
 }
 _STEPS = {
+    "SGD": "SGD",
     "KFAC, forward-only": "KFAC, forward-only",
     "KFAC, reduce, low rank": "KFAC, reduce",
     "KFAC, expand, low rank": "KFAC, expand",
@@ -64,7 +65,7 @@ def measure(seconds: float, threads: int) -> Iterator[Bar]:
     for two in private.measure(["resnet18-frozen-norm"], 32, 64, 1.0, 5, threads):
         if two.way in _CLIPPED and two.seconds is not None:
             yield Bar(CLIPPED, _CLIPPED[two.way], two.seconds)
-    for three in steps.measure(["resnet18"], seconds, 5, threads, tuple(_STEPS)):
+    for three in steps.measure(["resnet18"], seconds, 5, threads, tuple(_STEPS)[1:]):
         if three.optimizer in _STEPS:
             yield Bar(STEPS, _STEPS[three.optimizer], three.ratio)
 

@@ -22,7 +22,7 @@ from lensor import ops
 from lensor.curvature.batch_axes import BatchAxis
 from lensor.curvature.data import over_positions
 from lensor.curvature.networks import network
-from lensor.curvature.tracing import attempt
+from lensor.curvature.tracing import attempt, is_traced
 from lensor.curvature.watching import widened
 from lensor.nn.calls import layer_call
 
@@ -162,9 +162,10 @@ class FunctionUse:
     def _likely_axes(self) -> dict[int, BatchAxis] | None:
         """The first axes of all arguments that have as many entries as there are examples; None if there are none.
 
-        Without trial passes, the positions of the examples in the arguments are not known.
+        Without trial passes, the positions of the examples in the arguments are not known. A graph that is being traced
+        cannot contain the comparison of results that such a guess needs.
         """
-        if self.axes is not None:
+        if self.axes is not None or is_traced():
             return None
         sources = {source.place for source in self.sources}
         axes = {

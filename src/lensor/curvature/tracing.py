@@ -17,6 +17,11 @@ def _graph() -> Any:
     return None if mode is None else mode.tracer.graph
 
 
+def is_traced() -> bool:
+    """Whether this thread is tracing a graph, in which code cannot depend on values."""
+    return _graph() is not None
+
+
 def draws(function: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
     """Whether an operator draws random numbers; attention without dropout does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(function, "tags", ()):

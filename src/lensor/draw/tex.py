@@ -15,6 +15,9 @@ _COMMANDS = (
 )
 _LETTERS = "αβγδϵεζηθϑικλμνξπϖρϱσςτυϕφχψωΓΔΘΛΞΠΣΥΦΨΩ×→·…ℓ"
 _MATHS = {letter: "\\" + command for letter, command in zip(_LETTERS, _COMMANDS.split(), strict=True)}
+_GREEK = {command: _LETTERS[at] for at, command in enumerate(_COMMANDS.split()) if _LETTERS[at].isalpha()}
+"""Greek letters by their names in TeX."""
+
 # TeX has no commands for Greek capitals that look like Latin ones.
 _MATHS |= {greek: rf"\mathrm{{{latin}}}" for greek, latin in zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABEZHIKMNOPTX", strict=True)}
 _MATHS |= {mark: "\\" + mark for mark in "_&%#${}"}
@@ -88,12 +91,12 @@ def _word(word: str, renaming: str) -> str:
 
 
 def parts_of(word: str) -> tuple[str, list[str], int]:
-    """The letters of a name, its subscripts, and its number of primes.
+    """The letters of a name, its subscripts, and its number of primes; the name of a Greek letter is that letter.
 
     Example:
         >>> from lensor.draw.tex import parts_of
-        >>> parts_of("c_in_"), parts_of("k1"), parts_of("9")
-        (('c', ['in'], 1), ('k', ['1'], 0), ('9', [], 0))
+        >>> parts_of("c_in_"), parts_of("k1"), parts_of("9"), parts_of("alpha")
+        (('c', ['in'], 1), ('k', ['1'], 0), ('9', [], 0), ('α', [], 0))
     """
     stem = word.rstrip("_")
     parts = stem.split("_")
@@ -101,7 +104,7 @@ def parts_of(word: str) -> tuple[str, list[str], int]:
         return word, [], 0
     head = parts[0].rstrip("0123456789")
     below = [*([parts[0][len(head) :]] if head != parts[0] else []), *parts[1:]]
-    return head, below, len(word) - len(stem)
+    return _GREEK.get(head, head), below, len(word) - len(stem)
 
 
 def width_of(text: str, letter: float = 6.2) -> float:

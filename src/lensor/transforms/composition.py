@@ -124,9 +124,11 @@ def _substitute_term(term: Network, operand: str, choice: Sequence[Network]) -> 
             left, right = copies[0].legs[place], copies[1].legs[place]
             tied = equate(joined, left, right)
             if tied is None:
+                unknown = [index for index in (*left, *right) if joined.sizes.get(index) is None]
+                hint = f": the sizes of {', '.join(unknown)} are unknown, give them" if unknown else ""
                 raise NetworkError(
                     f"output leg {place} of network is grouped differently from leg {place} of operand {operand!r},"
-                    " expected groups with a common refinement"
+                    f" expected groups with a common refinement{hint}"
                 )
             joined = tied
         rest = [node for node in joined.nodes if not (isinstance(node, Operand) and node.name == mark)]

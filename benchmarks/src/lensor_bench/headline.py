@@ -78,7 +78,7 @@ def write(bars: Sequence[Bar], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / TABLE, folder / PLOT
     with table.open("w", encoding="utf-8", newline="") as file:
-        write_rows(file, [[field.name for field in fields(Bar)], *map(astuple, bars)])
+        write_rows(file, [[field.name for field in fields(Bar)], *(astuple(bar) for bar in bars)])
     panels = {name: [bar for bar in bars if bar.figure == name] for name in dict.fromkeys(bar.figure for bar in bars)}
     heights = [len(own) + 1 for own in panels.values()]
     figure, axes = plt.subplots(

@@ -16,10 +16,10 @@ from lensor_bench import crs, reproduce
 from lensor_bench import sampling as bench_sampling
 from lensor_bench.cifar import cifar100
 from lensor_bench.results import OK, Found, Machine, Row, Setting, read
+from lensor_bench.run import version
 from lensor_bench.settings import Settings
 from typer.testing import CliRunner
 
-import lensor
 from lensor import cli
 from lensor.inspect import CommandError
 from lensor.inspect.layers import KINDS
@@ -286,7 +286,7 @@ def test_the_command_goes_on_with_points_of_the_same_threads_only(
     found = table_of(tmp_path / "crs.csv")
     assert [row["indices"] for row in found] == ["c_in", "i1 i2"] * 2
     for row in found:
-        assert (row["threads"], row["torch"], row["lensor"]) == ("1", torch.__version__, lensor.__version__)
+        assert (row["threads"], row["torch"], row["lensor"]) == ("1", torch.__version__, version())
         assert row["machine"]
     assert invoke(*arguments, "1").exit_code == 0
     other = invoke(*arguments, "2")

@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -1693,3 +1694,18 @@ def test_functions_whose_shapes_depend_on_values_are_known(read: str) -> None:
     finder = trials._Finder(model, torch.randn(4, 3), Targets(layers_of(model, ["1"])), 4)
     finder._pass([0, 1])
     assert finder.by_values == expected
+
+
+@pytest.mark.parametrize("method", ["low-rank", "woodbury", "cholesky", "eigen"])
+def test_inverses_are_mapped_over_vectors_without_warnings(method: str) -> None:
+    data = torch.randn(3, 40).double(), torch.randn(3, 2).double()
+    factors = kfac(nn.Linear(40, 2, bias=False).double(), nn.MSELoss(), data, approx="reduce")
+    inverse, vectors = factors.inverse(0.1, method, rank=4), torch.randn(5, 2, 40).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.func.vmap(lambda v: (inverse @ {"weight": v})["weight"])(vectors)
+    torch.testing.assert_close(found, torch.stack([(inverse @ {"weight": v})["weight"] for v in vectors]))
+    x = vectors[0].clone().requires_grad_()
+    (inverse @ {"weight": x})["weight"].sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (inverse @ {"weight": torch.ones_like(x)})["weight"])

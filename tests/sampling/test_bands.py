@@ -261,3 +261,10 @@ def test_times_are_measured_without_changing_the_model() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_traced_rectifier_has_no_chunks_of_the_traced_size() -> None:
+    layer = sampling.ReLU()
+    traced = torch.jit.trace(layer, torch.randn(4, 1 << 17, requires_grad=True), check_trace=False)
+    x = torch.randn(9, 1 << 17, requires_grad=True)
+    assert torch.equal(traced(x), torch.relu(x))

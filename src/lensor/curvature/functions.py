@@ -228,17 +228,29 @@ class FunctionUse:
             raise
         except Exception:  # any function of a user or of torch, some of which vmap does not support
             return self._looped(one, given, vs) if values is None else None
-        if values is not None and not self._are_those(values, found[len(weights) :]):
+        gradients = list(map(_dense, found[: len(weights)]))
+        if values is not None and not (
+            self._are_those(values, found[len(weights) :]) and self._add_up(gradients, cotangents)
+        ):
             return None
-        return list(map(_dense, found[: len(weights)]))
+        return gradients
+
+    def _add_up(self, gradients: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> bool:
+        """Whether the examples' gradients add up to the gradient of the function, up to rounding.
+
+        Results can agree without this: if a weight is 0, they do not depend on what it is multiplied by.
+        """
+        every = zip(self.outputs, cotangents, strict=True)
+        whole = self._backward([out.zeros() if v is None else v.to(out.dtype) for out, v in every])
+        pairs = zip(gradients, whole, strict=True)
+        return all(_are_close(own.sum(0), total, own.abs().sum(0)) for own, total in pairs)
 
     def _are_those(self, values: Sequence[Tensor], parts: Sequence[Tensor]) -> bool:
         """Whether results for all examples at once equal those for each example, up to rounding."""
         for output, value, part in zip(self.outputs, values, parts, strict=True):
             assert output.axis is not None
             whole, at = _split(value, output.axis, self.batch)
-            most = 1e3 * torch.finfo(value.dtype).eps * value.abs().amax()
-            if not bool(((whole.movedim(at, 0) - part).abs() <= most).all()):
+            if not _are_close(whole.movedim(at, 0), part, whole):
                 return False
         return True
 
@@ -298,6 +310,14 @@ class FunctionUse:
                 f" positions of the {self.batch} examples cannot be found: leave the module out with layers="
             )
         return axis
+
+
+def _are_close(one: Tensor, other: Tensor, scale: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding, which is in proportion to the largest entry of `scale`."""
+    if not one.numel():
+        return True
+    most = 1e3 * torch.finfo(one.dtype).eps * scale.abs().amax()
+    return bool(((one - other).abs() <= most).all())
 
 
 def _floating(returned: Any) -> list[Tensor]:

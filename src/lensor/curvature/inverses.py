@@ -266,7 +266,7 @@ class _LowRank:
 
 def _plus_product(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """rows + a b, which may overwrite `rows`."""
-    return rows.baddbmm_(a, b) if rows.ndim == 3 else rows + a @ b
+    return rows.baddbmm_(a, b) if rows.ndim == 3 and is_plain(rows) and is_plain(a) and is_plain(b) else rows + a @ b
 
 
 def _largest(block: Block, asked: _Request) -> tuple[Tensor, Tensor]:

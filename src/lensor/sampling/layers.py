@@ -326,7 +326,8 @@ _CHUNK = 1 << 18
 
 def _in_chunks(x: Tensor) -> int:
     """The number of examples in a chunk; 0 if an array is better handled as a whole."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.ndim == 0 or not x.numel():
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if x.device.type != "cpu" or is_traced or x.ndim == 0 or not x.numel():
         return 0
     return max(1, _CHUNK * len(x) // x.numel())
 

@@ -435,7 +435,7 @@ def test_endings_in_capitals_and_the_home_folder(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("what", ["factor", "jacobian", "plan", "selection"])
 def test_an_svg_has_its_colours_and_sizes_without_style_sheets(what: str) -> None:
-    """Office programs and converters ignore variables, relative sizes and baselines, and draw black shapes instead."""
+    """Some converters ignore variables, relative sizes and baselines, and draw black shapes instead."""
     spec = lensor.ConvSpec(4, 6, (9, 9), 3, groups=2)
     factor, net = lensor.ops.kfac_input_factor(spec), lensor.ops.conv(spec)
     drawing = {

@@ -8,7 +8,7 @@ import torch
 
 import lensor
 from lensor import IndexPattern, ops
-from lensor.cache import Cache
+from lensor.cache import Cache, frozen
 from tests.support.cases import SPEC, assert_close, bound, live_caches, operands_of, tensors
 
 
@@ -121,3 +121,13 @@ def test_entries_can_be_counted_and_dropped() -> None:
     assert cache.count(lambda key: key[0] == 0) == 1
     assert cache.get((0, 2)) is None
     assert 0 < cache.nbytes < before
+
+
+def test_options_in_keys_keep_texts_of_any_class() -> None:
+    class Name(str):
+        __slots__ = ()
+
+    assert frozen([1, [2, "same"], None]) == (1, (2, "same"), None)
+    assert frozen(Name("same")) == "same"
+    x, w = np.ones((1, 2, 5)), np.ones((3, 2, 3))
+    assert np.array_equal(lensor.functional.conv(x, w, padding=Name("same")), lensor.functional.conv(x, w, padding=1))

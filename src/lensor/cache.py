@@ -168,7 +168,8 @@ def frozen(option: Any) -> Any:
     """An option as part of a key: lists become tuples."""
     if type(option) in _PLAIN:
         return option
-    return tuple(map(frozen, option)) if isinstance(option, Sequence) else option
+    is_list = isinstance(option, Sequence) and not isinstance(option, str)
+    return tuple(map(frozen, option)) if is_list else option
 
 
 def clear_caches() -> None:

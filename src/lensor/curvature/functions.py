@@ -108,7 +108,7 @@ class FunctionUse:
         if found is None and self.axes is not None and self._can_map(self.axes):
             found = self._mapped(cotangents, self.axes)
         elif found is None and (axes := self._likely_axes()) is not None and self._can_map(axes):
-            found = self._mapped(cotangents, axes, self._values())
+            found = self._mapped(cotangents, axes, is_guess=True)
         return self._masked(cotangents) if found is None else found
 
     def weighted_sum(self, cotangents: Sequence[Tensor | None], factors: Tensor) -> list[Tensor]:
@@ -184,14 +184,14 @@ class FunctionUse:
         return _floating(self.function(*arguments, **named))
 
     def _mapped(
-        self, cotangents: Sequence[Tensor | None], axes: Mapping[int, BatchAxis], values: Sequence[Tensor] | None = None
+        self, cotangents: Sequence[Tensor | None], axes: Mapping[int, BatchAxis], is_guess: bool = False
     ) -> list[Tensor] | None:
         """The gradients by the function's own derivative, mapped over the examples; None if it cannot be mapped.
 
         Args:
             cotangents: the gradients with respect to the outputs; None for zero.
             axes: the positions of the examples in the arguments.
-            values: the results for all examples, if `axes` is a guess: the results for the examples must then be equal.
+            is_guess: whether `axes` is a guess, which results and gradients for all examples must then confirm.
         """
         places = list(axes)
         given = [_split(widened(self.leaves[at]), axes[at], self.batch) for at in places]
@@ -217,17 +217,18 @@ class FunctionUse:
 
             found, derivative, *_ = torch.func.vjp(run, *weights)
             gradients = derivative(tuple(v.to(y.dtype) for v, y in zip(vectors, found, strict=True)))
-            return gradients if values is None else (*gradients, *found)
+            return (*gradients, *found) if is_guess else gradients
 
         try:
             with attempt():
+                values = self._values() if is_guess else None
                 found = torch.func.vmap(one, ([at for _, at in given], [at for _, at in vs]))(
                     [part for part, _ in given], [v for v, _ in vs]
                 )
         except torch.OutOfMemoryError:
             raise
         except Exception:  # any function of a user or of torch, some of which vmap does not support
-            return self._looped(one, given, vs) if values is None else None
+            return None if is_guess else self._looped(one, given, vs)
         gradients = list(map(_dense, found[: len(weights)]))
         if values is not None and not (
             self._are_those(values, found[len(weights) :]) and self._add_up(gradients, cotangents)

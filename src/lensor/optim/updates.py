@@ -32,7 +32,7 @@ def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tenso
     Args:
         group: the group; its options `lr`, `momentum` and `weight_decay` are used.
         directions: the direction of a parameter, by its id; the gradient is used if there is none.
-        scale: the number that directions are multiplied by; a tensor if its value is not known on this side.
+        scale: the number that directions are multiplied by; a tensor if it is on a device.
         states: the states; with momentum, they contain "momentum_buffer".
     """
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):

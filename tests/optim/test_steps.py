@@ -1,4 +1,4 @@
-"""Cheaper steps of KFAC: inverses of low rank, staggered updates, and groups of parameters without curvature."""
+"""Cheaper steps of KFAC: inverses of low rank and in half precision, staggered updates, groups without curvature."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lensor.curvature import KroneckerFactors, kfac
+from lensor.curvature.inverses import PlusLowRank
 from lensor.optim import KFAC
 from lensor.optim.checkpoint import WHOLE, unpacked
 
@@ -184,6 +185,118 @@ def test_ranks_are_positive(rank: int) -> None:
         layer_factors("expand", 5)[0].inverse(0.1, "low-rank", rank)
     with pytest.raises(ValueError, match=f"rank is {rank}, expected"):
         KFAC(network(), CE, rank=rank)
+
+
+# ---------------------------------------------------------------------------------------------- directions, dtypes
+def forward_only(model: nn.Module, **options: Any) -> KFAC:
+    chosen = {"fisher": "forward-only", "approx": "reduce", "method": "woodbury", "ema": 0.0, "batch_axis": 0}
+    return KFAC(model, CE, **(chosen | options))
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"weight_decay": 0.3}, {"kl_clip": None}], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_directions_that_are_not_formed_are_the_inverse_times_the_gradient(
+    bias: str, options: dict[str, Any], layout: torch.memory_format
+) -> None:
+    model = network().to(memory_format=layout)
+    trained = list(model.parameters())
+    chosen = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.0, "kl_clip": 1e-2} | options
+    groups = [{"params": trained[:3]}, {"params": trained[3:], "lr": 0.1}]
+    optimizer = forward_only(model, params=groups, damping=0.02, bias=bias, **chosen)
+    buffers: dict[str, Tensor] = {}
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for seed in range(3):
+        given = gradients(model, seed)
+        factors = kfac(model, CE, batch(seed), approx="reduce", fisher="forward-only", bias=bias)
+        solved = dict(given)
+        for block in factors.values():
+            exact = block.dense() + 0.02 * torch.eye(block.d * block.B.shape[1]).double()
+            inverse = torch.linalg.inv(damped(block, 0.02, block.A[0]) if block.root is None else exact)
+            rows = block.to_rows({one: given[one] for one in block.names})
+            solved |= block.from_rows((inverse @ rows.flatten(1)[..., None]).reshape(rows.shape))
+        rates = {name: chosen["lr"] if at < 3 else 0.1 for at, name in enumerate(expected)}
+        length = sum(rates[name] ** 2 * float((solved[name] * given[name]).sum()) for name in given)
+        scale = 1.0 if chosen["kl_clip"] is None else min(1.0, (chosen["kl_clip"] / length) ** 0.5)
+        for name in expected:
+            buffers[name] = chosen["momentum"] * buffers.get(name, 0.0) + scale * solved[name]
+            expected[name] = (1 - rates[name] * chosen["weight_decay"]) * expected[name] - rates[name] * buffers[name]
+        train(model, optimizer, range(seed, seed + 1))
+        close(dict(model.named_parameters()), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_directions_of_few_rows_are_not_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = forward_only(model)
+    train(model, optimizer, range(2))
+    monkeypatch.setattr(KroneckerFactors, "block_product", None)
+    formed = []
+    monkeypatch.setattr(PlusLowRank, "formed", lambda self: formed.append(self))
+    train(model, optimizer, range(2, 4))
+    assert not formed
+    found = optimizer.inversion.directions({n: p.grad for n, p in model.named_parameters()}, formed=False)
+    unformed = {name for name, one in found.items() if isinstance(one, PlusLowRank)}
+    assert unformed == {"3.weight", "3.bias", "6.weight", "6.bias"}  # the first convolution has two groups
+
+
+@pytest.mark.parametrize("method", ["eigen", "cholesky", "woodbury", "low-rank"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_inverses_in_half_precision_are_those_of_single_precision(method: str, approx: str) -> None:
+    if method == "woodbury" and approx == "expand":
+        return
+    found = layer_factors(approx, 9)[0].to(torch.float32)
+    exact, half = (found.inverse(0.1, method, rank=5, dtype=dtype) for dtype in (None, torch.bfloat16))
+    vector = torch.randn(4, found.size, generator=torch.Generator().manual_seed(0))
+    got, expected = half @ vector, exact @ vector
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, expected)
+    error = float((got - expected).norm() / expected.norm())
+    assert error < 2**-7
+
+
+@pytest.mark.parametrize("method", ["eigen", "cholesky", "low-rank"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_factors_and_inverses_in_half_precision_train_alike_and_go_on_bit_for_bit(
+    method: str, approx: str, stagger: bool
+) -> None:
+    half = {"factor_dtype": torch.bfloat16, "inverse_dtype": torch.bfloat16}
+    options = {"method": method, "approx": approx, "rank": 4, "damping": 0.1, "lr": 0.05, "factor_interval": 2}
+    options |= {"inverse_interval": 3, "batch_axis": 0, "stagger": stagger}
+    models = [network().float() for _ in range(3)]
+    optimizers = [KFAC(models[0], CE, **options), *(KFAC(model, CE, **options, **half) for model in models[1:])]
+
+    def run(at: int, seeds: range) -> None:
+        for seed in seeds:
+            x, y = batch(seed)
+            optimizers[at].zero_grad()
+            CE(models[at](x.float()), y).backward()
+            optimizers[at].step()
+
+    for at in range(3):
+        run(at, range(5))
+    factors = optimizers[1].factors
+    assert factors is not None
+    assert {tensor.dtype for block in factors.values() for tensor in block.tensors().values()} == {torch.bfloat16}
+    models[2].load_state_dict(models[1].state_dict())
+    optimizers[2] = KFAC(models[2], CE, **options, **half)
+    optimizers[2].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    for at in range(3):
+        run(at, range(5, 10))
+    assert all(map(torch.equal, models[1].parameters(), models[2].parameters()))
+    start, single, bfloat = (
+        torch.cat([p.detach().float().flatten() for p in model.parameters()]) for model in (network(), *models[:2])
+    )
+    assert 0 < float((single - bfloat).norm()) < 0.1 * float((single - start).norm())
+
+
+@pytest.mark.parametrize("name", ["factor_dtype", "inverse_dtype"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.int32, TypeError), ("bf16", TypeError), (torch.float16, ValueError)]
+)
+def test_dtypes_that_cannot_store_factors_are_refused(name: str, dtype: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"{name} is .*expected"):
+        KFAC(network(), CE, **{name: dtype})
 
 
 # ----------------------------------------------------------------------------------------------------- staggered steps

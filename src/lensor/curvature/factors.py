@@ -93,7 +93,9 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
         return {name: getattr(self, name) for name in ("approx", "examples", "convention", "reduction", "outputs")}
 
     # ------------------------------------------------------------------------------------------------------- solving
-    def inverse(self, damping: float, method: Method = "eigen", rank: int = RANK) -> Inverse:
+    def inverse(
+        self, damping: float, method: Method = "eigen", rank: int = RANK, dtype: torch.dtype | None = None
+    ) -> Inverse:
         """The damped inverse.
 
         Args:
@@ -106,14 +108,16 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                 (Puiu, 2022). It is "cholesky" for blocks with fewer than 4 · rank rows. Blocks without Kronecker
                 factors are inverted exactly by all methods.
             rank: the number of eigenvalues that "low-rank" keeps.
+            dtype: the dtype in which matrices are stored and products computed, such as torch.bfloat16 for half the
+                memory; the inverse itself is computed in the dtype of the factors. That of the factors unless given.
 
         Raises:
-            TypeError: for a damping that is not a number.
+            TypeError: for a damping that is not a number, or a dtype that is not floating.
             ValueError: for a damping or rank that is not positive, an unknown method, or "woodbury" without a stored
                 root.
             torch.linalg.LinAlgError: if a damped factor is not positive definite in its dtype.
         """
-        return Inverse(self._blocks, damping, method, rank)
+        return Inverse(self._blocks, damping, method, rank, dtype=dtype)
 
     def eigh(self) -> EigenFactors:
         """The eigenvectors and eigenvalues of every block."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Self
 
@@ -112,18 +112,38 @@ class Inverse(Operator):
         method: Method,
         rank: int = RANK,
         starts: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(blocks)
         _require_damping(damping)
         require_choice("method", method, tuple(_WAYS))
         if rank < 1:
             raise ValueError(f"rank is {rank}, expected at least 1")
+        require_storage("dtype", dtype)
         self.damping, self.method, self.rank = damping, method, rank
         self._solvers = {}
         for name, block in blocks.items():
             with uncast(block.B):
                 way = _WAYS[method] if block.factored else _Eigen
-                self._solvers[name] = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
+                solver = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
+                self._solvers[name] = solver if dtype is None else solver.stored(dtype)
+
+    def unformed(self, name: str, vectors: Mapping[str, Tensor]) -> dict[str, PlusLowRank] | None:
+        """The product of one block, as multiples of the vectors plus products of thin matrices.
+
+        Returns:
+            None if the product does not have this form, or would not take less time in it.
+        """
+        block, solver = self._blocks[name], self._solvers[name]
+        if not isinstance(solver, _Woodbury) or solver.b is not None or block.groups > 1 or block.transposed:
+            return None
+        for vector in vectors.values():  # elsewhere, the numbers would have to be read from the device
+            if vector.device.type != "cpu" or not is_plain(vector) or not vector.is_contiguous():
+                return None
+            if vector.dtype != solver.root.dtype or vector.dtype.itemsize < torch.float32.itemsize:
+                return None
+        with uncast(block.B):
+            return solver.unformed(vectors)
 
     def bases(self) -> dict[str, Tensor]:
         """The vectors from which the "low-rank" inverses of similar blocks can start, by block."""
@@ -133,7 +153,40 @@ class Inverse(Operator):
         return f"damping={self.damping}, method={self.method!r}, "
 
     def _times(self, name: str, rows: Tensor) -> Tensor:
-        return self._solvers[name](rows)
+        return self._solvers[name](rows).to(rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class PlusLowRank:
+    """The tensor scale · vector + left · right, which is not formed.
+
+    Args:
+        vector: a tensor with one row for each of the first axis.
+        scale: the number that it is multiplied by.
+        left: [rows, rank].
+        right: [rank, columns].
+        projected: the vector times the transpose of `right`, [rows, rank].
+    """
+
+    vector: Tensor
+    scale: float
+    left: Tensor
+    right: Tensor
+    projected: Tensor
+
+    def formed(self) -> Tensor:
+        """The tensor."""
+        return self.add_to(self.vector * self.scale, with_vector=False)
+
+    def with_vector(self) -> Tensor:
+        """The inner product of the tensor with `vector`."""
+        flat = self.vector.reshape(-1)
+        return self.scale * torch.dot(flat, flat) + torch.dot(self.left.reshape(-1), self.projected.reshape(-1))
+
+    def add_to(self, target: Tensor, beta: float = 1.0, alpha: float = 1.0, with_vector: bool = True) -> Tensor:
+        """Replace a contiguous tensor by beta · target + alpha · this tensor, and return it."""
+        target.view(len(target), -1).addmm_(self.left, self.right, beta=beta, alpha=alpha)
+        return target.add_(self.vector, alpha=alpha * self.scale) if with_vector else target
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +222,13 @@ class _Eigen:
             return cls(q_a, q_b, over, None)
         return cls(q_a, q_b, over - 1 / damping, damping)
 
+    def stored(self, dtype: torch.dtype) -> Self:
+        """The same with matrices in another dtype."""
+        return replace(self, q_a=self.q_a.to(dtype), q_b=self.q_b.to(dtype))
+
     def __call__(self, rows: Tensor) -> Tensor:
-        inside = self.q_b @ ((self.q_b.mT @ (rows @ self.q_a)) * self.over) @ self.q_a.mT
+        inside = _product(self.q_b.mT, _product(rows, self.q_a)) * self.over
+        inside = _product(_product(self.q_b, inside), self.q_a.mT)
         return inside if self.damping is None else inside + rows / self.damping
 
 
@@ -191,8 +249,12 @@ class _Cholesky:
             return _Woodbury.through(name, block.root, on_a, b, c is not None)
         return cls(_damped_inverse(f"A of {name}", block.A, on_a), b, c is not None)
 
+    def stored(self, dtype: torch.dtype) -> Self:
+        """The same with matrices in another dtype."""
+        return replace(self, a=self.a.to(dtype), b=self.b if self.plain else self.b.to(dtype))
+
     def __call__(self, rows: Tensor) -> Tensor:
-        return (rows * self.b if self.plain else self.b @ rows) @ self.a
+        return _product(rows * self.b if self.plain else _product(self.b, rows), self.a)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,10 +290,26 @@ class _Woodbury:
         scale = b / on_a if plain else 1 / on_a
         return cls(root, -scale * inner, scale, None if plain else b)
 
+    def stored(self, dtype: torch.dtype) -> Self:
+        """The same with matrices in another dtype, but for the small one in the middle."""
+        return replace(self, root=self.root.to(dtype), b=None if self.b is None else self.b.to(dtype))
+
     def __call__(self, rows: Tensor) -> Tensor:
-        inside, scaled = (rows @ self.root.mT) @ self.inner, rows * self.scale
+        inside, scaled = _product(rows, self.root.mT).to(self.inner.dtype) @ self.inner, rows * self.scale
         solved = _plus_product(scaled, inside, self.root)
-        return solved if self.b is None else self.b @ solved
+        return solved if self.b is None else _product(self.b, solved)
+
+    def unformed(self, vectors: Mapping[str, Tensor]) -> dict[str, PlusLowRank]:
+        """The product for one group and B = 1, where the last column of the root belongs to a joint bias."""
+        root, inner, scale = self.root[0], self.inner[0], float(self.scale)
+        rows = [vector.view(len(vector), -1) for vector in vectors.values()]
+        roots = root.split([one.shape[1] for one in rows], 1)
+        projected = [one @ part.mT for one, part in zip(rows, roots, strict=True)]
+        left = (projected[0] if len(projected) == 1 else projected[0] + projected[1]) @ inner
+        return {
+            name: PlusLowRank(vector, scale, left, part, one)
+            for (name, vector), part, one in zip(vectors.items(), roots, projected, strict=True)
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,13 +338,29 @@ class _LowRank:
         inner = 1 / (values[:, None] + on_a) - 1 / (rest + on_a)
         return cls(q, inner, 1 / (rest + on_a), _damped_inverse(f"B of {name}", block.B, on_b), basis)
 
+    def stored(self, dtype: torch.dtype) -> Self:
+        """The same with matrices in another dtype."""
+        basis = self.basis.to(dtype)
+        return replace(self, q=basis[..., -self.q.shape[-1] :], b=self.b.to(dtype), basis=basis)
+
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.b @ _plus_product(rows * self.rest, (rows @ self.q) * self.inner, self.q.mT)
+        solved = _plus_product(rows * self.rest, _product(rows, self.q) * self.inner, self.q.mT)
+        return _product(self.b, solved)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in the dtype of the one with the lower precision."""
+    if a.dtype != b.dtype:
+        dtype = min(a.dtype, b.dtype, key=lambda one: one.itemsize)
+        a, b = a.to(dtype), b.to(dtype)
+    return a @ b
 
 
 def _plus_product(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """rows + a b, which may overwrite `rows`."""
-    return rows.baddbmm_(a, b) if rows.ndim == 3 and is_plain(rows) and is_plain(a) and is_plain(b) else rows + a @ b
+    if rows.ndim == 3 and rows.dtype == a.dtype == b.dtype and is_plain(rows) and is_plain(a) and is_plain(b):
+        return rows.baddbmm_(a, b)
+    return rows + _product(a, b)
 
 
 def _largest(block: Block, asked: _Request) -> tuple[Tensor, Tensor]:
@@ -283,6 +377,7 @@ def _largest(block: Block, asked: _Request) -> tuple[Tensor, Tensor]:
         return values.clamp_min(0), root.mT @ (left * over[:, None])
     a, q, count = block.A if root is None else _Gram(root), asked.start, min(asked.rank + _MORE, block.d)
     generator = torch.Generator().manual_seed(0)
+    q = None if q is None else q.to(block.B.dtype)
     if q is None or q.shape != (block.groups, block.d, count):
         random = torch.randn(block.d, count, generator=generator)
         q = torch.linalg.qr(a @ random.to(block.B)).Q
@@ -348,6 +443,21 @@ def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
         raise LinAlgError(f"{what} with this damping is not positive definite, expected a larger damping")
     found = torch.cholesky_inverse(lower, out=lower) if in_place else torch.cholesky_inverse(lower)
     return found.mT
+
+
+def require_storage(name: str, dtype: torch.dtype | None) -> None:
+    """Raise unless a dtype can store factors and inverses.
+
+    Raises:
+        TypeError: if it is not a floating dtype.
+        ValueError: for float16, in which factors overflow.
+    """
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{name} is {dtype}, expected a floating dtype such as torch.bfloat16")
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} is {dtype}, whose range is too small, expected torch.bfloat16, float32 or float64")
 
 
 def _require_number(damping: float) -> None:

@@ -79,18 +79,21 @@ def unpacked(state: Mapping[str, Any], part: str) -> tuple[dict[str, Any], dict[
     return {**state, "state": {key: some for key, some in rest.items() if some}}, own
 
 
-def as_parameters(blocks: Mapping[str, Block], names: Mapping[str, Tensor]) -> dict[str, Block]:
-    """Move blocks to the devices and dtypes of their parameters, in at least single precision.
+def as_parameters(
+    blocks: Mapping[str, Block], names: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Block]:
+    """Move blocks to the devices of their parameters, and to a dtype.
 
     Args:
         blocks: the blocks.
         names: the parameters, by name.
+        dtype: the dtype; that of the parameters, in at least single precision, unless given.
     """
     found = {}
     for name, block in blocks.items():
         like = names[name]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        changed = {which: tensor.to(like.device, dtype) for which, tensor in block.tensors().items()}
+        own = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
+        changed = {which: tensor.to(like.device, own) for which, tensor in block.tensors().items()}
         found[name] = replace(block, formed=changed.get("A"), root=changed.get("root"), B=changed["B"])
     return found
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lensor.choices import Method
-from lensor.curvature.block import Block
+from lensor.curvature.block import Block, each_factor
 from lensor.curvature.distribution import shares
 from lensor.curvature.inverses import RANK, Inverse
 
@@ -26,6 +26,7 @@ class Inversion:
         group: the processes that share the work: each inverts some of the blocks and broadcasts the directions.
         blocks: the inverted blocks, by name; they may be older than the current factors.
         damping: the damping of each block.
+        dtype: the dtype of the inverses; that of the parameters, in at least single precision, unless given.
     """
 
     method: Method
@@ -33,6 +34,7 @@ class Inversion:
     group: dist.ProcessGroup | None = None
     blocks: dict[str, Block] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
     starts: dict[str, Tensor] = field(default_factory=dict)
     """The vectors that the current inverses started from: those of the previous inverses."""
     solvers: dict[str, Inverse] = field(default_factory=dict)
@@ -71,18 +73,25 @@ class Inversion:
         self.starts = {name: one for name, one in self.starts.items() if name in blocks}
         self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
 
-    def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """The inverse times the gradients, by parameter name; blocks with a missing gradient are omitted."""
-        found: dict[str, Tensor] = {}
+    def directions(self, gradients: Mapping[str, Tensor | None], formed: bool = True) -> dict[str, Any]:
+        """The inverse times the gradients, by parameter name; blocks with a missing gradient are omitted.
+
+        Args:
+            gradients: the gradients.
+            formed: whether all directions are tensors; otherwise, some may be `PlusLowRank`.
+        """
+        found: dict[str, Any] = {}
         owners = self.owners(self.blocks) if self.group is not None else {}
         for name, block in self.blocks.items():
             own = {one: g for one in block.names if (g := gradients[one]) is not None}
             if len(own) < len(block.names):
                 continue
-            dtype = block.B.dtype
+            dtype = _wide(block.B.dtype)
             wide = {one: g if g.dtype == dtype else g.to(dtype) for one, g in own.items()}
             if name in self.solvers:
-                solved = self.solvers[name].block_product(name, wide)
+                solver = self.solvers[name]
+                unformed = None if formed or self.group is not None else solver.unformed(name, wide)
+                solved = unformed or solver.block_product(name, wide)
             else:
                 solved = {one: torch.empty_like(g) for one, g in wide.items()}
             if self.group is not None:
@@ -108,7 +117,8 @@ class Inversion:
     def _solver(self, name: str) -> Inverse:
         block = self.blocks[name]
         method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
-        return Inverse({name: block}, self.damping[name], method, self.rank, self.starts)
+        wide = each_factor(block, lambda one: one.to(_wide(one.dtype)))
+        return Inverse({name: wide}, self.damping[name], method, self.rank, self.starts, self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solvers": {}}
@@ -116,3 +126,8 @@ class Inversion:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._invert(self.blocks, self.damping)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which inverses of factors are computed."""
+    return torch.promote_types(dtype, torch.float32)

@@ -21,7 +21,7 @@ from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.distribution import shares
 from lensor.curvature.factors import KroneckerFactors
-from lensor.curvature.inverses import RANK
+from lensor.curvature.inverses import RANK, PlusLowRank, require_storage
 from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
@@ -29,7 +29,7 @@ from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
-from lensor.optim.updates import ADAMW, adapt, descend, each
+from lensor.optim.updates import ADAMW, Direction, adapt, descend, each
 
 
 def _of(part: str, name: str, doc: str) -> Any:
@@ -73,6 +73,10 @@ class KFAC(torch.optim.Optimizer):
             "low-rank", which takes less time for layers with many inputs; see `KroneckerFactors.inverse`.
         rank: the number of eigenvalues of A that "low-rank" keeps.
         ema: weight of the old factors at an update; 0 uses the new factors only.
+        factor_dtype: the dtype in which factors are stored between steps, such as torch.bfloat16 for half the memory;
+            they are computed, averaged and inverted in that of the parameters, in at least single precision, which is
+            also the default. An average in bfloat16 does not follow changes of less than 0.4 % per update.
+        inverse_dtype: the dtype in which inverses are stored and multiplied by gradients; the same default.
         factor_interval: number of steps between updates of the factors.
         inverse_interval: number of steps between inversions.
         stagger: whether the layers are updated at different steps of each interval, so that steps take similar time;
@@ -144,6 +148,8 @@ class KFAC(torch.optim.Optimizer):
         method: Method = "cholesky",
         rank: int = RANK,
         ema: float = 0.95,
+        factor_dtype: torch.dtype | None = None,
+        inverse_dtype: torch.dtype | None = None,
         factor_interval: int = 1,
         inverse_interval: int = 1,
         stagger: bool = False,
@@ -174,6 +180,8 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"ema is {ema}, expected a number in [0, 1)")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
             raise ValueError(f"fisher is {fisher!r}, expected 'empirical' for a loss whose Hessian depends on targets")
+        require_storage("factor_dtype", factor_dtype)
+        require_storage("inverse_dtype", inverse_dtype)
         require_module(model)
         if group is not None:
             require_type(group, "group", dist.ProcessGroup)
@@ -181,8 +189,9 @@ class KFAC(torch.optim.Optimizer):
         self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self.sharding = Sharding.of(self.model, group, self._asked)
         self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
+        self.factor_dtype = factor_dtype
         self.factors: KroneckerFactors | None = None
-        self.inversion = Inversion(method, rank, group if self.sharding is None else None)
+        self.inversion = Inversion(method, rank, group if self.sharding is None else None, dtype=inverse_dtype)
         self.tracker = Tracker(
             self.model,
             loss,
@@ -335,7 +344,8 @@ class KFAC(torch.optim.Optimizer):
         before = self.factors, self.tracker.slots, replace(self.inversion)
         if new is not None:
             old = self.factors
-            self.factors = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names)
+            averaged = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names, self.factor_dtype)
+            self.factors = averaged if self.factor_dtype is None else averaged.to(self.factor_dtype)
         moves = any(group["lr"] for group in self.param_groups)
         if (
             self.factors is None
@@ -386,7 +396,7 @@ class KFAC(torch.optim.Optimizer):
                 found[name] = block
         return found
 
-    def _directions(self) -> dict[int, Tensor]:
+    def _directions(self) -> dict[int, Direction]:
         """The damped inverse times the gradients, by the parameters' ids; this first inverts blocks that are due."""
         if self.factors is None:
             return {}
@@ -397,7 +407,7 @@ class KFAC(torch.optim.Optimizer):
             with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
                 self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
         if self.sharding is None:
-            solved = self.inversion.directions({name: p.grad for name, p in names.items()})
+            solved = self.inversion.directions({name: p.grad for name, p in names.items()}, formed=False)
         else:
             solved = self.sharding.directions(self.inversion.directions, names)
         return {id(names[name]): direction for name, direction in solved.items()}
@@ -508,7 +518,7 @@ class KFAC(torch.optim.Optimizer):
             )
         return found[block.names[0]]
 
-    def _length(self, directions: Mapping[int, Tensor]) -> Tensor | None:
+    def _length(self, directions: Mapping[int, Direction]) -> Tensor | None:
         """lr²·Σ step·gradient, the squared length of the step in the curvature's norm; None if no bound needs it."""
         if self.kl_clip is None:
             return None
@@ -516,7 +526,7 @@ class KFAC(torch.optim.Optimizer):
         for group in self.param_groups:
             pairs = [(directions.get(id(p), p.grad), p.grad) for p in group["params"] if p.grad is not None]
             if pairs and group["use_kfac"]:
-                found = [_inner_product(local(one), local(gradient)) for one, gradient in pairs]
+                found = [_inner_product(one, local(gradient)) for one, gradient in pairs]
                 parts.append(group["lr"] ** 2 * torch.stack(found).sum())
         if not parts:
             return None
@@ -577,8 +587,8 @@ class KFAC(torch.optim.Optimizer):
             require_same_form(blocks, tracker.layers, tracker.names, tracker.joint)
         if factors is not None and factors.approx != self.approx:
             raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
-        factors = None if factors is None else factors._with(as_parameters(factors, tracker.names))
-        inverted = as_parameters(inverted, tracker.names)
+        factors = None if factors is None else factors._with(as_parameters(factors, tracker.names, self.factor_dtype))
+        inverted = as_parameters(inverted, tracker.names, self.factor_dtype)
         super().load_state_dict(plain)
         mark(self)
         ids = [one for group in plain["param_groups"] for one in group["params"]]
@@ -593,7 +603,8 @@ class KFAC(torch.optim.Optimizer):
         tracker.pending, tracker.seed, tracker.generator = None, own.get("seed", tracker.seed), None
         if own["generator"] is not None:
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
-        starts = {name: one.to(inverted[name].B) for name, one in own.get("starts", {}).items() if name in inverted}
+        starts = own.get("starts", {})
+        starts = {name: one.to(inverted[name].B.device) for name, one in starts.items() if name in inverted}
         self.inversion.restore(inverted, own["damped"], starts)
         if self.sharding is not None:
             self.sharding.restore(own)
@@ -625,15 +636,23 @@ _OF_TORCH += ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hoo
 """Attributes that schedulers and hooks add to an optimizer; copies of torch's own optimizers omit them."""
 
 
-def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float, order: Iterable[str]) -> KroneckerFactors:
-    """Average the blocks that both contain, keep those that only the old factors contain, and add new ones."""
+def _averaged(
+    old: KroneckerFactors, new: KroneckerFactors, decay: float, order: Iterable[str], dtype: torch.dtype | None
+) -> KroneckerFactors:
+    """Average the blocks that both contain, keep those that only the old factors contain, and add new ones.
+
+    The old factors are stored in `dtype` if it is given, and averaged one by one in the dtype of the new ones.
+    """
     both = {name: block for name, block in old.items() if name in new and new[name].shapes == block.shapes}
-    kept = old._with(both)  # `old` itself stays as it is
+    averaged: dict[str, Block] = {}
+    for some in [both] if dtype is None else [{name: block} for name, block in both.items()]:
+        kept = old._with(some)  # `old` itself stays as it is
+        kept = kept if dtype is None else kept.to(new[next(iter(some))].B.dtype)
+        kept.ema_(new._with({name: new[name] for name in some}), decay)
+        averaged |= kept if dtype is None else kept.to(dtype)
     if len(both) == len(old) == len(new):
-        return kept.ema_(new, decay)
-    if both:
-        kept.ema_(new._with({name: new[name] for name in both}), decay)
-    found = {**old, **new, **kept}
+        return old._with(averaged)
+    found = {**old, **new, **averaged}
     return new._with({name: found[name] for name in order if name in found})
 
 
@@ -643,8 +662,11 @@ def _cost(block: Block, examples: int) -> float:
     return float(block.groups * examples * max(block.positions, 1) * rows)
 
 
-def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+def _inner_product(a: Direction, b: Tensor) -> Tensor:
     """The inner product in at least single precision, in which products of gradients do not overflow."""
+    if isinstance(a, PlusLowRank):
+        return a.with_vector()
+    a = local(a)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = (one if one.dtype == dtype else one.to(dtype) for one in (a.reshape(-1), b.reshape(-1)))
     return torch.dot(a, b)

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lensor.curvature.inverses import PlusLowRank
+
 Group: TypeAlias = Mapping[str, Any]
 """A group of parameters with its options."""
+
+Direction: TypeAlias = Tensor | PlusLowRank
+"""The direction of a parameter's step."""
 
 States: TypeAlias = MutableMapping[Tensor, Any]
 """The state of each parameter."""
@@ -26,7 +31,7 @@ each: Any = torch
 _WIDE = (torch.float32, torch.float64)
 
 
-def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tensor, states: States) -> None:
+def descend(group: Group, directions: Mapping[int, Direction], scale: float | Tensor, states: States) -> None:
     """Update a group's parameters along their directions, with momentum and decoupled weight decay.
 
     Args:
@@ -37,32 +42,55 @@ def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tenso
     """
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
-        wide = all(one.dtype == p.dtype and one.dtype in _WIDE for one, p in zip(found, parameters, strict=True))
-        if isinstance(scale, Tensor) or not wide:  # in half precision, small factors would be rounded
-            found, factor = list(each._foreach_mul(found, scale)), 1.0
-        else:
+        pairs = list(zip(parameters, found, strict=True))
+        wide = not isinstance(scale, Tensor) and all(_is_wide(p, one) for p, one in pairs)
+        if wide:
             factor = scale
+        else:  # in half precision, small factors would be rounded
+            found, factor = list(each._foreach_mul([_formed(one) for one in found], scale)), 1.0
         if group["momentum"]:
             found, factor = _with_momentum(parameters, found, factor, group["momentum"], states), 1.0
         if group["weight_decay"]:
             each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        found = [one.to(p.dtype) for one, p in zip(found, parameters, strict=True)]
-        each._foreach_add_(parameters, found, alpha=-group["lr"] * factor)
+        _add(parameters, found, 1.0, -group["lr"] * factor)
+
+
+def _is_wide(parameter: Tensor, direction: Direction) -> bool:
+    """Whether a direction has the parameter's dtype, in which small factors are not rounded."""
+    dtype = direction.vector.dtype if isinstance(direction, PlusLowRank) else direction.dtype
+    return dtype == parameter.dtype and dtype in _WIDE
+
+
+def _formed(direction: Direction) -> Tensor:
+    return direction.formed() if isinstance(direction, PlusLowRank) else direction
+
+
+def _add(targets: Sequence[Tensor], directions: Sequence[Direction], beta: float, alpha: float) -> None:
+    """Replace each target by beta · target + alpha · direction."""
+    plain: tuple[list[Tensor], list[Tensor]] = [], []
+    for target, one in zip(targets, directions, strict=True):
+        if isinstance(one, PlusLowRank) and target.is_contiguous():
+            one.add_to(target, beta, alpha)
+        else:
+            plain[0].append(target)
+            plain[1].append(_formed(one).to(target.dtype))
+    if plain[0] and beta != 1:
+        each._foreach_mul_(plain[0], beta)
+    if plain[0]:
+        each._foreach_add_(*plain, alpha=alpha)
 
 
 def _with_momentum(
-    parameters: Sequence[Tensor], directions: Sequence[Tensor], factor: float, momentum: float, states: States
+    parameters: Sequence[Tensor], directions: Sequence[Direction], factor: float, momentum: float, states: States
 ) -> list[Tensor]:
     """Add a multiple of the directions to the parameters' buffers, and return the buffers."""
     pairs = list(zip(parameters, directions, strict=True))
     known = [(states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
     if known:
-        buffers, added = map(list, zip(*known, strict=True))
-        each._foreach_mul_(buffers, momentum)
-        each._foreach_add_(buffers, added, alpha=factor)
+        _add(*map(list, zip(*known, strict=True)), momentum, factor)  # pyright: ignore[reportArgumentType]
     for p, one in pairs:
         if "momentum_buffer" not in states[p]:
-            states[p]["momentum_buffer"] = one * factor
+            states[p]["momentum_buffer"] = _formed(one) * factor
     return [states[p]["momentum_buffer"] for p in parameters]
 
 

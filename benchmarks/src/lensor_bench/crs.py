@@ -407,5 +407,5 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("‖ĝ − g‖ / ‖g‖")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7, loc="lower left")  # curves fall from the upper left to the lower right
     figure.savefig(path, dpi=120)

@@ -407,5 +407,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("‖ĝ − g‖ / ‖g‖")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower left")  # curves fall from the upper left to the lower right
+    for axis in axes[0][: len(kinds)]:
+        axis.legend(fontsize=8)
+    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -234,6 +235,28 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def eigvalsh(matrices: Tensor) -> Tensor:
     """Eigenvalues of symmetric matrices."""
     return matrices[..., 0] if matrices.shape[-1] == 1 else torch.linalg.eigvalsh(matrices)
+
+
+_multiples: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
+"""Known multiples of the identity by id, with their versions when they were made and their factors."""
+
+
+def multiple_of_identity(groups: int, size: int, factor: float, like: Tensor) -> Tensor:
+    """`factor` times the identity for each group, [groups, size, size], with dtype and device of a tensor."""
+    found = like.new_zeros(groups, size, size)
+    found.diagonal(dim1=-2, dim2=-1).fill_(factor)
+    if not found.is_inference():  # such tensors have no versions
+        number = id(found)
+        _multiples[number] = weakref.ref(found, lambda _: _multiples.pop(number, None)), found._version, factor
+    return found
+
+
+def factor_of_identity(matrices: Tensor) -> float | None:
+    """The factor of a result of `multiple_of_identity` that nothing has written into; None for other tensors."""
+    known = _multiples.get(id(matrices))
+    if known is None or known[0]() is not matrices or matrices._version != known[1]:
+        return None
+    return known[2]
 
 
 def traces_of(matrices: Tensor) -> Tensor:

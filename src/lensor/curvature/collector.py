@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lensor import ops
 from lensor.choices import Approx, FactorFisher
 from lensor.curvature.batch_axes import BatchAxes, BatchAxis, Given
-from lensor.curvature.block import Block, plain_block
+from lensor.curvature.block import Block, factor_of_identity, multiple_of_identity, plain_block
 from lensor.curvature.capture import Capture, Use, computing, run
 from lensor.curvature.complete import CompleteCapture
 from lensor.curvature.data import one_tensor, over_positions, size_of
@@ -115,6 +115,7 @@ class Collector:
             Kronecker factors get blocks of their own. Only the layers' parameters get blocks unless given.
         dense: the largest number of entries of a parameter without Kronecker factors whose block is a dense matrix;
             the blocks of larger ones are diagonal.
+        constants: the output factors of "forward-only" by parameter, if those of earlier collectors are used again.
     """
 
     approx: Approx
@@ -129,9 +130,10 @@ class Collector:
         keep_graph: bool = False,
         parameters: Mapping[str, nn.Parameter] | None = None,
         dense: int = 0,
+        constants: dict[str, Tensor] | None = None,
     ) -> None:
         self.layers, self.approx, self.joint, self.fisher, self.keep_graph = layers, approx, joint, fisher, keep_graph
-        self.parameters, self.dense = parameters, dense
+        self.parameters, self.dense, self.constants = parameters, dense, {} if constants is None else constants
         owned = {name: layer for layer in layers for name in (layer.weight, layer.bias) if name is not None}
         self._layers = {layer.weight: layer for layer in reversed(layers)}
         self._left = set(parameters or ()) - set(owned)
@@ -465,7 +467,7 @@ class Collector:
         for name, sums in self.sums.items():
             layer, a, root = self._layers[name], sums.a, None
             if sums.roots:
-                root = torch.cat(sums.roots, 1)
+                root = torch.cat(sums.roots, 1) if len(sums.roots) > 1 else sums.roots[0]
                 if a is not None:
                     a.add_(root.mT @ root)
                     root = None
@@ -475,7 +477,7 @@ class Collector:
                 root = root * self.examples**-0.5
             b = None if sums.b is None else averaged(sums.b)
             if b is None:  # forward only, or no gradient reached the layer
-                b = _constant(layer, a if a is not None else root, float(self.fisher == "forward-only"))
+                b = self._constant(name, layer, a if a is not None else root)
             outer[name] = b
             names = (name, self._joined[name]) if name in self._joined else (name,)
             blocks[name] = Block(names, layer.weight_shape, layer.is_transposed, a, root, b, sums.positions or 0)
@@ -483,7 +485,7 @@ class Collector:
             layer = owners[name]
             b = outer.get(self._alike.get(name, "")) if sums.b is None else averaged(sums.b)
             if b is None:  # forward only, or no gradient reached the bias
-                b = _constant(layer, self.like, float(self.fisher == "forward-only"))
+                b = self._constant(name, layer, self.like)
             mean = sums.ones / self.examples if self.approx == "expand" else 1.0
             # The input of a bias is 1 at every position.
             factor = b.new_full((layer.groups, 1, 1), mean)
@@ -492,6 +494,19 @@ class Collector:
             blocks[name] = plain_block(name, tuple((self.parameters or {})[name].shape), averaged(values))
         ordered = {name: blocks[name] for name in self._order if name in blocks}
         return KroneckerFactors(ordered, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
+
+    def _constant(self, name: str, layer: Layer, like: Tensor | None) -> Tensor:
+        """An output factor without gradients: the identity, or zeros if gradients were expected."""
+        assert like is not None
+        groups, size = layer.groups, layer.output_channels // layer.groups
+        if self.fisher != "forward-only":
+            return like.new_zeros(groups, size, size)
+        known = self.constants.get(name)
+        is_same = known is not None and factor_of_identity(known) == 1 and known.shape == (groups, size, size)
+        if known is not None and is_same and (known.dtype, known.device) == (like.dtype, like.device):
+            return known
+        self.constants[name] = multiple_of_identity(groups, size, 1.0, like)
+        return self.constants[name]
 
 
 def output_axis(
@@ -545,10 +560,3 @@ def _not_joint(weight: str, bias: str) -> ValueError:
         f"bias is 'joint', but the weight {weight!r} is not always used together with the bias {bias!r}, expected"
         " bias='separate' for this model"
     )
-
-
-def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:
-    """An output factor that is a multiple of the identity."""
-    assert like is not None
-    c_out = layer.output_channels // layer.groups
-    return torch.eye(c_out, dtype=like.dtype, device=like.device).mul_(factor).repeat(layer.groups, 1, 1)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lensor.choices import Method
-from lensor.curvature.block import Block, eigh, trace_of_input, traces_of
+from lensor.curvature.block import Block, eigh, factor_of_identity, trace_of_input, traces_of
 from lensor.curvature.operators import Operator
 from lensor.curvature.watching import uncast
 from lensor.errors import require_choice
@@ -121,12 +122,26 @@ class Inverse(Operator):
             raise ValueError(f"rank is {rank}, expected at least 1")
         require_storage("dtype", dtype)
         self.damping, self.method, self.rank = damping, method, rank
-        self._solvers = {}
+        self._solvers: dict[str, _Solver] = {}
+        several: dict[str, Block] = {}
         for name, block in blocks.items():
             with uncast(block.B):
                 way = _WAYS[method] if block.factored else _Eigen
-                solver = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
-                self._solvers[name] = solver if dtype is None else solver.stored(dtype)
+                if way is _Woodbury:
+                    several[name] = block
+                else:
+                    self._solvers[name] = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
+        if several:
+            with uncast(next(iter(several.values())).B):
+                self._solvers |= _Woodbury.of_all(several, damping)
+        if dtype is not None:
+            self._solvers = {name: one.stored(dtype) for name, one in self._solvers.items()}
+
+    def single(self, name: str) -> Inverse:
+        """The inverse of one block."""
+        found = copy(self)
+        found._blocks, found._solvers = {name: self._blocks[name]}, {name: self._solvers[name]}
+        return found
 
     def unformed(self, name: str, vectors: Mapping[str, Tensor]) -> dict[str, PlusLowRank] | None:
         """The product of one block, as multiples of the vectors plus products of thin matrices.
@@ -246,7 +261,7 @@ class _Cholesky:
         c = _multiple_of_identity(block.B)
         b = _damped_inverse(f"B of {name}", block.B, on_b) if c is None else 1 / (c + on_b)
         if block.root is not None and 2 * block.root.shape[1] < block.d:  # products with the root take less time
-            return _Woodbury.through(name, block.root, on_a, b, c is not None)
+            return _Woodbury.through({name: _Rooted(block.root, on_a, b, c is not None)})[name]
         return cls(_damped_inverse(f"A of {name}", block.A, on_a), b, c is not None)
 
     def stored(self, dtype: torch.dtype) -> Self:
@@ -255,6 +270,15 @@ class _Cholesky:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return _product(rows * self.b if self.plain else _product(self.b, rows), self.a)
+
+
+class _Rooted(NamedTuple):
+    """A root of A, the damping of A, and B's damped inverse, which is a number if B is a multiple of the identity."""
+
+    root: Tensor
+    on_a: Tensor | float
+    b: Tensor | float
+    plain: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,29 +290,43 @@ class _Woodbury:
 
     root: Tensor
     inner: Tensor
-    scale: Tensor
+    scale: Tensor | float
     b: Tensor | None
 
     @classmethod
-    def of(cls, name: str, block: Block, asked: _Request) -> Self:
-        root, damping = block.root, asked.damping
-        if root is None:
-            raise ValueError(f"{name} has no root, expected approx='reduce' and fewer examples than rows of A")
-        c = _multiple_of_identity(block.B)
-        plain = c is not None
-        if c is not None:
-            on_a, b = damping / c, 1 / c
-        else:
-            on_a, on_b = _factored(block, damping)
-            b = _damped_inverse(f"B of {name}", block.B, on_b)
-        return cls.through(name, root, on_a, b, plain)
+    def of_all(cls, blocks: Mapping[str, Block], damping: float) -> dict[str, Self]:
+        """The inverses of several blocks."""
+        parts: dict[str, _Rooted] = {}
+        for name, block in blocks.items():
+            if block.root is None:
+                raise ValueError(f"{name} has no root, expected approx='reduce' and fewer examples than rows of A")
+            c = _multiple_of_identity(block.B)
+            if c is not None:
+                parts[name] = _Rooted(block.root, damping / c, 1 / c, True)
+            else:
+                on_a, on_b = _factored(block, damping)
+                parts[name] = _Rooted(block.root, on_a, _damped_inverse(f"B of {name}", block.B, on_b), False)
+        return cls.through(parts)
 
     @classmethod
-    def through(cls, name: str, root: Tensor, on_a: Tensor, b: Tensor, plain: bool) -> Self:
-        """The inverse for a root of A, the damping of A, and B's inverse."""
-        inner = _damped_inverse(f"the root's Gram matrix of {name}", root @ root.mT, on_a)
-        scale = b / on_a if plain else 1 / on_a
-        return cls(root, -scale * inner, scale, None if plain else b)
+    def through(cls, parts: Mapping[str, _Rooted]) -> dict[str, Self]:
+        """The inverses for roots of A. Small matrices of one size are inverted together."""
+        grams: dict[Any, dict[str, Tensor]] = {}
+        for name, (root, on_a, _, _) in parts.items():
+            kind = name if isinstance(on_a, Tensor) else (on_a, root.shape[:2], root.dtype, root.device)
+            grams.setdefault(kind, {})[name] = root @ root.mT
+        found = {}
+        for some in grams.values():
+            first = next(iter(some))
+            what = f"the root's Gram matrix of {first}{' or another block' if len(some) > 1 else ''}"
+            stacked = torch.stack([*some.values()]) if len(some) > 1 else some[first][None]
+            on_a = parts[first].on_a
+            inner = _damped_inverse(what, stacked, on_a)
+            for name, one in zip(some, inner.unbind(0), strict=True):
+                root, on_a, b, plain = parts[name]
+                scale = b / on_a if plain else 1 / on_a
+                found[name] = cls(root, one * -scale, scale, None if plain else b)
+        return {name: found[name] for name in parts}
 
     def stored(self, dtype: torch.dtype) -> Self:
         """The same with matrices in another dtype, but for the small one in the middle."""
@@ -403,7 +441,9 @@ class _Gram:
         return self.root.mT @ (self.root @ columns)
 
 
-_WAYS: dict[str, type[_Eigen] | type[_Cholesky] | type[_Woodbury] | type[_LowRank]] = {
+_Solver: TypeAlias = _Eigen | _Cholesky | _Woodbury | _LowRank
+
+_WAYS: dict[str, type[_Solver]] = {
     "eigen": _Eigen,
     "cholesky": _Cholesky,
     "woodbury": _Woodbury,
@@ -420,8 +460,11 @@ def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:
     return ratio * damping**0.5, damping**0.5 / ratio
 
 
-def _multiple_of_identity(matrix: Tensor) -> Tensor | None:
+def _multiple_of_identity(matrix: Tensor) -> Tensor | float | None:
     """The positive numbers c [groups, 1, 1] whose products with the identity are the matrices; None if they are not."""
+    known = factor_of_identity(matrix)
+    if known is not None:
+        return known if known > 0 else None
     c = matrix[:, :1, :1]
     entries = matrix.diagonal(dim1=-2, dim2=-1)
     if bool((entries == c[..., 0]).all() & (c > 0).all()) and int(matrix.count_nonzero()) == entries.numel():
@@ -429,9 +472,9 @@ def _multiple_of_identity(matrix: Tensor) -> Tensor | None:
     return None
 
 
-def _damped_inverse(what: str, matrix: Tensor, damping: Tensor) -> Tensor:
+def _damped_inverse(what: str, matrix: Tensor, damping: Tensor | float) -> Tensor:
     damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., 0])
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., 0] if isinstance(damping, Tensor) else damping)
     damped = damped.mT  # the columns of a matrix are contiguous in LAPACK
     in_place = damped.device.type == "cpu" and is_plain(damped) and not damped.requires_grad
     if in_place:

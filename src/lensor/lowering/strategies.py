@@ -145,6 +145,12 @@ _LATE = (*_START, read_crops_late, read_windows)
 STRATEGIES = (
     Strategy("windows", (*_START, read_crops, read_windows), _VIEWS),
     Strategy("windows, batched", (*_START, read_crops, read_windows), _BATCHED),
+    Strategy(
+        "windows, tables first",
+        (*_START, read_crops, read_windows),
+        replace(_VIEWS, tables_first=True),
+        applies=_has_sums_of_patterns,
+    ),
     dense("dense"),
     Strategy("convolution", _CONVOLVE, _VIEWS, applies=_has_patterns),
     Strategy(

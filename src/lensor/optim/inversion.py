@@ -61,10 +61,16 @@ class Inversion:
         self.blocks, self.damping = {**self.blocks, **blocks}, {**self.damping, **damping}
         me = 0 if self.group is None else dist.get_rank(self.group)
         own = [name for name, rank in self.owners(self.blocks).items() if rank == me]
-        self.solvers = {
-            name: self._solver(name) if name in blocks or name not in self.solvers else self.solvers[name]
-            for name in own
-        }
+        kept, asked = dict(self.solvers), {}
+        for name in own:
+            if name in blocks or name not in kept:
+                block = self.blocks[name]
+                method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
+                asked.setdefault((method, self.damping[name]), {})[name] = _widened(block)
+        for (method, value), some in asked.items():
+            inverse = Inverse(some, value, method, self.rank, self.starts, self.dtype)
+            kept |= {name: inverse.single(name) for name in some}
+        self.solvers = {name: kept[name] for name in own}
 
     def keep(self, blocks: dict[str, Block]) -> None:
         """Keep the inverses of these blocks, and discard all others."""
@@ -114,12 +120,6 @@ class Inversion:
             on_a = 2 * self.rank * block.d**2
         return float(block.groups * (on_a + block.B.shape[1] ** 3))
 
-    def _solver(self, name: str) -> Inverse:
-        block = self.blocks[name]
-        method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
-        wide = each_factor(block, lambda one: one.to(_wide(one.dtype)))
-        return Inverse({name: wide}, self.damping[name], method, self.rank, self.starts, self.dtype)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "solvers": {}}
 
@@ -131,3 +131,9 @@ class Inversion:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which inverses of factors are computed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _widened(block: Block) -> Block:
+    """The block in this dtype."""
+    dtype = _wide(block.B.dtype)
+    return block if block.B.dtype == dtype else each_factor(block, lambda one: one.to(dtype))

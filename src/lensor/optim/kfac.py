@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lensor.choices import Approx, Bias, FactorFisher, Method, Nonfinite, words
 from lensor.curvature.batch_axes import Given
-from lensor.curvature.block import Block
+from lensor.curvature.block import Block, factor_of_identity
 from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.distribution import shares
@@ -405,7 +405,7 @@ class KFAC(torch.optim.Optimizer):
         if due or self.sharding is not None:
             is_due = self.tracker.is_due("", self.inverse_interval)
             with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
-                self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
+                self.inversion.invert(due, self._dampings(due))
         if self.sharding is None:
             solved = self.inversion.directions({name: p.grad for name, p in names.items()}, formed=False)
         else:
@@ -480,7 +480,12 @@ class KFAC(torch.optim.Optimizer):
             if gradient.layout != torch.strided:
                 raise TypeError(f"the gradient of {name!r} is sparse, expected a dense one")
         if new is not None and self.sharding is None:
-            flags += [(f"{name} (factor {w})", t) for name, block in new.items() for w, t in block.tensors().items()]
+            flags += [
+                (f"{name} (factor {which})", one)
+                for name, block in new.items()
+                for which, one in block.tensors().items()
+                if factor_of_identity(one) is None
+            ]
         if not flags:
             return ""
         # The 1-norm gives one number per tensor, which is finite if all entries are, unless it overflows.
@@ -503,20 +508,23 @@ class KFAC(torch.optim.Optimizer):
         name = next(name for name, fine in zip(names, good.tolist(), strict=True) if not fine)
         return f"the gradient or factor of {name} is not finite, expected finite entries: no step was taken"
 
-    def _damping(self, block: Block) -> float:
-        found = {}
-        for name in block.names:
-            found[name] = next(
-                group["damping"]
-                for group in self.param_groups
-                if any(one is self.tracker.names[name] for one in group["params"])
-            )
-        if len(set(found.values())) > 1:
-            raise ValueError(
-                f"{' and '.join(found)} share a block and have the dampings {sorted(found.values())}, expected one:"
-                " use equal dampings, or bias='separate'"
-            )
-        return found[block.names[0]]
+    def _dampings(self, blocks: Mapping[str, Block]) -> dict[str, float]:
+        """The damping of each block.
+
+        Raises:
+            ValueError: if the parameters of a block are in groups with different dampings.
+        """
+        known = {id(p): group["damping"] for group in self.param_groups for p in group["params"]}
+        found: dict[str, float] = {}
+        for name, block in blocks.items():
+            own = {one: known[id(self.tracker.names[one])] for one in block.names}
+            if len(set(own.values())) > 1:
+                raise ValueError(
+                    f"{' and '.join(own)} share a block and have the dampings {sorted(own.values())}, expected one:"
+                    " use equal dampings, or bias='separate'"
+                )
+            found[name] = own[block.names[0]]
+        return found
 
     def _length(self, directions: Mapping[int, Direction]) -> Tensor | None:
         """lr²·Σ step·gradient, the squared length of the step in the curvature's norm; None if no bound needs it."""
@@ -526,8 +534,7 @@ class KFAC(torch.optim.Optimizer):
         for group in self.param_groups:
             pairs = [(directions.get(id(p), p.grad), p.grad) for p in group["params"] if p.grad is not None]
             if pairs and group["use_kfac"]:
-                found = [_inner_product(one, local(gradient)) for one, gradient in pairs]
-                parts.append(group["lr"] ** 2 * torch.stack(found).sum())
+                parts.append(group["lr"] ** 2 * _inner_products(pairs))
         if not parts:
             return None
         length = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
@@ -662,14 +669,32 @@ def _cost(block: Block, examples: int) -> float:
     return float(block.groups * examples * max(block.positions, 1) * rows)
 
 
-def _inner_product(a: Direction, b: Tensor) -> Tensor:
-    """The inner product in at least single precision, in which products of gradients do not overflow."""
-    if isinstance(a, PlusLowRank):
-        return a.with_vector()
-    a = local(a)
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = (one if one.dtype == dtype else one.to(dtype) for one in (a.reshape(-1), b.reshape(-1)))
-    return torch.dot(a, b)
+_SMALL = 4096
+"""Number of entries up to which vectors are joined for an inner product."""
+
+
+def _inner_products(pairs: Iterable[tuple[Direction, Tensor]]) -> Tensor:
+    """The sum of the inner products of directions and gradients.
+
+    They are computed in at least single precision, in which products of gradients do not overflow.
+    """
+    found: list[Tensor] = []
+    small: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for one, gradient in pairs:
+        if isinstance(one, PlusLowRank):
+            found.append(one.with_vector())
+            continue
+        a, b = local(one).reshape(-1), local(gradient).reshape(-1)
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = (x if x.dtype == dtype else x.to(dtype) for x in (a, b))
+        if a.numel() > _SMALL:
+            found.append(torch.dot(a, b))
+            continue
+        left, right = small.setdefault((dtype, a.device), ([], []))
+        left.append(a)
+        right.append(b)
+    found += [torch.dot(torch.cat(left), torch.cat(right)) for left, right in small.values()]
+    return torch.stack(found).sum()
 
 
 def _needs_targets(loss: Any) -> bool:

@@ -85,6 +85,7 @@ class Tracker:
         self._owned: dict[str, Layer] = {}
         self._changed: dict[int, list[str]] = {}
         self._passes = 0
+        self._constants: dict[str, Tensor] = {}
 
     def attach(self) -> None:
         """Follow the model's forward passes until this tracker is deleted."""
@@ -164,7 +165,8 @@ class Tracker:
         inputs, layers = Arguments(arguments, named), self.due()
         batch, targets = size_of(inputs), self._targets(layers)
         layout = self._batch_axes(inputs, batch)
-        one = _Pass(Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True))
+        collected = Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True, constants=self._constants)
+        one = _Pass(collected)
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(
             targets,
@@ -347,8 +349,18 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes")
-        own += ("pending", "refresh", "generator")
+        own = (
+            "_thread",
+            "_backward",
+            "_handle",
+            "_accumulated",
+            "_hooked",
+            "_left",
+            "_changed",
+            "_passes",
+            "_constants",
+        )
+        own += ("pending", "refresh", "generator", "_constants")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}
 

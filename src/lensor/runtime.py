@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-from lensor.kernels import Backend, backend_of
+from lensor.kernels import Backend, backend_of, load
 from lensor.network import AnyNetwork, Operand
 from lensor.plan import Plan
 from lensor.plan import steps as s
+from lensor.plan.constants import constants
 from lensor.plan.memory import last_uses
 from lensor.plan.resizable import Monomial, Resizable, value_of
 
@@ -206,19 +207,32 @@ def _compiled(
         }
     last = last_uses(steps, plan.result)
     kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # held by the caller
+    folded, skipped = constants(steps, plan.shapes, plan.result, resized)
     for place, step in enumerate(steps):
-        if isinstance(step, s.Input):
+        if isinstance(step, s.Input) or place in skipped:
+            continue
+        if place in folded:
+            space[f"f{place}"] = backend.constant(folded[place], partial(_fold, folded[place]))
+            lines.append(f"    v{place} = f{place}({like})")
             continue
         space[f"f{place}"] = resized.get(place) or backend.steps[type(step)](step)
         arguments = ", ".join(f"v{at}" for at in step.takes) or like
         arguments = f"sizes, {arguments}" if place in resized else arguments
         lines.append(f"    v{place} = f{place}({arguments})")
-        dead = [f"v{at}" for at, until in enumerate(last) if until == place and at not in (place, *kept)]
+        dead = [f"v{at}" for at, until in enumerate(last) if until == place and at not in (place, *kept, *skipped)]
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     lines.append(f"    return {_returned(plan)}")
     exec(compile("\n".join(lines), f"<{plan.name} plan>", "exec"), space)
     return space["call"]
+
+
+def _fold(key: tuple[Any, ...], dtype: Any) -> Any:
+    """The value of a step, given with those of its operands, by the steps of NumPy."""
+    step, *operands = key
+    numpy = load("numpy")
+    arrays = [_fold(one, dtype) for one in operands]
+    return numpy.steps[type(step)](step)(*(arrays or [numpy.default_reference().astype(dtype)]))
 
 
 class _Resized:

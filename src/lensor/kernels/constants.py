@@ -1,6 +1,8 @@
-"""A cache of materialized patterns."""
+"""A cache of materialized patterns, and of arrays that are computed from them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
@@ -19,3 +21,14 @@ def materialize_summed(pattern: IndexPattern, summed: tuple[int, ...], dtype: np
         return array
 
     return _kept.get_or_make((pattern, summed, dtype), make)
+
+
+def folded(key: Hashable, make: Callable[[np.dtype], np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """An array that a plan computes from patterns only, as a read-only array."""
+
+    def made() -> np.ndarray:
+        array = np.array(make(dtype))
+        array.flags.writeable = False
+        return array
+
+    return _kept.get_or_make((key, dtype), made)

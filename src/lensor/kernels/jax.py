@@ -29,7 +29,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from lensor.kernels.common import common_steps, reads_of, require_inside, widened
-from lensor.kernels.constants import materialize_summed
+from lensor.kernels.constants import folded, materialize_summed
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 
@@ -444,6 +444,9 @@ class JaxBackend:
             raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
         if not self.is_traced(array):
             require_inside(np.asarray(array), name, below)  # inside jax.jit, functions of JAX would trace it
+
+    def constant(self, key: Any, make: Callable[[np.dtype], np.ndarray]) -> Callable[[Any], Any]:
+        return lambda like: jnp.asarray(folded(key, make, np.dtype(np.float64)), like.dtype)
 
     def default_reference(self) -> Any:
         return jnp.zeros((), float)

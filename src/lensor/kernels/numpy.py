@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lensor.kernels.common import common_steps, reads_of, require_inside, widened
-from lensor.kernels.constants import materialize_summed
+from lensor.kernels.constants import folded, materialize_summed
 from lensor.plan import steps as s
 from lensor.spec import ConvSpec
 
@@ -231,6 +231,9 @@ class NumpyBackend:
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected positions of an integer dtype")
         require_inside(array, name, below)
+
+    def constant(self, key: Any, make: Callable[[np.dtype], np.ndarray]) -> Callable[[Any], Any]:
+        return lambda like: folded(key, make, like.dtype)
 
     def default_reference(self) -> Any:
         return np.zeros((), np.float64)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lensor.plan.steps import Step
 from lensor.spec import ConvSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Backend(Protocol):
@@ -53,6 +56,15 @@ class Backend(Protocol):
         Raises:
             TypeError: if its dtype is not an integer dtype that the framework accepts for indexing.
             ValueError: if an entry is negative, or is not less than `below`.
+        """
+        ...
+
+    def constant(self, key: Any, make: Callable[[np.dtype], np.ndarray]) -> Callable[[Any], Any]:
+        """A function of a reference array, for an array that does not depend on the operands of a plan.
+
+        Args:
+            key: the key of the array in caches.
+            make: computes the array in a dtype.
         """
         ...
 

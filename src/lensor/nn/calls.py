@@ -9,9 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lensor.cache import Cache
 from lensor.choices import PaddingMode
 from lensor.nn.layers import convolve, convolve_transposed
 from lensor.spec import ConvSpec, known_spec
+
+_specs = Cache(4096)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,14 @@ class LayerCall:
         A linear map is a convolution with kernel size 1, or without spatial dimensions. Additional spatial dimensions
         before those of the kernel get kernel size 1.
         """
+        settings = self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.output_padding
+        key = self.kind, self.inputs_first, self.weight.shape, self.bias is None, tuple(input_size), settings
+        try:
+            return _specs.get_or_make(key, lambda: self._spec(input_size))
+        except TypeError:  # a list has no hash; other errors occur again
+            return self._spec(input_size)
+
+    def _spec(self, input_size: Sequence[int]) -> ConvSpec:
         first, second = self.weight.shape[:2]
         bias = self.bias is not None
         if self.kind == "linear":

@@ -13,6 +13,7 @@ from typing import Any
 
 from lensor.arguments import by_name
 from lensor.network import AnyNetwork
+from lensor.plan.constants import Constants, constants
 from lensor.plan.memory import Value, layouts, moved, peak_size
 from lensor.plan.paths import PathCosts
 from lensor.plan.steps import Input, Shape, Step
@@ -195,6 +196,19 @@ class Plan:
             104
         """
         return sum(self.moved) * self.itemsize
+
+    @cached_property
+    def constants(self) -> Constants:
+        """The values that are computed from patterns only, once for all calls.
+
+        Example:
+            >>> import lensor
+            >>> spec = lensor.ConvSpec(2, 3, (4, 4), 3)
+            >>> plan = lensor.ops.kfac_input_root(spec).plan(X=(8, 2, 4, 4))
+            >>> plan.name, len(plan.constants.kept)
+            ('windows, tables first', 1)
+        """
+        return constants(self.steps, self.shapes, self.result)
 
     @cached_property
     def peak_size(self) -> int:

@@ -28,7 +28,11 @@ def step_times(plan: Plan, device: Machine, itemsize: int = 4, dtype: str = "flo
     """Estimate the time of each step in seconds, from flops at the step's rate, bytes moved, calls and barriers."""
     values, entries = plan.layouts, plan.moved
     speeds = device.speeds_of(dtype)
+    kept, skipped = plan.constants
     for place, step in enumerate(plan.steps):
+        if place in kept or place in skipped:  # computed once
+            yield device.call / 4
+            continue
         result, copied = plan.shapes[place], values[place].copied
         if step.is_view and not copied and place != plan.result:
             yield device.call / 4

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from lensor.kernels.torch.autograd import Derivatives, Transformed, record
+from lensor.kernels.torch.capture import Constant
 from lensor.kernels.torch.memory import format_of, is_channels_last
 from lensor.kernels.torch.operator import OnePlan
 from lensor.kernels.torch.patterns import fuses
@@ -79,6 +81,9 @@ class TorchBackend:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= below:
             raise ValueError(f"{name} has positions {low} to {high}, expected 0 to {below - 1}")
+
+    def constant(self, key: Any, make: Callable[[np.dtype], np.ndarray]) -> Callable[[Any], Any]:
+        return Constant(key, lambda: torch.from_numpy(np.array(make(np.dtype(np.float64)))))
 
     def default_reference(self) -> Any:
         return torch.zeros((), dtype=torch.float64)

@@ -1,0 +1,66 @@
+"""The values of a plan that are computed from patterns only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
+
+from lensor.plan import steps as s
+
+
+class Constants(NamedTuple):
+    """The values that do not depend on the operands, which a backend computes once.
+
+    Args:
+        kept: for each value that other steps use, the step that computes it, followed by the same for its operands.
+        skipped: the places of the values that only these values are computed from.
+    """
+
+    kept: dict[int, tuple[Any, ...]]
+    skipped: frozenset[int]
+
+
+NONE = Constants({}, frozenset())
+
+
+def constants(
+    steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int, varying: Container[int] = ()
+) -> Constants:
+    """Find the values that are computed from patterns only, and by at least one step besides them.
+
+    They have at most as many entries as operands and result together. The result of the plan is not one of them,
+    because it must not share memory with a later one.
+
+    Args:
+        steps: the steps of a plan.
+        shapes: the shapes of their values.
+        result: the place of the result.
+        varying: the places of steps whose settings are known only when they run.
+    """
+    fixed: dict[int, tuple[Any, ...]] = {}
+    for place, step in enumerate(steps):
+        if isinstance(step, s.Constant):
+            fixed[place] = (step,)
+        elif step.takes and place not in varying and all(at in fixed for at in step.takes):
+            fixed[place] = (step.taking(()), *[fixed[at] for at in step.takes])
+    if all(len(key) == 1 for key in fixed.values()):
+        return NONE
+    users: dict[int, list[int]] = {place: [] for place in fixed}
+    for place, step in enumerate(steps):
+        for at in step.takes:
+            if at in fixed:
+                users[at].append(place)
+    most = math.prod(shapes[result]) + sum(math.prod(step.size) for step in steps if isinstance(step, s.Input))
+    kept = {}
+    for place, key in fixed.items():
+        others = [other for other in users[place] if other not in fixed]
+        is_written = any(steps[other].in_place and steps[other].takes[0] == place for other in others)
+        if others and len(key) > 1 and place != result and not is_written and math.prod(shapes[place]) <= most:
+            kept[place] = key
+    skipped: set[int] = set()
+    for place in sorted(fixed, reverse=True):
+        is_used = any(other not in skipped and other not in kept for other in users[place])
+        if place not in kept and place != result and users[place] and not is_used:
+            skipped.add(place)
+    return Constants(kept, frozenset(skipped))

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lensor
-from lensor import ConvSpec, ops
+from lensor import ConvSpec, IndexPattern, ops
 from lensor.kernels import load
 from lensor.lowering import candidates
 from lensor.plan import steps as s
+from lensor.plan.constants import largest_table
 from lensor.plan.memory import last_uses
-from lensor.runtime import Runnable, bytes_needed, one_sum, run
+from lensor.runtime import Runnable, _fold, bytes_needed, one_sum, run
 from tests.support.cases import BUILDERS, SPECS, bound, operands_of
 
 SPEC = ConvSpec(3, 4, (7, 6), 3, stride=2, padding=1)
@@ -28,7 +30,10 @@ class Watching:
         self.backend, self.plan = backend, plan
         self.last = list(last_uses(plan.steps, plan.result))
         self.alive: dict[int, weakref.ref[np.ndarray]] = {}
-        self.places = iter([place for place, step in enumerate(plan.steps) if not isinstance(step, s.Input)])
+        once = {*plan.constants.kept, *plan.constants.skipped}
+        self.places = iter(
+            [at for at, step in enumerate(plan.steps) if not isinstance(step, s.Input) and at not in once]
+        )
         self.steps = {type(step): self.watched for step in plan.steps}
 
     def __getattr__(self, name: str) -> Any:
@@ -73,6 +78,37 @@ def test_dropping_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     runnable = Runnable(plan, Watching(load("numpy"), plan))
     with pytest.raises(AssertionError, match="is alive in step"):
         runnable(operands_of(net))
+
+
+@pytest.mark.parametrize("spec", ["2-d", "reflect", "transposed"])
+@pytest.mark.parametrize("op", BUILDERS)
+def test_values_of_patterns_are_computed_once_and_stay_as_they_are(
+    op: str, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = bound(BUILDERS[op](SPECS[spec]))
+    operands = operands_of(net)
+    most = sum(array.size for array in operands.values())
+    for plan in candidates(net):
+        runnable = Runnable(plan, load("torch"))
+        arrays = {name: torch.from_numpy(array) for name, array in operands.items()}
+        first = runnable(arrays)
+        with monkeypatch.context() as patch:
+            patch.setattr("lensor.runtime._fold", None)
+            assert torch.equal(runnable(arrays), first)
+        for place, key in plan.constants.kept.items():
+            value = _fold(key, np.float64)
+            assert value.shape == plan.shapes[place]
+            assert value.size <= largest_table([most, first.numel()])
+
+
+def test_sums_of_two_patterns_are_multiplied_once() -> None:
+    net = bound(ops.kfac_input_root(ConvSpec(3, 4, (8, 6), 3, padding=1)))
+    plan = next(plan for plan in candidates(net) if plan.strategy == "windows, tables first")
+    ((place, key),) = plan.constants.kept.items()
+    first, second = (IndexPattern(size, 3, padding=1).materialize().sum(1) for size in (8, 6))
+    expected = np.einsum("ak,bl->abkl", first, second).reshape(plan.shapes[place])
+    assert np.array_equal(np.sort(_fold(key, np.float64), axis=None), np.sort(expected, axis=None))
+    assert {at for at, step in enumerate(plan.steps) if isinstance(step, s.Constant)} <= plan.constants.skipped
 
 
 def test_operands_are_checked_by_name_and_shape() -> None:

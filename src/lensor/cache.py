@@ -176,8 +176,9 @@ def clear_caches() -> None:
     """Drop everything that Lensor caches: networks, plans, calls, arrays made from patterns, and compiled passes.
 
     Use this function before you time a first call, or to free memory. You do not need it to bound memory: each cache
-    drops its least recently used entries once it exceeds 64 MB (`lensor.cache.MAX_BYTES`), no cached array is larger
-    than the operands for which it was created, and compiled passes are dropped with their models.
+    drops its least recently used entries once it exceeds 64 MB (`lensor.cache.MAX_BYTES`), no cached array has more
+    entries than the operands for which it was created (or 65,536, if these have fewer), and compiled passes are dropped
+    with their models.
 
     The function does not drop calls in `torch.compile` and `torch.export` graphs (which may run again), measured times
     (see `lensor.wisdom.forget`), plans to which you hold references, or the batch axes that `lensor.optim.KFAC` found

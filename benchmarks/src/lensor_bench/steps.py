@@ -55,12 +55,14 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
         "batch_axis": 0,
     },
     "KFAC, reduce": {"approx": "reduce", **_RARELY},
+    "KFAC, reduce, bfloat16": {"approx": "reduce", **_RARELY, "stagger": True, "inverse_dtype": torch.bfloat16},
     "KFAC, reduce, low rank": {"approx": "reduce", **_SPREAD},
     "KFAC, expand": _RARELY,
     "KFAC, expand, low rank": _SPREAD,
+    "KFAC, expand, low rank, bfloat16": {**_SPREAD, "inverse_dtype": torch.bfloat16},
 }
-"""The optimizers; all but the first update factors and inverses of a layer at every tenth step only. With "low rank",
-layers are updated at different steps. All are given the axis of the examples, which trial passes would otherwise find
+"""The optimizers; all but the first update factors and inverses of a layer at every tenth step only. With "low rank"
+and "bfloat16", layers are updated at different steps. All are given the axis of the examples, which trial passes would otherwise find
 in every pass."""
 
 

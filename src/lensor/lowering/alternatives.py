@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from lensor.lowering.assemble import lower, lower_in_parts
 from lensor.lowering.slicing import Parts, summed_by_all
-from lensor.lowering.state import largest_table
 from lensor.lowering.strategies import BY_NAME, FUSED, STRATEGIES, Strategy, dense
 from lensor.network import AnyNetwork, to_text
 from lensor.plan import Plan
 from lensor.plan import steps as s
+from lensor.plan.constants import largest_table
 from lensor.plan.paths import PATHS, PathCost, PathCosts, feynman, has_best_path
 from lensor.simplification.engine import simplify_untraced
 

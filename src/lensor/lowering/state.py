@@ -12,9 +12,7 @@ from lensor.network import Group, Network, Operand, Pattern, indices_of
 from lensor.pattern import IndexPattern
 from lensor.plan import Program
 from lensor.plan import steps as s
-
-_SMALL_TABLE = 1 << 16
-"""Number of entries that a materialized pattern may always have, even if the operands are smaller."""
+from lensor.plan.constants import largest_table
 
 
 class Leg(IntEnum):
@@ -241,8 +239,3 @@ def has_repeats(node: Pattern) -> bool:
     """Whether an index occurs more than once in the legs of a pattern."""
     indices = tuple(indices_of(node))
     return len(set(indices)) < len(indices)
-
-
-def largest_table(sizes: Iterable[int]) -> int:
-    """Maximum number of entries of a materialized pattern, for operands and a result of these sizes."""
-    return max(_SMALL_TABLE, sum(sizes))

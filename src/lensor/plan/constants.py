@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lensor.plan import steps as s
+
+_SMALL_TABLE = 1 << 16
+"""Number of entries that a materialized pattern may always have, even if the operands are smaller."""
+
+
+def largest_table(sizes: Iterable[int]) -> int:
+    """Maximum number of entries of a materialized pattern, for operands and a result of these sizes."""
+    return max(_SMALL_TABLE, sum(sizes))
 
 
 class Constants(NamedTuple):
@@ -29,7 +37,7 @@ def constants(
 ) -> Constants:
     """Find the values that are computed from patterns only, and by at least one step besides them.
 
-    They have at most as many entries as operands and result together. The result of the plan is not one of them,
+    They are not larger than a pattern that may be materialized. The result of the plan is not one of them,
     because it must not share memory with a later one.
 
     Args:
@@ -51,7 +59,8 @@ def constants(
         for at in step.takes:
             if at in fixed:
                 users[at].append(place)
-    most = math.prod(shapes[result]) + sum(math.prod(step.size) for step in steps if isinstance(step, s.Input))
+    operands = [math.prod(step.size) for step in steps if isinstance(step, s.Input)]
+    most = largest_table([*operands, math.prod(shapes[result])])
     kept = {}
     for place, key in fixed.items():
         others = [other for other in users[place] if other not in fixed]

@@ -19,6 +19,7 @@ from lensor.curvature import KroneckerFactors, kfac
 from lensor.curvature.inverses import PlusLowRank
 from lensor.optim import KFAC
 from lensor.optim.checkpoint import WHOLE, unpacked
+from lensor.optim.updates import descend
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.filterwarnings("ignore:curvature is not supported for the parameters of 1")
@@ -237,6 +238,45 @@ def test_directions_of_few_rows_are_not_formed(monkeypatch: pytest.MonkeyPatch) 
     found = optimizer.inversion.directions({n: p.grad for n, p in model.named_parameters()}, formed=False)
     unformed = {name for name, one in found.items() if isinstance(one, PlusLowRank)}
     assert unformed == {"3.weight", "3.bias", "6.weight", "6.bias"}  # the first convolution has two groups
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 0.3])
+@pytest.mark.parametrize("strided", [None, "parameter", "buffer", "direction"])
+@pytest.mark.parametrize("low_rank", [False, True])
+@torch.no_grad()
+def test_updates_are_those_of_gradient_descent_with_momentum(
+    momentum: float, factor: float, strided: str | None, low_rank: bool
+) -> None:
+    torch.manual_seed(0)
+    shape = 6, 5, 3, 3
+
+    def tensor(name: str) -> Tensor:
+        found = torch.randn(shape)
+        return found.to(memory_format=torch.channels_last) if name == strided else found
+
+    p, expected = nn.Parameter(tensor("parameter")), torch.zeros(shape)
+    expected.copy_(p.detach())
+    states: dict[Tensor, Any] = {p: {}}
+    group = {"params": [p], "lr": 0.1, "momentum": momentum, "weight_decay": 0.2}
+    buffer = torch.zeros(shape)
+    for _ in range(3):
+        p.grad = tensor("direction")
+        direction: Any = p.grad
+        if low_rank and strided is None:
+            left, right = torch.randn(6, 2), torch.randn(2, 45)
+            direction = PlusLowRank(p.grad, 0.7, left, right, p.grad.reshape(6, -1) @ right.T)
+            whole = 0.7 * p.grad + (left @ right).reshape(shape)
+            close(direction.with_vector(), (whole * p.grad).sum(), rtol=1e-4, atol=1e-4)
+        else:
+            whole = p.grad
+        if strided == "buffer" and "momentum_buffer" in states[p]:
+            states[p]["momentum_buffer"] = states[p]["momentum_buffer"].to(memory_format=torch.channels_last)
+        descend(group, {id(p): direction}, factor, states)
+        buffer = momentum * buffer + factor * whole
+        expected = (1 - 0.1 * 0.2) * expected - 0.1 * buffer
+        close(p.detach(), expected, rtol=1e-5, atol=1e-5)
+        assert ("momentum_buffer" in states[p]) == (momentum > 0)
 
 
 @pytest.mark.parametrize("method", ["eigen", "cholesky", "woodbury", "low-rank"])

@@ -62,8 +62,8 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "KFAC, expand, low rank, bfloat16": {**_SPREAD, "inverse_dtype": torch.bfloat16},
 }
 """The optimizers; all but the first update factors and inverses of a layer at every tenth step only. With "low rank"
-and "bfloat16", layers are updated at different steps. All are given the axis of the examples, which trial passes would otherwise find
-in every pass."""
+or "bfloat16", layers are updated at different steps. All are given the axis of the examples, which trial passes would
+otherwise find in every pass."""
 
 
 @dataclass(frozen=True)

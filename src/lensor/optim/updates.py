@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from lensor.curvature.inverses import PlusLowRank
 
@@ -48,11 +49,57 @@ def descend(group: Group, directions: Mapping[int, Direction], scale: float | Te
             factor = scale
         else:  # in half precision, small factors would be rounded
             found, factor = list(each._foreach_mul([_formed(one) for one in found], scale)), 1.0
-        if group["momentum"]:
-            found, factor = _with_momentum(parameters, found, factor, group["momentum"], states), 1.0
+        rate, momentum = group["lr"], group["momentum"]
         if group["weight_decay"]:
-            each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        _add(parameters, found, 1.0, -group["lr"] * factor)
+            each._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        if not momentum:
+            _add(parameters, found, 1.0, -rate * factor)
+            continue
+        pairs = list(zip(parameters, found, strict=True))
+        known = [(p, states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
+        for p, one in pairs:
+            if "momentum_buffer" not in states[p]:
+                states[p]["momentum_buffer"] = _formed(one) * factor
+                _add([p], [states[p]["momentum_buffer"]], 1.0, -rate)
+        _advance(known, momentum, factor, rate)
+
+
+def _advance(known: Iterable[tuple[Tensor, Tensor, Direction]], beta: float, alpha: float, rate: float) -> None:
+    """Replace buffers by beta · buffer + alpha · direction, and add -rate times the buffers to the parameters.
+
+    Args:
+        known: parameters, buffers and directions.
+        beta: the momentum.
+        alpha: the factor of directions.
+        rate: the learning rate.
+    """
+    alike: dict[tuple[float, float], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for p, buffer, one in known:
+        if isinstance(one, PlusLowRank) and buffer.is_contiguous():
+            one.add_to(buffer, beta, alpha, with_vector=False)
+            alike.setdefault((1.0, alpha * one.scale), []).append((p, buffer, one.vector))
+        else:
+            alike.setdefault((beta, alpha), []).append((p, buffer, _formed(one)))
+    for (own_beta, own_alpha), some in alike.items():
+        parameters, buffers, directions = map(list, zip(*some, strict=True))
+        if not isinstance(rate, Tensor) and all(_in_one_pass(*one) for one in some):
+            options: dict[str, Any] = {"weight_decay": 0.0, "nesterov": False, "maximize": False, "fused": True}
+            sgd(parameters, directions, buffers, lr=rate, momentum=own_beta, dampening=1 - own_alpha, **options)
+            continue
+        _add(buffers, directions, own_beta, own_alpha)
+        _add(parameters, buffers, 1.0, -rate)
+
+
+def _in_one_pass(parameter: Tensor, buffer: Tensor, direction: Tensor) -> bool:
+    """Whether torch's fused kernel updates a parameter and its buffer together; it assumes equal strides."""
+    three = parameter, buffer, direction
+    return parameter.is_contiguous() and all(
+        type(one) in (Tensor, nn.Parameter)
+        and one.dtype == torch.float32
+        and one.device.type == "cpu"
+        and one.stride() == parameter.stride()
+        for one in three
+    )
 
 
 def _is_wide(parameter: Tensor, direction: Direction) -> bool:
@@ -78,20 +125,6 @@ def _add(targets: Sequence[Tensor], directions: Sequence[Direction], beta: float
         each._foreach_mul_(plain[0], beta)
     if plain[0]:
         each._foreach_add_(*plain, alpha=alpha)
-
-
-def _with_momentum(
-    parameters: Sequence[Tensor], directions: Sequence[Direction], factor: float, momentum: float, states: States
-) -> list[Tensor]:
-    """Add a multiple of the directions to the parameters' buffers, and return the buffers."""
-    pairs = list(zip(parameters, directions, strict=True))
-    known = [(states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
-    if known:
-        _add(*map(list, zip(*known, strict=True)), momentum, factor)  # pyright: ignore[reportArgumentType]
-    for p, one in pairs:
-        if "momentum_buffer" not in states[p]:
-            states[p]["momentum_buffer"] = _formed(one) * factor
-    return [states[p]["momentum_buffer"] for p in parameters]
 
 
 def adapt(group: Group, states: States) -> None:

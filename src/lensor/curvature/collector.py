@@ -24,7 +24,7 @@ from lensor.curvature.factors import KroneckerFactors
 from lensor.curvature.graph import tensors_in
 from lensor.curvature.layers import Layer, refuse_mixing
 from lensor.curvature.losses import require_counted
-from lensor.curvature.networks import network
+from lensor.curvature.networks import of_one
 from lensor.curvature.registry import root_of
 from lensor.curvature.watching import Rewind, Targets
 from lensor.spec import ConvSpec
@@ -408,7 +408,7 @@ class Collector:
         joint = bias is not None
         self._note(use, spec)
         if sums.roots is not None:
-            root = network(ops.kfac_input_root, spec)(X=x)
+            root = of_one(ops.kfac_input_root, spec, x)
             if joint:
                 root = torch.cat([root, root.new_ones((*root.shape[:2], 1))], 2)
             self._roots.setdefault(use.weight, []).append((math.prod(spec.output_size), root))
@@ -416,7 +416,7 @@ class Collector:
         if self.approx == "expand":  # positions count as examples
             x = use.as_examples(x)
             spec = use.spec(x)
-        factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
+        factor = of_one(ops.kfac_input_factor, spec, x, self.approx, bias=joint)
         sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
     def _add_outputs(self, sums: Sums, uses: Sequence[Use], gradients: Mapping[Use, Tensor], weight: float) -> None:
@@ -440,7 +440,7 @@ class Collector:
 
     def _add_factor(self, sums: Sums, gradient: Tensor, spec: ConvSpec, weight: float) -> None:
         # The output factor depends on the output only, so use a convolution with kernel size 1.
-        factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
+        factor = of_one(ops.kfac_output_factor, spec, gradient[None], self.approx)
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
     def factors(

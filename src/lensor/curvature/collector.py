@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from lensor.curvature.layers import Layer, refuse_mixing
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import network
 from lensor.curvature.registry import root_of
+from lensor.curvature.structure import DiagonalBlocks
 from lensor.curvature.watching import Rewind, Targets
 from lensor.spec import ConvSpec
 
@@ -115,6 +116,8 @@ class Collector:
             Kronecker factors get blocks of their own. Only the layers' parameters get blocks unless given.
         dense: the largest number of entries of a parameter without Kronecker factors whose block is a dense matrix;
             the blocks of larger ones are diagonal.
+        structure: the diagonal blocks of the factors that are computed; the whole factors unless given. Weight and bias
+            must not share a block then.
     """
 
     approx: Approx
@@ -129,9 +132,10 @@ class Collector:
         keep_graph: bool = False,
         parameters: Mapping[str, nn.Parameter] | None = None,
         dense: int = 0,
+        structure: DiagonalBlocks | None = None,
     ) -> None:
         self.layers, self.approx, self.joint, self.fisher, self.keep_graph = layers, approx, joint, fisher, keep_graph
-        self.parameters, self.dense = parameters, dense
+        self.parameters, self.dense, self.structure = parameters, dense, structure
         owned = {name: layer for layer in layers for name in (layer.weight, layer.bias) if name is not None}
         self._layers = {layer.weight: layer for layer in reversed(layers)}
         self._left = set(parameters or ()) - set(owned)
@@ -237,7 +241,8 @@ class Collector:
 
     def empty(self) -> Collector:
         """A collector of the same factors that has no sums."""
-        one = Collector(self.layers, self.approx, self.joint, self.fisher, self.keep_graph, self.parameters, self.dense)
+        options = self.keep_graph, self.parameters, self.dense, self.structure
+        one = Collector(self.layers, self.approx, self.joint, self.fisher, *options)
         one._left = set(self._left)
         one._clear()
         return one
@@ -305,6 +310,8 @@ class Collector:
             sums, total = self.sums[name], sum(positions for positions, _ in parts)
             assert sums.roots is not None
             root = parts[0][1] if len(parts) == 1 else sum_of(one * (rows / total) for rows, one in parts)
+            if self.structure is not None:
+                root = self.structure.split_root(root, math.prod(self._layers[name].weight_shape[2:]))
             sums.roots.append(root)
             sums.condense()
         self._uses, self._roots = {}, {}
@@ -414,7 +421,10 @@ class Collector:
         if self.approx == "expand":  # positions count as examples
             x = use.as_examples(x)
             spec = use.spec(x)
-        factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
+        if self.structure is None:
+            factor = network(ops.kfac_input_factor, spec, self.approx, bias=joint)(X=x)
+        else:
+            factor = self.structure.input_factor(spec, x)
         sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
     def _add_outputs(self, sums: Sums, uses: Sequence[Use], gradients: Mapping[Use, Tensor], weight: float) -> None:
@@ -438,6 +448,7 @@ class Collector:
 
     def _add_factor(self, sums: Sums, gradient: Tensor, spec: ConvSpec, weight: float) -> None:
         # The output factor depends on the output only, so use a convolution with kernel size 1.
+        spec = spec if self.structure is None else self.structure.output_spec(spec)
         factor = network(ops.kfac_output_factor, spec, self.approx)(V=gradient[None])
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
@@ -475,23 +486,35 @@ class Collector:
                 root = root * self.examples**-0.5
             b = None if sums.b is None else averaged(sums.b)
             if b is None:  # forward only, or no gradient reached the layer
-                b = _constant(layer, a if a is not None else root, float(self.fisher == "forward-only"))
+                b = self._constant(layer, a if a is not None else root)
             outer[name] = b
             names = (name, self._joined[name]) if name in self._joined else (name,)
-            blocks[name] = Block(names, layer.weight_shape, layer.is_transposed, a, root, b, sums.positions or 0)
+            known = a if a is not None else root
+            assert known is not None
+            found = Block(names, layer.weight_shape, layer.is_transposed, a, root, b, sums.positions or 0)
+            blocks[name] = replace(found, parts=(len(known) // layer.groups, len(b) // layer.groups))
         for name, sums in self.biases.items():
             layer = owners[name]
             b = outer.get(self._alike.get(name, "")) if sums.b is None else averaged(sums.b)
             if b is None:  # forward only, or no gradient reached the bias
-                b = _constant(layer, self.like, float(self.fisher == "forward-only"))
+                b = self._constant(layer, self.like)
             mean = sums.ones / self.examples if self.approx == "expand" else 1.0
             # The input of a bias is 1 at every position.
             factor = b.new_full((layer.groups, 1, 1), mean)
-            blocks[name] = Block((name,), (layer.output_channels,), False, factor, None, b, sums.positions or 0)
+            found = Block((name,), (layer.output_channels,), False, factor, None, b, sums.positions or 0)
+            blocks[name] = replace(found, parts=(1, len(b) // layer.groups))
         for name, values in self.plain.items():
             blocks[name] = plain_block(name, tuple((self.parameters or {})[name].shape), averaged(values))
         ordered = {name: blocks[name] for name in self._order if name in blocks}
         return KroneckerFactors(ordered, self.approx, self.examples, reduction=reduction, outputs=self.outputs)
+
+    def _constant(self, layer: Layer, like: Tensor | None) -> Tensor:
+        """An output factor that is the identity for "forward-only", and zero otherwise."""
+        assert like is not None
+        channels = layer.output_channels // layer.groups
+        rows = channels if self.structure is None else self.structure.rows_of_output(channels)
+        one = torch.eye(rows, dtype=like.dtype, device=like.device).mul_(float(self.fisher == "forward-only"))
+        return one.repeat(layer.output_channels // rows, 1, 1)
 
 
 def output_axis(
@@ -545,10 +568,3 @@ def _not_joint(weight: str, bias: str) -> ValueError:
         f"bias is 'joint', but the weight {weight!r} is not always used together with the bias {bias!r}, expected"
         " bias='separate' for this model"
     )
-
-
-def _constant(layer: Layer, like: Tensor | None, factor: float) -> Tensor:
-    """An output factor that is a multiple of the identity."""
-    assert like is not None
-    c_out = layer.output_channels // layer.groups
-    return torch.eye(c_out, dtype=like.dtype, device=like.device).mul_(factor).repeat(layer.groups, 1, 1)

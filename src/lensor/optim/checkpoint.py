@@ -79,17 +79,20 @@ def unpacked(state: Mapping[str, Any], part: str) -> tuple[dict[str, Any], dict[
     return {**state, "state": {key: some for key, some in rest.items() if some}}, own
 
 
-def as_parameters(blocks: Mapping[str, Block], names: Mapping[str, Tensor]) -> dict[str, Block]:
-    """Move blocks to the devices and dtypes of their parameters, in at least single precision.
+def as_parameters(
+    blocks: Mapping[str, Block], names: Mapping[str, Tensor], least: torch.dtype = torch.float32
+) -> dict[str, Block]:
+    """Move blocks to the devices and dtypes of their parameters, in at least a given precision.
 
     Args:
         blocks: the blocks.
         names: the parameters, by name.
+        least: the lowest precision.
     """
     found = {}
     for name, block in blocks.items():
         like = names[name]
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = torch.promote_types(like.dtype, least)
         changed = {which: tensor.to(like.device, dtype) for which, tensor in block.tensors().items()}
         found[name] = replace(block, formed=changed.get("A"), root=changed.get("root"), B=changed["B"])
     return found

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lensor.choices import Method
+from lensor.choices import StepMethod
 from lensor.curvature.block import Block
 from lensor.curvature.distribution import shares
 from lensor.curvature.inverses import RANK, Inverse
+from lensor.curvature.operators import Operator
 
 
 @dataclass(eq=False)
@@ -24,18 +25,34 @@ class Inversion:
         method: "cholesky", "eigen", "low-rank", or "woodbury" (for blocks with roots; "cholesky" for others).
         rank: the number of eigenvalues of A that "low-rank" keeps.
         group: the processes that share the work: each inverts some of the blocks and broadcasts the directions.
+        ema: the weight of the old factors at an update.
         blocks: the inverted blocks, by name; they may be older than the current factors.
         damping: the damping of each block.
     """
 
-    method: Method
+    method: StepMethod
     rank: int = RANK
     group: dist.ProcessGroup | None = None
+    ema: float = 0.95
     blocks: dict[str, Block] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)
     """The vectors that the current inverses started from: those of the previous inverses."""
-    solvers: dict[str, Inverse] = field(default_factory=dict)
+    solvers: dict[str, Operator] = field(default_factory=dict)
+    updates: dict[str, int] = field(default_factory=dict)
+    """The number of updates of each inverse, if inverses are updated instead of computed."""
+
+    keeps_factors: ClassVar[bool] = True
+    """Whether later inversions need the factors."""
+    is_shared: ClassVar[bool] = True
+    """Whether the processes of the group share the work."""
+    least: ClassVar[torch.dtype] = torch.float32
+    """The lowest precision of blocks."""
+
+    @property
+    def structure(self) -> str | None:
+        """The stored entries of inverses that are updated, as text."""
+        return None
 
     def invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
         """Invert this process's share of the blocks; the inverses of other blocks are kept.
@@ -45,19 +62,25 @@ class Inversion:
             damping: the damping of each block.
         """
         for name, one in self.solvers.items():
-            if name in blocks:
+            if name in blocks and isinstance(one, Inverse):
                 self.starts = self.starts | one.bases()
         self._invert(blocks, damping)
 
-    def restore(self, blocks: Mapping[str, Block], damping: Mapping[str, float], starts: Mapping[str, Tensor]) -> None:
+    def restore(
+        self,
+        blocks: Mapping[str, Block],
+        damping: Mapping[str, float],
+        starts: Mapping[str, Tensor],
+        updates: Mapping[str, int],
+    ) -> None:
         """Invert blocks as they were inverted before, from the same vectors."""
         self.keep({})
-        self.starts = dict(starts)
+        self.starts, self.updates = dict(starts), dict(updates)
         self._invert(blocks, damping)
 
     def _invert(self, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
         self.blocks, self.damping = {**self.blocks, **blocks}, {**self.damping, **damping}
-        me = 0 if self.group is None else dist.get_rank(self.group)
+        me = 0 if self._sharing is None else dist.get_rank(self._sharing)
         own = [name for name, rank in self.owners(self.blocks).items() if rank == me]
         self.solvers = {
             name: self._solver(name) if name in blocks or name not in self.solvers else self.solvers[name]
@@ -69,12 +92,14 @@ class Inversion:
         self.blocks = blocks
         self.damping = {name: one for name, one in self.damping.items() if name in blocks}
         self.starts = {name: one for name, one in self.starts.items() if name in blocks}
+        self.updates = {name: one for name, one in self.updates.items() if name in blocks}
         self.solvers = {name: one for name, one in self.solvers.items() if name in blocks}
 
     def directions(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The inverse times the gradients, by parameter name; blocks with a missing gradient are omitted."""
         found: dict[str, Tensor] = {}
-        owners = self.owners(self.blocks) if self.group is not None else {}
+        group = self._sharing
+        owners = self.owners(self.blocks) if group is not None else {}
         for name, block in self.blocks.items():
             own = {one: g for one in block.names if (g := gradients[one]) is not None}
             if len(own) < len(block.names):
@@ -85,17 +110,21 @@ class Inversion:
                 solved = self.solvers[name].block_product(name, wide)
             else:
                 solved = {one: torch.empty_like(g) for one, g in wide.items()}
-            if self.group is not None:
-                source = dist.get_global_rank(self.group, owners[name])
+            if group is not None:
+                source = dist.get_global_rank(group, owners[name])
                 for one in block.names:
                     solved[one] = solved[one].contiguous()
-                    dist.broadcast(solved[one], source, group=self.group)
+                    dist.broadcast(solved[one], source, group=group)
             found |= {one: solved[one] for one in block.names}
         return found
 
+    @property
+    def _sharing(self) -> dist.ProcessGroup | None:
+        return self.group if self.is_shared else None
+
     def owners(self, blocks: Mapping[str, Block]) -> dict[str, int]:
         """The process that inverts each block, chosen to balance the work."""
-        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        ranks = 1 if self._sharing is None else dist.get_world_size(self._sharing)
         return dict(zip(blocks, shares([self.cost(one) for one in blocks.values()], ranks), strict=True))
 
     def cost(self, block: Block) -> float:
@@ -105,9 +134,12 @@ class Inversion:
             on_a = 2 * self.rank * block.d**2
         return float(block.groups * (on_a + block.B.shape[1] ** 3))
 
-    def _solver(self, name: str) -> Inverse:
-        block = self.blocks[name]
-        method = "cholesky" if self.method == "woodbury" and block.root is None else self.method
+    def _solver(self, name: str) -> Operator:
+        block, method = self.blocks[name], self.method
+        if method == "inverse-free":
+            raise ValueError("method was set to 'inverse-free', expected it when the optimizer is created")
+        if method == "woodbury" and block.root is None:
+            method = "cholesky"
         return Inverse({name: block}, self.damping[name], method, self.rank, self.starts)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lensor.choices import Approx, Bias, FactorFisher, Method, Nonfinite, words
+from lensor.choices import Approx, Bias, FactorFisher, Nonfinite, StepMethod, Structure, words
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.block import Block
 from lensor.curvature.capture import unwrapped
@@ -26,6 +26,7 @@ from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
 from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_same_form, unpacked
+from lensor.optim.inverse_free import InverseFree, blocks_of
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
@@ -68,13 +69,19 @@ class KFAC(torch.optim.Optimizer):
         approx: "expand" or "reduce".
         fisher: "empirical" reuses your backward pass; "mc" and "type-2" run additional backward passes during the
             forward pass; "forward-only" needs no backward pass: B is the identity.
-        bias: "joint" or "separate".
+        bias: "joint" or "separate"; unless given, "joint" if whole factors are computed.
         method: inversion method: "cholesky", "eigen", "woodbury" (for blocks with roots; "cholesky" for others), or
             "low-rank", which takes less time for layers with many inputs; see `KroneckerFactors.inverse`.
+            "inverse-free" updates roots of the inverse with new factors by products of matrices, also in bfloat16, and
+            keeps no factors.
         rank: the number of eigenvalues of A that "low-rank" keeps.
-        ema: weight of the old factors at an update; 0 uses the new factors only.
+        structure: for "inverse-free", the entries of factors and roots that are computed and stored: "dense" (all),
+            "block" (those of diagonal blocks) or "diagonal". A block contains whole channels.
+        block_size: the largest number of rows of a block; 64 unless given.
+        ema: weight of the old factors at an update; 0 uses the new factors only. For "inverse-free", this holds to
+            first order; 0 takes one step of Newton's method for the new factors.
         factor_interval: number of steps between updates of the factors.
-        inverse_interval: number of steps between inversions.
+        inverse_interval: number of steps between inversions; 1 for "inverse-free", which has none.
         stagger: whether the layers are updated at different steps of each interval, so that steps take similar time;
             otherwise, all are updated at the same step. In the first step, all are.
         accumulation_steps: number of backward passes per step, each with the mean loss divided by this number (a sum is
@@ -125,7 +132,8 @@ class KFAC(torch.optim.Optimizer):
     grad_scaler: Any = _of("tracker", "grad_scaler", "The GradScaler in use.")
     batch_axis: Given = _of("tracker", "batch_axis", "The axis of the examples, if it was given.")
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
-    method: Method = _of("inversion", "method", "The inversion method.")
+    method: StepMethod = _of("inversion", "method", "The inversion method.")
+    ema: float = _of("inversion", "ema", "The weight of the old factors at an update.")
     rank: int = _of("inversion", "rank", "The number of eigenvalues that are kept.")
 
     def __init__(
@@ -140,9 +148,11 @@ class KFAC(torch.optim.Optimizer):
         kl_clip: float | None = 1e-3,
         approx: Approx = "expand",
         fisher: FactorFisher = "empirical",
-        bias: Bias = "joint",
-        method: Method = "cholesky",
+        bias: Bias | None = None,
+        method: StepMethod = "cholesky",
         rank: int = RANK,
+        structure: Structure = "dense",
+        block_size: int | None = None,
         ema: float = 0.95,
         factor_interval: int = 1,
         inverse_interval: int = 1,
@@ -158,8 +168,8 @@ class KFAC(torch.optim.Optimizer):
         batch_axis: Given = None,
     ) -> None:
         require_loss(loss)
-        chosen = {"approx": (approx, Approx), "fisher": (fisher, FactorFisher), "method": (method, Method)}
-        chosen |= {"bias": (bias, Bias), "nonfinite": (nonfinite, Nonfinite)}
+        chosen = {"approx": (approx, Approx), "fisher": (fisher, FactorFisher), "method": (method, StepMethod)}
+        chosen |= {"bias": (bias or "joint", Bias), "nonfinite": (nonfinite, Nonfinite)}
         for name, (value, known) in chosen.items():
             require_choice(name, value, words(known))
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
@@ -174,21 +184,24 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"ema is {ema}, expected a number in [0, 1)")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
             raise ValueError(f"fisher is {fisher!r}, expected 'empirical' for a loss whose Hessian depends on targets")
+        blocks = blocks_of(method, structure, block_size, bias, inverse_interval)
         require_module(model)
         if group is not None:
             require_type(group, "group", dist.ProcessGroup)
         self.model = unwrapped(model)
         self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self.sharding = Sharding.of(self.model, group, self._asked)
-        self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
+        self.kl_clip, self.nonfinite, self.inverse_interval = kl_clip, nonfinite, inverse_interval
         self.factors: KroneckerFactors | None = None
-        self.inversion = Inversion(method, rank, group if self.sharding is None else None)
+        options = method, rank, group if self.sharding is None else None, ema
+        is_free, size = method == "inverse-free", None if blocks is None else blocks.size
+        self.inversion = InverseFree(*options, size=size) if is_free else Inversion(*options)
         self.tracker = Tracker(
             self.model,
             loss,
             approx,
             fisher,
-            bias == "joint",
+            bias == "joint" or (bias is None and blocks is None),
             factor_interval,
             accumulation_steps,
             mc_samples,
@@ -196,6 +209,7 @@ class KFAC(torch.optim.Optimizer):
             grad_scaler,
             batch_axis,
             sharding=self.sharding,
+            structure=blocks,
         )
         if stagger:
             if self.sharding is not None:
@@ -382,9 +396,9 @@ class KFAC(torch.optim.Optimizer):
         for name, block in ({} if self.factors is None else self.factors).items():
             known = self.inversion.blocks.get(name)
             is_new = known is None or (known.names, known.shape) != (block.names, block.shape)
-            if is_new or self.tracker.is_due(name, self.inverse_interval):
+            if is_new or not self.inversion.keeps_factors or self.tracker.is_due(name, self.inverse_interval):
                 found[name] = block
-        return found
+        return as_parameters(found, self.tracker.names, self.inversion.least)
 
     def _directions(self) -> dict[int, Tensor]:
         """The damped inverse times the gradients, by the parameters' ids; this first inverts blocks that are due."""
@@ -396,6 +410,8 @@ class KFAC(torch.optim.Optimizer):
             is_due = self.tracker.is_due("", self.inverse_interval)
             with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
                 self.inversion.invert(due, {name: self._damping(one) for name, one in due.items()})
+        if not self.inversion.keeps_factors:
+            self.factors = self.factors._with({})
         if self.sharding is None:
             solved = self.inversion.directions({name: p.grad for name, p in names.items()})
         else:
@@ -404,16 +420,16 @@ class KFAC(torch.optim.Optimizer):
 
     def _place(self, factors: KroneckerFactors) -> None:
         """Distribute the layers over the steps of an interval by the time that their updates take."""
-        slots = self.tracker.slots
-        if slots is None or slots.keys() == factors.keys():
+        slots, every = self.tracker.slots, {**self.inversion.blocks, **factors}
+        if slots is None or slots.keys() == every.keys():
             return
         interval = max(self.tracker.factor_interval, self.inverse_interval)
         of_rank: dict[int, list[str]] = {}
-        for name, rank in self.inversion.owners(factors).items():
+        for name, rank in self.inversion.owners(every).items():
             of_rank.setdefault(rank, []).append(name)
         placed: dict[str, int] = {}
         for names in of_rank.values():  # each process has some work at every step
-            blocks = [factors[name] for name in names]
+            blocks = [every[name] for name in names]
             costs = [self.inversion.cost(block) + _cost(block, factors.examples) for block in blocks]
             placed |= zip(names, shares(costs, interval), strict=True)
         for layer in self.layers:  # a bias with its own block is updated with its weight
@@ -549,6 +565,8 @@ class KFAC(torch.optim.Optimizer):
             "inverted": KroneckerFactors(inverted).state_dict() if inverted else None,
             "damped": dict(self.inversion.damping),
             "starts": dict(self.inversion.starts),
+            "updates": dict(self.inversion.updates),
+            "structure": self.inversion.structure,
             "slots": None if self.tracker.slots is None else dict(self.tracker.slots),
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
@@ -573,12 +591,15 @@ class KFAC(torch.optim.Optimizer):
         read = KroneckerFactors.from_state_dict
         factors = None if own["factors"] is None else read(own["factors"])
         inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
+        known, structure = own.get("structure"), self.inversion.structure
+        if known != structure:
+            raise ValueError(f"the state has the structure of inverses {known!r}, expected {structure!r}")
         for blocks in (factors or {}, inverted):
             require_same_form(blocks, tracker.layers, tracker.names, tracker.joint)
         if factors is not None and factors.approx != self.approx:
             raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
         factors = None if factors is None else factors._with(as_parameters(factors, tracker.names))
-        inverted = as_parameters(inverted, tracker.names)
+        inverted = as_parameters(inverted, tracker.names, self.inversion.least)
         super().load_state_dict(plain)
         mark(self)
         ids = [one for group in plain["param_groups"] for one in group["params"]]
@@ -594,7 +615,7 @@ class KFAC(torch.optim.Optimizer):
         if own["generator"] is not None:
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
         starts = {name: one.to(inverted[name].B) for name, one in own.get("starts", {}).items() if name in inverted}
-        self.inversion.restore(inverted, own["damped"], starts)
+        self.inversion.restore(inverted, own["damped"], starts, own.get("updates", {}))
         if self.sharding is not None:
             self.sharding.restore(own)
 
@@ -639,8 +660,8 @@ def _averaged(old: KroneckerFactors, new: KroneckerFactors, decay: float, order:
 
 def _cost(block: Block, examples: int) -> float:
     """The number of multiplications for the factors of some examples, without those of roots."""
-    rows = block.B.shape[1] ** 2 + (block.d**2 if block.root is None else 0)
-    return float(block.groups * examples * max(block.positions, 1) * rows)
+    entries = block.B.numel() + (block.A.numel() if block.root is None else 0)
+    return float(examples * max(block.positions, 1) * entries)
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -398,6 +398,8 @@ class KFAC(torch.optim.Optimizer):
             is_new = known is None or (known.names, known.shape) != (block.names, block.shape)
             if is_new or not self.inversion.keeps_factors or self.tracker.is_due(name, self.inverse_interval):
                 found[name] = block
+        if self.inversion.keeps_factors:
+            return found
         return as_parameters(found, self.tracker.names, self.inversion.least)
 
     def _directions(self) -> dict[int, Tensor]:

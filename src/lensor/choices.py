@@ -48,6 +48,12 @@ PaddingMode: TypeAlias = Literal["zeros", "circular", "reflect", "replicate"]
 Scheme: TypeAlias = Literal["bernoulli", "fixed", "blocks", "importance"]
 """How positions are sampled."""
 
+StepMethod: TypeAlias = Literal["cholesky", "eigen", "woodbury", "low-rank", "inverse-free"]
+"""The choices of `Method`, or "inverse-free": an optimizer updates roots of the inverse by products only."""
+
+Structure: TypeAlias = Literal["dense", "block", "diagonal"]
+"""The entries of Kronecker factors that are computed: all, those of diagonal blocks, or those of the diagonal."""
+
 
 def words(choice: Any) -> tuple[str, ...]:
     """Return the choices of a `Literal` type.

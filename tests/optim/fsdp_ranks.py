@@ -160,6 +160,8 @@ CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("blocks", torch.float64, {"approx": "reduce", "method": "woodbury", "fisher": "forward-only", "ema": 0}),
     ("blocks", torch.float32, {"batch_axis": 0}),
     ("blocks", torch.float64, {"method": "low-rank", "rank": 4, "params": "groups", "inverse_interval": 2}),
+    ("blocks", torch.float64, {"method": "inverse-free"}),
+    ("root", torch.float64, {"method": "inverse-free", "structure": "block", "block_size": 9, "approx": "reduce"}),
 ]
 """How the model is wrapped, its dtype, and options of the optimizer."""
 
@@ -192,8 +194,8 @@ def equal(places: range) -> dict[str, Any]:
         optimizer = optimizer_of(model, options)
         train(model, optimizer, range(4), share, dtype=dtype)
         states = {type(one) for state in optimizer.state.values() for name, one in state.items() if name != "step"}
-        found[f"case {place}"] = whole(model), sorted(optimizer.factors or ()), states == {DTensor}
-        assert set(optimizer.inversion.solvers) == set(optimizer.factors or ())
+        found[f"case {place}"] = whole(model), sorted(optimizer.inversion.blocks), states == {DTensor}
+        assert set(optimizer.inversion.solvers) == set(optimizer.inversion.blocks)
     return found
 
 

@@ -45,6 +45,7 @@ SETUPS: Mapping[str, Setup] = {
 
 _RARELY: Mapping[str, Any] = {"factor_interval": INTERVAL, "inverse_interval": INTERVAL, "batch_axis": 0}
 _SPREAD: Mapping[str, Any] = {**_RARELY, "method": "low-rank", "stagger": True}
+_FREE: Mapping[str, Any] = {"method": "inverse-free", "factor_interval": INTERVAL, "batch_axis": 0}
 
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "KFAC, forward-only": {
@@ -60,6 +61,11 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "KFAC, expand": _RARELY,
     "KFAC, expand, low rank": _SPREAD,
     "KFAC, expand, low rank, bfloat16": {**_SPREAD, "inverse_dtype": torch.bfloat16},
+    "KFAC, reduce, inverse-free, dense": {"approx": "reduce", **_FREE},
+    "KFAC, reduce, inverse-free, block": {"approx": "reduce", **_FREE, "structure": "block"},
+    "KFAC, reduce, inverse-free, diagonal": {"approx": "reduce", **_FREE, "structure": "diagonal"},
+    "KFAC, expand, inverse-free, block": {**_FREE, "structure": "block"},
+    "KFAC, expand, inverse-free, diagonal": {**_FREE, "structure": "diagonal"},
 }
 """The optimizers; all but the first update factors and inverses of a layer at every tenth step only. With "low rank"
 or "bfloat16", layers are updated at different steps. All are given the axis of the examples, which trial passes would

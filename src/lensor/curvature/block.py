@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lensor.curvature.structure import blocks_times, times_blocks
 from lensor.curvature.watching import uncast
 
 Vectors = Mapping[str, Tensor]
@@ -34,6 +35,8 @@ class Block:
             batches.
         factored: whether the block is a Kronecker product; otherwise A is 1, and B is the block itself, or one number
             per group for its diagonal.
+        parts: the number of diagonal blocks of A and of B in each group. If it is not 1, only these blocks are stored:
+            A has the shape [groups · parts, d/parts, d/parts], and its root and B are stored likewise.
 
     Example:
         >>> import torch
@@ -52,6 +55,7 @@ class Block:
     B: Tensor
     positions: int
     factored: bool = True
+    parts: tuple[int, int] = (1, 1)
 
     def __repr__(self) -> str:
         return f"Block({', '.join(map(repr, self.names))}, {self.form})"
@@ -62,7 +66,8 @@ class Block:
         if not self.factored:
             return f"dense {self.B.shape[1]}²" if self.groups == 1 else f"diagonal of {self.groups} entries"
         rows = "" if self.root is None else f", A's root of {self.root.shape[1]} rows"
-        return f"{self.groups} × kron(B {self.B.shape[1]}², A {self.d}²){rows}"
+        a, b = (f"{count} × " if count > 1 else "" for count in self.parts)
+        return f"{self.groups} × kron(B {b}{self.B.shape[1]}², A {a}{self.d // self.parts[0]}²){rows}"
 
     @property
     def A(self) -> Tensor:
@@ -76,25 +81,30 @@ class Block:
     @property
     def groups(self) -> int:
         """Number of channel groups."""
-        return len(self.B)
+        return len(self.B) // self.parts[1]
+
+    @property
+    def c(self) -> int:
+        """Number of rows of B."""
+        return self.B.shape[1] * self.parts[1]
 
     @property
     def d(self) -> int:
         """Number of rows of A."""
         known = self.formed if self.formed is not None else self.root
         assert known is not None
-        return known.shape[-1]
+        return known.shape[-1] * self.parts[0]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter."""
-        return dict(zip(self.names, (self.shape, (self.groups * self.B.shape[1],)), strict=False))
+        return dict(zip(self.names, (self.shape, (self.groups * self.c,)), strict=False))
 
     def to_rows(self, vectors: Vectors) -> Tensor:
         """Convert parameter values to [..., groups, rows of B, rows of A]; leading axes are preserved."""
         first = vectors[self.names[0]]
         front = first.shape[: first.ndim - len(self.shape)]
-        c = self.B.shape[1]
+        c = self.c
         if self.transposed:
             inner, kernel = self.shape[0] // self.groups, math.prod(self.shape[2:])
             rows = first.reshape(*front, self.groups, inner, c, kernel).transpose(-3, -2)
@@ -107,7 +117,7 @@ class Block:
 
     def from_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """Convert rows back to parameter values: the inverse of `to_rows`."""
-        front, c, found = rows.shape[:-3], self.B.shape[1], {}
+        front, c, found = rows.shape[:-3], self.c, {}
         if len(self.names) == 2:
             found[self.names[1]] = rows[..., -1].reshape(*front, self.groups * c)
             rows = rows[..., :-1]
@@ -118,10 +128,9 @@ class Block:
 
     def product(self, rows: Tensor) -> Tensor:
         """Multiply kron(B, A) by vectors in row form."""
-        rows = self.B @ rows
-        if self.formed is not None:
-            return rows @ self.formed
-        assert self.root is not None
+        rows = blocks_times(self.B, rows)
+        if self.root is None or self.parts[0] > 1:
+            return times_blocks(rows, self.A)
         return (rows @ self.root.mT) @ self.root
 
     def scaled(self, a: float, b: float) -> Block:
@@ -142,7 +151,8 @@ class Block:
 
     def dense(self) -> Tensor:
         """kron(B, A) for every group, [groups, c·d, c·d]; for tests and small layers only."""
-        return torch.stack([torch.kron(b, a) for b, a in zip(self.B, self.A, strict=True)])
+        a, b = ([torch.block_diag(*some) for some in one.unflatten(0, (self.groups, -1))] for one in (self.A, self.B))
+        return torch.stack([torch.kron(*both) for both in zip(b, a, strict=True)])
 
 
 def require_alike(name: str, one: Block, other: Block | None) -> None:
@@ -185,6 +195,7 @@ def block_of(name: str, state: Any) -> Block:
             state["B"],
             int(state["positions"]),
             bool(state.get("factored", True)),
+            (int(state.get("parts", (1, 1))[0]), int(state.get("parts", (1, 1))[1])),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(f"cannot be read ({type(error).__name__}: {error})") from None
@@ -198,11 +209,12 @@ def block_of(name: str, state: Any) -> Block:
             raise damaged(f"has an invalid {key}, expected a tensor of real numbers with three axes")
         if key != "root" and tensor.shape[1] != tensor.shape[2]:
             raise damaged(f"has {key} of shape {tuple(tensor.shape)}, expected square matrices")
-        if (tensor.shape[0], tensor.dtype, tensor.device) != (block.groups, block.B.dtype, block.B.device):
+        count = block.groups * block.parts[key == "B"]
+        if (tensor.shape[0], tensor.dtype, tensor.device) != (count, block.B.dtype, block.B.device):
             raise damaged(f"has {key} and B with different groups, dtypes or devices, expected the same")
     if not block.factored and (block.formed is None or block.d != 1 or len(block.names) != 1):
         raise damaged(f"has the factors {block.form} and parameters {block.names}, expected A of one row")
-    c, more = block.B.shape[1], len(block.names) - 1
+    c, more = block.c, len(block.names) - 1
     fits = math.prod(block.shape) == block.groups * c * (block.d - more)
     if block.transposed:
         fits = fits and len(block.shape) > 1 and block.shape[1] == c and block.shape[0] % block.groups == 0

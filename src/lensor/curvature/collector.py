@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from lensor.curvature.layers import Layer, refuse_mixing
 from lensor.curvature.losses import require_counted
 from lensor.curvature.networks import of_one
 from lensor.curvature.registry import root_of
+from lensor.curvature.structure import DiagonalBlocks
 from lensor.curvature.watching import Rewind, Targets
 from lensor.spec import ConvSpec
 
@@ -116,6 +117,8 @@ class Collector:
         dense: the largest number of entries of a parameter without Kronecker factors whose block is a dense matrix;
             the blocks of larger ones are diagonal.
         constants: the output factors of "forward-only" by parameter, if those of earlier collectors are used again.
+        structure: the diagonal blocks of the factors that are computed; the whole factors unless given. Weight and bias
+            must not share a block then.
     """
 
     approx: Approx
@@ -131,9 +134,11 @@ class Collector:
         parameters: Mapping[str, nn.Parameter] | None = None,
         dense: int = 0,
         constants: dict[str, Tensor] | None = None,
+        structure: DiagonalBlocks | None = None,
     ) -> None:
         self.layers, self.approx, self.joint, self.fisher, self.keep_graph = layers, approx, joint, fisher, keep_graph
         self.parameters, self.dense, self.constants = parameters, dense, {} if constants is None else constants
+        self.structure = structure
         owned = {name: layer for layer in layers for name in (layer.weight, layer.bias) if name is not None}
         self._layers = {layer.weight: layer for layer in reversed(layers)}
         self._left = set(parameters or ()) - set(owned)
@@ -239,7 +244,8 @@ class Collector:
 
     def empty(self) -> Collector:
         """A collector of the same factors that has no sums."""
-        one = Collector(self.layers, self.approx, self.joint, self.fisher, self.keep_graph, self.parameters, self.dense)
+        options = self.keep_graph, self.parameters, self.dense, self.constants, self.structure
+        one = Collector(self.layers, self.approx, self.joint, self.fisher, *options)
         one._left = set(self._left)
         one._clear()
         return one
@@ -307,6 +313,8 @@ class Collector:
             sums, total = self.sums[name], sum(positions for positions, _ in parts)
             assert sums.roots is not None
             root = parts[0][1] if len(parts) == 1 else sum_of(one * (rows / total) for rows, one in parts)
+            if self.structure is not None:
+                root = self.structure.split_root(root, math.prod(self._layers[name].weight_shape[2:]))
             sums.roots.append(root)
             sums.condense()
         self._uses, self._roots = {}, {}
@@ -416,7 +424,10 @@ class Collector:
         if self.approx == "expand":  # positions count as examples
             x = use.as_examples(x)
             spec = use.spec(x)
-        factor = of_one(ops.kfac_input_factor, spec, x, self.approx, bias=joint)
+        if self.structure is None:
+            factor = of_one(ops.kfac_input_factor, spec, x, self.approx, bias=joint)
+        else:
+            factor = self.structure.input_factor(spec, x)
         sums.a = factor.mul_(len(x)) if sums.a is None else sums.a.add_(factor, alpha=len(x))
 
     def _add_outputs(self, sums: Sums, uses: Sequence[Use], gradients: Mapping[Use, Tensor], weight: float) -> None:
@@ -440,6 +451,7 @@ class Collector:
 
     def _add_factor(self, sums: Sums, gradient: Tensor, spec: ConvSpec, weight: float) -> None:
         # The output factor depends on the output only, so use a convolution with kernel size 1.
+        spec = spec if self.structure is None else self.structure.output_spec(spec)
         factor = of_one(ops.kfac_output_factor, spec, gradient[None], self.approx)
         sums.b = factor.mul_(weight) if sums.b is None else sums.b.add_(factor, alpha=weight)
 
@@ -480,7 +492,10 @@ class Collector:
                 b = self._constant(name, layer, a if a is not None else root)
             outer[name] = b
             names = (name, self._joined[name]) if name in self._joined else (name,)
-            blocks[name] = Block(names, layer.weight_shape, layer.is_transposed, a, root, b, sums.positions or 0)
+            known = a if a is not None else root
+            assert known is not None
+            found = Block(names, layer.weight_shape, layer.is_transposed, a, root, b, sums.positions or 0)
+            blocks[name] = replace(found, parts=(len(known) // layer.groups, len(b) // layer.groups))
         for name, sums in self.biases.items():
             layer = owners[name]
             b = outer.get(self._alike.get(name, "")) if sums.b is None else averaged(sums.b)
@@ -489,7 +504,8 @@ class Collector:
             mean = sums.ones / self.examples if self.approx == "expand" else 1.0
             # The input of a bias is 1 at every position.
             factor = b.new_full((layer.groups, 1, 1), mean)
-            blocks[name] = Block((name,), (layer.output_channels,), False, factor, None, b, sums.positions or 0)
+            found = Block((name,), (layer.output_channels,), False, factor, None, b, sums.positions or 0)
+            blocks[name] = replace(found, parts=(1, len(b) // layer.groups))
         for name, values in self.plain.items():
             blocks[name] = plain_block(name, tuple((self.parameters or {})[name].shape), averaged(values))
         ordered = {name: blocks[name] for name in self._order if name in blocks}
@@ -498,14 +514,16 @@ class Collector:
     def _constant(self, name: str, layer: Layer, like: Tensor | None) -> Tensor:
         """An output factor without gradients: the identity, or zeros if gradients were expected."""
         assert like is not None
-        groups, size = layer.groups, layer.output_channels // layer.groups
+        channels = layer.output_channels // layer.groups
+        rows = channels if self.structure is None else self.structure.rows_of_output(channels)
+        shape = layer.output_channels // rows, rows, rows
         if self.fisher != "forward-only":
-            return like.new_zeros(groups, size, size)
+            return like.new_zeros(shape)
         known = self.constants.get(name)
-        is_same = known is not None and factor_of_identity(known) == 1 and known.shape == (groups, size, size)
+        is_same = known is not None and factor_of_identity(known) == 1 and known.shape == shape
         if known is not None and is_same and (known.dtype, known.device) == (like.dtype, like.device):
             return known
-        self.constants[name] = multiple_of_identity(groups, size, 1.0, like)
+        self.constants[name] = multiple_of_identity(shape[0], rows, 1.0, like)
         return self.constants[name]
 
 

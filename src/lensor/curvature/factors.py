@@ -263,6 +263,7 @@ class KroneckerFactors(Operator, Mapping[str, Block]):
                 "transposed": block.transposed,
                 "positions": block.positions,
                 "factored": block.factored,
+                **({} if block.parts == (1, 1) else {"parts": list(block.parts)}),
                 **block.tensors(),
             }
             for name, block in self.items()

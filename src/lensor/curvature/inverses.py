@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from lensor.choices import Method
+from lensor.choices import Method, words
 from lensor.curvature.block import Block, eigh, factor_of_identity, trace_of_input, traces_of
 from lensor.curvature.operators import Operator
 from lensor.curvature.watching import uncast
@@ -117,7 +117,7 @@ class Inverse(Operator):
     ) -> None:
         super().__init__(blocks)
         _require_damping(damping)
-        require_choice("method", method, tuple(_WAYS))
+        require_choice("method", method, words(Method))
         if rank < 1:
             raise ValueError(f"rank is {rank}, expected at least 1")
         require_storage("dtype", dtype)
@@ -126,8 +126,8 @@ class Inverse(Operator):
         several: dict[str, Block] = {}
         for name, block in blocks.items():
             with uncast(block.B):
-                way = _WAYS[method] if block.factored else _Eigen
-                if way is _Woodbury:
+                way = _ONE[method] if block.factored and method != "woodbury" else _Eigen
+                if block.factored and method == "woodbury":
                     several[name] = block
                 else:
                     self._solvers[name] = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
@@ -325,7 +325,7 @@ class _Woodbury:
             for name, one in zip(some, inner.unbind(0), strict=True):
                 root, on_a, b, plain = parts[name]
                 scale = b / on_a if plain else 1 / on_a
-                found[name] = cls(root, one * -scale, scale, None if plain else b)
+                found[name] = cls(root, one * -scale, scale, b if isinstance(b, Tensor) and not plain else None)
         return {name: found[name] for name in parts}
 
     def stored(self, dtype: torch.dtype) -> Self:
@@ -443,13 +443,12 @@ class _Gram:
 
 _Solver: TypeAlias = _Eigen | _Cholesky | _Woodbury | _LowRank
 
-_WAYS: dict[str, type[_Solver]] = {
+_ONE: dict[str, type[_Eigen] | type[_Cholesky] | type[_LowRank]] = {
     "eigen": _Eigen,
     "cholesky": _Cholesky,
-    "woodbury": _Woodbury,
     "low-rank": _LowRank,
 }
-"""The class that solves with a block, by method name."""
+"""The class that inverts one block, by method name; "woodbury" inverts several together."""
 
 
 def _factored(block: Block, damping: float) -> tuple[Tensor, Tensor]:

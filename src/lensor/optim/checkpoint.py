@@ -80,19 +80,23 @@ def unpacked(state: Mapping[str, Any], part: str) -> tuple[dict[str, Any], dict[
 
 
 def as_parameters(
-    blocks: Mapping[str, Block], names: Mapping[str, Tensor], dtype: torch.dtype | None
+    blocks: Mapping[str, Block],
+    names: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    least: torch.dtype = torch.float32,
 ) -> dict[str, Block]:
     """Move blocks to the devices of their parameters, and to a dtype.
 
     Args:
         blocks: the blocks.
         names: the parameters, by name.
-        dtype: the dtype; that of the parameters, in at least single precision, unless given.
+        dtype: the dtype; that of the parameters unless given.
+        least: the lowest precision, unless `dtype` is given.
     """
     found = {}
     for name, block in blocks.items():
         like = names[name]
-        own = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
+        own = torch.promote_types(like.dtype, least) if dtype is None else dtype
         changed = {which: tensor.to(like.device, own) for which, tensor in block.tensors().items()}
         found[name] = replace(block, formed=changed.get("A"), root=changed.get("root"), B=changed["B"])
     return found

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lensor.choices import Approx, Bias, FactorFisher, Method, Nonfinite, words
+from lensor.choices import Approx, Bias, FactorFisher, Nonfinite, StepMethod, Structure, words
 from lensor.curvature.batch_axes import Given
 from lensor.curvature.block import Block, factor_of_identity
 from lensor.curvature.capture import unwrapped
@@ -26,6 +26,7 @@ from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
 from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_same_form, unpacked
+from lensor.optim.inverse_free import InverseFree, blocks_of
 from lensor.optim.inversion import Inversion
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
@@ -68,17 +69,24 @@ class KFAC(torch.optim.Optimizer):
         approx: "expand" or "reduce".
         fisher: "empirical" reuses your backward pass; "mc" and "type-2" run additional backward passes during the
             forward pass; "forward-only" needs no backward pass: B is the identity.
-        bias: "joint" or "separate".
+        bias: "joint" or "separate"; unless given, "joint" if whole factors are computed.
         method: inversion method: "cholesky", "eigen", "woodbury" (for blocks with roots; "cholesky" for others), or
             "low-rank", which takes less time for layers with many inputs; see `KroneckerFactors.inverse`.
+            "inverse-free" updates roots of the inverse with new factors by products of matrices, also in bfloat16, and
+            keeps no factors.
         rank: the number of eigenvalues of A that "low-rank" keeps.
-        ema: weight of the old factors at an update; 0 uses the new factors only.
+        structure: for "inverse-free", the entries of factors and roots that are computed and stored: "dense" (all),
+            "block" (those of diagonal blocks) or "diagonal". A block contains whole channels.
+        block_size: the largest number of rows of a block; 64 unless given.
+        ema: weight of the old factors at an update; 0 uses the new factors only. For "inverse-free", this holds to
+            first order; 0 takes one step of Newton's method for the new factors.
         factor_dtype: the dtype in which factors are stored between steps, such as torch.bfloat16 for half the memory;
             they are computed, averaged and inverted in that of the parameters, in at least single precision, which is
             also the default. An average in bfloat16 does not follow changes of less than 0.4 % per update.
-        inverse_dtype: the dtype in which inverses are stored and multiplied by gradients; the same default.
+        inverse_dtype: the dtype in which inverses are stored and multiplied by gradients; the same default. Neither
+            applies to "inverse-free", which computes in the dtype of the parameters.
         factor_interval: number of steps between updates of the factors.
-        inverse_interval: number of steps between inversions.
+        inverse_interval: number of steps between inversions; 1 for "inverse-free", which has none.
         stagger: whether the layers are updated at different steps of each interval, so that steps take similar time;
             otherwise, all are updated at the same step. In the first step, all are.
         accumulation_steps: number of backward passes per step, each with the mean loss divided by this number (a sum is
@@ -129,7 +137,8 @@ class KFAC(torch.optim.Optimizer):
     grad_scaler: Any = _of("tracker", "grad_scaler", "The GradScaler in use.")
     batch_axis: Given = _of("tracker", "batch_axis", "The axis of the examples, if it was given.")
     layers: list[Layer] = _of("tracker", "layers", "The layers with factors.")
-    method: Method = _of("inversion", "method", "The inversion method.")
+    method: StepMethod = _of("inversion", "method", "The inversion method.")
+    ema: float = _of("inversion", "ema", "The weight of the old factors at an update.")
     rank: int = _of("inversion", "rank", "The number of eigenvalues that are kept.")
 
     def __init__(
@@ -144,9 +153,11 @@ class KFAC(torch.optim.Optimizer):
         kl_clip: float | None = 1e-3,
         approx: Approx = "expand",
         fisher: FactorFisher = "empirical",
-        bias: Bias = "joint",
-        method: Method = "cholesky",
+        bias: Bias | None = None,
+        method: StepMethod = "cholesky",
         rank: int = RANK,
+        structure: Structure = "dense",
+        block_size: int | None = None,
         ema: float = 0.95,
         factor_dtype: torch.dtype | None = None,
         inverse_dtype: torch.dtype | None = None,
@@ -164,8 +175,8 @@ class KFAC(torch.optim.Optimizer):
         batch_axis: Given = None,
     ) -> None:
         require_loss(loss)
-        chosen = {"approx": (approx, Approx), "fisher": (fisher, FactorFisher), "method": (method, Method)}
-        chosen |= {"bias": (bias, Bias), "nonfinite": (nonfinite, Nonfinite)}
+        chosen = {"approx": (approx, Approx), "fisher": (fisher, FactorFisher), "method": (method, StepMethod)}
+        chosen |= {"bias": (bias or "joint", Bias), "nonfinite": (nonfinite, Nonfinite)}
         for name, (value, known) in chosen.items():
             require_choice(name, value, words(known))
         counts = {"factor_interval": factor_interval, "inverse_interval": inverse_interval}
@@ -180,24 +191,33 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"ema is {ema}, expected a number in [0, 1)")
         if fisher in ("mc", "type-2") and _needs_targets(loss):
             raise ValueError(f"fisher is {fisher!r}, expected 'empirical' for a loss whose Hessian depends on targets")
-        require_storage("factor_dtype", factor_dtype)
-        require_storage("inverse_dtype", inverse_dtype)
+        for name, dtype in (("factor_dtype", factor_dtype), ("inverse_dtype", inverse_dtype)):
+            require_storage(name, dtype)
+            if dtype is not None and method == "inverse-free":
+                raise ValueError(
+                    f"{name} is {dtype} with method='inverse-free', expected None: use a model in this dtype"
+                )
+        blocks = blocks_of(method, structure, block_size, bias, inverse_interval)
         require_module(model)
         if group is not None:
             require_type(group, "group", dist.ProcessGroup)
         self.model = unwrapped(model)
         self._asked = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self.sharding = Sharding.of(self.model, group, self._asked)
-        self.kl_clip, self.ema, self.nonfinite, self.inverse_interval = kl_clip, ema, nonfinite, inverse_interval
+        self.kl_clip, self.nonfinite, self.inverse_interval = kl_clip, nonfinite, inverse_interval
         self.factor_dtype = factor_dtype
         self.factors: KroneckerFactors | None = None
-        self.inversion = Inversion(method, rank, group if self.sharding is None else None, dtype=inverse_dtype)
+        shared = group if self.sharding is None else None
+        if method == "inverse-free":
+            self.inversion = InverseFree(method, rank, shared, ema, size=None if blocks is None else blocks.size)
+        else:
+            self.inversion = Inversion(method, rank, shared, ema, dtype=inverse_dtype)
         self.tracker = Tracker(
             self.model,
             loss,
             approx,
             fisher,
-            bias == "joint",
+            bias == "joint" or (bias is None and blocks is None),
             factor_interval,
             accumulation_steps,
             mc_samples,
@@ -205,6 +225,7 @@ class KFAC(torch.optim.Optimizer):
             grad_scaler,
             batch_axis,
             sharding=self.sharding,
+            structure=blocks,
         )
         if stagger:
             if self.sharding is not None:
@@ -392,9 +413,11 @@ class KFAC(torch.optim.Optimizer):
         for name, block in ({} if self.factors is None else self.factors).items():
             known = self.inversion.blocks.get(name)
             is_new = known is None or (known.names, known.shape) != (block.names, block.shape)
-            if is_new or self.tracker.is_due(name, self.inverse_interval):
+            if is_new or not self.inversion.keeps_factors or self.tracker.is_due(name, self.inverse_interval):
                 found[name] = block
-        return found
+        if self.inversion.keeps_factors:
+            return found
+        return as_parameters(found, self.tracker.names, least=self.inversion.least)
 
     def _directions(self) -> dict[int, Direction]:
         """The damped inverse times the gradients, by the parameters' ids; this first inverts blocks that are due."""
@@ -406,6 +429,8 @@ class KFAC(torch.optim.Optimizer):
             is_due = self.tracker.is_due("", self.inverse_interval)
             with nullcontext() if self.sharding is None else self.sharding.inverting(is_due):
                 self.inversion.invert(due, self._dampings(due))
+        if not self.inversion.keeps_factors:
+            self.factors = self.factors._with({})
         if self.sharding is None:
             solved = self.inversion.directions({name: p.grad for name, p in names.items()}, formed=False)
         else:
@@ -414,16 +439,16 @@ class KFAC(torch.optim.Optimizer):
 
     def _place(self, factors: KroneckerFactors) -> None:
         """Distribute the layers over the steps of an interval by the time that their updates take."""
-        slots = self.tracker.slots
-        if slots is None or slots.keys() == factors.keys():
+        slots, every = self.tracker.slots, {**self.inversion.blocks, **factors}
+        if slots is None or slots.keys() == every.keys():
             return
         interval = max(self.tracker.factor_interval, self.inverse_interval)
         of_rank: dict[int, list[str]] = {}
-        for name, rank in self.inversion.owners(factors).items():
+        for name, rank in self.inversion.owners(every).items():
             of_rank.setdefault(rank, []).append(name)
         placed: dict[str, int] = {}
         for names in of_rank.values():  # each process has some work at every step
-            blocks = [factors[name] for name in names]
+            blocks = [every[name] for name in names]
             costs = [self.inversion.cost(block) + _cost(block, factors.examples) for block in blocks]
             placed |= zip(names, shares(costs, interval), strict=True)
         for layer in self.layers:  # a bias with its own block is updated with its weight
@@ -566,6 +591,8 @@ class KFAC(torch.optim.Optimizer):
             "inverted": KroneckerFactors(inverted).state_dict() if inverted else None,
             "damped": dict(self.inversion.damping),
             "starts": dict(self.inversion.starts),
+            "updates": dict(self.inversion.updates),
+            "structure": self.inversion.structure,
             "slots": None if self.tracker.slots is None else dict(self.tracker.slots),
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
@@ -590,12 +617,16 @@ class KFAC(torch.optim.Optimizer):
         read = KroneckerFactors.from_state_dict
         factors = None if own["factors"] is None else read(own["factors"])
         inverted = {} if own["inverted"] is None else dict(read(own["inverted"]))
+        known, structure = own.get("structure"), self.inversion.structure
+        if known != structure:
+            raise ValueError(f"the state has the structure of inverses {known!r}, expected {structure!r}")
         for blocks in (factors or {}, inverted):
             require_same_form(blocks, tracker.layers, tracker.names, tracker.joint)
         if factors is not None and factors.approx != self.approx:
             raise ValueError(f"the state has factors with approx={factors.approx!r}, expected {self.approx!r}")
-        factors = None if factors is None else factors._with(as_parameters(factors, tracker.names, self.factor_dtype))
-        inverted = as_parameters(inverted, tracker.names, self.factor_dtype)
+        dtype = self.factor_dtype
+        factors = None if factors is None else factors._with(as_parameters(factors, tracker.names, dtype))
+        inverted = as_parameters(inverted, tracker.names, dtype, self.inversion.least)
         super().load_state_dict(plain)
         mark(self)
         ids = [one for group in plain["param_groups"] for one in group["params"]]
@@ -612,7 +643,7 @@ class KFAC(torch.optim.Optimizer):
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
         starts = own.get("starts", {})
         starts = {name: one.to(inverted[name].B.device) for name, one in starts.items() if name in inverted}
-        self.inversion.restore(inverted, own["damped"], starts)
+        self.inversion.restore(inverted, own["damped"], starts, own.get("updates", {}))
         if self.sharding is not None:
             self.sharding.restore(own)
 
@@ -665,8 +696,8 @@ def _averaged(
 
 def _cost(block: Block, examples: int) -> float:
     """The number of multiplications for the factors of some examples, without those of roots."""
-    rows = block.B.shape[1] ** 2 + (block.d**2 if block.root is None else 0)
-    return float(block.groups * examples * max(block.positions, 1) * rows)
+    entries = block.B.numel() + (block.A.numel() if block.root is None else 0)
+    return float(examples * max(block.positions, 1) * entries)
 
 
 _SMALL = 4096

@@ -23,6 +23,7 @@ from lensor.curvature.collector import Collector, output_axis
 from lensor.curvature.data import Arguments, one_tensor, size_of
 from lensor.curvature.layers import Layer
 from lensor.curvature.registry import reduction_of, root_of
+from lensor.curvature.structure import DiagonalBlocks
 from lensor.curvature.trials import needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
 from lensor.optim.hooks import OnGradient, attach, move_to_end
@@ -47,6 +48,7 @@ class Tracker:
         batch_axis: the axis of the examples in the layers' inputs, if given.
         steps: number of steps so far.
         sharding: the sharding of the model's parameters, if they are sharded.
+        structure: the diagonal blocks of the factors that are computed; the whole factors unless given.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Tracker:
     batch_axis: Given
     steps: int = 0
     sharding: Sharding | None = None
+    structure: DiagonalBlocks | None = None
     slots: dict[str, int] | None = None
     """With staggered updates, the step in each interval at which a layer is updated, by the name of its weight. Layers
     that have no factors yet have none, and are always due."""
@@ -165,8 +168,8 @@ class Tracker:
         inputs, layers = Arguments(arguments, named), self.due()
         batch, targets = size_of(inputs), self._targets(layers)
         layout = self._batch_axes(inputs, batch)
-        collected = Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True, constants=self._constants)
-        one = _Pass(collected)
+        options: dict[str, Any] = {"constants": self._constants, "structure": self.structure}
+        one = _Pass(Collector(layers, self.approx, self.joint, self.fisher, keep_graph=True, **options))
         on_output = partial(_wait, weakref.ref(self), one) if self.fisher == "empirical" else None
         capture = Capture(
             targets,

@@ -44,11 +44,11 @@ def descend(group: Group, directions: Mapping[int, Direction], scale: float | Te
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
         pairs = list(zip(parameters, found, strict=True))
-        wide = not isinstance(scale, Tensor) and all(_is_wide(p, one) for p, one in pairs)
-        if wide:
+        factor = 1.0
+        if not isinstance(scale, Tensor) and all(_is_wide(p, one) for p, one in pairs):
             factor = scale
         else:  # in half precision, small factors would be rounded
-            found, factor = list(each._foreach_mul([_formed(one) for one in found], scale)), 1.0
+            found = list(each._foreach_mul([_formed(one) for one in found], scale))
         rate, momentum = group["lr"], group["momentum"]
         if group["weight_decay"]:
             each._foreach_mul_(parameters, 1 - rate * group["weight_decay"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +26,13 @@ each: Any = torch
 _WIDE = (torch.float32, torch.float64)
 
 
-def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tensor, states: States) -> None:
+def descend(
+    group: Group,
+    directions: Mapping[int, Tensor],
+    scale: float | Tensor,
+    states: States,
+    momentum: float | None = None,
+) -> None:
     """Update a group's parameters along their directions, with momentum and decoupled weight decay.
 
     Args:
@@ -34,6 +40,7 @@ def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tenso
         directions: the direction of a parameter, by its id; the gradient is used if there is none.
         scale: the number that directions are multiplied by; a tensor if it is on a device.
         states: the states; with momentum, they contain "momentum_buffer".
+        momentum: the factor of the buffers, in groups with momentum; the group's option unless given.
     """
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
@@ -43,7 +50,8 @@ def descend(group: Group, directions: Mapping[int, Tensor], scale: float | Tenso
         else:
             factor = scale
         if group["momentum"]:
-            found, factor = _with_momentum(parameters, found, factor, group["momentum"], states), 1.0
+            decay = group["momentum"] if momentum is None else momentum
+            found, factor = _with_momentum(parameters, found, factor, decay, states), 1.0
         if group["weight_decay"]:
             each._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         found = [one.to(p.dtype) for one, p in zip(found, parameters, strict=True)]
@@ -94,6 +102,19 @@ def adapt(group: Group, states: States) -> None:
         eps=options["eps"],
         maximize=False,
     )
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product in at least single precision, in which products of gradients do not overflow."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = (one if one.dtype == dtype else one.to(dtype) for one in (a.reshape(-1), b.reshape(-1)))
+    return torch.dot(a, b)
+
+
+def inner_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of the inner products of pairs of tensors, which may be on several devices; zero for no pair."""
+    found = [inner_product(a, b) for a, b in pairs]
+    return torch.stack([one.to(found[0].device) for one in found]).sum() if found else torch.zeros(())
 
 
 def _alike(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -219,6 +219,8 @@ class Passes:
             ]
             try:
                 gradients = _gradients(sum(losses.found[1:], losses.found[0]), starts)
+                if not any(one.requires_grad for one in gradients):
+                    raise RuntimeError("its gradient does not depend on the outputs, or cannot be differentiated")
                 slopes = [inner_products(zip(gradients, some, strict=True)) for some in tangents]
                 products = [_gradients(one, starts) for one in slopes]
             except (NotImplementedError, RuntimeError) as error:

@@ -132,7 +132,8 @@ class Adaptation:
             parts = [c * one[name] for c, one in zip(coefficients, spans, strict=True) if name in one]
             step.append((p, sum(parts[1:], parts[0])))
         losses = [torch.tensor(one, dtype=torch.float64) for one in (passes.loss(), passes.loss_after(step))]
-        return self._measured(found, predicted, *averaged(losses, group, moved[0][1].device).tolist(), passes.precision)
+        before, after = averaged(losses, group, moved[0][1].device).tolist()
+        return self._measured(found, predicted, before, after, passes.precision)
 
     def _spans(
         self,

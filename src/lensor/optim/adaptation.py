@@ -30,12 +30,14 @@ class Chosen:
         scale: the factor of the directions.
         momentum: the factor of the momentum buffers; None for the option of each group.
         damping: the factor of the dampings after the step.
-        trouble: why the step cannot be taken, or "".
+        rejected: whether the parameters stay as they are, because the loss would grow.
+        trouble: why the step is an error, or "".
     """
 
     scale: float | Tensor
     momentum: float | None = None
     damping: float = 1.0
+    rejected: bool = False
     trouble: str = ""
 
 
@@ -59,7 +61,7 @@ class Adaptation:
     checked: bool = False
     """Whether the first quadratic model has been checked."""
     ratio: float | None = None
-    """The last ratio of the change of the loss to the predicted one."""
+    """The last ratio of the change of the loss to the predicted one. While it is low, every step measures it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
@@ -98,7 +100,8 @@ class Adaptation:
             steps: the number of steps so far.
             group: the ranks that train together.
         """
-        measures = self.damping and (steps + 1) % self.interval == 0
+        is_due = (steps + 1) % self.interval == 0
+        measures = self.damping and (is_due or self.ratio is None or self.ratio < _RAISED)
         moved = [(one, p) for one in groups if one["lr"] for p in one["params"] if p.grad is not None]
         if not (self.lr or measures) or not moved:
             return Chosen(scale)
@@ -133,7 +136,7 @@ class Adaptation:
             step.append((p, sum(parts[1:], parts[0])))
         losses = [torch.tensor(one, dtype=torch.float64) for one in (passes.loss(), passes.loss_after(step))]
         before, after = averaged(losses, group, moved[0][1].device).tolist()
-        return self._measured(found, predicted, before, after, passes.precision)
+        return self._measured(found, predicted, before, after, passes.precision, is_due)
 
     def _spans(
         self,
@@ -163,7 +166,9 @@ class Adaptation:
                 found[name] = one["lr"] * direction
         return [found, buffers] if buffers else [found]
 
-    def _measured(self, found: Chosen, predicted: float, before: float, after: float, precision: float) -> Chosen:
+    def _measured(
+        self, found: Chosen, predicted: float, before: float, after: float, precision: float, is_due: bool
+    ) -> Chosen:
         """The step with the factor of the damping, from the ratio of the change of the loss to the predicted one.
 
         Args:
@@ -172,19 +177,21 @@ class Adaptation:
             before: the loss before the step.
             after: the loss after the step.
             precision: the relative precision of the loss.
+            is_due: whether the damping may decrease in this step.
         """
         if not math.isfinite(before):
             return replace(found, trouble=f"the loss is {before}, expected a finite number: no step was taken")
-        lower = self.decay**self.interval
+        lower, rounding = self.decay**self.interval, _ROUNDING * precision * abs(before)
         if not math.isfinite(after):
-            trouble = f"the loss after the step is {after}, expected a finite number: the damping may be too small"
-            return replace(found, damping=1 / lower, trouble=trouble)
-        if abs(predicted) <= _ROUNDING * precision * abs(before):
+            after = math.inf
+        elif max(abs(predicted), abs(after - before)) <= rounding:
             return found
-        self.ratio = (after - before) / predicted
-        if predicted > 0 or self.ratio < _RAISED:  # a fixed learning rate may predict that the loss grows
-            return replace(found, damping=1 / lower)
-        return replace(found, damping=lower) if self.ratio > _LOWERED else found
+        self.ratio = (after - before) / predicted if predicted else -math.inf
+        if after > before + rounding:
+            self.ratio = min(self.ratio, 0.0)  # a fixed learning rate may predict that the loss grows
+        if self.ratio < _RAISED:
+            return replace(found, damping=1 / lower, rejected=after > before + rounding)
+        return replace(found, damping=lower) if self.ratio > _LOWERED and is_due else found
 
     def rescale(self, groups: Sequence[MutableMapping[str, Any]], factor: float) -> None:
         """Multiply the dampings of groups by a factor, within the bounds."""

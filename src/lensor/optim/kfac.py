@@ -89,8 +89,7 @@ class KFAC(torch.optim.Optimizer):
         mc_samples: number of draws per example, for "mc".
         seed: seed of the draws.
         nonfinite: response to a gradient or factor with NaN or infinity: "raise" a FloatingPointError, or "skip" the
-            step; both leave parameters and state unchanged. It is also the response if `adapt_damping` finds that the
-            loss would not be finite after the step, but then "skip" increases the damping.
+            step; both leave parameters and state unchanged.
         grad_scaler: the GradScaler in use: gradients at the layers' outputs are divided by its scale.
         group: torch.distributed ranks that train together; they sum the factors and share the inversions. For a sharded
             model, these are the ranks of its mesh; each block is then stored, inverted and multiplied on one rank only.
@@ -101,9 +100,11 @@ class KFAC(torch.optim.Optimizer):
             and a closure (see `step`). It takes a forward-mode pass of the model for each of the two, which costs about
             two forward passes.
         adapt_damping: whether the damping follows the ratio of the change of the loss to the change that the quadratic
-            model predicts: it decreases if the ratio is above 3/4, and grows if it is below 1/4. This needs a closure.
-            Without `adapt_lr`, use a learning rate near 1, because every model predicts the change of short steps.
-        damping_interval: number of steps between changes of the damping.
+            model predicts: it decreases if the ratio is above 3/4, and grows if it is below 1/4. If the loss
+            would grow, the parameters with curvature stay as they are. This needs a closure. Without `adapt_lr`, use a
+            learning rate near 1, because every model predicts the change of short steps.
+        damping_interval: number of steps between measurements of the ratio. At first, and after a ratio below 1/4,
+            every step measures it.
         damping_decay: the factor of a decreasing damping for each step of an interval; a growing one is divided by it.
         damping_range: the smallest and the largest damping that `adapt_damping` may set.
 
@@ -407,12 +408,11 @@ class KFAC(torch.optim.Optimizer):
         chosen = self._chosen(passes, directions, self._scale(length))
         if chosen.trouble:
             self.factors, self.tracker.slots, self.inversion = before
-            if self.nonfinite == "skip":
-                self._rescale_damping(chosen.damping)
             return self._skipped(chosen.trouble, found)
         for group in self.param_groups:
             if group["use_kfac"]:
-                descend(group, directions, chosen.scale, self.state, chosen.momentum)
+                if not chosen.rejected:
+                    descend(group, directions, chosen.scale, self.state, chosen.momentum)
             else:
                 adapt(group, self.state)
         self._rescale_damping(chosen.damping)
@@ -632,6 +632,7 @@ class KFAC(torch.optim.Optimizer):
             "slots": None if self.tracker.slots is None else dict(self.tracker.slots),
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
+            "ratio": None if self.adaptation is None else self.adaptation.ratio,
         }
         own |= {} if self.sharding is None else self.sharding.known
         return packed(self, super().state_dict(), own, self._part)
@@ -670,6 +671,8 @@ class KFAC(torch.optim.Optimizer):
         if tracker.slots is not None:
             tracker.slots = dict(own.get("slots") or {})
         self.factors, self.steps = factors, own["steps"]
+        if self.adaptation is not None:
+            self.adaptation.ratio = own.get("ratio")
         tracker.pending, tracker.seed, tracker.generator = None, own.get("seed", tracker.seed), None
         if own["generator"] is not None:
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])

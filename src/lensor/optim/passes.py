@@ -209,6 +209,11 @@ class Passes:
                 raise ValueError("the closure did not call loss.backward(), expected the gradients of the loss")
             known = [one for one in outputs if one is not None]
             starts = [start for one in known for start in one.starts.values()]
+            if not starts:
+                raise ValueError(
+                    "the model returned no tensor that depends on the parameters, expected a tensor, or tensors in"
+                    " tuples, lists or mappings"
+                )
             tangents = [
                 [
                     one.tangents[at].get(place, torch.zeros_like(start))
@@ -231,8 +236,8 @@ class Passes:
                     f" need: {error}"
                 ) from error
             returned = None
-            if isinstance(value, Tensor) and value.requires_grad:
-                returned = [one.detach() for one in _gradients(value, starts)]
+            if isinstance(value, Tensor) and value.requires_grad and value.numel() == 1:
+                returned = [one.detach() for one in _gradients(value.reshape(()), starts)]
         products = [[one.detach() for one in some] for some in products]
         return Derivatives(tangents, [one.detach() for one in gradients], products, returned)
 
@@ -263,11 +268,6 @@ class Passes:
                     if isinstance(leaf, Tensor):
                         leaves[at], tangent = forward_ad.unpack_dual(leaf)
                         tangents |= {} if tangent is None else {at: tangent}
-            if not tangents:
-                raise ValueError(
-                    f"the model returned an object of type {type(out).__name__} without a tensor that depends on the"
-                    " parameters, expected a tensor, or tensors in tuples, lists or mappings"
-                )
             found.append((leaves, tree, tangents))
         leaves, tree, _ = found[0]
         return Outputs(leaves, tree, [tangents for _, _, tangents in found])

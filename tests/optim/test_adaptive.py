@@ -447,6 +447,9 @@ def test_training_goes_on_bit_for_bit(adapt_lr: bool, tmp_path: Path) -> None:
     other.load_state_dict(weights)
     again.load_state_dict(state)
     assert again.param_groups[0]["damping"] != 0.3
+    assert again.adaptation is not None
+    assert optimizer.adaptation is not None
+    assert again.adaptation.ratio == optimizer.adaptation.ratio is not None
     copied, optimizer_copy = copy.deepcopy((model, optimizer))
     for one, its in ((model, optimizer), (other, again), (copied, optimizer_copy)):
         run(one, its, range(3, 6))

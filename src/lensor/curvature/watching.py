@@ -340,6 +340,27 @@ def apart(model: nn.Module) -> Iterator[None]:
         yield
 
 
+class RandomState:
+    """The state of the random generators that a model may use.
+
+    Args:
+        model: the model; the generators of GPUs are included if it has parameters on one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        cuda = torch.cuda.is_available() and any(one.is_cuda for one in model.parameters())
+        self._cuda = torch.cuda.get_rng_state_all() if cuda else []
+        self._states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        torch.set_rng_state(self._states[0])
+        random.setstate(self._states[1])
+        np.random.set_state(self._states[2])
+
+
 class Rewind:
     """The state of a model and of the random generators before the first pass within `undisturbed`.
 
@@ -351,9 +372,7 @@ class Rewind:
         self._restore = _attributes(list(model.modules()))
         training = any(module.training for module in model.modules())
         self._buffers = [(one, one.detach().clone()) for one in (model.buffers() if training else ())]
-        cuda = torch.cuda.is_available() and any(one.is_cuda for one in model.parameters())
-        self._cuda = torch.cuda.get_rng_state_all() if cuda else []
-        self._generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._random = RandomState(model)
 
     def restore(self) -> None:
         """Undo what the passes since then have changed."""
@@ -362,11 +381,7 @@ class Rewind:
         with torch.no_grad():
             for one, value in self._buffers:
                 one.copy_(value)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        torch.set_rng_state(self._generators[0])
-        random.setstate(self._generators[1])
-        np.random.set_state(self._generators[2])
+        self._random.restore()
 
 
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:

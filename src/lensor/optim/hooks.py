@@ -9,12 +9,15 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
+
+Instead: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""A function of a forward method, its positional arguments and its named arguments."""
 
 
 class Follower(Protocol):
@@ -26,6 +29,10 @@ class Follower(Protocol):
 
     def forward(self, forward: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run a forward pass and collect factors from it."""
+        ...
+
+    def instead(self) -> Instead | None:
+        """What to call instead of the model's forward method, with this method as its first argument."""
         ...
 
     def leave(self) -> None:
@@ -113,15 +120,22 @@ class _Watched:
         forward = self.before if self.before is not None else partial(type(model).forward, model)
         if follower is None:
             return forward(*arguments, **named)
-        if not follower.collects():
-            follower.leave()
-            return forward(*arguments, **named)
-        return follower.forward(forward, arguments, named)
+        followed = partial(_followed, follower, forward)
+        instead = follower.instead()
+        return followed(*arguments, **named) if instead is None else instead(followed, arguments, named)
 
     def __reduce__(self) -> Any:
         if self.before is not None:
             return _same, (self.before,)
         return getattr, (self.model(), "forward")
+
+
+def _followed(follower: Follower, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Run a forward pass, and collect factors from it if the follower asks for them."""
+    if not follower.collects():
+        follower.leave()
+        return forward(*arguments, **named)
+    return follower.forward(forward, arguments, named)
 
 
 def _same(value: Any) -> Any:

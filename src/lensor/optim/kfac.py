@@ -21,16 +21,18 @@ from lensor.curvature.capture import unwrapped
 from lensor.curvature.collector import Collector
 from lensor.curvature.distribution import shares
 from lensor.curvature.factors import KroneckerFactors
-from lensor.curvature.inverses import RANK, PlusLowRank, require_storage
+from lensor.curvature.inverses import RANK, require_storage
 from lensor.curvature.layers import Layer, layers_of, require_module
 from lensor.curvature.registry import reduction_of, require_loss
 from lensor.errors import require_choice, require_type
+from lensor.optim.adaptation import Adaptation, Chosen
 from lensor.optim.checkpoint import WHOLE, as_parameters, mark, packed, require_same_form, unpacked
 from lensor.optim.inverse_free import InverseFree, blocks_of
 from lensor.optim.inversion import Inversion
+from lensor.optim.passes import Passes
 from lensor.optim.sharding import Sharding, local
 from lensor.optim.tracking import Tracker, generator_from
-from lensor.optim.updates import ADAMW, Direction, adapt, descend, each
+from lensor.optim.updates import ADAMW, Direction, adapt, descend, each, formed, inner_products
 
 
 def _of(part: str, name: str, doc: str) -> Any:
@@ -60,8 +62,8 @@ class KFAC(torch.optim.Optimizer):
         loss: the minimised loss: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction "mean" or "sum".
             The optimizer does not see the targets. With class weights or ignored targets, which only "empirical" and
             "forward-only" allow, it scales B as if every target had weight one.
-        lr: learning rate.
-        momentum: momentum of the steps.
+        lr: learning rate; 0.1 unless given. With `adapt_lr`, a factor of the steps; 1 unless given.
+        momentum: momentum of the steps. With `adapt_lr`, 0 leaves out the previous step.
         damping: the multiple of the identity that is added to the curvature.
         weight_decay: a step shrinks the parameters by `lr · weight_decay`, independently of the curvature.
         kl_clip: upper bound on lr²·Σ step·gradient, the squared length of a step in the curvature's norm; longer steps
@@ -105,6 +107,18 @@ class KFAC(torch.optim.Optimizer):
             model, these are the ranks of its mesh; each block is then stored, inverted and multiplied on one rank only.
         batch_axis: axis of the examples in the layers' inputs, as for `lensor.curvature.kfac`; a trial pass determines
             it unless given. For a sharded model, a trial pass gathers the whole model on every rank.
+        adapt_lr: whether each step minimises a quadratic model of the loss, with the exact Gauss–Newton matrix of the
+            batch and the damping, over multiples of the direction and of the previous step. This needs `kl_clip=None`
+            and a closure (see `step`). It takes a forward-mode pass of the model for each of the two, which costs about
+            two forward passes.
+        adapt_damping: whether the damping follows the ratio of the change of the loss to the change that the quadratic
+            model predicts: it decreases if the ratio is above 3/4, and grows if it is below 1/4. If the loss
+            would grow, the parameters with curvature stay as they are. This needs a closure. Without `adapt_lr`, use a
+            learning rate near 1, because every model predicts the change of short steps.
+        damping_interval: number of steps between measurements of the ratio. At first, and after a ratio below 1/4,
+            every step measures it.
+        damping_decay: the factor of a decreasing damping for each step of an interval; a growing one is divided by it.
+        damping_range: the smallest and the largest damping that `adapt_damping` may set.
 
     Example:
         >>> import torch
@@ -145,7 +159,7 @@ class KFAC(torch.optim.Optimizer):
         self,
         model: nn.Module,
         loss: Any,
-        lr: float = 0.1,
+        lr: float | None = None,
         momentum: float = 0.9,
         damping: float = 1e-2,
         weight_decay: float = 0.0,
@@ -173,6 +187,11 @@ class KFAC(torch.optim.Optimizer):
         grad_scaler: Any = None,
         group: dist.ProcessGroup | None = None,
         batch_axis: Given = None,
+        adapt_lr: bool = False,
+        adapt_damping: bool = False,
+        damping_interval: int = 5,
+        damping_decay: float = 19 / 20,
+        damping_range: tuple[float, float] = (1e-7, 1e4),
     ) -> None:
         require_loss(loss)
         chosen = {"approx": (approx, Approx), "fisher": (fisher, FactorFisher), "method": (method, StepMethod)}
@@ -206,6 +225,10 @@ class KFAC(torch.optim.Optimizer):
         self.sharding = Sharding.of(self.model, group, self._asked)
         self.kl_clip, self.nonfinite, self.inverse_interval = kl_clip, nonfinite, inverse_interval
         self.factor_dtype = factor_dtype
+        self.adaptation = None
+        if adapt_lr or adapt_damping:
+            self.adaptation = Adaptation(adapt_lr, adapt_damping, damping_interval, damping_decay, damping_range)
+            self._require_adaptable(grad_scaler)
         self.factors: KroneckerFactors | None = None
         shared = group if self.sharding is None else None
         if method == "inverse-free":
@@ -234,6 +257,7 @@ class KFAC(torch.optim.Optimizer):
         self._form: Any = None
         self._warned = False
         trained = [p for _, p in self._named_parameters() if p.requires_grad]
+        lr = (1.0 if adapt_lr else 0.1) if lr is None else lr
         options = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
         options |= {"use_kfac": True}  # schedulers would change betas instead of momentum if they were among these
         super().__init__(trained if params is None else params, options)
@@ -272,9 +296,28 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"betas is {group['betas']}, expected two numbers in [0, 1)")
         if not 0 < group["damping"] < math.inf:
             raise ValueError(f"damping is {group['damping']} in a group of parameters, expected a positive number")
+        if self.adaptation is not None:
+            self.adaptation.require_in_range(group["damping"])
         super().add_param_group(param_group)
         if self._form is not None:  # not a call from the constructor
             self._watch_new()
+
+    def _require_adaptable(self, grad_scaler: Any) -> None:
+        """Raise ValueError if options exclude adaptive steps."""
+        assert self.adaptation is not None
+        which = "adapt_lr" if self.adaptation.lr else "adapt_damping"
+        if self.adaptation.lr and self.kl_clip is not None:
+            raise ValueError(
+                f"kl_clip is {self.kl_clip}, expected None with adapt_lr=True: the length of the step is the one that"
+                " minimises the quadratic model"
+            )
+        if self.sharding is not None:
+            raise ValueError(f"{which} is True, expected False for a sharded model")
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            raise ValueError(
+                f"{which} is True and grad_scaler is enabled, expected none: a GradScaler does not support closures,"
+                " so use autocast with torch.bfloat16"
+            )
 
     def _watch_new(self) -> None:
         """Find the layers whose weights this optimizer trains; their blocks omit a bias that it does not train."""
@@ -333,7 +376,9 @@ class KFAC(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: a function that computes the loss and its gradients, if you have not computed them yet.
+            closure: a function that clears the gradients, computes the loss, calls backward and returns the loss, if
+                you have not computed the gradients yet. Adaptive steps need it, and call it up to three times: it
+                must use the same batch every time, and must not use the gradients.
 
         Returns:
             The result of the closure, or None.
@@ -342,10 +387,16 @@ class KFAC(torch.optim.Optimizer):
             FloatingPointError: if a gradient or factor is not finite and nonfinite="raise"; the message names the
                 parameter.
             TypeError: if a gradient is sparse.
+            ValueError: if an adaptive step has no closure, or if the model or the loss lack the derivatives that it
+                needs.
             torch.linalg.LinAlgError: if a damped factor is not positive definite because the damping is too small.
         """
-        found = None
-        if closure is not None:
+        found = passes = None
+        moves = any(group["lr"] for group in self.param_groups)
+        if self.adaptation is not None and moves:
+            passes = self._passes(closure)
+            found = passes.value
+        elif closure is not None:
             with torch.enable_grad():
                 found = closure()
         if self.sharding is not None:
@@ -367,7 +418,6 @@ class KFAC(torch.optim.Optimizer):
             old = self.factors
             averaged = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names, self.factor_dtype)
             self.factors = averaged if self.factor_dtype is None else averaged.to(self.factor_dtype)
-        moves = any(group["lr"] for group in self.param_groups)
         if (
             self.factors is None
             and not self._warned
@@ -386,17 +436,46 @@ class KFAC(torch.optim.Optimizer):
             if trouble:
                 self.factors, self.tracker.slots, self.inversion = before
                 return self._skipped(trouble, found)
-        scale = self._scale(length)
+        chosen = self._chosen(passes, directions, self._scale(length))
+        if chosen.trouble:
+            self.factors, self.tracker.slots, self.inversion = before
+            return self._skipped(chosen.trouble, found)
         for group in self.param_groups:
             if group["use_kfac"]:
-                descend(group, directions, scale, self.state)
+                if not chosen.rejected:
+                    descend(group, directions, chosen.scale, self.state, chosen.momentum)
             else:
                 adapt(group, self.state)
+        self._rescale_damping(chosen.damping)
         self.steps += moves or new is not None  # torch.distributed.checkpoint takes a step with lr = 0 to get a state
         if self.sharding is not None:
             self.sharding.end_step()
         mark(self)
         return found
+
+    def _passes(self, closure: Callable[[], Any] | None) -> Passes:
+        """Run the closure of an adaptive step, and record its passes."""
+        if closure is None:
+            raise ValueError(
+                "step was called without a closure, expected one with adapt_lr or adapt_damping: a function that clears"
+                " the gradients, computes the loss, calls backward and returns the loss"
+            )
+        self._require_adaptable(self.grad_scaler)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return Passes(self.model, closure, self.tracker.replacing, parameters)
+
+    def _chosen(self, passes: Passes | None, directions: Mapping[int, Direction], scale: float | Tensor) -> Chosen:
+        """The factors of this step."""
+        if passes is None or self.adaptation is None:
+            return Chosen(scale)
+        curved = [group for group in self.param_groups if group["use_kfac"]]
+        names = {id(p): name for name, p in self.tracker.names.items()}
+        whole = {key: formed(direction) for key, direction in directions.items()}
+        return self.adaptation.choose(passes, curved, names, whole, scale, self.state, self.steps, self.inversion.group)
+
+    def _rescale_damping(self, factor: float) -> None:
+        if self.adaptation is not None:
+            self.adaptation.rescale([group for group in self.param_groups if group["use_kfac"]], factor)
 
     def _summed(self, pending: Collector) -> KroneckerFactors:
         """The factors of a step, over all ranks; of a sharded model, the blocks that this rank owns."""
@@ -559,7 +638,7 @@ class KFAC(torch.optim.Optimizer):
         for group in self.param_groups:
             pairs = [(directions.get(id(p), p.grad), p.grad) for p in group["params"] if p.grad is not None]
             if pairs and group["use_kfac"]:
-                parts.append(group["lr"] ** 2 * _inner_products(pairs))
+                parts.append(group["lr"] ** 2 * inner_products((one, local(gradient)) for one, gradient in pairs))
         if not parts:
             return None
         length = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
@@ -596,6 +675,7 @@ class KFAC(torch.optim.Optimizer):
             "slots": None if self.tracker.slots is None else dict(self.tracker.slots),
             "generator": None if generator is None else generator.get_state(),
             "seed": self.tracker.seed,
+            "ratio": None if self.adaptation is None else self.adaptation.ratio,
         }
         own |= {} if self.sharding is None else self.sharding.known
         return packed(self, super().state_dict(), own, self._part)
@@ -638,6 +718,8 @@ class KFAC(torch.optim.Optimizer):
         if tracker.slots is not None:
             tracker.slots = dict(own.get("slots") or {})
         self.factors, self.steps = factors, own["steps"]
+        if self.adaptation is not None:
+            self.adaptation.ratio = own.get("ratio")
         tracker.pending, tracker.seed, tracker.generator = None, own.get("seed", tracker.seed), None
         if own["generator"] is not None:
             tracker.generator = generator_from(next(iter(tracker.names.values())).device, own["generator"])
@@ -654,6 +736,7 @@ class KFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copied or unpickled optimizer follow the model that was copied with it."""
         super().__setstate__(state)
+        self.__dict__.setdefault("adaptation", None)  # earlier versions had none
         for group in self.param_groups:  # states of earlier versions have no such option
             group.setdefault("use_kfac", True)
         if "tracker" not in state:  # torch calls this with its own part of a loaded state
@@ -698,34 +781,6 @@ def _cost(block: Block, examples: int) -> float:
     """The number of multiplications for the factors of some examples, without those of roots."""
     entries = block.B.numel() + (block.A.numel() if block.root is None else 0)
     return float(examples * max(block.positions, 1) * entries)
-
-
-_SMALL = 4096
-"""Number of entries up to which vectors are joined for an inner product."""
-
-
-def _inner_products(pairs: Iterable[tuple[Direction, Tensor]]) -> Tensor:
-    """The sum of the inner products of directions and gradients.
-
-    They are computed in at least single precision, in which products of gradients do not overflow.
-    """
-    found: list[Tensor] = []
-    small: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for one, gradient in pairs:
-        if isinstance(one, PlusLowRank):
-            found.append(one.with_vector())
-            continue
-        a, b = local(one).reshape(-1), local(gradient).reshape(-1)
-        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        a, b = (x if x.dtype == dtype else x.to(dtype) for x in (a, b))
-        if a.numel() > _SMALL:
-            found.append(torch.dot(a, b))
-            continue
-        left, right = small.setdefault((dtype, a.device), ([], []))
-        left.append(a)
-        right.append(b)
-    found += [torch.dot(torch.cat(left), torch.cat(right)) for left, right in small.values()]
-    return torch.stack(found).sum()
 
 
 def _needs_targets(loss: Any) -> bool:

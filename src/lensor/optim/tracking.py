@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from lensor.curvature.registry import reduction_of, root_of
 from lensor.curvature.structure import DiagonalBlocks
 from lensor.curvature.trials import needs_trials
 from lensor.curvature.watching import Targets, depth, eagerly
-from lensor.optim.hooks import OnGradient, attach, move_to_end
+from lensor.optim.hooks import Instead, OnGradient, attach, move_to_end
 from lensor.optim.sharding import Sharding, local
 
 
@@ -144,6 +145,19 @@ class Tracker:
             self.sharding.reduction.drop()
 
     # ---------------------------------------------------------------------------------------------------- forward pass
+    @contextmanager
+    def replacing(self, instead: Instead) -> Iterator[None]:
+        """Call a function instead of the model's forward method, in this thread within the `with` block."""
+        self._thread.instead = instead
+        try:
+            yield
+        finally:
+            self._thread.instead = None
+
+    def instead(self) -> Instead | None:
+        """What to call instead of the model's forward method."""
+        return getattr(self._thread, "instead", None)
+
     def collects(self) -> bool:
         """Whether to collect factors from a forward pass that starts now."""
         if (

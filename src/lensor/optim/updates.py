@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from lensor.curvature.inverses import PlusLowRank
+from lensor.optim.sharding import local
 
 Group: TypeAlias = Mapping[str, Any]
 """A group of parameters with its options."""
@@ -32,7 +33,13 @@ each: Any = torch
 _WIDE = (torch.float32, torch.float64)
 
 
-def descend(group: Group, directions: Mapping[int, Direction], scale: float | Tensor, states: States) -> None:
+def descend(
+    group: Group,
+    directions: Mapping[int, Direction],
+    scale: float | Tensor,
+    states: States,
+    momentum: float | None = None,
+) -> None:
     """Update a group's parameters along their directions, with momentum and decoupled weight decay.
 
     Args:
@@ -40,6 +47,7 @@ def descend(group: Group, directions: Mapping[int, Direction], scale: float | Te
         directions: the direction of a parameter, by its id; the gradient is used if there is none.
         scale: the number that directions are multiplied by; a tensor if it is on a device.
         states: the states; with momentum, they contain "momentum_buffer".
+        momentum: the factor of the buffers, in groups with momentum; the group's option unless given.
     """
     for parameters in _alike([p for p in group["params"] if p.grad is not None]):
         found = [g if (one := directions.get(id(p))) is None else one for p in parameters if (g := p.grad) is not None]
@@ -48,20 +56,20 @@ def descend(group: Group, directions: Mapping[int, Direction], scale: float | Te
         if not isinstance(scale, Tensor) and all(_is_wide(p, one) for p, one in pairs):
             factor = scale
         else:  # in half precision, small factors would be rounded
-            found = list(each._foreach_mul([_formed(one) for one in found], scale))
-        rate, momentum = group["lr"], group["momentum"]
+            found = list(each._foreach_mul([formed(one) for one in found], scale))
+        rate = group["lr"]
         if group["weight_decay"]:
             each._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        if not momentum:
+        if not group["momentum"]:
             _add(parameters, found, 1.0, -rate * factor)
             continue
         pairs = list(zip(parameters, found, strict=True))
         known = [(p, states[p]["momentum_buffer"], one) for p, one in pairs if "momentum_buffer" in states[p]]
         for p, one in pairs:
             if "momentum_buffer" not in states[p]:
-                states[p]["momentum_buffer"] = _formed(one) * factor
+                states[p]["momentum_buffer"] = formed(one) * factor
                 _add([p], [states[p]["momentum_buffer"]], 1.0, -rate)
-        _advance(known, momentum, factor, rate)
+        _advance(known, group["momentum"] if momentum is None else momentum, factor, rate)
 
 
 def _advance(known: Iterable[tuple[Tensor, Tensor, Direction]], beta: float, alpha: float, rate: float) -> None:
@@ -79,10 +87,11 @@ def _advance(known: Iterable[tuple[Tensor, Tensor, Direction]], beta: float, alp
             one.add_to(buffer, beta, alpha, with_vector=False)
             alike.setdefault((1.0, alpha * one.scale), []).append((p, buffer, one.vector))
         else:
-            alike.setdefault((beta, alpha), []).append((p, buffer, _formed(one)))
+            alike.setdefault((beta, alpha), []).append((p, buffer, formed(one)))
     for (own_beta, own_alpha), some in alike.items():
         parameters, buffers, directions = map(list, zip(*some, strict=True))
-        if not isinstance(rate, Tensor) and all(_in_one_pass(*one) for one in some):
+        # without momentum, the fused kernel does not use buffers
+        if own_beta and not isinstance(rate, Tensor) and all(_in_one_pass(*one) for one in some):
             options: dict[str, Any] = {"weight_decay": 0.0, "nesterov": False, "maximize": False, "fused": True}
             sgd(parameters, directions, buffers, lr=rate, momentum=own_beta, dampening=1 - own_alpha, **options)
             continue
@@ -108,7 +117,8 @@ def _is_wide(parameter: Tensor, direction: Direction) -> bool:
     return dtype == parameter.dtype and dtype in _WIDE
 
 
-def _formed(direction: Direction) -> Tensor:
+def formed(direction: Direction) -> Tensor:
+    """The direction as a tensor."""
     return direction.formed() if isinstance(direction, PlusLowRank) else direction
 
 
@@ -120,7 +130,7 @@ def _add(targets: Sequence[Tensor], directions: Sequence[Direction], beta: float
             one.add_to(target, beta, alpha)
         else:
             plain[0].append(target)
-            plain[1].append(_formed(one).to(target.dtype))
+            plain[1].append(formed(one).to(target.dtype))
     if plain[0] and beta != 1:
         each._foreach_mul_(plain[0], beta)
     if plain[0]:
@@ -155,6 +165,33 @@ def adapt(group: Group, states: States) -> None:
         eps=options["eps"],
         maximize=False,
     )
+
+
+_SMALL = 4096
+"""Number of entries up to which vectors are joined for an inner product."""
+
+
+def inner_products(pairs: Iterable[tuple[Direction, Tensor]]) -> Tensor:
+    """The sum of the inner products of directions and gradients, which may be on several devices; zero for no pair.
+
+    They are computed in at least single precision, in which products of gradients do not overflow.
+    """
+    found: list[Tensor] = []
+    small: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for one, other in pairs:
+        if isinstance(one, PlusLowRank):
+            found.append(one.with_vector())
+            continue
+        dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+        a, b = (x if x.dtype == dtype else x.to(dtype) for x in (local(one).reshape(-1), other.reshape(-1)))
+        if a.numel() > _SMALL:
+            found.append(torch.dot(a, b))
+            continue
+        left, right = small.setdefault((dtype, a.device), ([], []))
+        left.append(a)
+        right.append(b)
+    found += [torch.dot(torch.cat(left), torch.cat(right)) for left, right in small.values()]
+    return torch.stack([one.to(found[0].device) for one in found]).sum() if found else torch.zeros(())
 
 
 def _alike(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -150,6 +150,19 @@ def freeze(model: Any, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor
         train(model, optimizer, range(step, step + 1), data)
 
 
+def scale(model: nn.Module, optimizer: KFAC, data: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Steps with scaled losses; one of them is left out because one rank's gradients are not finite."""
+    scaler = optimizer.grad_scaler
+    for step in range(4):
+        x, y = data(step)
+        if step == 2:
+            x = x * torch.where(torch.arange(len(x)) == 0, torch.inf, 1.0)[:, None, None, None]
+        optimizer.zero_grad()
+        scaler.scale(CE(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
 SMALL = {"lr": 0.1, "damping": 0.1}
 CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("blocks", torch.float64, {"method": "cholesky", "factor_interval": 2, "inverse_interval": 3, "ema": 0.7}),
@@ -211,6 +224,9 @@ def passes() -> dict[str, Any]:
         model = sharded()
         run(model, KFAC(model, CE, **SMALL, **options), share)
         found[name] = whole(model)
+    model, scaler = sharded(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scale(model, KFAC(model, CE, **SMALL, grad_scaler=scaler), share)
+    found["scale"] = whole(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(torch.float32, mp_policy=policy)
     optimizer = KFAC(model, CE, **SMALL, kl_clip=None, momentum=0.0)

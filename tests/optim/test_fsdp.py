@@ -26,6 +26,7 @@ from tests.optim.fsdp_ranks import (
     network,
     optimizer_of,
     repeat,
+    scale,
     train,
 )
 
@@ -113,6 +114,11 @@ def test_passes_count_as_in_one_process(tmp_path: Path) -> None:
         other(model, KFAC(model, CE, **SMALL, **options), batch)
         for values in found:
             require_close(values[name], parameters(model), 1e-10)
+    model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scale(model, KFAC(model, CE, **SMALL, grad_scaler=scaler), batch)
+    assert scaler.get_scale() == 512.0
+    for values in found:
+        require_close(values["scale"], parameters(model), 1e-6)
     factors = kfac(network(torch.float32), CE, batch(0, dtype=torch.float32), fisher="empirical", bias="joint")
     model = network(torch.float32)
     train(model, KFAC(model, CE, **SMALL, kl_clip=None, momentum=0.0), range(1), dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lensor
 from lensor import curvature
 from lensor.curvature import KroneckerFactors, kfac
+from lensor.curvature.block import _multiples, factor_of_identity, multiple_of_identity
 from lensor.curvature.losses import LossRoot
 
 N, CLASSES = 5, 3
@@ -668,6 +669,21 @@ def test_woodbury_is_exact_for_a_multiple_of_the_identity() -> None:
     found = factors("reduce", "joint", fisher="forward-only")
     v = torch.randn(found.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     close(found.inverse(0.05, "woodbury") @ v, found.inverse(0.05, "eigen") @ v, atol=1e-8)
+    close(found.inverse(cast(Any, torch.tensor(0.05)), "woodbury") @ v, found.inverse(0.05, "woodbury") @ v)
+
+
+@pytest.mark.parametrize("write", [lambda one: one.mul_(2), lambda one: one[0, :2].add_(1)])
+def test_a_multiple_of_the_identity_is_known_until_something_writes_into_it(write: Callable[[Tensor], Any]) -> None:
+    found = multiple_of_identity(2, 3, 0.5, torch.zeros((), dtype=torch.float64))
+    assert torch.equal(found, 0.5 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3))
+    assert factor_of_identity(found) == 0.5
+    assert factor_of_identity(found.clone()) is None
+    number = id(found)
+    write(found)
+    assert factor_of_identity(found) is None
+    assert number in _multiples
+    del found
+    assert number not in _multiples
 
 
 def test_roots_are_kept_while_they_are_smaller() -> None:

@@ -279,6 +279,16 @@ def test_updates_are_those_of_gradient_descent_with_momentum(
         assert ("momentum_buffer" in states[p]) == (momentum > 0)
 
 
+@torch.no_grad()
+def test_directions_with_small_factors_are_not_rounded() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    buffer, p.grad = torch.zeros(4), torch.full((4,), 1e20)
+    group = {"params": [p], "lr": 1.0, "momentum": 0.5, "weight_decay": 0.0}
+    descend(group, {}, 1e-20, {p: {"momentum_buffer": buffer}})
+    close(buffer, torch.ones(4))
+    close(p.detach(), -torch.ones(4))
+
+
 @pytest.mark.parametrize("method", ["eigen", "cholesky", "woodbury", "low-rank"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_inverses_in_half_precision_are_those_of_single_precision(method: str, approx: str) -> None:
@@ -653,6 +663,25 @@ def test_distributed_checkpoints_of_new_optimizers_take_no_step() -> None:
     train(model, optimizer, range(1))
     assert optimizer.factors is not None
     assert all(isinstance(key, Tensor) for key in optimizer.state)
+
+
+def test_pickles_of_earlier_versions_are_read() -> None:
+    """They lack the attributes that the options of later versions need."""
+    model = network()
+    optimizer = KFAC(model, CE)
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.__getstate__())
+    for name in ("adaptation", "factor_dtype"):
+        del state[name]
+    del state["inversion"].updates, state["inversion"].dtype
+    del state["tracker"].structure
+    old = KFAC.__new__(KFAC)
+    old.__setstate__(state)
+    train(old.model, old, range(2, 4))
+    train(model, optimizer, range(2, 4))
+    for one, other in zip(model.parameters(), old.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    old.load_state_dict(old.state_dict())
 
 
 def test_named_parameters_are_accepted_as_by_torch() -> None:

@@ -473,7 +473,7 @@ def _multiple_of_identity(matrix: Tensor) -> Tensor | float | None:
 
 def _damped_inverse(what: str, matrix: Tensor, damping: Tensor | float) -> Tensor:
     damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., 0] if isinstance(damping, Tensor) else damping)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., 0] if isinstance(damping, Tensor) and damping.ndim else damping)
     damped = damped.mT  # the columns of a matrix are contiguous in LAPACK
     in_place = damped.device.type == "cpu" and is_plain(damped) and not damped.requires_grad
     if in_place:

@@ -167,5 +167,5 @@ class Inversion:
         return {**self.__dict__, "solvers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"starts": {}, "updates": {}, **state})  # earlier versions had neither
         self._invert(self.blocks, self.damping)

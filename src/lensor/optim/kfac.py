@@ -736,7 +736,8 @@ class KFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copied or unpickled optimizer follow the model that was copied with it."""
         super().__setstate__(state)
-        self.__dict__.setdefault("adaptation", None)  # earlier versions had none
+        for name in ("adaptation", "factor_dtype"):  # earlier versions had neither
+            self.__dict__.setdefault(name, None)
         for group in self.param_groups:  # states of earlier versions have no such option
             group.setdefault("use_kfac", True)
         if "tracker" not in state:  # torch calls this with its own part of a loaded state

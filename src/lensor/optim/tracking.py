@@ -366,17 +366,7 @@ class Tracker:
 
     # --------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "_thread",
-            "_backward",
-            "_handle",
-            "_accumulated",
-            "_hooked",
-            "_left",
-            "_changed",
-            "_passes",
-            "_constants",
-        )
+        own = ("_thread", "_backward", "_handle", "_accumulated", "_hooked", "_left", "_changed", "_passes")
         own += ("pending", "refresh", "generator", "_constants")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
         return {**state, "generator": None if self.generator is None else generator_state(self.generator)}

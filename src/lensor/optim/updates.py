@@ -32,6 +32,8 @@ each: Any = torch
 
 _WIDE = (torch.float32, torch.float64)
 
+_EPS = torch.finfo(torch.float32).eps
+
 
 def descend(
     group: Group,
@@ -90,8 +92,9 @@ def _advance(known: Iterable[tuple[Tensor, Tensor, Direction]], beta: float, alp
             alike.setdefault((beta, alpha), []).append((p, buffer, formed(one)))
     for (own_beta, own_alpha), some in alike.items():
         parameters, buffers, directions = map(list, zip(*some, strict=True))
-        # without momentum, the fused kernel does not use buffers
-        if own_beta and not isinstance(rate, Tensor) and all(_in_one_pass(*one) for one in some):
+        # without momentum, the fused kernel does not use buffers; its dampening rounds a small factor of directions
+        is_exact = abs(1 - (1 - own_alpha) - own_alpha) <= _EPS * abs(own_alpha)
+        if own_beta and is_exact and not isinstance(rate, Tensor) and all(_in_one_pass(*one) for one in some):
             options: dict[str, Any] = {"weight_decay": 0.0, "nesterov": False, "maximize": False, "fused": True}
             sgd(parameters, directions, buffers, lr=rate, momentum=own_beta, dampening=1 - own_alpha, **options)
             continue

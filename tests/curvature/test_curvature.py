@@ -1157,7 +1157,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "method": (
         lambda: factors().inverse(1.0, "lu"),
         ValueError,
-        "method is 'lu', expected one of 'eigen', 'cholesky', 'woodbury'",
+        "method is 'lu', expected one of 'cholesky', 'eigen', 'woodbury'",
     ),
     "no root": (lambda: factors().inverse(1.0, "woodbury"), ValueError, "0.weight has no root"),
     "missing": (lambda: factors() @ {}, KeyError, "missing parameters"),

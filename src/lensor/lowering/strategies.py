@@ -38,6 +38,10 @@ def _has_patterns(net: AnyNetwork) -> bool:
     return any(isinstance(node, Pattern) for term in net.terms for node in term.nodes)
 
 
+def _has_several_patterns(net: AnyNetwork) -> bool:
+    return any(sum(isinstance(node, Pattern) for node in term.nodes) > 1 for term in net.terms)
+
+
 def _has_sums_of_patterns(net: AnyNetwork) -> bool:
     """Whether several patterns of a term have a leg that nothing else uses, so that they are tables of two legs."""
     return any(sum(map(partial(_has_loose_leg, term), term.nodes)) > 1 for term in net.terms)
@@ -149,7 +153,7 @@ STRATEGIES = (
         "windows, tables first",
         (*_START, read_crops, read_windows),
         replace(_VIEWS, tables_first=True),
-        applies=_has_sums_of_patterns,
+        applies=_has_several_patterns,
     ),
     dense("dense"),
     Strategy("convolution", _CONVOLVE, _VIEWS, applies=_has_patterns),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from lensor.plan import steps as s
@@ -43,15 +43,21 @@ def last_uses(steps: Sequence[s.Step], result: int) -> list[int]:
     return last
 
 
-def peak_size(steps: Sequence[s.Step], shapes: Sequence[s.Shape], result: int, values: Sequence[Value]) -> int:
-    """Maximum number of entries alive at once, including the result but not operands and patterns."""
+def peak_size(
+    steps: Sequence[s.Step],
+    shapes: Sequence[s.Shape],
+    result: int,
+    values: Sequence[Value],
+    constants: Container[int] = (),
+) -> int:
+    """Maximum number of entries alive at once, including the result but not operands, patterns and other constants."""
     last = list(range(len(values)))
     for place, until in enumerate(last_uses(steps, result)):
         last[values[place].source] = max(last[values[place].source], until)
     ends: dict[int, int] = {}
     alive = peak = 0
     for place, value in enumerate(values):
-        if value.copied:
+        if value.copied and place not in constants:
             size = math.prod(shapes[place])
             alive += size
             taken = [s.Laid(shapes[at], values[at].strides) for at in steps[place].takes]

@@ -212,14 +212,15 @@ class Plan:
 
     @cached_property
     def peak_size(self) -> int:
-        """Maximum number of entries alive at once, including the result but not operands and patterns.
+        """Maximum number of entries alive at once, including the result but not operands, patterns and `constants`.
 
         Example:
             >>> import lensor
             >>> lensor.contraction("n i, i o -> n o", "X", "W").plan(X=(4, 3), W=(3, 2)).peak_size
             8
         """
-        return peak_size(self.steps, self.shapes, self.result, self.layouts)
+        once = {*self.constants.kept, *self.constants.skipped}
+        return peak_size(self.steps, self.shapes, self.result, self.layouts, once)
 
     @by_name("operands")
     def __call__(self, /, **operands: Any) -> Any:

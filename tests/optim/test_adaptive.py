@@ -162,7 +162,7 @@ def test_the_quadratic_model_is_that_of_the_dense_matrix(
     torch.manual_seed(seed)
     passes = Passes(model, closure_of(model, optimizer, loss, parts), optimizer.tracker.replacing, [])
     gradients = {n: p.grad for n, p in model.named_parameters()}
-    found = quadratic(passes, directions, gradients, damping, None, check=True)  # type: ignore[arg-type]
+    found = quadratic(passes, directions, gradients, damping, None)  # type: ignore[arg-type]
     rows = torch.stack([flat(one, named) for one in directions])
     levels = flat({n: torch.full_like(p, damping[n]) for n, p in named.items()}, named)
     close(found.slopes, rows @ gradient)
@@ -706,6 +706,41 @@ def test_bad_closures(closure: Callable[[nn.Module, KFAC], Any], error: type[Exc
         optimizer.step(lambda: closure(model, optimizer))
     for p, kept in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, kept)
+
+
+def _clipped_later(model: nn.Module, optimizer: KFAC) -> Any:
+    value = closure_of(model, optimizer, CE, [(images(0), torch.arange(6) % 3)])()
+    if optimizer.steps:
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    return value
+
+
+def test_closures_are_checked_at_every_step() -> None:
+    torch.manual_seed(0)
+    model = MODELS["convolutions"]().double()
+    optimizer = _adaptive(model)
+    optimizer.step(lambda: _clipped_later(model, optimizer))
+    with pytest.raises(ValueError, match="expected equal ones: the closure must clear the gradients"):
+        optimizer.step(lambda: _clipped_later(model, optimizer))
+
+
+def test_an_error_in_a_repetition_leaves_the_factors_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = MODELS["convolutions"]().double()
+    optimizer = _adaptive(model)
+    closure, fails = closure_of(model, optimizer, CE, [(images(0), torch.arange(6) % 3)]), itertools.count()
+
+    def failing() -> Any:
+        if next(fails):
+            raise RuntimeError("no batch")
+        return closure()
+
+    optimizer.step(closure)
+    before = {name: block.B.clone() for name, block in (optimizer.factors or {}).items()}
+    with pytest.raises(RuntimeError, match="no batch"):
+        optimizer.step(failing)
+    for name, block in (optimizer.factors or {}).items():
+        assert torch.equal(block.B, before[name])
 
 
 def test_models_and_losses_without_derivatives_are_refused() -> None:

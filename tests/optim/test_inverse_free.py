@@ -621,3 +621,16 @@ def test_methods_are_not_changed_later() -> None:
         optimizer.method = other
         with pytest.raises(ValueError, match=f"method was set to '{other}', expected it when the optimizer is created"):
             train(model, optimizer, range(1))
+
+
+def test_momentum_of_a_bfloat16_state_gets_the_dtype_of_the_parameters() -> None:
+    state, loss = None, nn.CrossEntropyLoss()
+    for dtype in (torch.bfloat16, torch.float32):
+        model = nn.Linear(4, 3).to(dtype)
+        optimizer = KFAC(model, loss, method="inverse-free", batch_axis=0)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        loss(model(torch.randn(8, 4, dtype=dtype)), torch.arange(8) % 3).backward()
+        optimizer.step()
+        state = optimizer.state_dict()
+    assert {one["momentum_buffer"].dtype for one in optimizer.state.values()} == {torch.float32}

@@ -765,3 +765,19 @@ def test_layers_of_groups_without_curvature_cannot_be_asked_for() -> None:
     model = network()
     with pytest.raises(ValueError, match="in a group with use_kfac=False"):
         KFAC(model, CE, layers=["0"], params=[{"params": model.parameters(), "use_kfac": False, "lr": 0.1}])
+
+
+def test_an_optimizer_is_copied_after_a_parameter_has_been_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    loss = nn.CrossEntropyLoss()
+    optimizer = KFAC(model, loss, batch_axis=0)
+    loss(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    model[0].weight.requires_grad_(False)
+    copied, other = copy.deepcopy((model, optimizer))
+    for one, own in ((model, optimizer), (copied, other)):
+        own.zero_grad()
+        loss(one(torch.ones(8, 4)), torch.arange(8) % 3).backward()
+        own.step()
+    for p, q in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -58,8 +58,6 @@ class Adaptation:
     interval: int
     decay: float
     bounds: tuple[float, float]
-    checked: bool = False
-    """Whether the first quadratic model has been checked."""
     ratio: float | None = None
     """The last ratio of the change of the loss to the predicted one. While it is low, every step measures it."""
 
@@ -119,9 +117,7 @@ class Adaptation:
             {names[id(p)]: p.grad for _, p in moved if p.grad is not None},
             {names[id(p)]: one["damping"] for one, p in moved},
             group,
-            check=not self.checked,
         )
-        self.checked = True
         best = model.minimum() if self.lr else -torch.ones(1, dtype=torch.float64)
         predicted = model.value(lr * best)
         if not math.isfinite(predicted):

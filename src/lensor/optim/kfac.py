@@ -436,7 +436,11 @@ class KFAC(torch.optim.Optimizer):
             if trouble:
                 self.factors, self.tracker.slots, self.inversion = before
                 return self._skipped(trouble, found)
-        chosen = self._chosen(passes, directions, self._scale(length))
+        try:
+            chosen = self._chosen(passes, directions, self._scale(length))
+        except BaseException:  # the batch does not count, so that the step can be repeated
+            self.factors, self.tracker.slots, self.inversion = before
+            raise
         if chosen.trouble:
             self.factors, self.tracker.slots, self.inversion = before
             return self._skipped(chosen.trouble, found)
@@ -714,7 +718,8 @@ class KFAC(torch.optim.Optimizer):
         for one, parameter in zip(ids, parameters, strict=True):  # undo torch's cast to the parameters' dtype
             known = plain["state"].get(one, {}).get("momentum_buffer")
             if known is not None:
-                self.state[parameter]["momentum_buffer"] = known.to(parameter.device, copy=True)
+                dtype = torch.promote_types(known.dtype, parameter.dtype)
+                self.state[parameter]["momentum_buffer"] = known.to(parameter.device, dtype, copy=True)
         if tracker.slots is not None:
             tracker.slots = dict(own.get("slots") or {})
         self.factors, self.steps = factors, own["steps"]
@@ -744,7 +749,7 @@ class KFAC(torch.optim.Optimizer):
             return
         names, self._form = self.tracker.names, None
         self._watch_new()
-        if self.tracker.names.keys() != names.keys():
+        if any(p.requires_grad and name not in self.tracker.names for name, p in names.items()):
             raise ValueError(
                 "the copied optimizer does not train the copied model's parameters, expected model and optimizer to be"
                 " copied together"

@@ -70,7 +70,6 @@ def quadratic(
     gradients: Mapping[str, Tensor],
     damping: Mapping[str, float],
     group: dist.ProcessGroup | None,
-    check: bool,
 ) -> Quadratic:
     """The quadratic model of the loss of a closure's passes.
 
@@ -80,7 +79,6 @@ def quadratic(
         gradients: the gradients of the loss, by parameter name.
         damping: the damping of each parameter, by name.
         group: the ranks whose losses are averaged.
-        check: whether to check that the gradients are those of the loss.
 
     Raises:
         ValueError: if derivatives are not available, or if gradients, outputs and loss do not belong together.
@@ -100,7 +98,7 @@ def quadratic(
     checks = [sizes, *(inner_products(zip(side, along, strict=True)) for side in sides)]
     numbers = averaged([*slopes, *products, *lengths, *checks], group, next(iter(gradients.values())).device)
     slope, product, length, checked = numbers.split([count, count**2, count**2, len(checks)])
-    if check and passes.is_exact:
+    if passes.is_exact:
         _require_consistent(float(slope[0]), *checked.tolist())
     product = product.reshape(count, count)
     return Quadratic(slope, (product + product.T) / 2 + length.reshape(count, count))

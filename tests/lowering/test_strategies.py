@@ -162,7 +162,7 @@ def test_a_convolution_is_lowered_by_few_strategies(monkeypatch: pytest.MonkeyPa
         lambda net, strategy, *known: lowered.append(strategy.name) or lower(net, strategy, *known),
     )
     candidates(bound(ops.conv(ConvSpec(4, 4, (9, 9), 3, padding=1)), 2))
-    assert lowered == ["windows", "windows, batched", "dense", "convolution"]
+    assert lowered == ["windows", "windows, batched", "windows, tables first", "dense", "convolution"]
 
 
 def test_parts_of_squares() -> None:

@@ -762,3 +762,26 @@ def test_parameters_outside_of_the_model_are_refused() -> None:
         optimizer.step(
             closure_of(model, optimizer, lambda out, y: CE(outside * out, y), [(images(0), torch.arange(6) % 3)])
         )
+
+
+def test_layers_outside_of_the_model_are_refused() -> None:
+    torch.manual_seed(0)
+    body, head = nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Linear(8, 4)
+    x, y = torch.randn(16, 6), torch.randint(4, (16,))
+    optimizer = KFAC(body, nn.CrossEntropyLoss(), kl_clip=None, adapt_lr=True, batch_axis=0)
+    other = torch.optim.SGD(head.parameters(), lr=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        other.zero_grad()
+        value = nn.functional.cross_entropy(head(body(x)), y)
+        value.backward()
+        return value
+
+    before = [p.detach().clone() for p in body.parameters()]
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4,.* not a parameter of the model, expected none"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, before, body.parameters()))
+    head.requires_grad_(False)
+    optimizer.step(closure)
+    assert not any(map(torch.equal, before, body.parameters()))

@@ -78,7 +78,7 @@ def leading_to(nodes: set[Node], parameters: Iterable[Tensor]) -> set[Node]:
 class Reached:
     """The part of the graph that is reachable from some tensors.
 
-    `consumers` maps each node to the nodes that use its value.
+    `consumers` maps each node to the nodes that use its value; `leaves` are the leaves that require gradients.
 
     Args:
         roots: the tensors.
@@ -87,6 +87,7 @@ class Reached:
     def __init__(self, roots: Iterable[Tensor]) -> None:
         self.nodes: set[Node] = set()
         self.consumers: dict[Node, list[Node]] = {}
+        self.leaves: list[Tensor] = []
         self._users: dict[int, list[Node]] = {}
         todo = [root.grad_fn for root in roots]
         while todo:
@@ -102,6 +103,8 @@ class Reached:
                     self.consumers.setdefault(following, []).append(node)
                     todo.append(following)
                 else:
+                    if id(leaf) not in self._users:
+                        self.leaves.append(leaf)
                     self._users.setdefault(id(leaf), []).append(node)
 
     def users(self, parameter: Tensor) -> list[Node]:

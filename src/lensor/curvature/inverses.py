@@ -238,8 +238,8 @@ class _Eigen:
         return cls(q_a, q_b, over - 1 / damping, damping)
 
     def stored(self, dtype: torch.dtype) -> Self:
-        """The same with matrices in another dtype."""
-        return replace(self, q_a=self.q_a.to(dtype), q_b=self.q_b.to(dtype))
+        """The same with matrices in another dtype, unless the result is a difference of two terms."""
+        return self if self.damping is not None else replace(self, q_a=self.q_a.to(dtype), q_b=self.q_b.to(dtype))
 
     def __call__(self, rows: Tensor) -> Tensor:
         inside = _product(self.q_b.mT, _product(rows, self.q_a)) * self.over
@@ -329,11 +329,15 @@ class _Woodbury:
         return {name: found[name] for name in parts}
 
     def stored(self, dtype: torch.dtype) -> Self:
-        """The same with matrices in another dtype, but for the small one in the middle."""
-        return replace(self, root=self.root.to(dtype), b=None if self.b is None else self.b.to(dtype))
+        """The same with B's inverse in another dtype.
+
+        The root keeps its own: the identity times `scale` and the product nearly cancel where A is large, so that
+        rounding errors would be larger than the result.
+        """
+        return self if self.b is None else replace(self, b=self.b.to(dtype))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        inside, scaled = _product(rows, self.root.mT).to(self.inner.dtype) @ self.inner, rows * self.scale
+        inside, scaled = (rows @ self.root.mT) @ self.inner, rows * self.scale
         solved = _plus_product(scaled, inside, self.root)
         return solved if self.b is None else _product(self.b, solved)
 

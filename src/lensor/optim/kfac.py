@@ -414,30 +414,8 @@ class KFAC(torch.optim.Optimizer):
         if trouble:
             return self._skipped(trouble, found)
         before = self.factors, self.tracker.slots, replace(self.inversion)
-        if new is not None:
-            old = self.factors
-            averaged = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names, self.factor_dtype)
-            self.factors = averaged if self.factor_dtype is None else averaged.to(self.factor_dtype)
-        if (
-            self.factors is None
-            and not self._warned
-            and any(self.tracker.names[one.weight].grad is not None for one in self.layers)
-            and moves
-        ):
-            self._warned = True
-            warnings.warn(
-                "no factors were collected, so this step uses the plain gradient: run the model in training mode",
-                stacklevel=3,
-            )
-        directions = self._directions()
-        length = self._length(directions)
-        if is_seen_later and length is not None and not math.isfinite(length):
-            trouble = self._nonfinite(None)
-            if trouble:
-                self.factors, self.tracker.slots, self.inversion = before
-                return self._skipped(trouble, found)
         try:
-            chosen = self._chosen(passes, directions, self._scale(length))
+            chosen, directions = self._planned(new, passes, is_seen_later, moves)
         except BaseException:  # the batch does not count, so that the step can be repeated
             self.factors, self.tracker.slots, self.inversion = before
             raise
@@ -456,6 +434,50 @@ class KFAC(torch.optim.Optimizer):
             self.sharding.end_step()
         mark(self)
         return found
+
+    def _planned(
+        self, new: KroneckerFactors | None, passes: Passes | None, is_seen_later: bool, moves: bool
+    ) -> tuple[Chosen, dict[int, Direction]]:
+        """The factors and directions of a step.
+
+        Args:
+            new: the Kronecker factors of the batch.
+            passes: the passes of an adaptive step.
+            is_seen_later: whether gradients that are not finite are seen in the length of the step.
+            moves: whether a learning rate is not zero.
+        """
+        if new is not None:
+            old, names = self.factors, self.tracker.names
+            averaged = new if old is None or self.ema == 0 else _averaged(old, new, self.ema, names, self.factor_dtype)
+            self.factors = averaged if self.factor_dtype is None else averaged.to(self.factor_dtype)
+        without = any(self.tracker.names[one.weight].grad is not None for one in self.layers)
+        if self.factors is None and not self._warned and without and moves:
+            self._warned = True
+            warnings.warn(
+                "no factors were collected, so this step uses the plain gradient: run the model in training mode",
+                stacklevel=4,
+            )
+        directions = self._directions()
+        length = self._length(directions)
+        trouble = "" if length is None else self._wrong(length, is_seen_later)
+        if trouble:
+            return Chosen(1.0, trouble=trouble), directions
+        return self._chosen(passes, directions, self._scale(length)), directions
+
+    def _wrong(self, length: Tensor, is_seen_later: bool) -> str:
+        """What is wrong with the length of a step, or ""; on devices, it is read for inverses in low precision only."""
+        if length.device.type != "cpu" and self.inversion.dtype is None:
+            return ""
+        number = float(length)
+        if not math.isfinite(number):
+            return self._nonfinite(None) if is_seen_later else ""
+        if number < 0:
+            return (
+                f"the product of the step and the gradient is {number:.3g}, expected a positive number: no step was"
+                " taken, because the inverse has too large rounding errors; use a larger damping, or a more precise"
+                " inverse_dtype"
+            )
+        return ""
 
     def _passes(self, closure: Callable[[], Any] | None) -> Passes:
         """Run the closure of an adaptive step, and record its passes."""
@@ -654,7 +676,8 @@ class KFAC(torch.optim.Optimizer):
             return 1.0
         tiny = torch.finfo(length.dtype).tiny
         if length.device.type != "cpu":
-            return (self.kl_clip / length.clamp_min(tiny)).sqrt().clamp_max(1.0)
+            found = (self.kl_clip / length.clamp_min(tiny)).sqrt().clamp_max(1.0)
+            return torch.where(length < 0, torch.zeros_like(found), found)  # rounding errors, which are not read here
         scale = math.sqrt(self.kl_clip / max(float(length), tiny))
         return 1.0 if scale > 1 else scale
 

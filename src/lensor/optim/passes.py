@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lensor.curvature.graph import Reached
 from lensor.curvature.watching import Preserving, RandomState, apart, aside, eagerly
 from lensor.optim.hooks import Instead
 from lensor.optim.updates import inner_products
@@ -214,6 +215,7 @@ class Passes:
                     "the model returned no tensor that depends on the parameters, expected a tensor, or tensors in"
                     " tuples, lists or mappings"
                 )
+            self._require_inside(losses.found, starts)
             tangents = [
                 [
                     one.tangents[at].get(place, torch.zeros_like(start))
@@ -240,6 +242,17 @@ class Passes:
                 returned = [one.detach() for one in _gradients(value.reshape(()), starts)]
         products = [[one.detach() for one in some] for some in products]
         return Derivatives(tangents, [one.detach() for one in gradients], products, returned)
+
+    def _require_inside(self, losses: Iterable[Tensor], starts: Iterable[Tensor]) -> None:
+        """Raise ValueError if losses depend on parameters outside of the model, whose gradients would be lost."""
+        known = {id(one) for one in (*self.parameters, *starts)}
+        for leaf in Reached(losses).leaves:
+            if id(leaf) not in known:
+                raise ValueError(
+                    f"the loss depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and is not a"
+                    " parameter of the model, expected none with adapt_lr or adapt_damping: put all layers into one"
+                    " model"
+                )
 
     def _outputs(self, call: Call, directions: Sequence[Mapping[str, Tensor]]) -> Outputs:
         """The outputs of a call, with their derivatives by passes in forward mode."""

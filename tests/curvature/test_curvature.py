@@ -669,7 +669,10 @@ def test_woodbury_is_exact_for_a_multiple_of_the_identity() -> None:
     found = factors("reduce", "joint", fisher="forward-only")
     v = torch.randn(found.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     close(found.inverse(0.05, "woodbury") @ v, found.inverse(0.05, "eigen") @ v, atol=1e-8)
-    close(found.inverse(cast(Any, torch.tensor(0.05)), "woodbury") @ v, found.inverse(0.05, "woodbury") @ v)
+    close(
+        found.inverse(cast(Any, torch.tensor(0.05, dtype=torch.float64)), "woodbury") @ v,
+        found.inverse(0.05, "woodbury") @ v,
+    )
 
 
 @pytest.mark.parametrize("write", [lambda one: one.mul_(2), lambda one: one[0, :2].add_(1)])

@@ -413,14 +413,14 @@ class KFAC(torch.optim.Optimizer):
         trouble = self._nonfinite(new, gradients=not is_seen_later)
         if trouble:
             return self._skipped(trouble, found)
-        before = self.factors, self.tracker.slots, replace(self.inversion)
+        before = self.factors, self.tracker.slots, dict(vars(self.inversion))  # which are replaced, not changed
         try:
             chosen, directions = self._planned(new, passes, is_seen_later, moves)
         except BaseException:  # the batch does not count, so that the step can be repeated
-            self.factors, self.tracker.slots, self.inversion = before
+            self._put_back(*before)
             raise
         if chosen.trouble:
-            self.factors, self.tracker.slots, self.inversion = before
+            self._put_back(*before)
             return self._skipped(chosen.trouble, found)
         for group in self.param_groups:
             if group["use_kfac"]:
@@ -434,6 +434,13 @@ class KFAC(torch.optim.Optimizer):
             self.sharding.end_step()
         mark(self)
         return found
+
+    def _put_back(
+        self, factors: KroneckerFactors | None, slots: dict[str, int] | None, inversion: dict[str, Any]
+    ) -> None:
+        """Undo what a step that is not taken has changed."""
+        self.factors, self.tracker.slots = factors, slots
+        vars(self.inversion).update(inversion)
 
     def _planned(
         self, new: KroneckerFactors | None, passes: Passes | None, is_seen_later: bool, moves: bool

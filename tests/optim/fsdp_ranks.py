@@ -173,6 +173,7 @@ CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("blocks", torch.float64, {"approx": "reduce", "method": "woodbury", "fisher": "forward-only", "ema": 0}),
     ("blocks", torch.float32, {"batch_axis": 0}),
     ("blocks", torch.float64, {"method": "low-rank", "rank": 4, "params": "groups", "inverse_interval": 2}),
+    ("blocks", torch.float64, {"factor_dtype": torch.bfloat16, "inverse_dtype": torch.bfloat16, "inverse_interval": 2}),
     ("blocks", torch.float64, {"method": "inverse-free"}),
     ("root", torch.float64, {"method": "inverse-free", "structure": "block", "block_size": 9, "approx": "reduce"}),
 ]

@@ -94,7 +94,8 @@ def test_ranks_take_the_steps_of_one_process(count: int, places: range, tmp_path
         optimizer = optimizer_of(model, options)
         train(model, optimizer, range(4), dtype=dtype)
         for values, _, is_sharded in (one[f"case {place}"] for one in found):
-            require_close(values, parameters(model), 1e-10 if dtype == torch.float64 else 1e-6)
+            is_exact = dtype == torch.float64 and "factor_dtype" not in options  # which computes in single precision
+            require_close(values, parameters(model), 1e-10 if is_exact else 1e-6)
             assert is_sharded
         owned = [name for one in found for name in one[f"case {place}"][1]]
         assert sorted(owned) == sorted(optimizer.inversion.blocks)

@@ -207,7 +207,7 @@ def _compiled(
         }
     last = last_uses(steps, plan.result)
     kept = [place for place, step in enumerate(steps) if isinstance(step, s.Input)]  # held by the caller
-    folded, skipped = constants(steps, plan.shapes, plan.result, resized)
+    folded, skipped = plan.constants if form is None else constants(steps, plan.shapes, plan.result, resized)
     for place, step in enumerate(steps):
         if isinstance(step, s.Input) or place in skipped:
             continue

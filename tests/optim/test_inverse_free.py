@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +26,7 @@ from lensor.curvature.layers import layers_of
 from lensor.curvature.structure import DiagonalBlocks
 from lensor.optim import KFAC
 from lensor.optim.inverse_free import _stepped, started, updated
+from tests.support.digits import descent_loss, digits_loss
 from tests.support.strategies import QUIET, Spec, specs
 
 CE = nn.CrossEntropyLoss()
@@ -562,27 +562,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"structure": "block"}], ids=str)
 def test_digits_are_learnt_in_fewer_steps(options: dict[str, Any]) -> None:
     """Against gradient descent at the same number of steps, from the same start."""
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    y = torch.tensor(digits.target)
-
-    def run(make: Any) -> float:
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten())
-        model.append(nn.Linear(256, 10))
-        optimizer = make(model)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(40):
-            index = torch.randint(len(x), (128,), generator=generator)
-            optimizer.zero_grad()
-            CE(model(x[index]), y[index]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return float(CE(model(x), y))
-
-    plain = min(run(lambda m, lr=lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9)) for lr in (0.03, 0.1, 0.3))
-    ours = run(lambda m: KFAC(m, CE, lr=0.1, damping=0.1, approx="reduce", method="inverse-free", **options))
-    assert ours < plain
+    ours = digits_loss(lambda m: KFAC(m, CE, lr=0.1, damping=0.1, approx="reduce", method="inverse-free", **options))
+    assert ours < descent_loss()
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lensor.curvature import kfac
 from lensor.optim import KFAC
+from tests.support.digits import descent_loss, digits_loss
 
 CE = nn.CrossEntropyLoss()
 
@@ -647,28 +647,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "forward-only"])
 def test_digits_are_learnt_in_fewer_steps(fisher: str) -> None:
     """Against gradient descent at the same number of steps, from the same start."""
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    y = torch.tensor(digits.target)
-
-    def run(make: Any) -> float:
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten())
-        model.append(nn.Linear(256, 10))
-        optimizer = make(model)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(40):
-            index = torch.randint(len(x), (128,), generator=generator)
-            optimizer.zero_grad()
-            CE(model(x[index]), y[index]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return float(CE(model(x), y))
-
-    plain = min(run(lambda m, lr=lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9)) for lr in (0.03, 0.1, 0.3))
     options = {"method": "woodbury", "ema": 0.0, "damping": 0.01} if fisher == "forward-only" else {"damping": 0.1}
-    kfac_loss = run(lambda m: KFAC(m, CE, lr=0.1, fisher=fisher, approx="reduce", **options))
-    assert kfac_loss < plain
+    kfac_loss = digits_loss(lambda m: KFAC(m, CE, lr=0.1, fisher=fisher, approx="reduce", **options))
+    assert kfac_loss < descent_loss()
 
 
 @pytest.mark.parametrize(

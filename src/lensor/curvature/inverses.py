@@ -125,12 +125,12 @@ class Inverse(Operator):
         self._solvers: dict[str, _Solver] = {}
         several: dict[str, Block] = {}
         for name, block in blocks.items():
+            if block.factored and method == "woodbury":
+                several[name] = block
+                continue
+            way = _ONE[method] if block.factored else _Eigen
             with uncast(block.B):
-                way = _ONE[method] if block.factored and method != "woodbury" else _Eigen
-                if block.factored and method == "woodbury":
-                    several[name] = block
-                else:
-                    self._solvers[name] = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
+                self._solvers[name] = way.of(name, block, _Request(damping, rank, (starts or {}).get(name)))
         if several:
             with uncast(next(iter(several.values())).B):
                 self._solvers |= _Woodbury.of_all(several, damping)

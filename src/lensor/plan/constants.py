@@ -64,7 +64,9 @@ def constants(
     kept = {}
     for place, key in fixed.items():
         others = [other for other in users[place] if other not in fixed]
-        is_written = any(steps[other].in_place and steps[other].takes[0] == place for other in others)
+        # a step, or a later one through a view, may write into its first operand
+        first = [steps[other] for other in others if steps[other].takes[0] == place]
+        is_written = any(step.in_place or step.is_view for step in first)
         if others and len(key) > 1 and place != result and not is_written and math.prod(shapes[place]) <= most:
             kept[place] = key
     skipped: set[int] = set()

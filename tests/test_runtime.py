@@ -15,7 +15,7 @@ from lensor import ConvSpec, IndexPattern, ops
 from lensor.kernels import load
 from lensor.lowering import candidates
 from lensor.plan import steps as s
-from lensor.plan.constants import largest_table
+from lensor.plan.constants import NONE, constants, largest_table
 from lensor.plan.memory import last_uses
 from lensor.runtime import Runnable, _fold, bytes_needed, one_sum, run
 from tests.support.cases import BUILDERS, SPECS, bound, operands_of
@@ -109,6 +109,16 @@ def test_sums_of_two_patterns_are_multiplied_once() -> None:
     expected = np.einsum("ak,bl->abkl", first, second).reshape(plan.shapes[place])
     assert np.array_equal(np.sort(_fold(key, np.float64), axis=None), np.sort(expected, axis=None))
     assert {at for at, step in enumerate(plan.steps) if isinstance(step, s.Constant)} <= plan.constants.skipped
+
+
+def test_values_that_may_be_written_into_are_computed_in_every_call() -> None:
+    pattern = IndexPattern(4, 3)
+    steps = [s.Constant((), pattern, (1,)), s.Transpose((0,), (1, 0)), s.Reshape((1,), (12,)), s.Input((), "X", (12,))]
+    shapes = [(4, 3), (3, 4), (12,), (12,), (12,)]
+    added = [*steps, s.Add((3, 2))]
+    assert set(constants(added, shapes, 4).kept) == {2}
+    assert constants([*steps, s.Add((2, 3), owned=True)], shapes, 4) == NONE
+    assert constants(added, shapes, 4, varying={2}) == NONE  # its view may be written into
 
 
 def test_operands_are_checked_by_name_and_shape() -> None:
